@@ -1,0 +1,62 @@
+# Every target makes its own environment: nothing but make, a C compiler and a Python from 3.10 on has to be there.
+#
+#   make run        the tour: real model layers against the reference
+#   make test       the test suite (tests that need a GPU only where there is one)
+#   make lint       ruff
+#   make gpu-check  the GPU tests; without a GPU the static checks
+#
+# Variables: PY=python3 uses an interpreter that already has everything instead of making .venv.
+#            TORCH_INDEX=URL names a package index for torch, e.g. one that has builds for the CPU alone.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.PHONY: run test lint gpu-check clean
+
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo 1)
+CUDA_MAJOR := $(if $(HAS_GPU),$(shell nvidia-smi | sed -n 's/.*CUDA Version: \([0-9]*\).*/\1/p'))
+EXTRAS := dev,perf,$(if $(filter 12,$(CUDA_MAJOR)),cu12,$(if $(CUDA_MAJOR),cu13,cu12))
+TORCH := $(if $(HAS_GPU),torch,torch==2.13.0)
+
+ifeq ($(origin PY),undefined)
+PY := .venv/bin/python
+ENVIRONMENT := .venv/.installed
+endif
+
+run: $(ENVIRONMENT)
+	$(PY) -m cute_fa run
+
+test: $(ENVIRONMENT)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(HAS_GPU),,-m "not gpu") -n 2 $(ARGS)
+
+lint: $(ENVIRONMENT)
+	$(PY) -m ruff check .
+
+gpu-check: $(ENVIRONMENT)
+ifdef HAS_GPU
+	$(PY) -m pytest -m gpu $(ARGS)
+else
+	@echo "No GPU on this machine: the GPU tests are not run. Static figures of the compiled kernels:"
+	$(PY) -m perf static
+endif
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+# torch goes first: otherwise the resolver would pull its newest build, with gigabytes of CUDA libraries, also on a
+# machine without a GPU. A torch of the machine's own that sees its GPU is kept.
+.venv/.installed: pyproject.toml
+	python=
+	for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do
+	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$$candidate; break; fi
+	done
+	if [ -z "$$python" ]; then echo "No Python from 3.10 on with its venv module was found on the PATH." >&2; exit 1; fi
+	site=
+	if [ -n "$(HAS_GPU)" ] && $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+	  site=--system-site-packages
+	fi
+	echo "Setting up .venv with $$($$python --version); this takes a few minutes."
+	$$python -m venv --clear $$site .venv
+	[ -n "$$site" ] || .venv/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	.venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]"
+	touch $@
