@@ -56,7 +56,7 @@ clean:
 	  site=--system-site-packages
 	fi
 	echo "Setting up .venv with $$($$python --version); this takes a few minutes."
-	$$python -m venv --clear $$site .venv
+	$$python -m venv $$site .venv
 	[ -n "$$site" ] || .venv/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	.venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]"
 	touch $@
