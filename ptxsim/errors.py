@@ -1,0 +1,59 @@
+"""Errors of the simulator: one base class, one subclass per cause.
+
+Every error names the PTX line (number and text) of the instruction, and, once warps run, the CTA and the warps that
+executed it. Code deep in the simulator raises with a message only; ``located`` adds the rest on the way out.
+"""
+
+from __future__ import annotations
+
+
+class SimError(Exception):
+    """Base class of everything that the simulator raises about a kernel.
+
+    ``message`` says what is wrong; ``line`` (1-based) and ``text`` name the PTX instruction; ``where`` names the CTA
+    and the warps. The last three are None where they have no meaning.
+    """
+
+    def __init__(self, message: str, *, line: int | None = None, text: str | None = None, where: str | None = None):
+        super().__init__(message)
+        self.message, self.line, self.text, self.where = message, line, text, where
+
+    def located(self, line: int | None = None, text: str | None = None, where: str | None = None) -> SimError:
+        """Fill in what the raiser did not know, and return the error."""
+        if self.line is None:
+            self.line, self.text = line, text
+        if self.where is None:
+            self.where = where
+        return self
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        if self.line:
+            parts.append(f"at PTX line {self.line}: {self.text}")
+        if self.where:
+            parts.append(f"by {self.where}")
+        return "\n    ".join(parts)
+
+
+class PtxError(SimError):
+    """PTX that the simulator does not know or does not simulate: instruction, modifier, operand, descriptor mode."""
+
+
+class Deadlock(SimError):
+    """No warp can run: every live warp waits for something that will not happen."""
+
+
+class MemoryFault(SimError):
+    """An access outside legal memory, or misaligned."""
+
+
+class SyncError(SimError):
+    """Synchronisation used wrongly: uninitialised barriers, too many arrivals, data used while a copy is in flight."""
+
+
+class UninitializedRead(SimError):
+    """A read of shared memory that nothing has written."""
+
+
+class Trap(SimError):
+    """The kernel executed ``trap``."""
