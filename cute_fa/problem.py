@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from cute_fa.errors import WindowError
 from cute_fa.types import Direction, DType, MaskKind, PositionBias, SmArch
+
+
+def normalize_window(window_size: Any, causal: bool) -> tuple[int | None, int | None]:
+    """(left, right) with None for infinite, causal folded in as right = min(right, 0).
+
+    −1 (FA2, FA3) and None (FA4) are infinite; other negative bounds raise. (−1, 0) is causal, in every convention.
+    """
+    if window_size is None:
+        window_size = (None, None)
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise WindowError(f"window_size={window_size!r}: a pair (left, right) is needed")
+    left, right = (_bound(side, bound) for side, bound in zip(("left", "right"), window_size, strict=True))
+    return left, 0 if causal else right
+
+
+def _bound(side: str, bound: Any) -> int | None:
+    if bound is None:
+        return None
+    if isinstance(bound, bool) or not isinstance(bound, int):
+        raise WindowError(f"window_size {side}={bound!r}: a bound is an int, or None or −1 for infinite")
+    if bound < -1:
+        raise WindowError(f"window_size {side}={bound}: a bound is ≥ 0, or None or −1 for infinite")
+    return None if bound == -1 else bound
 
 
 @dataclass(frozen=True)
