@@ -1,8 +1,8 @@
 """Static figures of compiled CUDA kernels, read from their SASS. Needs no GPU.
 
 ``report_cubin`` gives, for every kernel of a cubin, its resources and the instruction mix of its hot loops, with a
-crude bound model. The figure to compare is *per score*: the non-tensor instructions per thread and element of S = QKᵀ in
-the steady-state loop.
+crude bound model. The figure to compare is *per score*: the non-tensor instructions per thread and element of S = QKᵀ
+in the steady-state loop.
 """
 
 from perf.sass.cubin import assemble_ptx, disassemble, kernel_resources

@@ -30,7 +30,7 @@ class ToolMissing(RuntimeError):
 
 @dataclass
 class Instruction:
-    """One SASS instruction; ``stall`` is its fixed stall count in cycles, ``wait`` the mask of scoreboards it waits for."""
+    """One SASS instruction; ``stall`` is its fixed stall count in cycles, ``wait`` its mask of awaited scoreboards."""
 
     address: int
     predicate: str | None

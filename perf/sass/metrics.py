@@ -13,7 +13,7 @@ The model's unit is SM cycles for one iteration of four warps, one in each quart
 * smem: bytes of WGMMA operands and of LDS, STS, LDSM, STSM, LDGSTS at 128 bytes a clock.
 
 ``util_overlap`` = tc / max(all): everything overlaps perfectly. ``util_serial`` = tc / (tc + max(others)): nothing
-does. ``util_pingpong`` (sm_90): W consumer warpgroups taking turns on the tensor cores without overlap inside a warpgroup.
+does. ``util_pingpong`` (sm_90): W consumer warpgroups taking turns on the tensor cores without overlap inside one.
 ``stall_sum``: the compiler's fixed stall counts of the non-tensor instructions, one warp's own lower bound in cycles;
 ``sb_waits``: instructions that wait on a scoreboard, whose latency is not modelled. Nothing here knows latencies, bank
 conflicts, cache or memory time, trip counts, clocks or power.
