@@ -1,0 +1,195 @@
+"""Builds and loads the stand-in for the DSL's CUDA runtime library, and switches it between the two worlds.
+
+The DSL's engine resolves the runtime's symbols once per process, from whichever library was loaded first. ``install``
+therefore puts a library of our own (standin.c) in its place before the engine loads anything: it exports the same
+symbols and forwards each call either to the real library, which it opens privately, or to the simulator.
+
+The library is built on first use by the machine's C compiler, into the user's cache folder, and named by a hash of
+what went into it; a library that is there already needs no compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+from ptxsim.errors import SimError
+
+SOURCE = Path(__file__).with_name("standin.c")
+RUNTIME_LIBRARY = "cute_dsl_runtime"
+CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_uint64))
+
+
+class RuntimeAlreadyLoaded(SimError):
+    """The DSL has loaded its real CUDA runtime library, so the stand-in can no longer take its place."""
+
+
+class CompilerMissing(SimError):
+    """No C compiler to build the stand-in library with."""
+
+
+class Standin:
+    """The loaded stand-in library of this process."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.ptxsim_load_error.restype = ctypes.c_char_p
+        self._library.ptxsim_set_callback.argtypes = [CALLBACK]
+        self._library.ptxsim_set_message.argtypes = [ctypes.c_char_p]
+        self._callback = CALLBACK()
+        problem = self._library.ptxsim_load_error().decode()
+        if problem:
+            raise SimError(f"the DSL's runtime library cannot be opened: {problem}")
+
+    def simulate(self, callback) -> None:
+        """Enter the simulated world: calls go to ``callback(event, arguments) -> CUDA error code``."""
+        self._callback = CALLBACK(callback)
+        self._library.ptxsim_set_callback(self._callback)
+        self._library.ptxsim_switch(1)
+
+    def leave(self) -> None:
+        """Enter the real world: calls go to the DSL's own library."""
+        self._library.ptxsim_switch(0)
+
+    def set_message(self, text: str) -> None:
+        """What the DSL reports if the current call fails."""
+        self._library.ptxsim_set_message(text.encode())
+
+
+_installed: Standin | None = None
+
+
+def install() -> Standin:
+    """Put the stand-in library in the place of the DSL's runtime library, for the rest of the process; idempotent.
+
+    Plain (real) use of the DSL goes on working. Raises RuntimeAlreadyLoaded if the DSL has compiled or loaded a
+    function before, CompilerMissing if the library must be built and there is no C compiler.
+    """
+    global _installed
+    if _installed is None:
+        environment = _dsl().envar
+        libraries = (environment.shared_libs or "").split(os.pathsep)
+        real = next((path for path in libraries if RUNTIME_LIBRARY in os.path.basename(path)), None)
+        if real is None:
+            raise SimError(f"the DSL names no lib{RUNTIME_LIBRARY}.so to stand in for; its libraries: {libraries}")
+        if _mapped(RUNTIME_LIBRARY):
+            raise RuntimeAlreadyLoaded(
+                f"the DSL has already loaded {real}, and an engine binds its symbols once per process: enter the "
+                "simulation once, or call ptxsim.install(), before the first cute.compile, @cute.jit call or "
+                "cute.runtime.load_module of the process"
+            )
+        standin = Standin(build(Path(real)))
+        environment.shared_libs = environment.shared_libs.replace(real, str(standin.path))
+        _redirect_discovery(real, str(standin.path))
+        _installed = standin
+    return _installed
+
+
+def _dsl():
+    """The DSL's one object of settings and compile state."""
+    from cutlass.cutlass_dsl import CuTeDSL
+
+    return CuTeDSL._get_dsl()
+
+
+def _redirect_discovery(real: str, standin: str) -> None:
+    """The TVM-FFI path looks the libraries up again at each compile. ``CUTE_DSL_LIBS`` would be the official way to
+    answer it, but child processes inherit that."""
+    from cutlass.base_dsl import env_manager
+
+    discover = env_manager.get_prefix_dsl_libs
+
+    def get_prefix_dsl_libs(prefix: str) -> str | None:
+        found = discover(prefix)
+        return found and found.replace(real, standin)
+
+    env_manager.get_prefix_dsl_libs = get_prefix_dsl_libs
+
+
+def _mapped(name: str) -> bool:
+    """Whether a file with that in its name is mapped into this process."""
+    with open("/proc/self/maps") as maps:
+        return any(name in os.path.basename(line.split(maxsplit=5)[-1]) for line in maps)
+
+
+def cache_dir() -> Path:
+    """Where the library is kept: ``PTXSIM_CACHE_DIR``, or the user's cache folder."""
+    if folder := os.environ.get("PTXSIM_CACHE_DIR"):
+        return Path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("ptxsim"))
+
+
+def build(real: Path) -> Path:
+    """Path of the stand-in for the runtime library ``real``, built if it is not in the cache."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise SimError(f"the simulator needs Linux on x86_64, not {platform.system()} on {platform.machine()}")
+    symbols = exported_functions(real.read_bytes())
+    identity = "\0".join([SOURCE.read_text(), str(real.resolve()), *symbols])
+    library = cache_dir() / f"standin-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        import filelock
+
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{library}.lock"):
+            if not library.exists():
+                _compile(library, real.resolve(), symbols)
+    return library
+
+
+def _compile(library: Path, real: Path, symbols: list[str]) -> None:
+    """Build ``library``; it appears whole or not at all."""
+    compiler = _compiler()
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        header, result = Path(folder, "symbols.h"), Path(folder, "standin.so")
+        listed = " ".join(f"X({index}, {name})" for index, name in enumerate(symbols))
+        header.write_text(f'#define PTXSIM_SYMBOLS(X) {listed}\n#define PTXSIM_REAL "{real}"\n')
+        command = [*compiler, "-O2", "-shared", "-fPIC", "-w", "-fvisibility=hidden", "-include", str(header)]
+        done = subprocess.run([*command, "-o", str(result), str(SOURCE), "-ldl"], capture_output=True, text=True)
+        if done.returncode:
+            raise SimError(f"the C compiler could not build the stand-in library: {' '.join(command)}\n{done.stderr}")
+        os.replace(result, library)
+
+
+def _compiler() -> list[str]:
+    chosen = os.environ.get("CC")
+    for command in [shlex.split(chosen)] if chosen else [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(command[0]):
+            return command
+    raise CompilerMissing(
+        "the simulator builds its stand-in for the DSL's CUDA runtime library once and needs a C compiler for it: "
+        + (f"$CC names {chosen!r}, which is not there" if chosen else "none of cc, gcc, clang is on the PATH")
+        + "; install one (Debian, Ubuntu: gcc and libc6-dev) or set $CC"
+    )
+
+
+def exported_functions(elf: bytes) -> list[str]:
+    """Names of the functions that a 64-bit little-endian ELF shared library defines and exports, in file order."""
+    if elf[:6] != b"\x7fELF\x02\x01":
+        raise SimError("the DSL's runtime library is not a 64-bit little-endian ELF file")
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", elf, 0x3A)
+    # Elf64_Shdr: name, type, flags, addr, offset, size, link, info, addralign, entsize
+    sections = [struct.unpack_from("<IIQQQQIIQQ", elf, table + entry_size * i) for i in range(entries)]
+    names = []
+    for section in sections:
+        if section[1] != 11:  # SHT_DYNSYM
+            continue
+        strings = sections[section[6]][4]
+        for at in range(section[4], section[4] + section[5], 24):
+            # Elf64_Sym: name, info (binding << 4 | type), other, section, value, size
+            name, info, _, defined_in = struct.unpack_from("<IBBH", elf, at)
+            if defined_in and info >> 4 in (1, 2) and info & 15 == 2:  # global or weak, a function
+                start = strings + name
+                names.append(elf[start : elf.index(b"\0", start)].decode())
+    return [name for name in names if name not in ("_init", "_fini")]
