@@ -1,0 +1,262 @@
+"""The command line: ``run`` one problem or the tour, ``compile`` a kernel, print the dispatch ``table``.
+
+Exit codes: 0 within tolerance, 1 outside it, 2 for a request that cannot be served.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import click
+import torch
+from click.core import ParameterSource
+from rich.console import Console
+from rich.table import Table
+
+from cute_fa import support
+from cute_fa.compiler import compile_artifacts
+from cute_fa.dispatch import TABLE
+from cute_fa.errors import ArgumentError, CuteFaError
+from cute_fa.inputs import Inputs, InputSpec, make_inputs
+from cute_fa.names import canonical_name
+from cute_fa.tour import run_tour, tour_table
+from cute_fa.trial import Machine, TrialResult, choose_machine, problem_of, run_trial
+from cute_fa.types import Direction, DType, SmArch
+
+_PIPE_WIDTH = 140  # columns of a table that goes to a pipe or file, which have no width of their own
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that describe one problem, as given. ``None`` lengths and heads follow their counterpart."""
+
+    arch: str | None
+    dtype: str
+    batch: int
+    seqlen_q: int
+    seqlen_k: int | None
+    heads: int
+    heads_kv: int | None
+    head_dim: int
+    head_dim_v: int | None
+    causal: bool
+    window: tuple[int, int] | None
+    sink: int
+    alibi: bool
+    softcap: float
+    learnable_sink: bool
+    varlen: bool
+    page_size: int | None
+    backward: bool
+    deterministic: bool
+    seed: int
+    schedule_seed: int | None
+    inputs: str
+
+    @property
+    def spec(self) -> InputSpec:
+        return InputSpec(
+            batch=self.batch,
+            seqlen_q=self.seqlen_q,
+            seqlen_k=self.seqlen_q if self.seqlen_k is None else self.seqlen_k,
+            heads=self.heads,
+            heads_kv=self.heads if self.heads_kv is None else self.heads_kv,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v,
+            dtype=DType(self.dtype),
+            causal=self.causal,
+            window=self.window or (None, None),
+            sink_tokens=self.sink,
+            softcap=self.softcap,
+            alibi=self.alibi,
+            learnable_sink=self.learnable_sink,
+            varlen_q=self.varlen,
+            varlen_k=self.varlen and self.page_size is None,
+            page_size=self.page_size,
+        )
+
+    @property
+    def direction(self) -> Direction:
+        if self.deterministic and not self.backward:
+            raise ArgumentError("--deterministic without --backward: the forward is deterministic anyway")
+        return Direction.BACKWARD if self.backward else Direction.FORWARD
+
+    @property
+    def machine(self) -> Machine:
+        return choose_machine(SmArch(self.arch) if self.arch else None, self.schedule_seed)
+
+
+_PROBLEM_OPTIONS = [
+    click.option("--arch", type=click.Choice([arch.value for arch in SmArch]), help="[default: the GPU's, else sm_80]"),
+    click.option("--dtype", type=click.Choice([d.value for d in DType]), default="bf16", show_default=True),
+    click.option("--batch", type=int, default=1, show_default=True),
+    click.option("--seqlen-q", type=int, default=256, show_default=True),
+    click.option("--seqlen-k", type=int, help="[default: seqlen-q]"),
+    click.option("--heads", type=int, default=4, show_default=True),
+    click.option("--heads-kv", type=int, help="[default: heads]"),
+    click.option("--head-dim", type=int, default=128, show_default=True),
+    click.option("--head-dim-v", type=int, help="[default: head-dim]"),
+    click.option("--causal", is_flag=True),
+    click.option("--window", type=int, nargs=2, metavar="L R", help="Keys visible to the left and right; -1: all."),
+    click.option("--sink", type=int, default=0, help="First keys that a left bound never hides."),
+    click.option("--alibi", is_flag=True, help="Bias -slope[head]·distance, slopes from the seed."),
+    click.option("--softcap", type=float, default=0.0, help="Cap c of c·tanh(score/c); 0: none."),
+    click.option("--learnable-sink", is_flag=True, help="An extra logit per head, from the seed."),
+    click.option("--varlen", is_flag=True, help="Packed sequences of different lengths, up to seqlen-q and seqlen-k."),
+    click.option("--page-size", type=int, help="Keys and values in shuffled pages of this many tokens."),
+    click.option("--backward", is_flag=True),
+    click.option("--deterministic", is_flag=True),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs."),
+    click.option("--schedule-seed", type=int, help="Simulate, with warps in a seeded adversarial order."),
+    click.option("--inputs", type=click.Choice(["random", "peaked"]), default="random", show_default=True),
+]
+
+
+def _problem_options(command):
+    for option in reversed(_PROBLEM_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def main() -> None:
+    """Attention kernels in NVIDIA's CuTe DSL: run them, compile them, list them."""
+
+
+@main.command()
+@_problem_options
+@click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write inputs and results (torch.save).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.pass_context
+def run(context: click.Context, save: Path | None, as_json: bool, **given) -> None:
+    """Run one attention problem and compare it with the reference; without options, a tour of real model layers.
+
+    On the GPU if there is one; else, or if --arch names another architecture, simulated. Exits with 0 only if every
+    result is within tolerance.
+    """
+    chosen = [name for name in (*given, "save") if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    with _errors(as_json):
+        if chosen:
+            _run_one(Options(**given), save, as_json)
+        else:
+            _run_all(as_json)
+
+
+def _run_one(options: Options, save: Path | None, as_json: bool) -> None:
+    machine, spec = options.machine, options.spec
+    TABLE.lookup(problem_of(spec, machine.arch, options.direction))  # a request that none serves fails before any work
+    inputs = make_inputs(spec, options.inputs, options.seed, device=machine.device)
+    result = run_trial(inputs, machine)
+    if save:
+        torch.save(_saved(options, inputs, result), save)
+    if as_json:
+        click.echo(json.dumps({**result.summary(), "options": asdict(options)}))
+    else:
+        _console().print(_result_table(result))
+    sys.exit(0 if result.ok else 1)
+
+
+def _run_all(as_json: bool) -> None:
+    results = run_tour(Console(stderr=True))
+    if as_json:
+        layers = [{"layer": stop.layer.name, "mask": stop.mask, **result.summary()} for stop, result in results]
+        click.echo(json.dumps({"ok": all(result.ok for _, result in results), "layers": layers}))
+    else:
+        _console().print(tour_table(results))
+    sys.exit(0 if all(result.ok for _, result in results) else 1)
+
+
+@main.command("compile")
+@_problem_options
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def compile_command(out: Path, as_json: bool, **given) -> None:
+    """Write the kernel that serves the problem as PTX and cubin, named by its compile name. Needs no GPU."""
+    options = Options(**given)
+    with _errors(as_json):
+        problem = problem_of(options.spec, options.machine.arch, options.direction)
+        kernel = TABLE.lookup(problem)
+        config = kernel.configure(problem)
+        ptx, cubin = compile_artifacts(config)
+        out.mkdir(parents=True, exist_ok=True)
+        written = {"ptx": out / f"{config.compile_name}.ptx", "cubin": out / f"{config.compile_name}.cubin"}
+        written["ptx"].write_text(ptx)
+        written["cubin"].write_bytes(cubin)
+        names = {"canonical_name": canonical_name(kernel, problem), "compile_name": config.compile_name}
+        if as_json:
+            click.echo(json.dumps({**names, **{kind: str(path) for kind, path in written.items()}}))
+        else:
+            click.echo(f"canonical name  {names['canonical_name']}\ncompile name    {names['compile_name']}")
+            for path in written.values():
+                click.echo(f"wrote           {path}")
+
+
+@main.command()
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON list: architecture, direction, feature, kernel, reason."
+)
+@click.option("--markdown", is_flag=True)
+def table(as_json: bool, markdown: bool) -> None:
+    """The dispatch table: which kernel serves what on which architecture, and why none does."""
+    rows = list(TABLE.rows())
+    if as_json:
+        click.echo(json.dumps([row._asdict() for row in rows], indent=1))
+    elif markdown:
+        click.echo(support.to_markdown(rows))
+    else:
+        _console().print(*support.to_rich(rows))
+
+
+class _errors:
+    """Turns a refused request into one message on stderr (as JSON also on stdout) and exit code 2."""
+
+    def __init__(self, as_json: bool):
+        self.as_json = as_json
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if not isinstance(error, CuteFaError):
+            return
+        if self.as_json:
+            click.echo(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def _result_table(result: TrialResult) -> Table:
+    comparison = result.comparison
+    table = Table(show_header=False, box=None)
+    table.add_row("kernel", result.canonical_name)
+    table.add_row("compiled as", result.compile_name)
+    table.add_row("ran on", str(result.machine))
+    table.add_row("max error of O", f"{comparison.out_error:.3e}, allowed {comparison.out_allowed:.3e}")
+    table.add_row("max error of LSE", f"{comparison.lse_error:.3e}, allowed {comparison.lse_allowed:.3e}")
+    table.add_row("time", f"{_seconds(result.seconds)}, after {_seconds(result.compile_seconds)} to compile or load")
+    table.add_row("result", "[green]within tolerance[/]" if result.ok else "[bold red]OUTSIDE TOLERANCE[/]")
+    return table
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.3g} ms"
+
+
+def _saved(options: Options, inputs: Inputs, result: TrialResult) -> dict:
+    """Everything that is needed to recompute the result outside, on the CPU; plain types and tensors only."""
+    tensors = {field.name: getattr(inputs, field.name) for field in fields(Inputs) if field.name != "spec"}
+    tensors |= {"out": result.out, "lse": result.lse}
+    spec = {**asdict(inputs.spec), "dtype": inputs.spec.dtype.value}
+    return {
+        "options": {**asdict(options), "resolved": spec},
+        "canonical_name": result.canonical_name,
+        "compile_name": result.compile_name,
+        **{name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()},
+    }
