@@ -1,0 +1,119 @@
+"""Online softmax on mma.sync accumulators (FlashAttention-2, arXiv 2307.08691, section 3.1).
+
+Two departures, both exact: the running reference of a row follows its maximum only when that has grown by more than
+2^8 (FlashAttention-4's conditional rescaling), so that O is almost never rescaled after the first blocks; and row sums
+stay per thread until the end.
+"""
+
+import math
+from typing import Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, const_expr
+
+# P then stays below 2^8: harmless in fp16 and bf16, whose relative error does not depend on the magnitude.
+RESCALE_THRESHOLD = 8.0
+LOG2_E = math.log2(math.e)
+
+
+class OnlineSoftmax:
+    """State of the rows that one thread holds. ``reference``: what is subtracted in the exponent, in log2 units,
+    −inf before the first visible key; ``total``: this thread's part of the sum of exponentials."""
+
+    def __init__(self, num_rows: int, scale_log2: Optional[Float32]):
+        """``scale_log2``: factor from scores to log2 units; None if scores are already in them."""
+        self.num_rows = num_rows
+        self.scale_log2 = scale_log2
+        self.reference = cute.make_rmem_tensor(num_rows, Float32)
+        self.total = cute.make_rmem_tensor(num_rows, Float32)
+        self.reference.fill(-Float32.inf)
+        self.total.fill(0.0)
+
+    @cute.jit
+    def update(self, scores: cute.Tensor, acc: cute.Tensor, may_be_hidden: cutlass.Constexpr[bool]):
+        """Turn the scores of one block into exponentials, in place, and rescale ``acc`` and the sums where needed.
+
+        ``scores`` and ``acc`` are (rows, columns) views. ``may_be_hidden``: a row can have no visible key so far.
+        """
+        scale = self.scale_log2 if const_expr(self.scale_log2 is not None) else Float32(1.0)
+        running, total = self.reference, self.total
+        maximum = cute.make_rmem_tensor(self.num_rows, Float32)
+        for r in cutlass.range_constexpr(self.num_rows):
+            maximum[r] = quad_max(row_max(scores, r)) * scale
+        # A loop that runs once, not an "if": ptxas turns the branch into 130 predicated instructions, which cost as
+        # much as executing them (11.7 against 9.x instructions per score at head_dim 128).
+        while cute.arch.vote_any_sync(outgrown(maximum, running)):
+            for r in cutlass.range_constexpr(self.num_rows):
+                reference = cute.arch.fmax(running[r], maximum[r])
+                factor = cute.math.exp2(running[r] - finite(reference), fastmath=True)
+                running[r] = reference
+                total[r] = total[r] * factor
+                for c in cutlass.range_constexpr(cute.size(acc, mode=[1])):
+                    acc[r, c] = acc[r, c] * factor
+        for r in cutlass.range_constexpr(self.num_rows):
+            reference = running[r]
+            if const_expr(may_be_hidden):
+                reference = finite(reference)
+            for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+                exponential = cute.math.exp2(scores[r, c] * scale - reference, fastmath=True)
+                scores[r, c] = exponential
+                total[r] = total[r] + exponential
+
+    @cute.jit
+    def finalize(self, acc: cute.Tensor, sink_logit: Optional[Float32]) -> cute.Tensor:
+        """Normalise ``acc`` in place and return the rows' natural-log LSE; a row without keys gives 0 and −inf.
+
+        ``sink_logit``: an extra logit without a value row, or None.
+        """
+        lse = cute.make_rmem_tensor(self.num_rows, Float32)
+        for r in cutlass.range_constexpr(self.num_rows):
+            total = quad_sum(self.total[r])
+            reference = self.reference[r]
+            factor = Float32(1.0)
+            if const_expr(sink_logit is not None):
+                sink_log2 = sink_logit * LOG2_E
+                reference = cute.arch.fmax(reference, sink_log2)
+                factor = cute.math.exp2(self.reference[r] - finite(reference), fastmath=True)
+                total = total * factor + cute.math.exp2(sink_log2 - finite(reference), fastmath=True)
+            empty = total == 0.0  # not "visible = total > 0", so that NaN in the input stays NaN
+            factor = Float32(0.0) if empty else factor / total
+            lse[r] = -Float32.inf if empty else (reference + cute.math.log2(total, fastmath=True)) / LOG2_E
+            for c in cutlass.range_constexpr(cute.size(acc, mode=[1])):
+                acc[r, c] = acc[r, c] * factor
+        return lse
+
+
+def row_max(scores: cute.Tensor, r: int) -> Float32:
+    maximum = scores[r, 0]
+    for c in range(1, cute.size(scores, mode=[1])):
+        maximum = cute.arch.fmax(maximum, scores[r, c])
+    return maximum
+
+
+def outgrown(maximum: cute.Tensor, running: cute.Tensor) -> Boolean:
+    """Whether a row of this thread has moved so far beyond its reference that it must be rescaled."""
+    grown = maximum[0] - running[0] > RESCALE_THRESHOLD
+    for r in range(1, cute.size(maximum)):
+        grown = grown | (maximum[r] - running[r] > RESCALE_THRESHOLD)
+    return grown
+
+
+def quad_max(value: Float32) -> Float32:
+    """Maximum over the four threads that hold one row."""
+    for offset in (1, 2):
+        value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=offset))
+    return value
+
+
+def quad_sum(value: Float32) -> Float32:
+    """Sum over the four threads that hold one row."""
+    for offset in (1, 2):
+        value = value + cute.arch.shuffle_sync_bfly(value, offset=offset)
+    return value
+
+
+@cute.jit
+def finite(reference: Float32) -> Float32:
+    """0 in place of −inf: a row that has seen no key gets exponentials of −inf, not of −inf + inf."""
+    return Float32(0.0) if reference == -Float32.inf else reference

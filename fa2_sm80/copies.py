@@ -1,0 +1,177 @@
+"""Moving tiles: cp.async from global to swizzled shared memory, ldmatrix from there to registers, O back to global.
+
+Addresses are computed here rather than by CuTe's partitioned views. A thread's place in a tile is one register, all else
+immediates and XORs: the views made the compiler rebuild every address from the thread index in each iteration and keep
+eight of them alive, at head_dim 128 20 spilled registers and 30 instructions a block.
+"""
+
+from typing import Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, Uint32, const_expr
+from cutlass.cute.arch import inline_ptx
+
+ELEMENT_BYTES = 2
+# cp.async, ldmatrix rows and the vector stores all move 16 bytes: 8 elements of fp16 or bf16.
+CHUNK_BYTES = 16
+CHUNK = CHUNK_BYTES // ELEMENT_BYTES
+
+
+class SmemTile:
+    """Swizzled row-major tiles (rows, columns), one per stage.
+
+    Columns are split into panels of 64, 32 or 16, whichever divides them; a panel holds the rows one after the other,
+    and XORs the 16-byte chunks of a row with the row, so that the 8 rows of an ldmatrix matrix fall in different banks.
+    """
+
+    def __init__(self, pointer: cute.Pointer, rows: int, columns: int, stages: int = 1):
+        """``pointer``: shared memory, aligned to 1024 bytes; ``columns``: a multiple of 16."""
+        self.pointer, self.rows, self.columns, self.stages = pointer, rows, columns, stages
+        self.panel = next(width for width in (64, 32, 16) if columns % width == 0)
+        self.panels = columns // self.panel
+        self.row_bytes = self.panel * ELEMENT_BYTES
+        self.panel_bytes = rows * self.row_bytes
+        self.stage_bytes = self.panels * self.panel_bytes
+
+    @property
+    def bytes(self) -> int:
+        return self.stages * self.stage_bytes
+
+    def address(self, row: Int32, chunk: Int32) -> Int32:
+        """Shared address of a 16-byte chunk of the first panel of the first stage."""
+        # 8 rows of 128, 64 or 32 bytes fill 8, 4 or 2 lines of 128: the XOR takes the line's number
+        line = row % 8 // (128 // self.row_bytes)
+        return self.pointer.toint() + row * self.row_bytes + (chunk ^ line) * CHUNK_BYTES
+
+    def layout(self) -> cute.ComposedLayout:
+        """The first stage as a CuTe layout, for copies outside the main loop."""
+        bits = {64: 3, 32: 2, 16: 1}[self.panel]
+        atom = cute.make_composed_layout(
+            cute.make_swizzle(bits, 3, 3), 0, cute.make_ordered_layout((8, self.panel), order=(1, 0))
+        )
+        return cute.tile_to_shape(atom, (self.rows, self.columns), order=(0, 1))
+
+
+class TileLoader:
+    """cp.async of row tiles of one global (rows, head_dim) matrix into a :class:`SmemTile`, zeros outside."""
+
+    def __init__(self, matrix: cute.Tensor, smem: SmemTile, head_dim: int, tidx: Int32, num_threads: int):
+        self.smem, self.head_dim = smem, head_dim
+        chunks_per_row = smem.panel // CHUNK
+        self.row, self.chunk = tidx // chunks_per_row, tidx % chunks_per_row
+        self.rows_per_pass = num_threads // chunks_per_row
+        row_bytes = Int64(matrix.stride[0]) * ELEMENT_BYTES
+        self.block_bytes = row_bytes * smem.rows
+        self.pass_bytes = row_bytes * self.rows_per_pass
+        start = matrix.iterator.toint() + self.row * row_bytes + self.chunk * CHUNK_BYTES
+        self.source = opaque(start)
+        self.target = opaque(smem.address(self.row, self.chunk))
+
+    @cute.jit
+    def load(self, block: Int32, stage: Int32, rows_left: Optional[Int32]):
+        """Issue the copies of tile ``block``. ``rows_left``: rows of the matrix from the tile's first one on; rows
+        beyond are zero-filled, never read. None: all rows of the tile are inside."""
+        if const_expr(self.rows_per_pass > self.smem.rows):
+            # few chunks to a row: one pass of all threads covers more rows than the tile has
+            if self.row < self.smem.rows:
+                self._load(block, stage, rows_left)
+        else:
+            self._load(block, stage, rows_left)
+
+    def _load(self, block: Int32, stage: Int32, rows_left: Optional[Int32]):
+        smem = self.smem
+        source = self.source + self.block_bytes * Int64(block)
+        target = self.target + stage * smem.stage_bytes
+        for first_row in range(0, smem.rows, self.rows_per_pass):
+            for panel in range(smem.panels):
+                inside = None
+                if rows_left is not None:
+                    inside = self.row + first_row < rows_left
+                if (panel + 1) * smem.panel > self.head_dim:
+                    column_inside = self.chunk * CHUNK < self.head_dim - panel * smem.panel
+                    inside = column_inside if inside is None else inside & column_inside
+                offset = first_row * smem.row_bytes + panel * smem.panel_bytes
+                copy_async(target, offset, source, panel * smem.row_bytes, inside)
+            source = source + self.pass_bytes
+
+
+@cute.jit
+def copy_async(target: Int32, target_offset: int, source: Int64, source_offset: int, inside):
+    """cp.async.cg of 16 bytes: past L1, since a CTA reads each tile once. Not ``inside``: zeros, nothing is read."""
+    if const_expr(inside is None):
+        inline_ptx(
+            f"cp.async.cg.shared.global [{{$r0}}+{target_offset}], [{{$r1}}+{source_offset}], 16;",
+            read_only_args=[target, source],
+        )
+    else:
+        size = Int32(CHUNK_BYTES) if inside else Int32(0)
+        inline_ptx(
+            f"cp.async.cg.shared.global [{{$r0}}+{target_offset}], [{{$r1}}+{source_offset}], 16, {{$r2}};",
+            read_only_args=[target, source, size],
+        )
+
+
+class FragmentLoader:
+    """ldmatrix.x4 of 16×16 blocks of a :class:`SmemTile`. The four matrices reach the registers in the order of the
+    m16n8k16 operands: rows first (operand A, and V as operand B through .trans) or columns first (K as operand B)."""
+
+    def __init__(self, smem: SmemTile, first_row: Int32, rows_first: bool, transpose: bool = False):
+        lane = cute.arch.lane_idx()
+        if const_expr(rows_first):
+            row, chunk = lane % 16, lane // 16
+        else:
+            row, chunk = lane % 8 + lane // 16 * 8, lane // 8 % 2
+        self.smem, self.transpose = smem, transpose
+        self.base = opaque(smem.address(first_row + row, chunk))
+
+    def load(self, fragment: cute.Tensor, index: int, row: int, column: int, stage: Int32):
+        """The block at static (row, column), multiples of 16, into 32-bit registers index … index + 3."""
+        smem = self.smem
+        panel, inside = column // smem.panel, column % smem.panel
+        offset = row * smem.row_bytes + panel * smem.panel_bytes
+        # a step of 16 columns flips chunk bits above the swizzled lowest one, so it is an XOR on the address
+        address = (self.base + stage * smem.stage_bytes) ^ (inside * ELEMENT_BYTES)
+        form = ".trans.shared.b16" if self.transpose else ".shared.b16"
+        registers = inline_ptx(
+            "ldmatrix.sync.aligned.m8n8.x4" + form + " {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(offset) + "];",
+            write_only_types=[Uint32] * 4,
+            read_only_args=[address],
+        )
+        for i, register in enumerate(registers):
+            fragment[index + i] = register
+
+
+def opaque(value):
+    """The same value, of unknown origin: the compiler then keeps it in a register instead of computing it again."""
+    width = 32 if isinstance(value, Int32) else 64
+    return inline_ptx(f"mov.b{width} {{$w0}}, {{$r0}};", write_only_types=[type(value)], read_only_args=[value])
+
+
+@cute.jit
+def store_tile(
+    smem: SmemTile,
+    matrix: cute.Tensor,
+    block: Int32,
+    rows_left: Int32,
+    head_dim: cutlass.Constexpr[int],
+    tidx: Int32,
+    num_threads: cutlass.Constexpr[int],
+):
+    """Shared tile → rows of ``matrix`` (rows, head_dim), 16 bytes a thread; only ``rows_left`` rows are written."""
+    chunks_per_row = smem.panel // CHUNK
+    tile = (smem.rows, smem.columns)
+    atom = cute.make_copy_atom(
+        cute.nvgpu.CopyUniversalOp(), matrix.element_type, num_bits_per_copy=8 * CHUNK_BYTES
+    )
+    threads = cute.make_ordered_layout((num_threads // chunks_per_row, chunks_per_row), order=(1, 0))
+    copy = cute.make_tiled_copy_tv(atom, threads, cute.make_layout((1, CHUNK)))
+    thread = copy.get_slice(tidx)
+    source = thread.partition_S(cute.make_tensor(smem.pointer, smem.layout()))
+    target = thread.partition_D(cute.local_tile(matrix, tile, (block, 0)))
+    coordinates = thread.partition_S(cute.make_identity_tensor(tile))
+    for p in cutlass.range_constexpr(cute.size(source, mode=[1])):
+        for c in cutlass.range_constexpr(cute.size(source, mode=[2])):
+            row, column = coordinates[0, p, c]
+            if row < cutlass.min(rows_left, smem.rows) and column < head_dim:
+                cute.copy(copy, source[None, p, c], target[None, p, c])

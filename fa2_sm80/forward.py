@@ -1,0 +1,68 @@
+"""The FA2 forward as the dispatch table sees it: what it serves, how it is configured, what it is launched with."""
+
+from __future__ import annotations
+
+from cute_fa.kernel import AttentionKernel, AttentionTensors
+from cute_fa.problem import AttentionProblem
+from cute_fa.types import Direction, DType
+from fa2_sm80.config import Fa2ForwardConfig, forward_config
+
+# Bounds beyond any sequence are clamped, so that device code adds positions and bounds within int32.
+MAX_BOUND = 2**30
+
+
+class Fa2Forward(AttentionKernel):
+    """Forward with cp.async and mma.sync, for sm_80 and every arch after it: fp16 and bf16, head_dim 8 … 256."""
+
+    family = "fa2"
+    direction = Direction.FORWARD
+
+    @classmethod
+    def supports(cls, problem: AttentionProblem) -> list[str]:
+        reasons = []
+        if problem.dtype not in (DType.FP16, DType.BF16):
+            reasons.append(f"dtype {problem.dtype.value}: sm_80 tensor cores take fp16 and bf16, fp8 has no FA2 kernel")
+        for name in ("head_dim", "head_dim_v"):
+            size = getattr(problem, name)
+            if size % 8 or not 8 <= size <= 256:
+                reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed (16-byte copies)")
+        if problem.page_size is not None:
+            reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")
+        if problem.num_splits > 1:
+            reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
+        if problem.out_dtype is not None and problem.out_dtype is not problem.dtype:
+            reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the input's dtype")
+        if max(problem.seqlen_q, problem.seqlen_k) > MAX_BOUND:
+            reasons.append(f"a sequence longer than {MAX_BOUND}: positions are int32")
+        return reasons
+
+    @classmethod
+    def configure(cls, problem: AttentionProblem) -> Fa2ForwardConfig:
+        return forward_config(problem)
+
+    @classmethod
+    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors) -> tuple:
+        t = tensors
+        slopes = t.alibi_slopes
+        if slopes is not None and slopes.dim() == 1:
+            slopes = slopes.expand(problem.batch, -1)
+        left, right = problem.window_left, problem.window_right
+        window = (
+            None if left is None else min(left, MAX_BOUND),
+            None if right is None else min(right, MAX_BOUND),
+            min(problem.sink_tokens, MAX_BOUND) if problem.sink_tokens and left is not None else None,
+        )
+        return (
+            t.q,
+            t.k,
+            t.v,
+            t.out,
+            t.lse,
+            (t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k),
+            window,
+            slopes,
+            t.learnable_sink,
+            problem.softmax_scale,
+            problem.softcap if problem.softcap else None,
+            problem.seqlen_q,
+        )
