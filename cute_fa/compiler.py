@@ -86,8 +86,7 @@ def compiled(config: KernelConfig) -> CompiledKernel:
 
 def compile_artifacts(config: KernelConfig) -> tuple[str, bytes]:
     """PTX and cubin of a config, from the disk cache or compiled; loads nothing and needs no GPU."""
-    key = cache.key_of(config)
-    artifacts = cache.fetch(key, lambda: _compile(config, key))
+    artifacts = _artifacts(config, cache.key_of(config))
     return artifacts.ptx, artifacts.cubin
 
 
@@ -105,13 +104,17 @@ def _prepare(config: KernelConfig, simulated: bool) -> CompiledKernel:
         kernel = _kernels.get((config, simulated))
         if kernel is None:
             key = cache.key_of(config)
-            other = _kernels.get((config, not simulated))
-            artifacts = other.artifacts if other else cache.fetch(key, lambda: _compile(config, key))
+            artifacts = _artifacts(config, key)
             if simulated:
                 ptxsim.register_ptx(artifacts.cubin, artifacts.ptx)
             kernel = CompiledKernel(config.compile_name, artifacts, _load(artifacts, key), simulated)
             _kernels[config, simulated] = kernel
     return kernel
+
+
+def _artifacts(config: KernelConfig, key: cache.Key) -> Artifacts:
+    loaded = _kernels.get((config, True)) or _kernels.get((config, False))
+    return loaded.artifacts if loaded else cache.fetch(key, lambda: _compile(config, key))
 
 
 def _export_name(key: cache.Key) -> str:
