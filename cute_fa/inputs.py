@@ -15,14 +15,9 @@ import torch
 
 from cute_fa.errors import ArgumentError
 from cute_fa.problem import normalize_window
+from cute_fa.tensors import TORCH_DTYPES
 from cute_fa.types import DType
 
-TORCH_DTYPES = {
-    DType.FP16: torch.float16,
-    DType.BF16: torch.bfloat16,
-    DType.E4M3: torch.float8_e4m3fn,
-    DType.E5M2: torch.float8_e5m2,
-}
 _LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
 
 

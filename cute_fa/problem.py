@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
-from cute_fa.errors import WindowError
+from cute_fa.errors import (
+    ArgumentError,
+    EmptyBatchError,
+    Fp8Error,
+    LengthError,
+    PageSizeError,
+    ShapeError,
+    WindowError,
+)
 from cute_fa.types import Direction, DType, MaskKind, PositionBias, SmArch
+
+INT32_MAX = 2**31 - 1
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+# Products of scale, cap and log2(e) must stay far inside fp32.
+_LARGEST_FACTOR = 2.0**32
 
 
 def normalize_window(window_size: Any, causal: bool) -> tuple[int | None, int | None]:
     """(left, right) with None for infinite, causal folded in as right = min(right, 0).
 
-    −1 (FA2, FA3) and None (FA4) are infinite; other negative bounds raise. (−1, 0) is causal, in every convention.
+    −1 (FA2, FA3) and None (FA4) are infinite, as is a bound that no int32 length can reach; other negative bounds
+    raise. (−1, 0) is causal attention, whichever convention the caller follows.
     """
     if window_size is None:
         window_size = (None, None)
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise WindowError(f"window_size={window_size!r}: a pair (left, right) is needed")
-    left, right = (_bound(side, bound) for side, bound in zip(("left", "right"), window_size, strict=True))
+    left, right = _bound("left", window_size[0]), _bound("right", window_size[1])
     return left, 0 if causal else right
 
 
 def _bound(side: str, bound: Any) -> int | None:
     if bound is None:
         return None
-    if isinstance(bound, bool) or not isinstance(bound, int):
+    if isinstance(bound, bool) or not isinstance(bound, numbers.Integral):
         raise WindowError(f"window_size {side}={bound!r}: a bound is an int, or None or −1 for infinite")
     if bound < -1:
         raise WindowError(f"window_size {side}={bound}: a bound is ≥ 0, or None or −1 for infinite")
-    return None if bound == -1 else bound
+    return None if bound == -1 or bound >= INT32_MAX else int(bound)
 
 
 @dataclass(frozen=True)
 class AttentionProblem:
-    """What is asked of a kernel: shapes, dtypes and every semantic choice; made by :meth:`AttentionProblem.make`-like
-    helpers of the API, the only place where window conventions, scales and layouts are normalised.
+    """What is asked of a kernel: shapes, dtypes and every semantic choice. ``cute_fa.tensors.problem_of`` makes one
+    from tensors and options; making it by hand validates the same rules.
 
     ``window_left`` and ``window_right`` are None where infinite, and causal is folded in (``window_right == 0``).
-    ``seqlen_q`` and ``seqlen_k`` are the longest lengths: ``max_seqlen_*`` for varlen.
+    ``seqlen_q`` and ``seqlen_k`` are the longest lengths: ``max_seqlen_*`` for varlen. ``varlen_*``: the tensor is
+    packed, with cu_seqlens; ``seqused_*``: lengths shorter than what the tensor holds are given. ``page_size``: k and v
+    are pages. ``out_dtype`` is q's by default, bf16 for fp8.
+
+    Raises EmptyBatchError, ShapeError, LengthError, WindowError, PageSizeError, Fp8Error or ArgumentError.
     """
 
     arch: SmArch
@@ -66,9 +86,53 @@ class AttentionProblem:
     direction: Direction = Direction.FORWARD
     out_dtype: DType | None = None
 
+    def __post_init__(self):
+        self._check_sizes()
+        self._check_options()
+        if self.out_dtype is None:
+            object.__setattr__(self, "out_dtype", DType.BF16 if self.dtype.is_fp8 else self.dtype)
+        if self.out_dtype.is_fp8:
+            raise Fp8Error(f"out_dtype={self.out_dtype.value}: the output is fp16 or bf16")
+
+    def _check_sizes(self):
+        if self.batch < 1:
+            raise EmptyBatchError(f"batch={self.batch}: at least one sequence is needed")
+        for name in ("seqlen_q", "seqlen_k"):
+            if not 0 <= getattr(self, name) <= INT32_MAX:
+                raise LengthError(f"{name}={getattr(self, name)}: a length is between 0 and {INT32_MAX}")
+        for name in ("num_heads", "num_heads_kv", "head_dim", "head_dim_v"):
+            if getattr(self, name) < 1:
+                raise ShapeError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if self.num_heads % self.num_heads_kv:
+            raise ShapeError(
+                f"{self.num_heads} query heads and {self.num_heads_kv} kv heads: "
+                "the number of query heads must be a multiple of the number of kv heads"
+            )
+        if self.page_size is not None and self.page_size not in PAGE_SIZES:
+            raise PageSizeError(f"page_size={self.page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
+        if self.page_size is not None and self.varlen_k:
+            raise ArgumentError("cu_seqlens_k with a paged cache: its lengths are seqused_k")
+
+    def _check_options(self):
+        check_factor("softmax_scale", self.softmax_scale)
+        if self.softcap != 0.0:
+            check_factor("softcap", self.softcap)
+        for side, bound in (("left", self.window_left), ("right", self.window_right)):
+            if bound is not None and bound < 0:
+                raise WindowError(f"window_{side}={bound}: a bound is ≥ 0, or None for infinite")
+        if not 0 <= self.sink_tokens <= INT32_MAX:
+            raise ArgumentError(f"sink_tokens={self.sink_tokens}: a number of tokens, at least 0")
+        if not 1 <= self.num_splits <= INT32_MAX:
+            raise ArgumentError(f"num_splits={self.num_splits}: at least 1")
+
     @property
     def causal(self) -> bool:
         return self.window_right == 0
+
+    @property
+    def varlen(self) -> bool:
+        """Whether sequences of the batch may differ in length."""
+        return self.varlen_q or self.varlen_k or self.seqused_q or self.seqused_k
 
     @property
     def gqa_ratio(self) -> int:
@@ -84,3 +148,14 @@ class AttentionProblem:
     @property
     def position_bias(self) -> PositionBias:
         return PositionBias.ALIBI if self.alibi else PositionBias.NONE
+
+
+def default_scale(head_dim: int) -> float:
+    """1/√head_dim."""
+    return 1.0 / math.sqrt(head_dim)
+
+
+def check_factor(name: str, value: float) -> None:
+    """A factor of the scores: above 0 (the running maximum is taken before it) and harmless in fp32."""
+    if not 1.0 / _LARGEST_FACTOR <= value <= _LARGEST_FACTOR:
+        raise ArgumentError(f"{name}={value}: a number between 2^-32 and 2^32")

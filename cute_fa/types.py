@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from cute_fa.errors import ArgumentError, DeviceError
+
 
 class SmArch(Enum):
     """A GPU architecture that kernels are compiled for; the value is the DSL's and ptxas's target name."""
@@ -37,6 +39,24 @@ class SmArch(Enum):
         return self is SmArch.SM_90A
 
 
+    @classmethod
+    def named(cls, name: str | SmArch) -> SmArch:
+        """The architecture of a name such as ``sm_90a``; raises ArgumentError for others."""
+        try:
+            return cls(name)
+        except ValueError:
+            raise ArgumentError(f"arch={name!r}: one of {', '.join(arch.value for arch in cls)}") from None
+
+    @classmethod
+    def of_capability(cls, major: int, minor: int) -> SmArch:
+        """The target for a GPU's compute capability; raises DeviceError for one that no kernel is built for."""
+        number = 120 if major == 12 else 10 * major + minor
+        for arch in cls:
+            if arch.number == number:
+                return arch
+        raise DeviceError(f"compute capability {major}.{minor}: kernels exist for {', '.join(a.value for a in cls)}")
+
+
 class DType(Enum):
     """Element type of q, k and v; the value is the token used in kernel names."""
 
@@ -47,10 +67,16 @@ class DType(Enum):
 
     @property
     def bytes(self) -> int:
-        return 1 if self in (DType.E4M3, DType.E5M2) else 2
+        return 1 if self.is_fp8 else 2
+
+    @property
+    def is_fp8(self) -> bool:
+        return self in (DType.E4M3, DType.E5M2)
 
 
 class Direction(Enum):
+    """Which pass a kernel computes; the value is the token used in kernel names."""
+
     FORWARD = "fwd"
     BACKWARD = "bwd"
 
@@ -65,5 +91,7 @@ class MaskKind(Enum):
 
 
 class PositionBias(Enum):
+    """What is added to the scores by distance."""
+
     NONE = "none"
     ALIBI = "alibi"

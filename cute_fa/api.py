@@ -1,0 +1,276 @@
+"""The public functions. They accept the argument names of FlashAttention 2, 3 and 4 alike.
+
+What attention means here (masks, biases, LSE, empty rows) is written down in ``cute_fa.reference``.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+
+from cute_fa import ops
+from cute_fa.errors import ArgumentError, UnsupportedArgumentError, ZeroLengthError
+from cute_fa.problem import INT32_MAX, normalize_window
+
+# Arguments of the peers that are not implemented, with the values that ask for nothing.
+_NOT_IMPLEMENTED: dict[str, tuple] = {
+    "dropout_p": (0.0, None),
+    "qv": (None,),
+    "q_descale": (None,),
+    "k_descale": (None,),
+    "v_descale": (None,),
+    "attention_chunk": (0, None),
+    "pack_gqa": (None, False),
+    "sm_margin": (0,),
+    "score_mod": (None,),
+    "score_mod_bwd": (None,),
+    "mask_mod": (None,),
+    "aux_tensors": (None,),
+    "aux_scalars": (None,),
+    "block_sparse_tensors": (None,),
+    "block_sparse_tensors_bwd": (None,),
+    "gather_kv_indices": (None,),
+    "gather_bwd_recompute_p": (False,),
+    "gather_bwd_token_chunk": (None,),
+    "min_seqlen_k": (None,),
+    "leftpad_k": (None,),
+    "scheduler_metadata": (None,),
+    "seqlen_k_per_split": (None,),
+    "disable_scheduler_metadata": (False,),
+    "m_block_size": (None,),
+    "n_block_size": (None,),
+    "num_threads": (None,),
+}
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    sink_tokens: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    num_splits: int = 1,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    return_attn_probs: bool = False,
+    return_softmax_lse: bool = False,
+    out: torch.Tensor | None = None,
+    family: str | None = None,
+    **peers: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention over sequences of one length.
+
+    q: (batch, seqlen_q, heads, head_dim); k: (batch, seqlen_k, heads_kv, head_dim); v: (batch, seqlen_k, heads_kv,
+    head_dim_v), fp16 or bf16. heads is a multiple of heads_kv: query head h uses kv head h // (heads / heads_kv). The
+    last dimension is contiguous, other strides and the first address are multiples of 16 bytes, stride 0 included.
+
+    softmax_scale: 1/√head_dim by default.
+    causal: query i sees keys up to i + seqlen_k − seqlen_q.
+    window_size: (left, right) in tokens around that diagonal, both inclusive; None or −1 is infinite.
+    sink_tokens: the first keys stay visible although they lie left of the window.
+    softcap: scores become softcap·tanh(score/softcap); 0 is off.
+    alibi_slopes: fp32 (heads) or (batch, heads): −slope·|i + seqlen_k − seqlen_q − j| is added.
+    learnable_sink: (heads), a logit that takes part in the softmax and has no value.
+    num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
+    deterministic: the forward always is.
+    return_lse (return_attn_probs, return_softmax_lse): also return the LSE.
+    out: where to write the result; it then has no gradient.
+    family: ``fa2``, ``fa3`` or ``fa4`` for kernels of that family alone; the best there is by default.
+
+    Other arguments of FlashAttention 2, 3 and 4 are accepted at their defaults and raise UnsupportedArgumentError
+    otherwise. Returns out (batch, seqlen_q, heads, head_dim_v), or (out, lse) with lse fp32 (batch, heads, seqlen_q),
+    natural logarithm, −inf where nothing is visible. Raises a subclass of ``cute_fa.errors.CuteFaError`` for whatever
+    breaks a rule, before anything runs.
+    """
+    _check_peers(peers)
+    _check_flags(
+        causal=causal,
+        deterministic=deterministic,
+        return_lse=return_lse,
+        return_attn_probs=return_attn_probs,
+        return_softmax_lse=return_softmax_lse,
+    )
+    call = _call(
+        (q, k, v, None, None, None, None, None, alibi_slopes, learnable_sink, out),
+        None,
+        None,
+        softmax_scale,
+        normalize_window(window_size, causal),
+        sink_tokens,
+        softcap,
+        num_splits,
+        family,
+    )
+    return _result(call, out, return_lse or return_attn_probs or return_softmax_lse)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    *,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    sink_tokens: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    num_splits: int = 1,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    return_attn_probs: bool = False,
+    return_softmax_lse: bool = False,
+    out: torch.Tensor | None = None,
+    family: str | None = None,
+    **peers: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention over sequences of different lengths; arguments not named here are those of :func:`flash_attn_func`.
+
+    q: (total_q, heads, head_dim) with ``cu_seqlens_q`` int32 (batch + 1): sequence b has rows cu_seqlens_q[b] up to
+    cu_seqlens_q[b + 1]; without it (batch, seqlen_q, heads, head_dim). k and v likewise with ``cu_seqlens_k``, or pages
+    (num_pages, page_size, heads_kv, …) with ``page_table`` (``block_table``) int32 (batch, max_pages).
+    max_seqlen_q, max_seqlen_k: at least the longest sequence's length; None takes what the tensor could hold.
+    seqused_q, seqused_k: int32 (batch), how many rows of each sequence count, all by default; a paged cache takes the
+    differences of ``cu_seqlens_k`` in the place of ``seqused_k``. Beyond seqused_q O is 0 and LSE −inf.
+
+    Returns out (total_q, heads, head_dim_v), or (out, lse) with lse fp32 (heads, total_q); for unpacked q as
+    :func:`flash_attn_func`. Rows of q after the last sequence are not written. What lies outside the lengths may hold
+    anything, NaN included. Values in device tensors are checked with ``CUTE_FA_CHECK=1`` and when simulating.
+    """
+    _check_peers(peers)
+    _check_flags(
+        causal=causal,
+        deterministic=deterministic,
+        return_lse=return_lse,
+        return_attn_probs=return_attn_probs,
+        return_softmax_lse=return_softmax_lse,
+    )
+    if page_table is not None and block_table is not None:
+        raise ArgumentError("page_table and block_table: two names of one argument, give one")
+    page_table = page_table if page_table is not None else block_table
+    if page_table is not None and isinstance(cu_seqlens_k, torch.Tensor):
+        if seqused_k is None:
+            seqused_k = cu_seqlens_k.diff()
+        cu_seqlens_k = None
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
+    call = _call(
+        (q, k, v, *lengths, alibi_slopes, learnable_sink, out),
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        normalize_window(window_size, causal),
+        sink_tokens,
+        softcap,
+        num_splits,
+        family,
+    )
+    return _result(call, out, return_lse or return_attn_probs or return_softmax_lse)
+
+
+def _check_peers(peers: dict[str, Any]) -> None:
+    for name, value in peers.items():
+        if name not in _NOT_IMPLEMENTED:
+            raise ArgumentError(f"{name}: no such argument")
+        if not any(value is default or (_is_number(value) and value == default) for default in _NOT_IMPLEMENTED[name]):
+            raise UnsupportedArgumentError(name, value)
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name}={value!r}: True or False")
+
+
+def _call(
+    tensors: tuple,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    softmax_scale: Any,
+    window: tuple[int | None, int | None],
+    sink_tokens: Any,
+    softcap: Any,
+    num_splits: Any,
+    family: Any,
+) -> tuple:
+    """Arguments of ``ops.attention``: kinds checked, since the dispatcher's own complaints name no rule."""
+    for name, tensor in zip((*ops.Call._fields[: ops.NUM_TENSORS], "out"), tensors, strict=True):
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name in ("q", "k", "v")):
+            raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
+        if tensor is not None and tensor.layout is not torch.strided:
+            raise ArgumentError(f"{name} has layout {str(tensor.layout).removeprefix('torch.')}: strided is needed")
+    learnable_sink = tensors[9]
+    if learnable_sink is not None and learnable_sink.dtype in (torch.float16, torch.bfloat16):
+        learnable_sink = learnable_sink.float()
+    if softmax_scale is not None:
+        softmax_scale = _float("softmax_scale", softmax_scale)
+    if family is not None and not isinstance(family, str):
+        raise ArgumentError(f"family={family!r}: a name")
+    return (
+        *tensors[:9],
+        learnable_sink,
+        _length("max_seqlen_q", max_seqlen_q),
+        _length("max_seqlen_k", max_seqlen_k),
+        softmax_scale,
+        *window,
+        _integer("sink_tokens", sink_tokens),
+        _float("softcap", softcap),
+        _integer("num_splits", num_splits) or 1,
+        family,
+    )
+
+
+def _result(call: tuple, out: torch.Tensor | None, with_lse: bool) -> Any:
+    if out is None:
+        out, lse = ops.attention(*call)
+    else:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*call[: ops.NUM_TENSORS], out) if t is not None):
+            raise ArgumentError("out= with a tensor that requires a gradient: a result written in place has none")
+        lse = ops.attention_out(*call, out)
+    return (out, lse) if with_lse else out
+
+
+def _length(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    value = _integer(name, value)
+    if value == 0:
+        raise ZeroLengthError(f"{name}=0: the longest sequence has at least 1 token")
+    return value
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
+        raise ArgumentError(f"{name}={value!r}: an int is needed")
+    if not 0 <= value <= INT32_MAX:
+        raise ArgumentError(f"{name}={value}: between 0 and {INT32_MAX}")
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+
+
+def _float(name: str, value: Any) -> float:
+    if not _is_number(value):
+        raise ArgumentError(f"{name}={value!r}: a number is needed")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ArgumentError(f"{name}: the number is beyond any float") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.SymFloat, numbers.Real)) and not isinstance(value, bool)

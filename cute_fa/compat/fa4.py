@@ -1,0 +1,67 @@
+"""``flash_attn_func`` and ``flash_attn_varlen_func`` of FlashAttention 4 (flash_attn/cute/interface.py, 4.0.0b36)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cute_fa import api
+from cute_fa.compat.order import REQUIRED, in_order
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_QKV = {"q": REQUIRED, "k": REQUIRED, "v": REQUIRED, "qv": None}
+_LENGTHS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"))
+_OPTIONS = {
+    "softmax_scale": None,
+    "causal": False,
+    "window_size": (None, None),
+    "learnable_sink": None,
+    "softcap": 0.0,
+    "num_splits": 1,
+    "pack_gqa": None,
+    "deterministic": False,
+    "score_mod": None,
+    "score_mod_bwd": None,
+    "mask_mod": None,
+}
+_BLOCK_SPARSE = {"block_sparse_tensors": None}
+_AUX = {"aux_tensors": None, "aux_scalars": None}
+_GATHER_BWD = {"gather_bwd_recompute_p": False, "gather_bwd_token_chunk": None}
+_RETURNS = "Always returns (out, lse); lse is None unless asked for or needed for a gradient."
+
+
+def _with_lse(call: Callable, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    inputs = (given["q"], given["k"], given["v"])
+    keep = given.get("return_lse") or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
+    out, lse = call(**(given | {"return_lse": True}))
+    return out, lse if keep else None
+
+
+flash_attn_func = in_order(
+    "flash_attn_func",
+    _QKV
+    | {"gather_kv_indices": None}
+    | _OPTIONS
+    | _AUX
+    | _BLOCK_SPARSE
+    | {"block_sparse_tensors_bwd": None, "return_lse": False}
+    | _GATHER_BWD,
+    lambda given: _with_lse(api.flash_attn_func, given),
+    f"See :func:`cute_fa.flash_attn_func`. {_RETURNS}",
+)
+flash_attn_varlen_func = in_order(
+    "flash_attn_varlen_func",
+    _QKV
+    | _LENGTHS
+    | dict.fromkeys(("min_seqlen_k", "seqused_q", "seqused_k", "gather_kv_indices", "page_table"))
+    | _OPTIONS
+    | _BLOCK_SPARSE
+    | _AUX
+    | {"return_lse": False, "scheduler_metadata": None, "seqlen_k_per_split": None, "disable_scheduler_metadata": False}
+    | _GATHER_BWD,
+    lambda given: _with_lse(api.flash_attn_varlen_func, _LENGTHS | given),
+    f"See :func:`cute_fa.flash_attn_varlen_func`. {_RETURNS}",
+)

@@ -1,0 +1,233 @@
+"""The torch operators ``cute_fa::attention`` and ``cute_fa::attention_out``, and the launch path behind them.
+
+A call is described by shapes, strides, dtypes and options. Validation, dispatch and compilation depend on nothing else
+and are done once for each such description: what they find is a ``_Plan``, and a call that has one costs a dictionary
+look-up, the outputs' allocation and the launch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from cute_fa.compiler import compiled
+from cute_fa.dispatch import TABLE
+from cute_fa.errors import NoBackwardError
+from cute_fa.kernel import AttentionTensors
+from cute_fa.simulation import arch_of, simulated_arch
+from cute_fa.tensors import ALIGNMENT, TORCH_DTYPES, check_pointers, check_values, problem_of
+
+if TYPE_CHECKING:
+    from cute_fa.compiler import CompiledKernel
+    from cute_fa.kernel import AttentionKernel
+    from cute_fa.problem import AttentionProblem
+    from cute_fa.types import SmArch
+
+# Whether to check values that live on the device, at the price of host synchronisations.
+CHECK_VALUES = os.environ.get("CUTE_FA_CHECK", "0") not in ("", "0")
+# A description that changes at every call (decoding, packed batches) must not fill the memory.
+_MAX_PLANS = 4096
+
+
+class Call(NamedTuple):
+    """Arguments of the operators, in the schema's order; meanings as in ``cute_fa.api``, the window normalised."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    seqused_q: torch.Tensor | None
+    seqused_k: torch.Tensor | None
+    page_table: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    learnable_sink: torch.Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    softmax_scale: float | None
+    window_left: int | None
+    window_right: int | None
+    sink_tokens: int
+    softcap: float
+    num_splits: int
+    family: str | None
+
+
+NUM_TENSORS = 10
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
+    "Tensor? page_table, Tensor? alibi_slopes, Tensor? learnable_sink, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "float? softmax_scale, SymInt? window_left, SymInt? window_right, SymInt sink_tokens, float softcap, "
+    "SymInt num_splits, str? family"
+)
+LIBRARY = torch.library.Library("cute_fa", "DEF")
+LIBRARY.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define(f"attention_out({_ARGUMENTS}, Tensor(a!) out) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known of every call with one description. ``compiled`` is None if no key or no query exists, so that
+    nothing is launched. ``strides``: canonical strides of q, k, v and out where a dimension of size 1 has odd ones."""
+
+    problem: AttentionProblem
+    kernel: type[AttentionKernel]
+    compiled: CompiledKernel | None
+    out_shape: tuple[int, ...]
+    out_dtype: torch.dtype
+    lse_shape: tuple[int, ...]
+    strides: tuple[tuple[int, ...] | None, ...]
+
+
+_plans: dict[tuple, _Plan] = {}
+
+
+def _attention(*arguments):
+    call = Call._make(arguments)
+    plan = _plan(arguments, None)
+    q = call.q
+    out = q.new_empty(plan.out_shape, dtype=plan.out_dtype)
+    lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
+    _run(plan, call, out, lse)
+    return out, lse
+
+
+def _attention_out(*arguments):
+    *arguments, out = arguments
+    call = Call._make(arguments)
+    plan = _plan(tuple(arguments), out)
+    lse = call.q.new_empty(plan.lse_shape, dtype=torch.float32)
+    _run(plan, call, out, lse)
+    return lse
+
+
+def _plan(arguments: tuple, out: torch.Tensor | None) -> _Plan:
+    arch = arch_of(arguments[0].device)
+    signatures = tuple([None if t is None else _signature(t) for t in arguments[:NUM_TENSORS]])
+    key = (arch, signatures, arguments[NUM_TENSORS:], None if out is None else _signature(out))
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(arch, Call._make(arguments), out)
+    return plan
+
+
+def _signature(tensor: torch.Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _make_plan(arch: SmArch, call: Call, out: torch.Tensor | None) -> _Plan:
+    options = call._asdict()
+    family = options.pop("family")
+    window = options.pop("window_left"), options.pop("window_right")
+    problem = problem_of(arch, **options, window_size=window, out=out)
+    kernel = TABLE.lookup(problem, family)
+    q, k, v = call.q, call.k, call.v
+    launches = q.numel() > 0 and k.numel() > 0
+    return _Plan(
+        problem=problem,
+        kernel=kernel,
+        compiled=compiled(kernel.configure(problem)) if launches else None,
+        out_shape=(*q.shape[:-1], v.shape[-1]),
+        out_dtype=TORCH_DTYPES[problem.out_dtype],
+        lse_shape=_lse_shape(call),
+        strides=tuple(None if t is None else _odd_strides(t) for t in (q, k, v, out)),
+    )
+
+
+def _lse_shape(call: Call) -> tuple:
+    if call.cu_seqlens_q is not None:
+        return call.q.shape[1], call.q.shape[0]
+    return call.q.shape[0], call.q.shape[2], call.q.shape[1]
+
+
+def _odd_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Strides to use instead: those of dimensions of size 1 mean nothing, but kernels ask for multiples of 16 bytes."""
+    step = ALIGNMENT // tensor.element_size()
+    *outer, last = tensor.stride()
+    canonical = (*(0 if size == 1 else stride for size, stride in zip(tensor.shape, outer, strict=False)), 1)
+    return canonical if last != 1 or any(stride % step for stride in outer) else None
+
+
+def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
+    q, k, v = call.q, call.k, call.v
+    if CHECK_VALUES or simulated_arch() is not None:
+        check_values(plan.problem, q, k, *call[3:8])
+    if plan.compiled is None:
+        _without_keys(call, out, lse)
+        return
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % ALIGNMENT:
+        check_pointers(q=q, k=k, v=v, out=out)
+    if plan.strides != (None, None, None, None):
+        pairs = zip((q, k, v, out), plan.strides, strict=True)
+        q, k, v, out = (t if strides is None else t.as_strided(t.shape, strides) for t, strides in pairs)
+    tensors = AttentionTensors(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        call.seqused_q,
+        call.seqused_k,
+        call.alibi_slopes,
+        call.learnable_sink,
+        call.page_table,
+    )
+    plan.compiled.launch(plan.kernel.arguments(plan.problem, tensors))
+
+
+def _without_keys(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """The result where no key exists at all: O = 0 and LSE = −inf, or learnable_sink for rows that count."""
+    out.zero_()
+    lse.fill_(-math.inf)
+    if call.learnable_sink is None or lse.numel() == 0:
+        return
+    sink = call.learnable_sink[:, None]
+    if call.seqused_q is None:
+        lse.copy_(sink.expand_as(lse))
+        return
+    row = torch.arange(lse.shape[-1], device=lse.device)
+    if call.cu_seqlens_q is None:
+        counts = (row < call.seqused_q[:, None])[:, None]
+    else:
+        starts = call.cu_seqlens_q[:-1]
+        sequence = torch.searchsorted(call.cu_seqlens_q[1:], row, right=True, out_int32=True)
+        sequence = sequence.clamp(max=starts.shape[0] - 1)
+        counts = row - starts[sequence] < call.seqused_q[sequence]
+    lse.copy_(torch.where(counts, sink, lse))
+
+
+def _fake(*arguments):
+    call = Call._make(arguments)
+    q, v = call.q, call.v
+    dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
+    return out, q.new_empty(_lse_shape(call), dtype=torch.float32)
+
+
+def _fake_out(*arguments):
+    call = Call._make(arguments[:-1])
+    return call.q.new_empty(_lse_shape(call), dtype=torch.float32)
+
+
+def _backward(ctx, dout, dlse):
+    raise NoBackwardError(
+        "cute_fa has no backward kernel yet: run the forward under torch.no_grad(), or detach q, k and v"
+    )
+
+
+LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_out", _attention_out, "CompositeExplicitAutograd")
+torch.library.register_fake("cute_fa::attention", _fake, lib=LIBRARY)
+torch.library.register_fake("cute_fa::attention_out", _fake_out, lib=LIBRARY)
+torch.library.register_autograd("cute_fa::attention", _backward, lib=LIBRARY)
+
+attention = torch.ops.cute_fa.attention.default
+attention_out = torch.ops.cute_fa.attention_out.default

@@ -1,0 +1,309 @@
+"""Rules for the tensors of a call, and the problem that they describe.
+
+Everything here reads shapes, strides and dtypes only; ``check_values`` alone reads what lies on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+from cute_fa.errors import (
+    AlignmentError,
+    ArgumentError,
+    CumulativeSeqlensError,
+    DeviceError,
+    DTypeError,
+    EmptyBatchError,
+    EmptyCacheError,
+    LengthError,
+    PagedHeadDimError,
+    PageTableError,
+    ShapeError,
+    StrideError,
+    ZeroLengthError,
+)
+from cute_fa.problem import INT32_MAX, AttentionProblem, default_scale, normalize_window
+from cute_fa.types import Direction, DType
+
+if TYPE_CHECKING:
+    from cute_fa.types import SmArch
+
+TORCH_DTYPES = {
+    DType.FP16: torch.float16,
+    DType.BF16: torch.bfloat16,
+    DType.E4M3: torch.float8_e4m3fn,
+    DType.E5M2: torch.float8_e5m2,
+}
+DTYPES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
+ALIGNMENT = 16
+
+
+def problem_of(
+    arch: SmArch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    sink_tokens: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    direction: Direction = Direction.FORWARD,
+) -> AttentionProblem:
+    """The problem that tensors and options describe; shapes as in :class:`cute_fa.kernel.AttentionTensors`.
+
+    Raises the error of whichever rule is broken; makes no host synchronisation.
+    """
+    dtype = _dtype(q, k, v)
+    batch, rows_q = _queries(q, cu_seqlens_q)
+    rows_k, page_size = _keys(q, k, v, batch, cu_seqlens_k, page_table)
+    tensors = {"q": q, "k": k, "v": v}
+    if out is not None:
+        _output(out, tensors)
+        tensors["out"] = out
+    for name, tensor in tensors.items():
+        _loadable(name, tensor)
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    lengths |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
+    for name, tensor in lengths.items():
+        if tensor is not None:
+            _vector(name, tensor, torch.int32, batch + name.startswith("cu"))
+    heads = q.shape[-2]
+    if alibi_slopes is not None:
+        _vector("alibi_slopes", alibi_slopes, torch.float32, heads, batch)
+    if learnable_sink is not None:
+        _vector("learnable_sink", learnable_sink, torch.float32, heads)
+    extras = {**lengths, "page_table": page_table, "alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
+    for name, tensor in (tensors | extras).items():
+        if tensor is not None and tensor.device != q.device:
+            raise DeviceError(f"{name} is on {tensor.device} and q on {q.device}: all tensors must be on one device")
+    for name, cu_seqlens, rows in (("cu_seqlens_q", cu_seqlens_q, rows_q), ("cu_seqlens_k", cu_seqlens_k, rows_k)):
+        if cu_seqlens is not None and rows > INT32_MAX:
+            raise CumulativeSeqlensError(f"{name} for {rows} rows: its int32 offsets overflow at {INT32_MAX}")
+    left, right = normalize_window(window_size, causal)
+    return AttentionProblem(
+        arch=arch,
+        dtype=dtype,
+        batch=batch,
+        seqlen_q=_longest("q", rows_q, max_seqlen_q, cu_seqlens_q is not None, seqused_q is not None),
+        seqlen_k=_longest("k", rows_k, max_seqlen_k, cu_seqlens_k is not None, seqused_k is not None),
+        num_heads=heads,
+        num_heads_kv=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        softmax_scale=default_scale(q.shape[-1]) if softmax_scale is None else float(softmax_scale),
+        window_left=left,
+        window_right=right,
+        sink_tokens=min(sink_tokens, INT32_MAX),
+        softcap=float(softcap),
+        alibi=alibi_slopes is not None,
+        learnable_sink=learnable_sink is not None,
+        varlen_q=cu_seqlens_q is not None,
+        varlen_k=cu_seqlens_k is not None,
+        seqused_q=seqused_q is not None,
+        seqused_k=seqused_k is not None,
+        page_size=page_size,
+        num_splits=num_splits,
+        direction=direction,
+    )
+
+
+def check_pointers(**tensors: torch.Tensor) -> None:
+    """Raise AlignmentError for a tensor whose first element is not 16-byte aligned."""
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % ALIGNMENT:
+            raise AlignmentError(name, tensor.data_ptr(), ALIGNMENT)
+
+
+def check_values(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_q: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+) -> None:
+    """Check the numbers in the length tensors and the page table: one host synchronisation each.
+
+    Raises CumulativeSeqlensError, LengthError or PageTableError.
+    """
+    held_q = [problem.seqlen_q] * problem.batch
+    held_k = [problem.seqlen_k] * problem.batch
+    if cu_seqlens_q is not None:
+        held_q = check_offsets("cu_seqlens_q", cu_seqlens_q, q)
+    if cu_seqlens_k is not None:
+        held_k = check_offsets("cu_seqlens_k", cu_seqlens_k, k)
+    used_q = _used("seqused_q", seqused_q, held_q)
+    used_k = _used("seqused_k", seqused_k, held_k)
+    for name, used, longest in (("q", used_q, problem.seqlen_q), ("k", used_k, problem.seqlen_k)):
+        if max(used) > longest:
+            raise LengthError(f"max_seqlen_{name}={longest}: a sequence has {max(used)} tokens")
+    if page_table is not None:
+        for b, row in enumerate(page_table.tolist()):
+            for page in row[: -(-used_k[b] // k.shape[1])]:
+                if not 0 <= page < k.shape[0]:
+                    raise PageTableError(f"page_table[{b}] lists page {page}: the cache has {k.shape[0]} pages")
+
+
+def check_offsets(name: str, cu_seqlens: torch.Tensor, packed: torch.Tensor | None = None) -> list[int]:
+    """Lengths of the sequences; raises CumulativeSeqlensError unless offsets start at 0, never decrease and stay
+    within the packed tensor. Synchronises with the device."""
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise CumulativeSeqlensError(f"{name}[0]={offsets[0]}: offsets start at 0")
+    lengths = []
+    for b, (start, end) in enumerate(itertools.pairwise(offsets)):
+        if end < start:
+            raise CumulativeSeqlensError(f"{name} goes from {start} to {end} at {b + 1}: offsets never decrease")
+        lengths.append(end - start)
+    if packed is not None and offsets[-1] > packed.shape[0]:
+        raise CumulativeSeqlensError(f"{name} ends at {offsets[-1]}: the packed tensor has {packed.shape[0]} rows")
+    return lengths
+
+
+def _used(name: str, seqused: torch.Tensor | None, held: list[int]) -> list[int]:
+    if seqused is None:
+        return held
+    used = seqused.tolist()
+    for b, (length, most) in enumerate(zip(used, held, strict=True)):
+        if not 0 <= length <= most:
+            raise LengthError(f"{name}[{b}]={length}: between 0 and the {most} tokens that the tensor holds")
+    return used
+
+
+def _dtype(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> DType:
+    if q.dtype not in DTYPES:
+        raise DTypeError("q", q.dtype, f"one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} is needed")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise DTypeError(name, tensor.dtype, f"q is {str(q.dtype).removeprefix('torch.')}, k and v must be too")
+    return DTYPES[q.dtype]
+
+
+def _queries(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, int]:
+    """(batch, rows of the tensor)."""
+    if cu_seqlens_q is None:
+        _dims("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
+        batch, rows = q.shape[:2]
+    else:
+        _dims("q", q, 3, "(total_q, heads, head_dim) with cu_seqlens_q")
+        _dims("cu_seqlens_q", cu_seqlens_q, 1, "(batch + 1)")
+        batch, rows = cu_seqlens_q.shape[0] - 1, q.shape[0]
+    if batch < 1:
+        raise EmptyBatchError(f"q {tuple(q.shape)} describes {max(batch, 0)} sequences: at least one is needed")
+    return batch, rows
+
+
+def _keys(q, k, v, batch: int, cu_seqlens_k, page_table) -> tuple[int, int | None]:
+    """(rows that one sequence, or the packed tensor, can hold; page size or None)."""
+    page_size = None
+    if page_table is not None:
+        if cu_seqlens_k is not None:
+            raise ArgumentError("cu_seqlens_k with page_table: a paged cache takes its lengths from seqused_k")
+        _dims("k", k, 4, "(num_pages, page_size, heads_kv, head_dim) with page_table")
+        _integers("page_table", page_table)
+        _dims("page_table", page_table, 2, "(batch, max_pages)")
+        if page_table.shape[0] != batch:
+            raise ShapeError(f"page_table {tuple(page_table.shape)}: one row for each of {batch} sequences is needed")
+        if k.shape[0] == 0 or page_table.shape[1] == 0:
+            raise EmptyCacheError(f"k {tuple(k.shape)}, page_table {tuple(page_table.shape)}: the cache has no pages")
+        _contiguous("page_table", page_table)
+        page_size, rows = k.shape[1], page_table.shape[1] * k.shape[1]
+    elif cu_seqlens_k is not None:
+        _dims("k", k, 3, "(total_k, heads_kv, head_dim) with cu_seqlens_k")
+        rows = k.shape[0]
+    else:
+        _dims("k", k, 4, "(batch, seqlen_k, heads_kv, head_dim)")
+        rows = k.shape[1]
+        if k.shape[0] != batch:
+            raise ShapeError(f"k {tuple(k.shape)}: its first size is the batch, {batch}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ShapeError(f"v {tuple(v.shape)} and k {tuple(k.shape)}: all sizes but the last must be equal")
+    if k.shape[-1] != q.shape[-1]:
+        rule = f"k has head_dim {k.shape[-1]} and q {q.shape[-1]}: they must be equal"
+        raise PagedHeadDimError(f"paged {rule}") if page_table is not None else ShapeError(rule)
+    return rows, page_size
+
+
+def _output(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+    q, v = inputs["q"], inputs["v"]
+    expected = (*q.shape[:-1], v.shape[-1])
+    if tuple(out.shape) != expected:
+        raise ShapeError(f"out {tuple(out.shape)}: {expected} is needed")
+    expected_dtype = torch.bfloat16 if DTYPES[q.dtype].is_fp8 else q.dtype
+    if out.dtype != expected_dtype:
+        raise DTypeError("out", out.dtype, f"{str(expected_dtype).removeprefix('torch.')} is needed")
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise StrideError("out", out.stride(), "an expanded tensor cannot be written")
+    storage = out.untyped_storage().data_ptr()
+    for name, tensor in inputs.items():
+        if storage and tensor.untyped_storage().data_ptr() == storage:
+            raise ArgumentError(f"out shares its memory with {name}: a kernel reads {name} while it writes out")
+
+
+def _loadable(name: str, tensor: torch.Tensor) -> None:
+    """Strides that 16-byte loads can follow; those of dimensions of size 1 do not matter, 0 is fine."""
+    strides = tensor.stride()
+    if tensor.numel() == 0:
+        return
+    if strides[-1] != 1 and tensor.shape[-1] > 1:
+        raise StrideError(name, strides, "the last dimension must be contiguous")
+    for size, stride in zip(tensor.shape[:-1], strides[:-1], strict=True):
+        if size > 1 and stride * tensor.element_size() % ALIGNMENT:
+            raise StrideError(name, strides, f"every stride but the last must be a multiple of {ALIGNMENT} bytes")
+
+
+def _vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int, batch: int | None = None) -> None:
+    """A contiguous (size) tensor; also (batch, size) where ``batch`` is given."""
+    if tensor.dtype != dtype:
+        raise DTypeError(name, tensor.dtype, f"{str(dtype).removeprefix('torch.')} is needed")
+    shapes = [(size,)] if batch is None else [(size,), (batch, size)]
+    if tuple(tensor.shape) not in shapes:
+        raise ShapeError(f"{name} {tuple(tensor.shape)}: {' or '.join(map(str, shapes))} is needed")
+    _contiguous(name, tensor)
+
+
+def _integers(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype != torch.int32:
+        raise DTypeError(name, tensor.dtype, "int32 is needed")
+
+
+def _contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise StrideError(name, tensor.stride(), "the tensor must be contiguous")
+
+
+def _dims(name: str, tensor: torch.Tensor, dims: int, layout: str) -> None:
+    if tensor.dim() != dims:
+        raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: {layout} is needed")
+
+
+def _longest(side: str, rows: int, given: int | None, packed: bool, seqused: bool) -> int:
+    """The longest sequence: ``max_seqlen`` of a packed tensor, else what the tensor holds."""
+    if given is not None and given < 1:
+        rule = ZeroLengthError if given == 0 else LengthError
+        raise rule(f"max_seqlen_{side}={given}: the longest sequence has at least 1 token")
+    if given is not None and given > INT32_MAX:
+        raise LengthError(f"max_seqlen_{side}={given}: at most {INT32_MAX}")
+    if packed:
+        return rows if given is None else min(given, rows)
+    if given is not None and given < rows and not seqused:
+        raise LengthError(f"max_seqlen_{side}={given}: each sequence has {rows} tokens")
+    return rows
