@@ -1,0 +1,95 @@
+"""The tour's layers: their published figures, and that the comparison would notice each feature missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cute_fa import reference
+from cute_fa.tour import (
+    GEMMA2_LOCAL,
+    GPT_OSS,
+    LAYERS,
+    LLAMA3,
+    MISTRAL,
+    SIMULATED_LENGTH,
+    STREAMING,
+    alibi_slopes,
+    itinerary,
+    layer_inputs,
+)
+
+# What leaves each feature out, in the reference's options.
+_WITHOUT = {
+    "window_size": (None, None),
+    "sink_tokens": 0,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "learnable_sink": None,
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_leaving_out_a_feature_is_outside_tolerance(layer):
+    inputs = layer_inputs(layer, SIMULATED_LENGTH)
+    options = inputs.options()
+    expected = reference.expected(inputs.q, inputs.k, inputs.v, **options)
+    used = [name for name, off in _WITHOUT.items() if torch.is_tensor(options[name]) or options[name] != off]
+    for name in used:
+        changed = reference.attention(inputs.q, inputs.k, inputs.v, **{**options, name: _WITHOUT[name]})
+        assert not expected.check(*changed).ok, name
+    if layer.window is not None:
+        left, right = options["window_size"]
+        for wrong in (left - 1, left + 1):
+            changed = {**options, "window_size": (wrong, right)}
+            comparison = expected.check(*reference.attention(inputs.q, inputs.k, inputs.v, **changed))
+            assert not comparison.ok, f"left bound {wrong}"
+
+
+def test_the_text_gives_scores_with_structure():
+    inputs = layer_inputs(LLAMA3, SIMULATED_LENGTH)
+    q, k = inputs.q[0, :, 0].float(), inputs.k[0, :, 0].float()
+    scores = (q @ k.T / 128**0.5).tril()
+    largest = torch.softmax(scores.masked_fill(~torch.ones_like(scores).tril().bool(), -torch.inf), -1).amax(-1)
+    # White noise of unit variance would give about 0.05 here.
+    assert largest[64:].mean() > 0.2
+
+
+def test_inputs_are_reproducible_and_follow_the_text():
+    first, second = (layer_inputs(GPT_OSS, 100) for _ in range(2))
+    assert torch.equal(first.k, second.k)
+    longer = layer_inputs(GPT_OSS, 120)
+    assert torch.equal(longer.v[:, :100], first.v)  # no byte knows a later one
+
+
+def test_windows_scale_only_where_they_would_hide_nothing():
+    assert MISTRAL.window_at(MISTRAL.length) == 4096
+    assert MISTRAL.window_at(320) == 4096 * 320 // 16384
+    assert MISTRAL.mask(320) == "causal, window 4096 → 80 at this length"
+    assert GPT_OSS.window_at(320) == 128
+    assert STREAMING.mask(8192) == "causal, sink 4, window 2044"
+
+
+def test_a_window_counts_the_query_itself():
+    assert GPT_OSS.spec(320).window == (127, None)
+    assert GEMMA2_LOCAL.spec(8192).window == (4095, None)
+
+
+def test_slopes_are_the_published_ones():
+    assert alibi_slopes(32)[[0, 31]].tolist() == pytest.approx([2**-0.25, 2**-8])
+    with pytest.raises(ValueError, match="24 heads"):
+        alibi_slopes(24)
+
+
+def test_every_layer_is_visited():
+    stops = itinerary()
+    assert {stop.layer for stop in stops} == set(LAYERS)
+    if stops[0].machine.simulated:
+        assert {stop.machine.arch.value for stop in stops} == {"sm_80", "sm_90a", "sm_100a"}
+
+
+def test_more_text_than_there_is():
+    with pytest.raises(ValueError, match="the text has 45325 bytes"):
+        layer_inputs(replace(LLAMA3, heads=1, heads_kv=1), 10**5)
