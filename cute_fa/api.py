@@ -98,7 +98,7 @@ def flash_attn_func(
         return_attn_probs=return_attn_probs,
         return_softmax_lse=return_softmax_lse,
     )
-    call = _call(
+    call = prepare(
         (q, k, v, None, None, None, None, None, alibi_slopes, learnable_sink, out),
         None,
         None,
@@ -170,7 +170,7 @@ def flash_attn_varlen_func(
             seqused_k = cu_seqlens_k.diff()
         cu_seqlens_k = None
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
-    call = _call(
+    call = prepare(
         (q, k, v, *lengths, alibi_slopes, learnable_sink, out),
         max_seqlen_q,
         max_seqlen_k,
@@ -198,7 +198,7 @@ def _check_flags(**flags: Any) -> None:
             raise ArgumentError(f"{name}={value!r}: True or False")
 
 
-def _call(
+def prepare(
     tensors: tuple,
     max_seqlen_q: Any,
     max_seqlen_k: Any,
@@ -209,7 +209,8 @@ def _call(
     num_splits: Any,
     family: Any,
 ) -> tuple:
-    """Arguments of ``ops.attention``: kinds checked, since the dispatcher's own complaints name no rule."""
+    """Arguments of ``ops.attention`` from q, k, v, the seven optional tensors of ``ops.Call``, out, and the options:
+    kinds checked, since the dispatcher's own complaints name no rule."""
     for name, tensor in zip((*ops.Call._fields[: ops.NUM_TENSORS], "out"), tensors, strict=True):
         if not isinstance(tensor, torch.Tensor) and (tensor is not None or name in ("q", "k", "v")):
             raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")

@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from cute_fa.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
+from cute_fa.names import problem_name
 from cute_fa.problem import AttentionProblem, default_scale
 from cute_fa.types import Direction, DType, SmArch
 
@@ -80,6 +81,9 @@ class DispatchKey:
             page_size=problem.page_size,
             splits=problem.num_splits,
         )
+
+    def __str__(self) -> str:
+        return problem_name(self.problem())
 
     def problem(self) -> AttentionProblem:
         """The smallest problem of this key: what ``supports()`` is asked about when only the key is known."""

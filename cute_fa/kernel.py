@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from cute_fa.types import Direction, SmArch
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from cute_fa.problem import AttentionProblem
 
 
-@dataclass(frozen=True)
-class AttentionTensors:
+class AttentionTensors(NamedTuple):
     """The tensors of one call, as the caller laid them out; absent features are None.
 
     Dense: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v (…, head_dim_v), out

@@ -10,9 +10,13 @@ if TYPE_CHECKING:
 
 
 def canonical_name(kernel: type[AttentionKernel], problem: AttentionProblem) -> str:
-    """What ran, run-time values included, e.g. ``fa3_fwd_sm90a_bf16_hd128_causal_varlen_sw4096_sink4_gqa8``.
+    """What ran, run-time values included, e.g. ``fa3_fwd_sm90a_bf16_hd128_causal_varlen_sw4096_sink4_gqa8``: the
+    kernel's family, then :func:`problem_name`."""
+    return f"{kernel.family}_{problem_name(problem)}"
 
-    Tokens in order: family, direction, architecture, dtype, ``hd`` head_dim (``v`` head_dim_v if it differs),
+
+def problem_name(problem: AttentionProblem) -> str:
+    """The problem in tokens: direction, architecture, dtype, ``hd`` head_dim (``v`` head_dim_v if it differs),
     ``causal``, ``varlen``, ``sw`` window left, ``wr`` window right (where not causal), ``alibi``, ``sink`` sink tokens,
     ``softcap`` cap (``p`` for the point), ``lsink`` learnable sink, ``page`` page size, ``split`` number of splits,
     ``gqa`` query heads per kv head. What a problem does not use has no token.
@@ -22,8 +26,7 @@ def canonical_name(kernel: type[AttentionKernel], problem: AttentionProblem) -> 
         head_dim += f"v{problem.head_dim_v}"
     window_right = None if problem.causal else problem.window_right
     tokens = {
-        kernel.family: True,
-        kernel.direction.value: True,
+        problem.direction.value: True,
         problem.arch.short: True,
         problem.dtype.value: True,
         head_dim: True,

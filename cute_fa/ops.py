@@ -121,12 +121,17 @@ def _signature(tensor: torch.Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _make_plan(arch: SmArch, call: Call, out: torch.Tensor | None) -> _Plan:
+def problem_of_call(arch: SmArch, call: Call, out: torch.Tensor | None) -> AttentionProblem:
+    """The validated problem of a call."""
     options = call._asdict()
-    family = options.pop("family")
+    del options["family"]
     window = options.pop("window_left"), options.pop("window_right")
-    problem = problem_of(arch, **options, window_size=window, out=out)
-    kernel = TABLE.lookup(problem, family)
+    return problem_of(arch, **options, window_size=window, out=out)
+
+
+def _make_plan(arch: SmArch, call: Call, out: torch.Tensor | None) -> _Plan:
+    problem = problem_of_call(arch, call, out)
+    kernel = TABLE.lookup(problem, call.family)
     q, k, v = call.q, call.k, call.v
     launches = q.numel() > 0 and k.numel() > 0
     return _Plan(

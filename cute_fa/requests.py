@@ -1,0 +1,268 @@
+"""Requests as values: frozen descriptions of one forward, validated when made, that know their key and can run.
+
+They put the choices in the types of the dispatch layer, where the functions of ``cute_fa.api`` take flags; both end in
+the same call.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import KW_ONLY, dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cute_fa import api, ops
+from cute_fa.dispatch import TABLE, DispatchKey
+from cute_fa.errors import (
+    ArgumentError,
+    ChunkIndexError,
+    CumulativeSeqlensError,
+    EmptyBatchError,
+    WindowError,
+    ZeroLengthError,
+)
+from cute_fa.problem import INT32_MAX, normalize_window
+from cute_fa.simulation import arch_of
+from cute_fa.tensors import check_offsets
+from cute_fa.types import MaskKind, PositionBias, SmArch
+
+if TYPE_CHECKING:
+    from cute_fa.kernel import AttentionKernel
+    from cute_fa.problem import AttentionProblem
+
+
+@dataclass(frozen=True)
+class CumulativeSeqlens:
+    """Where each sequence of a packed batch starts: ``offsets`` (batch + 1) on the host, from 0, never decreasing, at
+    most 2^31 − 1 since kernels read them as int32. Raises CumulativeSeqlensError or EmptyBatchError."""
+
+    offsets: tuple[int, ...]
+
+    def __post_init__(self):
+        for offset in self.offsets:
+            if isinstance(offset, bool) or not isinstance(offset, int):
+                raise ArgumentError(f"cu_seqlens holds {offset!r}: offsets are ints")
+        object.__setattr__(self, "offsets", tuple(self.offsets))
+        if len(self.offsets) < 2:
+            raise EmptyBatchError(f"cu_seqlens {self.offsets}: at least one sequence is needed")
+        if self.offsets[0] != 0:
+            raise CumulativeSeqlensError(f"cu_seqlens[0]={self.offsets[0]}: offsets start at 0")
+        for b, (start, end) in enumerate(itertools.pairwise(self.offsets)):
+            if end < start:
+                raise CumulativeSeqlensError(
+                    f"cu_seqlens goes from {start} to {end} at {b + 1}: offsets never decrease"
+                )
+        if self.total > INT32_MAX:
+            raise CumulativeSeqlensError(f"cu_seqlens ends at {self.total}: int32 offsets overflow at {INT32_MAX}")
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int] | tuple[int, ...]) -> CumulativeSeqlens:
+        """Offsets of sequences of these lengths, one after the other."""
+        return cls((0, *itertools.accumulate(lengths)))
+
+    @classmethod
+    def from_tensor(cls, cu_seqlens: torch.Tensor) -> CumulativeSeqlens:
+        """Offsets read from a tensor (batch + 1): waits for the device."""
+        check_offsets("cu_seqlens", cu_seqlens)
+        return cls(tuple(cu_seqlens.tolist()))
+
+    @property
+    def batch(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def total(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(end - start for start, end in itertools.pairwise(self.offsets))
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
+
+    def tensor(self, device: torch.device | str) -> torch.Tensor:
+        """int32 (batch + 1), as the kernels take it."""
+        return torch.tensor(self.offsets, dtype=torch.int32, device=device)
+
+    def chunk(self, index: int, tokens: int) -> CumulativeSeqlens:
+        """Offsets of the ``index``-th piece of ``tokens`` tokens of every sequence, as a chunked prefill takes them;
+        sequences that end earlier have none or a shorter one. Raises ZeroLengthError for pieces of 0 tokens,
+        ChunkIndexError for an index that no sequence reaches."""
+        if tokens < 1:
+            raise ZeroLengthError(f"chunk of {tokens} tokens: at least 1 is needed")
+        chunks = -(-self.max_seqlen // tokens)
+        if not 0 <= index < chunks:
+            raise ChunkIndexError(f"chunk index {index}: sequences have {chunks} chunks of {tokens} tokens")
+        return self.from_lengths([min(max(length - index * tokens, 0), tokens) for length in self.lengths])
+
+
+class PersistentMode(Enum):
+    """How an FA3 kernel's CTAs get their tiles: the heuristic's choice, one tile each, or a persistent loop."""
+
+    AUTO = "auto"
+    OFF = "off"
+    ON = "on"
+
+
+@dataclass(frozen=True, eq=False)
+class _ForwardRequest:
+    """What the requests share. Tensors as for ``cute_fa.flash_attn_func`` or, packed, ``flash_attn_varlen_func``.
+
+    ``mask`` and ``window`` go together: NONE and CAUSAL take no window, SLIDING takes (left, right) with one bound
+    finite, SLIDING_CAUSAL takes (left, 0) or (left, None). ``position_bias`` ALIBI needs ``alibi_slopes``. ``arch`` is
+    the tensors' own by default; given, it lets a request for another machine be described.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    _: KW_ONLY
+    mask: MaskKind = MaskKind.NONE
+    window: tuple[int | None, int | None] = (None, None)
+    sink_tokens: int = 0
+    position_bias: PositionBias = PositionBias.NONE
+    alibi_slopes: torch.Tensor | None = None
+    softmax_scale: float | None = None
+    softcap: float = 0.0
+    learnable_sink: torch.Tensor | None = None
+    arch: SmArch | None = None
+
+    def __post_init__(self):
+        _check_kinds(self, mask=MaskKind, position_bias=PositionBias)
+        self._check_window()
+        if (self.position_bias is PositionBias.ALIBI) != (self.alibi_slopes is not None):
+            given = "given" if self.alibi_slopes is not None else "missing"
+            raise ArgumentError(f"position_bias={self.position_bias.value} with alibi_slopes {given}")
+        if self.arch is None:
+            self._prepared()
+            object.__setattr__(self, "arch", arch_of(self.q.device))
+        _check_kinds(self, arch=SmArch)
+        self.problem()
+
+    @property
+    def family(self) -> str | None:
+        return None
+
+    def problem(self) -> AttentionProblem:
+        """The validated problem."""
+        return ops.problem_of_call(self.arch, ops.Call._make(self._prepared()), None)
+
+    def dispatch_key(self) -> DispatchKey:
+        """What the table is asked."""
+        return DispatchKey.of(self.problem())
+
+    def kernel(self) -> type[AttentionKernel]:
+        """The kernel that serves the request; raises UnsupportedKeyError if there is none."""
+        return TABLE.lookup(self.problem(), self.family)
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse), on the device of the tensors, whose architecture must be the request's."""
+        actual = arch_of(self.q.device)
+        if actual is not self.arch:
+            raise ArgumentError(f"arch={self.arch.value}: the tensors are on {self.q.device}, {actual.value}")
+        return self._call(**self._options(), family=self.family, return_lse=True)
+
+    def _call(self, **options: Any) -> Any:
+        return api.flash_attn_func(self.q, self.k, self.v, **options)
+
+    def _prepared(self) -> tuple:
+        """Arguments of ``ops.attention``, their kinds checked."""
+        options = self._options()
+        lengths = (options.get("cu_seqlens_q"), options.get("cu_seqlens_k"), None, None, None)
+        return api.prepare(
+            (self.q, self.k, self.v, *lengths, self.alibi_slopes, self.learnable_sink, None),
+            options.get("max_seqlen_q"),
+            options.get("max_seqlen_k"),
+            self.softmax_scale,
+            normalize_window(self.window, options["causal"]),
+            self.sink_tokens,
+            self.softcap,
+            1,
+            self.family,
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "causal": self.mask in (MaskKind.CAUSAL, MaskKind.SLIDING_CAUSAL),
+            "window_size": self.window,
+            "sink_tokens": self.sink_tokens,
+            "alibi_slopes": self.alibi_slopes,
+            "softmax_scale": self.softmax_scale,
+            "softcap": self.softcap,
+            "learnable_sink": self.learnable_sink,
+        }
+
+    def _check_window(self):
+        left, right = normalize_window(self.window, causal=False)
+        sliding = self.mask in (MaskKind.SLIDING, MaskKind.SLIDING_CAUSAL)
+        if not sliding and (left, right) != (None, None):
+            raise WindowError(f"mask={self.mask.value} with window {self.window}: only sliding masks take a window")
+        if self.mask is MaskKind.SLIDING and (right == 0 or (left, right) == (None, None)):
+            raise WindowError(f"mask=sliding with window {self.window}: a finite bound, and right not 0, are needed")
+        if self.mask is MaskKind.SLIDING_CAUSAL and (left is None or right not in (None, 0)):
+            raise WindowError(f"mask=sliding-causal with window {self.window}: (left, 0) is needed")
+
+
+@dataclass(frozen=True, eq=False)
+class Fa2FwdRequest(_ForwardRequest):
+    """A forward by FA2-style kernels, which run on every architecture from sm_80 on."""
+
+    @property
+    def family(self) -> str:
+        return "fa2"
+
+
+@dataclass(frozen=True, eq=False)
+class Fa3FwdRequest(_ForwardRequest):
+    """A forward by FA3-style kernels. Raises Fa3ArchError when made for an architecture before sm_90a."""
+
+    persistent: PersistentMode = PersistentMode.AUTO
+
+    def __post_init__(self):
+        _check_kinds(self, persistent=PersistentMode)
+        super().__post_init__()
+        TABLE.explain(self.problem(), self.family)
+
+    @property
+    def family(self) -> str:
+        return "fa3"
+
+
+@dataclass(frozen=True, eq=False)
+class VarlenFwdRequest(_ForwardRequest):
+    """A forward over packed sequences, q (total_q, heads, head_dim), by the best kernel there is."""
+
+    cu_seqlens_q: CumulativeSeqlens
+    cu_seqlens_k: CumulativeSeqlens
+
+    def __post_init__(self):
+        _check_kinds(self, q=torch.Tensor, cu_seqlens_q=CumulativeSeqlens, cu_seqlens_k=CumulativeSeqlens)
+        super().__post_init__()
+        for name in ("q", "k"):
+            offsets, rows = getattr(self, f"cu_seqlens_{name}"), getattr(self, name).shape[0]
+            if offsets.total > rows:
+                raise CumulativeSeqlensError(f"cu_seqlens_{name} ends at {offsets.total}: {name} has {rows} rows")
+
+    def _call(self, **options: Any) -> Any:
+        return api.flash_attn_varlen_func(self.q, self.k, self.v, **options)
+
+    def _options(self) -> dict[str, Any]:
+        device = self.q.device
+        return {
+            **super()._options(),
+            "cu_seqlens_q": self.cu_seqlens_q.tensor(device),
+            "cu_seqlens_k": self.cu_seqlens_k.tensor(device),
+            "max_seqlen_q": self.cu_seqlens_q.max_seqlen,
+            "max_seqlen_k": self.cu_seqlens_k.max_seqlen,
+        }
+
+
+def _check_kinds(request: _ForwardRequest, **kinds: type) -> None:
+    for name, kind in kinds.items():
+        value = getattr(request, name)
+        if not isinstance(value, kind):
+            raise ArgumentError(f"{name} is {type(value).__name__}: a {kind.__name__} is needed")
