@@ -18,6 +18,7 @@ import shlex
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -102,8 +103,8 @@ def _dsl():
 
 
 def _redirect_discovery(real: str, standin: str) -> None:
-    """The TVM-FFI path looks the libraries up again at each compile. ``CUTE_DSL_LIBS`` would be the official way to
-    answer it, but child processes inherit that."""
+    """The TVM-FFI path and ``load_module`` look the libraries up again each time. ``CUTE_DSL_LIBS`` would be the
+    official answer to them, but the DSL has read it already, and child processes would inherit it."""
     from cutlass.base_dsl import env_manager
 
     discover = env_manager.get_prefix_dsl_libs
@@ -112,7 +113,9 @@ def _redirect_discovery(real: str, standin: str) -> None:
         found = discover(prefix)
         return found and found.replace(real, standin)
 
-    env_manager.get_prefix_dsl_libs = get_prefix_dsl_libs
+    for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "cutlass"]:
+        if vars(module).get("get_prefix_dsl_libs") is discover:
+            module.get_prefix_dsl_libs = get_prefix_dsl_libs
 
 
 def _mapped(name: str) -> bool:
@@ -136,12 +139,13 @@ def build(real: Path) -> Path:
         raise SimError(f"the simulator needs Linux on x86_64, not {platform.system()} on {platform.machine()}")
     symbols = exported_functions(real.read_bytes())
     identity = "\0".join([SOURCE.read_text(), str(real.resolve()), *symbols])
-    library = cache_dir() / f"standin-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    # The file name stays: the DSL looks for a path that ends so.
+    library = cache_dir() / f"standin-{hashlib.sha256(identity.encode()).hexdigest()[:16]}" / real.name
     if not library.exists():
         import filelock
 
         library.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{library}.lock"):
+        with filelock.FileLock(library.with_name("lock")):
             if not library.exists():
                 _compile(library, real.resolve(), symbols)
     return library

@@ -1,0 +1,107 @@
+"""Runs third-party kernels in the simulator, in a process of their own: ``python -m tests.testing.peer_runner ARCH``.
+
+Reads a JSON list of jobs from standard input and writes one JSON object a job to standard output, in order.
+"""
+
+import json
+import os
+import sys
+import time
+
+os.environ.update(
+    FLASH_ATTENTION_NUM_SMS="4", FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED="0", QUACK_CACHE_ENABLED="0", OMP_NUM_THREADS="1"
+)
+
+import ptxsim
+
+
+def reference(q, k, v, causal):
+    """softmax(q·kᵀ/√d)·v in fp32 and the natural-log LSE; causal is aligned to the bottom right. Shapes: q (batch,
+    seqlen_q, heads, d), k and v (batch, seqlen_k, heads_kv, d); out like q, lse (batch, heads, seqlen_q)."""
+    import torch
+
+    q, k, v = (x.float() for x in (q, k, v))
+    ratio = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(ratio, 2), v.repeat_interleave(ratio, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if causal:
+        seqlen_q, seqlen_k = scores.shape[-2:]
+        hidden = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool).triu(seqlen_k - seqlen_q + 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, -1), v), torch.logsumexp(scores, -1)
+
+
+class Attention:
+    """One forward problem of FlashAttention-4, its inputs and the reference's answer."""
+
+    def __init__(self, arch, *, batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, causal, dtype, seed=0):
+        import torch
+
+        self.arch, self.causal = int(arch.strip("sm_a")), causal
+        torch.manual_seed(seed)
+        shapes = (seqlen_q, heads), (seqlen_k, heads_kv), (seqlen_k, heads_kv)
+        self.q, self.k, self.v = (torch.randn(batch, s, h, head_dim).to(getattr(torch, dtype)) for s, h in shapes)
+        self.expected, self.expected_lse = reference(self.q, self.k, self.v, causal)
+
+    def run(self):
+        """(largest error of O, largest error of LSE); O starts as NaN."""
+        import torch
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        out = torch.full_like(self.q, float("nan"))
+        lse = _flash_attn_fwd(
+            self.q, self.k, self.v, causal=self.causal, _arch=self.arch, return_lse=True, out=out
+        )[1]
+        return (out.float() - self.expected).abs().max().item(), (lse - self.expected_lse).abs().max().item()
+
+
+def attention(arch, modes, **problem):
+    """Errors of FlashAttention-4's forward in each mode (late, seed)."""
+    case = Attention(arch, **problem)
+    return {"errors": [_in_mode(mode, case.run) for mode in modes]}
+
+
+def softmax(arch, modes, rows, columns, dtype):
+    """Largest error of quack's softmax kernel in each mode."""
+    import torch
+    from quack.softmax import Softmax, torch2cute_dtype_map
+
+    x = torch.randn(rows, columns).to(getattr(torch, dtype)) * 4
+    element = torch2cute_dtype_map[x.dtype]
+    errors = []
+    for mode in modes:
+        out = torch.full_like(x, float("nan"))
+        _in_mode(mode, lambda out=out: Softmax.compile(element, element, columns)(x, out))
+        errors.append((out.float() - torch.softmax(x.float(), -1)).abs().max().item())
+    return {"errors": errors}
+
+
+def _in_mode(mode, function):
+    simulation = ptxsim.current()
+    simulation.late, simulation.schedule_seed = mode
+    return function()
+
+
+JOBS = {"attention": attention, "softmax": softmax}
+
+
+def main(arch):
+    jobs = json.load(sys.stdin)
+    with ptxsim.simulate(arch) as simulation:
+        from tests.testing import fakecuda
+
+        fakecuda.pose()
+        for job in jobs:
+            started = time.perf_counter()
+            simulation.launches.clear()
+            try:
+                result = JOBS[job.pop("job")](arch, **job)
+            except Exception as error:
+                result = {"raised": f"{type(error).__name__}: {error}"}
+            result["launches"] = [launch.name for launch in simulation.launches]
+            result["seconds"] = time.perf_counter() - started
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
