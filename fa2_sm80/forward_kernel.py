@@ -13,7 +13,7 @@ from cutlass.cute.nvgpu import warp
 
 from cute_fa.device.block_range import BlockRange, Window, block_range
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
-from cute_fa.device.scores import LOG2_E, ScoreParams, in_log2_units, mask_scores, modify_scores
+from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores, remaining_scale, score_params
 from cute_fa.device.seqlen import LengthTensors, SeqlenInfo, seqlen_info
 from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.types import DType
@@ -84,12 +84,12 @@ class Fa2ForwardKernel:
             load_q = TileLoader(q, sQ, c.head_dim, tidx, c.num_threads)
             load_k = TileLoader(k, sK, c.head_dim, tidx, c.num_threads)
             load_v = TileLoader(v, sV, c.head_dim_v, tidx, c.num_threads)
-            slope_log2, sink_logit = None, None
+            slope, sink_logit = None, None
             if const_expr(c.alibi):
-                slope_log2 = args.alibi_slopes[batch, head] * LOG2_E
+                slope = args.alibi_slopes[batch, head]
             if const_expr(c.learnable_sink):
                 sink_logit = args.learnable_sink[head]
-            scores = ScoreParams(args.softmax_scale * LOG2_E, args.softcap, slope_log2)
+            scores = score_params(args.softmax_scale, args.softcap, slope)
 
             tile = QueryTile(c, self.dtype, tidx, sQ, sK, sV, info, m_start, args.window, scores)
             pipeline = KeyValuePipeline(c.stages, load_k, load_v, blocks, args.window, info.seqlen_k, c.tile_n)
@@ -229,7 +229,7 @@ class QueryTile:
         self.column_offset = own[0, 0][1]
         self.rows = [own[r, 0][0] for r in range(cute.size(own, mode=[0]))]
         self.m_start = m_start
-        self.softmax = OnlineSoftmax(len(self.rows), None if in_log2_units(params) else params.scale_log2)
+        self.softmax = OnlineSoftmax(len(self.rows), remaining_scale(params))
 
     @cute.jit
     def step(
@@ -284,7 +284,7 @@ class QueryTile:
             first_key = block * self.config.tile_n + self.column_offset
             diagonal = self.info.seqlen_k - self.info.seqlen_q + self.m_start - first_key
             diagonals = [diagonal + row for row in self.rows]
-        if const_expr(in_log2_units(self.params)):
+        if const_expr(self.config.alibi or self.config.softcap):
             positions = [Float32(d) for d in diagonals] if const_expr(self.config.alibi) else None
             modify_scores(scores, self.columns, positions, self.params)
         if const_expr(masked):

@@ -14,17 +14,24 @@ LOG2_E = math.log2(math.e)
 
 class ScoreParams(NamedTuple):
     """Run-time constants of the score formula. ``scale_log2``: softmax_scale·log2(e). ``softcap``: the cap c or None.
-    ``slope_log2``: ALiBi slope·log2(e) of the tile's head, or None."""
+    ``slope``: ALiBi slope of the tile's head in the units of :func:`modify_scores`' result, or None."""
 
     scale_log2: Float32
     softcap: Optional[Float32]
-    slope_log2: Optional[Float32]
+    slope: Optional[Float32]
 
 
-def in_log2_units(params: ScoreParams) -> bool:
-    """Whether :func:`modify_scores` leaves scores already multiplied by scale·log2(e). A plain score stays raw: the
-    multiplication is then part of the exponential's fma."""
-    return params.softcap is not None or params.slope_log2 is not None
+def score_params(softmax_scale: Float32, softcap: Optional[Float32], slope: Optional[Float32]) -> ScoreParams:
+    """Without softcap scores stay raw, the softmax multiplies them by scale·log2(e) in the exponential's fma, and the
+    slope is divided by the scale instead. With it they are in log2 units already."""
+    if const_expr(slope is not None):
+        slope = slope * LOG2_E if const_expr(softcap is not None) else slope / softmax_scale
+    return ScoreParams(softmax_scale * LOG2_E, softcap, slope)
+
+
+def remaining_scale(params: ScoreParams) -> Optional[Float32]:
+    """Factor from the result of :func:`modify_scores` to log2 units; None for 1."""
+    return None if const_expr(params.softcap is not None) else params.scale_log2
 
 
 @cute.jit
@@ -44,11 +51,9 @@ def modify_scores(scores: cute.Tensor, columns: cute.Tensor, positions: cute.Ten
             if const_expr(params.softcap is not None):
                 grown = cute.math.exp2(score * exponent, fastmath=True)
                 score = cap_log2 - 2.0 * cap_log2 * cute.arch.rcp_approx(1.0 + grown)
-            elif const_expr(params.slope_log2 is not None):
-                score = score * params.scale_log2
-            if const_expr(params.slope_log2 is not None):
+            if const_expr(params.slope is not None):
                 distance = positions[r] - Float32(columns[0, c][1])
-                score = score - params.slope_log2 * cute.math.absf(distance)
+                score = score - params.slope * cute.math.absf(distance)
             scores[r, c] = score
 
 
