@@ -44,6 +44,8 @@ _NOT_IMPLEMENTED: dict[str, tuple] = {
     "num_threads": (None,),
 }
 
+_TENSORS = (*ops.Call._fields[: ops.NUM_TENSORS], "out")
+
 
 def flash_attn_func(
     q: torch.Tensor,
@@ -211,10 +213,12 @@ def prepare(
 ) -> tuple:
     """Arguments of ``ops.attention`` from q, k, v, the seven optional tensors of ``ops.Call``, out, and the options:
     kinds checked, since the dispatcher's own complaints name no rule."""
-    for name, tensor in zip((*ops.Call._fields[: ops.NUM_TENSORS], "out"), tensors, strict=True):
-        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name in ("q", "k", "v")):
+    for name, tensor in zip(_TENSORS, tensors, strict=True):
+        if tensor is None and name not in "qkv":
+            continue
+        if not isinstance(tensor, torch.Tensor):
             raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
-        if tensor is not None and tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided:
             raise ArgumentError(f"{name} has layout {str(tensor.layout).removeprefix('torch.')}: strided is needed")
     learnable_sink = tensors[9]
     if learnable_sink is not None and learnable_sink.dtype in (torch.float16, torch.bfloat16):

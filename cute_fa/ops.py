@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 
 from cute_fa.compiler import compiled
 from cute_fa.dispatch import TABLE
@@ -58,6 +60,7 @@ class Call(NamedTuple):
 
 
 NUM_TENSORS = 10
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "Tensor? page_table, Tensor? alibi_slopes, Tensor? learnable_sink, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
@@ -234,5 +237,20 @@ torch.library.register_fake("cute_fa::attention", _fake, lib=LIBRARY)
 torch.library.register_fake("cute_fa::attention_out", _fake_out, lib=LIBRARY)
 torch.library.register_autograd("cute_fa::attention", _backward, lib=LIBRARY)
 
-attention = torch.ops.cute_fa.attention.default
+_attention_op = torch.ops.cute_fa.attention.default
 attention_out = torch.ops.cute_fa.attention_out.default
+
+
+def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) for the arguments of :class:`Call`: the operator ``cute_fa::attention``.
+
+    Where the dispatcher would do nothing but convert 19 arguments back and forth (eager mode, no gradient asked for, no
+    mode or transform watching, plain tensors) its Python kernel is called directly.
+    """
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        return _attention_op(*arguments)
+    needs_grad = torch.is_grad_enabled()
+    for tensor in arguments[:NUM_TENSORS]:
+        if tensor is not None and (type(tensor) not in _PLAIN or (needs_grad and tensor.requires_grad)):
+            return _attention_op(*arguments)
+    return _attention(*arguments)
