@@ -13,23 +13,21 @@ def pairwise(options: dict[str, list], seed: int = 0) -> list[dict[str, Any]]:
     Greedy: each case starts with a pair not yet held, and every other option takes the value that adds most new pairs.
     """
     rng = random.Random(seed)
-    names = list(options)
+    # a setting is (option's name, index of its value)
+    settings = {name: [(name, i) for i in range(len(values))] for name, values in options.items()}
     missing = {
-        pair
-        for a, b in itertools.combinations(range(len(names)), 2)
-        for pair in itertools.product([(a, i) for i in range(len(options[names[a]]))], [(b, i) for i in range(len(options[names[b]]))])
+        frozenset(pair)
+        for first, second in itertools.combinations(settings.values(), 2)
+        for pair in itertools.product(first, second)
     }
     cases = []
     while missing:
-        chosen = dict(rng.choice(sorted(missing)))
-        for option in rng.sample(range(len(names)), len(names)):
-            if option not in chosen:
-                values = rng.sample(range(len(options[names[option]])), len(options[names[option]]))
-                chosen[option] = max(values, key=lambda v: sum(_pair(option, v, o, w) in missing for o, w in chosen.items()))
-        missing -= {_pair(*p, *q) for p, q in itertools.combinations(chosen.items(), 2)}
-        cases.append({names[o]: options[names[o]][v] for o, v in sorted(chosen.items())})
+        chosen = dict(rng.choice(sorted(map(sorted, missing))))
+        for name in rng.sample(list(options), len(options)):
+            if name not in chosen:
+                candidates = rng.sample(settings[name], len(settings[name]))
+                gains = [sum(frozenset((c, other)) in missing for other in chosen.items()) for c in candidates]
+                chosen[name] = candidates[gains.index(max(gains))][1]
+        missing -= {frozenset(pair) for pair in itertools.combinations(chosen.items(), 2)}
+        cases.append({name: values[chosen[name]] for name, values in options.items()})
     return cases
-
-
-def _pair(option: int, value: int, other: int, other_value: int) -> tuple:
-    return tuple(sorted([(option, value), (other, other_value)]))

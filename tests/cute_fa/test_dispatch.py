@@ -1,0 +1,193 @@
+"""The table: which kernel serves what, in whose words the others decline, and what kernels are called."""
+
+import dataclasses
+
+import pytest
+
+from cute_fa.dispatch import FEATURES, TABLE, DispatchKey
+from cute_fa.errors import ArgumentError, CuteFaError, Fa3ArchError, Fp8Error, UnsupportedKeyError
+from cute_fa.kernel import AttentionKernel
+from cute_fa.names import canonical_name
+from cute_fa.types import Direction, DType, SmArch
+from tests.testing.grid import pairwise
+
+KEY = DispatchKey(SmArch.SM_80, DType.BF16, 128)
+
+
+def test_key_fields_and_their_order():
+    assert [field.name for field in dataclasses.fields(DispatchKey)] == [
+        "arch", "dtype", "head_dim", "causal", "varlen", "sliding_window", "alibi", "sink", "paged", "gqa_ratio",
+        "direction", "head_dim_v", "window_right", "softcap", "learnable_sink", "page_size", "splits",
+    ]  # fmt: skip
+
+
+def test_equal_keys_are_spelled_once():
+    causal = DispatchKey(SmArch.SM_80, DType.BF16, 128, causal=True)
+    assert DispatchKey(SmArch.SM_80, DType.BF16, 128, window_right=0) == causal
+    assert DispatchKey(SmArch.SM_80, DType.BF16, 128, causal=True, window_right=0) == causal
+    assert DispatchKey(SmArch.SM_80, DType.BF16, 128, causal=True, head_dim_v=128) == causal
+    assert hash(DispatchKey(SmArch.SM_80, DType.BF16, 128, window_right=0)) == hash(causal)
+    with pytest.raises(ArgumentError, match="causal with window_right=5"):
+        DispatchKey(SmArch.SM_80, DType.BF16, 128, causal=True, window_right=5)
+    with pytest.raises(ArgumentError, match="paged=True with page_size=None"):
+        DispatchKey(SmArch.SM_80, DType.BF16, 128, paged=True)
+
+
+KEYS = {
+    "arch": list(SmArch),
+    "dtype": list(DType),
+    "head_dim": [8, 64, 100, 128, 256, 264],
+    "head_dim_v": [None, 128, 300],
+    "causal": [False, True],
+    "varlen": [False, True],
+    "sliding_window": [None, 100],
+    "alibi": [False, True],
+    "sink": [0, 4],
+    "page_size": [None, 64],
+    "gqa_ratio": [1, 8],
+    "direction": list(Direction),
+    "softcap": [0.0, 30.0],
+    "learnable_sink": [False, True],
+    "splits": [1, 2],
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lookup_follows_supports(seed):
+    for options in pairwise(KEYS, seed):
+        key = DispatchKey(**options, paged=options["page_size"] is not None)
+        problem = key.problem()
+        assert DispatchKey.of(problem) == key
+        explained = TABLE.explain(key)
+        assert explained == TABLE.explain(problem)
+        serving = [name for name, reasons in explained.items() if not reasons]
+        if not serving:
+            with pytest.raises((UnsupportedKeyError, Fp8Error)) as caught:
+                TABLE.lookup(key)
+            for reasons in explained.values():
+                assert all(reason in str(caught.value) for reason in reasons)
+            continue
+        kernel = TABLE.lookup(key)
+        assert issubclass(kernel, AttentionKernel)
+        assert kernel.supports(problem) == []
+        assert kernel is TABLE.lookup(problem)
+        assert kernel.direction is key.direction
+        assert serving[0].startswith(kernel.family)
+
+
+@pytest.mark.parametrize("arch", list(SmArch))
+def test_every_arch_has_a_forward_and_no_backward_yet(arch):
+    key = dataclasses.replace(KEY, arch=arch)
+    assert TABLE.lookup(key).family == "fa2"
+    with pytest.raises(UnsupportedKeyError, match="fa2_bwd: no backward kernel exists yet"):
+        TABLE.lookup(dataclasses.replace(key, direction=Direction.BACKWARD))
+
+
+def test_reasons_are_the_kernels_own():
+    key = dataclasses.replace(KEY, head_dim=100, head_dim_v=None, splits=3)
+    reasons = TABLE.explain(key)["fa2_fwd"]
+    assert reasons == TABLE.lookup(KEY).supports(key.problem())
+    assert len(reasons) == 3
+    with pytest.raises(UnsupportedKeyError) as caught:
+        TABLE.lookup(key)
+    assert caught.value.key == key
+    assert caught.value.reasons == {"fa2_fwd": reasons}
+    assert "fwd_sm80_bf16_hd100_split3" in str(caught.value)
+    assert "head_dim 100" in str(caught.value)
+
+
+def test_fp8():
+    for arch in SmArch:
+        for dtype in (DType.E4M3, DType.E5M2):
+            with pytest.raises(Fp8Error, match=rf"{dtype.value} input on {arch.value}.*fa2_fwd: "):
+                TABLE.lookup(DispatchKey(arch, dtype, 128))
+    # not the dtype alone: the key is refused as a whole
+    with pytest.raises(UnsupportedKeyError, match="head_dim 264"):
+        TABLE.lookup(DispatchKey(SmArch.SM_80, DType.E4M3, 264))
+
+
+@pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_86, SmArch.SM_89])
+def test_fa3_before_sm_90a(arch):
+    with pytest.raises(Fa3ArchError, match=f"FA3 kernels on {arch.value}: they need WGMMA"):
+        TABLE.lookup(dataclasses.replace(KEY, arch=arch), family="fa3")
+
+
+def test_families():
+    on_hopper = dataclasses.replace(KEY, arch=SmArch.SM_90A)
+    assert TABLE.lookup(on_hopper, family="fa2").family == "fa2"
+    with pytest.raises(UnsupportedKeyError, match="fa3_fwd: no fa3_sm90 kernel exists yet"):
+        TABLE.lookup(on_hopper, family="fa3")
+    with pytest.raises(UnsupportedKeyError, match="fa4_fwd: tcgen05 exists on sm_100a and sm_103a alone; not sm_90a"):
+        TABLE.lookup(on_hopper, family="fa4")
+    # an FA3 request on Blackwell is one for FA4's kernels, never for FA2's
+    on_blackwell = dataclasses.replace(KEY, arch=SmArch.SM_100A)
+    reasons = TABLE.explain(on_blackwell, family="fa3")
+    assert reasons == {
+        "fa4_fwd": ["no fa4_sm100 kernel exists yet"],
+        "fa3_fwd": ["WGMMA exists on sm_90a alone; not sm_100a"],
+    }
+    assert list(TABLE.explain(on_blackwell)) == ["fa4_fwd", "fa2_fwd"]
+    with pytest.raises(ArgumentError, match="family='fa5': one of fa2, fa3, fa4"):
+        TABLE.lookup(KEY, family="fa5")
+
+
+def test_rows():
+    rows = list(TABLE.rows())
+    assert len(rows) == len(SmArch) * len(Direction) * len(FEATURES)
+    for row in rows:
+        assert bool(row.kernel) != bool(row.reason)
+    cells = {(row.arch, row.direction, row.feature): row for row in rows}
+    assert cells["sm_80", "fwd", "causal"].kernel == "fa2_fwd"
+    assert cells["sm_90a", "fwd", "head_dim 256"].kernel == "fa2_fwd"
+    assert "paged" not in str(cells["sm_80", "fwd", "varlen"].reason)
+    assert "page_size 64" in cells["sm_80", "fwd", "paged KV"].reason
+    assert "fa3_fwd: no fa3_sm90 kernel exists yet" in cells["sm_90a", "fwd", "fp8 e4m3"].reason
+    assert "no backward kernel exists yet" in cells["sm_80", "bwd", "bf16"].reason
+    assert "head_dim 512" in cells["sm_80", "fwd", "head_dim 512"].reason
+
+
+class Named:
+    def __init__(self, family):
+        self.family = family
+
+
+@pytest.mark.parametrize(
+    ("family", "arch", "options", "name"),
+    [
+        ("fa2", "sm_80", {}, "fa2_fwd_sm80_bf16_hd128"),
+        (
+            "fa3",
+            "sm_90a",
+            {"causal": True, "varlen": True, "sliding_window": 4096, "sink": 4, "gqa_ratio": 8},
+            "fa3_fwd_sm90a_bf16_hd128_causal_varlen_sw4096_sink4_gqa8",
+        ),
+        ("fa2", "sm_86", {"dtype": DType.FP16, "head_dim": 192, "head_dim_v": 128}, "fa2_fwd_sm86_fp16_hd192v128"),
+        (
+            "fa2",
+            "sm_120a",
+            {"sliding_window": 7, "window_right": 9, "alibi": True, "softcap": 50.0, "learnable_sink": True},
+            "fa2_fwd_sm120a_bf16_hd128_sw7_wr9_alibi_softcap50_lsink",
+        ),
+        ("fa2", "sm_80", {"softcap": 0.5, "window_right": 3}, "fa2_fwd_sm80_bf16_hd128_wr3_softcap0p5"),
+        (
+            "fa3",
+            "sm_90a",
+            {"dtype": DType.E4M3, "varlen": True, "paged": True, "page_size": 16, "splits": 4, "gqa_ratio": 4},
+            "fa3_fwd_sm90a_e4m3_hd128_varlen_page16_split4_gqa4",
+        ),
+        ("fa2", "sm_103a", {"direction": Direction.BACKWARD, "causal": True}, "fa2_bwd_sm103a_bf16_hd128_causal"),
+    ],
+)
+def test_canonical_names(family, arch, options, name):
+    key = DispatchKey(**{"arch": SmArch(arch), "dtype": DType.BF16, "head_dim": 128, **options})
+    assert canonical_name(Named(family), key.problem()) == name
+
+
+def test_names_tell_keys_apart():
+    keys = {DispatchKey(**options, paged=options["page_size"] is not None) for options in pairwise(KEYS, 5)}
+    assert len({str(key) for key in keys}) == len(keys) > 20
+
+
+def test_one_base_class():
+    assert issubclass(CuteFaError, ValueError)
+    assert issubclass(UnsupportedKeyError, CuteFaError)

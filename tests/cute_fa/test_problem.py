@@ -1,0 +1,317 @@
+"""AttentionProblem, windows, types and requests: what is normalised, and what raises."""
+
+import dataclasses
+import sys
+
+import numpy
+import pytest
+import torch
+
+import cute_fa
+from cute_fa import reference
+from cute_fa.errors import (
+    ArgumentError,
+    ChunkIndexError,
+    CumulativeSeqlensError,
+    DeviceError,
+    EmptyBatchError,
+    Fa3ArchError,
+    Fp8Error,
+    LengthError,
+    NoDeviceError,
+    PageSizeError,
+    ShapeError,
+    UnsupportedKeyError,
+    WindowError,
+    ZeroLengthError,
+)
+from cute_fa.problem import PAGE_SIZES, AttentionProblem, normalize_window
+from cute_fa.requests import CumulativeSeqlens, Fa2FwdRequest, Fa3FwdRequest, PersistentMode, VarlenFwdRequest
+from cute_fa.tensors import problem_of
+from cute_fa.types import Direction, DType, MaskKind, PositionBias, SmArch
+
+BASE = AttentionProblem(
+    arch=SmArch.SM_80,
+    dtype=DType.BF16,
+    batch=2,
+    seqlen_q=64,
+    seqlen_k=128,
+    num_heads=8,
+    num_heads_kv=2,
+    head_dim=64,
+    head_dim_v=64,
+    softmax_scale=0.125,
+)
+
+
+@pytest.mark.parametrize(
+    ("window", "causal", "expected"),
+    [
+        ((-1, -1), False, (None, None)),
+        ((None, None), False, (None, None)),
+        (None, False, (None, None)),
+        ((-1, -1), True, (None, 0)),
+        ((None, None), True, (None, 0)),
+        ((-1, 0), False, (None, 0)),
+        ((None, 0), False, (None, 0)),
+        ((-1, 0), True, (None, 0)),
+        ((128, -1), True, (128, 0)),
+        ((128, 0), False, (128, 0)),
+        ((128, 64), True, (128, 0)),
+        ([0, 7], False, (0, 7)),
+        ((-1, 5), False, (None, 5)),
+        ((sys.maxsize, 10**30), False, (None, None)),
+        ((numpy.int64(3), numpy.int32(-1)), False, (3, None)),
+    ],
+)
+def test_windows(window, causal, expected):
+    assert normalize_window(window, causal) == expected
+
+
+@pytest.mark.parametrize(
+    "window", [(-2, 0), (0, -7), (1.5, 0), ("4", 0), (True, 0), (1,), 5, (1, 2, 3), (torch.tensor(3), 0)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_that_raise(window, causal):
+    with pytest.raises(WindowError, match="window_size"):
+        normalize_window(window, causal)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mask", "causal"),
+    [
+        ({}, MaskKind.NONE, False),
+        ({"window_right": 0}, MaskKind.CAUSAL, True),
+        ({"window_left": 8}, MaskKind.SLIDING, False),
+        ({"window_right": 8}, MaskKind.SLIDING, False),
+        ({"window_left": 8, "window_right": 8}, MaskKind.SLIDING, False),
+        ({"window_left": 8, "window_right": 0}, MaskKind.SLIDING_CAUSAL, True),
+    ],
+)
+def test_mask_kind(changes, mask, causal):
+    problem = dataclasses.replace(BASE, **changes)
+    assert problem.mask_kind is mask
+    assert problem.causal is causal
+
+
+def test_derived():
+    assert BASE.gqa_ratio == 4
+    assert BASE.out_dtype is DType.BF16
+    assert dataclasses.replace(BASE, dtype=DType.E4M3, out_dtype=None).out_dtype is DType.BF16
+    assert not BASE.varlen
+    assert dataclasses.replace(BASE, seqused_k=True).varlen
+    assert dataclasses.replace(BASE, alibi=True).position_bias is PositionBias.ALIBI
+    assert hash(BASE) == hash(dataclasses.replace(BASE))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BASE.batch = 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch": 0}, EmptyBatchError, "batch=0"),
+        ({"seqlen_q": -1}, LengthError, "seqlen_q=-1"),
+        ({"seqlen_k": 2**31}, LengthError, "seqlen_k=2147483648"),
+        ({"num_heads": 0}, ShapeError, "num_heads=0"),
+        ({"num_heads_kv": 3}, ShapeError, "8 query heads and 3 kv heads"),
+        ({"head_dim": 0}, ShapeError, "head_dim=0"),
+        ({"head_dim_v": 0}, ShapeError, "head_dim_v=0"),
+        ({"page_size": 48}, PageSizeError, "page_size=48: one of 8, 16, 32, 64, 128, 256"),
+        ({"page_size": 16, "varlen_k": True}, ArgumentError, "seqused_k"),
+        ({"softmax_scale": 0.0}, ArgumentError, "softmax_scale=0.0"),
+        ({"softmax_scale": float("nan")}, ArgumentError, "softmax_scale=nan"),
+        ({"softmax_scale": float("inf")}, ArgumentError, "softmax_scale=inf"),
+        ({"softcap": -1.0}, ArgumentError, "softcap=-1.0"),
+        ({"window_left": -1}, WindowError, "window_left=-1"),
+        ({"window_right": -3}, WindowError, "window_right=-3"),
+        ({"sink_tokens": -1}, ArgumentError, "sink_tokens=-1"),
+        ({"num_splits": 0}, ArgumentError, "num_splits=0"),
+        ({"out_dtype": DType.E4M3}, Fp8Error, "out_dtype=e4m3"),
+    ],
+)
+def test_problems_that_raise(changes, error, message):
+    with pytest.raises(error, match=message):
+        dataclasses.replace(BASE, **changes)
+
+
+@pytest.mark.parametrize("size", PAGE_SIZES)
+def test_page_sizes(size):
+    assert dataclasses.replace(BASE, page_size=size).page_size == size
+
+
+def test_from_tensors():
+    q = torch.zeros(100, 8, 64, dtype=torch.float16)
+    k = torch.zeros(3, 50, 2, 64, dtype=torch.float16)
+    v = torch.zeros(3, 50, 2, 32, dtype=torch.float16)
+    cu = torch.tensor([0, 10, 20, 100], dtype=torch.int32)
+    problem = problem_of(
+        SmArch.SM_90A,
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu,
+        seqused_k=cu[1:].contiguous(),
+        max_seqlen_q=80,
+        window_size=(-1, 3),
+        causal=True,
+        sink_tokens=2**40,
+        alibi_slopes=torch.ones(3, 8),
+    )
+    assert problem == AttentionProblem(
+        arch=SmArch.SM_90A,
+        dtype=DType.FP16,
+        batch=3,
+        seqlen_q=80,
+        seqlen_k=50,
+        num_heads=8,
+        num_heads_kv=2,
+        head_dim=64,
+        head_dim_v=32,
+        softmax_scale=0.125,
+        window_right=0,
+        sink_tokens=2**31 - 1,
+        alibi=True,
+        varlen_q=True,
+        seqused_k=True,
+    )
+    pages = torch.zeros(5, 16, 2, 64, dtype=torch.float16)
+    table = torch.zeros(3, 4, dtype=torch.int32)
+    paged = problem_of(SmArch.SM_80, q, pages, pages, cu_seqlens_q=cu, page_table=table, softmax_scale=2)
+    assert (paged.page_size, paged.seqlen_k, paged.seqlen_q, paged.softmax_scale) == (16, 64, 100, 2.0)
+    assert paged.direction is Direction.FORWARD
+
+
+def test_architectures():
+    assert SmArch.named("sm_90a") is SmArch.SM_90A
+    assert SmArch.named(SmArch.SM_80) is SmArch.SM_80
+    with pytest.raises(ArgumentError, match="arch='sm_90': one of sm_80"):
+        SmArch.named("sm_90")
+    capabilities = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_100a"}
+    for capability, name in (capabilities | {(10, 3): "sm_103a", (12, 0): "sm_120a", (12, 1): "sm_120a"}).items():
+        assert SmArch.of_capability(*capability).value == name
+    for capability in ((7, 5), (8, 7), (11, 0)):
+        with pytest.raises(DeviceError, match=f"compute capability {capability[0]}.{capability[1]}"):
+            SmArch.of_capability(*capability)
+    assert [arch for arch in SmArch if arch.has_wgmma] == [SmArch.SM_90A]
+
+
+class TestCumulativeSeqlens:
+    def test_from_lengths(self):
+        cu = CumulativeSeqlens.from_lengths([5, 0, 7])
+        assert cu.offsets == (0, 5, 5, 12)
+        assert (cu.lengths, cu.batch, cu.total, cu.max_seqlen) == ((5, 0, 7), 3, 12, 7)
+        assert cu.tensor("cpu").equal(torch.tensor([0, 5, 5, 12], dtype=torch.int32))
+        assert CumulativeSeqlens.from_tensor(cu.tensor("cpu")) == cu
+
+    def test_overflow(self):
+        most = CumulativeSeqlens.from_lengths([2**30, 2**30 - 1])
+        assert most.total == 2**31 - 1
+        with pytest.raises(CumulativeSeqlensError, match="ends at 2147483648: int32 offsets overflow"):
+            CumulativeSeqlens.from_lengths([2**30, 2**30])
+
+    @pytest.mark.parametrize(
+        ("offsets", "error", "message"),
+        [
+            ((0,), EmptyBatchError, "at least one sequence"),
+            ((), EmptyBatchError, "at least one sequence"),
+            ((1, 2), CumulativeSeqlensError, r"\[0\]=1"),
+            ((0, 5, 4), CumulativeSeqlensError, "from 5 to 4 at 2"),
+            ((0, 1.5), ArgumentError, "1.5"),
+            ((0, True), ArgumentError, "True"),
+        ],
+    )
+    def test_bad_offsets(self, offsets, error, message):
+        with pytest.raises(error, match=message):
+            CumulativeSeqlens(offsets)
+
+    def test_bad_tensor(self):
+        with pytest.raises(CumulativeSeqlensError, match="from 9 to 3 at 2"):
+            CumulativeSeqlens.from_tensor(torch.tensor([0, 9, 3]))
+        with pytest.raises(CumulativeSeqlensError, match="from 0 to -2"):
+            CumulativeSeqlens.from_lengths([-2, 5])
+
+    def test_chunks(self):
+        cu = CumulativeSeqlens.from_lengths([5, 0, 12])
+        assert [cu.chunk(i, 5).lengths for i in range(3)] == [(5, 0, 5), (0, 0, 5), (0, 0, 2)]
+        with pytest.raises(ZeroLengthError, match="chunk of 0 tokens"):
+            cu.chunk(0, 0)
+        for index in (3, -1):
+            with pytest.raises(ChunkIndexError, match=f"chunk index {index}: sequences have 3 chunks of 5 tokens"):
+                cu.chunk(index, 5)
+
+
+class TestRequests:
+    q = torch.randn(2, 40, 4, 64).bfloat16()
+    kv = torch.randn(2, 40, 2, 64).bfloat16()
+
+    def test_keys_without_a_gpu(self):
+        request = Fa2FwdRequest(
+            self.q, self.kv, self.kv, mask=MaskKind.SLIDING_CAUSAL, window=(16, 0), sink_tokens=4, arch=SmArch.SM_80
+        )
+        assert str(request.dispatch_key()) == "fwd_sm80_bf16_hd64_causal_sw16_sink4_gqa2"
+        slopes = torch.ones(4)
+        request = Fa2FwdRequest(
+            self.q, self.kv, self.kv, position_bias=PositionBias.ALIBI, alibi_slopes=slopes, arch=SmArch.SM_100A
+        )
+        assert str(request.dispatch_key()) == "fwd_sm100a_bf16_hd64_alibi_gqa2"
+        assert request.kernel().family == "fa2"
+        with pytest.raises(NoDeviceError, match="CPU tensors"):
+            request.run()
+
+    def test_fa3(self):
+        request = Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A, persistent=PersistentMode.ON)
+        assert request.dispatch_key().arch is SmArch.SM_90A
+        with pytest.raises(Fa3ArchError, match="FA3 kernels on sm_89"):
+            Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_89)
+        with pytest.raises(ArgumentError, match="persistent is bool: a PersistentMode is needed"):
+            Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A, persistent=True)
+
+    def test_no_fa3_kernel_yet(self):
+        request = Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A)
+        with pytest.raises(UnsupportedKeyError, match="no fa3_sm90 kernel exists yet"):
+            request.kernel()
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"mask": "causal"}, ArgumentError, "mask is str"),
+            ({"window": (4, 0)}, WindowError, "mask=none"),
+            ({"mask": MaskKind.CAUSAL, "window": (4, 0)}, WindowError, "mask=causal"),
+            ({"mask": MaskKind.SLIDING}, WindowError, "mask=sliding with"),
+            ({"mask": MaskKind.SLIDING, "window": (4, 0)}, WindowError, "right not 0"),
+            ({"mask": MaskKind.SLIDING_CAUSAL, "window": (None, 0)}, WindowError, "mask=sliding-causal"),
+            ({"mask": MaskKind.SLIDING_CAUSAL, "window": (4, 2)}, WindowError, "mask=sliding-causal"),
+            ({"position_bias": PositionBias.ALIBI}, ArgumentError, "alibi_slopes missing"),
+            ({"alibi_slopes": torch.ones(4)}, ArgumentError, "alibi_slopes given"),
+            ({"softcap": "50"}, ArgumentError, "softcap='50'"),
+            ({"arch": "sm_80"}, ArgumentError, "arch is str"),
+        ],
+    )
+    def test_bad_requests(self, options, error, message):
+        with pytest.raises(error, match=message):
+            Fa2FwdRequest(self.q, self.kv, self.kv, **{"arch": SmArch.SM_80, **options})
+
+    def test_malformed_tensors(self):
+        with pytest.raises(ArgumentError, match="q is NoneType"):
+            Fa2FwdRequest(None, self.kv, self.kv)
+        with pytest.raises(ShapeError, match="8 query heads and 3 kv heads"):
+            Fa2FwdRequest(torch.zeros(2, 4, 8, 64).half(), *[torch.zeros(2, 4, 3, 64).half()] * 2, arch=SmArch.SM_80)
+        cu = CumulativeSeqlens.from_lengths([30, 51])
+        packed_q, packed_kv = self.q.flatten(0, 1), self.kv.flatten(0, 1)
+        with pytest.raises(CumulativeSeqlensError, match="cu_seqlens_q ends at 81: q has 80 rows"):
+            VarlenFwdRequest(packed_q, packed_kv, packed_kv, cu, cu, arch=SmArch.SM_80)
+        with pytest.raises(ArgumentError, match="cu_seqlens_q is Tensor"):
+            VarlenFwdRequest(packed_q, packed_kv, packed_kv, cu.tensor("cpu"), cu, arch=SmArch.SM_80)
+
+    def test_run(self):
+        cu = CumulativeSeqlens.from_lengths([30, 0, 50])
+        packed_q, packed_kv = self.q.flatten(0, 1), self.kv.flatten(0, 1)
+        with cute_fa.simulate("sm_80"):
+            dense = Fa2FwdRequest(self.q, self.kv, self.kv, mask=MaskKind.CAUSAL).run()
+            packed = VarlenFwdRequest(packed_q, packed_kv, packed_kv, cu, cu, mask=MaskKind.CAUSAL).run()
+            elsewhere = Fa2FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A)
+            with pytest.raises(ArgumentError, match="arch=sm_90a: the tensors are on cpu, sm_80"):
+                elsewhere.run()
+        assert reference.check(*dense, self.q, self.kv, self.kv, causal=True).ok
+        options = {"cu_seqlens_q": cu.tensor("cpu"), "cu_seqlens_k": cu.tensor("cpu"), "causal": True}
+        assert reference.check(*packed, packed_q, packed_kv, packed_kv, **options).ok
