@@ -1,12 +1,14 @@
 """The command line: ``run`` one problem or the tour, ``compile`` a kernel, print the dispatch ``table``.
 
-Exit codes: 0 within tolerance, 1 outside it, 2 for a request that cannot be served.
+Exit codes: 0 within tolerance, 1 outside it or a fault in the kernel, 2 for a request that cannot be served.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
+import ptxsim
 from cute_fa import support
 from cute_fa.compiler import compile_artifacts
 from cute_fa.dispatch import TABLE
@@ -146,6 +149,8 @@ def run(context: click.Context, save: Path | None, as_json: bool, **given) -> No
 
 
 def _run_one(options: Options, save: Path | None, as_json: bool) -> None:
+    if save and not save.absolute().parent.is_dir():
+        raise click.BadParameter(f"{save.parent} is no folder", param_hint="--save")
     machine, spec = options.machine, options.spec
     TABLE.lookup(problem_of(spec, machine.arch, options.direction))  # a request that none serves fails before any work
     inputs = make_inputs(spec, options.inputs, options.seed, device=machine.device)
@@ -210,22 +215,17 @@ def table(as_json: bool, markdown: bool) -> None:
         _console().print(*support.to_rich(rows))
 
 
-class _errors:
-    """Turns a refused request into one message on stderr (as JSON also on stdout) and exit code 2."""
-
-    def __init__(self, as_json: bool):
-        self.as_json = as_json
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if not isinstance(error, CuteFaError):
-            return
-        if self.as_json:
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """Turns a refused request, and a fault that the simulator finds, into one message on stderr (as JSON also on
+    stdout) and an exit code."""
+    try:
+        yield
+    except (CuteFaError, ptxsim.SimError) as error:
+        if as_json:
             click.echo(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
         click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, CuteFaError) else 1)
 
 
 def _console() -> Console:

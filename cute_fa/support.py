@@ -1,43 +1,60 @@
-"""The support table as Markdown and for the terminal: a feature and direction a row, an architecture a column, and the
-reason for each "no" as a numbered note."""
+"""The support table as Markdown and for the terminal: a feature a row, direction and architectures a column, and for
+each "no" the numbers of the notes that give the candidates' reasons."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from rich.console import Group
 from rich.table import Table
 
 from cute_fa.dispatch import SupportRow
 
+_NEXT_CANDIDATE = re.compile(r"; (?=\w+_(?:fwd|bwd): )")
 
-def _grid(rows: Iterable[SupportRow]) -> tuple[list[str], dict[tuple[str, str], list[str]], list[str]]:
-    """Architectures, the cells by (feature, direction), and the notes, in the order in which cells name them."""
-    archs: list[str] = []
+
+class _Grid(NamedTuple):
+    """``cells[feature]`` has one entry for each header; ``notes`` are numbered from 1."""
+
+    headers: list[str]
+    cells: dict[str, list[str]]
+    notes: list[str]
+
+
+def _grid(rows: Iterable[SupportRow]) -> _Grid:
     notes: list[str] = []
-    cells: dict[tuple[str, str], list[str]] = {}
+    columns: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        if row.arch not in archs:
-            archs.append(row.arch)
-        if row.kernel is None and row.reason not in notes:
-            notes.append(row.reason)
-        text = row.kernel or f"no ({notes.index(row.reason) + 1})"
-        cells.setdefault((row.feature, row.direction), []).append(text)
-    return archs, cells, notes
+        numbers = []
+        for reason in _NEXT_CANDIDATE.split(row.reason) if row.kernel is None else ():
+            if reason not in notes:
+                notes.append(reason)
+            numbers.append(str(notes.index(reason) + 1))
+        text = row.kernel or f"no ({', '.join(numbers)})"
+        columns.setdefault((row.direction, row.arch), {})[row.feature] = text
+    # Architectures that agree in everything share a column.
+    shared: dict[tuple, list[str]] = {}
+    for (direction, arch), column in sorted(columns.items(), key=lambda item: item[0][0] == "bwd"):
+        shared.setdefault((direction, *column.items()), []).append(arch)
+    headers = [f"{key[0]} on {', '.join(archs)}" for key, archs in shared.items()]
+    features = next(iter(columns.values()))
+    return _Grid(headers, {feature: [dict(key[1:])[feature] for key in shared] for feature in features}, notes)
 
 
 def to_markdown(rows: Iterable[SupportRow]) -> str:
-    archs, cells, notes = _grid(rows)
-    lines = ["| feature | pass | " + " | ".join(archs) + " |", "|---|---|" + "---|" * len(archs)]
-    lines += [f"| {feature} | {direction} | " + " | ".join(row) + " |" for (feature, direction), row in cells.items()]
+    headers, cells, notes = _grid(rows)
+    lines = ["| feature | " + " | ".join(headers) + " |", "|---|" + "---|" * len(headers)]
+    lines += [f"| {feature} | " + " | ".join(row) + " |" for feature, row in cells.items()]
     return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))])
 
 
 def to_rich(rows: Iterable[SupportRow]) -> list[Table | Group]:
-    archs, cells, notes = _grid(rows)
+    headers, cells, notes = _grid(rows)
     table = Table(header_style="bold")
-    for name in ("feature", "pass", *archs):
+    for name in ("feature", *headers):
         table.add_column(name)
-    for key, row in cells.items():
-        table.add_row(*key, *row)
+    for feature, row in cells.items():
+        table.add_row(feature, *row)
     return [table, Group(*(f"{number}. {note}" for number, note in enumerate(notes, 1)))]

@@ -1,0 +1,199 @@
+"""The command line: results that can be recomputed from what it saves, exit codes, names, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cute_fa import cli, support
+from cute_fa.dispatch import TABLE
+from cute_fa.inputs import Inputs
+from cute_fa.tour import GPT_OSS, Stop
+from cute_fa.trial import Machine, choose_machine
+from cute_fa.types import SmArch
+
+SMALL = ["--seqlen-q", "70", "--heads", "2", "--head-dim", "32", "--arch", "sm_80"]
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli.main, list(arguments))
+
+
+def test_saved_tensors_recompute_the_result(tmp_path):
+    """O and LSE of a GQA problem with window, sink tokens, softcap, ALiBi and an extra logit, in float64 by hand."""
+    file = tmp_path / "run.pt"
+    features = "--seqlen-k 90 --heads-kv 1 --causal --window 20 -1 --sink 3 --softcap 5 --alibi --learnable-sink"
+    done = invoke("run", *SMALL, *features.split(), "--dtype", "fp16", "--save", str(file), "--json")
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert summary["canonical_name"] == "fa2_fwd_sm80_fp16_hd32_causal_sw20_alibi_sink3_softcap5_lsink_gqa2"
+    assert summary["ok"]
+    assert summary["simulated"]
+    saved = torch.load(file)
+    q, k, v = (saved[name].double() for name in "qkv")
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.expand(-1, -1, 2, -1)) * 32**-0.5
+    distance = torch.arange(70)[:, None] + 20 - torch.arange(90)
+    scores = 5 * torch.tanh(scores / 5) - saved["alibi_slopes"].double()[:, None, None] * distance.abs()
+    visible = (distance >= 0) & ((distance <= 20) | (torch.arange(90) < 3))
+    scores = scores.masked_fill(~visible, -torch.inf)
+    extra = saved["learnable_sink"].double()[:, None, None].expand(1, 2, 70, 1)
+    lse = torch.logsumexp(torch.cat((scores, extra), -1), -1)
+    out = torch.einsum("bhij,bjhd->bihd", torch.exp(scores - lse[..., None]), v.expand(-1, -1, 2, -1))
+    error = (saved["out"].double() - out).abs().max().item()
+    assert error == pytest.approx(summary["out_error"], abs=1e-5)
+    assert error < summary["out_allowed"] < 0.01
+    assert (saved["lse"] - lse).abs().max() < 1e-3
+    assert saved["options"]["seqlen_k"] == 90
+    assert saved["options"]["resolved"]["heads_kv"] == 1
+
+
+@pytest.mark.parametrize("direction", ["--inputs peaked", "--schedule-seed 3"])
+def test_varlen(tmp_path, direction):
+    file = tmp_path / "run.pt"
+    done = invoke("run", *SMALL, "--batch", "3", "--varlen", *direction.split(), "--save", str(file), "--json")
+    assert done.exit_code == 0, done.output
+    assert "varlen" in json.loads(done.stdout)["canonical_name"]
+    saved = torch.load(file)
+    assert saved["cu_seqlens_q"].tolist()[:3] == [0, 70, 113]
+    assert saved["lse"].shape == (2, 113)
+    assert json.loads(done.stdout)["schedule_seed"] == (3 if "schedule" in direction else None)
+
+
+def test_terminal_output_names_kernel_and_errors():
+    done = invoke("run", *SMALL)
+    assert done.exit_code == 0, done.output
+    for part in ("fa2_fwd_sm80_bf16_hd32", "sm_80 simulated", "max error of LSE", "within tolerance"):
+        assert part in done.stdout
+
+
+def test_a_wrong_result_exits_with_one(monkeypatch):
+    right = Inputs.run
+
+    def wrong(self, **extra):
+        out, lse = right(self, **extra)
+        out[0, -1, -1, -1] += 0.5
+        return out, lse
+
+    monkeypatch.setattr(Inputs, "run", wrong)
+    done = invoke("run", *SMALL, "--json")
+    summary = json.loads(done.stdout)
+    assert (done.exit_code, summary["ok"]) == (1, False)
+    assert summary["out_error"] > 0.4 > summary["out_allowed"]
+    assert "OUTSIDE TOLERANCE" in invoke("run", *SMALL).stdout
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ("--backward", "no backward kernel exists yet"),
+        ("--deterministic", "--deterministic without --backward"),
+        ("--page-size 64", "page"),
+        ("--page-size 24", "page_size=24"),
+        ("--dtype e4m3", "fp8"),
+        ("--head-dim 12", "12"),
+        ("--batch 0", "batch=0"),
+        ("--seqlen-q -1", "seqlen_q=-1"),
+        ("--heads 3 --heads-kv 2", "3 query heads and 2 kv heads"),
+        ("--window -5 0", "left=-5"),
+        ("--sink -1", "sink_tokens=-1"),
+        ("--softcap nan", "softcap=nan"),
+    ],
+)
+def test_refusals(request_, message):
+    for command in (["run", "--json"], ["compile", "--out", "never-made", "--json"]):
+        done = invoke(*command, "--arch", "sm_80", *request_.split())
+        assert done.exit_code == 2, done.output
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert message in json.loads(done.stdout)["message"]
+    assert not Path("never-made").exists()
+
+
+def test_save_into_no_folder_is_refused_before_any_work(tmp_path):
+    done = invoke("run", *SMALL, "--save", str(tmp_path / "missing" / "file"))
+    assert done.exit_code == 2
+    assert "is no folder" in done.stderr
+
+
+def test_compile_writes_ptx_and_cubin(tmp_path):
+    done = invoke("compile", "--arch", "sm_90a", "--head-dim", "32", "--causal", "--out", str(tmp_path), "--json")
+    assert done.exit_code == 0, done.output
+    names = json.loads(done.stdout)
+    assert names["canonical_name"] == "fa2_fwd_sm90a_bf16_hd32_causal"
+    assert Path(names["ptx"]).stem == Path(names["cubin"]).stem == names["compile_name"]
+    assert ".target sm_90a" in Path(names["ptx"]).read_text()
+    assert Path(names["cubin"]).read_bytes()[:4] == b"\x7fELF"
+    # Values of windows and caps are arguments, so they are in no compile name.
+    for window in ("7", "9"):
+        again = invoke(
+            "compile", "--arch", "sm_90a", "--head-dim", "32", "--window", window, "0", "--out", str(tmp_path)
+        )
+        assert f"_sw{window}" in again.output
+    assert len(list(tmp_path.glob("*.ptx"))) == 2
+
+
+def test_table_gives_a_kernel_or_a_reason():
+    rows = json.loads(invoke("table", "--json").stdout)
+    assert {row["arch"] for row in rows} == {arch.value for arch in SmArch}
+    assert all(bool(row["kernel"]) != bool(row["reason"]) for row in rows)
+    known = {(row["arch"], row["direction"], row["feature"]): row for row in rows}
+    assert known["sm_90a", "fwd", "causal"]["kernel"] == "fa2_fwd"
+    assert "no backward kernel" in known["sm_80", "bwd", "causal"]["reason"]
+
+
+def test_readme_has_the_present_table():
+    markdown = support.to_markdown(TABLE.rows())
+    assert invoke("table", "--markdown").stdout.strip() == markdown
+    assert markdown in Path(__file__).parents[2].joinpath("README.md").read_text()
+
+
+def test_every_no_in_the_table_has_its_notes():
+    markdown = support.to_markdown(TABLE.rows())
+    notes = [line for line in markdown.splitlines() if line[:1].isdigit()]
+    used = {number for cell in re.findall(r"no \(([^)]*)\)", markdown) for number in cell.split(", ")}
+    assert used == {str(number) for number in range(1, len(notes) + 1)}
+    header = markdown.splitlines()[0]
+    assert all(header.count(f"{arch.value}") == 2 for arch in SmArch)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_without_options_the_tour_decides_the_exit_code(monkeypatch, wrong):
+    stop = Stop(GPT_OSS, Machine(SmArch.SM_80, simulated=True), 80)
+    monkeypatch.setattr("cute_fa.tour.itinerary", lambda: [stop])
+    if wrong:
+        right = Inputs.run
+        monkeypatch.setattr(Inputs, "run", lambda self, **extra: [x + 0.5 for x in right(self, **extra)])
+    done = invoke("run", "--json")
+    (layer,) = json.loads(done.stdout)["layers"]
+    assert (done.exit_code, layer["ok"]) == ((1, False) if wrong else (0, True))
+    assert layer["canonical_name"] == "fa2_fwd_sm80_bf16_hd64_causal_sw15_lsink_gqa8"
+    assert layer["mask"] == "causal, window 128 → 16 at this length, learnable sink"
+    shown = invoke("run").stdout
+    assert "gpt-oss-20b, 64/8 heads" in shown
+    assert ("WRONG" in shown) is wrong
+
+
+def test_a_gpu_is_used_unless_another_machine_is_asked_for(monkeypatch):
+    monkeypatch.setattr("cute_fa.trial.gpu_arch", lambda: SmArch.SM_90A)
+    assert choose_machine(None, None) == Machine(SmArch.SM_90A, simulated=False)
+    assert choose_machine(SmArch.SM_90A, None).device == "cuda"
+    assert choose_machine(SmArch.SM_80, None) == Machine(SmArch.SM_80, simulated=True)
+    assert choose_machine(None, 5) == Machine(SmArch.SM_90A, simulated=True, schedule_seed=5)
+    monkeypatch.setattr("cute_fa.trial.gpu_arch", lambda: None)
+    assert choose_machine(None, None) == Machine(SmArch.SM_80, simulated=True)
+
+
+def test_readme_example_gives_small_errors(capsys):
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert example.count("\n") <= 14
+    exec(compile(example, "README.md", "exec"), {})
+    errors = [float(value) for value in re.findall(r"tensor\(([^)]*)\)", capsys.readouterr().out)]
+    assert len(errors) == 2
+    assert errors[0] < 0.02
+    assert errors[1] < 1e-3

@@ -1,0 +1,44 @@
+"""Static figures of kernels compiled here: ours within their limits, FlashAttention-4's as recorded."""
+
+from __future__ import annotations
+
+import pytest
+
+from cute_fa.types import SmArch
+from perf.static import COLUMNS, StaticKey, fa4_reports, our_report, static_table
+
+# Non-tensor instructions per thread and score element: FlashAttention-4's at d64, CUTLASS's example's at d128.
+LIMITS = {64: 7.75, 128: 10.9}
+
+
+@pytest.mark.parametrize("head_dim", LIMITS)
+def test_our_main_loops(head_dim):
+    full, causal = (our_report(StaticKey(SmArch.SM_80, head_dim, causal)) for causal in (False, True))
+    for report in (full, causal):
+        loop = report.main_loop
+        assert 4.5 < loop.per_score <= LIMITS[head_dim]  # an ideal mix is about 4.5
+        assert loop.counts["local"] == 0, "spills in the main loop"
+        # Q·Kᵀ and P·V for all keys of a block: m16n8k16 for every 16 × 16 × 8, so flops follow from the exp2 count.
+        assert loop.counts["tensor"] == loop.shapes["HMMA.16816.F32.BF16"]
+        assert report.arch == 80
+    assert causal.main_loop.instructions == pytest.approx(full.main_loop.instructions, rel=0.02)
+
+
+def test_flash_attention_4_compiles_to_its_recorded_figures():
+    key = StaticKey(SmArch.SM_80, 64, False)
+    report = fa4_reports([key])[key]
+    assert report.main_loop.per_score == 7.75
+    assert (report.main_loop.instructions, report.spill_loads) == (624, 0)
+    assert report.resources["regs"] == 255
+
+
+def test_table_puts_peers_beside_ours(monkeypatch):
+    keys = [StaticKey(SmArch.SM_80, 64, causal) for causal in (False, True)]
+    table = static_table(keys, fa4=False)
+    assert list(table.columns) == COLUMNS
+    sources = table[~table.causal].source.tolist()
+    assert sources == ["cute-fa", "CUTLASS example", "FA4 0251105a"]
+    recorded = table[(table.source == "FA4 0251105a") & table.causal].iloc[0]
+    assert (recorded.per_score, recorded.instr, recorded.stall) == (9.69, 748, 1065)
+    ours = table[(table.source == "cute-fa") & table.causal].iloc[0]
+    assert ours.per_score == our_report(keys[1]).main_loop.per_score
