@@ -305,20 +305,20 @@ def _read_file(folder: int, name: str) -> bytes:
     try:
         # Non-blocking: a pipe put in the file's place must not hang the reader.
         file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            _check_owner(file, name)
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise _RejectedError(f"{name} is not a regular file")
+            with open(file, "rb", closefd=False) as stream:
+                return stream.read()
+        finally:
+            os.close(file)
     except OSError as error:
         raise _RejectedError(f"{name}: {error.strerror}") from error
-    with open(file, "rb") as stream:
-        _check_owner(file, name)
-        try:
-            return stream.read()
-        except OSError as error:
-            raise _RejectedError(f"{name}: {error.strerror}") from error
 
 
 def _check_owner(descriptor: int, name: str) -> None:
     status = os.fstat(descriptor)
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        raise _RejectedError(f"{name} is not a regular file")
     if status.st_uid not in (os.geteuid(), 0):
         raise _RejectedError(f"{name} belongs to user {status.st_uid}")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

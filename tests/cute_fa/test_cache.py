@@ -132,9 +132,9 @@ def _other_entry(entry: Path):
     shutil.copytree(other, entry)
 
 
-def _link_to_other(entry: Path):
-    shutil.rmtree(entry)
-    entry.symlink_to(store(GOOD, ScaleConfig(SmArch.SM_80, 3.0)))
+def _link_folder(entry: Path):
+    entry.rename(entry.parent.parent / "elsewhere")
+    entry.symlink_to(entry.parent.parent / "elsewhere")
 
 
 def _link_object(entry: Path):
@@ -145,6 +145,11 @@ def _link_object(entry: Path):
 def _pipe(entry: Path):
     (entry / "kernel.o").unlink()
     os.mkfifo(entry / "kernel.o")
+
+
+def _folder_for_object(entry: Path):
+    (entry / "kernel.o").unlink()
+    (entry / "kernel.o").mkdir()
 
 
 def _file_for_folder(entry: Path):
@@ -171,9 +176,10 @@ DAMAGE = {
     "key of another host": _edit_manifest(lambda manifest: manifest["key"].update(host="Linux x86_64 0")),
     "hash missing": _edit_manifest(lambda manifest: manifest["files"].pop("kernel.o")),
     "another entry": _other_entry,
-    "link to another entry": _link_to_other,
+    "folder a link": _link_folder,
     "object a link": _link_object,
     "object a pipe": _pipe,
+    "object a folder": _folder_for_object,
     "a file": _file_for_folder,
     "object writable by all": lambda entry: (entry / "kernel.o").chmod(0o666),
     "manifest writable by the group": lambda entry: (entry / "manifest.json").chmod(0o660),
@@ -322,8 +328,10 @@ def test_a_holder_that_hangs_does_not_block_for_ever(monkeypatch, folder):
     thread.start()
     try:
         assert held.wait(5)
+        started = time.monotonic()
         with pytest.warns(RuntimeWarning, match="not cached"):
             assert cache.fetch(key, lambda: FRESH) == FRESH
+        assert 0.1 <= time.monotonic() - started < 5
     finally:
         done.set()
         thread.join()
@@ -453,13 +461,13 @@ def start(*arguments) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> dict:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     return json.loads(output.splitlines()[-1])
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not path.exists():
         assert time.monotonic() < deadline, f"{path.name} never appeared"
         time.sleep(0.01)
@@ -553,6 +561,8 @@ def test_kernels_of_one_mangled_name_do_not_mix(next_process):
         assert counts() == ({"compiled": 2, "stored": 2} if source == "compiled" else {"loaded": 2})
         names = [re.findall(r"\.entry\s+(\w+)", kernel.ptx) for kernel in kernels]
         assert names[0] == names[1]
+        for kernel, config in zip(kernels, (TWO, THREE), strict=True):
+            assert f"__tvm_ffi_cute_fa_{cache.key_of(config).digest}\0".encode() in kernel.artifacts.object
         for result, factor in zip(results, (2.0, 3.0, 1.0, 1.5), strict=True):
             torch.testing.assert_close(result, expected(factor), rtol=0, atol=0)
         next_process(compiles=False)
