@@ -5,14 +5,20 @@ Reads a JSON list of jobs from standard input and writes one JSON object a job t
 
 import json
 import os
+import random
 import sys
 import time
 
 os.environ.update(
-    FLASH_ATTENTION_NUM_SMS="4", FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED="0", QUACK_CACHE_ENABLED="0", OMP_NUM_THREADS="1"
+    FLASH_ATTENTION_NUM_SMS="4",
+    FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED="0",
+    QUACK_CACHE_ENABLED="0",
+    OMP_NUM_THREADS="1",
 )
 
 import ptxsim
+from ptxsim import runtime
+from tests.testing.faults import plan
 
 
 def reference(q, k, v, causal):
@@ -49,9 +55,7 @@ class Attention:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         out = torch.full_like(self.q, float("nan"))
-        lse = _flash_attn_fwd(
-            self.q, self.k, self.v, causal=self.causal, _arch=self.arch, return_lse=True, out=out
-        )[1]
+        lse = _flash_attn_fwd(self.q, self.k, self.v, causal=self.causal, _arch=self.arch, return_lse=True, out=out)[1]
         return (out.float() - self.expected).abs().max().item(), (lse - self.expected_lse).abs().max().item()
 
 
@@ -76,13 +80,42 @@ def softmax(arch, modes, rows, columns, dtype):
     return {"errors": errors}
 
 
+def faults(arch, modes, kinds, per_kind, seed, **problem):
+    """Plant faults in the forward kernel: at most ``per_kind`` sites of each kind, a seeded choice. For each fault,
+    what became of it in the modes, up to the first in which it was noticed: an error's name or the error of O."""
+    case = Attention(arch, **problem)
+    baseline = [_in_mode(mode, case.run)[0] for mode in modes]
+    load_program = runtime.load_program
+    ptx = runtime._kernels[max(runtime._kernels)][0]
+    planned = [fault for fault in plan(ptx) if fault.kind in kinds]
+    chosen = [fault for kind in kinds for fault in _sample([f for f in planned if f.kind == kind], per_kind, seed)]
+    result = {}
+    for fault in chosen:
+        damaged = fault.plant(ptx)
+        runtime.load_program = lambda text, name, damaged=damaged: load_program(damaged if text == ptx else text, name)
+        result[str(fault)] = seen = []
+        for mode in modes:
+            try:
+                seen.append(_in_mode(mode, case.run)[0])
+            except ptxsim.SimError as error:
+                seen.append(type(error).__name__)
+            if isinstance(seen[-1], str) or not seen[-1] < 0.02:
+                break
+    runtime.load_program = load_program
+    return {"baseline": baseline, "faults": result}
+
+
+def _sample(values, count, seed):
+    return random.Random(seed).sample(values, min(count, len(values)))
+
+
 def _in_mode(mode, function):
     simulation = ptxsim.current()
     simulation.late, simulation.schedule_seed = mode
     return function()
 
 
-JOBS = {"attention": attention, "softmax": softmax}
+JOBS = {"attention": attention, "softmax": softmax, "faults": faults}
 
 
 def main(arch):
