@@ -249,6 +249,8 @@ def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return _attention_op(*arguments)
+    if arguments[0].is_meta:
+        return _attention_op(*arguments)
     needs_grad = torch.is_grad_enabled()
     for tensor in arguments[:NUM_TENSORS]:
         if tensor is not None and (type(tensor) not in _PLAIN or (needs_grad and tensor.requires_grad)):

@@ -1,0 +1,221 @@
+"""The torch operators: tracing, fakes, autograd, and what the launch path may not do."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cute_fa
+from cute_fa import flash_attn_func, flash_attn_varlen_func, ops, reference
+from cute_fa.errors import ArgumentError, NoBackwardError, NoDeviceError
+from cute_fa.inputs import InputSpec, make_inputs
+
+DENSE = InputSpec(batch=2, seqlen_q=40, seqlen_k=72, heads=4, causal=True)
+PACKED = InputSpec(batch=3, seqlen_q=40, seqlen_k=72, heads=4, varlen_q=True, varlen_k=True, causal=True)
+
+
+@pytest.fixture
+def simulated():
+    with cute_fa.simulate("sm_80") as simulation:
+        yield simulation
+
+
+def arguments(inputs, **changes):
+    """Arguments of the operator for dense or packed causal inputs."""
+    call = ops.Call(
+        *(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, None, None, None, None, None),
+        *((40, 72) if inputs.cu_seqlens_q is not None else (None, None)),
+        *(None, None, 0, 0, 0.0, 1, None),
+    )
+    return call._replace(**changes)
+
+
+def test_schema_and_call_agree():
+    for name in ("attention", "attention_out"):
+        schema = getattr(torch.ops.cute_fa, name).default._schema
+        names = [argument.name for argument in schema.arguments]
+        assert names == [*ops.Call._fields, *(["out"] if name == "attention_out" else [])]
+    optional = [argument.name for argument in schema.arguments[: ops.NUM_TENSORS] if "Tensor" in str(argument.type)]
+    assert optional == list(ops.Call._fields[: ops.NUM_TENSORS])
+
+
+@pytest.mark.parametrize("spec", [DENSE, PACKED], ids=["dense", "packed"])
+def test_opcheck(simulated, spec):
+    inputs = make_inputs(spec)
+    call = arguments(inputs)
+    torch.library.opcheck(torch.ops.cute_fa.attention.default, tuple(call))
+    out = torch.empty_like(inputs.q)
+    torch.library.opcheck(torch.ops.cute_fa.attention_out.default, (*call, out))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_dense(simulated, backend, dynamic):
+    def model(q, k, v):
+        out, lse = flash_attn_func(q * 1.0, k, v, causal=True, window_size=(-1, -1), return_lse=True)
+        return out + 1.0, lse
+
+    torch._dynamo.reset()
+    traced = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+    for seqlen_k in (72, 56):
+        inputs = make_inputs(InputSpec(**{**vars(DENSE), "seqlen_k": seqlen_k}), seed=seqlen_k)
+        tensors = (inputs.q, inputs.k, inputs.v)
+        torch.testing.assert_close(traced(*tensors), model(*tensors), atol=0, rtol=0)
+
+
+def test_compile_packed(simulated):
+    def model(q, k, v, cu_q, cu_k, longest):
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest, 72, causal=True)
+
+    torch._dynamo.reset()
+    traced = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for seed, longest in ((0, 40), (1, 48)):
+        inputs = make_inputs(InputSpec(**{**vars(PACKED), "seqlen_q": longest}), seed=seed)
+        call = (inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, longest)
+        torch.testing.assert_close(traced(*call), model(*call), atol=0, rtol=0)
+
+
+def test_compile_out(simulated):
+    def model(q, k, v):
+        out = torch.empty_like(q)
+        flash_attn_func(q, k, v, causal=True, out=out)
+        return out
+
+    torch._dynamo.reset()
+    inputs = make_inputs(DENSE)
+    traced = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tensors = (inputs.q, inputs.k, inputs.v)
+    torch.testing.assert_close(traced(*tensors), model(*tensors), atol=0, rtol=0)
+
+
+def test_compiled_code_keeps_the_rules(simulated):
+    torch._dynamo.reset()
+    traced = torch.compile(lambda q: flash_attn_func(q, q, q), fullgraph=True, backend="eager")
+    with pytest.raises(cute_fa.errors.UnsupportedKeyError, match="head_dim 300"):
+        traced(torch.zeros(1, 8, 1, 304, dtype=torch.bfloat16)[..., :300])
+
+
+def test_fake_shapes_without_a_device():
+    with FakeTensorMode():
+        q = torch.empty(2, 40, 4, 64, dtype=torch.float16)
+        kv = torch.empty(2, 72, 2, 64, dtype=torch.float16)
+        out, lse = flash_attn_func(q, kv, kv[..., :32], return_lse=True)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((2, 40, 4, 32), q.dtype, (2, 4, 40), torch.float32)
+        cu = torch.empty(3, dtype=torch.int32)
+        out, lse = flash_attn_varlen_func(q.flatten(0, 1), kv, kv, cu, None, 40, None, return_lse=True)
+        assert (out.shape, lse.shape) == ((80, 4, 64), (4, 80))
+    q = torch.empty(2, 40, 4, 64, dtype=torch.float16, device="meta")
+    assert flash_attn_func(q, q, q).shape == q.shape
+
+
+def test_modes_see_the_operator(simulated):
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    inputs = make_inputs(DENSE)
+    with Watch():
+        watched = flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True)
+    assert torch.ops.cute_fa.attention.default in seen
+    assert watched.equal(flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True))
+
+
+def test_backward_says_that_there_is_none(simulated):
+    inputs = make_inputs(DENSE)
+    q = inputs.q.clone().requires_grad_()
+    out = flash_attn_func(q, inputs.k, inputs.v, causal=True)
+    assert out.requires_grad
+    with pytest.raises(NoBackwardError, match="no backward kernel yet"):
+        out.float().sum().backward()
+    assert q.grad is None
+    with torch.no_grad():
+        assert not flash_attn_func(q, inputs.k, inputs.v, causal=True).requires_grad
+    with pytest.raises(ArgumentError, match="out= with a tensor that requires a gradient"):
+        flash_attn_func(q, inputs.k, inputs.v, causal=True, out=torch.empty_like(q))
+
+
+def test_a_sink_that_needs_a_gradient(simulated):
+    inputs = make_inputs(DENSE)
+    sink = torch.zeros(4, requires_grad=True)
+    with torch.no_grad():
+        expected = flash_attn_func(inputs.q, inputs.k[:, :0], inputs.v[:, :0], learnable_sink=sink)
+    out = flash_attn_func(inputs.q, inputs.k[:, :0], inputs.v[:, :0], learnable_sink=sink)
+    assert out.equal(expected)
+    with pytest.raises(NoBackwardError):
+        out.sum().backward()
+
+
+def test_one_launch_and_one_plan_for_equal_calls(simulated):
+    inputs = make_inputs(DENSE)
+    ops._plans.clear()
+    for _ in range(3):
+        flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True)
+    assert len(simulated.launches) == 3
+    assert len(ops._plans) == 1
+    flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True, softmax_scale=0.5)
+    assert len(ops._plans) == 2
+
+
+def test_plans_do_not_grow_without_bound(simulated, monkeypatch):
+    monkeypatch.setattr(ops, "_MAX_PLANS", 2)
+    inputs = make_inputs(DENSE)
+    for scale in (0.1, 0.2, 0.3):
+        flash_attn_func(inputs.q, inputs.k[:, :0], inputs.v[:, :0], softmax_scale=scale)
+    assert len(ops._plans) <= 2
+
+
+def test_another_arch_makes_another_plan():
+    inputs = make_inputs(DENSE)
+    options = {"causal": True, "return_lse": True}
+    for arch in ("sm_80", "sm_90a", "sm_80"):
+        with cute_fa.simulate(arch) as simulation:
+            out, lse = flash_attn_func(inputs.q, inputs.k, inputs.v, **options)
+            assert len(simulation.launches) == 1
+        assert reference.check(out, lse, inputs.q, inputs.k, inputs.v, causal=True).ok
+    with pytest.raises(NoDeviceError):
+        flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True)
+
+
+def test_no_value_is_read_by_default(simulated, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a value of a tensor was read")
+
+    inputs = make_inputs(PACKED)
+    expected, _ = reference.attention(inputs.q, inputs.k, inputs.v, **inputs.options())
+    monkeypatch.setattr(ops, "simulated_arch", lambda: None)
+    with monkeypatch.context() as patch:
+        for method in ("item", "tolist", "cpu", "numpy", "__int__", "__bool__", "__index__", "__float__"):
+            patch.setattr(torch.Tensor, method, refuse)
+        out = inputs.run()
+        patch.setattr(ops, "CHECK_VALUES", True)
+        with pytest.raises(AssertionError, match="was read"):
+            inputs.run()
+    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(("value", "on"), [(None, "False"), ("0", "False"), ("1", "True")])
+def test_checks_are_turned_on_by_the_environment(value, on):
+    environment = {name: text for name, text in os.environ.items() if name != "CUTE_FA_CHECK"}
+    if value is not None:
+        environment["CUTE_FA_CHECK"] = value
+    command = [sys.executable, "-c", "from cute_fa import ops; print(ops.CHECK_VALUES)"]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == on
+
+
+def test_sizes_of_one_may_have_any_stride(simulated):
+    """A dimension of size 1 keeps whatever stride a slice left it with."""
+    inputs = make_inputs(InputSpec(batch=1, seqlen_q=40, seqlen_k=72, heads=1, heads_kv=1, causal=True))
+    tensors = (inputs.q, inputs.k, inputs.v)
+    odd = [t.as_strided(t.shape, (3, t.stride(1), 7, 1)) for t in tensors]
+    torch.testing.assert_close(
+        flash_attn_func(*odd, causal=True), flash_attn_func(*tensors, causal=True), atol=0, rtol=0
+    )
+    one_key = [tensors[0], *(t[:, :1].as_strided((1, 1, 1, 64), (5, 5, 5, 1)) for t in tensors[1:])]
+    out = flash_attn_func(*one_key)
+    torch.testing.assert_close(out, one_key[2].expand_as(out), atol=0, rtol=0)
