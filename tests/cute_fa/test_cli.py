@@ -197,3 +197,13 @@ def test_readme_example_gives_small_errors(capsys):
     assert len(errors) == 2
     assert errors[0] < 0.02
     assert errors[1] < 1e-3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_one_problem_and_the_tour_run_there():
+    one = invoke("run", "--causal", "--json")
+    assert one.exit_code == 0, one.output
+    assert json.loads(one.stdout)["simulated"] is False
+    tour = invoke("run", "--json")
+    assert tour.exit_code == 0, tour.output
+    assert not any(layer["simulated"] for layer in json.loads(tour.stdout)["layers"])
