@@ -1,0 +1,97 @@
+"""Atomic operations at run time: PTX ISA 9.7.13 (atom, red). Lanes are served in ascending order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .memory import GLOBAL
+from .numerics import bf16_to_f32, f16_to_f32, round_to_bf16, round_to_f16
+from .warps import full_width
+
+_TYPES = {"s32": np.int32, "u32": np.uint32, "b32": np.uint32, "f32": np.float32, "s64": np.int64, "u64": np.uint64,
+          "b64": np.uint64, "f64": np.float64, "f16": np.float16, "b16": np.uint16}  # fmt: skip
+_BYTES = {"f16": 2, "bf16": 2, "b16": 2}
+_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+_FUNCTIONS = {"add": np.add, "max": np.maximum, "min": np.minimum, "and": np.bitwise_and, "or": np.bitwise_or,
+              "xor": np.bitwise_xor}  # fmt: skip
+
+
+def scalar_atomic(operation, type_name):
+    """The new bits from the old bits and the operands, for operations that NumPy has no scatter for."""
+    if operation == "exch":
+        return lambda old, value: value
+    if operation == "cas":
+        return lambda old, compare, value: value if old == compare else old
+    if operation == "inc":
+        return lambda old, limit: np.uint32(0) if old >= limit else old + np.uint32(1)
+    if operation == "dec":
+        return lambda old, limit: limit if old == 0 or old > limit else old - np.uint32(1)
+    function = _FUNCTIONS[operation]
+    if type_name.startswith(("f16", "bf16")):
+        decode, encode = (f16_to_f32, round_to_f16) if type_name.startswith("f16") else (bf16_to_f32, round_to_bf16)
+
+        def halves(old, value):
+            a, b = (np.atleast_1d(x).view(np.uint16) for x in (old, value))
+            return encode(function(decode(a), decode(b))).view(np.asarray(old).dtype)[0]
+
+        return halves
+    kind = _TYPES[type_name]
+
+    def plain(old, value):
+        a, b = np.asarray(old).view(kind), np.asarray(value).view(kind)
+        return np.asarray(function(a, b)).astype(kind).view(old.dtype)
+
+    return plain
+
+
+class AtomicMixin:
+    def atomic(self, w, address, space, operation, type_name, values, M, wanted):
+        """Perform an atomic for the active lanes; ``values`` are groups of vector elements (two groups for cas).
+
+        Returns the old bits of each element ([n, 32], zero in inactive lanes), or Nones where not wanted.
+        """
+        mask = np.ones((len(w), 32), bool) if M is None else M
+        if space == "generic":
+            space = "shared" if self._in_shared(w, address).all() else "global"
+            if space == "shared":
+                address = address & np.uint64(0xFFFFFFFF)
+        size = _BYTES.get(type_name, 8 if type_name.endswith("64") else 4)
+        count = len(values[0])
+        if space == "shared":
+            index = self.shared_index(w, address, size * count, mask)
+            self._require_written(w, index, size * count, mask)
+            index, pool = index[mask], self.S
+        else:
+            index, pool = self.global_index(w, address, size * count, mask), GLOBAL
+        if space == "global" and self.suspect is not None:
+            for value in values[-1]:
+                self.check_global_values(full_width(value, len(w))[mask])
+        self.note_global_write()
+        operands = [[full_width(v, len(w))[mask] for v in group] for group in values]
+        return [self._element(pool, index // size + j, operation, type_name, _BITS[size],
+                              [group[j] for group in operands], mask, wanted) for j in range(count)]  # fmt: skip
+
+    def _element(self, pool, index, operation, type_name, bits, operands, mask, wanted):
+        kind, function = _TYPES.get(type_name), _FUNCTIONS.get(operation)
+        if kind is not None and function is not None:
+            table = pool[np.dtype(kind)]
+            if not wanted:
+                function.at(table, index, operands[0].view(kind))
+                return None
+            if len(np.unique(index)) == len(index):
+                old = table[index]
+                table[index] = function(old, operands[0].view(kind))
+                return self._spread(old.view(bits), mask, bits)
+        table = pool[np.dtype(bits)]
+        update = scalar_atomic(operation, type_name)
+        old = np.zeros(len(index), bits)
+        for t in range(len(index)):
+            old[t] = table[index[t]]
+            table[index[t]] = update(old[t], *[group[t] for group in operands])
+        return self._spread(old, mask, bits)
+
+    @staticmethod
+    def _spread(values, mask, bits):
+        out = np.zeros(mask.shape, bits)
+        out[mask] = values
+        return out

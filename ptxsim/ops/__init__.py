@@ -1,0 +1,21 @@
+"""Instruction forms by family, after the sections of the PTX ISA manual (numbers of version 9.0).
+
+``forms`` holds the table; each other module registers the forms of one family and the functions that generated code
+calls for them. Importing the package fills the table.
+"""
+
+from . import (  # noqa: F401
+    barriers,
+    compare,
+    control,
+    convert,
+    copies,
+    data,
+    floating,
+    integer,
+    logic,
+    matrix,
+    tensor5,
+    warp,
+)
+from .forms import KIND, NUMPY, SIZE, defs_uses, lookup  # noqa: F401

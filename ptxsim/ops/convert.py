@@ -1,0 +1,204 @@
+"""Conversions: PTX ISA 9.7.9 cvt.
+
+Integers to integers (with .sat), floats to integers (saturating, NaN gives 0, or the most negative value's bits for
+64 bits), integers to floats, floats to floats, the packed forms to f16x2, bf16x2, e4m3x2 and e5m2x2 and back, and tf32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import numerics
+from ..errors import PtxError
+from .floating import flush, saturate
+from .forms import KIND, NUMPY, form
+
+_INT = "u8|u16|u32|u64|s8|s16|s32|s64"
+_ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+_DECODE = {"f16": numerics.f16_to_f32, "bf16": numerics.bf16_to_f32}
+
+
+def float_to_int(x, kind, rounding):
+    """Round, then saturate; NaN gives 0 (64-bit results: the bits 0x8000000000000000)."""
+    wide = _ROUND[rounding](np.asarray(x).astype(np.float64))
+    limits = np.iinfo(NUMPY[kind])
+    missing = np.isnan(wide)
+    low, high = float(limits.min), float(limits.max)
+    inside = np.where(missing | (wide >= high), 0.0, np.clip(wide, low, high)).astype(NUMPY[kind])
+    result = np.where(wide >= high, NUMPY[kind](limits.max), inside)
+    if kind[1] == "8" and np.any(missing):
+        result = np.where(missing, np.uint64(1 << 63).astype(NUMPY[kind]), result)
+    return result
+
+
+def saturate_int(x, kind):
+    limits = np.iinfo(NUMPY[kind])
+    own = np.iinfo(x.dtype)
+    return np.clip(x, max(limits.min, own.min), min(limits.max, own.max)).astype(NUMPY[kind])
+
+
+@form("cvt[.{sat}].{to}.{src}", to=_INT, src=_INT)
+def integers(gen, args, mods):
+    source, target = KIND[mods.src], KIND[mods.to]
+    x = gen.read(args[1], source)
+    if mods.sat:
+        gen.write(args[0], f"{gen.fn(saturate_int)}({x}, {target!r})", target)
+        return
+    gen.write(args[0], f"{x}.astype({target})" if source != target else x, target)
+
+
+def _float_operand(gen, token, type_name, ftz):
+    """Expression for a scalar float operand as float32 or float64."""
+    if type_name in _DECODE:
+        return f"{gen.fn(_DECODE[type_name])}({gen.read(token, 'u2')})"
+    x = gen.read(token, KIND[type_name])
+    return f"{gen.fn(flush)}({x})" if ftz and type_name == "f32" else x
+
+
+@form("cvt.{rnd}[.{ftz}][.{sat}].{to}.{src}", rnd="rni|rzi|rmi|rpi", to=_INT, src="f16|bf16|f32|f64")
+def float_to_integer(gen, args, mods):
+    target = KIND[mods.to]  # .sat changes nothing: these conversions always saturate
+    x = _float_operand(gen, args[1], mods.src, mods.ftz)
+    gen.write(args[0], f"{gen.fn(float_to_int)}({x}, {target!r}, {mods.rnd!r})", target)
+
+
+@form("cvt.rn.{to}.{src}", to="f16|bf16|f32|f64", src=_INT)
+def integer_to_float(gen, args, mods):
+    x = gen.read(args[1], KIND[mods.src])
+    if mods.to in ("f16", "bf16"):
+        encode = gen.fn(numerics.round_to_f16 if mods.to == "f16" else numerics.round_to_bf16)
+        gen.write(args[0], f"{encode}({x}.astype(f8))", "u2")
+        return
+    gen.write(args[0], f"{x}.astype({KIND[mods.to]})", KIND[mods.to])
+
+
+def narrow_directed(x, mode):
+    """float64 to float32 with directed rounding."""
+    r = x.astype(np.float32)
+    wide = r.astype(np.float64)
+    if mode == "rz":
+        return np.where(np.abs(wide) > np.abs(x), np.nextafter(r, np.float32(0)), r)
+    if mode == "rm":
+        return np.where(wide > x, np.nextafter(r, np.float32(-np.inf)), r)
+    return np.where(wide < x, np.nextafter(r, np.float32(np.inf)), r)
+
+
+@form("cvt[.{rnd}][.{ftz}][.{sat}].{to}.{src}", rnd="rni|rzi|rmi|rpi|rn|rz|rm|rp", to="f32|f64", src="f16|bf16|f32|f64")
+def float_to_float(gen, args, mods):
+    """Widening and same-size conversions, rounding to an integer (same size), and f64 to f32."""
+    same = mods.to == mods.src
+    integral = mods.rnd in _ROUND
+    narrowing = mods.to == "f32" and mods.src == "f64"
+    if (integral and not same) or (mods.rnd and not integral and not narrowing) or (narrowing and not mods.rnd):
+        raise PtxError(f"rounding modifier {mods.rnd} does not fit a conversion from {mods.src} to {mods.to}")
+    target = KIND[mods.to]
+    x = _float_operand(gen, args[1], mods.src, mods.ftz)
+    if integral:
+        x = f"{gen.fn(_ROUND[mods.rnd])}({x})"
+    elif narrowing and mods.rnd != "rn":
+        x = f"{gen.fn(narrow_directed)}({x}, {mods.rnd!r})"
+    elif not same:
+        x = f"{x}.astype({target})"
+    if mods.ftz and narrowing:
+        x = f"{gen.fn(flush)}({x})"
+    if mods.sat:
+        x = f"{gen.fn(saturate)}({x})"
+    gen.write(args[0], x, target)
+
+
+def _rectify(x, relu):
+    return np.maximum(x, x.dtype.type(0)) if relu else x
+
+
+def encode_half(x, to, mode, relu, sat):
+    """float32 or float64 to the bits of f16 or bf16."""
+    x = _rectify(x, relu)
+    if sat:
+        x = saturate(x)
+    if mode == "rz":
+        return numerics.truncate_to_f16(x) if to == "f16" else numerics.truncate_to_bf16(x)
+    return numerics.round_to_f16(x) if to == "f16" else numerics.round_to_bf16(x)
+
+
+@form("cvt.{rnd}[.{ftz}][.{sat}].{to}.{src}", rnd="rn|rz", to="f16", src="f32|f64")
+@form("cvt.{rnd}[.{relu}].{to}.{src}", rnd="rn|rz", to="f16|bf16", src="f32|f64")
+@form("cvt.{rnd}.{to}.{src}", rnd="rn", to="bf16", src="f16")
+def float_to_half(gen, args, mods):
+    x = _float_operand(gen, args[1], mods.src, getattr(mods, "ftz", None))
+    relu, sat = bool(getattr(mods, "relu", None)), bool(getattr(mods, "sat", None))
+    gen.write(args[0], f"{gen.fn(encode_half)}({x}, {mods.to!r}, {mods.rnd!r}, {relu}, {sat})", "u2")
+
+
+@form("cvt.{rnd}.f16.{to}", rnd="rni|rzi|rmi|rpi", to="f16")
+def half_to_integral(gen, args, mods):
+    x = f"{gen.fn(numerics.f16_to_f32)}({gen.read(args[1], 'u2')})"
+    gen.write(args[0], f"{gen.fn(numerics.round_to_f16)}({gen.fn(_ROUND[mods.rnd])}({x}))", "u2")
+
+
+def pack_bf16(high, low, truncate, relu):
+    encode = numerics.f32_to_bf16_rz if truncate else numerics.f32_to_bf16
+    return encode(_rectify(low, relu)) | (encode(_rectify(high, relu)) << np.uint32(16))
+
+
+def pack_f16(high, low, truncate, relu):
+    encode = numerics.truncate_to_f16 if truncate else numerics.round_to_f16
+    low, high = (encode(_rectify(x, relu)).astype(np.uint32) for x in (low, high))
+    return low | (high << np.uint32(16))
+
+
+@form("cvt.{rnd}[.{relu}].{to}.f32", rnd="rn|rz", to="f16x2|bf16x2")
+def pack_halves(gen, args, mods):
+    """Two f32 operands: the first goes to the upper half."""
+    function = pack_bf16 if mods.to == "bf16x2" else pack_f16
+    high, low = gen.read(args[1], "f4"), gen.read(args[2], "f4")
+    gen.write(args[0], f"{gen.fn(function)}({high}, {low}, {mods.rnd == 'rz'}, {bool(mods.relu)})", "u4")
+
+
+def pack_fp8(high, low, to, relu):
+    encode = numerics.f32_to_e4m3 if to == "e4m3x2" else numerics.f32_to_e5m2
+    low, high = (encode(_rectify(x, relu)) for x in (low, high))
+    return (low | (high << np.uint32(8))).astype(np.uint16)
+
+
+@form("cvt.rn.satfinite[.{relu}].{to}.f32", to="e4m3x2|e5m2x2")
+def pack_fp8_from_single(gen, args, mods):
+    high, low = gen.read(args[1], "f4"), gen.read(args[2], "f4")
+    gen.write(args[0], f"{gen.fn(pack_fp8)}({high}, {low}, {mods.to!r}, {bool(mods.relu)})", "u2")
+
+
+@form("cvt.rn.satfinite[.{relu}].{to}.{src}", to="e4m3x2|e5m2x2", src="f16x2")
+def pack_fp8_from_half(gen, args, mods):
+    x, decode = gen.read(args[1], "u4"), gen.fn(numerics.f16_to_f32)
+    halves = f"{decode}({x} >> u4(16)), {decode}({x} & u4(0xffff))"
+    gen.write(args[0], f"{gen.fn(pack_fp8)}({halves}, {mods.to!r}, {bool(mods.relu)})", "u2")
+
+
+def unpack_fp8(x, src, relu):
+    table = numerics.E4M3 if src == "e4m3x2" else numerics.E5M2
+    low, high = (_rectify(table[v], relu) for v in (x & np.uint16(0xFF), x >> np.uint16(8)))
+    return numerics.f32_to_f16(low) | (numerics.f32_to_f16(high) << np.uint32(16))
+
+
+@form("cvt.rn[.{relu}].f16x2.{src}", src="e4m3x2|e5m2x2")
+def unpack_fp8_to_half(gen, args, mods):
+    gen.write(args[0], f"{gen.fn(unpack_fp8)}({gen.read(args[1], 'u2')}, {mods.src!r}, {bool(mods.relu)})", "u4")
+
+
+def round_to_tf32(x, mode, relu):
+    """float32 bits to tf32 (13 low bits cleared), ties away from zero (rna), to even (rn) or truncated (rz)."""
+    bits = np.where(x.view(np.float32) < 0, np.uint32(0), x) if relu else x
+    if mode == "rna":
+        rounded = bits + np.uint32(0x1000)
+    elif mode == "rn":
+        rounded = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+    else:
+        rounded = bits
+    missing = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.where(missing, np.uint32(0x7FFFFFFF), rounded & np.uint32(0xFFFFE000))
+
+
+@form("cvt.{rnd}.tf32.f32", rnd="rna")
+@form("cvt.{rnd}[.{relu}].tf32.f32", rnd="rn|rz")
+def to_tf32(gen, args, mods):
+    relu = bool(getattr(mods, "relu", None))
+    gen.write(args[0], f"{gen.fn(round_to_tf32)}({gen.read(args[1], 'u4')}, {mods.rnd!r}, {relu})", "u4")

@@ -1,0 +1,135 @@
+"""Matrix instructions of a warp and a warpgroup: PTX ISA 9.7.14 (mma.sync, ldmatrix, stmatrix, movmatrix) and 9.7.15
+(wgmma)."""
+
+from __future__ import annotations
+
+from ..errors import PtxError
+from .forms import as_list, form, suspending
+
+_F16_TYPES = ("f16", "bf16")
+_FP8_TYPES = ("e4m3", "e5m2")
+_INT8_TYPES = ("s8", "u8")
+
+
+# ---- ldmatrix, stmatrix, movmatrix ----------------------------------------------------------------
+@form("ldmatrix.sync.aligned.m8n8.{num}[.{trans}][.{space}].b16", effect=True, num="x1|x2|x4", trans="trans",
+      space="shared|shared::cta")  # fmt: skip
+def load_matrix(gen, args, mods):
+    destinations = as_list(args[0])
+    if len(destinations) != int(mods.num[1]):
+        raise PtxError(f"{len(destinations)} destinations for {mods.num}")
+    result = gen.temp(f"X.ldmatrix(w, {gen.address(args[1])}, {len(destinations)}, {bool(mods.trans)})")
+    for j, register in enumerate(destinations):
+        gen.write(register, f"{result}[{j}]", "u4")
+
+
+@form("stmatrix.sync.aligned.m8n8.{num}[.{trans}][.{space}].b16", writes=False, effect=True, num="x1|x2|x4",
+      trans="trans", space="shared|shared::cta")  # fmt: skip
+def store_matrix(gen, args, mods):
+    sources = as_list(args[1])
+    if len(sources) != int(mods.num[1]):
+        raise PtxError(f"{len(sources)} sources for {mods.num}")
+    values = ", ".join(gen.read(x, "u4") for x in sources)
+    gen.emit(f"X.stmatrix(w, {gen.address(args[0])}, ({values},), {bool(mods.trans)})")
+
+
+@form("movmatrix.sync.aligned.m8n8.trans.b16", effect=True)
+def transpose_matrix(gen, args, mods):
+    gen.write(args[0], f"X.movmatrix(w, {gen.read(args[1], 'u4')})", "u4")
+
+
+# ---- mma.sync -------------------------------------------------------------------------------------
+# element type of A (and B) -> (legal K, legal result types); B may differ from A within the 8-bit families
+_MMA_FORMS = {
+    "f16": ((8, 16), ("f16", "f32")),
+    "bf16": ((8, 16), ("f32",)),
+    "tf32": ((4, 8), ("f32",)),
+    "e4m3": ((16, 32), ("f16", "f32")),
+    "e5m2": ((16, 32), ("f16", "f32")),
+    "s8": ((16, 32), ("s32",)),
+    "u8": ((16, 32), ("s32",)),
+}
+
+
+def _same_family(a: str, b: str) -> bool:
+    return a == b or any(a in family and b in family for family in (_FP8_TYPES, _INT8_TYPES))
+
+
+@form("mma.sync.aligned.m16n8k{k}.row.col[.{satfinite}].{d}.{a}.{b}.{c}", effect=True, k="4|8|16|32",
+      satfinite="satfinite", d="f16|f32|s32", a="f16|bf16|tf32|e4m3|e5m2|s8|u8", b="f16|bf16|tf32|e4m3|e5m2|s8|u8",
+      c="f16|f32|s32")  # fmt: skip
+@form("mma.sync.aligned.kind::f8f6f4.m16n8k{k}.row.col.{d}.{a}.{b}.{c}", effect=True, k="32", d="f16|f32",
+      a="e4m3|e5m2", b="e4m3|e5m2", c="f16|f32")  # fmt: skip
+@form("mma.sync.aligned.m16n8k{k}.row.col.kind::f8f6f4.{d}.{a}.{b}.{c}", effect=True, k="32", d="f16|f32",
+      a="e4m3|e5m2", b="e4m3|e5m2", c="f16|f32")  # fmt: skip
+def warp_mma(gen, args, mods):
+    ks, results = _MMA_FORMS[mods.a]
+    clamp = bool(getattr(mods, "satfinite", None))
+    if int(mods.k) not in ks or mods.d not in results or mods.c != mods.d or not _same_family(mods.a, mods.b):
+        raise PtxError(f"mma m16n8k{mods.k} of {mods.a} and {mods.b} to {mods.d} with {mods.c} is not simulated")
+    if clamp and mods.d != "s32":
+        raise PtxError("satfinite exists for integer types only")
+    a, b, c = (", ".join(gen.read(x, "u4") for x in as_list(v)) for v in args[1:4])
+    result = gen.temp(f"X.mma(w, {mods.a!r}, {mods.b!r}, {mods.d!r}, ({a},), ({b},), ({c},), {clamp})")
+    for j, register in enumerate(as_list(args[0])):
+        gen.write(register, f"{result}[{j}]", "u4")
+
+
+# ---- wgmma ----------------------------------------------------------------------------------------
+_WGMMA_RESULTS = {
+    "f16": ("f16", "f32"),
+    "bf16": ("f32",),
+    "tf32": ("f32",),
+    "e4m3": ("f16", "f32"),
+    "e5m2": ("f16", "f32"),
+    "s8": ("s32",),
+    "u8": ("s32",),
+}
+_WGMMA_K = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "s8": 32, "u8": 32}
+_ALL_N = "|".join(str(n) for n in range(8, 257, 8))
+
+
+@form("wgmma.mma_async.sync.aligned.m64n{n}k{k}.{d}.{a}.{b}", effect=True, reads_first=True, n=_ALL_N, k="8|16|32",
+      d="f16|f32|s32", a="f16|bf16|tf32|e4m3|e5m2|s8|u8", b="f16|bf16|tf32|e4m3|e5m2|s8|u8")  # fmt: skip
+def warpgroup_mma(gen, args, mods):
+    """d, a (descriptor or four registers), b descriptor, scale-d, and immediates: scale-a, scale-b (floats), then
+    transposition of A (descriptor form) and B (16-bit types)."""
+    if mods.d not in _WGMMA_RESULTS[mods.a] or int(mods.k) != _WGMMA_K[mods.a] or not _same_family(mods.a, mods.b):
+        raise PtxError(f"wgmma k{mods.k} of {mods.a} and {mods.b} to {mods.d} is not simulated")
+    accumulators, from_registers = args[0], isinstance(args[1], list)
+    expected = int(mods.n) // (4 if mods.d == "f16" else 2)
+    if len(accumulators) != expected:
+        raise PtxError(f"{len(accumulators)} accumulator registers where {expected} are needed")
+    immediates = [int(x, 0) for x in args[4:]]
+    scale_a = scale_b = 1
+    if mods.d != "s32":
+        scale_a, scale_b, *immediates = immediates
+    if scale_a not in (1, -1) or scale_b not in (1, -1):
+        raise PtxError("scales of A and B must be 1 or -1")
+    transpose_a = transpose_b = 0
+    if mods.a in _F16_TYPES:
+        transpose_a, transpose_b = ([0] + immediates) if from_registers else immediates
+    elif immediates:
+        raise PtxError(f"unexpected operands {immediates}")
+    a = "(" + ", ".join(gen.read(x, "u4") for x in args[1]) + ",)" if from_registers else gen.read(args[1], "u8")
+    c = ", ".join(gen.read(x, "u4") for x in accumulators)
+    scale_d = f"np.bool_({int(args[3], 0) != 0})" if args[3].lstrip("-").isdigit() else gen.predicate(args[3])
+    result = gen.temp(
+        f"X.wgmma(w, {int(mods.n)}, {int(mods.k)}, {mods.d!r}, {mods.a!r}, {mods.b!r}, {a}, {gen.read(args[2], 'u8')}, "
+        f"({c},), {scale_d}, {scale_a}, {scale_b}, {transpose_a}, {transpose_b})"
+    )
+    for j, register in enumerate(accumulators):
+        gen.write(register, f"{result}[{j}]", "u4")
+
+
+@form("wgmma.commit_group.sync.aligned", writes=False, effect=True)
+def commit_group(gen, args, mods):
+    gen.emit("X.wgmma_commit(w)")
+
+
+@form("wgmma.fence.sync.aligned", writes=False)
+def wgmma_fence(gen, args, mods):
+    """Orders registers and shared memory before wgmma; accesses are in order anyway."""
+
+
+suspending("wgmma.wait_group.sync.aligned", "h_wgmma_wait")

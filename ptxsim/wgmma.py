@@ -1,0 +1,189 @@
+"""Warpgroup matrix instructions at run time: PTX ISA 9.7.15 (wgmma.mma_async and its groups).
+
+By default a wgmma is performed where it is issued. In the late mode it is performed when wgmma.wait_group retires
+it. Until then its destination registers hold tags (signalling NaN patterns 0x7fa00000 | id): moves carry them along,
+and the wait replaces them everywhere by the result; arithmetic on a tag quiets the NaN, so that using an accumulator
+too early ends in NaNs. Operands in shared memory must be the same at issue and at the wait.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .errors import SyncError
+from .matrices import a_fragment, pack_f16
+from .numerics import f16_to_f32
+from .operands import wgmma_descriptor
+from .warps import full_width
+
+_u4, _f4 = np.uint32, np.float32
+_TAG, _TAG_MASK = _u4(0x7FA00000), _u4(0xFFE00000)
+_TAG_IDS = 1 << 21
+
+
+class _InFlight:
+    """One issued wgmma of some warps (late mode)."""
+
+    __slots__ = ("args", "base", "count", "done", "keys", "line", "result", "row_of", "tiles")
+
+
+class WgmmaMixin:
+    def init_wgmma(self):
+        self.wgmma_next = 0  # next tag id
+        self.wgmma_ops = []
+        self.wgmma_open, self.wgmma_closed = {}, {}  # warp -> operations not committed, committed groups
+
+    def _wgmma_tile(self, cta, descriptor, mn_major, rows, depth, element):
+        return self.operand_tile(cta, wgmma_descriptor(descriptor), mn_major, rows, depth, element)
+
+    def wgmma(self, w, N, K, result, a_type, b_type, a, b, c, scale_d, sign_a, sign_b, transpose_a, transpose_b):
+        """Registers of D; ``a`` is a descriptor or a tuple of four registers, ``c`` the registers of the
+        accumulator."""
+        args = (N, K, result, a_type, b_type, a, b, c, scale_d, sign_a, sign_b, transpose_a, transpose_b)
+        if not self.lazy:
+            return self._wgmma_now(w, *args)
+        n = len(w)
+        ctas = self.cta_of[w]
+        keys = [
+            [(int(cta), int(d), transpose_b, N, K, b_type)]
+            for cta, d in zip(ctas, full_width(b, n)[:, 0], strict=False)
+        ]
+        if not isinstance(a, tuple):
+            for mine, cta, d in zip(keys, ctas, full_width(a, n)[:, 0], strict=False):
+                mine.append((int(cta), int(d), transpose_a, 64, K, a_type))
+
+        def keep(v):
+            return tuple(keep(x) for x in v) if isinstance(v, tuple) else np.array(v) if np.ndim(v) == 2 else v
+
+        kept = (N, K, result, a_type, b_type, keep(a), keep(b), keep(tuple(c)), keep(scale_d), *args[9:])
+        return self._wgmma_issue(w, len(c), kept, keys)
+
+    # ---- late mode --------------------------------------------------------------------------------
+    def _wgmma_issue(self, w, count, args, keys):
+        n = len(w)
+        if self.wgmma_next + count > _TAG_IDS:
+            self.wgmma_next, self.wgmma_ops = 0, []
+        op = _InFlight()
+        op.base, op.count, op.args, op.line = self.wgmma_next, count, args, self.line
+        op.row_of = {int(x): j for j, x in enumerate(w)}
+        op.result, op.done, op.keys = np.zeros((count, n, 32), _u4), np.zeros(n, bool), keys
+        op.tiles = {key: self._wgmma_tile(*key) for key in dict.fromkeys(key for mine in keys for key in mine)}
+        self.wgmma_next += count
+        self.wgmma_ops.append(op)
+        for x in w:
+            self.wgmma_open.setdefault(int(x), []).append(op)
+        tags = _TAG + _u4(op.base) + np.arange(count, dtype=_u4)
+        return np.ascontiguousarray(np.broadcast_to(tags[:, None, None], (count, n, 32)))
+
+    def wgmma_commit(self, w):
+        if self.lazy:
+            for x in w:
+                self.wgmma_closed.setdefault(int(x), []).append(self.wgmma_open.pop(int(x), []))
+
+    def _replace_tags(self, values, w, required):
+        """Tags in ``values`` [..., len(w), 32] become results; ``required``: SyncError if one is not there yet."""
+        tagged = (values & _TAG_MASK) == _TAG
+        if not tagged.any():
+            return values
+        values = values.copy()
+        for tag in np.unique(values[tagged]):
+            at = int(tag) - int(_TAG)
+            op = next((o for o in reversed(self.wgmma_ops) if o.base <= at < o.base + o.count), None)
+            if op is None:
+                continue
+            rows = np.array([op.row_of.get(int(x), -1) for x in w])
+            known = (rows >= 0) & op.done[np.maximum(rows, 0)]
+            if required and ((values == tag) & ~known[:, None]).any():
+                raise SyncError(f"a wgmma uses an accumulator that the wgmma at PTX line {op.line} is still computing")
+            here = (values == tag) & known[:, None]
+            values = np.where(here, op.result[at - op.base, np.maximum(rows, 0)], values)
+        return values
+
+    def h_wgmma_wait(self, i, block, group):
+        if self.lazy:
+            self._wgmma_retire(group.w, int(i.args[0], 0))
+        self.groups.append(group)
+
+    def _wgmma_retire(self, w, keep):
+        """Perform the operations of all but the ``keep`` latest groups of these warps."""
+        todo = {}
+        for x in w:
+            queue = self.wgmma_closed.get(int(x), [])
+            while len(queue) > keep:
+                for op in queue.pop(0):
+                    todo.setdefault(id(op), (op, []))[1].append(int(x))
+        if not todo:
+            return
+        for op, warps in sorted(todo.values(), key=lambda t: t[0].base):
+            self._wgmma_perform(op, np.array(warps))
+        for name in sorted(self.prog.cross):
+            register = self.R[self.prog.reg(name)]
+            if register.dtype == _u4:
+                values = register[w]
+                if ((values & _TAG_MASK) == _TAG).any():
+                    register[w] = self._replace_tags(values, w, False)
+
+    def _wgmma_perform(self, op, warps):
+        for key in dict.fromkeys(key for x in warps for key in op.keys[op.row_of[int(x)]]):
+            if not np.array_equal(self._wgmma_tile(*key), op.tiles[key], equal_nan=True):
+                raise SyncError(f"the shared memory operand (descriptor 0x{key[1]:x}) of the wgmma at PTX line "
+                                f"{op.line} "
+                                "was overwritten before wgmma.wait_group", where=self.warps_text(warps))  # fmt: skip
+        rows = np.array([op.row_of[int(x)] for x in warps])
+
+        def pick(v):
+            return tuple(pick(x) for x in v) if isinstance(v, tuple) else v[rows] if np.ndim(v) == 2 else v
+
+        head, (a, b, c, scale_d), tail = op.args[:5], (pick(x) for x in op.args[5:9]), op.args[9:]
+        accumulators = self._replace_tags(np.stack([full_width(x, len(warps)) for x in c]), warps, True)
+        op.result[:, rows] = self._wgmma_now(warps, *head, a, b, tuple(accumulators), scale_d, *tail)
+        op.done[rows] = True
+
+    # ---- the product ------------------------------------------------------------------------------
+    def _wgmma_now(self, w, N, K, result, a_type, b_type, a, b, c, scale_d, sign_a, sign_b, transpose_a, transpose_b):
+        n = len(w)
+        tiles, tile_of = self._tiles(w, b, transpose_b, N, K, b_type)
+        if isinstance(a, tuple):
+            left = a_fragment(a, n, a_type)
+        else:
+            a_tiles, a_tile_of = self._tiles(w, a, transpose_a, 64, K, a_type)
+            quarter = self.warp_in_cta[w] & 3
+            left = np.stack(a_tiles).reshape(len(a_tiles), 4, 16, K)[a_tile_of, quarter]
+        if sign_a * sign_b < 0:
+            left = -left
+        product = np.empty((n, 16, N), _f4)
+        for t, tile in enumerate(tiles):
+            rows = slice(None) if len(tiles) == 1 else np.flatnonzero(tile_of == t)
+            mine = left[rows]
+            product[rows] = (mine.reshape(-1, K) @ tile.T).reshape(len(mine), 16, N)
+        product = product.reshape(n, 2, 8, N // 8, 4, 2).transpose(
+            3, 1, 5, 0, 2, 4
+        )  # block of N, row half, e, n, row, t
+        product = np.ascontiguousarray(product).reshape(N // 2, n, 32)
+        use = full_width(scale_d, n)
+        if result == "f16":
+            accumulator = np.stack([full_width(x, n) for x in c])
+            low = product[0::2] + np.where(use, f16_to_f32(accumulator & _u4(0xFFFF)), _f4(0))
+            high = product[1::2] + np.where(use, f16_to_f32(accumulator >> _u4(16)), _f4(0))
+            return pack_f16(low, high)
+        kind = np.int32 if result == "s32" else _f4
+        product = product.astype(kind, copy=False)
+        if use.any():
+            everywhere = use.all()
+            for j, x in enumerate(c):
+                accumulator = full_width(x, n).view(kind)
+                product[j] += accumulator if everywhere else np.where(use, accumulator, kind(0))
+        return product.view(_u4)
+
+    def _tiles(self, w, descriptors, mn_major, rows, depth, element):
+        """Distinct operand tiles of the warps, and the number of each warp's tile."""
+        descriptors = full_width(descriptors, len(w))[:, 0]
+        numbers, tiles = {}, []
+        tile_of = np.empty(len(w), np.int64)
+        for j, (cta, descriptor) in enumerate(zip(self.cta_of[w].tolist(), descriptors.tolist(), strict=False)):
+            number = numbers.get((cta, descriptor))
+            if number is None:
+                number = numbers[cta, descriptor] = len(tiles)
+                tiles.append(self._wgmma_tile(cta, descriptor, mn_major, rows, depth, element))
+            tile_of[j] = number
+        return tiles, tile_of
