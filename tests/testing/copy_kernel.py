@@ -9,7 +9,7 @@ import cutlass.cute as cute
 class Args(NamedTuple):
     a: cute.Tensor
     b: cute.Tensor
-    c: Optional[cute.Tensor]  # noqa: UP045 (the DSL evaluates it)
+    c: Optional[cute.Tensor]
     scale: cutlass.Float32
     n: cutlass.Int32
 

@@ -1,20 +1,13 @@
 """Runs third-party kernels in the simulator, in a process of their own: ``python -m tests.testing.peer_runner ARCH``.
 
-Reads a JSON list of jobs from standard input and writes one JSON object a job to standard output, in order.
+Reads a JSON list of jobs from standard input and writes one JSON object a job to standard output, in order. Started by
+``tests.testing.peers``.
 """
 
 import json
-import os
 import random
 import sys
 import time
-
-os.environ.update(
-    FLASH_ATTENTION_NUM_SMS="4",
-    FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED="0",
-    QUACK_CACHE_ENABLED="0",
-    OMP_NUM_THREADS="1",
-)
 
 import ptxsim
 from ptxsim import runtime

@@ -1,0 +1,57 @@
+"""Planted faults: one damaged synchronisation in FlashAttention-4's forward must be noticed, by an error, a deadlock or
+a wrong result. Which sites are needed by the kernel, and so count, is ruled in ``tests.testing.faults``."""
+
+import pytest
+
+from tests.testing.peers import run_once
+
+# (late, schedule seed). Late copies show missing waits for copies; seeds without late show what late MMAs would hide:
+# operands that are read before their copy has even been issued.
+MODES = [(True, None), (True, 1), (False, 1), (True, 2), (False, 2), (True, 3)]
+KINDS = {
+    "sm_80": ["no cp.async wait", "no bar.sync", "no barrier before the output"],
+    "sm_90a": [
+        "no wait",
+        "wrong phase",
+        "no producer wait",
+        "no arrive",
+        "short expect_tx",
+        "long expect_tx",
+        "no wgmma wait",
+        "no barrier before the output",
+    ],
+}
+# One tile of queries and enough blocks of keys that the stages are used again: short runs, every loop entered.
+PROBLEM = {
+    "sm_80": {"seqlen_q": 128, "seqlen_k": 512},
+    "sm_90a": {"seqlen_q": 192, "seqlen_k": 768},
+}
+SITES_PER_KIND = 3
+COMMON = {"batch": 1, "heads": 1, "heads_kv": 1, "head_dim": 64, "causal": True, "dtype": "bfloat16"}
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    def of(arch):
+        options = {"modes": MODES, "kinds": KINDS[arch], "per_kind": SITES_PER_KIND, "seed": 1}
+        jobs = [{"job": "faults", **options, **COMMON, **PROBLEM[arch]}]
+        (result,) = run_once(tmp_path_factory, "faults", arch, jobs)
+        assert "raised" not in result, result["raised"]
+        return result
+
+    return of
+
+
+@pytest.mark.parametrize("arch", KINDS)
+def test_undamaged_kernel_passes_every_mode(results, arch):
+    baseline = results(arch)["baseline"]
+    assert len(baseline) == len(MODES)
+    assert max(baseline) < 0.02
+
+
+@pytest.mark.parametrize(("arch", "kind"), [(arch, kind) for arch, kinds in KINDS.items() for kind in kinds])
+def test_fault_is_noticed(results, arch, kind):
+    faults = {name: seen for name, seen in results(arch)["faults"].items() if name.startswith(kind + " at")}
+    assert faults
+    missed = [name for name, seen in faults.items() if not isinstance(seen[-1], str) and seen[-1] < 0.02]
+    assert not missed
