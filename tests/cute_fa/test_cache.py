@@ -43,12 +43,6 @@ def _import(name: str, path: Path):
 ScaleConfig = _import("cache_kernels", SCRIPT).ScaleConfig
 
 
-@pytest.fixture(autouse=True, scope="module")
-def both_worlds():
-    """Some tests here load kernels for real launches before others simulate: the stand-in has to be there first."""
-    ptxsim.install()
-
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
     """An empty cache, fresh counts, an empty memory cache, and an empty working directory."""
@@ -657,6 +651,25 @@ def test_a_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
         kernel.launch(args)
     assert trace == [("enter", 1), 2, "leave", 2, ("enter", 1), 3, "leave", 3]
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_compiled_and_loaded_kernels_on_the_current_stream(next_process):
+    major, minor = torch.cuda.get_device_capability()
+    config = ScaleConfig(SmArch(f"sm_{major}{minor}{'a' if major >= 9 else ''}"), 2.0)
+    for found in ({"compiled": 1, "stored": 1}, {"loaded": 1}):
+        kernel = compiler.compiled(config)
+        a, b = torch.zeros(N, device="cuda"), torch.full((N + 3,), -1.0, device="cuda")
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # on another stream the kernel would read the zeros
+            a.copy_(torch.arange(1.0, N + 1))
+            kernel.launch((a, b, 1.0, N))
+        stream.synchronize()
+        torch.testing.assert_close(b.cpu(), expected(2.0), rtol=0, atol=0)
+        assert counts() == found
+        next_process(compiles=False)
 
 
 def test_a_cached_kernel_runs_simulated_in_a_fresh_process():
