@@ -21,7 +21,7 @@ from cute_fa.dispatch import TABLE
 from cute_fa.errors import NoBackwardError
 from cute_fa.kernel import AttentionTensors
 from cute_fa.simulation import arch_of, simulated_arch
-from cute_fa.tensors import ALIGNMENT, TORCH_DTYPES, check_pointers, check_values, problem_of
+from cute_fa.tensors import ALIGNMENT, TORCH_DTYPES, check_pointers, check_separate, check_values, problem_of
 
 if TYPE_CHECKING:
     from cute_fa.compiler import CompiledKernel
@@ -72,18 +72,20 @@ LIBRARY.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt
 LIBRARY.define(f"attention_out({_ARGUMENTS}, Tensor(a!) out) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
-    """What is known of every call with one description. ``compiled`` is None if no key or no query exists, so that
-    nothing is launched. ``strides``: canonical strides of q, k, v and out where a dimension of size 1 has odd ones."""
+    """What is known of every call with one description. ``launches``: whether there is any query and any key.
+    ``strides``: canonical strides of q, k, v and out where a dimension of size 1 has odd ones. ``compiled`` is set by
+    the first launch, after all checks."""
 
     problem: AttentionProblem
     kernel: type[AttentionKernel]
-    compiled: CompiledKernel | None
+    launches: bool
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
     lse_shape: tuple[int, ...]
     strides: tuple[tuple[int, ...] | None, ...]
+    compiled: CompiledKernel | None = None
 
 
 _plans: dict[tuple, _Plan] = {}
@@ -103,6 +105,7 @@ def _attention_out(*arguments):
     *arguments, out = arguments
     call = Call._make(arguments)
     plan = _plan(tuple(arguments), out)
+    check_separate(out, q=call.q, k=call.k, v=call.v)
     lse = call.q.new_empty(plan.lse_shape, dtype=torch.float32)
     _run(plan, call, out, lse)
     return lse
@@ -136,11 +139,10 @@ def _make_plan(arch: SmArch, call: Call, out: torch.Tensor | None) -> _Plan:
     problem = problem_of_call(arch, call, out)
     kernel = TABLE.lookup(problem, call.family)
     q, k, v = call.q, call.k, call.v
-    launches = q.numel() > 0 and k.numel() > 0
     return _Plan(
         problem=problem,
         kernel=kernel,
-        compiled=compiled(kernel.configure(problem)) if launches else None,
+        launches=q.numel() > 0 and k.numel() > 0,
         out_shape=(*q.shape[:-1], v.shape[-1]),
         out_dtype=TORCH_DTYPES[problem.out_dtype],
         lse_shape=_lse_shape(call),
@@ -166,7 +168,7 @@ def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
     q, k, v = call.q, call.k, call.v
     if CHECK_VALUES or simulated_arch() is not None:
         check_values(plan.problem, q, k, *call[3:8])
-    if plan.compiled is None:
+    if not plan.launches:
         _without_keys(call, out, lse)
         return
     if (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % ALIGNMENT:
@@ -188,6 +190,8 @@ def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
         call.learnable_sink,
         call.page_table,
     )
+    if plan.compiled is None:
+        plan.compiled = compiled(plan.kernel.configure(plan.problem))
     plan.compiled.launch(plan.kernel.arguments(plan.problem, tensors))
 
 

@@ -151,8 +151,8 @@ class AttentionProblem:
 
 
 def default_scale(head_dim: int) -> float:
-    """1/√head_dim."""
-    return 1.0 / math.sqrt(head_dim)
+    """1/√head_dim; 1 for a head_dim of 0, which AttentionProblem refuses."""
+    return 1.0 / math.sqrt(max(head_dim, 1))
 
 
 def check_factor(name: str, value: float) -> None:

@@ -130,6 +130,14 @@ def check_pointers(**tensors: torch.Tensor) -> None:
             raise AlignmentError(name, tensor.data_ptr(), ALIGNMENT)
 
 
+def check_separate(out: torch.Tensor, **inputs: torch.Tensor) -> None:
+    """Raise ArgumentError if ``out`` lies in an input's memory."""
+    storage = out.untyped_storage().data_ptr()
+    for name, tensor in inputs.items():
+        if storage and tensor.untyped_storage().data_ptr() == storage:
+            raise ArgumentError(f"out shares its memory with {name}: a kernel reads {name} while it writes out")
+
+
 def check_values(
     problem: AttentionProblem,
     q: torch.Tensor,
@@ -250,12 +258,11 @@ def _output(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
     expected_dtype = torch.bfloat16 if DTYPES[q.dtype].is_fp8 else q.dtype
     if out.dtype != expected_dtype:
         raise DTypeError("out", out.dtype, f"{str(expected_dtype).removeprefix('torch.')} is needed")
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise StrideError("out", out.stride(), "an expanded tensor cannot be written")
-    storage = out.untyped_storage().data_ptr()
-    for name, tensor in inputs.items():
-        if storage and tensor.untyped_storage().data_ptr() == storage:
-            raise ArgumentError(f"out shares its memory with {name}: a kernel reads {name} while it writes out")
+    extent = 1
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise StrideError("out", out.stride(), "elements that share memory cannot be written")
+        extent += stride * (size - 1)
 
 
 def _loadable(name: str, tensor: torch.Tensor) -> None:
