@@ -307,9 +307,9 @@ class QueryTile:
         """O in the input's dtype, through shared memory so that the store to global memory is coalesced; rows that do
         not count become 0."""
         for r in cutlass.range_constexpr(len(self.rows)):
-            counts = self.m_start + self.rows[r] < self.info.seqlen_q
-            for col in cutlass.range_constexpr(cute.size(self.acc_rows, mode=[1])):
-                self.acc_rows[r, col] = self.acc_rows[r, col] if counts else Float32(0.0)
+            row = self.acc_rows[r, None]
+            if self.m_start + self.rows[r] >= self.info.seqlen_q:
+                row.fill(0.0)
         rO = cute.make_rmem_tensor_like(self.acc, self.dtype)
         rO.store(self.acc.load().to(self.dtype))
         copy = cute.make_tiled_copy_C(cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype), self.mma)

@@ -49,16 +49,15 @@ class OnlineSoftmax:
                 factor = cute.math.exp2(running[r] - finite(reference), fastmath=True)
                 running[r] = reference
                 total[r] = total[r] * factor
-                for c in cutlass.range_constexpr(cute.size(acc, mode=[1])):
-                    acc[r, c] = acc[r, c] * factor
+                scale_row(acc, r, factor)
         for r in cutlass.range_constexpr(self.num_rows):
             reference = running[r]
             if const_expr(may_be_hidden):
                 reference = finite(reference)
-            for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-                exponential = cute.math.exp2(scores[r, c] * scale - reference, fastmath=True)
-                scores[r, c] = exponential
-                total[r] = total[r] + exponential
+            row = scores[r, None]
+            exponentials = cute.math.exp2(row.load() * scale - reference, fastmath=True)
+            row.store(exponentials)
+            total[r] = exponentials.reduce(cute.ReductionOp.ADD, total[r], 0)
 
     @cute.jit
     def finalize(self, acc: cute.Tensor, sink_logit: Optional[Float32]) -> cute.Tensor:
@@ -79,9 +78,13 @@ class OnlineSoftmax:
             empty = total == 0.0  # not "visible = total > 0", so that NaN in the input stays NaN
             factor = Float32(0.0) if empty else factor / total
             lse[r] = -Float32.inf if empty else (reference + cute.math.log2(total, fastmath=True)) / LOG2_E
-            for c in cutlass.range_constexpr(cute.size(acc, mode=[1])):
-                acc[r, c] = acc[r, c] * factor
+            scale_row(acc, r, factor)
         return lse
+
+
+def scale_row(acc: cute.Tensor, r: int, factor: Float32):
+    row = acc[r, None]
+    row.store(row.load() * factor)
 
 
 def row_max(scores: cute.Tensor, r: int) -> Float32:
