@@ -21,7 +21,15 @@ from cute_fa.dispatch import TABLE
 from cute_fa.errors import NoBackwardError
 from cute_fa.kernel import AttentionTensors
 from cute_fa.simulation import arch_of, simulated_arch
-from cute_fa.tensors import ALIGNMENT, TORCH_DTYPES, check_pointers, check_separate, check_values, problem_of
+from cute_fa.tensors import (
+    ALIGNMENT,
+    TORCH_DTYPES,
+    check_devices,
+    check_pointers,
+    check_separate,
+    check_values,
+    problem_of,
+)
 
 if TYPE_CHECKING:
     from cute_fa.compiler import CompiledKernel
@@ -218,6 +226,7 @@ def _without_keys(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
 
 def _fake(*arguments):
     call = Call._make(arguments)
+    check_devices(dict(zip(Call._fields, arguments[:NUM_TENSORS], strict=False)))
     q, v = call.q, call.v
     dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
@@ -226,6 +235,7 @@ def _fake(*arguments):
 
 def _fake_out(*arguments):
     call = Call._make(arguments[:-1])
+    check_devices(dict(zip(Call._fields, arguments[:NUM_TENSORS], strict=False)) | {"out": arguments[-1]})
     return call.q.new_empty(_lse_shape(call), dtype=torch.float32)
 
 

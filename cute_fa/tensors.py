@@ -89,9 +89,7 @@ def problem_of(
     if learnable_sink is not None:
         _vector("learnable_sink", learnable_sink, torch.float32, heads)
     extras = {**lengths, "page_table": page_table, "alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
-    for name, tensor in (tensors | extras).items():
-        if tensor is not None and tensor.device != q.device:
-            raise DeviceError(f"{name} is on {tensor.device} and q on {q.device}: all tensors must be on one device")
+    check_devices(tensors | extras)
     for name, cu_seqlens, rows in (("cu_seqlens_q", cu_seqlens_q, rows_q), ("cu_seqlens_k", cu_seqlens_k, rows_k)):
         if cu_seqlens is not None and rows > INT32_MAX:
             raise CumulativeSeqlensError(f"{name} for {rows} rows: its int32 offsets overflow at {INT32_MAX}")
@@ -121,6 +119,14 @@ def problem_of(
         num_splits=num_splits,
         direction=direction,
     )
+
+
+def check_devices(tensors: dict[str, torch.Tensor | None]) -> None:
+    """Raise DeviceError unless all tensors are where q is."""
+    device = tensors["q"].device
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise DeviceError(f"{name} is on {tensor.device} and q on {device}: all tensors must be on one device")
 
 
 def check_pointers(**tensors: torch.Tensor) -> None:

@@ -1,0 +1,212 @@
+"""Whatever is thrown at the API: a right answer or one clear error, never anything else.
+
+A call starts as one of three good ones (so that three kernels serve every example) with random sizes, then up to two
+of its arguments are damaged. Damage may also leave a call valid: then its answer must be right.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+import cute_fa
+from cute_fa import flash_attn_func, flash_attn_varlen_func, reference
+from cute_fa.errors import CuteFaError
+from cute_fa.inputs import InputSpec, make_inputs
+
+LENGTHS = st.integers(0, 80)
+NAN, INF = math.nan, math.inf
+
+
+@st.composite
+def good_calls(draw):
+    """(kind, keyword arguments): plain, causal, or packed with every feature."""
+    kind = draw(st.sampled_from(["plain", "causal", "packed"]))
+    heads_kv = draw(st.integers(1, 2))
+    sizes = {
+        "batch": draw(st.integers(1, 3)),
+        "seqlen_q": draw(LENGTHS),
+        "seqlen_k": draw(LENGTHS),
+        "heads_kv": heads_kv,
+        "heads": heads_kv * draw(st.integers(1, 3)),
+        "layout": draw(st.sampled_from(["contiguous", "padded", "transposed", "expanded"])),
+        "softmax_scale": draw(st.none() | st.floats(0.01, 1.0)),
+    }
+    inputs, seed = draw(st.sampled_from(["random", "peaked"])), draw(st.integers(0, 99))
+    if kind == "packed":
+        window = (draw(st.integers(0, 90)), draw(st.integers(1, 90)))
+        features = {"window": window, "sink_tokens": draw(st.integers(1, 90)), "softcap": draw(st.floats(1.0, 60.0))}
+        features |= {"alibi": True, "alibi_per_batch": draw(st.booleans()), "learnable_sink": True}
+        features |= dict.fromkeys(("varlen_q", "varlen_k", "seqused_q", "seqused_k"), True)
+        sizes |= {"seqlen_q": draw(st.integers(1, 80)), "seqlen_k": draw(st.integers(1, 80))}
+        made = make_inputs(InputSpec(**sizes, **features), inputs, seed=seed)
+        longest = {"max_seqlen_q": sizes["seqlen_q"], "max_seqlen_k": sizes["seqlen_k"]}
+        call = {"q": made.q, "k": made.k, "v": made.v, **made.options(), **longest}
+        del call["page_table"]
+        return kind, call
+    made = make_inputs(InputSpec(**sizes), inputs, seed=seed)
+    call = {"q": made.q, "k": made.k, "v": made.v, "softmax_scale": sizes["softmax_scale"]}
+    if kind == "causal":
+        call |= draw(
+            st.sampled_from(
+                [
+                    {"causal": True},
+                    {"window_size": (-1, 0)},
+                    {"window_size": (None, 0), "causal": True},
+                    {"window_size": (10**30, 7), "causal": True},
+                ]
+            )
+        )
+    else:
+        call |= draw(st.sampled_from([{}, {"window_size": (-1, -1)}, {"window_size": [None, 2**31]}]))
+    return kind, call
+
+
+def unaligned(tensor):
+    moved = tensor.new_zeros(tensor.numel() + 4)[4:]
+    return moved.view(tensor.shape).copy_(tensor)
+
+
+def odd_strides(tensor):
+    wide = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 3)
+    wide[..., :-3] = tensor
+    return wide[..., :-3]
+
+
+TENSOR_DAMAGE = {
+    "one dimension less": lambda t: t[0] if t.shape[0] else t.sum(0),
+    "one dimension more": lambda t: t[None],
+    "one sequence or row less": lambda t: t[1:],
+    "rows twice": lambda t: torch.cat([t, t]),
+    "no rows": lambda t: t[:0],
+    "shorter": lambda t: t[:, :-1],
+    "half the heads": lambda t: t[..., : t.shape[-2] // 2, :],
+    "one head": lambda t: t[..., :1, :],
+    "head_dim 60": lambda t: t[..., :60],
+    "head_dim 0": lambda t: t[..., :0],
+    "transposed": lambda t: t.transpose(-1, -2),
+    "last dimension strided": lambda t: t[..., ::2],
+    "last dimension expanded": lambda t: t[..., :1].expand(t.shape),
+    "odd strides": odd_strides,
+    "unaligned": unaligned,
+    "fp32": torch.Tensor.float,
+    "ints": lambda t: t.nan_to_num().to(torch.int32),
+    "fp8": lambda t: t.to(torch.float8_e4m3fn),
+    "bool": lambda t: t > 0,
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.nan_to_num().float().to_sparse(),
+    "numpy": lambda t: t.float().numpy(),
+    "list": lambda t: t[:1].float().tolist(),
+    "none": lambda t: None,
+    "number": lambda t: 1.0,
+    "gradient": lambda t: t.detach().requires_grad_(t.is_floating_point()),
+    "contiguous": torch.Tensor.contiguous,
+}
+VECTOR_DAMAGE = {
+    **{name: TENSOR_DAMAGE[name] for name in ("one dimension more", "no rows", "rows twice", "fp32", "meta", "numpy")},
+    "none": lambda t: None,
+    "backwards": lambda t: t.flip(0),
+    "strided": lambda t: torch.stack([t, t], -1)[..., 0],
+    "shifted": lambda t: t + 1,
+    "negative": lambda t: -t,
+    "huge": lambda t: t + t.new_tensor(2**31 - 100),
+    "long": torch.Tensor.long,
+    "one less": lambda t: t[:-1],
+    "zero": torch.zeros_like,
+}
+SCALAR_DAMAGE = {
+    "softmax_scale": [0, 0.0, -1.0, NAN, INF, 1e-300, 1e300, 10**400, "x", True, [1.0], 1e-5, 2, torch.tensor(1.0)],
+    "softcap": [-1.0, NAN, INF, 1e-30, 1e30, "x", None, True, 5],
+    "sink_tokens": [-1, 2.5, 10**12, "x", None, True, 2**31 - 1],
+    "window_size": [(-2, 3), (3, -2), (1.5, 3), ("a", 3), (3,), (1, 2, 3), 5, "ab", {}, (True, 3), (NAN, 1), ((1,), 2)],
+    "causal": [1, "yes", None, 0.0],
+    "num_splits": [2, -1, 10**20, 1.5, None],
+    "max_seqlen_q": [0, -1, 1, 3, 10**9, 2**31, 10**30, 4.0, "x", None, True, torch.tensor(50)],
+    "max_seqlen_k": [0, -1, 1, 3, 10**9, 2**31, 10**30, 4.0, "x", None, True, torch.tensor(50)],
+    "family": ["fa2", "fa3", "fa9", 1, ""],
+    "dropout_p": [0.0, 0.5, NAN, "x"],
+    "qv": [None, 1],
+    "no_such_argument": [1],
+}
+PACKED_ONLY = {"softcap", "sink_tokens", "max_seqlen_q", "max_seqlen_k"}
+# In a packed call these switch a feature off, which would only be one more kernel to compile.
+KEEPS_FEATURE = ("alibi_slopes", "learnable_sink", "seqused_q", "seqused_k")
+
+
+@st.composite
+def calls(draw):
+    kind, call = draw(good_calls())
+    damage = []
+    for _ in range(draw(st.integers(0, 2))):
+        name = draw(st.sampled_from([*(n for n in call if isinstance(call[n], torch.Tensor)), *SCALAR_DAMAGE]))
+        if name in ("q", "k", "v"):
+            how = draw(st.sampled_from(list(TENSOR_DAMAGE)))
+            damage.append((name, how, TENSOR_DAMAGE[how]))
+        elif name in SCALAR_DAMAGE:
+            value = draw(st.sampled_from(SCALAR_DAMAGE[name]))
+            if kind == "packed" or name not in PACKED_ONLY:
+                damage.append((name, repr(value), lambda _, value=value: value))
+        else:
+            how = draw(st.sampled_from([how for how in VECTOR_DAMAGE if how != "none" or name not in KEEPS_FEATURE]))
+            damage.append((name, how, VECTOR_DAMAGE[how]))
+    for name, _, change in damage:
+        if isinstance(call.get(name), torch.Tensor) or name in SCALAR_DAMAGE:
+            try:
+                call[name] = change(call.get(name))
+            except (RuntimeError, IndexError, TypeError):
+                damage = [d for d in damage if d[0] != name]  # this tensor cannot be damaged so
+    return kind, call, [(name, how) for name, how, _ in damage]
+
+
+@pytest.fixture(scope="module")
+def simulation():
+    with cute_fa.simulate("sm_80") as simulation:
+        yield simulation
+
+
+@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(calls())
+def test_right_answer_or_one_clear_error(simulation, drawn):
+    kind, call, damage = drawn
+    function = flash_attn_varlen_func if kind == "packed" else flash_attn_func
+    launches = len(simulation.launches)
+    try:
+        out, lse = function(**call, return_lse=True)
+    except CuteFaError as error:
+        assert damage, f"a good call was refused: {error}"
+        assert len(str(error)) > 15
+        assert len(simulation.launches) == launches, "bad input reached a kernel"
+        event(f"{type(error).__name__}")
+        return
+    event("answered, damaged" if damage else "answered, good")
+    assert_right(call, out, lse)
+
+
+def assert_right(call, out, lse):
+    """Compare the rows that belong to a sequence."""
+    passed = {n: call[n] for n in call if n in REFERENCE_OPTIONS}
+    if passed.get("window_size") is not None:
+        passed["window_size"] = tuple(passed["window_size"])
+    tensors = [call[name].detach() for name in ("q", "k", "v")]
+    if tensors[0].is_meta:
+        assert out.is_meta
+        return
+    expected = reference.expected(*tensors, **passed)
+    rows = slice(None)
+    if call.get("cu_seqlens_q") is not None:
+        rows = slice(0, int(call["cu_seqlens_q"][-1]))
+        comparison = expected.check(
+            torch.cat([out[rows].detach(), expected.out[rows.stop :].to(out.dtype)]),
+            torch.cat([lse[:, rows], expected.lse[:, rows.stop :]], 1),
+        )
+    else:
+        comparison = expected.check(out, lse)
+    assert comparison.ok, comparison
+
+
+REFERENCE_OPTIONS = {
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "softmax_scale", "causal", "window_size"),
+    *("sink_tokens", "softcap", "alibi_slopes", "learnable_sink"),
+}
