@@ -18,8 +18,8 @@ from cutlass import Boolean, Int32, const_expr
 
 
 class Window(NamedTuple):
-    """Run-time bounds, at most 2^30 so that adding a position stays within int32; None where infinite, ``sink_tokens`` None if there are none (a sink
-    needs a left bound)."""
+    """Run-time bounds, at most 2^30 so that adding a position stays within int32. None where infinite;
+    ``sink_tokens`` is None if there are none, and needs a left bound."""
 
     left: Optional[Int32]
     right: Optional[Int32]
@@ -85,4 +85,3 @@ def block_range(
         window_end=window_end,
         total=window_end + sink_blocks,
     )
-
