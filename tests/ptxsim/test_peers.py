@@ -29,7 +29,8 @@ NAMES = ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "caus
 
 def job(case):
     if case == "softmax":
-        return {"job": "softmax", "modes": MODES, "rows": 7, "columns": 1000, "dtype": "bfloat16"}
+        # Rows in whole tiles: for missing ones quack reads shared memory that nothing wrote, and drops what it computes.
+        return {"job": "softmax", "modes": MODES, "rows": 8, "columns": 1000, "dtype": "bfloat16"}
     return {"job": "attention", "modes": MODES, **dict(zip(NAMES, ATTENTION[case], strict=True))}
 
 
