@@ -139,7 +139,7 @@ KEEPS_FEATURE = ("alibi_slopes", "learnable_sink", "seqused_q", "seqused_k")
 def calls(draw):
     kind, call = draw(good_calls())
     damage = []
-    for _ in range(draw(st.integers(0, 2))):
+    for _ in range(draw(st.sampled_from([0, 1, 1, 2]))):
         name = draw(st.sampled_from([*(n for n in call if isinstance(call[n], torch.Tensor)), *SCALAR_DAMAGE]))
         if name in ("q", "k", "v"):
             how = draw(st.sampled_from(list(TENSOR_DAMAGE)))
@@ -151,13 +151,14 @@ def calls(draw):
         else:
             how = draw(st.sampled_from([how for how in VECTOR_DAMAGE if how != "none" or name not in KEEPS_FEATURE]))
             damage.append((name, how, VECTOR_DAMAGE[how]))
-    for name, _, change in damage:
-        if isinstance(call.get(name), torch.Tensor) or name in SCALAR_DAMAGE:
-            try:
-                call[name] = change(call.get(name))
-            except (RuntimeError, IndexError, TypeError):
-                damage = [d for d in damage if d[0] != name]  # this tensor cannot be damaged so
-    return kind, call, [(name, how) for name, how, _ in damage]
+    done = []
+    for name, how, change in damage:
+        try:
+            call[name] = change(call.get(name))
+        except (RuntimeError, IndexError, TypeError, AttributeError):
+            continue  # this argument cannot be damaged so, or not any more
+        done.append((name, how))
+    return kind, call, done
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def simulation():
         yield simulation
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(calls())
 def test_right_answer_or_one_clear_error(simulation, drawn):
     kind, call, damage = drawn
