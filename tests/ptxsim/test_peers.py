@@ -29,7 +29,7 @@ NAMES = ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "caus
 
 def job(case):
     if case == "softmax":
-        # Rows in whole tiles: for missing ones quack reads shared memory that nothing wrote, and drops what it computes.
+        # Rows in whole tiles: for missing ones quack reads shared memory that nothing wrote (and drops it).
         return {"job": "softmax", "modes": MODES, "rows": 8, "columns": 1000, "dtype": "bfloat16"}
     return {"job": "attention", "modes": MODES, **dict(zip(NAMES, ATTENTION[case], strict=True))}
 

@@ -176,6 +176,8 @@ def test_device_of_the_simulation():
         hardware = cutlass.utils.HardwareInfo()
         assert hardware.get_device_multiprocessor_count() == 6
         assert hardware.get_max_active_clusters(4) == 1
+        with pytest.raises(ptxsim.SimError, match="no L2 cache"):
+            hardware.get_l2_cache_size_in_bytes()
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -220,6 +222,18 @@ def test_nested_numpy_and_empty_arguments(vectors):
             sim.call(function, (a.to("meta"), b, a, 2.0, 300))
 
 
+def test_overlapping_arguments(vectors):
+    a, b = vectors
+    both = b.numpy()
+    with ptxsim.simulate("sm_80") as sim:
+        sim.call(compile_scale(with_c=True), (a, both, both[100:101], 2.0, 1))
+        sim.call(compile_copy(cutlass.Float32), (a[:, None], b[:, None]))
+        assert torch.equal(a, b)
+        sim.call(compile_scale(), (both, both[:300], None, 2.0, 300))
+    assert torch.equal(2 * a, b)
+    assert runtime._merged([(0, 10), (5, 2), (8, 4), (12, 1), (20, 0)]) == [(0, 12), (12, 1)]
+
+
 def test_clusters(vectors):
     a, b = vectors
     with ptxsim.simulate("sm_90a") as sim:
@@ -255,8 +269,12 @@ def test_out_of_bounds_is_caught_and_named(vectors):
 
 def test_impossible_launches_are_refused(vectors):
     a, b = vectors
-    with ptxsim.simulate("sm_80") as sim, pytest.raises(ptxsim.SimError, match=r"the grid \(0, 1, 1\) is empty"):
-        sim.call(compile_scale(), (a[:0], b, None, 2.0, 0))
+    with ptxsim.simulate("sm_80") as sim:
+        with pytest.raises(ptxsim.SimError, match=r"the grid \(0, 1, 1\) is empty"):
+            sim.call(compile_scale(), (a[:0], b, None, 2.0, 0))
+        function = compile_scale(threads=1056)
+        with pytest.raises(ptxsim.SimError, match=r"\(1056, 1, 1\) threads in a CTA; at most 1024"):
+            sim.call(function, (a, b, None, 2.0, 300))
 
 
 def test_machine_code_is_matched_by_its_bytes(vectors):
