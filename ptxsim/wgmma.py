@@ -24,7 +24,7 @@ _TAG_IDS = 1 << 21
 class _InFlight:
     """One issued wgmma of some warps (late mode)."""
 
-    __slots__ = ("args", "base", "count", "done", "keys", "line", "result", "row_of", "tiles")
+    __slots__ = ("accumulators", "args", "base", "count", "done", "keys", "line", "result", "row_of", "tiles", "warps")
 
 
 class WgmmaMixin:
@@ -55,17 +55,19 @@ class WgmmaMixin:
         def keep(v):
             return tuple(keep(x) for x in v) if isinstance(v, tuple) else np.array(v) if np.ndim(v) == 2 else v
 
-        kept = (N, K, result, a_type, b_type, keep(a), keep(b), keep(tuple(c)), keep(scale_d), *args[9:])
-        return self._wgmma_issue(w, len(c), kept, keys)
+        kept = (N, K, result, a_type, b_type, keep(a), keep(b), None, keep(scale_d), *args[9:])
+        return self._wgmma_issue(w, np.stack([full_width(x, n) for x in c]), kept, keys)
 
     # ---- late mode --------------------------------------------------------------------------------
-    def _wgmma_issue(self, w, count, args, keys):
-        n = len(w)
+    def _wgmma_issue(self, w, accumulators, args, keys):
+        count, n = accumulators.shape[:2]
         if self.wgmma_next + count > _TAG_IDS:
-            self.wgmma_next, self.wgmma_ops = 0, []
+            self.wgmma_next = 0
         op = _InFlight()
         op.base, op.count, op.args, op.line = self.wgmma_next, count, args, self.line
-        op.row_of = {int(x): j for j, x in enumerate(w)}
+        op.warps, op.accumulators = w, accumulators
+        op.row_of = np.full(self.nwarps, -1)
+        op.row_of[w] = np.arange(n)
         op.result, op.done, op.keys = np.zeros((count, n, 32), _u4), np.zeros(n, bool), keys
         op.tiles = {key: self._wgmma_tile(*key) for key in dict.fromkeys(key for mine in keys for key in mine)}
         self.wgmma_next += count
@@ -81,22 +83,22 @@ class WgmmaMixin:
                 self.wgmma_closed.setdefault(int(x), []).append(self.wgmma_open.pop(int(x), []))
 
     def _replace_tags(self, values, w, required):
-        """Tags in ``values`` [..., len(w), 32] become results; ``required``: SyncError if one is not there yet."""
-        tagged = (values & _TAG_MASK) == _TAG
-        if not tagged.any():
+        """Tags in ``values`` [registers, len(w), 32] become results; ``required``: SyncError if one is missing."""
+        at = np.nonzero((values & _TAG_MASK) == _TAG)
+        if not len(at[0]):
             return values
+        ids = (values[at] - _TAG).astype(np.int64)
         values = values.copy()
-        for tag in np.unique(values[tagged]):
-            at = int(tag) - int(_TAG)
-            op = next((o for o in reversed(self.wgmma_ops) if o.base <= at < o.base + o.count), None)
-            if op is None:
+        for op in self.wgmma_ops:
+            mine = np.flatnonzero((ids >= op.base) & (ids < op.base + op.count))
+            if not len(mine):
                 continue
-            rows = np.array([op.row_of.get(int(x), -1) for x in w])
-            known = (rows >= 0) & op.done[np.maximum(rows, 0)]
-            if required and ((values == tag) & ~known[:, None]).any():
+            register, warp, lane = (x[mine] for x in at)
+            row = op.row_of[w[warp]]
+            done = (row >= 0) & op.done[row]
+            if required and not done.all():
                 raise SyncError(f"a wgmma uses an accumulator that the wgmma at PTX line {op.line} is still computing")
-            here = (values == tag) & known[:, None]
-            values = np.where(here, op.result[at - op.base, np.maximum(rows, 0)], values)
+            values[register[done], warp[done], lane[done]] = op.result[ids[mine][done] - op.base, row[done], lane[done]]
         return values
 
     def h_wgmma_wait(self, i, block, group):
@@ -116,26 +118,33 @@ class WgmmaMixin:
             return
         for op, warps in sorted(todo.values(), key=lambda t: t[0].base):
             self._wgmma_perform(op, np.array(warps))
+        # the results replace the tags wherever they are, and operations that are done are forgotten
+        for op in self.wgmma_ops:
+            if not op.done.all():
+                op.accumulators = self._replace_tags(op.accumulators, op.warps, False)
         for name in sorted(self.prog.cross):
             register = self.R[self.prog.reg(name)]
             if register.dtype == _u4:
                 values = register[w]
                 if ((values & _TAG_MASK) == _TAG).any():
-                    register[w] = self._replace_tags(values, w, False)
+                    register[w] = self._replace_tags(values[None], w, False)[0]
+        self.wgmma_ops = [op for op in self.wgmma_ops if not op.done.all()]
 
     def _wgmma_perform(self, op, warps):
-        for key in dict.fromkeys(key for x in warps for key in op.keys[op.row_of[int(x)]]):
+        rows = op.row_of[warps]
+        for key in dict.fromkeys(key for row in rows for key in op.keys[row]):
             if not np.array_equal(self._wgmma_tile(*key), op.tiles[key], equal_nan=True):
-                raise SyncError(f"the shared memory operand (descriptor 0x{key[1]:x}) of the wgmma at PTX line "
-                                f"{op.line} "
-                                "was overwritten before wgmma.wait_group", where=self.warps_text(warps))  # fmt: skip
-        rows = np.array([op.row_of[int(x)] for x in warps])
+                raise SyncError(
+                    f"the shared memory operand (descriptor 0x{key[1]:x}) of the wgmma at PTX line {op.line} was "
+                    "overwritten before wgmma.wait_group",
+                    where=self.warps_text(warps),
+                )
 
         def pick(v):
             return tuple(pick(x) for x in v) if isinstance(v, tuple) else v[rows] if np.ndim(v) == 2 else v
 
-        head, (a, b, c, scale_d), tail = op.args[:5], (pick(x) for x in op.args[5:9]), op.args[9:]
-        accumulators = self._replace_tags(np.stack([full_width(x, len(warps)) for x in c]), warps, True)
+        head, (a, b, _, scale_d), tail = op.args[:5], (pick(x) for x in op.args[5:9]), op.args[9:]
+        accumulators = self._replace_tags(op.accumulators[:, rows], warps, True)
         op.result[:, rows] = self._wgmma_now(warps, *head, a, b, tuple(accumulators), scale_d, *tail)
         op.done[rows] = True
 
@@ -156,9 +165,8 @@ class WgmmaMixin:
             rows = slice(None) if len(tiles) == 1 else np.flatnonzero(tile_of == t)
             mine = left[rows]
             product[rows] = (mine.reshape(-1, K) @ tile.T).reshape(len(mine), 16, N)
-        product = product.reshape(n, 2, 8, N // 8, 4, 2).transpose(
-            3, 1, 5, 0, 2, 4
-        )  # block of N, row half, e, n, row, t
+        # to (block of N, row half, e), warp, (row, t)
+        product = product.reshape(n, 2, 8, N // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
         product = np.ascontiguousarray(product).reshape(N // 2, n, 32)
         use = full_width(scale_d, n)
         if result == "f16":
