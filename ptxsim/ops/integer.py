@@ -82,8 +82,9 @@ def divide(a, b):
     safe = np.where(b == 0, b.dtype.type(1), b)
     if a.dtype.kind == "u":
         return np.where(b == 0, ~a.dtype.type(0), a // safe)
-    quotient = np.abs(a) // np.abs(safe)
-    quotient = np.where((a < 0) ^ (safe < 0), -quotient, quotient).astype(a.dtype)
+    magnitude = f"u{a.dtype.itemsize}"  # |most negative value| fits the unsigned type
+    quotient = np.abs(a).view(magnitude) // np.abs(safe).view(magnitude)
+    quotient = np.where((a < 0) ^ (safe < 0), -quotient, quotient).view(a.dtype)
     return np.where(b == 0, a.dtype.type(-1), quotient)
 
 
