@@ -75,13 +75,17 @@ class AtomicMixin:
         kind, function = _TYPES.get(type_name), _FUNCTIONS.get(operation)
         if kind is not None and function is not None:
             table = pool[np.dtype(kind)]
-            if not wanted:
-                function.at(table, index, operands[0].view(kind))
-                return None
-            if len(np.unique(index)) == len(index):
+            places, inverse = np.unique(index, return_inverse=True)
+            if len(places) == len(index):
                 old = table[index]
                 table[index] = function(old, operands[0].view(kind))
-                return self._spread(old.view(bits), mask, bits)
+                return self._spread(old.view(bits), mask, bits) if wanted else None
+            if not wanted:
+                # not function.at(table, ...): NumPy would copy the address space, in which the operands lie
+                current = table[places]
+                function.at(current, inverse, operands[0].view(kind))
+                table[places] = current
+                return None
         table = pool[np.dtype(bits)]
         update = scalar_atomic(operation, type_name)
         old = np.zeros(len(index), bits)

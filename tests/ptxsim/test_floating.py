@@ -78,8 +78,7 @@ def rounded(exact, mode):
         return high
     if mode == "rz":
         return low if exact > 0 else high
-    nearest = min((low, high), key=lambda x: (abs(Fraction(x) - exact), int(np.float32(x).view(np.uint32)) & 1))
-    return nearest
+    return min((low, high), key=lambda x: (abs(Fraction(x) - exact), int(np.float32(x).view(np.uint32)) & 1))
 
 
 EXACT = {

@@ -1,8 +1,8 @@
 """Small PTX kernels as text, run through the simulator's core without the DSL.
 
-``run`` wraps a snippet into a kernel: pointers to the arrays are in ``%in0``, ``%in1`` … and ``%out0`` …, the thread number
-in the CTA in ``%t`` and the number in the grid in ``%g``; ``%r``, ``%rs``, ``%rd``, ``%f``, ``%fd``, ``%p`` are register files
-of 64. Comparing arrays bit by bit is ``same_bits``.
+``run`` wraps a snippet into a kernel: pointers to the arrays are in ``%in0``, ``%in1`` … and ``%out0`` …, the thread
+number in the CTA in ``%t`` and the number in the grid in ``%g``; ``%r``, ``%rs``, ``%rd``, ``%f``, ``%fd``, ``%p`` are
+register files. ``same_bits`` compares arrays bit by bit.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=
     if extra_params:
         start = program.k.param_list[len(arrays)][0]
         params[start : start + len(extra_params)] = np.frombuffer(extra_params, np.uint8)
-    machine = Machine(program, (grid, 1, 1), (threads, 1, 1), (cluster, 1, 1), smem, params, list(range(grid)), ranges, seed,
-                      late)  # fmt: skip
+    shape = ((grid, 1, 1), (threads, 1, 1), (cluster, 1, 1))
+    machine = Machine(program, *shape, smem, params, list(range(grid)), ranges, seed, late)
     ranges.prepare([(params.ctypes.data, params.ctypes.data + params.nbytes)]
                    + [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in machine.local_arrays])  # fmt: skip
     machine.run()
@@ -94,24 +94,25 @@ def elementwise(instruction, arrays, out_dtype, *, target="sm_90a"):
     count = len(arrays[0])
     assert count <= 1024 and all(len(x) == count for x in arrays)
     lines, names = [], {}
-    for i, (name, array) in enumerate(zip("abce", arrays)):
+    for i, (name, array) in enumerate(zip("abce"[: len(arrays)], arrays, strict=True)):
         size = array.dtype.itemsize
         prefix, kind = _REGISTER[size]
         names[name] = f"{prefix}{i + 1}"
         lines.append(f"mad.wide.u32 %rd{20 + i}, %t, {size}, %in{i};")
         lines.append(f"ld.global.{kind} {names[name]}, [%rd{20 + i}];")
-    out_dtype = np.dtype(out_dtype)
-    size = 4 if out_dtype == bool else out_dtype.itemsize
+    predicate = out_dtype is bool
+    out_dtype = np.dtype(np.uint32 if predicate else out_dtype)
+    size = out_dtype.itemsize
     prefix, kind = _REGISTER[size]
-    names["d"] = "%p1" if out_dtype == bool else f"{prefix}40"
+    names["d"] = "%p1" if predicate else f"{prefix}40"
     lines.append(instruction.format(**names))
-    if out_dtype == bool:
+    if predicate:
         lines.append("selp.u32 %r40, 1, 0, %p1;")
     lines.append(f"mad.wide.u32 %rd30, %t, {size}, %out0;")
     lines.append(f"st.global.{kind} [%rd30], {prefix}40;")
-    out = np.zeros(count, np.uint32 if out_dtype == bool else out_dtype)
+    out = np.zeros(count, out_dtype)
     result = run("\n".join("  " + x for x in lines), arrays, [out], threads=count, target=target)
-    return result.astype(bool) if out_dtype == bool else result
+    return result.astype(bool) if predicate else result
 
 
 def same_bits(a, b):
