@@ -1,6 +1,29 @@
 """Attention kernels in NVIDIA's CuTe DSL behind one dispatch table and one API that drops in for ``flash_attn``."""
 
 from cute_fa.api import flash_attn_func, flash_attn_varlen_func
+from cute_fa.dispatch import DispatchKey, DispatchTable
+from cute_fa.errors import CuteFaError
+from cute_fa.problem import AttentionProblem
+from cute_fa.requests import CumulativeSeqlens, Fa2FwdRequest, Fa3FwdRequest, PersistentMode, VarlenFwdRequest
 from cute_fa.simulation import simulate
+from cute_fa.types import Direction, DType, MaskKind, PositionBias, SmArch
 
-__all__ = ["flash_attn_func", "flash_attn_varlen_func", "simulate"]
+__all__ = [
+    "AttentionProblem",
+    "CumulativeSeqlens",
+    "CuteFaError",
+    "DType",
+    "Direction",
+    "DispatchKey",
+    "DispatchTable",
+    "Fa2FwdRequest",
+    "Fa3FwdRequest",
+    "MaskKind",
+    "PersistentMode",
+    "PositionBias",
+    "SmArch",
+    "VarlenFwdRequest",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "simulate",
+]

@@ -20,6 +20,10 @@ from cute_fa.types import Direction, DType, MaskKind, PositionBias, SmArch
 
 INT32_MAX = 2**31 - 1
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+_KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction} | dict.fromkeys(
+    ("batch", "seqlen_q", "seqlen_k", "num_heads", "num_heads_kv", "head_dim", "head_dim_v", "sink_tokens", "num_splits"),
+    int,
+)
 # Products of scale, cap and log2(e) must stay far inside fp32.
 _LARGEST_FACTOR = 2.0**32
 
@@ -87,6 +91,10 @@ class AttentionProblem:
     out_dtype: DType | None = None
 
     def __post_init__(self):
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise ArgumentError(f"{name}={value!r}: {kind.__name__} is needed")
         self._check_sizes()
         self._check_options()
         if self.out_dtype is None:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cute_fa
 from cute_fa import flash_attn_func, flash_attn_varlen_func, ops, reference
+from cute_fa.compiler import CompiledKernel
 from cute_fa.errors import ArgumentError, NoBackwardError, NoDeviceError
 from cute_fa.inputs import InputSpec, make_inputs
 
@@ -208,8 +209,15 @@ def test_checks_are_turned_on_by_the_environment(value, on):
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == on
 
 
-def test_sizes_of_one_may_have_any_stride(simulated):
-    """A dimension of size 1 keeps whatever stride a slice left it with."""
+def test_sizes_of_one_may_have_any_stride(simulated, monkeypatch):
+    """A dimension of size 1 keeps whatever stride a slice left it with; kernels get multiples of 16 bytes."""
+    passed = []
+
+    def remember(self, args, launch=CompiledKernel.launch):
+        passed.append(args[:4])
+        launch(self, args)
+
+    monkeypatch.setattr(CompiledKernel, "launch", remember)
     inputs = make_inputs(InputSpec(batch=1, seqlen_q=40, seqlen_k=72, heads=1, heads_kv=1, causal=True))
     tensors = (inputs.q, inputs.k, inputs.v)
     odd = [t.as_strided(t.shape, (3, t.stride(1), 7, 1)) for t in tensors]
@@ -217,5 +225,11 @@ def test_sizes_of_one_may_have_any_stride(simulated):
         flash_attn_func(*odd, causal=True), flash_attn_func(*tensors, causal=True), atol=0, rtol=0
     )
     one_key = [tensors[0], *(t[:, :1].as_strided((1, 1, 1, 64), (5, 5, 5, 1)) for t in tensors[1:])]
-    out = flash_attn_func(*one_key)
+    wide = torch.empty(40, 64, dtype=torch.bfloat16).as_strided((1, 40, 1, 64), (1, 64, 3, 1))
+    out = flash_attn_func(*one_key, out=wide)
     torch.testing.assert_close(out, one_key[2].expand_as(out), atol=0, rtol=0)
+    assert len(passed) == 3
+    for arguments in passed:
+        for tensor in arguments:
+            assert tensor.stride(-1) == 1
+            assert all(stride % 8 == 0 for stride in tensor.stride()[:-1])

@@ -109,6 +109,10 @@ def test_derived():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"arch": "sm_80"}, ArgumentError, "arch='sm_80': SmArch is needed"),
+        ({"dtype": torch.bfloat16}, ArgumentError, "dtype=torch.bfloat16: DType is needed"),
+        ({"head_dim": 64.0}, ArgumentError, "head_dim=64.0: int is needed"),
+        ({"batch": True}, ArgumentError, "batch=True: int is needed"),
         ({"batch": 0}, EmptyBatchError, "batch=0"),
         ({"seqlen_q": -1}, LengthError, "seqlen_q=-1"),
         ({"seqlen_k": 2**31}, LengthError, "seqlen_k=2147483648"),
