@@ -20,9 +20,9 @@ from cute_fa.types import Direction, DType, MaskKind, PositionBias, SmArch
 
 INT32_MAX = 2**31 - 1
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+_SIZES = ("num_heads", "num_heads_kv", "head_dim", "head_dim_v")
 _KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction} | dict.fromkeys(
-    ("batch", "seqlen_q", "seqlen_k", "num_heads", "num_heads_kv", "head_dim", "head_dim_v", "sink_tokens", "num_splits"),
-    int,
+    ("batch", "seqlen_q", "seqlen_k", *_SIZES, "sink_tokens", "num_splits"), int
 )
 # Products of scale, cap and log2(e) must stay far inside fp32.
 _LARGEST_FACTOR = 2.0**32
@@ -108,7 +108,7 @@ class AttentionProblem:
         for name in ("seqlen_q", "seqlen_k"):
             if not 0 <= getattr(self, name) <= INT32_MAX:
                 raise LengthError(f"{name}={getattr(self, name)}: a length is between 0 and {INT32_MAX}")
-        for name in ("num_heads", "num_heads_kv", "head_dim", "head_dim_v"):
+        for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ShapeError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if self.num_heads % self.num_heads_kv:

@@ -165,8 +165,8 @@ class Named:
         (
             "fa2",
             "sm_120a",
-            {"sliding_window": 7, "window_right": 9, "alibi": True, "softcap": 50.0, "learnable_sink": True},
-            "fa2_fwd_sm120a_bf16_hd128_sw7_wr9_alibi_softcap50_lsink",
+            {"sliding_window": 7, "window_right": 9, "alibi": True, "sink": 2, "softcap": 50.0, "learnable_sink": True},
+            "fa2_fwd_sm120a_bf16_hd128_sw7_wr9_alibi_sink2_softcap50_lsink",
         ),
         ("fa2", "sm_80", {"softcap": 0.5, "window_right": 3}, "fa2_fwd_sm80_bf16_hd128_wr3_softcap0p5"),
         (
