@@ -31,6 +31,7 @@ test: $(ENVIRONMENT)
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 gpu-check: $(ENVIRONMENT)
 ifdef HAS_GPU
