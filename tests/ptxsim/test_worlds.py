@@ -155,6 +155,21 @@ def test_simulations_do_not_nest_and_name_their_arch():
             pass
 
 
+def test_unknown_ptx_is_named(vectors):
+    a, b = vectors
+    with ptxsim.simulate("sm_80") as sim:
+        function = compile_scale(extra=11.0)
+        ptx = function.artifacts.PTX
+        assert "st.global" in ptx
+        ptxsim.register_ptx(function.artifacts.CUBIN, ptx.replace("st.global", "st.nowhere"))
+        with pytest.raises(ptxsim.PtxError, match=r"kernel_cutlass_kernel.*Scale") as caught:
+            sim.call(function, (a, b, None, 2.0, 300))
+        assert "st.nowhere" in str(caught.value)
+        ptxsim.register_ptx(function.artifacts.CUBIN, ptx)  # nothing of the failed call stays
+        sim.call(function, (a, b, None, 2.0, 300))
+        torch.testing.assert_close(b, 2 * a + 11.0)
+
+
 @pytest.mark.parametrize(
     ("target", "arch", "runs"),
     [
