@@ -17,8 +17,18 @@ def random_bytes(count, dtype=np.uint8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, count, dtype=np.uint8).view(dtype)
 
 
-@pytest.mark.parametrize(("vector", "kind", "size"), [("", "b32", 4), ("", "b64", 8), (".v2", "b32", 8), (".v4", "b32", 16),
-                                                      (".v2", "b64", 16), (".v4", "b16", 8), ("", "b8", 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("vector", "kind", "size"),
+    [
+        ("", "b32", 4),
+        ("", "b64", 8),
+        (".v2", "b32", 8),
+        (".v4", "b32", 16),
+        (".v2", "b64", 16),
+        (".v4", "b16", 8),
+        ("", "b8", 1),
+    ],
+)
 @pytest.mark.parametrize("through", ["global", "shared", "generic"])
 def test_vectors_and_spaces(vector, kind, size, through):
     """Global to global, by way of shared memory, or by generic addresses of both."""

@@ -7,6 +7,8 @@ register files. ``same_bits`` compares arrays bit by bit.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from ptxsim.codegen import Program
@@ -29,6 +31,7 @@ def aligned(array, alignment=128):
 
 def kernel_text(body, inputs, outputs, *, declarations="", target="sm_90a", params=""):
     """The PTX of a kernel around ``body``; ``inputs`` and ``outputs`` are counts of pointers."""
+    body = re.sub(r";\s*", ";\n  ", body)  # one instruction a line, as errors name lines
     names = [f"in{i}" for i in range(inputs)] + [f"out{i}" for i in range(outputs)]
     listed = ", ".join([f".param .u64 p_{n}" for n in names] + ([params] if params else []))
     loads = "\n".join(f"  ld.param.u64 %{n}, [p_{n}];" for n in names)
