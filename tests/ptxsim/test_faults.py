@@ -42,14 +42,23 @@ def results(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("arch", KINDS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.xdist_group(f"faults-{arch}")) for arch in KINDS]
+)
 def test_undamaged_kernel_passes_every_mode(results, arch):
     baseline = results(arch)["baseline"]
     assert len(baseline) == len(MODES)
     assert max(baseline) < 0.02
 
 
-@pytest.mark.parametrize(("arch", "kind"), [(arch, kind) for arch, kinds in KINDS.items() for kind in kinds])
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [
+        pytest.param(arch, kind, marks=pytest.mark.xdist_group(f"faults-{arch}"))
+        for arch, kinds in KINDS.items()
+        for kind in kinds
+    ],
+)
 def test_fault_is_noticed(results, arch, kind):
     faults = {name: seen for name, seen in results(arch)["faults"].items() if name.startswith(kind + " at")}
     assert faults

@@ -39,7 +39,14 @@ def results(tmp_path_factory):
     return lambda arch: run_once(tmp_path_factory, "peers", arch, [job(case) for case in CASES[arch]])
 
 
-@pytest.mark.parametrize(("arch", "case"), [(arch, case) for arch, cases in CASES.items() for case in cases])
+@pytest.mark.parametrize(
+    ("arch", "case"),
+    [
+        pytest.param(arch, case, marks=pytest.mark.xdist_group(f"peers-{arch}"))
+        for arch, cases in CASES.items()
+        for case in cases
+    ],
+)
 def test_peer(results, arch, case):
     result = results(arch)[CASES[arch].index(case)]
     assert "raised" not in result, result["raised"]
