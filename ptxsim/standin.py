@@ -144,7 +144,10 @@ def build(real: Path) -> Path:
     if not library.exists():
         import filelock
 
-        library.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            library.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SimError(f"no place to keep the stand-in library: {error}; set PTXSIM_CACHE_DIR") from error
         with filelock.FileLock(library.with_name("lock")):
             if not library.exists():
                 _compile(library, real.resolve(), symbols)

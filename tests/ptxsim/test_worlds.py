@@ -398,6 +398,8 @@ def test_missing_compiler(tmp_path, real_library):
     assert "CompilerMissing" in done.stderr and "$CC names 'no-such-compiler -O1'" in done.stderr
     done = run_python(BUILD, real_library, CC="false", **cache)
     assert "could not build the stand-in library: false" in done.stderr
+    done = run_python(BUILD, real_library, CC="", PTXSIM_CACHE_DIR="/dev/null/cache")
+    assert "no place to keep the stand-in library" in done.stderr and "set PTXSIM_CACHE_DIR" in done.stderr
     assert run_python(BUILD, real_library, CC="", **cache).returncode == 0
     done = run_python(BUILD, real_library, PATH="", CC="", **cache)  # built already: needs no compiler
     assert done.returncode == 0, done.stderr
