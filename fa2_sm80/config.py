@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cute_fa.kernel import KernelConfig
 from cute_fa.problem import AttentionProblem
-from cute_fa.types import DType, SmArch
+from cute_fa.types import DType
 
 
 def padded(head_dim: int) -> int:
@@ -89,8 +89,7 @@ def forward_config(problem: AttentionProblem) -> Fa2ForwardConfig:
     time on an A100). Beyond that O alone would fill the registers, so eight warps own 16 each. Where a CTA has 99 KB,
     head_dim 256 takes 64 queries instead of 128.
     """
-    widest = max(padded(problem.head_dim), padded(problem.head_dim_v))
-    tile_m, tile_n, num_warps, stages = _tiles(problem.arch, widest)
+    tile_m, tile_n, num_warps, stages = _tiles(problem)
     return Fa2ForwardConfig(
         arch=problem.arch,
         dtype=problem.dtype,
@@ -113,13 +112,16 @@ def forward_config(problem: AttentionProblem) -> Fa2ForwardConfig:
     )
 
 
-def _tiles(arch: SmArch, widest: int) -> tuple[int, int, int, int]:
+def _tiles(problem: AttentionProblem) -> tuple[int, int, int, int]:
     """(tile_m, tile_n, num_warps, stages)."""
+    widest = max(padded(problem.head_dim), padded(problem.head_dim_v))
     if widest <= 96:
         return 128, 64, 4, 2
     if widest <= 128:
-        # 48 and 64 keys would take 6.9 and 7.8 instructions per score where 32 take 8.8, but spill 2 and 9 registers
-        return 128, 32, 4, 2
-    if widest <= 192 or arch.smem_bytes >= 160 * 1024:
+        # The main loop takes 6.7 instructions per score with 48 keys and 8.7 with 32; with 64, or with 48 and two of
+        # these features, registers spill.
+        crowded = (problem.window_left is not None) + problem.alibi + (problem.softcap > 0.0) >= 2
+        return (128, 32, 4, 2) if crowded else (128, 48, 4, 1)
+    if widest <= 192 or problem.arch.smem_bytes >= 160 * 1024:
         return 128, 64, 8, 1
     return 64, 64, 4, 1

@@ -34,11 +34,11 @@ class SmemTile:
         self.panel_bytes = rows * self.row_bytes
         self.stage_bytes = self.panels * self.panel_bytes
 
-    def address(self, row: Int32, chunk: Int32) -> Int32:
-        """Shared address of a 16-byte chunk of the first panel of the first stage."""
+    def offset(self, row: Int32, chunk: Int32) -> Int32:
+        """Byte offset of a 16-byte chunk of the first panel."""
         # 8 rows of 128, 64 or 32 bytes fill 8, 4 or 2 lines of 128: the XOR takes the line's number
         line = row % 8 // (128 // self.row_bytes)
-        return self.pointer.toint() + row * self.row_bytes + (chunk ^ line) * CHUNK_BYTES
+        return row * self.row_bytes + (chunk ^ line) * CHUNK_BYTES
 
     def layout(self) -> cute.ComposedLayout:
         """The first stage as a CuTe layout, for copies outside the main loop."""
@@ -71,7 +71,7 @@ class TileLoader:
         self.pass_bytes = row_bytes * self.rows_per_pass
         start = matrix.iterator.toint() + self.row * row_bytes + self.chunk * CHUNK_BYTES
         self.source = opaque(start)
-        self.target = opaque(smem.address(self.row, self.chunk))
+        self.target = opaque(smem.pointer.toint() + smem.offset(self.row, self.chunk))
 
     @cute.jit
     def load(self, block: Int32, stage: Int32, rows_left: Optional[Int32]):
@@ -119,16 +119,16 @@ def copy_async(target: Int32, target_offset: int, source: Int64, source_offset: 
 
 class FragmentLoader:
     """ldmatrix.x4 of 16×16 blocks of a :class:`SmemTile`. The four matrices reach the registers in the order of the
-    m16n8k16 operands: rows first (operand A, and V as operand B through .trans) or columns first (K as operand B)."""
+    m16n8k16 operands: rows first (operand A, and V as operand B through .trans) or columns first (K as operand B).
 
-    def __init__(self, smem: SmemTile, first_row: Int32, rows_first: bool, transpose: bool = False):
-        lane = cute.arch.lane_idx()
-        if const_expr(rows_first):
-            row, chunk = lane % 16, lane // 16
-        else:
-            row, chunk = lane % 8 + lane // 16 * 8, lane // 8 % 2
-        self.smem, self.transpose = smem, transpose
-        self.base = opaque(smem.address(first_row + row, chunk))
+    An address is a part of the lane, ``lanes``, which loaders of the same order and panel share, plus what all lanes of
+    the warp agree on.
+    """
+
+    def __init__(self, smem: SmemTile, lanes: Int32, first_row: Int32, transpose: bool = False):
+        """``lanes`` from :func:`lane_offset`; ``first_row``: a multiple of 16, the same for all lanes of a warp."""
+        self.smem, self.lanes, self.transpose = smem, lanes, transpose
+        self.start = smem.pointer.toint() + first_row * smem.row_bytes
 
     def load(self, fragment: cute.Tensor, index: int, row: int, column: int, stage: Int32):
         """The block at static (row, column), multiples of 16, into 32-bit registers index … index + 3."""
@@ -136,7 +136,7 @@ class FragmentLoader:
         panel, inside = column // smem.panel, column % smem.panel
         offset = row * smem.row_bytes + panel * smem.panel_bytes
         # a step of 16 columns flips chunk bits above the swizzled lowest one, so it is an XOR on the address
-        address = (self.base + stage * smem.stage_bytes) ^ (inside * ELEMENT_BYTES)
+        address = (self.lanes ^ (inside * ELEMENT_BYTES)) + (self.start + stage * smem.stage_bytes)
         form = ".trans.shared.b16" if self.transpose else ".shared.b16"
         registers = inline_ptx(
             "ldmatrix.sync.aligned.m8n8.x4" + form + " {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(offset) + "];",
@@ -145,6 +145,16 @@ class FragmentLoader:
         )
         for i, register in enumerate(registers):
             fragment[index + i] = register
+
+
+def lane_offset(smem: SmemTile, rows_first: bool) -> Int32:
+    """Where a lane's row of a 16×16 block lies, relative to the block, in the order of :class:`FragmentLoader`."""
+    lane = cute.arch.lane_idx()
+    if const_expr(rows_first):
+        row, chunk = lane % 16, lane // 16
+    else:
+        row, chunk = lane % 8 + lane // 16 * 8, lane // 8 % 2
+    return opaque(smem.offset(row, chunk))
 
 
 def opaque(value):

@@ -80,11 +80,7 @@ class Fa2ForwardKernel:
             load_q = TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads)
             load_k = TileLoader(k, smem.k, c.head_dim, tidx, c.num_threads)
             load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, c.num_threads)
-            slope, sink_logit = None, None
-            if const_expr(c.alibi):
-                slope = args.alibi_slopes[batch, head]
-            if const_expr(c.learnable_sink):
-                sink_logit = args.learnable_sink[head]
+            slope = args.alibi_slopes[batch, head] if const_expr(c.alibi) else None
             scores = score_params(args.softmax_scale, args.softcap, slope)
 
             tile = QueryTile(c, tidx, smem, info, m_start, args.window, scores)
@@ -94,14 +90,18 @@ class Fa2ForwardKernel:
             self.main_loop(tile, pipeline, blocks)
             cute.arch.cp_async_wait_group(0)
 
+            # Where the tile lies is read again: kept over the main loop it would cost it 8 registers.
+            m_block, head, batch = self.tile(args)
+            info = seqlen_info(args.lengths, batch, dense_q, dense_k)
+            sink_logit = args.learnable_sink[head] if const_expr(c.learnable_sink) else None
             lse = tile.softmax.finalize(tile.acc_rows, sink_logit)
             out = head_matrix(args.out, head, batch, info.offset_q, c.cu_seqlens_q)
             lse_row = head_row(args.lse, head, batch, info.offset_q, c.cu_seqlens_q)
-            tile.store_lse(lse, lse_row)
+            tile.store_lse(lse, lse_row, info, m_block * c.tile_m)
             cute.arch.sync_threads()
-            tile.acc_to_smem(smem.out)
+            tile.acc_to_smem(smem.out, info, m_block * c.tile_m)
             cute.arch.sync_threads()
-            store_tile(smem.out, out, m_block, info.rows_q - m_start, c.head_dim_v, tidx, c.num_threads)
+            store_tile(smem.out, out, m_block, info.rows_q - m_block * c.tile_m, c.head_dim_v, tidx, c.num_threads)
 
     def smem_tiles(self) -> SmemTiles:
         """Q and O share their memory: O is written when no warp needs Q any more."""

@@ -12,7 +12,7 @@ from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.types import DType
 from fa2_sm80.config import Fa2ForwardConfig
-from fa2_sm80.copies import FragmentLoader, SmemTile, SmemTiles
+from fa2_sm80.copies import FragmentLoader, SmemTile, SmemTiles, lane_offset
 from fa2_sm80.key_value_pipeline import KeyValuePipeline
 
 CUTE_DTYPE = {DType.FP16: cutlass.Float16, DType.BF16: cutlass.BFloat16}
@@ -37,9 +37,13 @@ class QueryTile:
         mma = cute.make_tiled_mma(warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16)), (warps, 1, 1))
         thread = mma.get_slice(tidx)
         self.mma = mma
-        self.load_q = FragmentLoader(smem.q, tidx // 32 * 16, rows_first=True)
-        self.load_k = FragmentLoader(smem.k, Int32(0), rows_first=False)
-        self.load_v = FragmentLoader(smem.v, Int32(0), rows_first=True, transpose=True)
+        rows_first = lane_offset(smem.q, rows_first=True)
+        same_panel = smem.v.panel == smem.q.panel
+        warp_row = cute.arch.make_warp_uniform(tidx // 32 * 16)
+        self.load_q = FragmentLoader(smem.q, rows_first, warp_row)
+        self.load_k = FragmentLoader(smem.k, lane_offset(smem.k, rows_first=False), Int32(0))
+        lanes_v = rows_first if const_expr(same_panel) else lane_offset(smem.v, rows_first=True)
+        self.load_v = FragmentLoader(smem.v, lanes_v, Int32(0), transpose=True)
         self.shape_q = thread.partition_shape_A((tile_m, 16))
         self.shape_b = thread.partition_shape_B((16, 16))
         self.acc = cute.make_rmem_tensor(thread.partition_shape_C((tile_m, config.head_dim_v_padded)), Float32)
@@ -76,10 +80,9 @@ class QueryTile:
                 rK = self.mma.make_fragment_B(self.shape_b)
                 self.load_k.load(cute.recast_tensor(rK, Uint32), 0, 16 * n, k, stage)
                 self.multiply(acc_s, rQ[None, None, 0], rK, n)
-        pipeline.wait_v(iteration)
-
         scores = rows_and_columns(acc_s)
         self.modify_and_mask(scores, pipeline.blocks.block(iteration, self.window), right_edge, left_edge)
+        pipeline.wait_v(iteration)
         self.softmax.update(scores, self.acc_rows, right_edge or left_edge)
         probabilities = cute.make_rmem_tensor_like(acc_s, self.dtype)
         probabilities.store(acc_s.load().to(self.dtype))
@@ -116,21 +119,21 @@ class QueryTile:
             mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, right_edge, left_edge)
 
     @cute.jit
-    def store_lse(self, lse: cute.Tensor, target: cute.Tensor):
+    def store_lse(self, lse: cute.Tensor, target: cute.Tensor, info: SeqlenInfo, m_start: Int32):
         """Write the LSE of the tile's rows; rows that do not count get −inf."""
         if self.column_offset == 0:
             for r in cutlass.range_constexpr(len(self.rows)):
-                row = self.m_start + self.rows[r]
-                if row < self.info.rows_q:
-                    target[row] = lse[r] if row < self.info.seqlen_q else -Float32.inf
+                row = m_start + self.rows[r]
+                if row < info.rows_q:
+                    target[row] = lse[r] if row < info.seqlen_q else -Float32.inf
 
     @cute.jit
-    def acc_to_smem(self, sO: SmemTile):
+    def acc_to_smem(self, sO: SmemTile, info: SeqlenInfo, m_start: Int32):
         """O in the input's dtype, through shared memory so that the store to global memory is coalesced; rows that do
         not count become 0."""
         for r in cutlass.range_constexpr(len(self.rows)):
             row = self.acc_rows[r, None]
-            if self.m_start + self.rows[r] >= self.info.seqlen_q:
+            if m_start + self.rows[r] >= info.seqlen_q:
                 row.fill(0.0)
         rO = cute.make_rmem_tensor_like(self.acc, self.dtype)
         rO.store(self.acc.load().to(self.dtype))

@@ -89,6 +89,15 @@ def test_features_in_pairs(case):
     assert_right(spec_of(case), case["inputs"], **case["schedule"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", pairwise(FEATURES, seed=1), ids=case_name)
+def test_features_in_pairs_on_the_gpu(case):
+    given = make_inputs(spec_of(case), case["inputs"], device="cuda")
+    out, lse = given.run(return_lse=True)
+    result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+    assert result.ok, result
+
+
 # tile_n is 64 at head_dim 64; the tile of queries starts at key 320 − 192 = 128, so its window of 100 at block 0
 @pytest.mark.parametrize("sink_tokens", [1, 27, 28, 29, 63, 64, 65, 128, 200, 320, 10_000])
 def test_sink_inside_touching_and_beyond_the_window(sink_tokens):
