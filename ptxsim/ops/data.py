@@ -151,7 +151,7 @@ def atomic(gen, args, mods):
         return
     old = gen.temp(_atomic(gen, args[1:], mods, True))
     for j, register in enumerate(destinations):
-        gen.write(register, f"{old}[{j}]", KIND[mods.type])
+        gen.write(register, f"{old}[{j}]", "u" + KIND[mods.type][1])  # old values come as bits
 
 
 def reduction(gen, args, mods):

@@ -167,8 +167,8 @@ def test_bulk_mistakes():
     with pytest.raises(MemoryFault, match="global access out of bounds"):
         copied(INIT + LOAD.format(bytes=528, size=528) + WAIT, data)
     with pytest.raises(UninitializedRead, match="shared memory 0x600"):
-        copied(INIT + LOAD.format(bytes=512, size=512) + WAIT + "@%p10 cp.async.bulk.global.shared::cta.bulk_group [%out0],"
-               "[%r50], 528;", data, 528)  # fmt: skip
+        copied(INIT + LOAD.format(bytes=512, size=512) + WAIT + "@%p10 cp.async.bulk.global.shared::cta.bulk_group"
+               " [%out0], [%r50], 528;", data, 528)  # fmt: skip
 
 
 def test_source_of_a_bulk_store_changed_before_its_wait():
@@ -196,7 +196,8 @@ def test_bulk_reduction(kind, dtype):
         + LOAD.format(bytes=512, size=512)
         + WAIT
         + f"""
-    @%p10 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.{kind} [%out0], [%r50], 512; cp.async.bulk.commit_group;
+    @%p10 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.{kind} [%out0], [%r50], 512;
+    cp.async.bulk.commit_group;
     cp.async.bulk.wait_group 0;"""
     )
     same_bits(run(body, [values], [start], declarations=SHARED), start + values)
@@ -210,13 +211,14 @@ def test_bulk_to_the_other_cta():
     barrier.cluster.arrive; barrier.cluster.wait; mov.u32 %r21, 1; mapa.shared::cluster.u32 %r22, %r50, %r21;
     mapa.shared::cluster.u32 %r23, %r52, %r21;
     @%p10 cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%r22], [%r50], 512, [%r23]; bra END;
-  SECOND: @%p10 mbarrier.arrive.expect_tx.shared.b64 _, [%r52], 512; barrier.cluster.arrive; barrier.cluster.wait;""" + \
+  SECOND: @%p10 mbarrier.arrive.expect_tx.shared.b64 _, [%r52], 512; barrier.cluster.arrive;
+    barrier.cluster.wait;""" + \
         WAIT + READ16 + "END: barrier.cluster.arrive; barrier.cluster.wait;"  # fmt: skip
     for late in (False, True):
         same_bits(copied(body, data, grid=2, cluster=2, late=late), data)
 
 
-# ---- tensor copies -----------------------------------------------------------------------------------------------------
+# ---- tensor copies ---------------------------------------------------------------------------------------------------
 
 CODE = {np.uint8: 0, np.uint16: 1, np.uint32: 2, np.int32: 3, np.float32: 7, np.float16: 6}
 SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}
@@ -233,8 +235,8 @@ def tensor_map(array, box, span=0):
 def load_text(rank, start, size, extra="", multicast="", group=""):
     coordinates = ", ".join(str(c) for c in reversed(start))
     return f"""@%p10 mbarrier.arrive.expect_tx.shared.b64 _, [%r52], {size};
-    @%p10 cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{multicast}{group} [%r50],
-    [%in0, {{{coordinates}}}], [%r52]{extra};"""
+    @%p10 cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{multicast}{group}
+    [%r50], [%in0, {{{coordinates}}}], [%r52]{extra};"""
 
 
 def boxed(array, start, box):
@@ -253,7 +255,8 @@ def tensor_run(array, box, body, out_bytes, span=0, **options):
 
 def dump(size):
     """Copy ``size`` bytes of shared memory to the output, 512 at a time."""
-    return "".join(f"ld.shared.v4.u32 {{%r1, %r2, %r3, %r4}}, [%r51+{at}]; st.global.v4.u32 [%rd3+{at}], {{%r1, %r2, %r3, %r4}};"
+    return "".join(f"ld.shared.v4.u32 {{%r1, %r2, %r3, %r4}}, [%r51+{at}];"
+                   f"st.global.v4.u32 [%rd3+{at}], {{%r1, %r2, %r3, %r4}};"
                    for at in range(0, size, 512))  # fmt: skip
 
 
@@ -338,7 +341,8 @@ def test_multicast(late, seed):
     """CTA 0 loads one box into both CTAs of the cluster and signals the barrier of each."""
     array = np.random.default_rng(0).integers(1, 2**16, (16, 16)).astype(np.uint16)
     body = """barrier.cluster.arrive; barrier.cluster.wait; mov.u32 %r20, %cluster_ctarank; mov.u16 %rs9, 3;
-    @%p10 mbarrier.arrive.expect_tx.shared.b64 _, [%r52], 512; setp.ne.u32 %p1, %r20, 0; setp.eq.and.u32 %p2, %t, 0, !%p1;
+    @%p10 mbarrier.arrive.expect_tx.shared.b64 _, [%r52], 512; setp.ne.u32 %p1, %r20, 0;
+    setp.eq.and.u32 %p2, %t, 0, !%p1;
     @%p2 cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%r50],
       [%in0, {0, 0}], [%r52], %rs9;"""
     body += WAIT + "mad.wide.u32 %rd3, %r20, 512, %rd3;" + READ16

@@ -161,7 +161,8 @@ def test_mma(a_kind, b_kind, k, result):
 def test_integer_saturation():
     """Without .satfinite sums wrap; with it they clamp."""
     body = """mov.u32 %r1, 0x7f7f7f7f; mov.u32 %r2, 0x7fffffff;
-    mma.sync.aligned.m16n8k32.row.col{clamp}.s32.s8.s8.s32 {{%r10, %r11, %r12, %r13}}, {{%r1, %r1, %r1, %r1}}, {{%r1, %r1}},
+    mma.sync.aligned.m16n8k32.row.col{clamp}.s32.s8.s8.s32 {{%r10, %r11, %r12, %r13}}, {{%r1, %r1, %r1, %r1}},
+      {{%r1, %r1}},
       {{%r2, %r2, %r2, %r2}}; mad.wide.u32 %rd2, %t, 4, %out0; st.global.u32 [%rd2], %r10;"""
     out = run(body.format(clamp=""), [], [np.zeros(32, np.int32)])
     np.testing.assert_array_equal(out, 2**31 - 1 + 32 * 127 * 127 - 2**32)

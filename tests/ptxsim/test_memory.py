@@ -132,6 +132,16 @@ def test_atomics(operation, collide):
     same_bits(reduced, expected)
 
 
+def test_old_value_of_a_float_atomic_is_a_float():
+    """Used at once, and under a guard that keeps the old register in the other lanes."""
+    body = """mov.f32 %f1, 0f40400000; mov.f32 %f2, 0fBF800000; setp.lt.u32 %p1, %t, 1;
+    @%p1 atom.global.add.f32 %f2, [%out0], %f1; add.f32 %f3, %f2, %f2; mad.wide.u32 %rd1, %t, 4, %out1;
+    st.global.f32 [%rd1], %f3;"""
+    memory, twice = run(body, [], [np.array([0.5], np.float32), np.zeros(32, np.float32)])
+    assert memory[0] == 3.5
+    np.testing.assert_array_equal(twice, [1.0] + [-2.0] * 31)
+
+
 def test_exchange_and_compare():
     body = """mul.wide.u32 %rd1, %t, 4; add.s64 %rd2, %out1, %rd1; add.u32 %r1, %t, 1;
     {what} st.global.u32 [%rd2], %r2;"""

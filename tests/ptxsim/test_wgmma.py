@@ -53,8 +53,21 @@ def place(matrix, start, span, mn_major, size):
     return image, descriptor(start, leading, stride, span)
 
 
-def kernel(n, k, result, a_kind, b_kind, a_operand, scale_d="1", scales="1, 1", transposes="", wait="wgmma.wait_group.sync.aligned 0;",
-           before="", after="", accumulators=None):  # fmt: skip
+def kernel(
+    n,
+    k,
+    result,
+    a_kind,
+    b_kind,
+    a_operand,
+    scale_d="1",
+    scales="1, 1",
+    transposes="",
+    wait="wgmma.wait_group.sync.aligned 0;",
+    before="",
+    after="",
+    accumulators=None,
+):
     """128 threads: copy both images to shared memory, run one wgmma, store the accumulators [128, count]."""
     count = n // 4 if result == "f16" else n // 2
     registers = accumulators or [f"%f{j}" if result == "f32" else f"%r{100 + j}" for j in range(count)]
@@ -63,14 +76,18 @@ def kernel(n, k, result, a_kind, b_kind, a_operand, scale_d="1", scales="1, 1", 
         for r in registers
     )
     stores = "".join(f"st.global.b32 [%rd9+{4 * j}], {r};" for j, r in enumerate(registers))
-    copy = "".join(f"ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%rd2+{2048 * i}]; st.shared.v4.u32 [%r51+{2048 * i}], {{%r1, %r2, %r3, %r4}};"
-                   for i in range(8))  # fmt: skip
+    copy = "".join(
+        f"ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%rd2+{2048 * i}];"
+        f"st.shared.v4.u32 [%r51+{2048 * i}], {{%r1, %r2, %r3, %r4}};"
+        for i in range(8)
+    )
     numbers = "" if result == "s32" else f", {scales}{transposes}"
     return f"""mov.u32 %r50, buffer; mul.wide.u32 %rd1, %t, 16; add.s64 %rd2, %in0, %rd1; mad.lo.u32 %r51, %t, 16, %r50;
     {copy} ld.global.u64 %rd3, [%in1]; ld.global.u64 %rd4, [%in1+8]; mad.wide.u32 %rd5, %t, 16, %in2;
     ld.global.v4.u32 {{%r5, %r6, %r7, %r8}}, [%rd5]; mad.wide.u32 %rd9, %t, {4 * count}, %out0; {start}
     fence.proxy.async.shared::cta; bar.sync 0; setp.ne.b32 %p1, {scale_d}, 0; {before} wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n{n}k{k}.{result}.{a_kind}.{b_kind} {{{", ".join(registers)}}}, {a_operand}, %rd4, %p1{numbers};
+    wgmma.mma_async.sync.aligned.m64n{n}k{k}.{result}.{a_kind}.{b_kind} {{{", ".join(registers)}}}, {a_operand}, %rd4,
+      %p1{numbers};
     wgmma.commit_group.sync.aligned; {wait} {after} {stores}"""
 
 
@@ -89,8 +106,15 @@ def product(
     operand = "{%r5, %r6, %r7, %r8}" if from_registers else "%rd3"
     body = kernel(n, k, result, a_kind, b_kind, operand, transposes=transposes, **options)
     count = n // 4 if result == "f16" else n // 2
-    out = run(body, [image, np.array([desc_a, desc_b], np.uint64), fragments], [np.zeros((128, count), np.uint32)],
-              threads=128, declarations=SHARED, late=late, seed=seed)  # fmt: skip
+    out = run(
+        body,
+        [image, np.array([desc_a, desc_b], np.uint64), fragments],
+        [np.zeros((128, count), np.uint32)],
+        threads=128,
+        declarations=SHARED,
+        late=late,
+        seed=seed,
+    )
     got = np.zeros((64, n))
     values = out.view({"f32": np.float32, "f16": np.float16, "s32": np.int32}[result]).reshape(4, 8, 4, n // 8, 2, 2)
     for w in range(4):  # warp, row, lane in row, block of 8 columns, row half, element
@@ -107,8 +131,16 @@ def starting(result, n):
     return np.tile(START[result], (1, n // 8))
 
 
-TYPES = [("f16", "f16", 16, "f32"), ("f16", "f16", 16, "f16"), ("bf16", "bf16", 16, "f32"), ("tf32", "tf32", 8, "f32"),
-         ("e4m3", "e4m3", 32, "f32"), ("e5m2", "e4m3", 32, "f16"), ("s8", "s8", 32, "s32"), ("u8", "s8", 32, "s32")]  # fmt: skip
+TYPES = [
+    ("f16", "f16", 16, "f32"),
+    ("f16", "f16", 16, "f16"),
+    ("bf16", "bf16", 16, "f32"),
+    ("tf32", "tf32", 8, "f32"),
+    ("e4m3", "e4m3", 32, "f32"),
+    ("e5m2", "e4m3", 32, "f16"),
+    ("s8", "s8", 32, "s32"),
+    ("u8", "s8", 32, "s32"),
+]
 
 
 @pytest.mark.parametrize(("a", "b", "k", "result"), TYPES)
@@ -146,8 +178,8 @@ def test_late_mode_gives_the_same(a, b, k, result):
 
 def test_chain_in_late_mode():
     """A second wgmma continues on the accumulators of the first before anything is waited for."""
-    again = """wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%f0, %f1, %f2, %f3, %f4, %f5, %f6, %f7}, %rd3, %rd4, %p1,
-    1, 1, 0, 0; wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"""
+    again = """wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%f0, %f1, %f2, %f3, %f4, %f5, %f6, %f7}, %rd3,
+    %rd4, %p1, 1, 1, 0, 0; wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"""
     got, exact = product(16, 16, "f32", "f16", "f16", late=True, wait=again)
     np.testing.assert_allclose(got, 2 * exact + 1, rtol=1e-6, atol=1e-6)
 
@@ -177,8 +209,13 @@ def test_wait_that_leaves_a_group_pending():
     assert np.isnan(got[0, 0])
 
 
-@pytest.mark.parametrize(("change", "message"), [("or.b64 %rd4, %rd4, 0x2000000000000;", "base offset"),
-                                                 ("or.b64 %rd4, %rd4, 0x4000;", "bits set that mean nothing")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("or.b64 %rd4, %rd4, 0x2000000000000;", "base offset"),
+        ("or.b64 %rd4, %rd4, 0x4000;", "bits set that mean nothing"),
+    ],
+)
 def test_bad_descriptors(change, message):
     with pytest.raises(PtxError, match=message) as caught:
         product(16, 16, "f32", "f16", "f16", before=change)
@@ -191,8 +228,15 @@ def test_unwritten_operand():
     assert "wgmma.mma_async" in caught.value.text
 
 
-@pytest.mark.parametrize(("n", "k", "result", "a", "b"), [(16, 8, "f32", "f16", "f16"), (16, 16, "f16", "bf16", "bf16"),
-                                                         (16, 32, "f32", "s8", "s8"), (16, 16, "f32", "f16", "bf16")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "k", "result", "a", "b"),
+    [
+        (16, 8, "f32", "f16", "f16"),
+        (16, 16, "f16", "bf16", "bf16"),
+        (16, 32, "f32", "s8", "s8"),
+        (16, 16, "f32", "f16", "bf16"),
+    ],
+)
 def test_types_that_do_not_exist(n, k, result, a, b):
     with pytest.raises(PtxError, match="is not simulated"):
         run(

@@ -1,0 +1,199 @@
+"""Tensor memory and the tensor core of the fifth generation (PTX ISA 9.7.16)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ptxsim.errors import Deadlock, MemoryFault, PtxError
+from tests.ptxsim.test_matrix import SIZE, elements
+from tests.ptxsim.test_wgmma import place
+from tests.testing.ptx import run
+
+SHARED = ".shared .align 1024 .b8 buffer[16384]; .shared .align 8 .b64 bar; .shared .align 4 .b32 base;"
+A_AT, B_AT = 1024, 1024 + 8192
+SPAN_CODE = {0: 0, 128: 2, 64: 4, 32: 6}
+ALLOC = """mov.u32 %r50, buffer; mov.u32 %r52, bar; mov.u32 %r53, base; setp.eq.u32 %p10, %t, 0; shr.u32 %r54, %t, 5;
+    @%p10 mbarrier.init.shared.b64 [%r52], 1; setp.ne.u32 %p9, %r54, 0; @%p9 bra ALLOCATED;
+    tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r53], COLUMNS;
+    tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
+  ALLOCATED: bar.sync 0; ld.shared.u32 %r55, [%r53]; mad.lo.u32 %r56, %r54, 0x200000, %r55;"""
+FREE = "@!%p9 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r55, COLUMNS;"
+
+
+def tensor_run(body, inputs, outputs, columns=128, **options):
+    text = (ALLOC + body + "bar.sync 0;" + FREE).replace("COLUMNS", str(columns))
+    return run(text, inputs, outputs, threads=128, declarations=SHARED, target="sm_100a", **options)
+
+
+def names(first, count):
+    return "{" + ", ".join(f"%r{first + j}" for j in range(count)) + "}" if count > 1 else f"%r{first}"
+
+
+def cells(shape, registers, lane):
+    """(lane of the quarter, column) of each register of a thread: PTX ISA 9.7.16.2.3, figures of the shapes."""
+    out = []
+    for r in range(registers):
+        if shape == "32x32b":
+            out.append((lane, r))
+        elif shape == "16x128b":
+            out.append((lane // 4 + 8 * (r % 2), lane % 4 + 4 * (r // 2)))
+        else:
+            out.append((lane // 4 + 8 * (r // 2 % 2), lane % 4 * 2 + r % 2 + 8 * (r // 4)))
+    return out
+
+
+@pytest.mark.parametrize(("shape", "unit"), [("32x32b", 1), ("16x128b", 2), ("16x256b", 4)])
+@pytest.mark.parametrize("repeat", [1, 2, 4])
+def test_store_and_load(shape, unit, repeat):
+    """Each warp stores words with one shape and reads them back as plain 32x32b rows."""
+    count = unit * repeat
+    width = max(c for lane in range(32) for _, c in cells(shape, count, lane)) + 1
+    make = "".join(f"mad.lo.u32 %r{100 + j}, %t, 1000, {j};" for j in range(count))
+    zero = "".join(f"mov.u32 %r{160 + j}, 0;" for j in range(32))
+    read = "".join(f"st.global.u32 [%rd2+{4 * j}], %r{200 + j};" for j in range(32))
+    body = f"""{make} {zero} tcgen05.st.sync.aligned.32x32b.x32.b32 [%r56], {names(160, 32)};
+    tcgen05.st.sync.aligned.{shape}.x{repeat}.b32 [%r56], {names(100, count)}; tcgen05.wait::st.sync.aligned;
+    tcgen05.ld.sync.aligned.32x32b.x32.b32 {names(200, 32)}, [%r56]; tcgen05.wait::ld.sync.aligned;
+    mad.wide.u32 %rd2, %t, 128, %out0; {read}"""
+    out = tensor_run(body, [], [np.zeros((128, 32), np.uint32)])
+    expected = np.zeros((128, 32), np.uint32)
+    for thread in range(128):
+        for j, (lane, column) in enumerate(cells(shape, count, thread % 32)):
+            expected[thread // 32 * 32 + lane, column] = thread * 1000 + j
+    assert width <= 32
+    np.testing.assert_array_equal(out, expected)
+    back = "".join(f"st.global.u32 [%rd2+{4 * j}], %r{200 + j};" for j in range(count))
+    body = f"""{make} tcgen05.st.sync.aligned.{shape}.x{repeat}.b32 [%r56+32], {names(100, count)};
+    tcgen05.ld.sync.aligned.{shape}.x{repeat}.b32 {names(200, count)}, [%r56+32];
+    mad.wide.u32 %rd2, %t, 128, %out0; {back}"""
+    out = tensor_run(body, [], [np.zeros((128, 32), np.uint32)])
+    np.testing.assert_array_equal(out[:, :count], np.arange(128)[:, None] * 1000 + np.arange(count))
+
+
+FORMATS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 0, "e5m2": 1}
+KINDS = [
+    ("f16", "f16", "f16"),
+    ("f16", "bf16", "bf16"),
+    ("tf32", "tf32", "tf32"),
+    ("f8f6f4", "e4m3", "e4m3"),
+    ("f8f6f4", "e5m2", "e4m3"),
+]
+
+
+def multiply(
+    kind, a_kind, b_kind, m=128, n=32, span=32, from_tmem=False, enable="0", flags=0, late=False, mutate="", mn=0
+):
+    """One tcgen05.mma into columns 0 to n - 1, started from ones; returns (accumulators [128, n], A B^T)."""
+    rng = np.random.default_rng(3)
+    depth = 32 // SIZE[a_kind]
+    a, a_values = elements(rng, (m, depth), a_kind)
+    b, b_values = elements(rng, (n, depth), b_kind)
+    image_a, desc_a = place(a, A_AT, span, 0, SIZE[a_kind])
+    image_b, desc_b = place(b, B_AT, span, mn, SIZE[b_kind])
+    descriptors = [(d & (1 << 46) - 1) | 1 << 46 | SPAN_CODE[span] << 61 for d in (desc_a, desc_b)]
+    instruction = 1 << 4 | FORMATS[a_kind] << 7 | FORMATS[b_kind] << 10 | mn << 16 | n >> 3 << 17 | m >> 4 << 24 | flags
+    ones = "".join(f"mov.b32 %r{160 + j}, 0x3f800000;" for j in range(32))
+    copy = "".join(
+        f"ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%rd2+{2048 * i}];"
+        f"st.shared.v4.u32 [%r51+{2048 * i}], {{%r1, %r2, %r3, %r4}};"
+        for i in range(8)
+    )
+    rows = a.contiguous().view(torch.uint8).numpy().reshape(m, 32)
+    operand, to_tmem = "%rd3", ""
+    if from_tmem:
+        words = "".join(f"ld.global.u32 %r{100 + j}, [%rd5+{4 * j}];" for j in range(8))
+        to_tmem = f"""mad.wide.u32 %rd5, %t, 32, %in2; {words}
+        tcgen05.st.sync.aligned.32x32b.x8.b32 [%r56+64], {names(100, 8)}; tcgen05.wait::st.sync.aligned;"""
+        operand = "[%r60]"
+    store = "".join(f"st.global.u32 [%rd7+{4 * j}], %r{200 + j};" for j in range(n))
+    body = f"""mul.wide.u32 %rd1, %t, 16; add.s64 %rd2, %in0, %rd1; mad.lo.u32 %r51, %t, 16, %r50; {copy} {ones}
+    ld.global.u64 %rd3, [%in1]; ld.global.u64 %rd4, [%in1+8]; {to_tmem} add.u32 %r60, %r55, 64;
+    tcgen05.st.sync.aligned.32x32b.x32.b32 [%r56], {names(160, 32)}; tcgen05.wait::st.sync.aligned;
+    tcgen05.fence::before_thread_sync; bar.sync 0; tcgen05.fence::after_thread_sync; setp.ne.u32 %p1, {enable}, 0;
+    mov.u32 %r61, {instruction}; {mutate}
+    @%p10 tcgen05.mma.cta_group::1.kind::{kind} [%r55], {operand}, %rd4, %r61, %p1;
+    @%p10 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r52];
+  WAIT: mbarrier.try_wait.parity.shared.b64 %p11, [%r52], 0; @!%p11 bra WAIT;
+    tcgen05.ld.sync.aligned.32x32b.x{n}.b32 {names(200, n)}, [%r56]; mad.wide.u32 %rd7, %t, {4 * n}, %out0; {store}"""
+    out = tensor_run(
+        body,
+        [np.concatenate([image_a, image_b]), np.array(descriptors, np.uint64), np.resize(rows, (128, 32))],
+        [np.zeros((128, n), np.float32)],
+        late=late,
+    )
+    return out, a_values @ b_values.T
+
+
+@pytest.mark.parametrize(("kind", "a", "b"), KINDS)
+@pytest.mark.parametrize("from_tmem", [False, True])
+def test_kinds(kind, a, b, from_tmem):
+    for late in (False, True):
+        out, exact = multiply(kind, a, b, from_tmem=from_tmem, late=late)
+        np.testing.assert_allclose(out, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_accumulation_signs_and_layouts():
+    out, exact = multiply("f16", "f16", "f16", enable="1")
+    np.testing.assert_allclose(out, exact + 1, rtol=1e-6, atol=1e-6)
+    out, exact = multiply("f16", "f16", "f16", flags=1 << 13)
+    np.testing.assert_allclose(out, -exact, rtol=1e-6, atol=1e-6)
+    out, exact = multiply("f16", "f16", "f16", flags=1 << 13 | 1 << 14, span=0)
+    np.testing.assert_allclose(out, exact, rtol=1e-6, atol=1e-6)
+    out, exact = multiply("f16", "f16", "f16", span=64, n=32, m=64, mn=1)
+    rows = np.arange(64) % 16 + np.arange(64) // 16 * 32  # 64 rows: 16 lanes of each warp's quarter
+    np.testing.assert_allclose(out[rows], exact, rtol=1e-6, atol=1e-6)
+    untouched = np.setdiff1d(np.arange(128), rows)
+    np.testing.assert_array_equal(out[untouched], 1)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "message"),
+    [
+        ("or.b32 %r61, %r61, 4;", "sparsity, saturation and shifts"),
+        ("and.b32 %r61, %r61, 0xffffffcf;", "only single-precision accumulators"),
+        ("or.b32 %r61, %r61, 0x200;", "only single-precision accumulators and the types"),
+        ("or.b64 %rd4, %rd4, 0x10000000000000;", "tcgen05 descriptor"),
+    ],
+)
+def test_descriptors_that_are_refused(mutate, message):
+    with pytest.raises(PtxError, match=message) as caught:
+        multiply("f16", "f16", "f16", mutate=mutate)
+    assert "tcgen05.mma" in caught.value.text
+
+
+def test_columns_and_lanes_that_are_not_allowed():
+    with pytest.raises(MemoryFault, match=r"columns 96 to 127 of cta\(0,0,0\) are not allocated"):
+        tensor_run(
+            f"tcgen05.ld.sync.aligned.32x32b.x32.b32 {names(100, 32)}, [%r56+96];", [], [np.zeros(1)], columns=64
+        )
+    with pytest.raises(MemoryFault, match="by a warp that may only touch lanes 32 and up"):
+        tensor_run("tcgen05.ld.sync.aligned.32x32b.x1.b32 %r1, [%r55];", [], [np.zeros(1)])
+    with pytest.raises(PtxError, match="48 columns, not a power of two"):
+        tensor_run("", [], [np.zeros(1)], columns=48)
+    with pytest.raises(Deadlock, match=r"tcgen05\.alloc"):
+        tensor_run(
+            "@!%p9 bra A; bra B; A: tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r53], 512; B:",
+            [],
+            [np.zeros(1)],
+        )
+
+
+REFUSED = [
+    "tcgen05.ld.sync.aligned.16x64b.x1.b32 %r1, [%r55]",
+    "tcgen05.ld.sync.aligned.32x32b.x1.pack::16b.b32 %r1, [%r55]",
+    "tcgen05.cp.cta_group::1.128x256b [%r55], %rd1",
+    "tcgen05.shift.cta_group::1.down [%r55]",
+    "tcgen05.mma.cta_group::1.kind::i8 [%r55], %rd1, %rd2, %r1, %p1",
+    "tcgen05.mma.ws.cta_group::1.kind::f16 [%r55], %rd1, %rd2, %r1, %p1",
+    "tcgen05.mma.cta_group::1.kind::f16 [%r55], %rd1, %rd2, %r1, %p1, 3",
+    "tcgen05.ld.sync.aligned.32x32b.x2.b32 %r1, [%r55]",
+]
+
+
+@pytest.mark.parametrize("instruction", REFUSED)
+def test_forms_that_are_refused(instruction):
+    with pytest.raises(PtxError) as caught:
+        tensor_run(instruction + ";", [], [np.zeros(1)])
+    assert instruction.split()[0] in caught.value.text and caught.value.line
