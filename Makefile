@@ -47,7 +47,7 @@ clean:
 # torch goes first: otherwise the resolver would pull its newest build, with gigabytes of CUDA libraries, also on a
 # machine without a GPU. A torch of the machine's own that sees its GPU is kept.
 .venv/.installed: pyproject.toml
-	python=
+	@python=
 	for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do
 	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$$candidate; break; fi
 	done
