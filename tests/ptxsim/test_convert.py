@@ -33,12 +33,14 @@ def floats(seed, spread=4.0):
 def test_integers(source):
     x = bits(source, 1)
     for target, dtype in INT.items():
-        wide = 4 if np.dtype(dtype).itemsize < 4 else np.dtype(dtype).itemsize
+        wide = max(np.dtype(dtype).itemsize, 2)
         out = np.dtype(f"{'i' if target[0] == 's' else 'u'}{wide}")
         body = f"cvt.{target}.{source} {{d}}, {{a}};"
         got = elementwise(body, [x], out)
         same_bits(got, x.astype(dtype).astype(out))
-        info = np.iinfo(dtype)
+        info, own = np.iinfo(dtype), np.iinfo(x.dtype)
+        if info.min <= own.min and info.max >= own.max:
+            continue  # .sat exists only where something can be cut off
         clipped = np.array([min(max(int(v), info.min), info.max) for v in x], dtype).astype(out)
         same_bits(elementwise(f"cvt.sat.{target}.{source} {{d}}, {{a}};", [x], out), clipped)
 
@@ -58,7 +60,7 @@ def test_float_to_integer(source, target):
         operand = x if source == "f32" else x.astype(np.float64)
         value = operand.astype(np.float64)
     info = np.iinfo(INT[target])
-    wide = max(np.dtype(INT[target]).itemsize, 4)
+    wide = max(np.dtype(INT[target]).itemsize, 2)
     out = np.dtype(f"{'i' if target[0] == 's' else 'u'}{wide}")
     for mode, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
         expected = []

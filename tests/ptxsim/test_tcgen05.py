@@ -28,7 +28,7 @@ def tensor_run(body, inputs, outputs, columns=128, **options):
 
 
 def names(first, count):
-    return "{" + ", ".join(f"%r{first + j}" for j in range(count)) + "}" if count > 1 else f"%r{first}"
+    return "{" + ", ".join(f"%r{first + j}" for j in range(count)) + "}"
 
 
 def cells(shape, registers, lane):
@@ -169,7 +169,7 @@ def test_columns_and_lanes_that_are_not_allowed():
             f"tcgen05.ld.sync.aligned.32x32b.x32.b32 {names(100, 32)}, [%r56+96];", [], [np.zeros(1)], columns=64
         )
     with pytest.raises(MemoryFault, match="by a warp that may only touch lanes 32 and up"):
-        tensor_run("tcgen05.ld.sync.aligned.32x32b.x1.b32 %r1, [%r55];", [], [np.zeros(1)])
+        tensor_run("tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r1}, [%r55];", [], [np.zeros(1)])
     with pytest.raises(PtxError, match="48 columns, not a power of two"):
         tensor_run("", [], [np.zeros(1)], columns=48)
     with pytest.raises(Deadlock, match=r"tcgen05\.alloc"):
@@ -181,8 +181,8 @@ def test_columns_and_lanes_that_are_not_allowed():
 
 
 REFUSED = [
-    "tcgen05.ld.sync.aligned.16x64b.x1.b32 %r1, [%r55]",
-    "tcgen05.ld.sync.aligned.32x32b.x1.pack::16b.b32 %r1, [%r55]",
+    "tcgen05.ld.sync.aligned.16x64b.x1.b32 {%r1}, [%r55]",
+    "tcgen05.ld.sync.aligned.32x32b.x1.pack::16b.b32 {%r1}, [%r55]",
     "tcgen05.cp.cta_group::1.128x256b [%r55], %rd1",
     "tcgen05.shift.cta_group::1.down [%r55]",
     "tcgen05.mma.cta_group::1.kind::i8 [%r55], %rd1, %rd2, %r1, %p1",

@@ -115,7 +115,7 @@ def product(
         late=late,
         seed=seed,
     )
-    got = np.zeros((64, n))
+    got = np.zeros((64, n), np.float32)
     values = out.view({"f32": np.float32, "f16": np.float16, "s32": np.int32}[result]).reshape(4, 8, 4, n // 8, 2, 2)
     for w in range(4):  # warp, row, lane in row, block of 8 columns, row half, element
         for half in range(2):
