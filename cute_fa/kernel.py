@@ -25,8 +25,8 @@ class AttentionTensors(NamedTuple):
     Dense: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v (…, head_dim_v), out
     (batch, seqlen_q, heads, head_dim_v), lse fp32 (batch, heads, seqlen_q). With ``cu_seqlens_q`` q and out are
     (total_q, heads, …) and lse is (heads, total_q); with ``cu_seqlens_k`` k and v are (total_k, heads_kv, …).
-    ``cu_seqlens_*`` int32 (batch + 1), ``seqused_*`` int32 (batch), ``alibi_slopes`` fp32 (heads) or (batch, heads),
-    ``learnable_sink`` (heads) fp32, ``page_table`` int32 (batch, max_pages).
+    ``cu_seqlens_*`` int32 (batch + 1), ``seqused_*`` int32 (batch), ``page_table`` int32 (batch, max_pages),
+    ``alibi_slopes`` fp32 (heads) or (batch, heads), ``learnable_sink`` fp32 (heads).
     """
 
     q: torch.Tensor
@@ -34,13 +34,13 @@ class AttentionTensors(NamedTuple):
     v: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    seqused_q: torch.Tensor | None = None
-    seqused_k: torch.Tensor | None = None
-    alibi_slopes: torch.Tensor | None = None
-    learnable_sink: torch.Tensor | None = None
-    page_table: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    seqused_q: torch.Tensor | None
+    seqused_k: torch.Tensor | None
+    page_table: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    learnable_sink: torch.Tensor | None
 
 
 @dataclass(frozen=True)

@@ -184,20 +184,7 @@ def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
     if plan.strides != (None, None, None, None):
         pairs = zip((q, k, v, out), plan.strides, strict=True)
         q, k, v, out = (t if strides is None else t.as_strided(t.shape, strides) for t, strides in pairs)
-    tensors = AttentionTensors(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        call.cu_seqlens_q,
-        call.cu_seqlens_k,
-        call.seqused_q,
-        call.seqused_k,
-        call.alibi_slopes,
-        call.learnable_sink,
-        call.page_table,
-    )
+    tensors = AttentionTensors(q, k, v, out, lse, *call[3:NUM_TENSORS])
     if plan.compiled is None:
         plan.compiled = compiled(plan.kernel.configure(plan.problem))
     plan.compiled.launch(plan.kernel.arguments(plan.problem, tensors))

@@ -38,7 +38,6 @@ class SmArch(Enum):
         """WGMMA exists on sm_90a alone: sm_100 replaced it by tcgen05."""
         return self is SmArch.SM_90A
 
-
     @classmethod
     def named(cls, name: str | SmArch) -> SmArch:
         """The architecture of a name such as ``sm_90a``; raises ArgumentError for others."""
@@ -49,10 +48,12 @@ class SmArch(Enum):
 
     @classmethod
     def of_capability(cls, major: int, minor: int) -> SmArch:
-        """The target for a GPU's compute capability; raises DeviceError for one that no kernel is built for."""
-        number = 120 if major == 12 else 10 * major + minor
+        """The target for a GPU's compute capability; raises DeviceError for one that no kernel is built for.
+
+        Code for a target with the suffix "a" runs on that very capability alone: sm_120a's not on 12.1.
+        """
         for arch in cls:
-            if arch.number == number:
+            if arch.number == 10 * major + minor:
                 return arch
         raise DeviceError(f"compute capability {major}.{minor}: kernels exist for {', '.join(a.value for a in cls)}")
 
