@@ -7,9 +7,11 @@ the same call.
 from __future__ import annotations
 
 import itertools
+import numbers
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -25,7 +27,7 @@ from cute_fa.errors import (
 )
 from cute_fa.problem import INT32_MAX, normalize_window
 from cute_fa.simulation import arch_of
-from cute_fa.tensors import check_offsets
+from cute_fa.tensors import lengths_of
 from cute_fa.types import MaskKind, PositionBias, SmArch
 
 if TYPE_CHECKING:
@@ -41,19 +43,16 @@ class CumulativeSeqlens:
     offsets: tuple[int, ...]
 
     def __post_init__(self):
-        for offset in self.offsets:
-            if isinstance(offset, bool) or not isinstance(offset, int):
+        if not isinstance(self.offsets, Iterable):
+            raise ArgumentError(f"cu_seqlens is {type(self.offsets).__name__}: a sequence of offsets is needed")
+        offsets = tuple(self.offsets)
+        for offset in offsets:
+            if isinstance(offset, bool) or not isinstance(offset, numbers.Integral):
                 raise ArgumentError(f"cu_seqlens holds {offset!r}: offsets are ints")
-        object.__setattr__(self, "offsets", tuple(self.offsets))
-        if len(self.offsets) < 2:
+        object.__setattr__(self, "offsets", tuple(map(int, offsets)))
+        if len(offsets) < 2:
             raise EmptyBatchError(f"cu_seqlens {self.offsets}: at least one sequence is needed")
-        if self.offsets[0] != 0:
-            raise CumulativeSeqlensError(f"cu_seqlens[0]={self.offsets[0]}: offsets start at 0")
-        for b, (start, end) in enumerate(itertools.pairwise(self.offsets)):
-            if end < start:
-                raise CumulativeSeqlensError(
-                    f"cu_seqlens goes from {start} to {end} at {b + 1}: offsets never decrease"
-                )
+        lengths_of("cu_seqlens", self.offsets)
         if self.total > INT32_MAX:
             raise CumulativeSeqlensError(f"cu_seqlens ends at {self.total}: int32 offsets overflow at {INT32_MAX}")
 
@@ -65,8 +64,7 @@ class CumulativeSeqlens:
     @classmethod
     def from_tensor(cls, cu_seqlens: torch.Tensor) -> CumulativeSeqlens:
         """Offsets read from a tensor (batch + 1): waits for the device."""
-        check_offsets("cu_seqlens", cu_seqlens)
-        return cls(tuple(cu_seqlens.tolist()))
+        return cls(cu_seqlens.tolist())
 
     @property
     def batch(self) -> int:
@@ -131,6 +129,8 @@ class _ForwardRequest:
     learnable_sink: torch.Tensor | None = None
     arch: SmArch | None = None
 
+    family: ClassVar[str | None] = None
+
     def __post_init__(self):
         _check_kinds(self, mask=MaskKind, position_bias=PositionBias)
         self._check_window()
@@ -142,10 +142,6 @@ class _ForwardRequest:
             object.__setattr__(self, "arch", arch_of(self.q.device))
         _check_kinds(self, arch=SmArch)
         self.problem()
-
-    @property
-    def family(self) -> str | None:
-        return None
 
     def problem(self) -> AttentionProblem:
         """The validated problem."""
@@ -211,25 +207,21 @@ class _ForwardRequest:
 class Fa2FwdRequest(_ForwardRequest):
     """A forward by FA2-style kernels, which run on every architecture from sm_80 on."""
 
-    @property
-    def family(self) -> str:
-        return "fa2"
+    family = "fa2"
 
 
 @dataclass(frozen=True, eq=False)
 class Fa3FwdRequest(_ForwardRequest):
     """A forward by FA3-style kernels. Raises Fa3ArchError when made for an architecture before sm_90a."""
 
+    family = "fa3"
+
     persistent: PersistentMode = PersistentMode.AUTO
 
     def __post_init__(self):
         _check_kinds(self, persistent=PersistentMode)
         super().__post_init__()
-        TABLE.explain(self.problem(), self.family)
-
-    @property
-    def family(self) -> str:
-        return "fa3"
+        TABLE.explain(self.problem(), self.family)  # raises Fa3ArchError
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,8 @@ from cute_fa.problem import INT32_MAX, AttentionProblem, default_scale, normaliz
 from cute_fa.types import Direction, DType
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cute_fa.types import SmArch
 
 TORCH_DTYPES = {
@@ -107,7 +109,7 @@ def problem_of(
         softmax_scale=default_scale(q.shape[-1]) if softmax_scale is None else float(softmax_scale),
         window_left=left,
         window_right=right,
-        sink_tokens=min(sink_tokens, INT32_MAX),
+        sink_tokens=sink_tokens,
         softcap=float(softcap),
         alibi=alibi_slopes is not None,
         learnable_sink=learnable_sink is not None,
@@ -161,9 +163,9 @@ def check_values(
     held_q = [problem.seqlen_q] * problem.batch
     held_k = [problem.seqlen_k] * problem.batch
     if cu_seqlens_q is not None:
-        held_q = check_offsets("cu_seqlens_q", cu_seqlens_q, q)
+        held_q = _held("cu_seqlens_q", cu_seqlens_q, q)
     if cu_seqlens_k is not None:
-        held_k = check_offsets("cu_seqlens_k", cu_seqlens_k, k)
+        held_k = _held("cu_seqlens_k", cu_seqlens_k, k)
     used_q = _used("seqused_q", seqused_q, held_q)
     used_k = _used("seqused_k", seqused_k, held_k)
     for name, used, longest in (("q", used_q, problem.seqlen_q), ("k", used_k, problem.seqlen_k)):
@@ -176,10 +178,9 @@ def check_values(
                     raise PageTableError(f"page_table[{b}] lists page {page}: the cache has {k.shape[0]} pages")
 
 
-def check_offsets(name: str, cu_seqlens: torch.Tensor, packed: torch.Tensor | None = None) -> list[int]:
-    """Lengths of the sequences; raises CumulativeSeqlensError unless offsets start at 0, never decrease and stay
-    within the packed tensor. Synchronises with the device."""
-    offsets = cu_seqlens.tolist()
+def lengths_of(name: str, offsets: Sequence[int]) -> list[int]:
+    """Lengths of the sequences between at least two offsets; raises CumulativeSeqlensError unless these start at 0 and
+    never decrease."""
     if offsets[0] != 0:
         raise CumulativeSeqlensError(f"{name}[0]={offsets[0]}: offsets start at 0")
     lengths = []
@@ -187,7 +188,14 @@ def check_offsets(name: str, cu_seqlens: torch.Tensor, packed: torch.Tensor | No
         if end < start:
             raise CumulativeSeqlensError(f"{name} goes from {start} to {end} at {b + 1}: offsets never decrease")
         lengths.append(end - start)
-    if packed is not None and offsets[-1] > packed.shape[0]:
+    return lengths
+
+
+def _held(name: str, cu_seqlens: torch.Tensor, packed: torch.Tensor) -> list[int]:
+    """Lengths that the packed tensor must hold."""
+    offsets = cu_seqlens.tolist()
+    lengths = lengths_of(name, offsets)
+    if offsets[-1] > packed.shape[0]:
         raise CumulativeSeqlensError(f"{name} ends at {offsets[-1]}: the packed tensor has {packed.shape[0]} rows")
     return lengths
 

@@ -158,7 +158,7 @@ def test_from_tensors():
         max_seqlen_q=80,
         window_size=(-1, 3),
         causal=True,
-        sink_tokens=2**40,
+        sink_tokens=2**31 - 1,
         alibi_slopes=torch.ones(3, 8),
     )
     assert problem == AttentionProblem(
@@ -206,6 +206,7 @@ class TestCumulativeSeqlens:
         assert (cu.lengths, cu.batch, cu.total, cu.max_seqlen) == ((5, 0, 7), 3, 12, 7)
         assert cu.tensor("cpu").equal(torch.tensor([0, 5, 5, 12], dtype=torch.int32))
         assert CumulativeSeqlens.from_tensor(cu.tensor("cpu")) == cu
+        assert CumulativeSeqlens(numpy.array([0, 5, 5, 12])) == cu
 
     def test_overflow(self):
         most = CumulativeSeqlens.from_lengths([2**30, 2**30 - 1])
@@ -222,6 +223,8 @@ class TestCumulativeSeqlens:
             ((0, 5, 4), CumulativeSeqlensError, "from 5 to 4 at 2"),
             ((0, 1.5), ArgumentError, "1.5"),
             ((0, True), ArgumentError, "True"),
+            (5, ArgumentError, "cu_seqlens is int: a sequence"),
+            (((0, 3), (0, 4)), ArgumentError, "offsets are ints"),
         ],
     )
     def test_bad_offsets(self, offsets, error, message):
@@ -231,6 +234,10 @@ class TestCumulativeSeqlens:
     def test_bad_tensor(self):
         with pytest.raises(CumulativeSeqlensError, match="from 9 to 3 at 2"):
             CumulativeSeqlens.from_tensor(torch.tensor([0, 9, 3]))
+        with pytest.raises(EmptyBatchError, match="at least one sequence"):
+            CumulativeSeqlens.from_tensor(torch.empty(0, dtype=torch.int32))
+        with pytest.raises(ArgumentError, match="offsets are ints"):
+            CumulativeSeqlens.from_tensor(torch.zeros(2, 3))
         with pytest.raises(CumulativeSeqlensError, match="from 0 to -2"):
             CumulativeSeqlens.from_lengths([-2, 5])
 
