@@ -19,6 +19,7 @@ from cute_fa.tensors import TORCH_DTYPES
 from cute_fa.types import DType
 
 _LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
+_LENGTH_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
 
 
 @dataclass(frozen=True)
@@ -99,23 +100,16 @@ class Inputs:
             "learnable_sink": self.learnable_sink,
         }
 
-    @property
-    def dense(self) -> bool:
-        """Whether ``flash_attn_func`` takes this call; else ``flash_attn_varlen_func`` does."""
-        lengths = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k, self.page_table)
-        return all(tensor is None for tensor in lengths)
-
     def run(self, **extra) -> Any:
         """Call the public function that takes these inputs; ``extra`` is passed on (``return_lse=True`` …)."""
         from cute_fa.api import flash_attn_func, flash_attn_varlen_func
 
         options = self.options()
-        if self.dense:
-            names = ("softmax_scale", "causal", "window_size", "sink_tokens", "softcap", "alibi_slopes")
-            chosen = {name: options[name] for name in (*names, "learnable_sink")}
-            return flash_attn_func(self.q, self.k, self.v, **chosen, **extra)
-        longest = {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k}
-        return flash_attn_varlen_func(self.q, self.k, self.v, **longest, **options, **extra)
+        lengths = {name: options.pop(name) for name in _LENGTH_TENSORS}
+        if all(tensor is None for tensor in lengths.values()):
+            return flash_attn_func(self.q, self.k, self.v, **options, **extra)
+        lengths |= {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k}
+        return flash_attn_varlen_func(self.q, self.k, self.v, **lengths, **options, **extra)
 
 
 def make_inputs(
@@ -134,7 +128,7 @@ def make_inputs(
     any_k = spec.varlen_k or spec.seqused_k or spec.page_size is not None
     lengths_k = _lengths(spec.batch, spec.seqlen_k, spec.lengths_k, any_k, rng)
     make = _peaked if inputs == "peaked" else _random
-    sequences = [make(spec, b, lengths_q[b], lengths_k[b], rng) for b in range(spec.batch)]
+    sequences = [make(spec, *lengths, rng) for lengths in zip(lengths_q, lengths_k, strict=True)]
     fill = math.nan if poison else 0.0
 
     q_rows, q_extent, cu_q, used_q = _extents(lengths_q, spec.seqlen_q, spec.varlen_q, spec.seqused_q, rng)
@@ -173,7 +167,8 @@ def _lengths(batch: int, longest: int, given, vary: bool, rng) -> list[int]:
     return [min(length, longest) for length in lengths]
 
 
-def _random(spec: InputSpec, batch: int, seqlen_q: int, seqlen_k: int, rng):
+def _random(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
+    """q, k and v of one sequence."""
     kv_heads = 1 if spec.layout == "expanded" else spec.heads_kv
     head_dim_v = spec.head_dim_v or spec.head_dim
     q = torch.randn(seqlen_q, spec.heads, spec.head_dim, generator=rng)
@@ -182,7 +177,8 @@ def _random(spec: InputSpec, batch: int, seqlen_q: int, seqlen_k: int, rng):
     return q, k, v
 
 
-def _peaked(spec: InputSpec, batch: int, seqlen_q: int, seqlen_k: int, rng):
+def _peaked(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
+    """q, k and v of one sequence."""
     kv_heads = 1 if spec.layout == "expanded" else spec.heads_kv
     head_dim_v = spec.head_dim_v or spec.head_dim
     k = _signs((seqlen_k, kv_heads, spec.head_dim), rng)

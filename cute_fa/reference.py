@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from cute_fa.problem import normalize_window
+from cute_fa.problem import default_scale, normalize_window
 
 # Scores held at once, in elements: bounds the memory at long lengths.
 _MAX_SCORES = 2**24
@@ -71,7 +71,7 @@ def attention(
     compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     left, right = normalize_window(window_size, causal)
     heads, head_dim = q.shape[-2:]
-    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    scale = default_scale(head_dim) if softmax_scale is None else softmax_scale
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=dtype, device=q.device)
     lse_shape = (heads, q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
     lse = torch.full(lse_shape, -math.inf, dtype=compute, device=q.device)

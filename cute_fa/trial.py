@@ -12,6 +12,7 @@ import torch
 from cute_fa import reference
 from cute_fa.compiler import compiled
 from cute_fa.dispatch import TABLE
+from cute_fa.errors import DeviceError
 from cute_fa.inputs import Inputs, InputSpec
 from cute_fa.names import canonical_name
 from cute_fa.problem import AttentionProblem, default_scale, normalize_window
@@ -38,8 +39,13 @@ class Machine:
 
 
 def gpu_arch() -> SmArch | None:
-    """The current GPU's architecture, None without a GPU."""
-    return SmArch.of_capability(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+    """The current GPU's architecture, None without a GPU that kernels are built for."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return SmArch.of_capability(*torch.cuda.get_device_capability())
+    except DeviceError:
+        return None
 
 
 def choose_machine(arch: SmArch | None, schedule_seed: int | None) -> Machine:

@@ -188,6 +188,15 @@ def test_a_gpu_is_used_unless_another_machine_is_asked_for(monkeypatch):
     assert choose_machine(None, None) == Machine(SmArch.SM_80, simulated=True)
 
 
+def test_a_gpu_that_no_kernel_is_built_for_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert choose_machine(None, None) == Machine(SmArch.SM_80, simulated=True)
+    assert choose_machine(SmArch.SM_90A, None) == Machine(SmArch.SM_90A, simulated=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert choose_machine(None, None) == Machine(SmArch.SM_86, simulated=False)
+
+
 def test_readme_example_gives_small_errors(capsys):
     readme = Path(__file__).parents[2].joinpath("README.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.S)
