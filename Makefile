@@ -27,7 +27,7 @@ run: $(ENVIRONMENT)
 	$(PY) -m cute_fa run
 
 test: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(HAS_GPU),,-m "not gpu") -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .

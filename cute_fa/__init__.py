@@ -1,5 +1,6 @@
 """Attention kernels in NVIDIA's CuTe DSL behind one dispatch table and one API that drops in for ``flash_attn``."""
 
+from cute_fa import compat, errors, reference
 from cute_fa.api import flash_attn_func, flash_attn_varlen_func
 from cute_fa.dispatch import DispatchKey, DispatchTable
 from cute_fa.errors import CuteFaError
@@ -23,7 +24,10 @@ __all__ = [
     "PositionBias",
     "SmArch",
     "VarlenFwdRequest",
+    "compat",
+    "errors",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "reference",
     "simulate",
 ]
