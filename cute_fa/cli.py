@@ -201,7 +201,7 @@ def compile_command(out: Path, as_json: bool, **given) -> None:
 
 @main.command()
 @click.option(
-    "--json", "as_json", is_flag=True, help="One JSON list: architecture, direction, feature, kernel, reason."
+    "--json", "as_json", is_flag=True, help="One JSON list: architecture, direction, feature, kernel, reasons."
 )
 @click.option("--markdown", is_flag=True)
 def table(as_json: bool, markdown: bool) -> None:

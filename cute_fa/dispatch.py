@@ -141,13 +141,13 @@ class Entry:
 
 
 class SupportRow(NamedTuple):
-    """One cell of the support table: ``kernel`` is the entry's name, or None with the ``reason``."""
+    """One cell of the support table: ``kernel`` is the entry's name, or None with each candidate's ``reasons``."""
 
     arch: str
     direction: str
     feature: str
     kernel: str | None
-    reason: str
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ class DispatchTable:
                     key = replace(base, **{"head_dim_v": None, **changes})
                     explained = self.explain(key)
                     served = next((name for name, why in explained.items() if not why), None)
-                    reason = "" if served else "; ".join(f"{name}: {', '.join(why)}" for name, why in explained.items())
-                    yield SupportRow(arch.value, direction.value, feature, served, reason)
+                    reasons = () if served else tuple(f"{name}: {', '.join(why)}" for name, why in explained.items())
+                    yield SupportRow(arch.value, direction.value, feature, served, reasons)
 
     def _find(self, problem, family: str | None) -> Entry | None:
         if isinstance(problem, DispatchKey):

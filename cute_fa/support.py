@@ -3,7 +3,6 @@ each "no" the numbers of the notes that give the candidates' reasons."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,8 +10,6 @@ from rich.console import Group
 from rich.table import Table
 
 from cute_fa.dispatch import SupportRow
-
-_NEXT_CANDIDATE = re.compile(r"; (?=\w+_(?:fwd|bwd): )")
 
 
 class _Grid(NamedTuple):
@@ -28,7 +25,7 @@ def _grid(rows: Iterable[SupportRow]) -> _Grid:
     columns: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         numbers = []
-        for reason in _NEXT_CANDIDATE.split(row.reason) if row.kernel is None else ():
+        for reason in row.reasons:
             if reason not in notes:
                 notes.append(reason)
             numbers.append(str(notes.index(reason) + 1))
