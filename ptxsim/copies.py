@@ -69,9 +69,11 @@ class CopyMixin:
             if state == IN_FLIGHT and (self.shadow_rows[rows] == _ALL_WRITTEN_ROW * np.uint64(IN_FLIGHT)).any():
                 raise SyncError("a second asynchronous copy to bytes that one is still writing")
             self.shadow_rows[rows] = _ALL_WRITTEN_ROW * np.uint64(state)
+            self.ready_rows[rows] = state == WRITTEN
         else:
             pattern = int.from_bytes(bytes([state] * size), "little")
             self.shadow[size][index // size] = pattern
+            self.ready_rows[index >> 4] = False
 
     # ---- cp.async ---------------------------------------------------------------------------------
     def cp_async(self, w, destination, source, size, source_size, M):
@@ -238,7 +240,7 @@ class CopyMixin:
             self.region(offset, count, "bulk copy")
             if self.lazy:
                 for c, _ in targets:
-                    self.shadow_of[c][offset : offset + count] = IN_FLIGHT
+                    self.set_in_flight(c, offset, count)
 
             def perform(targets=targets, offset=offset, start=start, count=count, signal_offset=signal_offset):
                 data = GLOBAL_BYTES[start - GLOBAL_BASE : start - GLOBAL_BASE + count]
@@ -287,7 +289,7 @@ class CopyMixin:
             signal_cta, signal_offset = self.cta_and_offset(w[j], signal)
             self.region(offset, count, "bulk copy")
             if self.lazy:
-                self.shadow_of[cta][offset : offset + count] = IN_FLIGHT
+                self.set_in_flight(cta, offset, count)
 
             def perform(cta=cta, offset=offset, source_cta=source_cta, source_offset=source_offset, count=count,
                         at=signal_cta * self.smem_stride + signal_offset):  # fmt: skip

@@ -41,7 +41,30 @@ def pack_f16(low, high):
     return low | (high << _u4(16))
 
 
+class _FragmentCache:
+    """The latest fragments by the identity of their registers: an operand of one mma is often one of the next, too.
+
+    Values in generated code are never changed in place, so that the same arrays have the same contents.
+    """
+
+    def __init__(self, size):
+        self.size, self.entries = size, {}
+
+    def get(self, make, registers, n, element):
+        key = (*map(id, registers), element)
+        entry = self.entries.get(key)
+        if entry is None:
+            if len(self.entries) >= self.size:
+                del self.entries[next(iter(self.entries))]
+            # the entry keeps the registers alive, so that no other array gets their identities
+            entry = self.entries[key] = (registers, make(registers, n, element))
+        return entry[1]
+
+
 class MatrixMixin(OperandMixin):
+    def init_matrices(self):
+        self.a_fragments, self.b_fragments = _FragmentCache(16), _FragmentCache(32)
+
     def _row_index(self, w, address, count):
         """Flat byte indices [n, 8 * count] of the rows whose addresses the first lanes carry."""
         address = full_width(address, len(w))
@@ -54,9 +77,8 @@ class MatrixMixin(OperandMixin):
         n = len(w)
         index = self._row_index(w, address, count)
         rows = index >> 4
-        state = self.shadow_rows[rows]
-        if not (state == _WRITTEN_8).all():
-            self._unwritten_rows(w, index, (state != _WRITTEN_8).any(2))
+        if not self.rows_are_written(rows):
+            self._unwritten_rows(w, index, (self.shadow_rows[rows] != _WRITTEN_8).any(2))
         matrices = self.shared_rows[rows].view(np.uint16).reshape(n, count, 8, 8)
         if transpose:
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
@@ -87,7 +109,8 @@ class MatrixMixin(OperandMixin):
     def mma(self, w, a_type, b_type, result, a, b, c, clamp):
         """D = A B + C of m16n8; registers of D in PTX's order."""
         n = len(w)
-        product = np.matmul(a_fragment(a, n, a_type), b_fragment(b, n, b_type))  # n, 16, 8
+        left = self.a_fragments.get(a_fragment, a, n, a_type)
+        product = np.matmul(left, self.b_fragments.get(b_fragment, b, n, b_type))  # n, 16, 8
         product = product.reshape(n, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, n, 32)  # (row half, e), n, lane
         if result == "f32":
             return [(product[j] + np.asarray(c[j]).view(_f4)).view(_u4) for j in range(4)]

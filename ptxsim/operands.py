@@ -13,7 +13,6 @@ from .numerics import DECODE, ELEMENT_BYTES
 _WGMMA_SPAN = {0: 0, 1: 128, 2: 64, 3: 32}  # descriptor bits 62-63
 _TCGEN05_SPAN = {0: 0, 2: 128, 4: 64, 6: 32}  # descriptor bits 61-63
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-_WRITTEN_8 = np.uint64(0x0101010101010101 * WRITTEN)
 
 
 def swizzle(address, span):
@@ -87,10 +86,9 @@ class OperandMixin:
                               f"0x{layout[1]:x} and "
                               f"0x{layout[2]:x}, legal 0x{SHARED_BASE:x} to 0x{self.smem_limit:x}")  # fmt: skip
         chunks = chunks + cta * (self.smem_stride >> 4)
-        state = self.shadow_rows[chunks]
-        if not (state == _WRITTEN_8).all():
-            bytes_ = (chunks[(state != _WRITTEN_8).any(2)][:, None] * 16 + np.arange(16)).ravel()
-            self.unwritten_operand(bytes_[self.shadow1[bytes_] != WRITTEN])
+        if not self.rows_are_written(chunks):
+            found = (chunks[..., None] * 16 + np.arange(16)).ravel()
+            self.unwritten_operand(found[self.shadow1[found] != WRITTEN])
         raw = self.shared_rows[chunks].reshape(len(chunks), -1).view(_RAW[size])
         tile = DECODE[element](raw)
         return tile.T if mn_major else tile
