@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import platformdirs
 
+from cute_fa.environment import switch
 from cute_fa.errors import ArgumentError
 from cute_fa.kernel import KernelConfig
 
@@ -106,10 +107,7 @@ class Key:
 
 def enabled() -> bool:
     """False if ``CUTE_FA_CACHE=0``; anything but 0, 1 or nothing raises ArgumentError."""
-    value = os.environ.get("CUTE_FA_CACHE", "")
-    if value not in ("", "0", "1"):
-        raise ArgumentError(f"CUTE_FA_CACHE={value!r}: must be 0 (off) or 1 (on)")
-    return value != "0"
+    return switch("CUTE_FA_CACHE", default=True)
 
 
 def directory() -> Path:

@@ -8,7 +8,6 @@ look-up, the outputs' allocation and the launch.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +17,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from cute_fa.compiler import compiled
 from cute_fa.dispatch import TABLE
+from cute_fa.environment import switch
 from cute_fa.errors import NoBackwardError
 from cute_fa.kernel import AttentionTensors
 from cute_fa.simulation import arch_of, simulated_arch
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cute_fa.types import SmArch
 
 # Whether to check values that live on the device, at the price of host synchronisations.
-CHECK_VALUES = os.environ.get("CUTE_FA_CHECK", "0") not in ("", "0")
+CHECK_VALUES = switch("CUTE_FA_CHECK", default=False)
 # A description that changes at every call (decoding, packed batches) must not fill the memory.
 _MAX_PLANS = 4096
 

@@ -129,9 +129,9 @@ class AttentionProblem:
             if bound is not None and bound < 0:
                 raise WindowError(f"window_{side}={bound}: a bound is ≥ 0, or None for infinite")
         if not 0 <= self.sink_tokens <= INT32_MAX:
-            raise ArgumentError(f"sink_tokens={self.sink_tokens}: a number of tokens, at least 0")
+            raise ArgumentError(f"sink_tokens={self.sink_tokens}: between 0 and {INT32_MAX}")
         if not 1 <= self.num_splits <= INT32_MAX:
-            raise ArgumentError(f"num_splits={self.num_splits}: at least 1")
+            raise ArgumentError(f"num_splits={self.num_splits}: between 1 and {INT32_MAX}")
 
     @property
     def causal(self) -> bool:

@@ -209,6 +209,12 @@ def test_checks_are_turned_on_by_the_environment(value, on):
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == on
 
 
+def test_a_switch_is_0_or_1():
+    environment = os.environ | {"CUTE_FA_CHECK": "off"}
+    done = subprocess.run([sys.executable, "-c", "import cute_fa"], env=environment, capture_output=True, text=True)
+    assert "ArgumentError: CUTE_FA_CHECK='off': must be 0 (off) or 1 (on)" in done.stderr
+
+
 def test_sizes_of_one_may_have_any_stride(simulated, monkeypatch):
     """A dimension of size 1 keeps whatever stride a slice left it with; kernels get multiples of 16 bytes."""
     passed = []
