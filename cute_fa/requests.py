@@ -248,8 +248,9 @@ class VarlenFwdRequest(_ForwardRequest):
             **super()._options(),
             "cu_seqlens_q": self.cu_seqlens_q.tensor(device),
             "cu_seqlens_k": self.cu_seqlens_k.tensor(device),
-            "max_seqlen_q": self.cu_seqlens_q.max_seqlen,
-            "max_seqlen_k": self.cu_seqlens_k.max_seqlen,
+            # a batch of empty sequences only is legal; a longest length of 0 is not
+            "max_seqlen_q": max(self.cu_seqlens_q.max_seqlen, 1),
+            "max_seqlen_k": max(self.cu_seqlens_k.max_seqlen, 1),
         }
 
 

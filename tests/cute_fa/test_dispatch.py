@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from cute_fa.dispatch import FEATURES, TABLE, DispatchKey
-from cute_fa.errors import ArgumentError, CuteFaError, Fa3ArchError, Fp8Error, UnsupportedKeyError
+from cute_fa.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
 from cute_fa.kernel import AttentionKernel
 from cute_fa.names import canonical_name
 from cute_fa.types import Direction, DType, SmArch
@@ -187,8 +187,3 @@ def test_canonical_names(family, arch, options, name):
 def test_names_tell_keys_apart():
     keys = {DispatchKey(**options, paged=options["page_size"] is not None) for options in pairwise(KEYS, 5)}
     assert len({str(key) for key in keys}) == len(keys) > 20
-
-
-def test_one_base_class():
-    assert issubclass(CuteFaError, ValueError)
-    assert issubclass(UnsupportedKeyError, CuteFaError)

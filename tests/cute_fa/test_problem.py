@@ -320,6 +320,9 @@ class TestRequests:
         with cute_fa.simulate("sm_80"):
             dense = Fa2FwdRequest(self.q, self.kv, self.kv, mask=MaskKind.CAUSAL).run()
             packed = VarlenFwdRequest(packed_q, packed_kv, packed_kv, cu, cu, mask=MaskKind.CAUSAL).run()
+            none = CumulativeSeqlens((0, 0, 0, 0))
+            empty = VarlenFwdRequest(packed_q, packed_kv, packed_kv, cu, none, mask=MaskKind.CAUSAL).run()
+            assert empty[0].eq(0).all() and empty[1].eq(-torch.inf).all()
             elsewhere = Fa2FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A)
             with pytest.raises(ArgumentError, match="arch=sm_90a: the tensors are on cpu, sm_80"):
                 elsewhere.run()
