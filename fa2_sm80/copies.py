@@ -16,6 +16,8 @@ ELEMENT_BYTES = 2
 # cp.async, ldmatrix rows and the vector stores all move 16 bytes: 8 elements of fp16 or bf16.
 CHUNK_BYTES = 16
 CHUNK = CHUNK_BYTES // ELEMENT_BYTES
+# Swizzles are relative to the tile, so a tile need only start at a line of all banks; every tile's size is a multiple.
+SMEM_ALIGNMENT = 128
 
 
 class SmemTile:
@@ -26,7 +28,7 @@ class SmemTile:
     """
 
     def __init__(self, pointer: cute.Pointer, rows: int, columns: int):
-        """``pointer``: aligned to 1024 bytes, with room for all stages; ``columns``: a multiple of 16."""
+        """``pointer``: aligned to ``SMEM_ALIGNMENT``, with room for all stages; ``columns``: a multiple of 16."""
         self.pointer, self.rows, self.columns = pointer, rows, columns
         self.panel = next(width for width in (64, 32, 16) if columns % width == 0)
         self.panels = columns // self.panel

@@ -14,7 +14,7 @@ from cute_fa.device.block_range import BlockRange, Window, block_range
 from cute_fa.device.scores import score_params
 from cute_fa.device.seqlen import LengthTensors, seqlen_info
 from fa2_sm80.config import Fa2ForwardConfig
-from fa2_sm80.copies import SmemTile, SmemTiles, TileLoader, store_tile
+from fa2_sm80.copies import SMEM_ALIGNMENT, SmemTile, SmemTiles, TileLoader, store_tile
 from fa2_sm80.key_value_pipeline import KeyValuePipeline
 from fa2_sm80.query_tile import CUTE_DTYPE, QueryTile
 
@@ -109,7 +109,7 @@ class Fa2ForwardKernel:
         allocator = cutlass.utils.SmemAllocator()
 
         def allocate(elements: int) -> cute.Pointer:
-            return allocator.allocate_tensor(self.dtype, cute.make_layout(elements), 1024).iterator
+            return allocator.allocate_tensor(self.dtype, cute.make_layout(elements), SMEM_ALIGNMENT).iterator
 
         q_or_o = allocate(c.tile_m * max(c.head_dim_padded, c.head_dim_v_padded))
         k = allocate(c.stages * c.tile_n * c.head_dim_padded)

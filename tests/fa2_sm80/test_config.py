@@ -29,6 +29,9 @@ def test_every_head_dim_fits_shared_memory_and_registers(arch):
         for head_dim_v in (8, head_dim, 256):
             config = Fa2Forward.configure(problem(arch=arch, head_dim=head_dim, head_dim_v=head_dim_v))
             assert config.smem_bytes <= arch.smem_bytes
+            for columns in (config.head_dim_padded, config.head_dim_v_padded):
+                for rows in (config.tile_m, config.tile_n):
+                    assert rows * columns * 2 % 128 == 0  # tiles follow each other without padding
             rows_per_warp = config.tile_m // config.num_warps
             assert rows_per_warp in (16, 32)
             # accumulators of O and S, in registers a thread: the rest must hold fragments and addresses

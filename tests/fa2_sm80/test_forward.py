@@ -98,6 +98,12 @@ def test_features_in_pairs_on_the_gpu(case):
     assert result.ok, result
 
 
+# the widths of panels and tiles that the pairs leave out, and sizes that are no multiple of 16
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 48, 80, 96, 104, 112, 144, 160, 176, 200, 208, 240])
+def test_other_head_dims(head_dim):
+    assert_right(InputSpec(1, 70, 130, 1, 1, head_dim, causal=True), "peaked")
+
+
 # tile_n is 64 at head_dim 64; the tile of queries starts at key 320 − 192 = 128, so its window of 100 at block 0
 @pytest.mark.parametrize("sink_tokens", [1, 27, 28, 29, 63, 64, 65, 128, 200, 320, 10_000])
 def test_sink_inside_touching_and_beyond_the_window(sink_tokens):
@@ -188,7 +194,7 @@ def test_same_bits_under_every_schedule():
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_offsets_beyond_32_bits(dim):
-    """Elements more than 2^31 apart, along the batch, the sequence or the heads; the memory between is never touched."""
+    """Elements more than 2^31 apart, along the batch, the sequence or the heads; what lies between is never touched."""
     spec = InputSpec(2, 40, 72, 2, 2, 64)
     given = make_inputs(spec)
     sparse = []
