@@ -26,7 +26,7 @@ from cute_fa.errors import ArgumentError, CuteFaError
 from cute_fa.inputs import Inputs, InputSpec, make_inputs
 from cute_fa.names import canonical_name
 from cute_fa.tour import run_tour, tour_table
-from cute_fa.trial import Machine, TrialResult, choose_machine, problem_of, run_trial
+from cute_fa.trial import Machine, TrialResult, choose_machine, problem_of_spec, run_trial
 from cute_fa.types import Direction, DType, SmArch
 
 _PIPE_WIDTH = 140  # columns of a table that goes to a pipe or file, which have no width of their own
@@ -152,7 +152,8 @@ def _run_one(options: Options, save: Path | None, as_json: bool) -> None:
     if save and not save.absolute().parent.is_dir():
         raise click.BadParameter(f"{save.parent} is no folder", param_hint="--save")
     machine, spec = options.machine, options.spec
-    TABLE.lookup(problem_of(spec, machine.arch, options.direction))  # a request that none serves fails before any work
+    # A request that no kernel serves fails before any work.
+    TABLE.lookup(problem_of_spec(spec, machine.arch, options.direction))
     inputs = make_inputs(spec, options.inputs, options.seed, device=machine.device)
     result = run_trial(inputs, machine)
     if save:
@@ -182,7 +183,7 @@ def compile_command(out: Path, as_json: bool, **given) -> None:
     """Write the kernel that serves the problem as PTX and cubin, named by its compile name. Needs no GPU."""
     options = Options(**given)
     with _errors(as_json):
-        problem = problem_of(options.spec, options.machine.arch, options.direction)
+        problem = problem_of_spec(options.spec, options.machine.arch, options.direction)
         kernel = TABLE.lookup(problem)
         config = kernel.configure(problem)
         ptx, cubin = compile_artifacts(config)

@@ -91,7 +91,7 @@ class TrialResult:
         }
 
 
-def problem_of(spec: InputSpec, arch: SmArch, direction: Direction = Direction.FORWARD) -> AttentionProblem:
+def problem_of_spec(spec: InputSpec, arch: SmArch, direction: Direction = Direction.FORWARD) -> AttentionProblem:
     """The problem that a spec describes, without making its tensors."""
     left, right = normalize_window(spec.window, spec.causal)
     return AttentionProblem(
@@ -122,7 +122,7 @@ def problem_of(spec: InputSpec, arch: SmArch, direction: Direction = Direction.F
 
 def run_trial(inputs: Inputs, machine: Machine) -> TrialResult:
     """Run the inputs, which lie on the machine's device, through the public API and compare out and lse."""
-    problem = problem_of(inputs.spec, machine.arch)
+    problem = problem_of_spec(inputs.spec, machine.arch)
     kernel = TABLE.lookup(problem)
     config = kernel.configure(problem)
     if machine.simulated:

@@ -18,7 +18,9 @@ import pandas as pd
 
 from cute_fa.compiler import compile_artifacts
 from cute_fa.dispatch import TABLE
+from cute_fa.inputs import InputSpec
 from cute_fa.problem import AttentionProblem
+from cute_fa.trial import problem_of_spec
 from cute_fa.types import DType, SmArch
 from perf.sass import KernelReport, add_per_score, report_cubin
 
@@ -41,19 +43,8 @@ class StaticKey:
         return f"{self.arch.value} d{self.head_dim} {'causal' if self.causal else 'full'}"
 
     def problem(self) -> AttentionProblem:
-        return AttentionProblem(
-            arch=self.arch,
-            dtype=DType.BF16,
-            batch=1,
-            seqlen_q=1024,
-            seqlen_k=1024,
-            num_heads=8,
-            num_heads_kv=8,
-            head_dim=self.head_dim,
-            head_dim_v=self.head_dim,
-            softmax_scale=self.head_dim**-0.5,
-            window_right=0 if self.causal else None,
-        )
+        spec = InputSpec(1, 1024, 1024, 8, 8, self.head_dim, dtype=DType.BF16, causal=self.causal)
+        return problem_of_spec(spec, self.arch)
 
 
 def our_report(key: StaticKey) -> KernelReport:
