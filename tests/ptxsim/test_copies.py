@@ -203,6 +203,24 @@ def test_bulk_reduction(kind, dtype):
     same_bits(run(body, [values], [start], declarations=SHARED), start + values)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_bulk_multicast(late):
+    """CTA 0 copies into both CTAs of the cluster; the barrier of each is signalled."""
+    data = bytes_of(512)
+    body = (
+        INIT
+        + """barrier.cluster.arrive; barrier.cluster.wait; mov.u32 %r20, %cluster_ctarank; mov.u16 %rs9, 3;
+    @%p10 mbarrier.arrive.expect_tx.shared.b64 _, [%r52], 512; setp.ne.u32 %p1, %r20, 0;
+    setp.eq.and.u32 %p2, %t, 0, !%p1;
+    @%p2 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r50], [%in0], 512, [%r52],
+      %rs9; mad.wide.u32 %rd3, %r20, 512, %rd3;"""
+        + WAIT
+        + READ16
+    )
+    out = copied(body, data, 1024, grid=2, cluster=2, late=late)
+    same_bits(out, np.concatenate([data, data]))
+
+
 def test_bulk_to_the_other_cta():
     """CTA 0 sends its shared memory to CTA 1, which waits at its own barrier."""
     data = bytes_of(512)

@@ -255,6 +255,12 @@ def test_uninitialised_shared_read(load):
     assert lane in caught.value.where and load.split()[0] in caught.value.text
 
 
+def test_partly_written_vector():
+    body = "mov.u32 %r2, buffer; st.shared.v2.u32 [%r2], {%t, %t}; ld.shared.v4.u32 {%r4, %r5, %r6, %r7}, [%r2];"
+    with pytest.raises(UninitializedRead, match="0x408 of cta"):
+        run(body, [], [np.zeros(1, np.uint32)], declarations=SHARED)
+
+
 def test_partly_written_word():
     body = "mov.u32 %r2, buffer; st.shared.u16 [%r2], 7; ld.shared.u32 %r4, [%r2];"
     with pytest.raises(UninitializedRead, match="0x402 of cta"):
