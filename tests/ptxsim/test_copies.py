@@ -212,8 +212,8 @@ def test_bulk_multicast(late):
         + """barrier.cluster.arrive; barrier.cluster.wait; mov.u32 %r20, %cluster_ctarank; mov.u16 %rs9, 3;
     @%p10 mbarrier.arrive.expect_tx.shared.b64 _, [%r52], 512; setp.ne.u32 %p1, %r20, 0;
     setp.eq.and.u32 %p2, %t, 0, !%p1;
-    @%p2 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r50], [%in0], 512, [%r52],
-      %rs9; mad.wide.u32 %rd3, %r20, 512, %rd3;"""
+    @%p2 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r50], [%in0], 512,
+      [%r52], %rs9; mad.wide.u32 %rd3, %r20, 512, %rd3;"""
         + WAIT
         + READ16
     )

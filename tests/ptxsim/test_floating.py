@@ -285,3 +285,14 @@ def test_properties():
     }
     for name, truth in expected.items():
         np.testing.assert_array_equal(elementwise(f"testp.{name}.f32 {{d}}, {{a}};", [a], bool), truth)
+
+
+def test_fma_rounds_once():
+    """Exact results so close to a tie that binary64 (or float32, for bf16) would land on the tie itself."""
+    ulp = 2.0**-23
+    a, b, c = (np.full(32, x, np.float32) for x in (1 + ulp, 2.0**-24 * (1 - ulp), 1 + ulp))
+    got = elementwise("fma.rn.f32 {d}, {a}, {b}, {c};", [a, b, c], np.float32)
+    np.testing.assert_array_equal(got, np.float32(1 + ulp))  # just below the tie, whose even neighbour is above
+    a, c = (np.full(32, np.float32(x).view(np.uint32) >> 16, np.uint16) for x in (1.0625, 2.0**-40))
+    got = elementwise("fma.rn.bf16 {d}, {a}, {b}, {c};", [a, a, c], np.uint16)
+    np.testing.assert_array_equal(decode(got, "bf16"), 1.1328125)  # just above the tie, whose even neighbour is below

@@ -11,7 +11,9 @@ from tests.testing.ptx import aligned, kernel_text, launch
 # every warp adds its mark to a float in global memory: the sum depends on the order of the additions
 ORDERED = """shr.u32 %r1, %t, 5; mad.lo.u32 %r1, %c, 8, %r1; cvt.rn.f32.u32 %f1, %r1; mul.f32 %f1, %f1, 0f3DCCCCCD;
   mov.u32 %r2, 0;
-  LOOP: rem.u32 %r4, %r1, 3; setp.le.u32 %p2, %r2, %r4; @%p2 atom.global.add.f32 %f2, [%out0], %f1;
+  LOOP: add.u32 %r4, %r1, %r2; rem.u32 %r4, %r4, 3; setp.eq.u32 %p2, %r4, 0; @%p2 bra NEXT;
+  atom.global.add.f32 %f2, [%out0], %f1; setp.eq.u32 %p2, %r4, 1; @%p2 bra NEXT; atom.global.add.f32 %f2, [%out0], %f1;
+  NEXT:
   add.u32 %r2, %r2, 1; setp.lt.u32 %p1, %r2, 5; @%p1 bra LOOP;
   mad.wide.u32 %rd1, %g, 4, %out1; st.global.f32 [%rd1], %f2;"""
 

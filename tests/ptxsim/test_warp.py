@@ -121,6 +121,15 @@ def test_divergent_loop_and_reconvergence():
     np.testing.assert_array_equal(lanes(body, x), sums[LANES ^ 1])
 
 
+def test_guarded_definition_in_a_loop():
+    """A register that only a guard changes keeps its value from one round to the next."""
+    x = data(6, 6)
+    body = """mov.u32 %r2, 0; mov.u32 %r4, 0;
+  LOOP: setp.eq.u32 %p1, %r4, %r1; @%p1 add.u32 %r5, %r1, 50; setp.lt.u32 %p2, %r4, %r1; @%p2 mov.u32 %r5, 0;
+    add.u32 %r2, %r2, %r5; add.u32 %r4, %r4, 1; setp.lt.u32 %p3, %r4, 8; @%p3 bra LOOP;"""
+    np.testing.assert_array_equal(lanes(body, x), (8 - x) * (x + 50))
+
+
 def test_branches_of_whole_and_partial_warps():
     """Three kinds of warps at once: all lanes jump, none does, some do."""
     x = data(5, 2, count=96)
