@@ -26,10 +26,11 @@ _LENGTH_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "pa
 class InputSpec:
     """One attention problem in the caller's terms.
 
-    ``seqlen_q`` and ``seqlen_k`` are the longest lengths. ``lengths_q``/``lengths_k`` fix every sequence's length for
-    varlen and seqused; without them they are drawn from the seed, the first one at its longest, with odd and empty
-    ones among the rest. ``varlen_*`` packs the sequences with cu_seqlens; ``seqused_*`` passes lengths shorter than
-    what the tensors hold. ``page_size`` stores k and v in pages, with ``seqused_k`` for the lengths.
+    ``seqlen_q`` and ``seqlen_k`` are the longest lengths; ``head_dim_v`` is ``head_dim`` by default.
+    ``lengths_q``/``lengths_k`` fix every sequence's length for varlen and seqused; without them they are drawn from the
+    seed, the first one at its longest, with odd and empty ones among the rest. ``varlen_*`` packs the sequences with
+    cu_seqlens; ``seqused_*`` passes lengths shorter than what the tensors hold. ``page_size`` stores k and v in pages,
+    with ``seqused_k`` for the lengths.
     ``layout``: ``padded`` rows have 8 unused elements after each head, ``transposed`` stores heads before sequence (so
     that sequence strides differ), ``expanded`` has one kv head with stride 0 in the place of ``heads_kv``.
     """
@@ -60,6 +61,8 @@ class InputSpec:
     layout: str = "contiguous"
 
     def __post_init__(self):
+        if self.head_dim_v is None:
+            object.__setattr__(self, "head_dim_v", self.head_dim)
         if self.layout not in _LAYOUTS:
             raise ArgumentError(f"layout={self.layout!r}: one of {', '.join(_LAYOUTS)}")
         if self.page_size and self.varlen_k:
@@ -170,21 +173,19 @@ def _lengths(batch: int, longest: int, given, vary: bool, rng) -> list[int]:
 def _random(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
     """q, k and v of one sequence."""
     kv_heads = 1 if spec.layout == "expanded" else spec.heads_kv
-    head_dim_v = spec.head_dim_v or spec.head_dim
     q = torch.randn(seqlen_q, spec.heads, spec.head_dim, generator=rng)
     k = torch.randn(seqlen_k, kv_heads, spec.head_dim, generator=rng)
-    v = torch.randn(seqlen_k, kv_heads, head_dim_v, generator=rng)
+    v = torch.randn(seqlen_k, kv_heads, spec.head_dim_v, generator=rng)
     return q, k, v
 
 
 def _peaked(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
     """q, k and v of one sequence."""
     kv_heads = 1 if spec.layout == "expanded" else spec.heads_kv
-    head_dim_v = spec.head_dim_v or spec.head_dim
     k = _signs((seqlen_k, kv_heads, spec.head_dim), rng)
-    bits = torch.arange(head_dim_v) % max(1, (seqlen_k - 1).bit_length())
+    bits = torch.arange(spec.head_dim_v) % max(1, (seqlen_k - 1).bit_length())
     digits = 1.0 - 2.0 * (torch.arange(seqlen_k)[:, None] >> bits & 1)
-    v = digits[:, None, :] * _signs((1, kv_heads, head_dim_v), rng)
+    v = digits[:, None, :] * _signs((1, kv_heads, spec.head_dim_v), rng)
     if seqlen_k == 0:
         return torch.zeros(seqlen_q, spec.heads, spec.head_dim), k, v
 

@@ -139,11 +139,20 @@ def check_pointers(**tensors: torch.Tensor) -> None:
 
 
 def check_separate(out: torch.Tensor, **inputs: torch.Tensor) -> None:
-    """Raise ArgumentError if ``out`` lies in an input's memory."""
-    storage = out.untyped_storage().data_ptr()
+    """Raise ArgumentError if the range of addresses that ``out`` spans meets an input's."""
+    start, end = _extent(out)
     for name, tensor in inputs.items():
-        if storage and tensor.untyped_storage().data_ptr() == storage:
+        first, last = _extent(tensor)
+        if first < end and start < last:
             raise ArgumentError(f"out shares its memory with {name}: a kernel reads {name} while it writes out")
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of the one after the last; nothing for an empty tensor."""
+    if tensor.numel() == 0:
+        return 0, 0
+    reach = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
 
 
 def check_values(
@@ -292,13 +301,13 @@ def _loadable(name: str, tensor: torch.Tensor) -> None:
 
 
 def _vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int, batch: int | None = None) -> None:
-    """A contiguous (size) tensor; also (batch, size) where ``batch`` is given."""
+    """A contiguous (size) tensor; also (batch, size) with contiguous rows where ``batch`` is given."""
     if tensor.dtype != dtype:
         raise DTypeError(name, tensor.dtype, f"{str(dtype).removeprefix('torch.')} is needed")
     shapes = [(size,)] if batch is None else [(size,), (batch, size)]
     if tuple(tensor.shape) not in shapes:
         raise ShapeError(f"{name} {tuple(tensor.shape)}: {' or '.join(map(str, shapes))} is needed")
-    _contiguous(name, tensor)
+    _contiguous(name, tensor if tensor.dim() == 1 else tensor[0])
 
 
 def _integers(name: str, tensor: torch.Tensor) -> None:

@@ -151,6 +151,13 @@ def test_every_value_reaches_the_kernel(simulated, inputs, changes):
     assert lse[:, beyond].eq(-math.inf).all()
 
 
+def test_slopes_may_be_expanded():
+    inputs = make_inputs(EVERYTHING, "peaked")
+    options = inputs.options() | {"max_seqlen_q": 40, "max_seqlen_k": 72}
+    options["alibi_slopes"] = inputs.alibi_slopes.expand(3, -1)
+    assert flash_attn_varlen_func(inputs.q, inputs.k, inputs.v, **options).equal(inputs.run())
+
+
 def test_sinks_of_lower_precision_are_widened():
     inputs = make_inputs(InputSpec(**{**vars(EVERYTHING), "seqlen_k": 40}))
     sink = inputs.learnable_sink.to(torch.bfloat16)
@@ -233,6 +240,11 @@ class TestOut:
         wide = torch.full((2, 40, 4, 80), 7.0, dtype=torch.bfloat16)
         close(flash_attn_func(inputs.q, inputs.k, inputs.v, out=wide[..., :64]), inputs)
         assert wide[..., 64:].eq(7.0).all()
+
+    def test_may_lie_beside_the_inputs(self):
+        inputs = make_inputs(InputSpec(**{**vars(DENSE), "heads": 2, "seqlen_k": 40}))
+        buffer = torch.stack([inputs.q, inputs.k, inputs.v, torch.full_like(inputs.q, math.nan)])
+        close(flash_attn_func(*buffer[:3], out=buffer[3]), inputs)
 
     def test_packed(self):
         inputs = make_inputs(PACKED)

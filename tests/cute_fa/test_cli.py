@@ -97,6 +97,7 @@ def test_a_wrong_result_exits_with_one(monkeypatch):
         ("--dtype e4m3", "fp8"),
         ("--head-dim 12", "12"),
         ("--batch 0", "batch=0"),
+        ("--head-dim-v 0", "head_dim_v=0"),
         ("--seqlen-q -1", "seqlen_q=-1"),
         ("--heads 3 --heads-kv 2", "3 query heads and 2 kv heads"),
         ("--window -5 0", "left=-5"),

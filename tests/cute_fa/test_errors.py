@@ -254,6 +254,9 @@ def test_out_may_not_be_an_input(simulated):
     q = Q.clone()
     with pytest.raises(ArgumentError, match="out shares its memory with q"):
         flash_attn_func(q, KV, KV, out=q)
+    rows = zeros(3, 24, 4, 64)
+    with pytest.raises(ArgumentError, match="out shares its memory with q"):
+        flash_attn_func(rows[:2], KV, KV, out=rows[1:])
 
 
 def test_devices(simulated):
