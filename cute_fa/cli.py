@@ -92,6 +92,7 @@ class Options:
         return choose_machine(SmArch(self.arch) if self.arch else None, self.schedule_seed)
 
 
+_SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch's generators take
 _PROBLEM_OPTIONS = [
     click.option("--arch", type=click.Choice([arch.value for arch in SmArch]), help="[default: the GPU's, else sm_80]"),
     click.option("--dtype", type=click.Choice([d.value for d in DType]), default="bf16", show_default=True),
@@ -112,7 +113,7 @@ _PROBLEM_OPTIONS = [
     click.option("--page-size", type=int, help="Keys and values in shuffled pages of this many tokens."),
     click.option("--backward", is_flag=True),
     click.option("--deterministic", is_flag=True),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs."),
+    click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the inputs."),
     click.option("--schedule-seed", type=int, help="Simulate, with warps in a seeded adversarial order."),
     click.option("--inputs", type=click.Choice(["random", "peaked"]), default="random", show_default=True),
 ]
@@ -157,7 +158,9 @@ def _run_one(options: Options, save: Path | None, as_json: bool) -> None:
     inputs = make_inputs(spec, options.inputs, options.seed, device=machine.device)
     result = run_trial(inputs, machine)
     if save:
-        torch.save(_saved(options, inputs, result), save)
+        saved = _saved(options, inputs, result)
+        with _writing("--save", save):
+            torch.save(saved, save)
     if as_json:
         click.echo(json.dumps({**result.summary(), "options": asdict(options)}))
     else:
@@ -187,10 +190,11 @@ def compile_command(out: Path, as_json: bool, **given) -> None:
         kernel = TABLE.lookup(problem)
         config = kernel.configure(problem)
         ptx, cubin = compile_artifacts(config)
-        out.mkdir(parents=True, exist_ok=True)
         written = {"ptx": out / f"{config.compile_name}.ptx", "cubin": out / f"{config.compile_name}.cubin"}
-        written["ptx"].write_text(ptx)
-        written["cubin"].write_bytes(cubin)
+        with _writing("--out", out):
+            out.mkdir(parents=True, exist_ok=True)
+            written["ptx"].write_text(ptx)
+            written["cubin"].write_bytes(cubin)
         names = {"canonical_name": canonical_name(kernel, problem), "compile_name": config.compile_name}
         if as_json:
             click.echo(json.dumps({**names, **{kind: str(path) for kind, path in written.items()}}))
@@ -227,6 +231,15 @@ def _errors(as_json: bool) -> Iterator[None]:
             click.echo(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2 if isinstance(error, CuteFaError) else 1)
+
+
+@contextmanager
+def _writing(option: str, path: Path) -> Iterator[None]:
+    """Turns a failure to write what ``option`` names into one message and exit code 2."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        raise click.BadParameter(f"cannot write {path}: {str(error).splitlines()[0]}", param_hint=option) from None
 
 
 def _console() -> Console:

@@ -121,6 +121,23 @@ def test_save_into_no_folder_is_refused_before_any_work(tmp_path):
     assert "is no folder" in done.stderr
 
 
+def test_what_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "missing" / "file")
+    saved = invoke("run", *SMALL, "--save", str(tmp_path / "dangling"))
+    compiled = invoke("compile", *SMALL, "--out", str(tmp_path / "file" / "folder"))
+    for done, path in ((saved, "dangling"), (compiled, "folder")):
+        assert done.exit_code == 2, done.output
+        assert f"cannot write {tmp_path}" in done.stderr and path in done.stderr
+
+
+def test_a_seed_beyond_what_generators_take_is_refused():
+    done = invoke("run", *SMALL, "--seed", str(2**64))
+    assert done.exit_code == 2
+    assert "--seed" in done.stderr and "range" in done.stderr
+    assert invoke("run", *SMALL, "--seed", str(2**64 - 1)).exit_code == 0
+
+
 def test_compile_writes_ptx_and_cubin(tmp_path):
     done = invoke("compile", "--arch", "sm_90a", "--head-dim", "32", "--causal", "--out", str(tmp_path), "--json")
     assert done.exit_code == 0, done.output
