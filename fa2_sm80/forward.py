@@ -7,8 +7,9 @@ from cute_fa.problem import AttentionProblem
 from cute_fa.types import Direction, DType
 from fa2_sm80.config import Fa2ForwardConfig, forward_config
 
-# Bounds beyond any sequence are clamped, so that device code adds positions and bounds within int32.
-MAX_BOUND = 2**30
+# Device code adds positions and bounds in int32: sequences are at most this long, larger bounds are clamped to it.
+MAX_BOUND = 2**30 - 1
+MAX_CTAS = 2**31 - 1
 
 
 class Fa2Forward(AttentionKernel):
@@ -34,6 +35,9 @@ class Fa2Forward(AttentionKernel):
             reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the input's dtype")
         if max(problem.seqlen_q, problem.seqlen_k) > MAX_BOUND:
             reasons.append(f"a sequence longer than {MAX_BOUND}: positions are int32")
+        tiles = -(-problem.seqlen_q // cls.configure(problem).tile_m) * problem.num_heads * problem.batch
+        if tiles > MAX_CTAS:
+            reasons.append(f"{tiles} tiles of queries: a grid has at most {MAX_CTAS} CTAs")
         return reasons
 
     @classmethod

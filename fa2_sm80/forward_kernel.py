@@ -9,6 +9,7 @@ from typing import NamedTuple, Optional
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
+from cutlass.memory import SmemAllocator
 
 from cute_fa.device.block_range import BlockRange, Window, block_range
 from cute_fa.device.scores import score_params
@@ -60,6 +61,7 @@ class Fa2ForwardKernel:
 
     @cute.kernel
     def kernel(self, args: ForwardArguments):
+        """One CTA: load the queries, walk over the key blocks, write O and LSE."""
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         m_block, head, batch = self.tile(args)
@@ -106,7 +108,7 @@ class Fa2ForwardKernel:
     def smem_tiles(self) -> SmemTiles:
         """Q and O share their memory: O is written when no warp needs Q any more."""
         c = self.config
-        allocator = cutlass.utils.SmemAllocator()
+        allocator = SmemAllocator()
 
         def allocate(elements: int) -> cute.Pointer:
             return allocator.allocate_tensor(self.dtype, cute.make_layout(elements), SMEM_ALIGNMENT).iterator

@@ -106,6 +106,7 @@ class QueryTile:
         right_edge: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
     ):
+        """Softcap, ALiBi and the mask of one block of keys, in place; ``scores`` is the (rows, columns) view."""
         masked = right_edge or left_edge
         if const_expr(masked or self.config.alibi):
             first_key = block * self.config.tile_n + self.column_offset

@@ -18,7 +18,7 @@ from cutlass import Boolean, Int32, const_expr
 
 
 class Window(NamedTuple):
-    """Run-time bounds, at most 2^30 so that adding a position stays within int32. None where infinite;
+    """Run-time bounds, below 2^30 so that adding a position stays within int32. None where infinite;
     ``sink_tokens`` is None if there are none, and needs a left bound."""
 
     left: Optional[Int32]

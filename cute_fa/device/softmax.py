@@ -5,16 +5,16 @@ Two departures, both exact: the running reference of a row follows its maximum o
 stay per thread until the end.
 """
 
-import math
 from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, const_expr
 
+from cute_fa.device.scores import LOG2_E
+
 # P then stays below 2^8: harmless in fp16 and bf16, whose relative error does not depend on the magnitude.
 RESCALE_THRESHOLD = 8.0
-LOG2_E = math.log2(math.e)
 
 
 class OnlineSoftmax:
@@ -83,11 +83,13 @@ class OnlineSoftmax:
 
 
 def scale_row(acc: cute.Tensor, r: int, factor: Float32):
+    """acc[r] *= factor."""
     row = acc[r, None]
     row.store(row.load() * factor)
 
 
 def row_max(scores: cute.Tensor, r: int) -> Float32:
+    """Largest of one thread's scores of a row."""
     maximum = scores[r, 0]
     for c in range(1, cute.size(scores, mode=[1])):
         maximum = cute.arch.fmax(maximum, scores[r, c])
