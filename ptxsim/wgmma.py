@@ -24,13 +24,28 @@ _TAG_IDS = 1 << 21
 class _InFlight:
     """One issued wgmma of some warps (late mode)."""
 
-    __slots__ = ("accumulators", "args", "base", "count", "done", "keys", "line", "result", "row_of", "tiles", "warps")
+    __slots__ = (
+        "accumulators",
+        "args",
+        "base",
+        "count",
+        "done",
+        "keys",
+        "line",
+        "result",
+        "row_of",
+        "sources",
+        "tiles",
+        "warps",
+    )
 
 
 class WgmmaMixin:
     def init_wgmma(self):
         self.wgmma_next = 0  # next tag id
-        self.wgmma_ops = []
+        self.wgmma_ops = {}  # number -> operation, until its result is everywhere in place
+        self.wgmma_issued = 0
+        self.wgmma_of_tag = np.zeros(_TAG_IDS if self.lazy else 0, np.int64)  # tag id -> number of its operation
         self.wgmma_open, self.wgmma_closed = {}, {}  # warp -> operations not committed, committed groups
 
     def _wgmma_tile(self, cta, descriptor, mn_major, rows, depth, element):
@@ -66,12 +81,17 @@ class WgmmaMixin:
         op = _InFlight()
         op.base, op.count, op.args, op.line = self.wgmma_next, count, args, self.line
         op.warps, op.accumulators = w, accumulators
+        tags = accumulators[(accumulators & _TAG_MASK) == _TAG] - _TAG
+        waited = (self.wgmma_ops.get(number) for number in np.unique(self.wgmma_of_tag[tags]).tolist())
+        op.sources = {other.base for other in waited if other is not None}  # operations whose results it continues on
         op.row_of = np.full(self.nwarps, -1)
         op.row_of[w] = np.arange(n)
         op.result, op.done, op.keys = np.zeros((count, n, 32), _u4), np.zeros(n, bool), keys
         op.tiles = {key: self._wgmma_tile(*key) for key in dict.fromkeys(key for mine in keys for key in mine)}
+        self.wgmma_of_tag[op.base : op.base + count] = self.wgmma_issued
+        self.wgmma_ops[self.wgmma_issued] = op
+        self.wgmma_issued += 1
         self.wgmma_next += count
-        self.wgmma_ops.append(op)
         for x in w:
             self.wgmma_open.setdefault(int(x), []).append(op)
         tags = _TAG + _u4(op.base) + np.arange(count, dtype=_u4)
@@ -89,10 +109,12 @@ class WgmmaMixin:
             return values
         ids = (values[at] - _TAG).astype(np.int64)
         values = values.copy()
-        for op in self.wgmma_ops:
-            mine = np.flatnonzero((ids >= op.base) & (ids < op.base + op.count))
-            if not len(mine):
-                continue
+        numbers = self.wgmma_of_tag[ids]
+        for number in np.unique(numbers):
+            op = self.wgmma_ops.get(int(number))
+            mine = np.flatnonzero(numbers == number)
+            if op is None or ids[mine].min() < op.base or ids[mine].max() >= op.base + op.count:
+                continue  # not a tag: a NaN that looks like one
             register, warp, lane = (x[mine] for x in at)
             row = op.row_of[w[warp]]
             done = (row >= 0) & op.done[row]
@@ -119,16 +141,21 @@ class WgmmaMixin:
         for op, warps in sorted(todo.values(), key=lambda t: t[0].base):
             self._wgmma_perform(op, np.array(warps))
         # the results replace the tags wherever they are, and operations that are done are forgotten
-        for op in self.wgmma_ops:
-            if not op.done.all():
+        performed = {op.base for op, _ in todo.values()}
+        for op in self.wgmma_ops.values():
+            if not op.done.all() and not performed.isdisjoint(op.sources):
                 op.accumulators = self._replace_tags(op.accumulators, op.warps, False)
+        tagged = []
         for name in sorted(self.prog.cross):
             register = self.R[self.prog.reg(name)]
-            if register.dtype == _u4:
-                values = register[w]
-                if ((values & _TAG_MASK) == _TAG).any():
-                    register[w] = self._replace_tags(values[None], w, False)[0]
-        self.wgmma_ops = [op for op in self.wgmma_ops if not op.done.all()]
+            if register.dtype == _u4 and ((register[w] & _TAG_MASK) == _TAG).any():
+                tagged.append(register)
+        if tagged:
+            for register, values in zip(
+                tagged, self._replace_tags(np.stack([r[w] for r in tagged]), w, False), strict=True
+            ):
+                register[w] = values
+        self.wgmma_ops = {number: op for number, op in self.wgmma_ops.items() if not op.done.all()}
 
     def _wgmma_perform(self, op, warps):
         rows = op.row_of[warps]
