@@ -8,6 +8,8 @@ too early ends in NaNs. Operands in shared memory must be the same at issue and 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .errors import SyncError
@@ -19,6 +21,20 @@ from .warps import full_width
 _u4, _f4 = np.uint32, np.float32
 _TAG, _TAG_MASK = _u4(0x7FA00000), _u4(0xFFE00000)
 _TAG_IDS = 1 << 21
+
+
+@dataclass(frozen=True)
+class WgmmaSpec:
+    """What the opcode and the immediates of a wgmma say: D (64 x n) = ± A (64 x k) B (k x n) + D."""
+
+    n: int
+    k: int
+    result: str  # f16, f32 or s32
+    a_type: str
+    b_type: str
+    negate: bool  # the product's sign: that of scale-a times scale-b
+    transpose_a: bool  # M-major, in shared memory
+    transpose_b: bool  # N-major
 
 
 class _InFlight:
@@ -51,27 +67,25 @@ class WgmmaMixin:
     def _wgmma_tile(self, cta, descriptor, mn_major, rows, depth, element):
         return self.operand_tile(cta, wgmma_descriptor(descriptor), mn_major, rows, depth, element)
 
-    def wgmma(self, w, N, K, result, a_type, b_type, a, b, c, scale_d, sign_a, sign_b, transpose_a, transpose_b):
+    def wgmma(self, w, spec, a, b, c, scale_d):
         """Registers of D; ``a`` is a descriptor or a tuple of four registers, ``c`` the registers of the
         accumulator."""
-        args = (N, K, result, a_type, b_type, a, b, c, scale_d, sign_a, sign_b, transpose_a, transpose_b)
         if not self.lazy:
-            return self._wgmma_now(w, *args)
+            return self._wgmma_now(w, spec, a, b, c, scale_d)
         n = len(w)
-        ctas = self.cta_of[w]
-        keys = [
-            [(int(cta), int(d), transpose_b, N, K, b_type)]
-            for cta, d in zip(ctas, full_width(b, n)[:, 0], strict=False)
-        ]
+        ctas = self.cta_of[w].tolist()
+        tile = (spec.transpose_b, spec.n, spec.k, spec.b_type)
+        keys = [[(cta, d, *tile)] for cta, d in zip(ctas, full_width(b, n)[:, 0].tolist(), strict=True)]
         if not isinstance(a, tuple):
-            for mine, cta, d in zip(keys, ctas, full_width(a, n)[:, 0], strict=False):
-                mine.append((int(cta), int(d), transpose_a, 64, K, a_type))
+            tile = (spec.transpose_a, 64, spec.k, spec.a_type)
+            for mine, cta, d in zip(keys, ctas, full_width(a, n)[:, 0].tolist(), strict=True):
+                mine.append((cta, d, *tile))
 
         def keep(v):
             return tuple(keep(x) for x in v) if isinstance(v, tuple) else np.array(v) if np.ndim(v) == 2 else v
 
-        kept = (N, K, result, a_type, b_type, keep(a), keep(b), None, keep(scale_d), *args[9:])
-        return self._wgmma_issue(w, np.stack([full_width(x, n) for x in c]), kept, keys)
+        accumulators = np.stack([full_width(x, n) for x in c])
+        return self._wgmma_issue(w, accumulators, (spec, keep(a), keep(b), keep(scale_d)), keys)
 
     # ---- late mode --------------------------------------------------------------------------------
     def _wgmma_issue(self, w, accumulators, args, keys):
@@ -170,22 +184,22 @@ class WgmmaMixin:
         def pick(v):
             return tuple(pick(x) for x in v) if isinstance(v, tuple) else v[rows] if np.ndim(v) == 2 else v
 
-        head, (a, b, _, scale_d), tail = op.args[:5], (pick(x) for x in op.args[5:9]), op.args[9:]
+        spec, a, b, scale_d = op.args
         accumulators = self._replace_tags(op.accumulators[:, rows], warps, True)
-        op.result[:, rows] = self._wgmma_now(warps, *head, a, b, tuple(accumulators), scale_d, *tail)
+        op.result[:, rows] = self._wgmma_now(warps, spec, pick(a), pick(b), tuple(accumulators), pick(scale_d))
         op.done[rows] = True
 
     # ---- the product ------------------------------------------------------------------------------
-    def _wgmma_now(self, w, N, K, result, a_type, b_type, a, b, c, scale_d, sign_a, sign_b, transpose_a, transpose_b):
-        n = len(w)
-        tiles, tile_of = self._tiles(w, b, transpose_b, N, K, b_type)
+    def _wgmma_now(self, w, spec, a, b, c, scale_d):
+        n, N, K = len(w), spec.n, spec.k
+        tiles, tile_of = self._tiles(w, b, spec.transpose_b, N, K, spec.b_type)
         if isinstance(a, tuple):
-            left = a_fragment(a, n, a_type)
+            left = a_fragment(a, n, spec.a_type)
         else:
-            a_tiles, a_tile_of = self._tiles(w, a, transpose_a, 64, K, a_type)
+            a_tiles, a_tile_of = self._tiles(w, a, spec.transpose_a, 64, K, spec.a_type)
             quarter = self.warp_in_cta[w] & 3
             left = np.stack(a_tiles).reshape(len(a_tiles), 4, 16, K)[a_tile_of, quarter]
-        if sign_a * sign_b < 0:
+        if spec.negate:
             left = -left
         product = np.empty((n, 16, N), _f4)
         for t, tile in enumerate(tiles):
@@ -196,12 +210,12 @@ class WgmmaMixin:
         product = product.reshape(n, 2, 8, N // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
         product = np.ascontiguousarray(product).reshape(N // 2, n, 32)
         use = full_width(scale_d, n)
-        if result == "f16":
+        if spec.result == "f16":
             accumulator = np.stack([full_width(x, n) for x in c])
             low = product[0::2] + np.where(use, f16_to_f32(accumulator & _u4(0xFFFF)), _f4(0))
             high = product[1::2] + np.where(use, f16_to_f32(accumulator >> _u4(16)), _f4(0))
             return pack_f16(low, high)
-        kind = np.int32 if result == "s32" else _f4
+        kind = np.int32 if spec.result == "s32" else _f4
         product = product.astype(kind, copy=False)
         if use.any():
             everywhere = use.all()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from ..errors import PtxError
+from ..wgmma import WgmmaSpec
 from .forms import as_list, form, suspending
 
 _F16_TYPES = ("f16", "bf16")
@@ -114,10 +115,10 @@ def warpgroup_mma(gen, args, mods):
     a = "(" + ", ".join(gen.read(x, "u4") for x in args[1]) + ",)" if from_registers else gen.read(args[1], "u8")
     c = ", ".join(gen.read(x, "u4") for x in accumulators)
     scale_d = f"np.bool_({int(args[3], 0) != 0})" if args[3].lstrip("-").isdigit() else gen.predicate(args[3])
-    result = gen.temp(
-        f"X.wgmma(w, {int(mods.n)}, {int(mods.k)}, {mods.d!r}, {mods.a!r}, {mods.b!r}, {a}, {gen.read(args[2], 'u8')}, "
-        f"({c},), {scale_d}, {scale_a}, {scale_b}, {transpose_a}, {transpose_b})"
+    spec = WgmmaSpec(
+        int(mods.n), int(mods.k), mods.d, mods.a, mods.b, scale_a * scale_b < 0, bool(transpose_a), bool(transpose_b)
     )
+    result = gen.temp(f"X.wgmma(w, {gen.fn(spec)}, {a}, {gen.read(args[2], 'u8')}, ({c},), {scale_d})")
     for j, register in enumerate(accumulators):
         gen.write(register, f"{result}[{j}]", "u4")
 
