@@ -10,6 +10,8 @@ from fa2_sm80.config import Fa2ForwardConfig, forward_config
 # Device code adds positions and bounds in int32: sequences are at most this long, larger bounds are clamped to it.
 MAX_BOUND = 2**30 - 1
 MAX_CTAS = 2**31 - 1
+# c·tanh(x/c) is computed as c − 2c/(1 + e^(2x/c)), whose rounding error of c·6e-8 must stay below that of the LSE.
+MAX_SOFTCAP = 2.0**13
 
 
 class Fa2Forward(AttentionKernel):
@@ -35,6 +37,8 @@ class Fa2Forward(AttentionKernel):
             reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the input's dtype")
         if max(problem.seqlen_q, problem.seqlen_k) > MAX_BOUND:
             reasons.append(f"a sequence longer than {MAX_BOUND}: positions are int32")
+        if problem.softcap > MAX_SOFTCAP:
+            reasons.append(f"softcap {problem.softcap:g}: at most {MAX_SOFTCAP:g}, beyond it scores lose precision")
         tiles = -(-problem.seqlen_q // cls.configure(problem).tile_m) * problem.num_heads * problem.batch
         if tiles > MAX_CTAS:
             reasons.append(f"{tiles} tiles of queries: a grid has at most {MAX_CTAS} CTAs")

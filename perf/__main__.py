@@ -31,8 +31,9 @@ def static(archs, head_dims, fa4: bool | None, csv: Path | None, markdown: bool)
     """Static figures of our forward kernels (bf16, full and causal) beside the peers'. Needs no GPU.
 
     per_score: non-tensor instructions per thread and score element in the steady-state loop, without conditional
-    blocks, which cond_per_score gives; spills: LDL/STL of the whole kernel, then those in its loops; stall: sum of the
-    fixed stall counts; tc, mufu, alu, smem: cycles of the bound model for one iteration of four warps.
+    blocks; cond_per_score: those of conditional blocks, copy_per_score of the ones among them that copy the next tiles;
+    spills: LDL/STL of the whole kernel, then those in its loops; stall: sum of the fixed stall counts; tc, mufu, alu,
+    smem: cycles of the bound model for one iteration of four warps.
     """
     from perf.static import StaticKey, fa4_installed, static_table
 

@@ -25,8 +25,8 @@ from cute_fa.types import DType, SmArch
 from perf.sass import KernelReport, add_per_score, report_cubin
 
 COLUMNS = (
-    "arch direction head_dim causal source per_score cond_per_score regs spills spills_in_loops instr cond ex2 stall "
-    "tc mufu alu smem"
+    "arch direction head_dim causal source per_score copy_per_score cond_per_score regs spills spills_in_loops instr "
+    "cond ex2 stall tc mufu alu smem"
 ).split()
 _PEER_FIGURES = Path(__file__).with_name("peer_figures.csv")
 
@@ -124,6 +124,7 @@ def _row(key: StaticKey, source: str, report: KernelReport) -> dict:
         "causal": key.causal,
         "source": source,
         "per_score": loop.per_score,
+        "copy_per_score": loop.copy_per_score,
         "cond_per_score": loop.cond_per_score,
         "regs": kernel["regs"],
         "spills": f"{kernel['ldl']}/{kernel['stl']}",

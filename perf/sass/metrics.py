@@ -71,6 +71,7 @@ class LoopReport:
     address: int
     instructions: int
     conditional: int
+    copying: int
     nested: int
     counts: Counter[str]
     shapes: Counter[str]
@@ -83,6 +84,7 @@ class LoopReport:
     main: bool = False
     per_score: float | None = None
     cond_per_score: float | None = None
+    copy_per_score: float | None = None
 
     @property
     def mflop(self) -> float:
@@ -120,6 +122,7 @@ class LoopReport:
             "issue_per_tc": round(self.instructions / tensor, 3) if tensor else None,
             "per_score": self.per_score,
             "cond_per_score": self.cond_per_score,
+            "copy_per_score": self.copy_per_score,
         }
 
     def _pingpong(self) -> float | None:
@@ -185,8 +188,7 @@ class _Analysis:
         self.loops = self.flow.loops
         self.tensor = self._count(lambda i: is_tensor(i.opcode))
         self.exp2 = self._count(lambda i: i.opcode == "MUFU" and "EX2" in i.modifiers)
-        copies = ("UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "UBLK")
-        self.copies = self._count(lambda i: i.opcode.startswith(copies))
+        self.copies = self._count(_is_copy)
         self.tensor_memory = self._count(lambda i: i.opcode in ("LDTM", "STTM"))
         self.register_limits = [
             (self._block_of(k), int(i.operands[-1], 16), "DEALLOC" in i.modifiers)
@@ -263,6 +265,7 @@ class _Analysis:
             address=self.code.instructions[self.flow.blocks[header][0]].address,
             instructions=len(instructions),
             conditional=len(self.flow.instructions(body - always)),
+            copying=sum(self._copying_length(block) for block in body - always),
             nested=sum(not self.loops[g].body <= spins for g in self._nested(header)),
             counts=counts,
             shapes=shapes,
@@ -273,6 +276,11 @@ class _Analysis:
             sb_waits=sum(i.wait != 0 for i in instructions),
             warpgroups=max(1, self.threads // 128 - bool(self.register_limits)) if self.arch // 10 == 9 else None,
         )
+
+    def _copying_length(self, block: int) -> int:
+        """Instructions of the block if it issues asynchronous copies, else 0."""
+        instructions = self.flow.instructions({block})
+        return len(instructions) if any(map(_is_copy, instructions)) else 0
 
     def _spins(self, loop: Loop) -> set[int]:
         """Blocks of nested spin-waits on mbarriers or semaphores."""
@@ -308,6 +316,11 @@ class _Analysis:
             "issue": issued,
             "smem": smem,
         }
+
+
+def _is_copy(instruction: Instruction) -> bool:
+    """Asynchronous copies: cp.async, TMA and bulk."""
+    return instruction.opcode.startswith(("UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "UBLK"))
 
 
 def _shared_memory_cycles(instruction: Instruction) -> float:
@@ -363,8 +376,8 @@ def report_cubin(cubin: bytes) -> list[KernelReport]:
 
 
 def add_per_score(report: KernelReport, head_dim: int, head_dim_v: int | None = None, backward: bool = False) -> None:
-    """Fills ``per_score`` and ``cond_per_score``: the loop's non-tensor instructions per thread and element of S,
-    without conditional blocks and of those alone.
+    """Fills ``per_score``, ``cond_per_score`` and ``copy_per_score``: the loop's non-tensor instructions per thread and
+    element of S without conditional blocks, of those alone, and of those among them that copy the next tiles.
 
     Unlike instructions per exp2 this does not move when exp2 is computed on another pipe. Elements of S per thread
     follow from the loop's flops: 2(d + dv) per element forward, 2(3d + 2dv) backward.
@@ -377,3 +390,4 @@ def add_per_score(report: KernelReport, head_dim: int, head_dim_v: int | None = 
             plain = loop.instructions - loop.counts["tensor"] - loop.conditional
             loop.per_score = round(plain / elements, 2)
             loop.cond_per_score = round(loop.conditional / elements, 2)
+            loop.copy_per_score = round(loop.copying / elements, 2)

@@ -81,6 +81,7 @@ def test_sink_tokens_without_a_left_bound_change_nothing():
         ({"page_size": 16}, "page_size 16"),
         ({"num_splits": 2}, "num_splits 2"),
         ({"seqlen_k": 2**30}, "1073741823"),
+        ({"softcap": 8193.0}, "softcap 8193"),
         ({"batch": 2**14, "num_heads": 128, "num_heads_kv": 128, "seqlen_q": 2**17}, "2147483648 tiles"),
     ],
 )

@@ -158,6 +158,11 @@ def test_dominant_sink_logit_neither_overflows_nor_vanishes():
         assert result.ok, result
 
 
+@pytest.mark.parametrize("softcap", [0.01, 8192.0])
+def test_smallest_and_largest_softcap(softcap):
+    assert_right(InputSpec(1, 130, 130, 2, 2, 64, softcap=softcap))
+
+
 def test_nan_in_the_input_is_not_hidden():
     given = make_inputs(InputSpec(1, 40, 40, 1, 1, 64))
     q = given.q.clone()
