@@ -82,7 +82,7 @@ def test_loop_figures(report):
     (loop,) = report.loops
     assert loop is report.main_loop
     # 17 = LDSM, 8 HMMA, MUFU, BRA, FFMA, F2FP, BRA and the three out of line; the spin's two do not count.
-    assert (loop.instructions, loop.conditional) == (17, 3)
+    assert (loop.instructions, loop.conditional, loop.copying) == (17, 3, 0)
     expected = Counter(tensor=8, ldsm=1, mufu_ex2=1, ffma=1, conv=1, branch=3, fadd=1, mov=1)
     assert loop.counts == expected
     assert loop.flops == 8 * 4 * (2 * 16 * 8 * 16)
@@ -109,6 +109,16 @@ def test_per_score(report):
     assert report.loops[0].per_score == round(6 / (131072 / 384 / 128), 2)
     add_per_score(report, 64, backward=True)
     assert report.loops[0].per_score == round(6 / (131072 / 640 / 128), 2)
+
+
+def test_a_conditional_block_that_copies_is_told_apart():
+    """With an LDGSTS in the place of its FADD the block out of line, three instructions, copies."""
+    text = listing_text().replace("FADD R6, R6, R5", "LDGSTS.E.BYPASS.128 [R9], [R10.64]")
+    arch, kernels = parse_listing(text)
+    copying = report_code("kernel", kernels["kernel"], arch, {})
+    add_per_score(copying, 64)
+    assert (copying.loops[0].conditional, copying.loops[0].copying) == (3, 3)
+    assert copying.loops[0].copy_per_score == 3 / 4
 
 
 @pytest.mark.parametrize(
