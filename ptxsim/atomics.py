@@ -52,7 +52,12 @@ class AtomicMixin:
         """
         mask = np.ones((len(w), 32), bool) if M is None else M
         if space == "generic":
-            space = "shared" if self._in_shared(w, address).all() else "global"
+            shared = self._in_shared(w, address)
+            if (mask & shared).any() and (mask & ~shared).any():
+                parts = [self.atomic(w, address, space, operation, type_name, values, mask & part, wanted)
+                         for part in (shared, ~shared)]  # fmt: skip
+                return [a | b if wanted else None for a, b in zip(*parts, strict=True)]
+            space = "shared" if (mask & shared).any() else "global"
             if space == "shared":
                 address = address & np.uint64(0xFFFFFFFF)
         size = _BYTES.get(type_name, 8 if type_name.endswith("64") else 4)

@@ -203,6 +203,19 @@ def test_shared_atomics():
     assert out[0] == 5 + 96 * 95 // 2
 
 
+def test_generic_atomics_of_some_lanes_and_of_both_spaces():
+    """Lanes 0–7 add to shared memory, 8–15 to global memory, the others hold wild addresses and do nothing."""
+    body = """mov.u32 %r2, buffer; cvt.u64.u32 %rd5, %r2; cvta.shared.u64 %rd6, %rd5; mov.u64 %rd7, 64;
+    setp.eq.u32 %p1, %t, 0; mov.u32 %r3, 5; @%p1 st.shared.u32 [%r2], %r3; bar.sync 0;
+    setp.lt.u32 %p1, %t, 8; setp.lt.u32 %p2, %t, 16; selp.u64 %rd8, %out0, %rd7, %p2; selp.u64 %rd8, %rd6, %rd8, %p1;
+    @%p1 atom.add.u32 %r5, [%rd8], 1; @%p2 atom.add.u32 %r5, [%rd8], %t; bar.sync 0;
+    ld.shared.u32 %r4, [%r2]; setp.eq.u32 %p1, %t, 0;
+    @%p1 st.global.u32 [%out0+4], %r4; @%p1 st.global.u32 [%out0+8], %r5;"""
+    out = run(body, [], [np.zeros(3, np.uint32)], declarations=SHARED)
+    assert out[0] == sum(range(8, 16)) and out[1] == 5 + 8 + sum(range(8))
+    assert out[2] == 5 + 8  # lanes are served in ascending order: lane 0 finds the first eight additions done
+
+
 # ---- what raises ---------------------------------------------------------------------------------------------------
 
 
