@@ -24,6 +24,7 @@ from cute_fa.problem import default_scale, normalize_window
 # Scores held at once, in elements: bounds the memory at long lengths.
 _MAX_SCORES = 2**24
 LSE_TOLERANCE = 1e-3
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class _Span(NamedTuple):
@@ -66,13 +67,14 @@ def attention(
 
     ``dtype`` float32 or float64 computes in that precision. A lower one (bfloat16, float16) rounds to it whatever a
     plain implementation in that type would store: scores, probabilities and O; the ALiBi bias, whose positions such
-    types cannot hold, stays fp32, as does the softmax. LSE is never lower than fp32.
+    types cannot hold, stays fp32, as does the softmax. An fp8 type rounds the exponentials alone, relative to the row's
+    maximum, and leaves O in fp32: its scores and results are never fp8. LSE is never lower than fp32.
     """
     compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     left, right = normalize_window(window_size, causal)
     heads, head_dim = q.shape[-2:]
     scale = default_scale(head_dim) if softmax_scale is None else softmax_scale
-    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=dtype, device=q.device)
+    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=compute if dtype in _FP8 else dtype, device=q.device)
     lse_shape = (heads, q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
     lse = torch.full(lse_shape, -math.inf, dtype=compute, device=q.device)
 
@@ -94,7 +96,7 @@ def attention(
                 visible &= (distance <= left) | (key < sink_tokens)
             if right is not None:
                 visible &= distance >= -right
-            scores = _scores(q_s[chunk].to(compute), k_s, scale, softcap, dtype)
+            scores = _scores(q_s[chunk].to(compute), k_s, scale, softcap, compute if dtype in _FP8 else dtype)
             if slopes is not None:
                 scores = scores - slopes.to(compute)[:, None, None] * distance.abs()
             scores = scores.masked_fill(~visible, -math.inf)
@@ -159,11 +161,17 @@ def _softmax_pv(scores, v, learnable_sink, dtype: torch.dtype) -> tuple[torch.Te
         lse = torch.logaddexp(lse, learnable_sink.to(lse.dtype)[:, None])
     # exp(−inf − −inf) is NaN where nothing is visible: subtract 0 there
     reference = lse.masked_fill(lse == -math.inf, 0.0)
+    if dtype in _FP8 and scores.shape[-1]:
+        # at most 1 before rounding, as in a kernel, which normalises last: fp8 would flush small probabilities to 0
+        reference = scores.amax(-1).masked_fill(lse == -math.inf, 0.0)
     p = _rounded(torch.exp(scores - reference[..., None]), dtype)
     heads, rows, keys = p.shape
     groups = v.shape[1]
     out = p.reshape(groups, heads // groups * rows, keys) @ v.transpose(0, 1)
-    return out.reshape(heads, rows, v.shape[-1]).transpose(0, 1), lse
+    out = out.reshape(heads, rows, v.shape[-1])
+    if dtype in _FP8:
+        out = out * torch.exp(reference - lse.masked_fill(lse == -math.inf, 0.0))[..., None]
+    return out.transpose(0, 1), lse
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -205,13 +213,15 @@ class Expected:
 def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> Expected:
     """Reference result and tolerance for inputs of a low-precision type; options as for :func:`attention`.
 
-    The rule: max|out − ref32| ≤ 2·max|lowprec − ref32| + eps(dtype)·max|ref32|, where lowprec is the same formula in
-    the input's type; LSE within 1e-3, −inf exactly where the reference has it.
+    The rule: max|out − ref32| ≤ 2·max|lowprec − ref32| + eps·max|ref32|, where lowprec is the same formula in the
+    input's type, for fp8 the fp32 formula with P rounded to e4m3, and eps that of the output's type, bf16 for fp8; LSE
+    within 1e-3, −inf exactly where the reference has it.
     """
+    fp8 = q.dtype in _FP8
     out, lse = attention(q, k, v, **options)
-    low, _ = attention(q, k, v, **options, dtype=q.dtype)
+    low, _ = attention(q, k, v, **options, dtype=torch.float8_e4m3fn if fp8 else q.dtype)
     largest = out.abs().max().item() if out.numel() else 0.0
-    allowed = 2.0 * _largest_error(low, out) + torch.finfo(q.dtype).eps * largest
+    allowed = 2.0 * _largest_error(low, out) + torch.finfo(torch.bfloat16 if fp8 else q.dtype).eps * largest
     return Expected(out, lse, allowed)
 
 

@@ -210,3 +210,21 @@ def test_bad_specs():
         make_inputs(InputSpec(varlen_q=True, lengths_q=(65, 1)))
     with pytest.raises(ArgumentError, match="heads=3, heads_kv=2"):
         make_inputs(InputSpec(heads=3, heads_kv=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_tolerance_is_that_of_rounded_probabilities(dtype):
+    """A kernel that rounds its exponentials to e4m3 passes; one that also rounds the scores does not."""
+    rng = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 64, 2, 64, generator=rng).to(dtype) for _ in range(3))
+    wanted = reference.expected(q, k, v)
+    assert wanted.out_allowed < 0.2 * wanted.out.abs().max()
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) / 8
+
+    def result(scores):
+        p = torch.exp(scores - scores.amax(-1, keepdim=True))
+        rounded = p.to(torch.float8_e4m3fn).float()
+        return (torch.einsum("bhqk,bkhd->bqhd", rounded, v.float()) / p.sum(-1).transpose(1, 2)[..., None]).bfloat16()
+
+    assert wanted.check(result(scores)).ok
+    assert not wanted.check(result(scores.to(torch.float8_e5m2).float())).ok
