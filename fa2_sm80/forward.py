@@ -10,7 +10,7 @@ from fa2_sm80.config import Fa2ForwardConfig, forward_config
 # Device code adds positions and bounds in int32: sequences are at most this long, larger bounds are clamped to it.
 MAX_BOUND = 2**30 - 1
 MAX_CTAS = 2**31 - 1
-# c·tanh(x/c) is computed as c − 2c/(1 + e^(2x/c)), whose rounding error of c·6e-8 must stay below that of the LSE.
+# c·tanh(s/c) is computed as c − 2c/(1 + e^(2s/c)), whose rounding error of c·6e-8 must stay below the LSE's tolerance.
 MAX_SOFTCAP = 2.0**13
 
 

@@ -96,7 +96,7 @@ class Fa2ForwardKernel:
             m_block, head, batch = self.tile(args)
             info = seqlen_info(args.lengths, batch, dense_q, dense_k)
             sink_logit = args.learnable_sink[head] if const_expr(c.learnable_sink) else None
-            lse = tile.softmax.finalize(tile.acc_rows, sink_logit)
+            lse = tile.softmax.finalize(tile.acc_rows, scores.offset_log2, sink_logit)
             out = head_matrix(args.out, head, batch, info.offset_q, c.cu_seqlens_q)
             lse_row = head_row(args.lse, head, batch, info.offset_q, c.cu_seqlens_q)
             tile.store_lse(lse, lse_row, info, m_block * c.tile_m)

@@ -7,7 +7,7 @@ from cutlass.cute.nvgpu import warp
 
 from cute_fa.device.block_range import Window
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
-from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores, remaining_scale
+from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.types import DType
@@ -57,7 +57,7 @@ class QueryTile:
         self.column_offset = own[0, 0][1]
         self.rows = [own[r, 0][0] for r in range(cute.size(own, mode=[0]))]
         self.m_start = m_start
-        self.softmax = OnlineSoftmax(len(self.rows), remaining_scale(params))
+        self.softmax = OnlineSoftmax(len(self.rows), params.scale_log2)
 
     @cute.jit
     def step(

@@ -13,44 +13,43 @@ LOG2_E = math.log2(math.e)
 
 
 class ScoreParams(NamedTuple):
-    """Run-time constants of the score formula. ``scale_log2``: softmax_scale·log2(e). ``softcap``: the cap c or None.
-    ``slope``: ALiBi slope of the tile's head in the units of :func:`modify_scores`' result, or None."""
+    """Run-time constants of the score formula. A score in log2 units is ``scale_log2``·x + ``offset_log2``, x being
+    what :func:`modify_scores` leaves, so that the exponential's fma does the scaling; the offset, None for 0, matters
+    to the LSE alone. ``softcap_exponent``: factor from Q·Kᵀ to 2·log2(e)·score/c, or None. ``slope``: ALiBi slope of
+    the tile's head in the units of x, or None."""
 
     scale_log2: Float32
-    softcap: Optional[Float32]
+    offset_log2: Optional[Float32]
+    softcap_exponent: Optional[Float32]
     slope: Optional[Float32]
 
 
 def score_params(softmax_scale: Float32, softcap: Optional[Float32], slope: Optional[Float32]) -> ScoreParams:
-    """Without softcap scores stay raw, the softmax multiplies them by scale·log2(e) in the exponential's fma, and the
-    slope is divided by the scale instead. With it they are in log2 units already."""
+    """Constants for softmax_scale, the cap c and the head's ALiBi slope; see :func:`modify_scores`."""
+    scale_log2, offset_log2, exponent = softmax_scale * LOG2_E, None, None
+    if const_expr(softcap is not None):
+        exponent = 2.0 * LOG2_E * softmax_scale / softcap
+        scale_log2, offset_log2 = 2.0 * LOG2_E * softcap, LOG2_E * softcap
     if const_expr(slope is not None):
-        slope = slope * LOG2_E if const_expr(softcap is not None) else slope / softmax_scale
-    return ScoreParams(softmax_scale * LOG2_E, softcap, slope)
-
-
-def remaining_scale(params: ScoreParams) -> Optional[Float32]:
-    """Factor from the result of :func:`modify_scores` to log2 units; None for 1."""
-    return None if const_expr(params.softcap is not None) else params.scale_log2
+        slope = slope * LOG2_E / scale_log2
+    return ScoreParams(scale_log2, offset_log2, exponent, slope)
 
 
 @cute.jit
 def modify_scores(scores: cute.Tensor, columns: cute.Tensor, positions: cute.Tensor, params: ScoreParams):
-    """Softcap and ALiBi in place, on the (rows, columns) view of an accumulator.
+    """Softcap and ALiBi in place, on the (rows, columns) view of an accumulator: c·tanh(s/c) = c + 2c·x with
+    x = −1/(1 + e^(2s/c)), which is what stays in the registers.
 
     ``columns``: static column of each register of thread 0; ``positions``: i + D − j0 of each row, j0 the first key
     of the block plus the thread's own column offset, so that i + D − j = position − column.
     """
-    if const_expr(params.softcap is not None):
-        # tanh(x) = 1 − 2/(1 + e^2x): tanh.approx is off by 2^-11, 0.02 at a cap of 50, and would show in the LSE
-        exponent = 2.0 * params.scale_log2 / params.softcap
-        cap_log2 = params.softcap * LOG2_E
     for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             score = scores[r, c]
-            if const_expr(params.softcap is not None):
-                grown = cute.math.exp2(score * exponent, fastmath=True)
-                score = cap_log2 - 2.0 * cap_log2 * cute.arch.rcp_approx(1.0 + grown)
+            if const_expr(params.softcap_exponent is not None):
+                # not tanh.approx: it is off by 2^-11, 0.02 at a cap of 50, and would show in the LSE
+                grown = cute.math.exp2(score * params.softcap_exponent, fastmath=True)
+                score = cute.arch.rcp_approx(-1.0 - grown)
             if const_expr(params.slope is not None):
                 distance = positions[r] - Float32(columns[0, c][1])
                 score = score - params.slope * cute.math.absf(distance)

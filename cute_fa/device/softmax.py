@@ -21,8 +21,8 @@ class OnlineSoftmax:
     """State of the rows that one thread holds. ``reference``: what is subtracted in the exponent, in log2 units,
     −inf before the first visible key; ``total``: this thread's part of the sum of exponentials."""
 
-    def __init__(self, num_rows: int, scale_log2: Optional[Float32]):
-        """``scale_log2``: factor from scores to log2 units; None if scores are already in them."""
+    def __init__(self, num_rows: int, scale_log2: Float32):
+        """``scale_log2``: factor from scores to log2 units."""
         self.num_rows = num_rows
         self.scale_log2 = scale_log2
         self.reference = cute.make_rmem_tensor(num_rows, Float32)
@@ -36,8 +36,7 @@ class OnlineSoftmax:
 
         ``scores`` and ``acc`` are (rows, columns) views. ``may_be_hidden``: a row can have no visible key so far.
         """
-        scale = self.scale_log2 if const_expr(self.scale_log2 is not None) else Float32(1.0)
-        running, total = self.reference, self.total
+        scale, running, total = self.scale_log2, self.reference, self.total
         maximum = cute.make_rmem_tensor(self.num_rows, Float32)
         for r in cutlass.range_constexpr(self.num_rows):
             maximum[r] = quad_max(row_max(scores, r)) * scale
@@ -60,24 +59,26 @@ class OnlineSoftmax:
             total[r] = exponentials.reduce(cute.ReductionOp.ADD, total[r], 0)
 
     @cute.jit
-    def finalize(self, acc: cute.Tensor, sink_logit: Optional[Float32]) -> cute.Tensor:
+    def finalize(self, acc: cute.Tensor, offset_log2: Optional[Float32], sink_logit: Optional[Float32]) -> cute.Tensor:
         """Normalise ``acc`` in place and return the rows' natural-log LSE; a row without keys gives 0 and −inf.
 
-        ``sink_logit``: an extra logit without a value row, or None.
+        ``offset_log2``: what all scores lack, in log2 units, or None; ``sink_logit``: an extra logit without a value
+        row, or None.
         """
+        offset = offset_log2 if const_expr(offset_log2 is not None) else Float32(0.0)
         lse = cute.make_rmem_tensor(self.num_rows, Float32)
         for r in cutlass.range_constexpr(self.num_rows):
             total = quad_sum(self.total[r])
             reference = self.reference[r]
             factor = Float32(1.0)
             if const_expr(sink_logit is not None):
-                sink_log2 = sink_logit * LOG2_E
+                sink_log2 = sink_logit * LOG2_E - offset
                 reference = cute.arch.fmax(reference, sink_log2)
                 factor = cute.math.exp2(self.reference[r] - finite(reference), fastmath=True)
                 total = total * factor + cute.math.exp2(sink_log2 - finite(reference), fastmath=True)
             empty = total == 0.0  # not "visible = total > 0", so that NaN in the input stays NaN
             factor = Float32(0.0) if empty else factor / total
-            lse[r] = -Float32.inf if empty else (reference + cute.math.log2(total, fastmath=True)) / LOG2_E
+            lse[r] = -Float32.inf if empty else (reference + offset + cute.math.log2(total, fastmath=True)) / LOG2_E
             scale_row(acc, r, factor)
         return lse
 
