@@ -45,6 +45,8 @@ def scalar_atomic(operation, type_name):
 
 
 class AtomicMixin:
+    """Atomics of ``Machine``. Needs ``MemoryMixin``; owns nothing."""
+
     def atomic(self, w, address, space, operation, type_name, values, M, wanted):
         """Perform an atomic for the active lanes; ``values`` are groups of vector elements (two groups for cas).
 

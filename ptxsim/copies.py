@@ -57,6 +57,11 @@ class _Queue:
 
 
 class CopyMixin:
+    """Copies of ``Machine``.
+
+    Needs memory, mbarriers, ranges, lazy and ``defer``; owns cp_async_pending, cp_async_group and bulk_queues.
+    """
+
     def init_copies(self):
         self.cp_async_pending = []  # _CpAsync records, oldest first (late mode)
         self.cp_async_group = np.zeros(self.nwarps, np.int64)  # groups committed so far
@@ -150,6 +155,7 @@ class CopyMixin:
         self.line = line
 
     def h_cp_async_commit(self, i, block, group):
+        """cp.async.commit_group."""
         self.cp_async_group[group.w] += 1
         self.groups.append(group)
 
@@ -211,6 +217,7 @@ class CopyMixin:
         return int(self.cluster_first[warp]) + (address >> 24), address & 0xFFFFFF
 
     def multicast_targets(self, warp, mask):
+        """CTAs of the wave that a 16-bit multicast mask names; MemoryFault for ranks outside of the cluster."""
         if mask >> self.cluster_size:
             raise MemoryFault(f"multicast mask 0x{mask:x}: the cluster has {self.cluster_size} CTAs")
         return [int(self.cluster_first[warp]) + r for r in range(self.cluster_size) if mask >> r & 1]
@@ -226,6 +233,11 @@ class CopyMixin:
             self.ranges.check(np.array([address], np.uint64), size)
 
     def bulk_load(self, w, destination, source, size, barrier, multicast, M):
+        """cp.async.bulk, global to shared memory (PTX ISA 9.7.9.25): ``size`` bytes for each active thread.
+
+        Operands are [n, 32] or scalars; ``multicast`` is a CTA mask or None. The bytes count on ``barrier``.
+        Raises MemoryFault unless size and addresses are multiples of 16 and inside legal memory.
+        """
         operands = [full_width(x, len(w)) for x in (destination, source, size, barrier)]
         for j, lane in self.active_threads(w, M):
             to, start, count, signal = (int(x[j, lane]) for x in operands)
@@ -259,6 +271,11 @@ class CopyMixin:
         return self.shared_of[cta][offset : offset + size]
 
     def bulk_store(self, w, destination, source, size, reduction, M):
+        """cp.async.bulk and cp.reduce.async.bulk, shared to global memory: ``size`` bytes for each active thread.
+
+        ``reduction`` is (operation, type) or None. Raises MemoryFault as ``bulk_load``, and for source bytes that were
+        not written UninitializedRead or SyncError.
+        """
         operands = [full_width(x, len(w)) for x in (destination, source, size)]
         for j, lane in self.active_threads(w, M):
             start, where, count = (int(x[j, lane]) for x in operands)
@@ -324,12 +341,14 @@ class CopyMixin:
                     yield queue
 
     def h_bulk_commit(self, i, block, group):
+        """cp.async.bulk.commit_group, for each active thread."""
         for queue in self._queues(group) if self.bulk_queues else ():
             queue.committed.append(queue.open)
             queue.open = []
         self.groups.append(group)
 
     def h_bulk_wait(self, i, block, group):
+        """cp.async.bulk.wait_group N: all but the N latest groups of each active thread are performed."""
         keep = int(i.args[0], 0)
         for queue in self._queues(group) if self.bulk_queues else ():
             while len(queue.committed) > keep:

@@ -36,6 +36,7 @@ def b_fragment(registers, n, element):
 
 
 def pack_f16(low, high):
+    """Two arrays as f16 pairs in uint32; ``low`` in the lower halves."""
     low = low.astype(np.float16).view(np.uint16).astype(_u4)
     high = high.astype(np.float16).view(np.uint16).astype(_u4)
     return low | (high << _u4(16))
@@ -62,6 +63,8 @@ class _FragmentCache:
 
 
 class MatrixMixin(OperandMixin):
+    """Matrix instructions of a warp. Needs ``MemoryMixin`` and the scheduler's steps; owns a_fragments, b_fragments."""
+
     def init_matrices(self):
         self.a_fragments, self.b_fragments = _FragmentCache(16), _FragmentCache(32)
 
@@ -74,6 +77,11 @@ class MatrixMixin(OperandMixin):
         return self.shared_index(w, address, 16)[:, :lanes]
 
     def ldmatrix(self, w, address, count, transpose):
+        """ldmatrix of 8 x 8 matrices of 16-bit elements (PTX ISA 9.7.14): ``count`` registers [n, 32] (uint32).
+
+        The first 8 * count lanes carry the addresses of rows of 16 bytes. Raises MemoryFault, and SyncError for bytes
+        in flight; the first read of unwritten bytes is remembered.
+        """
         n = len(w)
         index = self._row_index(w, address, count)
         rows = index >> 4
@@ -91,6 +99,7 @@ class MatrixMixin(OperandMixin):
         self.unwritten_operand(found[self.shadow1[found] != WRITTEN], self.thread_text(w[j], row))
 
     def stmatrix(self, w, address, values, transpose):
+        """stmatrix (PTX ISA 9.7.14): the inverse of ``ldmatrix`` for a list of registers. MemoryFault or SyncError."""
         n, count = len(w), len(values)
         index = self._row_index(w, address, count)
         matrices = np.stack([full_width(v, n) for v in values], axis=1)
@@ -102,6 +111,7 @@ class MatrixMixin(OperandMixin):
         self.last_activity = self.steps
 
     def movmatrix(self, w, a):
+        """movmatrix.trans (PTX ISA 9.7.14): transpose an 8 x 8 matrix of 16-bit elements, one register [n, 32]."""
         n = len(w)
         matrices = np.ascontiguousarray(full_width(a, n)).view(np.uint16).reshape(n, 8, 8)
         return np.ascontiguousarray(matrices.swapaxes(1, 2)).view(_u4).reshape(n, 32)

@@ -75,6 +75,8 @@ def _chunk_numbers(layout, mn_major, rows, depth, element_bytes):
 
 
 class OperandMixin:
+    """Matrix operands of ``Machine``. Needs ``MemoryMixin``; owns nothing."""
+
     def operand_tile(self, cta, layout, mn_major, rows, depth, element):
         """An operand [rows, depth] of a CTA's shared memory as float32; ``layout`` as the descriptors give it."""
         size = ELEMENT_BYTES[element]

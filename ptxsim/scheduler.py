@@ -43,6 +43,7 @@ class Blocked:
         self.dest, self.info, self.may_fail, self.value = dest, info, may_fail, value
 
     def without(self, gone):
+        """The record of the warps that are not selected by the bool array ``gone``."""
         keep = ~gone
         info = {k: v[keep] for k, v in self.info.items()}
         M = None if self.M is None else self.M[keep]
@@ -51,6 +52,12 @@ class Blocked:
 
 
 class SchedulerMixin:
+    """Runs the warps of ``Machine``.
+
+    Needs prog, alive, rng, R, deferred and the numbering of warps and CTAs; owns groups, blocked, classes, priority,
+    steps, line, current and the counters that ``init_scheduler`` sets.
+    """
+
     def init_scheduler(self):
         self.instr_count = 0  # warp instructions
         self.steps = 0  # blocks executed
@@ -101,6 +108,7 @@ class SchedulerMixin:
 
     # ---- names for error messages -----------------------------------------------------------------
     def ptx_line(self, number):
+        """Text of a PTX line (1-based); empty if there is none."""
         lines = self.prog.k.module.text.split("\n")
         return lines[number - 1].strip()[:200] if 0 < number <= len(lines) else ""
 

@@ -20,6 +20,8 @@ def full_width(x, n):
 
 
 class WarpMixin:
+    """Communication inside warps. Needs alive and ``SchedulerMixin.lane_text``; owns nothing."""
+
     def lanes(self, w, M, guard):
         """Lanes that are active and whose guard holds, as a bool array."""
         guard = full_width(guard, len(w))
@@ -86,6 +88,7 @@ class WarpMixin:
         return np.broadcast_to(first.astype(_u4)[:, None], (n, 32)), chosen
 
     def vote(self, w, mode, condition, M):
+        """vote.sync (PTX ISA 9.7.13) over the active lanes: any, all, uni (bool [n, 32]) or ballot (uint32 [n, 32])."""
         n = len(w)
         condition = full_width(condition, n)
         active = np.ones((n, 32), bool) if M is None else M

@@ -57,6 +57,11 @@ class _InFlight:
 
 
 class WgmmaMixin:
+    """wgmma of ``Machine``.
+
+    Needs operands, the registers R, prog, lazy and the numbering of warps; owns everything called wgmma_*.
+    """
+
     def init_wgmma(self):
         self.wgmma_next = 0  # next tag id
         self.wgmma_ops = {}  # number -> operation, until its result is everywhere in place
@@ -112,6 +117,7 @@ class WgmmaMixin:
         return np.ascontiguousarray(np.broadcast_to(tags[:, None, None], (count, n, 32)))
 
     def wgmma_commit(self, w):
+        """wgmma.commit_group of the warps ``w``."""
         if self.lazy:
             for x in w:
                 self.wgmma_closed.setdefault(int(x), []).append(self.wgmma_open.pop(int(x), []))
@@ -138,6 +144,7 @@ class WgmmaMixin:
         return values
 
     def h_wgmma_wait(self, i, block, group):
+        """wgmma.wait_group N: all but the N latest groups of the warps are performed."""
         if self.lazy:
             self._wgmma_retire(group.w, int(i.args[0], 0))
         self.groups.append(group)
