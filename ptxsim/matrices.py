@@ -106,7 +106,7 @@ class MatrixMixin(OperandMixin):
         matrices = np.ascontiguousarray(matrices).view(np.uint16).reshape(n, count, 8, 8)
         if transpose:
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
-        self._mark_written(w, index, 16, None)
+        self._mark_written(index, 16, None)
         self.shared_rows[index >> 4] = matrices.reshape(n, 8 * count, 8).view(np.uint64)
         self.last_activity = self.steps
 

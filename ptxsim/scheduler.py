@@ -9,8 +9,6 @@ that ran longest ago. With a seed, warps are split at random into priority class
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 
 from .errors import Deadlock, SimError, Trap
@@ -62,7 +60,6 @@ class SchedulerMixin:
         self.instr_count = 0  # warp instructions
         self.steps = 0  # blocks executed
         self.last_activity = 0  # step of the last store, arrival or completed barrier
-        self.partial_runs = 0  # times that a part of a warp went on because nothing else could run
         self.mem_epoch = 0  # counts global writes
         self.line = 0  # PTX line of the latest instruction with side effects
         self.current = None
@@ -72,7 +69,6 @@ class SchedulerMixin:
 
     def run(self):
         """Run all warps to the end. Raises a subclass of SimError that names PTX line, CTA and warps."""
-        start = time.perf_counter()
         self._start_groups()
         with np.errstate(all="ignore"):
             try:
@@ -86,7 +82,6 @@ class SchedulerMixin:
             except (IndexError, ValueError, OverflowError) as error:
                 wrapped = SimError(f"the simulator failed on this instruction: {type(error).__name__}: {error}")
                 raise wrapped.located(self.line, self.ptx_line(self.line), self.group_text()) from error
-        self.wall = time.perf_counter() - start
 
     def _start_groups(self):
         warps = np.arange(self.nwarps)
@@ -158,10 +153,7 @@ class SchedulerMixin:
         if held:
             group = min(held, key=lambda g: g.blk)
             same = [h for h in held if h.blk == group.blk and self.classes[h.w[0]] == self.classes[group.w[0]]]
-            group = self._merge(same)
-            if (self.alive[group.w] != group.M).any():
-                self.partial_runs += 1
-            self._execute(group)
+            self._execute(self._merge(same))
         elif not self._fail_waits():
             self._deadlock("no warp can run")
 
