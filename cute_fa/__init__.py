@@ -5,9 +5,9 @@ from cute_fa.api import flash_attn_func, flash_attn_varlen_func
 from cute_fa.dispatch import TABLE, DispatchKey, DispatchTable
 from cute_fa.errors import CuteFaError
 from cute_fa.problem import AttentionProblem
-from cute_fa.requests import CumulativeSeqlens, Fa2FwdRequest, Fa3FwdRequest, PersistentMode, VarlenFwdRequest
+from cute_fa.requests import CumulativeSeqlens, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest
 from cute_fa.simulation import simulate
-from cute_fa.types import Direction, DType, MaskKind, PositionBias, SmArch
+from cute_fa.types import Direction, DType, MaskKind, PersistentMode, PositionBias, SmArch
 
 __version__ = "0.1.0"
 

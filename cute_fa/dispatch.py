@@ -27,7 +27,8 @@ class DispatchKey:
     """What decides which kernel serves a problem: shapes of the head and features with their values, no lengths.
 
     ``sliding_window`` and ``window_right`` are the window's bounds in tokens, None where infinite (``window_right`` is
-    None for causal, which is bound 0); ``sink`` counts sink tokens; ``head_dim_v`` None means ``head_dim``.
+    None for causal, which is bound 0); ``sink`` counts sink tokens; ``head_dim_v`` None means ``head_dim``. What
+    changes only how a kernel computes (``persistent``, ``pack_gqa``) is left out: a key stands for its own choice.
     """
 
     arch: SmArch

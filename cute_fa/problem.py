@@ -16,12 +16,12 @@ from cute_fa.errors import (
     ShapeError,
     WindowError,
 )
-from cute_fa.types import Direction, DType, MaskKind, PositionBias, SmArch
+from cute_fa.types import Direction, DType, MaskKind, PersistentMode, PositionBias, SmArch
 
 INT32_MAX = 2**31 - 1
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 _SIZES = ("num_heads", "num_heads_kv", "head_dim", "head_dim_v")
-_KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction} | dict.fromkeys(
+_KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction, "persistent": PersistentMode} | dict.fromkeys(
     ("batch", "seqlen_q", "seqlen_k", *_SIZES, "sink_tokens", "num_splits"), int
 )
 # Products of scale, cap and log2(e) must stay far inside fp32.
@@ -62,6 +62,9 @@ class AttentionProblem:
     packed, with cu_seqlens; ``seqused_*``: lengths shorter than what the tensor holds are given. ``page_size``: k and v
     are pages. ``out_dtype`` is q's by default, bf16 for fp8.
 
+    ``persistent`` and ``pack_gqa`` (query heads of one kv head share a tile; None: the kernel chooses) change how a
+    kernel computes, never what. They are here because a kernel must be able to refuse them.
+
     Raises EmptyBatchError, ShapeError, LengthError, WindowError, PageSizeError, Fp8Error or ArgumentError.
     """
 
@@ -89,12 +92,16 @@ class AttentionProblem:
     num_splits: int = 1
     direction: Direction = Direction.FORWARD
     out_dtype: DType | None = None
+    persistent: PersistentMode = PersistentMode.AUTO
+    pack_gqa: bool | None = None
 
     def __post_init__(self):
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise ArgumentError(f"{name}={value!r}: {kind.__name__} is needed")
+        if self.pack_gqa is not None and not isinstance(self.pack_gqa, bool):
+            raise ArgumentError(f"pack_gqa={self.pack_gqa!r}: True, False, or None for the kernel's own choice")
         self._check_sizes()
         self._check_options()
         if self.out_dtype is None:

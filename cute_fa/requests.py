@@ -10,7 +10,6 @@ import itertools
 import numbers
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,7 +27,7 @@ from cute_fa.errors import (
 from cute_fa.problem import INT32_MAX, normalize_window
 from cute_fa.simulation import arch_of
 from cute_fa.tensors import lengths_of
-from cute_fa.types import MaskKind, PositionBias, SmArch
+from cute_fa.types import MaskKind, PersistentMode, PositionBias, SmArch
 
 if TYPE_CHECKING:
     from cute_fa.kernel import AttentionKernel
@@ -96,14 +95,6 @@ class CumulativeSeqlens:
         if not 0 <= index < chunks:
             raise ChunkIndexError(f"chunk index {index}: sequences have {chunks} chunks of {tokens} tokens")
         return self.from_lengths([min(max(length - index * tokens, 0), tokens) for length in self.lengths])
-
-
-class PersistentMode(Enum):
-    """How an FA3 kernel's CTAs get their tiles: the heuristic's choice, one tile each, or a persistent loop."""
-
-    AUTO = "auto"
-    OFF = "off"
-    ON = "on"
 
 
 @dataclass(frozen=True, eq=False)

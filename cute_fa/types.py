@@ -96,3 +96,19 @@ class PositionBias(Enum):
 
     NONE = "none"
     ALIBI = "alibi"
+
+
+class PersistentMode(Enum):
+    """How a kernel's CTAs get their tiles: as its heuristic chooses, one tile each, or a persistent loop."""
+
+    AUTO = "auto"
+    OFF = "off"
+    ON = "on"
+
+    @classmethod
+    def named(cls, name: str | PersistentMode) -> PersistentMode:
+        """The mode of a name, "auto", "off" or "on"; raises ArgumentError for others."""
+        try:
+            return cls(name)
+        except ValueError:
+            raise ArgumentError(f"persistent={name!r}: one of {', '.join(mode.value for mode in cls)}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cute_fa.kernel import AttentionKernel, AttentionTensors
 from cute_fa.problem import AttentionProblem
-from cute_fa.types import Direction, DType
+from cute_fa.types import Direction, DType, PersistentMode
 from fa2_sm80.config import Fa2ForwardConfig, forward_config
 
 # Device code adds positions and bounds in int32: sequences are at most this long, larger bounds are clamped to it.
@@ -33,6 +33,10 @@ class Fa2Forward(AttentionKernel):
             reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")
         if problem.num_splits > 1:
             reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
+        if problem.pack_gqa and problem.gqa_ratio > 1:
+            reasons.append("pack_gqa: this kernel's tiles hold the queries of one head")
+        if problem.persistent is PersistentMode.ON:
+            reasons.append("persistent: this kernel launches one CTA for each tile")
         if problem.out_dtype is not None and problem.out_dtype is not problem.dtype:
             reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the input's dtype")
         if max(problem.seqlen_q, problem.seqlen_k) > MAX_BOUND:

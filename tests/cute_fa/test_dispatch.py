@@ -8,7 +8,7 @@ from cute_fa.dispatch import FEATURES, TABLE, DispatchKey
 from cute_fa.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
 from cute_fa.kernel import AttentionKernel
 from cute_fa.names import canonical_name
-from cute_fa.types import Direction, DType, SmArch
+from cute_fa.types import Direction, DType, PersistentMode, SmArch
 from tests.testing.grid import pairwise
 
 KEY = DispatchKey(SmArch.SM_80, DType.BF16, 128)
@@ -94,6 +94,23 @@ def test_reasons_are_the_kernels_own():
     assert caught.value.reasons == {"fa2_fwd": reasons}
     assert "fwd_sm80_bf16_hd100_split3" in str(caught.value)
     assert "head_dim 100" in str(caught.value)
+
+
+def test_choices_that_fa2_cannot_make_are_refused():
+    problem = dataclasses.replace(KEY, gqa_ratio=4).problem()
+    packed = dataclasses.replace(problem, pack_gqa=True)
+    persistent = dataclasses.replace(problem, persistent=PersistentMode.ON)
+    assert TABLE.explain(packed) == {"fa2_fwd": ["pack_gqa: this kernel's tiles hold the queries of one head"]}
+    assert TABLE.explain(persistent) == {"fa2_fwd": ["persistent: this kernel launches one CTA for each tile"]}
+    for refused, reason in ((packed, "pack_gqa"), (persistent, "persistent")):
+        with pytest.raises(UnsupportedKeyError, match=f"fa2_fwd: {reason}: this kernel"):
+            TABLE.lookup(refused)
+    one_head = dataclasses.replace(packed, num_heads_kv=packed.num_heads)
+    without = dataclasses.replace(problem, pack_gqa=False, persistent=PersistentMode.OFF)
+    for served in (one_head, without):
+        assert TABLE.lookup(served).family == "fa2"
+    # the key stands for the kernel's own choice
+    assert DispatchKey.of(packed) == DispatchKey.of(problem)
 
 
 def test_fp8():

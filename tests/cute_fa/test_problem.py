@@ -131,6 +131,10 @@ def test_derived():
         ({"sink_tokens": -1}, ArgumentError, "sink_tokens=-1"),
         ({"num_splits": 0}, ArgumentError, "num_splits=0"),
         ({"out_dtype": DType.E4M3}, Fp8Error, "out_dtype=e4m3"),
+        ({"persistent": "on"}, ArgumentError, "persistent='on': PersistentMode is needed"),
+        ({"persistent": None}, ArgumentError, "persistent=None: PersistentMode is needed"),
+        ({"pack_gqa": 1}, ArgumentError, "pack_gqa=1: True, False, or None for the kernel's own choice"),
+        ({"pack_gqa": "auto"}, ArgumentError, "pack_gqa='auto': True, False"),
     ],
 )
 def test_problems_that_raise(changes, error, message):
@@ -141,6 +145,14 @@ def test_problems_that_raise(changes, error, message):
 @pytest.mark.parametrize("size", PAGE_SIZES)
 def test_page_sizes(size):
     assert dataclasses.replace(BASE, page_size=size).page_size == size
+
+
+def test_persistent_modes():
+    assert [PersistentMode.named(name) for name in ("auto", "off", PersistentMode.ON)] == list(PersistentMode)
+    for name in ("yes", True, None, "ON"):
+        with pytest.raises(ArgumentError, match=f"persistent={name!r}: one of auto, off, on"):
+            PersistentMode.named(name)
+    assert cute_fa.PersistentMode is PersistentMode
 
 
 def test_from_tensors():
