@@ -1,0 +1,217 @@
+"""Which tile of queries a CTA computes next: one CTA a tile, persistent CTAs, and packed sequences of unequal lengths.
+
+A tile is (m_block, head, batch). Every role of a kernel makes a scheduler of its own and gets the same tiles from it,
+without communication:
+
+    state = scheduler.first()
+    while scheduler.valid(state):
+        work = scheduler.tile(state)
+        ...
+        state = scheduler.next(state)
+
+Order. Tiles under a right bound (causal, window) grow with ``m_block``: the longest are computed first, so that the
+short ones fill the gaps at the end (longest processing time first: R. L. Graham, Bounds on multiprocessing timing
+anomalies, 1969; in attention: the LPT scheduler of the FlashAttention repository). Over all heads at once, each
+``m_block`` would read the keys and values of every head again; heads are therefore taken in groups whose K and V fit
+in the L2 cache together, and the order is: group, ``m_block`` from last to first, head within the group. Tiles without
+a right bound are equally long, and the order is: batch, head, ``m_block``, so that CTAs that run at the same time share
+the K and V of a few heads.
+
+Persistent CTAs, one for each SM, that walk over tiles: FlashAttention-3, arXiv 2407.08608.
+"""
+
+from typing import NamedTuple, Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32, Uint32, const_expr
+
+
+class TileGrid(NamedTuple):
+    """Run-time numbers of tiles: a kernel argument. m_blocks · heads · batches ≤ 2^31 − 1.
+
+    ``m_blocks``: query tiles of the longest sequence; ``heads``: heads that own tiles (those of K and V where query
+    heads are packed); ``head_group``: heads whose K and V stay in L2 together, ≥ 1, see ``cute_fa.tiling.head_group``.
+    """
+
+    m_blocks: Int32
+    heads: Int32
+    batches: Int32
+    head_group: Int32
+
+
+class WorkTile(NamedTuple):
+    """One tile of queries, the same for all threads of a CTA."""
+
+    m_block: Int32
+    head: Int32
+    batch: Int32
+
+
+class TileState(NamedTuple):
+    """``tile``: its index in the order of all tiles, unsigned."""
+
+    tile: Int32
+
+
+class SingleTileScheduler:
+    """One CTA a tile: the grid has m_blocks · heads · batches CTAs in x.
+
+    ``longest_first``: the tiles have a right bound. All methods are pure: calling ``tile`` again later costs two or
+    three divisions, but no register in between.
+    """
+
+    def __init__(self, grid: TileGrid, longest_first: bool):
+        self.grid = grid
+        self.longest_first = longest_first
+
+    def first(self) -> TileState:
+        """The CTA's first tile, valid or not."""
+        return TileState(cute.arch.block_idx()[0])
+
+    def valid(self, state: TileState) -> Boolean:
+        """Whether the state names a tile."""
+        grid = self.grid
+        return Uint32(state.tile) < Uint32(grid.m_blocks * grid.heads * grid.batches)
+
+    def tile(self, state: TileState) -> WorkTile:
+        """The tile that a valid state names."""
+        grid = self.grid
+        order = _longest_first if self.longest_first else _head_by_head
+        m_block, row = order(state.tile, grid.m_blocks, grid.heads * grid.batches, grid.head_group)
+        batch, head = _divmod(row, grid.heads)
+        return WorkTile(m_block, head, batch)
+
+    def next(self, state: TileState) -> TileState:
+        """The CTA's next tile, valid or not."""
+        return TileState(Int32(-1))
+
+
+class PersistentScheduler(SingleTileScheduler):
+    """Any number of CTAs in x, each of which walks over every gridDim-th tile of ``SingleTileScheduler``'s."""
+
+    def next(self, state: TileState) -> TileState:
+        """The CTA's next tile, valid or not."""
+        return TileState(state.tile + cute.arch.grid_dim()[0])
+
+
+class VarlenState(NamedTuple):
+    """``tile``: its index in the order of all tiles, unsigned; ``batch``: its sequence, ``batches`` beyond the last
+    tile; ``start``: index of that sequence's first tile."""
+
+    tile: Int32
+    batch: Int32
+    start: Int32
+
+
+class VarlenScheduler:
+    """Packed sequences: only tiles that exist, sequence by sequence, in the dense schedulers' order within each.
+
+    ``cu_seqlens_q`` (batches + 1) int32 is read 32 sequences at a time, one a lane, from the current sequence on: a
+    CTA's whole walk reads it about once. The 32 lanes of a warp call ``first`` and ``next`` together. ``m_blocks`` of
+    the grid has no meaning; ``tile_tokens``: tokens of a tile; ``persistent``: any number of CTAs in x, else at least
+    as many as tiles (``cute_fa.tiling.packed_tiles``), those beyond have none.
+    """
+
+    def __init__(
+        self, grid: TileGrid, longest_first: bool, cu_seqlens_q: cute.Tensor, tile_tokens: int, persistent: bool
+    ):
+        self.grid = grid
+        self.longest_first = longest_first
+        self.cu_seqlens_q = cu_seqlens_q
+        self.tile_tokens = tile_tokens
+        self.persistent = persistent
+
+    def first(self) -> VarlenState:
+        """The CTA's first tile, valid or not."""
+        return self._find(cute.arch.block_idx()[0], Int32(0), Int32(0))
+
+    def valid(self, state: VarlenState) -> Boolean:
+        """Whether the state names a tile."""
+        return state.batch < self.grid.batches
+
+    def tile(self, state: VarlenState) -> WorkTile:
+        """The tile that a valid state names."""
+        grid = self.grid
+        order = _longest_first if self.longest_first else _head_by_head
+        m_block, head = order(state.tile - state.start, self._m_blocks(state.batch), grid.heads, grid.head_group)
+        return WorkTile(m_block, head, state.batch)
+
+    def next(self, state: VarlenState) -> VarlenState:
+        """The CTA's next tile, valid or not."""
+        if const_expr(not self.persistent):
+            return VarlenState(state.tile, self.grid.batches, state.start)
+        return self._find(state.tile + cute.arch.grid_dim()[0], state.batch, state.start)
+
+    @cute.jit
+    def _find(self, tile: Int32, batch: Int32, start: Int32) -> VarlenState:
+        """The state of ``tile``, which is not in a sequence before ``batch``, whose first tile is ``start``."""
+        batches, heads, m_blocks = self.grid.batches, self.grid.heads, self._m_blocks
+        lane = cute.arch.lane_idx()
+        searching = Boolean(batch < batches)
+        while searching:
+            ends = _inclusive_sum(m_blocks(batch + lane) * heads, lane) + start
+            before = cute.arch.popc(cute.arch.vote_ballot_sync(Uint32(ends) <= Uint32(tile)))
+            # The sequences that end at or before the tile are skipped: their last one's end is the next one's start.
+            if before > 0:
+                start = cute.arch.shuffle_sync(ends, before - 1)
+            batch = cutlass.min(batch + before, batches)
+            searching = (before == 32) & (batch < batches)
+        return VarlenState(tile, batch, start)
+
+    def _m_blocks(self, batch: Int32) -> Int32:
+        """Tiles of a head of sequence ``batch``; 0 from ``batches`` on."""
+        batches = self.grid.batches
+        length = self.cu_seqlens_q[cutlass.min(batch + 1, batches)] - self.cu_seqlens_q[cutlass.min(batch, batches)]
+        return (length + self.tile_tokens - 1) // self.tile_tokens
+
+
+TileScheduler = SingleTileScheduler | PersistentScheduler | VarlenScheduler
+
+
+def make_scheduler(
+    grid: TileGrid,
+    *,
+    longest_first: bool,
+    persistent: bool,
+    cu_seqlens_q: Optional[cute.Tensor],
+    tile_tokens: int,
+) -> TileScheduler:
+    """The scheduler of a kernel; all arguments but ``grid`` and the tensor are compile-time values.
+
+    ``longest_first``: tiles have a right bound; ``persistent``: CTAs walk over tiles; ``cu_seqlens_q``: (batches + 1)
+    int32 if the queries are packed, else None; ``tile_tokens``: tokens of a tile, used if the queries are packed.
+    """
+    if cu_seqlens_q is not None:
+        return VarlenScheduler(grid, longest_first, cu_seqlens_q, tile_tokens, persistent)
+    return (PersistentScheduler if persistent else SingleTileScheduler)(grid, longest_first)
+
+
+def _head_by_head(tile: Int32, m_blocks: Int32, heads: Int32, head_group: Int32) -> tuple[Int32, Int32]:
+    """(m_block, head) of a tile: heads in order, and the m_blocks of each in order."""
+    head, m_block = _divmod(tile, m_blocks)
+    return m_block, head
+
+
+def _longest_first(tile: Int32, m_blocks: Int32, heads: Int32, head_group: Int32) -> tuple[Int32, Int32]:
+    """(m_block, head) of a tile: groups of heads in order, in each the last m_block first, then the head."""
+    head_group = cutlass.min(head_group, heads)
+    group, rest = _divmod(tile, head_group * m_blocks)
+    first_head = group * head_group
+    row, head = _divmod(rest, cutlass.min(head_group, heads - first_head))
+    return m_blocks - 1 - row, first_head + head
+
+
+def _divmod(dividend: Int32, divisor: Int32) -> tuple[Int32, Int32]:
+    """Quotient and remainder of numbers ≥ 0. Unsigned, since the signed division has to round down."""
+    quotient = Int32(Uint32(dividend) // Uint32(divisor))
+    return quotient, dividend - quotient * divisor
+
+
+@cute.jit
+def _inclusive_sum(value: Int32, lane: Int32) -> Int32:
+    """The sum of the values of this lane and those below it."""
+    for step in cutlass.range_constexpr(5):
+        below = cute.arch.shuffle_sync_up(value, 1 << step)
+        value += cutlass.select_(lane >= 1 << step, below, Int32(0))
+    return value
