@@ -13,6 +13,7 @@ import torch
 from cute_fa import ops
 from cute_fa.errors import ArgumentError, UnsupportedArgumentError, ZeroLengthError
 from cute_fa.problem import INT32_MAX, normalize_window
+from cute_fa.types import PersistentMode
 
 # Arguments of the peers that are not implemented, with the values that ask for nothing.
 _NOT_IMPLEMENTED: dict[str, tuple] = {
@@ -22,7 +23,6 @@ _NOT_IMPLEMENTED: dict[str, tuple] = {
     "k_descale": (None,),
     "v_descale": (None,),
     "attention_chunk": (0, None),
-    "pack_gqa": (None, False),
     "sm_margin": (0,),
     "score_mod": (None,),
     "score_mod_bwd": (None,),
@@ -44,8 +44,6 @@ _NOT_IMPLEMENTED: dict[str, tuple] = {
     "num_threads": (None,),
 }
 
-_TENSORS = (*ops.Call._fields[: ops.NUM_TENSORS], "out")
-
 
 def flash_attn_func(
     q: torch.Tensor,
@@ -60,6 +58,8 @@ def flash_attn_func(
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
     num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    persistent: PersistentMode | str = "auto",
     deterministic: bool = False,
     return_lse: bool = False,
     return_attn_probs: bool = False,
@@ -82,6 +82,8 @@ def flash_attn_func(
     alibi_slopes: fp32 (heads) or (batch, heads): −slope·|i + seqlen_k − seqlen_q − j| is added.
     learnable_sink: (heads), a logit that takes part in the softmax and has no value.
     num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
+    pack_gqa: whether query heads of one kv head share a tile; None lets the kernel choose, as "auto" does below.
+    persistent: "auto", "on" (a CTA computes one tile after the other) or "off" (one CTA a tile).
     deterministic: the forward always is.
     return_lse (return_attn_probs, return_softmax_lse): also return the LSE.
     out: where to write the result; it then has no gradient.
@@ -93,25 +95,23 @@ def flash_attn_func(
     breaks a rule, before anything runs.
     """
     _check_peers(peers)
-    _check_flags(
-        causal=causal,
-        deterministic=deterministic,
-        return_lse=return_lse,
-        return_attn_probs=return_attn_probs,
-        return_softmax_lse=return_softmax_lse,
-    )
     call = prepare(
-        (q, k, v, None, None, None, None, None, alibi_slopes, learnable_sink, out),
-        None,
-        None,
-        softmax_scale,
-        normalize_window(window_size, causal),
-        sink_tokens,
-        softcap,
-        num_splits,
-        family,
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        sink_tokens=sink_tokens,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        learnable_sink=learnable_sink,
+        num_splits=num_splits,
+        family=family,
+        pack_gqa=pack_gqa,
+        persistent=persistent,
     )
-    return _result(call, out, return_lse or return_attn_probs or return_softmax_lse)
+    return _attention(call, out, deterministic, return_lse, return_attn_probs, return_softmax_lse)
 
 
 def flash_attn_varlen_func(
@@ -135,6 +135,8 @@ def flash_attn_varlen_func(
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
     num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    persistent: PersistentMode | str = "auto",
     deterministic: bool = False,
     return_lse: bool = False,
     return_attn_probs: bool = False,
@@ -157,13 +159,6 @@ def flash_attn_varlen_func(
     anything, NaN included. Values in device tensors are checked with ``CUTE_FA_CHECK=1`` and when simulating.
     """
     _check_peers(peers)
-    _check_flags(
-        causal=causal,
-        deterministic=deterministic,
-        return_lse=return_lse,
-        return_attn_probs=return_attn_probs,
-        return_softmax_lse=return_softmax_lse,
-    )
     if page_table is not None and block_table is not None:
         raise ArgumentError("page_table and block_table: two names of one argument, give one")
     page_table = page_table if page_table is not None else block_table
@@ -171,19 +166,107 @@ def flash_attn_varlen_func(
         if seqused_k is None:
             seqused_k = cu_seqlens_k.diff()
         cu_seqlens_k = None
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     call = prepare(
-        (q, k, v, *lengths, alibi_slopes, learnable_sink, out),
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        normalize_window(window_size, causal),
-        sink_tokens,
-        softcap,
-        num_splits,
-        family,
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        page_table=page_table,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        sink_tokens=sink_tokens,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        learnable_sink=learnable_sink,
+        num_splits=num_splits,
+        family=family,
+        pack_gqa=pack_gqa,
+        persistent=persistent,
     )
-    return _result(call, out, return_lse or return_attn_probs or return_softmax_lse)
+    return _attention(call, out, deterministic, return_lse, return_attn_probs, return_softmax_lse)
+
+
+def prepare(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    page_table: Any = None,
+    alibi_slopes: Any = None,
+    learnable_sink: Any = None,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    softmax_scale: Any = None,
+    causal: Any = False,
+    window_size: Any = (None, None),
+    sink_tokens: Any = 0,
+    softcap: Any = 0.0,
+    num_splits: Any = 1,
+    family: Any = None,
+    pack_gqa: Any = None,
+    persistent: Any = "auto",
+) -> ops.Call:
+    """Arguments of ``ops.attention`` from those of the public functions: kinds checked, since the dispatcher's own
+    complaints name no rule, and choices normalised."""
+    _check_flag("causal", causal)
+    if pack_gqa is not None:
+        _check_flag("pack_gqa", pack_gqa)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, alibi_slopes, learnable_sink)
+    for name, tensor in zip(ops.Call._fields, tensors, strict=False):
+        if tensor is not None or name in "qkv":
+            _check_tensor(name, tensor)
+    if learnable_sink is not None and learnable_sink.dtype in (torch.float16, torch.bfloat16):
+        learnable_sink = learnable_sink.float()
+    if family is not None and not isinstance(family, str):
+        raise ArgumentError(f"family={family!r}: a name")
+    if not isinstance(persistent, str):
+        persistent = PersistentMode.named(persistent).value
+    return ops.Call(
+        *tensors[:-1],
+        learnable_sink,
+        _length("max_seqlen_q", max_seqlen_q),
+        _length("max_seqlen_k", max_seqlen_k),
+        None if softmax_scale is None else _float("softmax_scale", softmax_scale),
+        *normalize_window(window_size, causal),
+        _integer("sink_tokens", sink_tokens),
+        _float("softcap", softcap),
+        _integer("num_splits", num_splits) or 1,
+        family,
+        pack_gqa,
+        persistent,
+    )
+
+
+def _attention(
+    call: ops.Call,
+    out: Any,
+    deterministic: Any,
+    return_lse: Any,
+    return_attn_probs: Any,
+    return_softmax_lse: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    _check_flag("deterministic", deterministic)
+    _check_flag("return_lse", return_lse)
+    _check_flag("return_attn_probs", return_attn_probs)
+    _check_flag("return_softmax_lse", return_softmax_lse)
+    if out is None:
+        out, lse = ops.attention(*call)
+    else:
+        _check_tensor("out", out)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*call[: ops.NUM_TENSORS], out) if t is not None):
+            raise ArgumentError("out= with a tensor that requires a gradient: a result written in place has none")
+        lse = ops.attention_out(*call, out)
+    return (out, lse) if return_lse or return_attn_probs or return_softmax_lse else out
 
 
 def _check_peers(peers: dict[str, Any]) -> None:
@@ -194,61 +277,16 @@ def _check_peers(peers: dict[str, Any]) -> None:
             raise UnsupportedArgumentError(name, value)
 
 
-def _check_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ArgumentError(f"{name}={value!r}: True or False")
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name}={value!r}: True or False")
 
 
-def prepare(
-    tensors: tuple,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    softmax_scale: Any,
-    window: tuple[int | None, int | None],
-    sink_tokens: Any,
-    softcap: Any,
-    num_splits: Any,
-    family: Any,
-) -> tuple:
-    """Arguments of ``ops.attention`` from q, k, v, the seven optional tensors of ``ops.Call``, out, and the options:
-    kinds checked, since the dispatcher's own complaints name no rule."""
-    for name, tensor in zip(_TENSORS, tensors, strict=True):
-        if tensor is None and name not in "qkv":
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
-        if tensor.layout is not torch.strided:
-            raise ArgumentError(f"{name} has layout {str(tensor.layout).removeprefix('torch.')}: strided is needed")
-    learnable_sink = tensors[9]
-    if learnable_sink is not None and learnable_sink.dtype in (torch.float16, torch.bfloat16):
-        learnable_sink = learnable_sink.float()
-    if softmax_scale is not None:
-        softmax_scale = _float("softmax_scale", softmax_scale)
-    if family is not None and not isinstance(family, str):
-        raise ArgumentError(f"family={family!r}: a name")
-    return (
-        *tensors[:9],
-        learnable_sink,
-        _length("max_seqlen_q", max_seqlen_q),
-        _length("max_seqlen_k", max_seqlen_k),
-        softmax_scale,
-        *window,
-        _integer("sink_tokens", sink_tokens),
-        _float("softcap", softcap),
-        _integer("num_splits", num_splits) or 1,
-        family,
-    )
-
-
-def _result(call: tuple, out: torch.Tensor | None, with_lse: bool) -> Any:
-    if out is None:
-        out, lse = ops.attention(*call)
-    else:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*call[: ops.NUM_TENSORS], out) if t is not None):
-            raise ArgumentError("out= with a tensor that requires a gradient: a result written in place has none")
-        lse = ops.attention_out(*call, out)
-    return (out, lse) if with_lse else out
+def _check_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
+    if tensor.layout is not torch.strided:
+        raise ArgumentError(f"{name} has layout {str(tensor.layout).removeprefix('torch.')}: strided is needed")
 
 
 def _length(name: str, value: Any) -> int | None:

@@ -30,6 +30,7 @@ from cute_fa.tensors import (
     check_values,
     problem_of,
 )
+from cute_fa.types import PersistentMode
 
 if TYPE_CHECKING:
     from cute_fa.compiler import CompiledKernel
@@ -65,6 +66,8 @@ class Call(NamedTuple):
     softcap: float
     num_splits: int
     family: str | None
+    pack_gqa: bool | None
+    persistent: str
 
 
 NUM_TENSORS = 10
@@ -73,7 +76,7 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "Tensor? page_table, Tensor? alibi_slopes, Tensor? learnable_sink, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
     "float? softmax_scale, SymInt? window_left, SymInt? window_right, SymInt sink_tokens, float softcap, "
-    "SymInt num_splits, str? family"
+    "SymInt num_splits, str? family, bool? pack_gqa, str persistent"
 )
 LIBRARY = torch.library.Library("cute_fa", "DEF")
 LIBRARY.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
@@ -140,7 +143,8 @@ def problem_of_call(arch: SmArch, call: Call, out: torch.Tensor | None) -> Atten
     options = call._asdict()
     del options["family"]
     window = options.pop("window_left"), options.pop("window_right")
-    return problem_of(arch, **options, window_size=window, out=out)
+    persistent = PersistentMode.named(options.pop("persistent"))
+    return problem_of(arch, **options, window_size=window, persistent=persistent, out=out)
 
 
 def _make_plan(arch: SmArch, call: Call, out: torch.Tensor | None) -> _Plan:
@@ -245,7 +249,7 @@ attention_out = torch.ops.cute_fa.attention_out.default
 def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) for the arguments of :class:`Call`: the operator ``cute_fa::attention``.
 
-    Where the dispatcher would do nothing but convert 19 arguments back and forth (eager mode, no gradient asked for, no
+    Where the dispatcher would do nothing but convert 21 arguments back and forth (eager mode, no gradient asked for, no
     mode or transform watching, plain tensors) its Python kernel is called directly.
     """
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:

@@ -10,6 +10,7 @@ import itertools
 import numbers
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -128,15 +129,15 @@ class _ForwardRequest:
         if (self.position_bias is PositionBias.ALIBI) != (self.alibi_slopes is not None):
             given = "given" if self.alibi_slopes is not None else "missing"
             raise ArgumentError(f"position_bias={self.position_bias.value} with alibi_slopes {given}")
+        call = self._call  # q is known to be a tensor from here on
         if self.arch is None:
-            self._prepared()
-            object.__setattr__(self, "arch", arch_of(self.q.device))
+            object.__setattr__(self, "arch", arch_of(call.q.device))
         _check_kinds(self, arch=SmArch)
         self.problem()
 
     def problem(self) -> AttentionProblem:
         """The validated problem."""
-        return ops.problem_of_call(self.arch, ops.Call._make(self._prepared()), None)
+        return self._problem
 
     def dispatch_key(self) -> DispatchKey:
         """What the table is asked."""
@@ -151,28 +152,19 @@ class _ForwardRequest:
         actual = arch_of(self.q.device)
         if actual is not self.arch:
             raise ArgumentError(f"arch={self.arch.value}: the tensors are on {self.q.device}, {actual.value}")
-        return self._call(**self._options(), family=self.family, return_lse=True)
+        return ops.attention(*self._call)
 
-    def _call(self, **options: Any) -> Any:
-        return api.flash_attn_func(self.q, self.k, self.v, **options)
+    # What follows from the fields is found once: they never change.
+    @cached_property
+    def _call(self) -> ops.Call:
+        return api.prepare(self.q, self.k, self.v, family=self.family, **self._options())
 
-    def _prepared(self) -> tuple:
-        """Arguments of ``ops.attention``, their kinds checked."""
-        options = self._options()
-        lengths = (options.get("cu_seqlens_q"), options.get("cu_seqlens_k"), None, None, None)
-        return api.prepare(
-            (self.q, self.k, self.v, *lengths, self.alibi_slopes, self.learnable_sink, None),
-            options.get("max_seqlen_q"),
-            options.get("max_seqlen_k"),
-            self.softmax_scale,
-            normalize_window(self.window, options["causal"]),
-            self.sink_tokens,
-            self.softcap,
-            1,
-            self.family,
-        )
+    @cached_property
+    def _problem(self) -> AttentionProblem:
+        return ops.problem_of_call(self.arch, self._call, None)
 
     def _options(self) -> dict[str, Any]:
+        """Keyword arguments of the public functions."""
         return {
             "causal": self.mask in (MaskKind.CAUSAL, MaskKind.SLIDING_CAUSAL),
             "window_size": self.window,
@@ -203,16 +195,21 @@ class Fa2FwdRequest(_ForwardRequest):
 
 @dataclass(frozen=True, eq=False)
 class Fa3FwdRequest(_ForwardRequest):
-    """A forward by FA3-style kernels. Raises Fa3ArchError when made for an architecture before sm_90a."""
+    """A forward by FA3-style kernels; ``persistent`` and ``pack_gqa`` as for ``cute_fa.flash_attn_func``. Raises
+    Fa3ArchError when made for an architecture before sm_90a."""
 
     family = "fa3"
 
     persistent: PersistentMode = PersistentMode.AUTO
+    pack_gqa: bool | None = None
 
     def __post_init__(self):
         _check_kinds(self, persistent=PersistentMode)
         super().__post_init__()
         TABLE.explain(self.problem(), self.family)  # raises Fa3ArchError
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "persistent": self.persistent, "pack_gqa": self.pack_gqa}
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,9 +226,6 @@ class VarlenFwdRequest(_ForwardRequest):
             offsets, rows = getattr(self, f"cu_seqlens_{name}"), getattr(self, name).shape[0]
             if offsets.total > rows:
                 raise CumulativeSeqlensError(f"cu_seqlens_{name} ends at {offsets.total}: {name} has {rows} rows")
-
-    def _call(self, **options: Any) -> Any:
-        return api.flash_attn_varlen_func(self.q, self.k, self.v, **options)
 
     def _options(self) -> dict[str, Any]:
         device = self.q.device

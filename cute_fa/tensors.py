@@ -26,7 +26,7 @@ from cute_fa.errors import (
     ZeroLengthError,
 )
 from cute_fa.problem import INT32_MAX, AttentionProblem, default_scale, normalize_window
-from cute_fa.types import Direction, DType
+from cute_fa.types import Direction, DType, PersistentMode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +65,8 @@ def problem_of(
     sink_tokens: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    persistent: PersistentMode = PersistentMode.AUTO,
     direction: Direction = Direction.FORWARD,
 ) -> AttentionProblem:
     """The problem that tensors and options describe; shapes as in :class:`cute_fa.kernel.AttentionTensors`.
@@ -120,6 +122,8 @@ def problem_of(
         page_size=page_size,
         num_splits=num_splits,
         direction=direction,
+        pack_gqa=pack_gqa,
+        persistent=persistent,
     )
 
 

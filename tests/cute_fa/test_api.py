@@ -14,7 +14,7 @@ from cute_fa.compat import fa2, fa3, fa4
 from cute_fa.compat.order import REQUIRED
 from cute_fa.errors import ArgumentError, UnsupportedKeyError
 from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.types import DType
+from cute_fa.types import DType, PersistentMode
 
 DENSE = InputSpec(batch=2, seqlen_q=40, seqlen_k=72, heads=4, heads_kv=2)
 PACKED = InputSpec(batch=3, seqlen_q=40, seqlen_k=72, heads=4, heads_kv=2, varlen_q=True, varlen_k=True)
@@ -259,6 +259,14 @@ def test_a_family_is_never_replaced():
         flash_attn_func(inputs.q, inputs.k, inputs.v, family="fa4")
 
 
+@pytest.mark.parametrize("persistent", ["auto", "off", PersistentMode.OFF])
+@pytest.mark.parametrize("pack_gqa", [None, False])
+def test_choices_of_how_change_no_bit(persistent, pack_gqa):
+    for spec in (DENSE, PACKED):
+        inputs = make_inputs(spec)
+        assert inputs.run(persistent=persistent, pack_gqa=pack_gqa).equal(inputs.run())
+
+
 ORDERS = {
     fa2.flash_attn_func: "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic "
     "return_attn_probs",
@@ -295,6 +303,8 @@ class TestCompat:
         close(fa3.flash_attn_func(*tensors, 0.3, True), inputs, softmax_scale=0.3, causal=True)
         everything = (None, True, None, None, None, None, (-1, -1), 0, 0.0, 1, None, False, 0, True)
         close(fa3.flash_attn_func(*tensors, *everything), inputs, causal=True)
+        with pytest.raises(UnsupportedKeyError, match="pack_gqa"):
+            fa3.flash_attn_func(*tensors, pack_gqa=True)
         packed = make_inputs(InputSpec(**{**vars(PACKED), "seqused_q": True, "seqused_k": True}))
         lengths = (packed.cu_seqlens_q, packed.cu_seqlens_k, 40, 72, packed.seqused_q, packed.seqused_k)
         close(fa3.flash_attn_varlen_func(packed.q, packed.k, packed.v, *lengths), packed)
@@ -306,6 +316,8 @@ class TestCompat:
         close(out, inputs, softmax_scale=0.3, causal=True)
         assert lse is None
         close(fa4.flash_attn_func(*tensors, causal=True, return_lse=True), inputs, causal=True)
+        with pytest.raises(UnsupportedKeyError, match="pack_gqa"):
+            fa4.flash_attn_func(*tensors, pack_gqa=True)
         assert fa4.flash_attn_func(inputs.q.clone().requires_grad_(), *tensors[1:])[1] is not None
         packed = make_inputs(PACKED)
         lengths = (None, packed.cu_seqlens_q, packed.cu_seqlens_k, 40, 72)

@@ -31,6 +31,7 @@ from cute_fa.errors import (
     WindowError,
     ZeroLengthError,
 )
+from cute_fa.types import PersistentMode
 
 BF16 = torch.bfloat16
 
@@ -116,6 +117,13 @@ DENSE = [
     ({"family": 3}, ArgumentError, "family=3"),
     ({"family": "fa3"}, Fa3ArchError, "FA3 kernels on sm_80"),
     ({"family": "fa4"}, UnsupportedKeyError, "fa4_fwd: tcgen05 exists on"),
+    ({"pack_gqa": True}, UnsupportedKeyError, r"gqa2[\s\S]*fa2_fwd: pack_gqa: this kernel's tiles hold"),
+    ({"pack_gqa": 1}, ArgumentError, "pack_gqa=1: True or False"),
+    ({"persistent": "on"}, UnsupportedKeyError, "fa2_fwd: persistent: this kernel launches one CTA"),
+    ({"persistent": PersistentMode.ON}, UnsupportedKeyError, "fa2_fwd: persistent"),
+    ({"persistent": True}, ArgumentError, "persistent=True: one of auto, off, on"),
+    ({"persistent": []}, ArgumentError, r"persistent=\[\]: one of"),
+    ({"page_table": TABLE}, ArgumentError, "page_table: no such argument"),
     ({"softmax_scal": 1.0}, ArgumentError, "softmax_scal: no such argument"),
     ({"q": None}, ArgumentError, "q is NoneType: a torch.Tensor"),
     ({"k": [[1.0]]}, ArgumentError, "k is list"),
@@ -157,6 +165,8 @@ VARLEN = [
     ({"max_seqlen_q": 2**31}, ArgumentError, "max_seqlen_q=2147483648"),
     ({"max_seqlen_k": 50.0}, ArgumentError, "max_seqlen_k=50.0"),
     ({"max_seqlen_k": torch.tensor(50)}, ArgumentError, r"max_seqlen_k=tensor\(50\): an int"),
+    ({"pack_gqa": True}, UnsupportedKeyError, r"varlen_gqa2[\s\S]*fa2_fwd: pack_gqa"),
+    ({"persistent": "on"}, UnsupportedKeyError, "fa2_fwd: persistent"),
     ({"page_table": TABLE, "block_table": TABLE}, ArgumentError, "page_table and block_table"),
     # values on the device
     ({"cu_seqlens_q": ints(1, 20, 48)}, CumulativeSeqlensError, r"cu_seqlens_q\[0\]=1: offsets start at 0"),
@@ -286,7 +296,6 @@ def test_unknown_architectures():
         ("qv", Q),
         ("q_descale", torch.ones(2, 2)),
         ("attention_chunk", 128),
-        ("pack_gqa", True),
         ("sm_margin", 8),
         ("score_mod", lambda score: score),
         ("mask_mod", lambda mask: mask),

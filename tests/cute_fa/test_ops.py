@@ -14,6 +14,7 @@ from cute_fa import flash_attn_func, flash_attn_varlen_func, ops, reference
 from cute_fa.compiler import CompiledKernel
 from cute_fa.errors import ArgumentError, NoBackwardError, NoDeviceError
 from cute_fa.inputs import InputSpec, make_inputs
+from cute_fa.types import PersistentMode
 
 DENSE = InputSpec(batch=2, seqlen_q=40, seqlen_k=72, heads=4, causal=True)
 PACKED = InputSpec(batch=3, seqlen_q=40, seqlen_k=72, heads=4, varlen_q=True, varlen_k=True, causal=True)
@@ -30,7 +31,7 @@ def arguments(inputs, **changes):
     call = ops.Call(
         *(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, None, None, None, None, None),
         *((40, 72) if inputs.cu_seqlens_q is not None else (None, None)),
-        *(None, None, 0, 0, 0.0, 1, None),
+        *(None, None, 0, 0, 0.0, 1, None, False, "off"),
     )
     return call._replace(**changes)
 
@@ -70,7 +71,8 @@ def test_compile_dense(simulated, backend, dynamic):
 
 def test_compile_packed(simulated):
     def model(q, k, v, cu_q, cu_k, longest):
-        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest, 72, causal=True)
+        choices = {"pack_gqa": False, "persistent": PersistentMode.OFF}
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest, 72, causal=True, **choices)
 
     torch._dynamo.reset()
     traced = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -98,6 +100,15 @@ def test_compiled_code_keeps_the_rules(simulated):
     traced = torch.compile(lambda q: flash_attn_func(q, q, q), fullgraph=True, backend="eager")
     with pytest.raises(cute_fa.errors.UnsupportedKeyError, match="head_dim 300"):
         traced(torch.zeros(1, 8, 1, 304, dtype=torch.bfloat16)[..., :300])
+    for mode in ("on", PersistentMode.ON):
+        traced = torch.compile(lambda q, mode=mode: flash_attn_func(q, q, q, persistent=mode), backend="eager")
+        with pytest.raises(cute_fa.errors.UnsupportedKeyError, match="persistent: this kernel launches"):
+            traced(torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16))
+
+
+def test_the_operator_itself_checks_names(simulated):
+    with pytest.raises(ArgumentError, match="persistent='always': one of auto, off, on"):
+        torch.ops.cute_fa.attention(*arguments(make_inputs(DENSE), persistent="always"))
 
 
 def test_fake_shapes_without_a_device():

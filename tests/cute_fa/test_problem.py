@@ -284,10 +284,15 @@ class TestRequests:
     def test_fa3(self):
         request = Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A, persistent=PersistentMode.ON)
         assert request.dispatch_key().arch is SmArch.SM_90A
+        assert (request.problem().persistent, request.problem().pack_gqa) == (PersistentMode.ON, None)
+        packed = Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A, pack_gqa=True)
+        assert (packed.problem().persistent, packed.problem().pack_gqa) == (PersistentMode.AUTO, True)
         with pytest.raises(Fa3ArchError, match="FA3 kernels on sm_89"):
             Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_89)
         with pytest.raises(ArgumentError, match="persistent is bool: a PersistentMode is needed"):
             Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A, persistent=True)
+        with pytest.raises(ArgumentError, match="pack_gqa='yes': True or False"):
+            Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A, pack_gqa="yes")
 
     def test_no_fa3_kernel_yet(self):
         request = Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A)
@@ -325,6 +330,19 @@ class TestRequests:
             VarlenFwdRequest(packed_q, packed_kv, packed_kv, cu, cu, arch=SmArch.SM_80)
         with pytest.raises(ArgumentError, match="cu_seqlens_q is Tensor"):
             VarlenFwdRequest(packed_q, packed_kv, packed_kv, cu.tensor("cpu"), cu, arch=SmArch.SM_80)
+
+    def test_a_request_finds_its_problem_once(self, monkeypatch):
+        cu = CumulativeSeqlens.from_lengths([30, 50])
+        q, kv = self.q.flatten(0, 1), self.kv.flatten(0, 1)
+        request = VarlenFwdRequest(q, kv, kv, cu, cu, arch=SmArch.SM_80)
+        monkeypatch.setattr(CumulativeSeqlens, "tensor", None)
+        assert request.problem() is request.problem()
+        assert request.problem().seqlen_q == 50
+        assert str(request.dispatch_key()) == "fwd_sm80_bf16_hd64_varlen_gqa2"
+        with cute_fa.simulate("sm_80"):
+            out, lse = request.run()
+        options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor(cu.offsets))
+        assert reference.check(out, lse, q, kv, kv, **options).ok
 
     def test_run(self):
         cu = CumulativeSeqlens.from_lengths([30, 0, 50])

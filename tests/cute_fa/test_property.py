@@ -126,6 +126,8 @@ SCALAR_DAMAGE = {
     "max_seqlen_q": [0, -1, 1, 3, 10**9, 2**31, 10**30, 4.0, "x", None, True, torch.tensor(50)],
     "max_seqlen_k": [0, -1, 1, 3, 10**9, 2**31, 10**30, 4.0, "x", None, True, torch.tensor(50)],
     "family": ["fa2", "fa3", "fa9", 1, ""],
+    "pack_gqa": [True, False, 1, "x"],
+    "persistent": ["on", "off", "auto", "x", True, None, []],
     "dropout_p": [0.0, 0.5, NAN, "x"],
     "qv": [None, 1],
     "no_such_argument": [1],
