@@ -42,6 +42,11 @@ class Fa2ForwardConfig(KernelConfig):
         return 32 * self.num_warps
 
     @property
+    def rows_per_thread(self) -> int:
+        """Queries of which a thread holds scores: two for each m16n8k16 of its warp."""
+        return 2 * (self.tile_m // (16 * self.num_warps))
+
+    @property
     def head_dim_padded(self) -> int:
         return padded(self.head_dim)
 

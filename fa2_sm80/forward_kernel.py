@@ -82,8 +82,8 @@ class Fa2ForwardKernel:
             load_q = TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads)
             load_k = TileLoader(k, smem.k, c.head_dim, tidx, c.num_threads)
             load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, c.num_threads)
-            slope = args.alibi_slopes[batch, head] if const_expr(c.alibi) else None
-            scores = score_params(args.softmax_scale, args.softcap, slope)
+            slopes = (args.alibi_slopes[batch, head],) * c.rows_per_thread if const_expr(c.alibi) else None
+            scores = score_params(args.softmax_scale, args.softcap, slopes)
 
             tile = QueryTile(c, tidx, smem, info, m_start, args.window, scores)
             pipeline = KeyValuePipeline(c.stages, load_k, load_v, blocks, args.window, info.seqlen_k, c.tile_n)
@@ -95,8 +95,8 @@ class Fa2ForwardKernel:
             # Where the tile lies is read again: kept over the main loop it would cost it 8 registers.
             m_block, head, batch = self.tile(args)
             info = seqlen_info(args.lengths, batch, dense_q, dense_k)
-            sink_logit = args.learnable_sink[head] if const_expr(c.learnable_sink) else None
-            lse = tile.softmax.finalize(tile.acc_rows, scores.offset_log2, sink_logit)
+            sink_logits = (args.learnable_sink[head],) * c.rows_per_thread if const_expr(c.learnable_sink) else None
+            lse = tile.softmax.finalize(tile.acc_rows, scores.offset_log2, sink_logits)
             out = head_matrix(args.out, head, batch, info.offset_q, c.cu_seqlens_q)
             lse_row = head_row(args.lse, head, batch, info.offset_q, c.cu_seqlens_q)
             tile.store_lse(lse, lse_row, info, m_block * c.tile_m)

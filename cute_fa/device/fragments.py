@@ -1,6 +1,8 @@
-"""Views of mma.sync accumulators (PTX ISA, "Matrix fragments for mma.m16n8k16").
+"""Views of mma.sync accumulators (PTX ISA, "Matrix fragments for mma.m16n8k16") and of wgmma's ("Register fragments
+and shared memory matrix layouts").
 
-The accumulator of a tile is ((2, 2), MMA_M, MMA_N): two neighbouring columns, two rows eight apart, then the repeats.
+The accumulator of a tile is ((2, 2), MMA_M, MMA_N) for mma.sync: two neighbouring columns, two rows eight apart, then
+the repeats. One wgmma m64nN holds the same for all of N: ((2, 2, N / 8), 1, 1).
 """
 
 import cutlass.cute as cute
@@ -24,5 +26,22 @@ def as_operand_a(p: cute.Tensor) -> cute.Tensor:
     layout = cute.make_layout(
         ((shape[0][0], shape[0][1], shape[2][0]), shape[1], shape[2][1]),
         stride=((stride[0][0], stride[0][1], stride[2][0]), stride[1], stride[2][1]),
+    )
+    return cute.make_tensor(p.iterator, layout)
+
+
+def warpgroup_rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
+    """A wgmma accumulator as a matrix (2 rows, (2, N / 8) columns) of what one thread holds."""
+    shape, stride = acc.layout.shape[0], acc.layout.stride[0]
+    layout = cute.make_layout((shape[1], (shape[0], shape[2])), stride=(stride[1], (stride[0], stride[2])))
+    return cute.make_tensor(acc.iterator, layout)
+
+
+def as_warpgroup_operand_a(p: cute.Tensor) -> cute.Tensor:
+    """A wgmma accumulator-shaped fragment seen as operand A in registers of the next m64nNk16, ((2, 2, 2), 1, N / 16):
+    two neighbouring blocks of 8 columns are one k16 step."""
+    shape, stride = p.layout.shape[0], p.layout.stride[0]
+    layout = cute.make_layout(
+        ((shape[0], shape[1], 2), 1, shape[2] // 2), stride=((stride[0], stride[1], stride[2]), 0, 2 * stride[2])
     )
     return cute.make_tensor(p.iterator, layout)

@@ -15,24 +15,26 @@ LOG2_E = math.log2(math.e)
 class ScoreParams(NamedTuple):
     """Run-time constants of the score formula. A score in log2 units is ``scale_log2``·x + ``offset_log2``, x being
     what :func:`modify_scores` leaves, so that the exponential's fma does the scaling; the offset, None for 0, matters
-    to the LSE alone. ``softcap_exponent``: factor from Q·Kᵀ to 2·log2(e)·score/c, or None. ``slope``: ALiBi slope of
-    the tile's head in the units of x, or None."""
+    to the LSE alone. ``softcap_exponent``: factor from Q·Kᵀ to 2·log2(e)·score/c, or None. ``slopes``: ALiBi slope of
+    each row's head in the units of x, or None."""
 
     scale_log2: Float32
     offset_log2: Optional[Float32]
     softcap_exponent: Optional[Float32]
-    slope: Optional[Float32]
+    slopes: Optional[tuple[Float32, ...]]
 
 
-def score_params(softmax_scale: Float32, softcap: Optional[Float32], slope: Optional[Float32]) -> ScoreParams:
-    """Constants for softmax_scale, the cap c and the head's ALiBi slope; see :func:`modify_scores`."""
+def score_params(
+    softmax_scale: Float32, softcap: Optional[Float32], slopes: Optional[tuple[Float32, ...]]
+) -> ScoreParams:
+    """Constants for softmax_scale, the cap c and the ALiBi slopes of a thread's rows; see :func:`modify_scores`."""
     scale_log2, offset_log2, exponent = softmax_scale * LOG2_E, None, None
     if const_expr(softcap is not None):
         exponent = 2.0 * LOG2_E * softmax_scale / softcap
         scale_log2, offset_log2 = 2.0 * LOG2_E * softcap, LOG2_E * softcap
-    if const_expr(slope is not None):
-        slope = slope * LOG2_E / scale_log2
-    return ScoreParams(scale_log2, offset_log2, exponent, slope)
+    if const_expr(slopes is not None):
+        slopes = tuple(slope * LOG2_E / scale_log2 for slope in slopes)
+    return ScoreParams(scale_log2, offset_log2, exponent, slopes)
 
 
 @cute.jit
@@ -50,9 +52,9 @@ def modify_scores(scores: cute.Tensor, columns: cute.Tensor, positions: cute.Ten
                 # not tanh.approx: it is off by 2^-11, 0.02 at a cap of 50, and would show in the LSE
                 grown = cute.math.exp2(score * params.softcap_exponent, fastmath=True)
                 score = cute.arch.rcp_approx(-1.0 - grown)
-            if const_expr(params.slope is not None):
+            if const_expr(params.slopes is not None):
                 distance = positions[r] - Float32(columns[0, c][1])
-                score = score - params.slope * cute.math.absf(distance)
+                score = score - params.slopes[r] * cute.math.absf(distance)
             scores[r, c] = score
 
 

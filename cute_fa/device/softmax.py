@@ -1,4 +1,4 @@
-"""Online softmax on mma.sync accumulators (FlashAttention-2, arXiv 2307.08691, section 3.1).
+"""Online softmax on the accumulators of mma.sync and wgmma (FlashAttention-2, arXiv 2307.08691, section 3.1).
 
 Two departures, both exact: the running reference of a row follows its maximum only when that has grown by more than
 2^8 (FlashAttention-4's conditional rescaling), so that O is almost never rescaled after the first blocks; and row sums
@@ -49,6 +49,36 @@ class OnlineSoftmax:
                 running[r] = reference
                 total[r] = total[r] * factor
                 scale_row(acc, r, factor)
+        self.exponentiate(scores, may_be_hidden)
+
+    @cute.jit
+    def advance(self, scores: cute.Tensor, may_be_hidden: cutlass.Constexpr[bool]) -> cute.Tensor:
+        """First half of an update whose accumulator is still being written: the references of the rows that have
+        outgrown theirs, and the sums, move on. Returns the factor of each row of the accumulator, mostly 1: what
+        :meth:`rescale` takes once the accumulator is there. :meth:`exponentiate` is the other half."""
+        scale, running, total = self.scale_log2, self.reference, self.total
+        factors = cute.make_rmem_tensor(self.num_rows, Float32)
+        for r in cutlass.range_constexpr(self.num_rows):
+            maximum = quad_max(row_max(scores, r)) * scale
+            reference = maximum if maximum - running[r] > RESCALE_THRESHOLD else running[r]
+            base = finite(reference) if const_expr(may_be_hidden) else reference
+            factors[r] = cute.math.exp2(running[r] - base, fastmath=True)
+            running[r] = reference
+            total[r] = total[r] * factors[r]
+        return factors
+
+    @cute.jit
+    def rescale(self, acc: cute.Tensor, factors: cute.Tensor):
+        """``acc`` (rows, columns) times the rows' factors, unless all of the warp's are 1."""
+        while cute.arch.vote_any_sync(any_below_one(factors)):  # a loop that runs once, see update()
+            for r in cutlass.range_constexpr(self.num_rows):
+                scale_row(acc, r, factors[r])
+                factors[r] = Float32(1.0)
+
+    @cute.jit
+    def exponentiate(self, scores: cute.Tensor, may_be_hidden: cutlass.Constexpr[bool]):
+        """Scores to exponentials, in place, relative to the rows' references; adds them to the sums."""
+        scale, running, total = self.scale_log2, self.reference, self.total
         for r in cutlass.range_constexpr(self.num_rows):
             reference = running[r]
             if const_expr(may_be_hidden):
@@ -59,11 +89,13 @@ class OnlineSoftmax:
             total[r] = exponentials.reduce(cute.ReductionOp.ADD, total[r], 0)
 
     @cute.jit
-    def finalize(self, acc: cute.Tensor, offset_log2: Optional[Float32], sink_logit: Optional[Float32]) -> cute.Tensor:
+    def finalize(
+        self, acc: cute.Tensor, offset_log2: Optional[Float32], sink_logits: Optional[tuple[Float32, ...]]
+    ) -> cute.Tensor:
         """Normalise ``acc`` in place and return the rows' natural-log LSE; a row without keys gives 0 and −inf.
 
-        ``offset_log2``: what all scores lack, in log2 units, or None; ``sink_logit``: an extra logit without a value
-        row, or None.
+        ``offset_log2``: what all scores lack, in log2 units, or None; ``sink_logits``: an extra logit for each row,
+        without a value row, or None.
         """
         offset = offset_log2 if const_expr(offset_log2 is not None) else Float32(0.0)
         lse = cute.make_rmem_tensor(self.num_rows, Float32)
@@ -71,8 +103,8 @@ class OnlineSoftmax:
             total = quad_sum(self.total[r])
             reference = self.reference[r]
             factor = Float32(1.0)
-            if const_expr(sink_logit is not None):
-                sink_log2 = sink_logit * LOG2_E - offset
+            if const_expr(sink_logits is not None):
+                sink_log2 = sink_logits[r] * LOG2_E - offset
                 reference = cute.arch.fmax(reference, sink_log2)
                 factor = cute.math.exp2(self.reference[r] - finite(reference), fastmath=True)
                 total = total * factor + cute.math.exp2(sink_log2 - finite(reference), fastmath=True)
@@ -103,6 +135,14 @@ def outgrown(maximum: cute.Tensor, running: cute.Tensor) -> Boolean:
     for r in range(1, cute.size(maximum)):
         grown = grown | (maximum[r] - running[r] > RESCALE_THRESHOLD)
     return grown
+
+
+def any_below_one(factors: cute.Tensor) -> Boolean:
+    """Whether a row's factor is not 1."""
+    below = factors[0] < 1.0
+    for r in range(1, cute.size(factors)):
+        below = below | (factors[r] < 1.0)
+    return below
 
 
 def quad_max(value: Float32) -> Float32:

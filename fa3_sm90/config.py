@@ -1,0 +1,234 @@
+"""How the FA3 forward is built: frozen configs, the pipelines as data, and the one heuristic that chooses among them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cute_fa.kernel import KernelConfig
+from cute_fa.problem import AttentionProblem
+from cute_fa.types import DType, PersistentMode, SmArch
+
+WARPGROUP = 128
+WGMMA_M = 64
+# Room for the mbarriers beside the tiles.
+BARRIER_BYTES = 1024
+# setmaxnreg of (producer, consumer) by number of consumer warpgroups: all 65,536 registers of the SM, 128 or 168 a
+# thread at launch, moved to the consumers.
+REGISTERS = {2: (24, 240), 3: (32, 160)}
+
+
+def padded(head_dim: int) -> int:
+    """head_dim as the tiles hold it: wgmma consumes 16 elements of Q·Kᵀ at a time; the rest is zero."""
+    return (head_dim + 15) // 16 * 16
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """One ring of tiles in shared memory between the loader and the consumers.
+
+    ``name``: what it carries; ``stages``: tiles in the ring, a power of 2; ``stage_bytes``: what the TMA copies of one
+    stage deliver; ``consumer_warps``: warps that release a stage, one arrival each.
+    """
+
+    name: str
+    stages: int
+    stage_bytes: int
+    consumer_warps: int
+
+
+@dataclass(frozen=True)
+class Fa3ForwardConfig(KernelConfig):
+    """Everything that shapes the machine code.
+
+    ``warpgroups`` consumer warpgroups own 64 rows of Q each and take ``tile_n`` keys a step; ``stages`` blocks of K and of
+    V are in flight. ``pack_gqa`` query heads of one kv head share a tile (1: none). ``page_size`` None: contiguous keys.
+    ``persistent``: CTAs walk over tiles. The flags say which features exist, never their values.
+    """
+
+    dtype: DType
+    head_dim: int
+    head_dim_v: int
+    warpgroups: int
+    tile_n: int
+    stages: int
+    pack_gqa: int = 1
+    persistent: bool = True
+    page_size: int | None = None
+    window_left: bool = False
+    window_right: bool = False
+    sink_tokens: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    learnable_sink: bool = False
+    cu_seqlens_q: bool = False
+    cu_seqlens_k: bool = False
+    seqused_q: bool = False
+    seqused_k: bool = False
+
+    @property
+    def num_threads(self) -> int:
+        """The producer warpgroup and the consumers."""
+        return WARPGROUP * (1 + self.warpgroups)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a producer and of a consumer thread."""
+        return REGISTERS[self.warpgroups]
+
+    @property
+    def head_dim_padded(self) -> int:
+        return padded(self.head_dim)
+
+    @property
+    def head_dim_v_padded(self) -> int:
+        return padded(self.head_dim_v)
+
+    @property
+    def tokens(self) -> int:
+        """Query positions that one warpgroup owns: 64, or fewer where heads are packed."""
+        return WGMMA_M // self.pack_gqa
+
+    @property
+    def tile_tokens(self) -> int:
+        """Query positions of one tile."""
+        return self.tokens * self.warpgroups
+
+    @property
+    def key_rows(self) -> int:
+        """Keys that one TMA copy brings: of a page, as many as a block and a page have in common."""
+        return self.tile_n if self.page_size is None else math.gcd(self.page_size, self.tile_n)
+
+    @property
+    def ragged_keys(self) -> bool:
+        """Whether a sequence's keys may end before the rows of the tensor, or of the page, do."""
+        return self.cu_seqlens_k or self.seqused_k or self.page_size is not None
+
+    @property
+    def q_bytes(self) -> int:
+        """Q of one warpgroup, or O where that is larger and takes its place."""
+        columns = self.head_dim_padded if self.own_output else max(self.head_dim_padded, self.head_dim_v_padded)
+        return WGMMA_M * columns * self.dtype.bytes
+
+    @property
+    def o_bytes(self) -> int:
+        """O of one warpgroup."""
+        return WGMMA_M * self.head_dim_v_padded * self.dtype.bytes
+
+    @property
+    def own_output(self) -> bool:
+        """Whether O has its own memory, so that the next tile's Q is loaded while O is stored; else it takes Q's."""
+        q = WGMMA_M * self.head_dim_padded * self.dtype.bytes
+        return self.warpgroups * (q + self.o_bytes) + self.kv_bytes + BARRIER_BYTES <= self.arch.smem_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.stages * self.tile_n * (self.head_dim_padded + self.head_dim_v_padded) * self.dtype.bytes
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA."""
+        output = self.o_bytes if self.own_output else 0
+        return self.warpgroups * (self.q_bytes + output) + self.kv_bytes + BARRIER_BYTES
+
+    @property
+    def pipelines(self) -> tuple[PipelineSpec, ...]:
+        """Q has one ring for each warpgroup, since each loads, waits for and releases its own rows."""
+        rows = self.pack_gqa * self.tokens
+        size = self.dtype.bytes
+        everyone = 4 * self.warpgroups
+        queries = tuple(PipelineSpec(f"q{i}", 1, rows * self.head_dim_padded * size, 4) for i in range(self.warpgroups))
+        keys = PipelineSpec("k", self.stages, self.tile_n * self.head_dim_padded * size, everyone)
+        values = PipelineSpec("v", self.stages, self.tile_n * self.head_dim_v_padded * size, everyone)
+        return (*queries, keys, values)
+
+    @property
+    def pingpong(self) -> bool:
+        """Whether warpgroups take turns on the tensor cores. Beyond head_dim 128 a block's products take so long that
+        the softmax of the other warpgroup hides behind them anyway."""
+        return max(self.head_dim_padded, self.head_dim_v_padded) <= 128
+
+    @property
+    def compile_name(self) -> str:
+        head_dim = f"hd{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        flags = {
+            "left": self.window_left,
+            "right": self.window_right,
+            "sink": self.sink_tokens,
+            "softcap": self.softcap,
+            "alibi": self.alibi,
+            "lsink": self.learnable_sink,
+            "cuq": self.cu_seqlens_q,
+            "cuk": self.cu_seqlens_k,
+            "usedq": self.seqused_q,
+            "usedk": self.seqused_k,
+            f"page{self.page_size}": self.page_size is not None,
+            f"pack{self.pack_gqa}": self.pack_gqa > 1,
+            "single": not self.persistent,
+        }
+        return "_".join(
+            ["fa3_fwd", self.arch.short, self.dtype.value, head_dim, *(name for name, on in flags.items() if on)]
+        )
+
+    def build(self):
+        from fa3_sm90.forward_kernel import build
+
+        return build(self)
+
+
+def forward_config(problem: AttentionProblem) -> Fa3ForwardConfig:
+    """The heuristic: tiles by head_dim, registers and shared memory; packing by how full the tiles get."""
+    warpgroups, tile_n, stages = _tiles(problem)
+    return Fa3ForwardConfig(
+        arch=problem.arch,
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        warpgroups=warpgroups,
+        tile_n=tile_n,
+        stages=stages,
+        pack_gqa=problem.gqa_ratio if packs(problem, warpgroups) else 1,
+        persistent=problem.persistent is not PersistentMode.OFF,
+        page_size=problem.page_size,
+        window_left=problem.window_left is not None,
+        window_right=problem.window_right is not None,
+        sink_tokens=problem.sink_tokens > 0 and problem.window_left is not None,
+        softcap=problem.softcap > 0.0,
+        alibi=problem.alibi,
+        learnable_sink=problem.learnable_sink,
+        cu_seqlens_q=problem.varlen_q,
+        cu_seqlens_k=problem.varlen_k,
+        seqused_q=problem.seqused_q,
+        seqused_k=problem.seqused_k,
+    )
+
+
+def packs(problem: AttentionProblem, warpgroups: int) -> bool:
+    """Whether the query heads of one kv head share a tile: where asked for, else where it fills the rows of the tiles
+    better by a tenth, as with few queries (decoding, chunks) it does."""
+    ratio = problem.gqa_ratio
+    if ratio == 1 or ratio > WGMMA_M:
+        return False
+    if problem.pack_gqa is not None:
+        return problem.pack_gqa
+    rows = warpgroups * WGMMA_M
+    tokens = warpgroups * (WGMMA_M // ratio)
+    seqlen_q = max(problem.seqlen_q, 1)
+    apart = seqlen_q / (-(-seqlen_q // rows) * rows)
+    packed = seqlen_q * ratio / (-(-seqlen_q // tokens) * rows)
+    return packed > 1.1 * apart
+
+
+def _tiles(problem: AttentionProblem) -> tuple[int, int, int]:
+    """(warpgroups, tile_n, stages)."""
+    size, size_v = padded(problem.head_dim), padded(problem.head_dim_v)
+    if max(size, size_v) <= 64:
+        return 3, 128, 4
+    candidates = (128, 64) if problem.page_size is not None else (128, 112, 96, 80, 64)
+    for tile_n in candidates:
+        smem = problem.dtype.bytes * (2 * WGMMA_M * max(size, size_v) + 2 * tile_n * (size + size_v))
+        # scores and probabilities of a block, O, and about 40 for addresses, the softmax's state and the mask
+        registers = tile_n // 2 + tile_n // 4 + size_v // 2 + 40
+        if smem + BARRIER_BYTES <= SmArch.SM_90A.smem_bytes and registers <= REGISTERS[2][1]:
+            return 2, tile_n, 2
+    raise AssertionError(f"head_dim {problem.head_dim}, {problem.head_dim_v}: no tile fits")  # supports() bounds them

@@ -1,0 +1,135 @@
+"""The FA3 forward on sm_90a (FlashAttention-3, arXiv 2407.08608): a producer warp loads by TMA, consumer warpgroups
+compute on wgmma, CTAs walk over tiles of queries."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from cute_fa.device.block_range import Window
+from cute_fa.device.seqlen import LengthTensors
+from cute_fa.device.tile_scheduler import TileGrid
+from fa3_sm90.arguments import ForwardArguments, TmaTensors, dense_extents
+from fa3_sm90.config import WARPGROUP, Fa3ForwardConfig
+from fa3_sm90.consumer import Consumer
+from fa3_sm90.loader import Loader
+from fa3_sm90.pipeline import Ring, rings
+from fa3_sm90.storage import Boxes, Storage, allocate
+from fa3_sm90.tiles import CUTE_DTYPE, tma_tensor
+
+
+class Fa3ForwardKernel:
+    """Device code of one :class:`Fa3ForwardConfig`."""
+
+    def __init__(self, config: Fa3ForwardConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(self, args: ForwardArguments, stream):
+        c = self.config
+        boxes = Boxes.of(c)
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        tma = TmaTensors(
+            q=tma_tensor(load, args.q, boxes.q, c.cu_seqlens_q),
+            k=tma_tensor(load, args.k, boxes.k, c.cu_seqlens_k),
+            v=tma_tensor(load, args.v, boxes.v, c.cu_seqlens_k),
+            out=tma_tensor(store, args.out, boxes.out, c.cu_seqlens_q),
+        )
+        self.kernel(args, tma).launch(
+            grid=(args.num_ctas, 1, 1),
+            block=(c.num_threads, 1, 1),
+            smem=c.smem_bytes,
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, args: ForwardArguments, tma: TmaTensors):
+        """The first warpgroup produces, with few registers; the others consume, with many."""
+        c = self.config
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = allocate(c)
+        pipelines = rings(c.pipelines, storage.barriers)
+        prepare, load, consume = self.prepare, self.load, self.consume
+        if warp == 0:
+            prepare(tma, pipelines)
+        cute.arch.sync_threads()
+
+        producer_registers, consumer_registers = c.registers
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(producer_registers)
+            if warp == 0:
+                load(args, tma, storage, pipelines)
+        else:
+            cute.arch.setmaxregister_increase(consumer_registers)
+            consume(args, tma, storage, pipelines)
+
+    def prepare(self, tma: TmaTensors, pipelines: dict[str, Ring]):
+        """Descriptors on their way, barriers initialised and known to TMA."""
+        for tensor in tma:
+            cpasync.prefetch_descriptor(tensor.atom)
+        with cute.arch.elect_one():
+            for ring in pipelines.values():
+                ring.initialize()
+        cute.arch.mbarrier_init_fence()
+
+    def load(self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
+        """The producer warp."""
+        Loader(self.config, args, tma, dense_extents(args, self.config), storage, pipelines).run()
+
+    def consume(self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
+        """A consumer warpgroup."""
+        tidx, _, _ = cute.arch.thread_idx()
+        index = cute.arch.make_warp_uniform(tidx // WARPGROUP) - 1
+        extents = dense_extents(args, self.config)
+        Consumer(self.config, args, tma, extents, storage, pipelines, index, tidx % WARPGROUP).run()
+
+
+def build(config: Fa3ForwardConfig):
+    """The callable and its fake arguments for ``cute.compile``."""
+    c = config
+    dtype = CUTE_DTYPE[c.dtype]
+
+    def fake(element, *shape, aligned=1):
+        strides = [cute.sym_int64(divisibility=aligned) for _ in shape[:-1]]
+        alignment = element.width // 8 * aligned
+        return cute.runtime.make_fake_tensor(element, shape, stride=(*strides, 1), assumed_align=alignment)
+
+    def activations(packed: bool, head_dim: int):
+        shape = [cute.sym_int() for _ in range(2 if packed else 3)]
+        return fake(dtype, *shape, head_dim, aligned=8)
+
+    def optional(wanted: bool, make):
+        return make() if wanted else None
+
+    def lengths():
+        return fake(Int32, cute.sym_int())
+
+    lse_shape = [cute.sym_int() for _ in range(2 if c.cu_seqlens_q else 3)]
+    arguments = ForwardArguments(
+        q=activations(c.cu_seqlens_q, c.head_dim),
+        k=activations(c.cu_seqlens_k, c.head_dim),
+        v=activations(c.cu_seqlens_k, c.head_dim_v),
+        out=activations(c.cu_seqlens_q, c.head_dim_v),
+        lse=fake(Float32, *lse_shape),
+        lengths=LengthTensors(
+            optional(c.cu_seqlens_q, lengths),
+            optional(c.cu_seqlens_k, lengths),
+            optional(c.seqused_q, lengths),
+            optional(c.seqused_k, lengths),
+        ),
+        page_table=optional(c.page_size is not None, lambda: fake(Int32, cute.sym_int(), cute.sym_int())),
+        window=Window(
+            optional(c.window_left, lambda: Int32(0)),
+            optional(c.window_right, lambda: Int32(0)),
+            optional(c.sink_tokens, lambda: Int32(0)),
+        ),
+        alibi_slopes=optional(c.alibi, lambda: fake(Float32, cute.sym_int(), cute.sym_int())),
+        learnable_sink=optional(c.learnable_sink, lambda: fake(Float32, cute.sym_int())),
+        softmax_scale=Float32(0.0),
+        softcap=optional(c.softcap, lambda: Float32(0.0)),
+        grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),
+        num_ctas=Int32(0),
+    )
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return Fa3ForwardKernel(config), (arguments, stream)

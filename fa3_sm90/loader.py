@@ -1,0 +1,123 @@
+"""The producer warp: brings Q, K and V into shared memory by TMA."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+from fa3_sm90.arguments import Extents, ForwardArguments, TileWork, TmaTensors, scheduler_of, tile_work
+from fa3_sm90.config import Fa3ForwardConfig
+from fa3_sm90.pipeline import Ring
+from fa3_sm90.storage import Boxes, Storage
+from fa3_sm90.tiles import BoxCopy
+
+
+class Loader:
+    """One warp. Order of the copies: K0, Q, then K1, V0, K2, V1 …: each is needed about when it arrives."""
+
+    def __init__(
+        self,
+        config: Fa3ForwardConfig,
+        args: ForwardArguments,
+        tma: TmaTensors,
+        extents: Extents,
+        storage: Storage,
+        rings: dict[str, Ring],
+    ):
+        self.config, self.args, self.tma, self.extents = config, args, tma, extents
+        self.storage, self.rings = storage, rings
+        self.boxes = Boxes.of(config)
+
+    @cute.jit
+    def run(self):
+        """Walk over the CTA's tiles. ``blocks`` and ``tiles`` count key blocks and tiles with keys, see Ring."""
+        args, config, extents = self.args, self.config, self.extents
+        scheduler = scheduler_of(args, config)
+        valid, tile, advance, load_tile = scheduler.valid, scheduler.tile, scheduler.next, self.load_tile
+        blocks, tiles = Int32(0), Int32(0)
+        state = scheduler.first()
+        while valid(state):
+            work = tile_work(args, config, extents, tile(state))
+            if work.blocks.total > 0:
+                load_tile(work, blocks, tiles)
+                blocks += work.blocks.total
+                tiles += 1
+            state = advance(state)
+
+    @cute.jit
+    def load_tile(self, work: TileWork, count: Int32, tiles: Int32):
+        """All loads of one tile; its first key block is number ``count`` of the CTA."""
+        load_k, load_v = self.load_k, self.load_v
+        load_k(work, Int32(0), count)
+        self.load_q(work, tiles)
+        for iteration in cutlass.range(1, work.blocks.total, unroll=1):
+            load_k(work, iteration, count + iteration)
+            load_v(work, iteration - 1, count + iteration - 1)
+        last = work.blocks.total - 1
+        load_v(work, last, count + last)
+
+    @cute.jit
+    def load_q(self, work: TileWork, tiles: Int32):
+        """Each warpgroup's queries, on a barrier of their own. Rows beyond the sequence are whatever lies there: they
+        take no part in other rows and are not stored."""
+        c = self.config
+        head, batch = work.tile.head * c.pack_gqa, work.tile.batch
+        outer = () if const_expr(c.cu_seqlens_q) else (batch,)
+        copy = BoxCopy(self.tma.q, self.boxes.q, 64, head, outer)
+        for wg in cutlass.range_constexpr(c.warpgroups):
+            barrier = self.rings[f"q{wg}"].acquire(tiles)
+            row = work.info.offset_q + work.first_token + wg * c.tokens
+            copy.load(self.storage.q[wg], 0, row, Int32(c.tokens), barrier)
+
+    @cute.jit
+    def load_k(self, work: TileWork, iteration: Int32, count: Int32):
+        """One block of K."""
+        self.load_keys(
+            "k", self.tma.k, self.boxes.k, self.storage.k, self.config.head_dim_padded, work, iteration, count
+        )
+
+    @cute.jit
+    def load_v(self, work: TileWork, iteration: Int32, count: Int32):
+        """One block of V."""
+        self.load_keys(
+            "v", self.tma.v, self.boxes.v, self.storage.v, self.config.head_dim_v_padded, work, iteration, count
+        )
+
+    @cute.jit
+    def load_keys(self, name, tma, box, tiles, columns, work: TileWork, iteration: Int32, count: Int32):
+        """One block of K or V into its stage. What lies beyond the sequence's last key arrives as zeros: hidden scores
+        are replaced, but 0 · NaN of V would not be 0."""
+        c, info = self.config, work.info
+        ring = self.rings[name]
+        block = work.blocks.block(iteration, self.args.window)
+        head = work.tile.head if const_expr(c.pack_gqa > 1) else work.tile.head // self.heads_per_kv()
+        barrier = ring.acquire(count)
+        tile = tiles + ring.stage(count) * (c.tile_n * columns)
+        first_key = block * c.tile_n
+        if const_expr(c.page_size is None):
+            outer = () if const_expr(c.cu_seqlens_k) else (work.tile.batch,)
+            copy = BoxCopy(tma, box, c.tile_n, head, outer)
+            copy.load(tile, 0, info.offset_k + first_key, info.seqlen_k - first_key, barrier)
+        else:
+            self.load_pages(tma, box, tile, head, first_key, work, barrier)
+
+    @cute.jit
+    def load_pages(self, tma, box, tile, head, first_key: Int32, work: TileWork, barrier):
+        """A block from its pages, one box a piece. Each lane looks one page up; pages beyond the sequence are not: all
+        of their rows are out of bounds, so that TMA reads nothing and writes zeros."""
+        c = self.config
+        lane = cute.arch.lane_idx()
+        seqlen_k = work.info.seqlen_k
+        pieces = c.tile_n // c.key_rows
+        own = first_key + lane * c.key_rows
+        page = Int32(0)
+        if lane < pieces and own < seqlen_k:
+            page = self.args.page_table[work.tile.batch, own // c.page_size]
+        for piece in cutlass.range_constexpr(pieces):
+            key = first_key + piece * c.key_rows
+            listed = cute.arch.shuffle_sync(page, piece)
+            copy = BoxCopy(tma, box, c.tile_n, head, (listed,))
+            copy.load(tile, piece * c.key_rows, key % c.page_size, seqlen_k - key, barrier)
+
+    def heads_per_kv(self) -> Int32:
+        """Query heads that share a kv head."""
+        return self.args.q.shape[-2] // self.args.k.shape[-2]
