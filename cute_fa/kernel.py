@@ -78,5 +78,7 @@ class AttentionKernel(ABC):
 
     @classmethod
     @abstractmethod
-    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors) -> tuple:
-        """Run-time arguments in the order of ``KernelConfig.build()``: torch tensors, numbers, nested tuples, None."""
+    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
+        """Run-time arguments in the order of ``KernelConfig.build()``: torch tensors, numbers, nested tuples, None.
+
+        ``num_sms``: SMs of the device, which a persistent kernel launches its CTAs by."""

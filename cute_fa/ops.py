@@ -20,7 +20,7 @@ from cute_fa.dispatch import TABLE
 from cute_fa.environment import switch
 from cute_fa.errors import NoBackwardError
 from cute_fa.kernel import AttentionTensors
-from cute_fa.simulation import arch_of, simulated_arch
+from cute_fa.simulation import simulated_arch, target_of
 from cute_fa.tensors import (
     ALIGNMENT,
     TORCH_DTYPES,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cute_fa.compiler import CompiledKernel
     from cute_fa.kernel import AttentionKernel
     from cute_fa.problem import AttentionProblem
+    from cute_fa.simulation import Target
     from cute_fa.types import SmArch
 
 # Whether to check values that live on the device, at the price of host synchronisations.
@@ -91,6 +92,7 @@ class _Plan:
 
     problem: AttentionProblem
     kernel: type[AttentionKernel]
+    num_sms: int
     launches: bool
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
@@ -123,14 +125,14 @@ def _attention_out(*arguments):
 
 
 def _plan(arguments: tuple, out: torch.Tensor | None) -> _Plan:
-    arch = arch_of(arguments[0].device)
+    target = target_of(arguments[0].device)
     signatures = tuple([None if t is None else _signature(t) for t in arguments[:NUM_TENSORS]])
-    key = (arch, signatures, arguments[NUM_TENSORS:], None if out is None else _signature(out))
+    key = (target, signatures, arguments[NUM_TENSORS:], None if out is None else _signature(out))
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
-        plan = _plans[key] = _make_plan(arch, Call._make(arguments), out)
+        plan = _plans[key] = _make_plan(target, Call._make(arguments), out)
     return plan
 
 
@@ -147,13 +149,14 @@ def problem_of_call(arch: SmArch, call: Call, out: torch.Tensor | None) -> Atten
     return problem_of(arch, **options, window_size=window, persistent=persistent, out=out)
 
 
-def _make_plan(arch: SmArch, call: Call, out: torch.Tensor | None) -> _Plan:
-    problem = problem_of_call(arch, call, out)
+def _make_plan(target: Target, call: Call, out: torch.Tensor | None) -> _Plan:
+    problem = problem_of_call(target.arch, call, out)
     kernel = TABLE.lookup(problem, call.family)
     q, k, v = call.q, call.k, call.v
     return _Plan(
         problem=problem,
         kernel=kernel,
+        num_sms=target.num_sms,
         launches=q.numel() > 0 and k.numel() > 0,
         out_shape=(*q.shape[:-1], v.shape[-1]),
         out_dtype=TORCH_DTYPES[problem.out_dtype],
@@ -191,7 +194,7 @@ def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
     tensors = AttentionTensors(q, k, v, out, lse, *call[3:NUM_TENSORS])
     if plan.compiled is None:
         plan.compiled = compiled(plan.kernel.configure(plan.problem))
-    plan.compiled.launch(plan.kernel.arguments(plan.problem, tensors))
+    plan.compiled.launch(plan.kernel.arguments(plan.problem, tensors, plan.num_sms))
 
 
 def _without_keys(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:

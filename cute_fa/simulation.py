@@ -4,33 +4,51 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 import ptxsim
-from cute_fa.errors import DeviceError, NoDeviceError
+from cute_fa.errors import ArgumentError, DeviceError, NoDeviceError
 from cute_fa.types import SmArch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_simulated: SmArch | None = None
+# SMs of one GPU of each architecture: A100, A40, L40S, H100 SXM, B200, B300, RTX PRO 6000 Blackwell (NVIDIA's data
+# sheets and architecture white papers).
+_PUBLISHED_SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 188}
+
+
+class Target(NamedTuple):
+    """What kernels run on: the architecture that they are built for, and how many SMs there are."""
+
+    arch: SmArch
+    num_sms: int
+
+
+_simulated: Target | None = None
 
 
 @contextmanager
 def simulate(
-    arch: str | SmArch, *, schedule_seed: int | None = None, late: bool = False
+    arch: str | SmArch, *, num_sms: int | None = None, schedule_seed: int | None = None, late: bool = False
 ) -> Iterator[ptxsim.Simulation]:
     """Run kernels for ``arch`` on CPU tensors through ``ptxsim``, and check values as with ``CUTE_FA_CHECK=1``.
 
-    ``schedule_seed`` runs warps in an adversarial order drawn from it; ``late`` completes asynchronous work as late as
-    the PTX ISA allows. Gives the simulation, whose ``launches`` tell what ran. Leaving it restores everything.
+    ``num_sms``: how many SMs kernels find, by default as many as a published GPU has (132 for sm_90a); a persistent
+    kernel launches no more CTAs than that. ``schedule_seed`` runs warps in an adversarial order drawn from it; ``late``
+    completes asynchronous work as late as the PTX ISA allows. Gives the simulation, whose ``launches`` tell what ran.
+    Leaving it restores everything. Raises ArgumentError for an unknown architecture or fewer than 1 SM.
     """
     global _simulated
-    target = SmArch.named(arch)
-    with ptxsim.simulate(target.value, schedule_seed=schedule_seed, late=late) as simulation:
-        _simulated = target
+    arch = SmArch.named(arch)
+    if num_sms is None:
+        num_sms = _PUBLISHED_SMS[arch.number]
+    if isinstance(num_sms, bool) or not isinstance(num_sms, int) or num_sms < 1:
+        raise ArgumentError(f"num_sms={num_sms!r}: a GPU has at least 1 SM")
+    with ptxsim.simulate(arch.value, schedule_seed=schedule_seed, late=late, sm_count=num_sms) as simulation:
+        _simulated = Target(arch, num_sms)
         try:
             yield simulation
         finally:
@@ -39,11 +57,21 @@ def simulate(
 
 def simulated_arch() -> SmArch | None:
     """The architecture being simulated, or None."""
-    return _simulated
+    return None if _simulated is None else _simulated.arch
 
 
 def arch_of(device: torch.device) -> SmArch:
     """The architecture that kernels for tensors on ``device`` are built for."""
+    return target_of(device).arch
+
+
+def num_sms(device: torch.device) -> int:
+    """SMs of the GPU that ``device`` names, or of the simulated one for the CPU."""
+    return target_of(device).num_sms
+
+
+def target_of(device: torch.device) -> Target:
+    """What kernels for tensors on ``device`` run on. Raises NoDeviceError or DeviceError if that is nothing."""
     if device.type == "cpu":
         if _simulated is None:
             raise NoDeviceError(
@@ -54,10 +82,13 @@ def arch_of(device: torch.device) -> SmArch:
     if device.type != "cuda":
         raise DeviceError(f"tensors on {device}: kernels run on CUDA devices")
     if _simulated is not None:
-        raise DeviceError(f"tensors on {device} while {_simulated.value} is simulated: the simulator takes CPU tensors")
-    return _gpu_arch(device.index)
+        raise DeviceError(
+            f"tensors on {device} while {_simulated.arch.value} is simulated: the simulator takes CPU tensors"
+        )
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def _gpu_arch(index: int) -> SmArch:
-    return SmArch.of_capability(*torch.cuda.get_device_capability(index))
+def _gpu(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target(SmArch.of_capability(properties.major, properties.minor), properties.multi_processor_count)

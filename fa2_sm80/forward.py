@@ -53,7 +53,7 @@ class Fa2Forward(AttentionKernel):
         return forward_config(problem)
 
     @classmethod
-    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors) -> tuple:
+    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
         t = tensors
         slopes = t.alibi_slopes
         if slopes is not None and slopes.dim() == 1:

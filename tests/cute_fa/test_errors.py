@@ -31,6 +31,7 @@ from cute_fa.errors import (
     WindowError,
     ZeroLengthError,
 )
+from cute_fa.simulation import simulated_arch
 from cute_fa.types import PersistentMode
 
 BF16 = torch.bfloat16
@@ -287,6 +288,14 @@ def test_no_device():
 def test_unknown_architectures():
     with pytest.raises(ArgumentError, match="arch='sm_70': one of sm_80"), cute_fa.simulate("sm_70"):
         pass
+
+
+@pytest.mark.parametrize("num_sms", [0, -3, 2.0, "4", True])
+def test_a_gpu_without_sms(num_sms):
+    message = f"num_sms={num_sms!r}: a GPU has at least 1 SM"
+    with pytest.raises(ArgumentError, match=message), cute_fa.simulate("sm_80", num_sms=num_sms):
+        pass
+    assert simulated_arch() is None
 
 
 @pytest.mark.parametrize(

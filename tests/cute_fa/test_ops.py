@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cute_fa
-from cute_fa import flash_attn_func, flash_attn_varlen_func, ops, reference
+from cute_fa import flash_attn_func, flash_attn_varlen_func, ops, reference, simulation
 from cute_fa.compiler import CompiledKernel
-from cute_fa.errors import ArgumentError, NoBackwardError, NoDeviceError
+from cute_fa.errors import ArgumentError, DeviceError, NoBackwardError, NoDeviceError
 from cute_fa.inputs import InputSpec, make_inputs
+from cute_fa.simulation import num_sms
 from cute_fa.types import PersistentMode
+from fa2_sm80.forward import Fa2Forward
 
 DENSE = InputSpec(batch=2, seqlen_q=40, seqlen_k=72, heads=4, causal=True)
 PACKED = InputSpec(batch=3, seqlen_q=40, seqlen_k=72, heads=4, varlen_q=True, varlen_k=True, causal=True)
@@ -192,6 +195,51 @@ def test_another_arch_makes_another_plan():
         assert reference.check(out, lse, inputs.q, inputs.k, inputs.v, causal=True).ok
     with pytest.raises(NoDeviceError):
         flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True)
+
+
+def test_kernels_are_told_how_many_sms_there_are(monkeypatch):
+    """Those of the simulated GPU, also where a plan of the same call was made for another number."""
+    told = []
+
+    def remember(cls, problem, tensors, num_sms, arguments=Fa2Forward.arguments):
+        told.append(num_sms)
+        return arguments(problem, tensors, num_sms)
+
+    monkeypatch.setattr(Fa2Forward, "arguments", classmethod(remember))
+    inputs = make_inputs(DENSE)
+    for options in ({}, {"num_sms": 3}, {"num_sms": 7}, {}):
+        with cute_fa.simulate("sm_80", **options) as simulation:
+            assert simulation.sm_count == num_sms(inputs.q.device)
+            inputs.run(family="fa2")
+    assert told == [108, 3, 7, 108]
+    defaults = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90a": 132, "sm_100a": 148, "sm_103a": 148, "sm_120a": 188}
+    for arch, published in defaults.items():
+        with cute_fa.simulate(arch):
+            assert num_sms(torch.device("cpu")) == published
+    with pytest.raises(NoDeviceError):
+        num_sms(torch.device("cpu"))
+
+
+def test_sms_of_a_gpu_are_asked_for_once(monkeypatch):
+    asked = []
+
+    def properties(index):
+        asked.append(index)
+        return types.SimpleNamespace(major=9, minor=0, multi_processor_count=114 + index)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    simulation._gpu.cache_clear()
+    try:
+        for _ in range(2):
+            assert [num_sms(torch.device("cuda", index)) for index in (0, 1)] == [114, 115]
+            assert num_sms(torch.device("cuda")) == 115
+            assert simulation.arch_of(torch.device("cuda", 0)).value == "sm_90a"
+        assert asked == [0, 1]
+    finally:
+        simulation._gpu.cache_clear()
+    with cute_fa.simulate("sm_80"), pytest.raises(DeviceError, match="cuda:0 while sm_80 is simulated"):
+        num_sms(torch.device("cuda", 0))
 
 
 def test_no_value_is_read_by_default(simulated, monkeypatch):
