@@ -41,4 +41,5 @@ def head_group(bytes_per_head: int, l2_bytes: int, heads_per_kv: int = 1) -> int
     that read the same K and V (the GQA ratio; 1 where query heads are packed). Idea: the LPT scheduler of the
     FlashAttention repository.
     """
-    return max(1, int(_KV_SHARE * l2_bytes) // max(bytes_per_head, 1)) * heads_per_kv
+    fitting = int(_KV_SHARE * l2_bytes) // max(bytes_per_head, 1)
+    return min(max(fitting, 1) * heads_per_kv, MAX_TILES)

@@ -17,7 +17,14 @@ in the L2 cache together, and the order is: group, ``m_block`` from last to firs
 a right bound are equally long, and the order is: batch, head, ``m_block``, so that CTAs that run at the same time share
 the K and V of a few heads.
 
-Persistent CTAs, one for each SM, that walk over tiles: FlashAttention-3, arXiv 2407.08608.
+Balance. With one CTA a tile, the hardware gives the next tile to the SM that is free first, and the order alone makes
+the ends meet. Persistent CTAs (one for each SM: FlashAttention-3, arXiv 2407.08608) have fixed tiles instead, and if
+``m_block`` fell in every group, the same CTAs would get the longer tiles of each. It therefore falls and rises by turns
+from group to group, and falls in the last one; and CTAs take tiles in turns from the front and from the back. In a
+model of causal rows (time = key blocks + 1 a tile, 132 SMs, head_dim 64 to 256, 36 shapes of 512 to 32k tokens) the
+slowest CTA then takes 1.5 % longer than the least possible (mean, or longest tile) instead of 13.6 %; one CTA a tile:
+0.8 %. For packed sequences (48 mixes of lengths), whose CTAs always count from the front, 4.3 % instead of 9.6 %; one
+CTA a tile: 0.8 %.
 """
 
 from typing import NamedTuple, Optional
@@ -61,6 +68,8 @@ class SingleTileScheduler:
     three divisions, but no register in between.
     """
 
+    alternate = False
+
     def __init__(self, grid: TileGrid, longest_first: bool):
         self.grid = grid
         self.longest_first = longest_first
@@ -76,10 +85,12 @@ class SingleTileScheduler:
 
     def tile(self, state: TileState) -> WorkTile:
         """The tile that a valid state names."""
-        grid = self.grid
-        order = _longest_first if self.longest_first else _head_by_head
-        m_block, row = order(state.tile, grid.m_blocks, grid.heads * grid.batches, grid.head_group)
-        batch, head = _divmod(row, grid.heads)
+        m_blocks, heads, batches, head_group = self.grid
+        if const_expr(self.longest_first):
+            m_block, row = _longest_first(state.tile, m_blocks, heads * batches, head_group, self.alternate)
+        else:
+            row, m_block = _divmod(state.tile, m_blocks)
+        batch, head = _divmod(row, heads)
         return WorkTile(m_block, head, batch)
 
     def next(self, state: TileState) -> TileState:
@@ -88,11 +99,16 @@ class SingleTileScheduler:
 
 
 class PersistentScheduler(SingleTileScheduler):
-    """Any number of CTAs in x, each of which walks over every gridDim-th tile of ``SingleTileScheduler``'s."""
+    """Any number of CTAs in x: of each gridDim tiles in order every CTA computes one, by turns its own index from the
+    front and from the back."""
+
+    alternate = True
 
     def next(self, state: TileState) -> TileState:
         """The CTA's next tile, valid or not."""
-        return TileState(state.tile + cute.arch.grid_dim()[0])
+        ctas = cute.arch.grid_dim()[0]
+        turn, _ = _divmod(state.tile, ctas)
+        return TileState(2 * (turn + 1) * ctas - 1 - state.tile)
 
 
 class VarlenState(NamedTuple):
@@ -133,8 +149,12 @@ class VarlenScheduler:
     def tile(self, state: VarlenState) -> WorkTile:
         """The tile that a valid state names."""
         grid = self.grid
-        order = _longest_first if self.longest_first else _head_by_head
-        m_block, head = order(state.tile - state.start, self._m_blocks(state.batch), grid.heads, grid.head_group)
+        tile, m_blocks = state.tile - state.start, self._m_blocks(state.batch)
+        if const_expr(self.longest_first):
+            later = grid.batches - 1 - state.batch
+            m_block, head = _longest_first(tile, m_blocks, grid.heads, grid.head_group, self.persistent, later)
+        else:
+            head, m_block = _divmod(tile, m_blocks)
         return WorkTile(m_block, head, state.batch)
 
     def next(self, state: VarlenState) -> VarlenState:
@@ -163,7 +183,7 @@ class VarlenScheduler:
         """Tiles of a head of sequence ``batch``; 0 from ``batches`` on."""
         batches = self.grid.batches
         length = self.cu_seqlens_q[cutlass.min(batch + 1, batches)] - self.cu_seqlens_q[cutlass.min(batch, batches)]
-        return (length + self.tile_tokens - 1) // self.tile_tokens
+        return _ceil_div(length, self.tile_tokens)
 
 
 TileScheduler = SingleTileScheduler | PersistentScheduler | VarlenScheduler
@@ -187,25 +207,33 @@ def make_scheduler(
     return (PersistentScheduler if persistent else SingleTileScheduler)(grid, longest_first)
 
 
-def _head_by_head(tile: Int32, m_blocks: Int32, heads: Int32, head_group: Int32) -> tuple[Int32, Int32]:
-    """(m_block, head) of a tile: heads in order, and the m_blocks of each in order."""
-    head, m_block = _divmod(tile, m_blocks)
-    return m_block, head
+def _longest_first(
+    tile: Int32, m_blocks: Int32, heads: Int32, head_group: Int32, alternate: bool, later: Int32 | int = 0
+) -> tuple[Int32, Int32]:
+    """(m_block, head) of a tile: groups of heads from the last to the first, in each the last m_block first.
 
-
-def _longest_first(tile: Int32, m_blocks: Int32, heads: Int32, head_group: Int32) -> tuple[Int32, Int32]:
-    """(m_block, head) of a tile: groups of heads in order, in each the last m_block first, then the head."""
+    ``alternate``: the first m_block first in every other group, so that it falls in the very last one; ``later``
+    sequences with as many groups follow.
+    """
     head_group = cutlass.min(head_group, heads)
-    group, rest = _divmod(tile, head_group * m_blocks)
+    group, rest = _divmod(m_blocks * heads - 1 - tile, head_group * m_blocks)
     first_head = group * head_group
-    row, head = _divmod(rest, cutlass.min(head_group, heads - first_head))
-    return m_blocks - 1 - row, first_head + head
+    m_block, head = _divmod(rest, cutlass.min(head_group, heads - first_head))
+    if const_expr(alternate):
+        turn = group + later * _ceil_div(heads, head_group)
+        m_block = cutlass.select_((turn & 1) == 0, m_block, m_blocks - 1 - m_block)
+    return m_block, first_head + head
 
 
-def _divmod(dividend: Int32, divisor: Int32) -> tuple[Int32, Int32]:
+def _divmod(dividend: Int32, divisor: Int32 | int) -> tuple[Int32, Int32]:
     """Quotient and remainder of numbers ≥ 0. Unsigned, since the signed division has to round down."""
     quotient = Int32(Uint32(dividend) // Uint32(divisor))
     return quotient, dividend - quotient * divisor
+
+
+def _ceil_div(dividend: Int32, divisor: Int32 | int) -> Int32:
+    """Quotient of numbers ≥ 0, rounded up."""
+    return _divmod(dividend + divisor - 1, divisor)[0]
 
 
 @cute.jit
