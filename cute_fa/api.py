@@ -13,6 +13,7 @@ import torch
 from cute_fa import ops
 from cute_fa.errors import ArgumentError, UnsupportedArgumentError, ZeroLengthError
 from cute_fa.problem import INT32_MAX, normalize_window
+from cute_fa.tensors import used_lengths
 from cute_fa.types import PersistentMode
 
 # Arguments of the peers that are not implemented, with the values that ask for nothing.
@@ -149,10 +150,12 @@ def flash_attn_varlen_func(
 
     q: (total_q, heads, head_dim) with ``cu_seqlens_q`` int32 (batch + 1): sequence b has rows cu_seqlens_q[b] up to
     cu_seqlens_q[b + 1]; without it (batch, seqlen_q, heads, head_dim). k and v likewise with ``cu_seqlens_k``, or pages
-    (num_pages, page_size, heads_kv, …) with ``page_table`` (``block_table``) int32 (batch, max_pages).
+    (num_pages, page_size, heads_kv, …) with ``page_table`` (``block_table``) int32 (batch, max_pages), which lists each
+    sequence's pages in order; page_size is 8, 16, 32, 64, 128 or 256.
     max_seqlen_q, max_seqlen_k: at least the longest sequence's length; None takes what the tensor could hold.
-    seqused_q, seqused_k: int32 (batch), how many rows of each sequence count, all by default; a paged cache takes the
-    differences of ``cu_seqlens_k`` in the place of ``seqused_k``. Beyond seqused_q O is 0 and LSE −inf.
+    seqused_q, seqused_k: int32 (batch), how many rows of each sequence count, all by default. Beyond seqused_q O is 0
+    and LSE −inf. A paged cache takes the differences of ``cu_seqlens_k`` in the place of ``seqused_k``; with neither,
+    all max_pages · page_size rows of each sequence count. Entries of page_table beyond the lengths are not read.
 
     Returns out (total_q, heads, head_dim_v), or (out, lse) with lse fp32 (heads, total_q); for unpacked q as
     :func:`flash_attn_func`. Rows of q after the last sequence are not written. What lies outside the lengths may hold
@@ -164,7 +167,7 @@ def flash_attn_varlen_func(
     page_table = page_table if page_table is not None else block_table
     if page_table is not None and isinstance(cu_seqlens_k, torch.Tensor):
         if seqused_k is None:
-            seqused_k = cu_seqlens_k.diff()
+            seqused_k = used_lengths(cu_seqlens_k)
         cu_seqlens_k = None
     call = prepare(
         q,

@@ -102,8 +102,8 @@ def problem_of(
         arch=arch,
         dtype=dtype,
         batch=batch,
-        seqlen_q=_longest("q", rows_q, max_seqlen_q, cu_seqlens_q is not None, seqused_q is not None),
-        seqlen_k=_longest("k", rows_k, max_seqlen_k, cu_seqlens_k is not None, seqused_k is not None),
+        seqlen_q=_longest_q(rows_q, max_seqlen_q, cu_seqlens_q is not None, seqused_q is not None),
+        seqlen_k=_longest_k(rows_k, max_seqlen_k, cu_seqlens_k is not None or seqused_k is not None, page_size),
         num_heads=heads,
         num_heads_kv=k.shape[-2],
         head_dim=q.shape[-1],
@@ -173,12 +173,14 @@ def check_values(
 
     Raises CumulativeSeqlensError, LengthError or PageTableError.
     """
-    held_q = [problem.seqlen_q] * problem.batch
-    held_k = [problem.seqlen_k] * problem.batch
     if cu_seqlens_q is not None:
         held_q = _held("cu_seqlens_q", cu_seqlens_q, q)
+    else:
+        held_q = [q.shape[1]] * problem.batch
     if cu_seqlens_k is not None:
         held_k = _held("cu_seqlens_k", cu_seqlens_k, k)
+    else:
+        held_k = [k.shape[1] * (1 if page_table is None else page_table.shape[1])] * problem.batch
     used_q = _used("seqused_q", seqused_q, held_q)
     used_k = _used("seqused_k", seqused_k, held_k)
     for name, used, longest in (("q", used_q, problem.seqlen_q), ("k", used_k, problem.seqlen_k)):
@@ -189,6 +191,13 @@ def check_values(
             for page in row[: -(-used_k[b] // k.shape[1])]:
                 if not 0 <= page < k.shape[0]:
                     raise PageTableError(f"page_table[{b}] lists page {page}: the cache has {k.shape[0]} pages")
+
+
+def used_lengths(cu_seqlens_k: torch.Tensor) -> torch.Tensor:
+    """int32 (batch), the lengths between int32 offsets (batch + 1): how FA2's callers pass those of a paged cache."""
+    _integers("cu_seqlens_k", cu_seqlens_k)
+    _dims("cu_seqlens_k", cu_seqlens_k, 1, "(batch + 1)")
+    return cu_seqlens_k.diff()
 
 
 def lengths_of(name: str, offsets: Sequence[int]) -> list[int]:
@@ -259,7 +268,7 @@ def _keys(q, k, v, batch: int, cu_seqlens_k, page_table) -> tuple[int, int | Non
             raise ShapeError(f"page_table {tuple(page_table.shape)}: one row for each of {batch} sequences is needed")
         if k.shape[0] == 0 or page_table.shape[1] == 0:
             raise EmptyCacheError(f"k {tuple(k.shape)}, page_table {tuple(page_table.shape)}: the cache has no pages")
-        _contiguous("page_table", page_table)
+        _contiguous_rows("page_table", page_table)
         page_size, rows = k.shape[1], page_table.shape[1] * k.shape[1]
     elif cu_seqlens_k is not None:
         _dims("k", k, 3, "(total_k, heads_kv, head_dim) with cu_seqlens_k")
@@ -311,7 +320,7 @@ def _vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int, batc
     shapes = [(size,)] if batch is None else [(size,), (batch, size)]
     if tuple(tensor.shape) not in shapes:
         raise ShapeError(f"{name} {tuple(tensor.shape)}: {' or '.join(map(str, shapes))} is needed")
-    _contiguous(name, tensor if tensor.dim() == 1 else tensor[0])
+    _contiguous_rows(name, tensor)
 
 
 def _integers(name: str, tensor: torch.Tensor) -> None:
@@ -319,9 +328,9 @@ def _integers(name: str, tensor: torch.Tensor) -> None:
         raise DTypeError(name, tensor.dtype, "int32 is needed")
 
 
-def _contiguous(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise StrideError(name, tensor.stride(), "the tensor must be contiguous")
+def _contiguous_rows(name: str, tensor: torch.Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise StrideError(name, tensor.stride(), "the last dimension must be contiguous")
 
 
 def _dims(name: str, tensor: torch.Tensor, dims: int, layout: str) -> None:
@@ -329,15 +338,35 @@ def _dims(name: str, tensor: torch.Tensor, dims: int, layout: str) -> None:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: {layout} is needed")
 
 
-def _longest(side: str, rows: int, given: int | None, packed: bool, seqused: bool) -> int:
-    """The longest sequence: ``max_seqlen`` of a packed tensor, else what the tensor holds."""
+def _longest_q(rows: int, given: int | None, packed: bool, seqused: bool) -> int:
+    """The most queries of a sequence: ``max_seqlen_q`` where packed. All rows of a dense tensor belong to a sequence:
+    those beyond seqused_q are part of the result."""
+    _check_longest("max_seqlen_q", given)
+    if given is None:
+        return rows
+    if packed:
+        return min(given, rows)
+    if given < rows and not seqused:
+        raise LengthError(f"max_seqlen_q={given}: each sequence has {rows} tokens")
+    return rows
+
+
+def _longest_k(rows: int, given: int | None, varlen: bool, page_size: int | None) -> int:
+    """The most keys of a sequence: ``max_seqlen_k`` where lengths are given, else what the tensor or the pages hold."""
+    _check_longest("max_seqlen_k", given)
+    if given is None:
+        return rows
+    if given < rows and not varlen:
+        held = f"each sequence has {rows} tokens"
+        if page_size is not None:
+            held = f"without seqused_k each sequence has the {rows} tokens that its row of page_table holds"
+        raise LengthError(f"max_seqlen_k={given}: {held}")
+    return min(given, rows)
+
+
+def _check_longest(name: str, given: int | None) -> None:
     if given is not None and given < 1:
         rule = ZeroLengthError if given == 0 else LengthError
-        raise rule(f"max_seqlen_{side}={given}: the longest sequence has at least 1 token")
+        raise rule(f"{name}={given}: the longest sequence has at least 1 token")
     if given is not None and given > INT32_MAX:
-        raise LengthError(f"max_seqlen_{side}={given}: at most {INT32_MAX}")
-    if packed:
-        return rows if given is None else min(given, rows)
-    if given is not None and given < rows and not seqused:
-        raise LengthError(f"max_seqlen_{side}={given}: each sequence has {rows} tokens")
-    return rows
+        raise LengthError(f"{name}={given}: at most {INT32_MAX}")

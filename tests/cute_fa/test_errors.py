@@ -23,7 +23,6 @@ from cute_fa.errors import (
     NoDeviceError,
     PagedHeadDimError,
     PageSizeError,
-    PageTableError,
     ShapeError,
     StrideError,
     UnsupportedArgumentError,
@@ -221,21 +220,6 @@ def test_paged(simulated, changes, error, message, name):
     with pytest.raises(CuteFaError, match=message) as caught:
         flash_attn_varlen_func(**arguments, cu_seqlens_q=CU_Q, cu_seqlens_k=None, max_seqlen_q=28, max_seqlen_k=48)
     assert type(caught.value) is error
-
-
-def test_page_numbers():
-    """No kernel serves pages yet, so the rule is asked for directly."""
-    from cute_fa.tensors import check_values, problem_of
-    from cute_fa.types import SmArch
-
-    used = ints(17, 48)
-    problem = problem_of(SmArch.SM_80, Q, PAGES, PAGES, page_table=TABLE, seqused_k=used)
-    lists_unused = ints(0, 5, -7, 1, 2, 3).view(2, 3)
-    check_values(problem, Q, PAGES, None, None, None, used, lists_unused)
-    for page in (6, -1):
-        table = ints(0, page, 0, 1, 2, 3).view(2, 3)
-        with pytest.raises(PageTableError, match=rf"page_table\[0\] lists page {page}: the cache has 6 pages"):
-            check_values(problem, Q, PAGES, None, None, None, used, table)
 
 
 def test_packed_rows_beyond_int32(simulated):
