@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cute_fa.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
 from cute_fa.names import problem_name
 from cute_fa.problem import AttentionProblem, default_scale
-from cute_fa.types import Direction, DType, SmArch
+from cute_fa.types import Direction, DType, PersistentMode, SmArch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,7 +143,8 @@ class Entry:
 
 
 class SupportRow(NamedTuple):
-    """One cell of the support table: ``kernel`` is the entry's name, or None with each candidate's ``reasons``."""
+    """One cell of the support table: ``kernel`` is the entry's name or None; ``reasons`` say why the candidates before
+    it, or all of them, do not serve."""
 
     arch: str
     direction: str
@@ -186,11 +188,13 @@ class DispatchTable:
         for arch in SmArch:
             for direction in Direction:
                 for feature, changes in FEATURES.items():
-                    base = DispatchKey(arch, DType.BF16, 128, direction=direction)
-                    key = replace(base, **{"head_dim_v": None, **changes})
-                    explained = self.explain(key)
+                    of_key = {name: value for name, value in changes.items() if name not in _CHOICES}
+                    choices = {name: value for name, value in changes.items() if name in _CHOICES}
+                    key = DispatchKey(**{"arch": arch, "direction": direction, **_BASE, **of_key})
+                    explained = self.explain(replace(key.problem(), **choices))
                     served = next((name for name, why in explained.items() if not why), None)
-                    reasons = () if served else tuple(f"{name}: {', '.join(why)}" for name, why in explained.items())
+                    refusing = itertools.takewhile(lambda candidate: candidate[1], explained.items())
+                    reasons = tuple(f"{name}: {', '.join(why)}" for name, why in refusing)
                     yield SupportRow(arch.value, direction.value, feature, served, reasons)
 
     def _find(self, problem, family: str | None) -> Entry | None:
@@ -224,7 +228,7 @@ _TCGEN05 = "tcgen05 exists on sm_100a and sm_103a alone"
 TABLE = DispatchTable(
     (
         Entry("fa4_fwd", "fa4", Direction.FORWARD, _BLACKWELL, None, "no fa4_sm100 kernel exists yet", _TCGEN05),
-        Entry("fa3_fwd", "fa3", Direction.FORWARD, (SmArch.SM_90A,), None, "no fa3_sm90 kernel exists yet", _WGMMA),
+        Entry("fa3_fwd", "fa3", Direction.FORWARD, (SmArch.SM_90A,), "fa3_sm90.forward:Fa3Forward", arch_rule=_WGMMA),
         Entry("fa2_fwd", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.forward:Fa2Forward"),
         Entry("fa4_bwd", "fa4", Direction.BACKWARD, _BLACKWELL, None, "no fa4_sm100 kernel exists yet", _TCGEN05),
         Entry("fa3_bwd", "fa3", Direction.BACKWARD, (SmArch.SM_90A,), None, "no fa3_sm90 kernel exists yet", _WGMMA),
@@ -232,7 +236,10 @@ TABLE = DispatchTable(
     )
 )
 
-# What the support table asks about, each as a change to bf16, head_dim 128, full attention.
+# What the support table asks about, each as a change to full attention of this kind. Choices of how to compute are
+# fields of the problem, the others of the key.
+_BASE = {"dtype": DType.BF16, "head_dim": 128}
+_CHOICES = ("pack_gqa", "persistent")
 FEATURES: dict[str, dict] = {
     "bf16": {},
     "fp16": {"dtype": DType.FP16},
@@ -248,6 +255,8 @@ FEATURES: dict[str, dict] = {
     "learnable sink": {"learnable_sink": True},
     "varlen": {"varlen": True},
     "GQA": {"gqa_ratio": 8},
+    "GQA, query heads packed": {"gqa_ratio": 8, "pack_gqa": True},
     "paged KV": {"varlen": True, "paged": True, "page_size": 64},
     "split-KV": {"splits": 4},
+    "persistent": {"persistent": PersistentMode.ON},
 }

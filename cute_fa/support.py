@@ -1,5 +1,5 @@
-"""The support table as Markdown and for the terminal: a feature a row, direction and architectures a column, and for
-each "no" the numbers of the notes that give the candidates' reasons."""
+"""The support table as Markdown and for the terminal: a feature a row, direction and architectures a column. A cell
+names the kernel, or "no", and the numbers of the notes that say why the kernels preferred to it do not serve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def _grid(rows: Iterable[SupportRow]) -> _Grid:
             if reason not in notes:
                 notes.append(reason)
             numbers.append(str(notes.index(reason) + 1))
-        text = row.kernel or f"no ({', '.join(numbers)})"
+        text = row.kernel or "no"
+        if numbers:
+            text += f" ({', '.join(numbers)})"
         columns.setdefault((row.direction, row.arch), {})[row.feature] = text
     # Architectures that agree in everything share a column.
     shared: dict[tuple, list[str]] = {}

@@ -8,6 +8,7 @@ from cute_fa.dispatch import FEATURES, TABLE, DispatchKey
 from cute_fa.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
 from cute_fa.kernel import AttentionKernel
 from cute_fa.names import canonical_name
+from cute_fa.support import to_markdown
 from cute_fa.types import Direction, DType, PersistentMode, SmArch
 from tests.testing.grid import pairwise
 
@@ -78,7 +79,7 @@ def test_lookup_follows_supports(seed):
 @pytest.mark.parametrize("arch", list(SmArch))
 def test_every_arch_has_a_forward_and_no_backward_yet(arch):
     key = dataclasses.replace(KEY, arch=arch)
-    assert TABLE.lookup(key).family == "fa2"
+    assert TABLE.lookup(key).family == ("fa3" if arch is SmArch.SM_90A else "fa2")
     with pytest.raises(UnsupportedKeyError, match="fa2_bwd: no backward kernel exists yet"):
         TABLE.lookup(dataclasses.replace(key, direction=Direction.BACKWARD))
 
@@ -132,8 +133,12 @@ def test_fa3_before_sm_90a(arch):
 def test_families():
     on_hopper = dataclasses.replace(KEY, arch=SmArch.SM_90A)
     assert TABLE.lookup(on_hopper, family="fa2").family == "fa2"
-    with pytest.raises(UnsupportedKeyError, match="fa3_fwd: no fa3_sm90 kernel exists yet"):
-        TABLE.lookup(on_hopper, family="fa3")
+    assert TABLE.lookup(on_hopper, family="fa3") is TABLE.lookup(on_hopper)
+    assert list(TABLE.explain(on_hopper)) == ["fa3_fwd", "fa2_fwd"]
+    split = dataclasses.replace(on_hopper, splits=2)
+    with pytest.raises(UnsupportedKeyError, match="fa3_fwd: num_splits 2") as caught:
+        TABLE.lookup(split, family="fa3")
+    assert list(caught.value.reasons) == ["fa3_fwd"]
     with pytest.raises(UnsupportedKeyError, match="fa4_fwd: tcgen05 exists on sm_100a and sm_103a alone; not sm_90a"):
         TABLE.lookup(on_hopper, family="fa4")
     # an FA3 request on Blackwell is one for FA4's kernels, never for FA2's
@@ -143,25 +148,71 @@ def test_families():
         "fa4_fwd": ["no fa4_sm100 kernel exists yet"],
         "fa3_fwd": ["WGMMA exists on sm_90a alone; not sm_100a"],
     }
+    with pytest.raises(UnsupportedKeyError, match="WGMMA exists on sm_90a alone"):
+        TABLE.lookup(on_blackwell, family="fa3")
     assert list(TABLE.explain(on_blackwell)) == ["fa4_fwd", "fa2_fwd"]
     with pytest.raises(ArgumentError, match="family='fa5': one of fa2, fa3, fa4"):
         TABLE.lookup(KEY, family="fa5")
 
 
+def test_more_heads_than_a_tile_has_rows_cannot_be_packed():
+    problem = dataclasses.replace(KEY, arch=SmArch.SM_90A, gqa_ratio=128).problem()
+    assert TABLE.lookup(problem).family == "fa3"
+    packed = dataclasses.replace(problem, pack_gqa=True)
+    explained = TABLE.explain(packed)
+    assert explained["fa3_fwd"] == TABLE.lookup(problem).supports(packed)
+    assert "gqa_ratio 128" in explained["fa3_fwd"][0]
+    with pytest.raises(UnsupportedKeyError, match="fa3_fwd: pack_gqa with gqa_ratio 128"):
+        TABLE.lookup(packed)
+
+
+class Picky(AttentionKernel):
+    """Stands for a preferred kernel that serves no softcap."""
+
+    family, direction = "fa3", Direction.FORWARD
+    configure = arguments = None
+
+    @classmethod
+    def supports(cls, problem):
+        return ["softcap: not here", "nor there"] if problem.softcap else []
+
+
+def test_a_kernel_passed_over_gives_its_reason(monkeypatch):
+    monkeypatch.setattr("cute_fa.dispatch._load", lambda target: Picky if "Fa3" in target else AttentionKernel)
+    monkeypatch.setattr(AttentionKernel, "supports", classmethod(lambda cls, problem: []))
+    cells = {(row.arch, row.direction, row.feature): row for row in TABLE.rows()}
+    assert cells["sm_90a", "fwd", "softcap"][3:] == ("fa2_fwd", ("fa3_fwd: softcap: not here, nor there",))
+    assert cells["sm_90a", "fwd", "causal"][3:] == ("fa3_fwd", ())
+    assert cells["sm_80", "fwd", "softcap"][3:] == ("fa2_fwd", ())
+    lines = to_markdown(TABLE.rows()).splitlines()
+    [note] = [line for line in lines if line.endswith("fa3_fwd: softcap: not here, nor there")]
+    [softcap] = [line for line in lines if line.startswith("| softcap |")]
+    assert f"| fa2_fwd ({note.split('.')[0]}) |" in softcap
+    assert TABLE.lookup(dataclasses.replace(KEY, arch=SmArch.SM_90A)) is Picky
+    assert TABLE.lookup(dataclasses.replace(KEY, arch=SmArch.SM_90A, softcap=1.0)) is AttentionKernel
+
+
 def test_rows():
     rows = list(TABLE.rows())
     assert len(rows) == len(SmArch) * len(Direction) * len(FEATURES)
-    for row in rows:
-        assert bool(row.kernel) != bool(row.reasons)
     cells = {(row.arch, row.direction, row.feature): row for row in rows}
+    for row in rows:
+        preferred = {"sm_90a": "fa3", "sm_100a": "fa4", "sm_103a": "fa4"}.get(row.arch, "fa2")
+        served_by_it = (row.kernel or "").startswith(preferred)
+        assert bool(row.reasons) != served_by_it
     assert cells["sm_80", "fwd", "causal"].kernel == "fa2_fwd"
-    assert cells["sm_90a", "fwd", "head_dim 256"].kernel == "fa2_fwd"
+    assert cells["sm_90a", "fwd", "head_dim 256"].kernel == "fa3_fwd"
     assert cells["sm_80", "fwd", "varlen"].kernel == "fa2_fwd"
+    assert cells["sm_100a", "fwd", "varlen"][3:] == ("fa2_fwd", ("fa4_fwd: no fa4_sm100 kernel exists yet",))
     assert "page_size 64" in cells["sm_80", "fwd", "paged KV"].reasons[0]
-    assert cells["sm_90a", "fwd", "fp8 e4m3"].reasons[0] == "fa3_fwd: no fa3_sm90 kernel exists yet"
-    assert "e4m3" in cells["sm_90a", "fwd", "fp8 e4m3"].reasons[1]
+    assert cells["sm_90a", "fwd", "paged KV"].kernel == "fa3_fwd"
+    assert "fa3_fwd: dtype e4m3" in cells["sm_90a", "fwd", "fp8 e4m3"].reasons[0]
+    assert "fa2_fwd: dtype e4m3" in cells["sm_90a", "fwd", "fp8 e4m3"].reasons[1]
     assert cells["sm_80", "bwd", "bf16"].reasons == ("fa2_bwd: no backward kernel exists yet",)
     assert "head_dim 512" in cells["sm_80", "fwd", "head_dim 512"].reasons[0]
+    for feature, reason in (("GQA, query heads packed", "pack_gqa: this kernel"), ("persistent", "persistent: this")):
+        assert reason in cells["sm_80", "fwd", feature].reasons[0]
+        assert cells["sm_90a", "fwd", feature].kernel == "fa3_fwd"
 
 
 class Named:

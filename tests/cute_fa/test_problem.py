@@ -294,10 +294,20 @@ class TestRequests:
         with pytest.raises(ArgumentError, match="pack_gqa='yes': True or False"):
             Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A, pack_gqa="yes")
 
-    def test_no_fa3_kernel_yet(self):
-        request = Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_90A)
-        with pytest.raises(UnsupportedKeyError, match="no fa3_sm90 kernel exists yet"):
+    def test_families_have_their_kernels(self):
+        for request_, family in ((Fa3FwdRequest, "fa3"), (Fa2FwdRequest, "fa2")):
+            assert request_(self.q, self.kv, self.kv, arch=SmArch.SM_90A).kernel().family == family
+        request = Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_100A)
+        with pytest.raises(UnsupportedKeyError, match="fa3_fwd: WGMMA exists on sm_90a alone; not sm_100a"):
             request.kernel()
+
+    @pytest.mark.parametrize("persistent", [PersistentMode.ON, PersistentMode.OFF])
+    def test_fa3_runs_persistent_or_not(self, persistent):
+        with cute_fa.simulate("sm_90a", num_sms=3) as simulation:
+            out, lse = Fa3FwdRequest(self.q, self.kv, self.kv, persistent=persistent, pack_gqa=False).run()
+        assert reference.check(out, lse, self.q, self.kv, self.kv).ok
+        # 4 heads of 2 sequences
+        assert simulation.launches[0].grid == ((3, 1, 1) if persistent is PersistentMode.ON else (8, 1, 1))
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),

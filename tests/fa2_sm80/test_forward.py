@@ -73,7 +73,7 @@ def run(spec: InputSpec, inputs: str = "random", arch: str = "sm_80", seed: int 
     """(out, lse, expected, simulation) of one call."""
     given = make_inputs(spec, inputs, seed)
     with cute_fa.simulate(arch, **schedule) as simulation:
-        out, lse = given.run(return_lse=True)
+        out, lse = given.run(return_lse=True, family="fa2")
     return out, lse, expected(given.q, given.k, given.v, **given.options()), simulation
 
 
@@ -93,7 +93,7 @@ def test_features_in_pairs(case):
 @pytest.mark.parametrize("case", pairwise(FEATURES, seed=1), ids=case_name)
 def test_features_in_pairs_on_the_gpu(case):
     given = make_inputs(spec_of(case), case["inputs"], device="cuda")
-    out, lse = given.run(return_lse=True)
+    out, lse = given.run(return_lse=True, family="fa2")
     result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
     assert result.ok, result
 
