@@ -12,6 +12,8 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, const_expr
 from cutlass.cute.arch import inline_ptx
 
+from cute_fa.device.registers import opaque
+
 ELEMENT_BYTES = 2
 # cp.async, ldmatrix rows and the vector stores all move 16 bytes: 8 elements of fp16 or bf16.
 CHUNK_BYTES = 16
@@ -157,12 +159,6 @@ def lane_offset(smem: SmemTile, rows_first: bool) -> Int32:
     else:
         row, chunk = lane % 8 + lane // 16 * 8, lane // 8 % 2
     return opaque(smem.offset(row, chunk))
-
-
-def opaque(value):
-    """The same value, of unknown origin: the compiler then keeps it in a register instead of computing it again."""
-    width = 32 if isinstance(value, Int32) else 64
-    return inline_ptx(f"mov.b{width} {{$w0}}, {{$r0}};", write_only_types=[type(value)], read_only_args=[value])
 
 
 @cute.jit

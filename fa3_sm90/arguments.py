@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Optional
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
@@ -13,10 +14,10 @@ from fa3_sm90.tiles import TmaTensor
 
 
 class ForwardArguments(NamedTuple):
-    """Arguments of the launch. Dense q, out (batch, seqlen_q, heads, d), k, v (batch, seqlen_k, heads_kv, d) or, paged,
-    (num_pages, page_size, heads_kv, d), lse fp32 (batch, heads, seqlen_q); packed without the batch dimension, lse (heads,
-    total_q). page_table int32 (batch, max_pages), alibi_slopes fp32 (batch or stride 0, heads), learnable_sink fp32
-    (heads). ``num_ctas``: the grid."""
+    """Arguments of the launch. Dense q, out (batch, seqlen_q, heads, d), k, v (batch, seqlen_k, heads_kv, d) or,
+    paged, (num_pages, page_size, heads_kv, d), lse fp32 (batch, heads, seqlen_q); packed without the batch dimension,
+    lse (heads, total_q). page_table int32 (batch, max_pages), alibi_slopes fp32 (batch or stride 0, heads), learnable_sink
+    fp32 (heads). ``num_ctas``: the grid."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -80,8 +81,13 @@ def scheduler_of(args: ForwardArguments, config: Fa3ForwardConfig):
 
 
 def tile_work(args: ForwardArguments, config: Fa3ForwardConfig, extents: Extents, tile: WorkTile) -> TileWork:
-    """What there is to do for a tile. No key block for queries beyond the sequence's end."""
+    """What there is to do for a tile: at least one key block, all hidden where there is no visible key.
+
+    Not zero, since a branch around the main loop makes ptxas serialise every wgmma (C7512: the accumulators of both
+    sides meet behind it, and it finds too few registers).
+    """
     info = seqlen_info(args.lengths, tile.batch, extents.queries, extents.keys)
     first_token = tile.m_block * config.tile_tokens
     blocks = block_range(args.window, info.seqlen_q, info.seqlen_k, first_token, config.tile_tokens, config.tile_n)
+    blocks = blocks._replace(last_block=cutlass.max(blocks.last_block, 0), total=cutlass.max(blocks.total, 1))
     return TileWork(tile, info, first_token, blocks)

@@ -1,4 +1,4 @@
-"""How the FA3 forward is built: frozen configs, the pipelines as data, and the one heuristic that chooses among them."""
+"""How the FA3 forward is built: a frozen config, the pipelines as data, and the one heuristic that chooses."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class PipelineSpec:
 class Fa3ForwardConfig(KernelConfig):
     """Everything that shapes the machine code.
 
-    ``warpgroups`` consumer warpgroups own 64 rows of Q each and take ``tile_n`` keys a step; ``stages`` blocks of K and of
-    V are in flight. ``pack_gqa`` query heads of one kv head share a tile (1: none). ``page_size`` None: contiguous keys.
-    ``persistent``: CTAs walk over tiles. The flags say which features exist, never their values.
+    ``warpgroups`` consumer warpgroups own 64 rows of Q each and take ``tile_n`` keys a step; ``stages`` blocks of K and
+    of V are in flight. ``pack_gqa`` query heads of one kv head share a tile (1: none). ``page_size`` None: contiguous
+    keys. ``persistent``: CTAs walk over tiles. The flags say which features exist, never their values.
     """
 
     dtype: DType

@@ -6,12 +6,13 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
+from cute_fa.device.registers import narrow, opaque
 from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores, score_params
 from cute_fa.device.softmax import OnlineSoftmax
 from fa3_sm90.arguments import Extents, ForwardArguments, TileWork, TmaTensors, scheduler_of, tile_work
 from fa3_sm90.config import Fa3ForwardConfig
 from fa3_sm90.epilogue import Epilogue
-from fa3_sm90.pipeline import Ring
+from fa3_sm90.pipeline import Ring, RingState, ring_next, ring_start
 from fa3_sm90.products import Products
 from fa3_sm90.rows import ROWS, Rows
 from fa3_sm90.storage import Storage
@@ -51,38 +52,35 @@ class Consumer:
 
     @cute.jit
     def run(self):
-        """Walk over the CTA's tiles. ``blocks`` and ``tiles`` count key blocks and tiles with keys, see Ring."""
+        """Walk over the CTA's tiles."""
         scheduler = scheduler_of(self.args, self.config)
         valid, advance, compute_tile = scheduler.valid, scheduler.next, self.compute_tile
         if const_expr(self.config.pingpong):
             self.turns.start()
-        blocks, tiles = Int32(0), Int32(0)
+        queries, keys = ring_start(), ring_start()
         state = scheduler.first()
         while valid(state):
-            done = compute_tile(scheduler, state, blocks, tiles)
-            blocks += done
-            if done > 0:
-                tiles += 1
+            keys = compute_tile(scheduler, state, queries, keys)
+            queries = ring_next(queries, 1)
             state = advance(state)
         self.epilogue.finish()
 
     @cute.jit
-    def compute_tile(self, scheduler, state, count: Int32, tiles: Int32):
-        """One tile, whose first key block is number ``count`` of the CTA; returns how many it has."""
+    def compute_tile(self, scheduler, state, queries: RingState, keys: RingState) -> RingState:
+        """One tile, from these states of the rings on; returns the next one of K and V."""
         args, config = self.args, self.config
         work = tile_work(args, config, self.extents, scheduler.tile(state))
         params = self.params(work)
         softmax = OnlineSoftmax(ROWS, params.scale_log2)
         self.products.acc_o.fill(0.0)
-        if work.blocks.total > 0:
-            self.walk(work, softmax, params, count, tiles)
+        keys = self.walk(work, softmax, params, queries, keys)
 
         # Where the tile lies is read again instead of being kept in registers over the main loop.
         work = tile_work(args, config, self.extents, scheduler.tile(state))
         head = work.tile.head * config.pack_gqa
         lse = softmax.finalize(self.output, params.offset_log2, self.rows.per_head(args.learnable_sink, head))
-        self.epilogue.store(self.products.acc_o, lse, work, tiles)
-        return work.blocks.total
+        self.epilogue.store(self.products.acc_o, lse, work, queries)
+        return keys
 
     @cute.jit
     def params(self, work: TileWork):
@@ -94,31 +92,36 @@ class Consumer:
         return score_params(self.args.softmax_scale, self.args.softcap, slopes)
 
     @cute.jit
-    def walk(self, work: TileWork, softmax: OnlineSoftmax, params: ScoreParams, count: Int32, tiles: Int32):
+    def walk(
+        self, work: TileWork, softmax: OnlineSoftmax, params: ScoreParams, queries: RingState, keys: RingState
+    ) -> RingState:
         """The key blocks of a tile, range by range, each with just the mask it needs. P·V runs one block behind."""
         c, blocks = self.config, work.blocks
         step = self.step
-        self.queries.wait(tiles)
-        self.first_block(work, softmax, params, count)
+        self.queries.wait(queries)
+        self.first_block(work, softmax, params, keys)
         if const_expr(c.window_right):
             for i in cutlass.range(1, blocks.right_end, unroll=1):
-                step(work, softmax, params, i, count + i, True, c.window_left)
-        for i in cutlass.range(cutlass.max(blocks.right_end, 1), blocks.full_end, unroll=1):
-            step(work, softmax, params, i, count + i, False, False)
+                keys = step(work, softmax, params, i, keys, True, c.window_left)
+        # opaque: the bound would be computed from the lengths again in each iteration, by 17 instructions
+        full_end = opaque(blocks.full_end)
+        for i in cutlass.range(cutlass.max(blocks.right_end, 1), full_end, unroll=1):
+            keys = step(work, softmax, params, i, keys, False, False)
         if const_expr(c.window_left):
             for i in cutlass.range(cutlass.max(blocks.full_end, 1), blocks.total, unroll=1):
-                step(work, softmax, params, i, count + i, False, True)
+                keys = step(work, softmax, params, i, keys, False, True)
         if const_expr(c.own_output):
-            self.queries.release(tiles)
-        self.last_block(count + blocks.total - 1)
+            self.queries.release(queries)
+        self.last_block(keys)
+        return ring_next(keys, c.stages)
 
     @cute.jit
-    def first_block(self, work: TileWork, softmax: OnlineSoftmax, params: ScoreParams, count: Int32):
+    def first_block(self, work: TileWork, softmax: OnlineSoftmax, params: ScoreParams, state: RingState):
         """Scores and probabilities of the first block, which may be of any range."""
-        self.keys.wait(count)
-        self.products.start_scores(self.keys.stage(count))
+        self.keys.wait(state)
+        self.products.start_scores(state.stage)
         warpgroup.wait_group(0)
-        self.keys.release(count)
+        self.keys.release(state)
         self.modify_and_mask(work, params, Int32(0), True, self.config.window_left)
         softmax.advance(self.scores, True)
         softmax.exponentiate(self.scores, True)
@@ -131,42 +134,44 @@ class Consumer:
         softmax: OnlineSoftmax,
         params: ScoreParams,
         iteration: Int32,
-        count: Int32,
+        before: RingState,
         right_edge: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
-    ):
-        """Scores of block ``count`` beside P·V of the one before."""
+    ) -> RingState:
+        """Scores of the next block beside P·V of the one at ``before``."""
         keys, values, products = self.keys, self.values, self.products
-        keys.wait(count)
+        state = ring_next(before, self.config.stages)
+        keys.wait(state)
         if const_expr(self.config.pingpong):
             self.turns.take()
-        products.start_scores(keys.stage(count))
-        values.wait(count - 1)
-        products.start_output(self.operand_p, values.stage(count - 1))
+        products.start_scores(state.stage)
+        values.wait(before)
+        products.start_output(self.operand_p, before.stage)
         if const_expr(self.config.pingpong):
             self.turns.pass_on()
         warpgroup.wait_group(1)
-        keys.release(count)
+        keys.release(state)
         self.modify_and_mask(work, params, iteration, right_edge, left_edge)
         hidden = right_edge or left_edge
         factors = softmax.advance(self.scores, hidden)
         softmax.exponentiate(self.scores, hidden)
         warpgroup.wait_group(0)
-        values.release(count - 1)
+        values.release(before)
         softmax.rescale(self.output, factors)
         self.keep_probabilities()
+        return state
 
     @cute.jit
-    def last_block(self, count: Int32):
+    def last_block(self, state: RingState):
         """P·V of the last block."""
-        self.values.wait(count)
-        self.products.start_output(self.operand_p, self.values.stage(count))
+        self.values.wait(state)
+        self.products.start_output(self.operand_p, state.stage)
         warpgroup.wait_group(0)
-        self.values.release(count)
+        self.values.release(state)
 
     def keep_probabilities(self):
         """P in the input's dtype, as operand A of P·V."""
-        self.probabilities.store(self.products.acc_s.load().to(self.probabilities.element_type))
+        narrow(self.products.acc_s, self.probabilities)
 
     @cute.jit
     def modify_and_mask(

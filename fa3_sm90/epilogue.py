@@ -8,7 +8,7 @@ from cutlass.cute.nvgpu import warp
 from cute_fa.device.fragments import warpgroup_rows_and_columns
 from fa3_sm90.arguments import ForwardArguments, TileWork, TmaTensors
 from fa3_sm90.config import WARPGROUP, WGMMA_M, Fa3ForwardConfig
-from fa3_sm90.pipeline import Ring
+from fa3_sm90.pipeline import Ring, RingState
 from fa3_sm90.products import Products
 from fa3_sm90.rows import ROWS, Rows
 from fa3_sm90.storage import Boxes, Storage
@@ -44,8 +44,8 @@ class Epilogue:
         self.copy = cute.make_tiled_copy_C(atom, products.mma_o).get_slice(thread)
 
     @cute.jit
-    def store(self, acc_o: cute.Tensor, lse: cute.Tensor, work: TileWork, tiles: Int32):
-        """Write the tile's rows; ``tiles``: number of the tile's Q, which is released here where O takes its place."""
+    def store(self, acc_o: cute.Tensor, lse: cute.Tensor, work: TileWork, queries: RingState):
+        """Write the tile's rows; ``queries``: state of its Q, which is released here where O takes its place."""
         c = self.config
         first_token = work.first_token + self.index * c.tokens
         self.store_lse(lse, work, first_token)
@@ -53,19 +53,19 @@ class Epilogue:
         if const_expr(c.own_output):
             if leader:  # the previous tile's store has read the memory
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-            self.sync()
+        # All four warps: a warp's wait for its products says nothing of the others', which may still read Q.
+        self.sync()
         self.to_smem(acc_o, work, first_token)
         cute.arch.fence_proxy("async.shared", space="cta")
         self.sync()
-        to_global, release = self.to_global, self.queries.release
+        to_global = self.to_global
         if leader and first_token < work.info.rows_q:
             to_global(work, first_token)
         if const_expr(not c.own_output):
             if leader:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
             self.sync()
-            if work.blocks.total > 0:
-                release(tiles)
+            self.queries.release(queries)
 
     def to_global(self, work: TileWork, first_token: Int32):
         """Start the store, by one warp."""

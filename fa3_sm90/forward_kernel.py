@@ -1,9 +1,8 @@
 """The FA3 forward on sm_90a (FlashAttention-3, arXiv 2407.08608): a producer warp loads by TMA, consumer warpgroups
 compute on wgmma, CTAs walk over tiles of queries."""
 
-import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.block_range import Window

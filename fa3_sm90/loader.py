@@ -5,8 +5,8 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from fa3_sm90.arguments import Extents, ForwardArguments, TileWork, TmaTensors, scheduler_of, tile_work
-from fa3_sm90.config import Fa3ForwardConfig
-from fa3_sm90.pipeline import Ring
+from fa3_sm90.config import WGMMA_M, Fa3ForwardConfig
+from fa3_sm90.pipeline import Ring, RingState, ring_next, ring_start
 from fa3_sm90.storage import Boxes, Storage
 from fa3_sm90.tiles import BoxCopy
 
@@ -29,79 +29,71 @@ class Loader:
 
     @cute.jit
     def run(self):
-        """Walk over the CTA's tiles. ``blocks`` and ``tiles`` count key blocks and tiles with keys, see Ring."""
+        """Walk over the CTA's tiles."""
         args, config, extents = self.args, self.config, self.extents
         scheduler = scheduler_of(args, config)
         valid, tile, advance, load_tile = scheduler.valid, scheduler.tile, scheduler.next, self.load_tile
-        blocks, tiles = Int32(0), Int32(0)
+        queries, keys = ring_start(), ring_start()
         state = scheduler.first()
         while valid(state):
-            work = tile_work(args, config, extents, tile(state))
-            if work.blocks.total > 0:
-                load_tile(work, blocks, tiles)
-                blocks += work.blocks.total
-                tiles += 1
+            keys = load_tile(tile_work(args, config, extents, tile(state)), queries, keys)
+            queries = ring_next(queries, 1)
             state = advance(state)
 
     @cute.jit
-    def load_tile(self, work: TileWork, count: Int32, tiles: Int32):
-        """All loads of one tile; its first key block is number ``count`` of the CTA."""
-        load_k, load_v = self.load_k, self.load_v
-        load_k(work, Int32(0), count)
-        self.load_q(work, tiles)
+    def load_tile(self, work: TileWork, queries: RingState, keys: RingState) -> RingState:
+        """All loads of one tile, from these states of the rings on; returns the next one of K and V."""
+        load_k, load_v, stages = self.load_k, self.load_v, self.config.stages
+        load_k(work, Int32(0), keys)
+        self.load_q(work, queries)
         for iteration in cutlass.range(1, work.blocks.total, unroll=1):
-            load_k(work, iteration, count + iteration)
-            load_v(work, iteration - 1, count + iteration - 1)
-        last = work.blocks.total - 1
-        load_v(work, last, count + last)
+            values, keys = keys, ring_next(keys, stages)
+            load_k(work, iteration, keys)
+            load_v(work, iteration - 1, values)
+        load_v(work, work.blocks.total - 1, keys)
+        return ring_next(keys, stages)
 
     @cute.jit
-    def load_q(self, work: TileWork, tiles: Int32):
+    def load_q(self, work: TileWork, state: RingState):
         """Each warpgroup's queries, on a barrier of their own. Rows beyond the sequence are whatever lies there: they
         take no part in other rows and are not stored."""
         c = self.config
         head, batch = work.tile.head * c.pack_gqa, work.tile.batch
         outer = () if const_expr(c.cu_seqlens_q) else (batch,)
-        copy = BoxCopy(self.tma.q, self.boxes.q, 64, head, outer)
+        copy = BoxCopy(self.tma.q, self.boxes.q, WGMMA_M, head, outer)
         for wg in cutlass.range_constexpr(c.warpgroups):
-            barrier = self.rings[f"q{wg}"].acquire(tiles)
+            barrier = self.rings[f"q{wg}"].acquire(state)
             row = work.info.offset_q + work.first_token + wg * c.tokens
             copy.load(self.storage.q[wg], 0, row, Int32(c.tokens), barrier)
 
-    @cute.jit
-    def load_k(self, work: TileWork, iteration: Int32, count: Int32):
+    def load_k(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of K."""
-        self.load_keys(
-            "k", self.tma.k, self.boxes.k, self.storage.k, self.config.head_dim_padded, work, iteration, count
-        )
+        self.load_keys("k", work, iteration, state)
 
-    @cute.jit
-    def load_v(self, work: TileWork, iteration: Int32, count: Int32):
+    def load_v(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of V."""
-        self.load_keys(
-            "v", self.tma.v, self.boxes.v, self.storage.v, self.config.head_dim_v_padded, work, iteration, count
-        )
+        self.load_keys("v", work, iteration, state)
 
     @cute.jit
-    def load_keys(self, name, tma, box, tiles, columns, work: TileWork, iteration: Int32, count: Int32):
+    def load_keys(self, name: cutlass.Constexpr[str], work: TileWork, iteration: Int32, state: RingState):
         """One block of K or V into its stage. What lies beyond the sequence's last key arrives as zeros: hidden scores
         are replaced, but 0 · NaN of V would not be 0."""
         c, info = self.config, work.info
-        ring = self.rings[name]
-        block = work.blocks.block(iteration, self.args.window)
+        tma, box = getattr(self.tma, name), getattr(self.boxes, name)
+        columns = c.head_dim_padded if const_expr(name == "k") else c.head_dim_v_padded
         head = work.tile.head if const_expr(c.pack_gqa > 1) else work.tile.head // self.heads_per_kv()
-        barrier = ring.acquire(count)
-        tile = tiles + ring.stage(count) * (c.tile_n * columns)
-        first_key = block * c.tile_n
+        barrier = self.rings[name].acquire(state)
+        target = getattr(self.storage, name) + state.stage * (c.tile_n * columns)
+        first_key = work.blocks.block(iteration, self.args.window) * c.tile_n
         if const_expr(c.page_size is None):
             outer = () if const_expr(c.cu_seqlens_k) else (work.tile.batch,)
             copy = BoxCopy(tma, box, c.tile_n, head, outer)
-            copy.load(tile, 0, info.offset_k + first_key, info.seqlen_k - first_key, barrier)
+            copy.load(target, 0, info.offset_k + first_key, info.seqlen_k - first_key, barrier)
         else:
-            self.load_pages(tma, box, tile, head, first_key, work, barrier)
+            self.load_pages(tma, box, target, head, first_key, work, barrier)
 
     @cute.jit
-    def load_pages(self, tma, box, tile, head, first_key: Int32, work: TileWork, barrier):
+    def load_pages(self, tma, box, target, head, first_key: Int32, work: TileWork, barrier):
         """A block from its pages, one box a piece. Each lane looks one page up; pages beyond the sequence are not: all
         of their rows are out of bounds, so that TMA reads nothing and writes zeros."""
         c = self.config
@@ -116,7 +108,7 @@ class Loader:
             key = first_key + piece * c.key_rows
             listed = cute.arch.shuffle_sync(page, piece)
             copy = BoxCopy(tma, box, c.tile_n, head, (listed,))
-            copy.load(tile, piece * c.key_rows, key % c.page_size, seqlen_k - key, barrier)
+            copy.load(target, piece * c.key_rows, key % c.page_size, seqlen_k - key, barrier)
 
     def heads_per_kv(self) -> Int32:
         """Query heads that share a kv head."""

@@ -1,15 +1,35 @@
 """Rings of shared-memory tiles, guarded by mbarriers: the loader fills a stage, the consumers read and release it."""
 
+from typing import NamedTuple
+
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int32
 
 from fa3_sm90.config import PipelineSpec
 
 
+class RingState(NamedTuple):
+    """Where a side of a ring is: the stage of its next tile, and the parity of how often the ring has gone round."""
+
+    stage: Int32
+    phase: Int32
+
+
+def ring_start() -> RingState:
+    """The state of both sides at the start of a CTA."""
+    return RingState(Int32(0), Int32(0))
+
+
+def ring_next(state: RingState, stages: int) -> RingState:
+    """The state after one more tile; ``stages`` a power of 2."""
+    stage = (state.stage + 1) & (stages - 1)
+    wrapped = (state.stage + 1) >> (stages.bit_length() - 1)
+    return RingState(stage, state.phase ^ wrapped)
+
+
 class Ring:
     """The mbarriers of one :class:`PipelineSpec`: ``full`` completes when a stage's bytes have arrived, ``empty`` when
-    all consumer warps have released it. Both sides count tiles from 0 over the whole life of the CTA: tile ``count``
-    lies in stage count % stages, and a barrier's phase is the parity of count // stages."""
+    all consumer warps have released it."""
 
     def __init__(self, spec: PipelineSpec, barriers: cute.Pointer):
         """``barriers``: 2·stages mbarriers in shared memory."""
@@ -22,28 +42,22 @@ class Ring:
             cute.arch.mbarrier_init(self.full + stage, 1)
             cute.arch.mbarrier_init(self.empty + stage, self.spec.consumer_warps)
 
-    def stage(self, count: Int32):
-        return 0 if const_expr(self.spec.stages == 1) else count & (self.spec.stages - 1)
-
-    def phase(self, count: Int32) -> Int32:
-        return (count >> (self.spec.stages.bit_length() - 1)) & 1
-
-    def acquire(self, count: Int32) -> cute.Pointer:
+    def acquire(self, state: RingState) -> cute.Pointer:
         """Loader: wait until the stage is free, announce its bytes; returns the barrier for the copies."""
-        stage = self.stage(count)
-        cute.arch.mbarrier_wait(self.empty + stage, self.phase(count) ^ 1)
+        full = self.full + state.stage
+        cute.arch.mbarrier_wait(self.empty + state.stage, state.phase ^ 1)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(self.full + stage, self.spec.stage_bytes)
-        return self.full + stage
+            cute.arch.mbarrier_arrive_and_expect_tx(full, self.spec.stage_bytes)
+        return full
 
-    def wait(self, count: Int32):
+    def wait(self, state: RingState):
         """Consumer: wait until the tile is there."""
-        cute.arch.mbarrier_wait(self.full + self.stage(count), self.phase(count))
+        cute.arch.mbarrier_wait(self.full + state.stage, state.phase)
 
-    def release(self, count: Int32):
+    def release(self, state: RingState):
         """Consumer warp: this warp has read the tile."""
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(self.empty + self.stage(count))
+            cute.arch.mbarrier_arrive(self.empty + state.stage)
 
 
 def rings(specs: tuple[PipelineSpec, ...], barriers: cute.Pointer) -> dict[str, Ring]:

@@ -1,6 +1,5 @@
 """The two matrix products of a warpgroup on wgmma: S = Q·Kᵀ from shared memory, O += P·V with P in registers."""
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup

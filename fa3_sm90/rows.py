@@ -11,10 +11,10 @@ ROWS = 2
 
 
 class Rows:
-    """Where packed, row = token · pack_gqa + head: the heads of a token are neighbours, and the last rows may be none.
+    """Where packed, row = token · pack_gqa + head: the heads of a token are neighbours; the last rows may be none.
 
-    ``tokens``: of the warpgroup's tokens, which one; ``heads``: which head of those that share the tile; ``column``: the
-    thread's first column in a block of scores.
+    ``tokens``: of the warpgroup's tokens, which one; ``heads``: which head of those that share the tile; ``column``:
+    the thread's first column in a block of scores.
     """
 
     def __init__(self, config: Fa3ForwardConfig, coordinates: cute.Tensor):
