@@ -112,8 +112,8 @@ class PersistentScheduler(SingleTileScheduler):
 
 
 class VarlenState(NamedTuple):
-    """``tile``: its index in the order of all tiles, unsigned; ``batch``: its sequence, ``batches`` beyond the last
-    tile; ``start``: index of that sequence's first tile."""
+    """``tile``: its index in the order of all tiles, unsigned; ``batch``: its sequence, ``batches`` or more
+    beyond the last tile; ``start``: index of that sequence's first tile."""
 
     tile: Int32
     batch: Int32
@@ -168,14 +168,14 @@ class VarlenScheduler:
         """The state of ``tile``, which is not in a sequence before ``batch``, whose first tile is ``start``."""
         batches, heads, m_blocks = self.grid.batches, self.grid.heads, self._m_blocks
         lane = cute.arch.lane_idx()
-        searching = Boolean(batch < batches)
+        searching = Boolean(True)
         while searching:
             ends = _inclusive_sum(m_blocks(batch + lane) * heads, lane) + start
             before = cute.arch.popc(cute.arch.vote_ballot_sync(Uint32(ends) <= Uint32(tile)))
             # The sequences that end at or before the tile are skipped: their last one's end is the next one's start.
             if before > 0:
                 start = cute.arch.shuffle_sync(ends, before - 1)
-            batch = cutlass.min(batch + before, batches)
+            batch += before
             searching = (before == 32) & (batch < batches)
         return VarlenState(tile, batch, start)
 
