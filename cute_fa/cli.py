@@ -24,10 +24,12 @@ from cute_fa.compiler import compile_artifacts
 from cute_fa.dispatch import TABLE
 from cute_fa.errors import ArgumentError, CuteFaError
 from cute_fa.inputs import Inputs, InputSpec, make_inputs
+from cute_fa.kernel import KernelConfig
 from cute_fa.names import canonical_name
+from cute_fa.problem import AttentionProblem
 from cute_fa.tour import run_tour, tour_table
-from cute_fa.trial import Machine, TrialResult, choose_machine, problem_of_spec, run_trial
-from cute_fa.types import Direction, DType, SmArch
+from cute_fa.trial import Machine, TrialResult, choose_machine, config_fields, problem_of_spec, run_trial
+from cute_fa.types import Direction, DType, PersistentMode, SmArch
 
 _PIPE_WIDTH = 140  # columns of a table that goes to a pipe or file, which have no width of their own
 
@@ -55,8 +57,12 @@ class Options:
     page_size: int | None
     backward: bool
     deterministic: bool
+    pack_gqa: bool | None
+    persistent: str
     seed: int
     schedule_seed: int | None
+    late: bool
+    num_sms: int | None
     inputs: str
 
     @property
@@ -89,7 +95,16 @@ class Options:
 
     @property
     def machine(self) -> Machine:
-        return choose_machine(SmArch(self.arch) if self.arch else None, self.schedule_seed)
+        return choose_machine(SmArch(self.arch) if self.arch else None, self.schedule_seed, self.late, self.num_sms)
+
+    @property
+    def choices(self) -> dict:
+        """How to compute, in the problem's terms."""
+        return {"pack_gqa": self.pack_gqa, "persistent": PersistentMode(self.persistent)}
+
+    @property
+    def problem(self) -> AttentionProblem:
+        return problem_of_spec(self.spec, self.machine.arch, direction=self.direction, **self.choices)
 
 
 _SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch's generators take
@@ -113,8 +128,20 @@ _PROBLEM_OPTIONS = [
     click.option("--page-size", type=int, help="Keys and values in shuffled pages of this many tokens."),
     click.option("--backward", is_flag=True),
     click.option("--deterministic", is_flag=True),
+    click.option(
+        "--pack-gqa/--no-pack-gqa", default=None, help="Query heads of one kv head share a tile. [default: as it pays]"
+    ),
+    click.option(
+        "--persistent",
+        type=click.Choice([mode.value for mode in PersistentMode]),
+        default="auto",
+        show_default=True,
+        help="Whether a CTA computes one tile after the other.",
+    ),
     click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the inputs."),
     click.option("--schedule-seed", type=int, help="Simulate, with warps in a seeded adversarial order."),
+    click.option("--late", is_flag=True, help="Simulate, with asynchronous work done as late as is legal."),
+    click.option("--num-sms", type=click.IntRange(min=1), help="Simulate, with this many SMs. [default: a real GPU's]"),
     click.option("--inputs", type=click.Choice(["random", "peaked"]), default="random", show_default=True),
 ]
 
@@ -152,11 +179,11 @@ def run(context: click.Context, save: Path | None, as_json: bool, **given) -> No
 def _run_one(options: Options, save: Path | None, as_json: bool) -> None:
     if save and not save.absolute().parent.is_dir():
         raise click.BadParameter(f"{save.parent} is no folder", param_hint="--save")
-    machine, spec = options.machine, options.spec
     # A request that no kernel serves fails before any work.
-    TABLE.lookup(problem_of_spec(spec, machine.arch, options.direction))
-    inputs = make_inputs(spec, options.inputs, options.seed, device=machine.device)
-    result = run_trial(inputs, machine)
+    TABLE.lookup(options.problem)
+    machine = options.machine
+    inputs = make_inputs(options.spec, options.inputs, options.seed, device=machine.device)
+    result = run_trial(inputs, machine, **options.choices)
     if save:
         saved = _saved(options, inputs, result)
         with _writing("--save", save):
@@ -186,7 +213,7 @@ def compile_command(out: Path, as_json: bool, **given) -> None:
     """Write the kernel that serves the problem as PTX and cubin, named by its compile name. Needs no GPU."""
     options = Options(**given)
     with _errors(as_json):
-        problem = problem_of_spec(options.spec, options.machine.arch, options.direction)
+        problem = options.problem
         kernel = TABLE.lookup(problem)
         config = kernel.configure(problem)
         ptx, cubin = compile_artifacts(config)
@@ -197,9 +224,11 @@ def compile_command(out: Path, as_json: bool, **given) -> None:
             written["cubin"].write_bytes(cubin)
         names = {"canonical_name": canonical_name(kernel, problem), "compile_name": config.compile_name}
         if as_json:
-            click.echo(json.dumps({**names, **{kind: str(path) for kind, path in written.items()}}))
+            paths = {kind: str(path) for kind, path in written.items()}
+            click.echo(json.dumps({**names, "config": config_fields(config), **paths}))
         else:
             click.echo(f"canonical name  {names['canonical_name']}\ncompile name    {names['compile_name']}")
+            click.echo(f"config          {_shown(config)}")
             for path in written.values():
                 click.echo(f"wrote           {path}")
 
@@ -251,12 +280,21 @@ def _result_table(result: TrialResult) -> Table:
     table = Table(show_header=False, box=None)
     table.add_row("kernel", result.canonical_name)
     table.add_row("compiled as", result.compile_name)
+    table.add_row("config", _shown(result.config))
     table.add_row("ran on", str(result.machine))
     table.add_row("max error of O", f"{comparison.out_error:.3e}, allowed {comparison.out_allowed:.3e}")
     table.add_row("max error of LSE", f"{comparison.lse_error:.3e}, allowed {comparison.lse_allowed:.3e}")
     table.add_row("time", f"{_seconds(result.seconds)}, after {_seconds(result.compile_seconds)} to compile or load")
     table.add_row("result", "[green]within tolerance[/]" if result.ok else "[bold red]OUTSIDE TOLERANCE[/]")
     return table
+
+
+def _shown(config: KernelConfig) -> str:
+    """What the heuristic chose: fields that the kernel's name does not tell already, absent features left out."""
+    named = ("arch", "dtype", "head_dim", "head_dim_v")
+    absent = {field.name: field.default for field in fields(config) if field.default in (False, None)}
+    values = {name: value for name, value in config_fields(config).items() if name not in named}
+    return ", ".join(f"{name}={value}" for name, value in values.items() if absent.get(name, ...) != value)
 
 
 def _seconds(value: float) -> str:

@@ -103,16 +103,22 @@ class Inputs:
             "learnable_sink": self.learnable_sink,
         }
 
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments, beside q, k and v, of the public function that takes these inputs: the varlen one where
+        there are lengths or pages."""
+        options = self.options()
+        lengths = {name: options.pop(name) for name in _LENGTH_TENSORS}
+        if all(tensor is None for tensor in lengths.values()):
+            return options
+        return lengths | {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k} | options
+
     def run(self, **extra) -> Any:
         """Call the public function that takes these inputs; ``extra`` is passed on (``return_lse=True`` …)."""
         from cute_fa.api import flash_attn_func, flash_attn_varlen_func
 
-        options = self.options()
-        lengths = {name: options.pop(name) for name in _LENGTH_TENSORS}
-        if all(tensor is None for tensor in lengths.values()):
-            return flash_attn_func(self.q, self.k, self.v, **options, **extra)
-        lengths |= {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k}
-        return flash_attn_varlen_func(self.q, self.k, self.v, **lengths, **options, **extra)
+        arguments = self.arguments()
+        function = flash_attn_varlen_func if "page_table" in arguments else flash_attn_func
+        return function(self.q, self.k, self.v, **arguments, **extra)
 
 
 def make_inputs(

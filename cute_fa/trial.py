@@ -4,35 +4,49 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cute_fa import reference
+from cute_fa.api import prepare
 from cute_fa.compiler import compiled
 from cute_fa.dispatch import TABLE
 from cute_fa.errors import DeviceError
 from cute_fa.inputs import Inputs, InputSpec
 from cute_fa.names import canonical_name
+from cute_fa.ops import problem_of_call
 from cute_fa.problem import AttentionProblem, default_scale, normalize_window
 from cute_fa.simulation import simulate
-from cute_fa.types import Direction, SmArch
+from cute_fa.types import SmArch
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from cute_fa.kernel import KernelConfig
 
 _TIMED_RUNS = 10
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where kernels run: on the GPU, or simulated on the CPU. ``schedule_seed`` picks a random order of warps."""
+    """Where kernels run: on the GPU, or simulated on the CPU with the options of ``cute_fa.simulate``."""
 
     arch: SmArch
     simulated: bool
     schedule_seed: int | None = None
+    late: bool = False
+    num_sms: int | None = None
 
     @property
     def device(self) -> str:
         return "cpu" if self.simulated else "cuda"
+
+    def simulate(self) -> AbstractContextManager:
+        """A simulation of this machine."""
+        return simulate(self.arch, num_sms=self.num_sms, schedule_seed=self.schedule_seed, late=self.late)
 
     def __str__(self) -> str:
         return f"{self.arch.value} simulated" if self.simulated else f"{self.arch.value} GPU"
@@ -48,28 +62,35 @@ def gpu_arch() -> SmArch | None:
         return None
 
 
-def choose_machine(arch: SmArch | None, schedule_seed: int | None) -> Machine:
-    """The GPU if there is one, unless another architecture or a schedule is asked for; else simulated, by default as
-    sm_80."""
+def choose_machine(
+    arch: SmArch | None, schedule_seed: int | None = None, late: bool = False, num_sms: int | None = None
+) -> Machine:
+    """The GPU if there is one, unless another architecture or an option of the simulator is asked for; else simulated,
+    by default as sm_80."""
     present = gpu_arch()
-    if present is not None and arch in (None, present) and schedule_seed is None:
+    if present is not None and arch in (None, present) and (schedule_seed, late, num_sms) == (None, False, None):
         return Machine(present, simulated=False)
-    return Machine(arch or present or SmArch.SM_80, simulated=True, schedule_seed=schedule_seed)
+    return Machine(arch or present or SmArch.SM_80, True, schedule_seed, late, num_sms)
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What one problem gave. ``seconds``: the call itself; simulated that is the simulator's time, on a GPU the mean of
-    several launches. ``compile_seconds``: until the kernel was there, compiled or from the cache."""
+    """What one problem gave. ``config``: how the kernel is built. ``seconds``: the call itself; simulated that is the
+    simulator's time, on a GPU the mean of several launches. ``compile_seconds``: until the kernel was there, compiled
+    or from the cache."""
 
     canonical_name: str
-    compile_name: str
+    config: KernelConfig
     machine: Machine
     comparison: reference.Comparison
     compile_seconds: float
     seconds: float
     out: torch.Tensor
     lse: torch.Tensor
+
+    @property
+    def compile_name(self) -> str:
+        return self.config.compile_name
 
     @property
     def ok(self) -> bool:
@@ -82,17 +103,17 @@ class TrialResult:
             "ok": self.ok,
             "canonical_name": self.canonical_name,
             "compile_name": self.compile_name,
-            "arch": self.machine.arch.value,
-            "simulated": self.machine.simulated,
-            "schedule_seed": self.machine.schedule_seed,
+            "config": config_fields(self.config),
+            **config_fields(self.machine),
             **comparison,
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
         }
 
 
-def problem_of_spec(spec: InputSpec, arch: SmArch, direction: Direction = Direction.FORWARD) -> AttentionProblem:
-    """The problem that a spec describes, without making its tensors."""
+def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionProblem:
+    """The problem that a spec describes, without making its tensors; ``choices`` are further fields of the problem:
+    direction, pack_gqa, persistent."""
     left, right = normalize_window(spec.window, spec.causal)
     return AttentionProblem(
         arch=arch,
@@ -116,34 +137,37 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, direction: Direction = Direct
         seqused_q=spec.seqused_q,
         seqused_k=spec.seqused_k or spec.page_size is not None,
         page_size=spec.page_size,
-        direction=direction,
+        **choices,
     )
 
 
-def run_trial(inputs: Inputs, machine: Machine) -> TrialResult:
-    """Run the inputs, which lie on the machine's device, through the public API and compare out and lse."""
-    problem = problem_of_spec(inputs.spec, machine.arch)
+def config_fields(config: KernelConfig | Machine) -> dict[str, Any]:
+    """The fields by name, in plain types."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+
+
+def run_trial(inputs: Inputs, machine: Machine, **choices: Any) -> TrialResult:
+    """Run the inputs, which lie on the machine's device, through the public API and compare out and lse. ``choices``:
+    pack_gqa and persistent."""
+    call = prepare(inputs.q, inputs.k, inputs.v, **inputs.arguments(), **choices)
+    problem = problem_of_call(machine.arch, call, None)
     kernel = TABLE.lookup(problem)
     config = kernel.configure(problem)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        return inputs.run(**choices, return_lse=True)
+
     if machine.simulated:
-        with simulate(machine.arch.value, schedule_seed=machine.schedule_seed):
+        with machine.simulate():
             compile_seconds, _ = _timed(lambda: compiled(config))
-            seconds, (out, lse) = _timed(lambda: inputs.run(return_lse=True))
+            seconds, (out, lse) = _timed(run)
     else:
         compile_seconds, _ = _timed(lambda: compiled(config))
-        out, lse = inputs.run(return_lse=True)
-        seconds = _gpu_seconds(lambda: inputs.run(return_lse=True))
-    options = inputs.options()
-    return TrialResult(
-        canonical_name(kernel, problem),
-        config.compile_name,
-        machine,
-        reference.check(out, lse, inputs.q, inputs.k, inputs.v, **options),
-        compile_seconds,
-        seconds,
-        out,
-        lse,
-    )
+        out, lse = run()
+        seconds = _gpu_seconds(run)
+    comparison = reference.check(out, lse, inputs.q, inputs.k, inputs.v, **inputs.options())
+    return TrialResult(canonical_name(kernel, problem), config, machine, comparison, compile_seconds, seconds, out, lse)
 
 
 def _timed(function) -> tuple[float, Any]:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cute_fa import cli, support
+from cute_fa import cli, simulate, support
+from cute_fa.api import prepare
 from cute_fa.dispatch import TABLE
-from cute_fa.inputs import Inputs
+from cute_fa.inputs import Inputs, InputSpec, make_inputs
+from cute_fa.ops import problem_of_call
 from cute_fa.tour import GPT_OSS, Stop
-from cute_fa.trial import Machine, choose_machine
-from cute_fa.types import SmArch
+from cute_fa.trial import Machine, choose_machine, problem_of_spec
+from cute_fa.types import DType, PersistentMode, SmArch
 
 SMALL = ["--seqlen-q", "70", "--heads", "2", "--head-dim", "32", "--arch", "sm_80"]
 
@@ -67,8 +69,76 @@ def test_varlen(tmp_path, direction):
 def test_terminal_output_names_kernel_and_errors():
     done = invoke("run", *SMALL)
     assert done.exit_code == 0, done.output
-    for part in ("fa2_fwd_sm80_bf16_hd32", "sm_80 simulated", "max error of LSE", "within tolerance"):
+    config = "config            tile_m=128, tile_n=64, num_warps=4, stages=2 "
+    for part in ("fa2_fwd_sm80_bf16_hd32", config, "sm_80 simulated", "max error of LSE", "within tolerance"):
         assert part in done.stdout
+
+
+HOPPER = ["--arch", "sm_90a", "--seqlen-q", "70", "--heads", "4", "--heads-kv", "1", "--head-dim", "32"]
+
+
+def test_choices_of_how_reach_the_kernel(monkeypatch):
+    """What the config prints is what was launched: persistent CTAs or one a tile, heads packed or not."""
+    simulations = []
+
+    def remember(arch, **options):
+        simulations.append(options)
+        return simulate(arch, **options)
+
+    monkeypatch.setattr("cute_fa.trial.simulate", remember)
+    packed = ["--pack-gqa", "--persistent", "off", "--late"]
+    apart = ["--no-pack-gqa", "--persistent", "on", "--num-sms", "3", "--schedule-seed", "1"]
+    for options, pack_gqa, persistent in ((packed, 4, False), (apart, 1, True)):
+        done = invoke("run", *HOPPER, *options, "--json")
+        assert done.exit_code == 0, done.output
+        summary = json.loads(done.stdout)
+        assert summary["config"]["pack_gqa"] == pack_gqa
+        assert summary["config"]["persistent"] is persistent
+        assert summary["config"]["dtype"] == "bf16"
+        assert f"pack_gqa={pack_gqa}, persistent={persistent}" in invoke("run", *HOPPER, *options).stdout
+    assert {name: summary[name] for name in ("late", "num_sms", "schedule_seed")} == simulations[-1]
+    assert simulations[0] == {"late": True, "num_sms": None, "schedule_seed": None}
+    assert simulations[-1] == {"late": False, "num_sms": 3, "schedule_seed": 1}
+
+
+@pytest.mark.parametrize("lengths", ["", "--varlen"])
+def test_saved_pages_recompute_the_result(tmp_path, lengths):
+    """Keys gathered from the saved pages by hand, softmax in float64."""
+    file = tmp_path / "run.pt"
+    request = [*HOPPER, "--seqlen-k", "90", "--batch", "3", "--page-size", "16", *lengths.split(), "--inputs", "peaked"]
+    done = invoke("run", *request, "--dtype", "fp16", "--save", str(file), "--json")
+    assert done.exit_code == 0, done.output
+    name = json.loads(done.stdout)["canonical_name"]
+    assert name == "fa3_fwd_sm90a_fp16_hd32_varlen_page16_gqa4"
+    saved = torch.load(file)
+    assert saved["seqused_k"].tolist()[:2] == [90, 57]
+    assert saved["page_table"].shape == (3, 6)
+    starts = [0, 0, 0] if saved["cu_seqlens_q"] is None else saved["cu_seqlens_q"].tolist()
+    for b, used in enumerate(saved["seqused_k"].tolist()):
+        rows = slice(starts[b], starts[b + 1]) if lengths else b
+        k, v = (saved[x][saved["page_table"][b].long()].flatten(0, 1)[:used, 0].double() for x in "kv")
+        scores = torch.einsum("ihd,jd->hij", saved["q"][rows].double(), k) * 32**-0.5
+        lse = saved["lse"][:, rows] if lengths else saved["lse"][b]
+        torch.testing.assert_close(lse.double(), torch.logsumexp(scores, -1), atol=1e-3, rtol=0)
+        out = torch.einsum("hij,jd->ihd", torch.softmax(scores, -1), v)
+        torch.testing.assert_close(saved["out"][rows].double(), out, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        InputSpec(batch=2, seqlen_q=40, seqlen_k=70, heads=4, causal=True, window=(7, None), sink_tokens=2),
+        InputSpec(batch=3, softcap=3.0, softmax_scale=0.3, varlen_q=True, varlen_k=True, alibi=True, dtype=DType.FP16),
+        InputSpec(batch=3, seqlen_k=70, page_size=16, varlen_q=True, alibi_per_batch=True, learnable_sink=True),
+        InputSpec(batch=3, seqlen_k=70, seqused_q=True, seqused_k=True, head_dim_v=32, window=(None, 3)),
+    ],
+)
+def test_a_spec_has_the_problem_of_its_tensors(spec):
+    """So that what a request without tensors is told (compiled, refused) holds for the run."""
+    choices = {"pack_gqa": False, "persistent": PersistentMode.OFF}
+    inputs = make_inputs(spec)
+    call = prepare(inputs.q, inputs.k, inputs.v, **inputs.arguments(), **choices)
+    assert problem_of_spec(spec, SmArch.SM_90A, **choices) == problem_of_call(SmArch.SM_90A, call, None)
 
 
 def test_a_wrong_result_exits_with_one(monkeypatch):
@@ -103,6 +173,8 @@ def test_a_wrong_result_exits_with_one(monkeypatch):
         ("--window -5 0", "left=-5"),
         ("--sink -1", "sink_tokens=-1"),
         ("--softcap nan", "softcap=nan"),
+        ("--heads-kv 1 --pack-gqa", "pack_gqa: this kernel's tiles"),
+        ("--persistent on", "persistent: this kernel launches"),
     ],
 )
 def test_refusals(request_, message):
@@ -131,6 +203,12 @@ def test_what_cannot_be_written_is_one_message(tmp_path):
         assert f"cannot write {tmp_path}" in done.stderr and path in done.stderr
 
 
+def test_a_machine_without_sms_is_refused():
+    done = invoke("run", *SMALL, "--num-sms", "0")
+    assert done.exit_code == 2
+    assert "--num-sms" in done.stderr
+
+
 def test_a_seed_beyond_what_generators_take_is_refused():
     done = invoke("run", *SMALL, "--seed", str(2**64))
     assert done.exit_code == 2
@@ -146,12 +224,15 @@ def test_compile_writes_ptx_and_cubin(tmp_path):
     assert Path(names["ptx"]).stem == Path(names["cubin"]).stem == names["compile_name"]
     assert ".target sm_90a" in Path(names["ptx"]).read_text()
     assert Path(names["cubin"]).read_bytes()[:4] == b"\x7fELF"
+    assert names["config"]["window_right"] is True
+    assert names["config"]["persistent"] is True
     # Values of windows and caps are arguments, so they are in no compile name.
     for window in ("7", "9"):
         again = invoke(
             "compile", "--arch", "sm_90a", "--head-dim", "32", "--window", window, "0", "--out", str(tmp_path)
         )
         assert f"_sw{window}" in again.output
+        assert re.search(r"config +warpgroups=\d.* window_left=True, window_right=True\n", again.output)
     assert len(list(tmp_path.glob("*.ptx"))) == 2
 
 
@@ -201,7 +282,8 @@ def test_a_gpu_is_used_unless_another_machine_is_asked_for(monkeypatch):
     assert choose_machine(None, None) == Machine(SmArch.SM_90A, simulated=False)
     assert choose_machine(SmArch.SM_90A, None).device == "cuda"
     assert choose_machine(SmArch.SM_80, None) == Machine(SmArch.SM_80, simulated=True)
-    assert choose_machine(None, 5) == Machine(SmArch.SM_90A, simulated=True, schedule_seed=5)
+    for options in ({"schedule_seed": 5}, {"schedule_seed": 0}, {"late": True}, {"num_sms": 4}):
+        assert choose_machine(None, **options) == Machine(SmArch.SM_90A, simulated=True, **options)
     monkeypatch.setattr("cute_fa.trial.gpu_arch", lambda: None)
     assert choose_machine(None, None) == Machine(SmArch.SM_80, simulated=True)
 
