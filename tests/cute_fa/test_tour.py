@@ -20,6 +20,7 @@ from cute_fa.tour import (
     itinerary,
     layer_inputs,
 )
+from cute_fa.types import SmArch
 
 # What leaves each feature out, in the reference's options.
 _WITHOUT = {
@@ -88,6 +89,10 @@ def test_every_layer_is_visited():
     assert {stop.layer for stop in stops} == set(LAYERS)
     if stops[0].machine.simulated:
         assert {stop.machine.arch.value for stop in stops} == {"sm_80", "sm_90a", "sm_100a"}
+        hopper = {stop.layer for stop in stops if stop.machine.arch is SmArch.SM_90A}
+        assert {layer.head_dim for layer in hopper} == {64, 128, 256}
+        for feature in ("window", "sink_tokens", "softcap", "learnable_sink"):
+            assert {bool(getattr(layer, feature)) for layer in hopper} == {False, True}
 
 
 def test_more_text_than_there_is():
