@@ -116,7 +116,7 @@ class UnsupportedKeyError(CuteFaError):
 
 
 class NoBackwardError(CuteFaError):
-    """A gradient asked for where no backward kernel exists yet."""
+    """A derivative asked for where no backward kernel exists yet."""
 
 
 def _short(value: Any) -> str:

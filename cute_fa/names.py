@@ -36,10 +36,15 @@ def problem_name(problem: AttentionProblem) -> str:
         f"wr{window_right}": window_right is not None,
         "alibi": problem.alibi,
         f"sink{problem.sink_tokens}": problem.sink_tokens > 0,
-        f"softcap{problem.softcap:g}".replace(".", "p"): problem.softcap > 0.0,
+        f"softcap{_digits(problem.softcap)}": problem.softcap > 0.0,
         "lsink": problem.learnable_sink,
         f"page{problem.page_size}": problem.page_size is not None,
         f"split{problem.num_splits}": problem.num_splits > 1,
         f"gqa{problem.gqa_ratio}": problem.gqa_ratio > 1,
     }
     return "_".join(token for token, present in tokens.items() if present)
+
+
+def _digits(value: float) -> str:
+    """The fewest digits that tell the value from every other, ``p`` for the point."""
+    return repr(float(value)).removesuffix(".0").replace(".", "p")

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+)
+from torch.autograd import forward_ad
 
 from cute_fa.compiler import compiled
 from cute_fa.dispatch import TABLE
@@ -33,6 +41,8 @@ from cute_fa.tensors import (
 from cute_fa.types import PersistentMode
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cute_fa.compiler import CompiledKernel
     from cute_fa.kernel import AttentionKernel
     from cute_fa.problem import AttentionProblem
@@ -43,6 +53,7 @@ if TYPE_CHECKING:
 CHECK_VALUES = switch("CUTE_FA_CHECK", default=False)
 # A description that changes at every call (decoding, packed batches) must not fill the memory.
 _MAX_PLANS = 4096
+_NO_BACKWARD = "cute_fa has no backward kernel yet: run the forward under torch.no_grad(), or detach q, k and v"
 
 
 class Call(NamedTuple):
@@ -234,9 +245,7 @@ def _fake_out(*arguments):
 
 
 def _backward(ctx, dout, dlse):
-    raise NoBackwardError(
-        "cute_fa has no backward kernel yet: run the forward under torch.no_grad(), or detach q, k and v"
-    )
+    raise NoBackwardError(_NO_BACKWARD)
 
 
 LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
@@ -246,7 +255,7 @@ torch.library.register_fake("cute_fa::attention_out", _fake_out, lib=LIBRARY)
 torch.library.register_autograd("cute_fa::attention", _backward, lib=LIBRARY)
 
 _attention_op = torch.ops.cute_fa.attention.default
-attention_out = torch.ops.cute_fa.attention_out.default
+_attention_out_op = torch.ops.cute_fa.attention_out.default
 
 
 def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,7 +264,10 @@ def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     Where the dispatcher would do nothing but convert 21 arguments back and forth (eager mode, no gradient asked for, no
     mode or transform watching, plain tensors) its Python kernel is called directly.
     """
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+        return _attention_op(*arguments)
+    if _transformed():
+        _check_derivatives(arguments)
         return _attention_op(*arguments)
     if arguments[0].is_meta:
         return _attention_op(*arguments)
@@ -264,3 +276,35 @@ def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
         if tensor is not None and (type(tensor) not in _PLAIN or (needs_grad and tensor.requires_grad)):
             return _attention_op(*arguments)
     return _attention(*arguments)
+
+
+def attention_out(*arguments) -> torch.Tensor:
+    """lse for the arguments of :class:`Call` and the tensor to write: the operator ``cute_fa::attention_out``."""
+    if not torch.compiler.is_compiling() and _transformed():
+        _check_derivatives(arguments)
+    return _attention_out_op(*arguments)
+
+
+def _transformed() -> bool:
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _check_derivatives(arguments: tuple) -> None:
+    """Raise NoBackwardError where a transform of ``torch.func`` or forward-mode differentiation follows a tensor: torch
+    would complain about the operator's internals in the first case, and drop the tangent in the second."""
+    stack = get_interpreter_stack() or []
+    reverse = any(interpreter.key() == TransformType.Grad for interpreter in stack)
+    forward = forward_ad._current_level >= 0
+    for tensor in arguments[:NUM_TENSORS]:
+        for layer in _layers(tensor):
+            if (reverse and layer.requires_grad) or (forward and forward_ad.unpack_dual(layer).tangent is not None):
+                raise NoBackwardError(_NO_BACKWARD)
+
+
+def _layers(tensor: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """The tensor and, where transforms wrap it, what they wrap; without the wrappers of vmap, which hide both kinds of
+    derivative."""
+    while tensor is not None:
+        if not is_batchedtensor(tensor):
+            yield tensor
+        tensor = get_unwrapped(tensor) if is_functorch_wrapped_tensor(tensor) else None

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cute_fa
@@ -153,6 +154,57 @@ def test_backward_says_that_there_is_none(simulated):
         assert not flash_attn_func(q, inputs.k, inputs.v, causal=True).requires_grad
     with pytest.raises(ArgumentError, match="out= with a tensor that requires a gradient"):
         flash_attn_func(q, inputs.k, inputs.v, causal=True, out=torch.empty_like(q))
+
+
+def jvp(f, q):
+    return torch.func.jvp(f, (q,), (q,))
+
+
+def dual(f, q):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(q, q))
+
+
+DERIVATIVES = {
+    "grad": lambda f, q: torch.func.grad(lambda q: f(q).float().sum())(q),
+    "vjp": torch.func.vjp,
+    "grad of vmap": lambda f, q: torch.func.grad(lambda q: torch.vmap(f)(q[None]).float().sum())(q),
+    "vmap of grad": lambda f, q: torch.vmap(torch.func.grad(lambda q: f(q).float().sum()))(q[None]),
+    "jvp": jvp,
+    "jvp of vmap": lambda f, q: jvp(torch.vmap(f), q[None]),
+    "jvp of grad": lambda f, q: jvp(torch.func.grad(lambda q: f(q).float().sum()), q),
+    "dual numbers": dual,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, for forward mode
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("derivative", list(DERIVATIVES))
+def test_no_transform_differentiates(simulated, derivative, out):
+    """torch by itself would give an error about autograd.Function, or an answer without its tangent."""
+    inputs = make_inputs(DENSE)
+
+    def attention(q, k=inputs.k):
+        into = {"out": torch.empty_like(q).detach()} if out else {}
+        return flash_attn_func(q, k, inputs.v, causal=True, **into)
+
+    refused = NoBackwardError
+    if out and derivative in ("grad", "vjp", "vmap of grad", "jvp of grad"):
+        refused = ArgumentError  # as without transforms: what is written in place has no gradient
+    with pytest.raises(refused):
+        DERIVATIVES[derivative](attention, inputs.q)
+    assert not simulated.launches
+    if "vmap" not in derivative or not out:  # vmap has no rule for what is written in place
+        DERIVATIVES[derivative](lambda q: attention(inputs.q) + q, inputs.q)  # does not depend on the variable
+        assert simulated.launches
+
+
+def test_vmap(simulated):
+    inputs = make_inputs(DENSE)
+    q = torch.stack([inputs.q, 2 * inputs.q]).requires_grad_()
+    out = torch.vmap(lambda q: flash_attn_func(q, inputs.k, inputs.v, causal=True))(q)
+    for mapped, single in zip(out, q, strict=True):
+        assert mapped.equal(flash_attn_func(single.detach(), inputs.k, inputs.v, causal=True))
 
 
 def test_a_sink_that_needs_a_gradient(simulated):
