@@ -25,8 +25,8 @@ from cute_fa.types import DType, SmArch
 from perf.sass import KernelReport, add_per_score, report_cubin
 
 COLUMNS = (
-    "arch direction head_dim causal source per_score copy_per_score cond_per_score regs spills spills_in_loops instr "
-    "cond ex2 stall tc mufu alu smem"
+    "arch direction head_dim causal source per_score copy_per_score cond_per_score regs setmaxnreg spills "
+    "spills_in_loops serialised instr cond ex2 stall cond_stall tc mufu alu smem"
 ).split()
 _PEER_FIGURES = Path(__file__).with_name("peer_figures.csv")
 
@@ -98,7 +98,8 @@ def static_table(keys: list[StaticKey], *, fa4: bool, progress=lambda step: None
     wanted = {(key.arch.value, key.head_dim, key.causal) for key in keys}
     recorded = pd.read_csv(_PEER_FIGURES).query("direction == 'fwd'")
     known = [(row.arch, row.head_dim, row.causal) in wanted for row in recorded.itertuples()]
-    table = pd.concat([pd.DataFrame(rows, columns=COLUMNS), recorded[known][COLUMNS]], ignore_index=True)
+    recorded = recorded[known].reindex(columns=COLUMNS)  # nothing was recorded of some figures
+    table = pd.concat([pd.DataFrame(rows, columns=COLUMNS), recorded], ignore_index=True)
     order = {(key.arch.value, key.head_dim, key.causal): position for position, key in enumerate(keys)}
     rank = [order[row.arch, row.head_dim, row.causal] for row in table.itertuples()]
     return table.assign(rank=rank).sort_values("rank", kind="stable").drop(columns="rank").reset_index(drop=True)
@@ -127,11 +128,14 @@ def _row(key: StaticKey, source: str, report: KernelReport) -> dict:
         "copy_per_score": loop.copy_per_score,
         "cond_per_score": loop.cond_per_score,
         "regs": kernel["regs"],
+        "setmaxnreg": report.setmaxnreg,
         "spills": f"{kernel['ldl']}/{kernel['stl']}",
         "spills_in_loops": kernel["spill_in_hot"],
+        "serialised": report.wgmma_serialised,
         "instr": figures["insts"],
         "cond": figures["cond"],
         "ex2": figures["mufu_ex2"],
         "stall": figures["stall_sum"],
+        "cond_stall": figures["cond_stall"],
         **{name: figures[f"cyc_{name}"] for name in ("tc", "mufu", "alu", "smem")},
     }

@@ -14,13 +14,15 @@ The model's unit is SM cycles for one iteration of four warps, one in each quart
 
 ``util_overlap`` = tc / max(all): everything overlaps perfectly. ``util_serial`` = tc / (tc + max(others)): nothing
 does. ``util_pingpong`` (sm_90): W consumer warpgroups taking turns on the tensor cores without overlap inside one.
-``stall_sum``: the compiler's fixed stall counts of the non-tensor instructions, one warp's own lower bound in cycles;
-``sb_waits``: instructions that wait on a scoreboard, whose latency is not modelled. Nothing here knows latencies, bank
-conflicts, cache or memory time, trip counts, clocks or power.
+``stall_sum``: the compiler's fixed stall counts of the non-tensor instructions, one warp's own lower bound in cycles,
+``cond_stall``: those of conditional blocks among them; ``sb_waits``: instructions that wait on a scoreboard, whose
+latency is not modelled. Nothing here knows latencies, bank conflicts, cache or memory time, trip counts, clocks or
+power.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -65,7 +67,8 @@ SM_MODELS = {
 
 @dataclass
 class LoopReport:
-    """One hot loop. ``row()`` is what tables print; ``main`` marks the steady-state loop of its role."""
+    """One hot loop. ``row()`` is what tables print; ``main`` marks the steady-state loop of its role. ``counts`` are by
+    class, ``opcodes`` by opcode, ``shapes`` by shape of the tensor-core instructions."""
 
     role: str
     address: int
@@ -74,11 +77,13 @@ class LoopReport:
     copying: int
     nested: int
     counts: Counter[str]
+    opcodes: Counter[str]
     shapes: Counter[str]
     flops: int
     unknown_mma: int
     cycles: dict[str, float]
     stall_sum: int
+    conditional_stall: int
     sb_waits: int
     warpgroups: int | None
     main: bool = False
@@ -116,6 +121,7 @@ class LoopReport:
             "util_serial": round(tensor / (tensor + others), 3) if tensor else None,
             "util_pingpong": self._pingpong(),
             "stall_sum": self.stall_sum,
+            "cond_stall": self.conditional_stall,
             "sb_waits": self.sb_waits,
             "wgs": self.warpgroups,
             "slots_per_ex2": round((self.instructions - self.counts["tensor"]) / exp2, 2) if exp2 else None,
@@ -137,7 +143,9 @@ class LoopReport:
 
 @dataclass
 class KernelReport:
-    """One kernel of a cubin: ``resources`` as :func:`kernel_resources` gives them, sizes in bytes."""
+    """One kernel of a cubin: ``resources`` as :func:`kernel_resources` gives them, sizes in bytes;
+    ``wgmma_serialised``: every wgmma is waited for before the next one, as ptxas does in a whole function where the
+    registers do not suffice or an accumulator is touched in flight (its warning C7512 and its neighbours)."""
 
     kernel: str
     arch: int
@@ -147,6 +155,7 @@ class KernelReport:
     spill_stores: int
     instructions: int
     tensor_total: int
+    wgmma_serialised: bool
     loop_count: int
     roles: str
     loops: list[LoopReport]
@@ -172,6 +181,7 @@ class KernelReport:
             "insts": self.instructions,
             "tensor_total": self.tensor_total,
             "tensor_peeled": self.tensor_total - tensor_in_loops,
+            "wgmma_serialised": self.wgmma_serialised,
             "loops": self.loop_count,
             "hot_loops": len(self.loops),
             "roles": self.roles,
@@ -240,7 +250,7 @@ class _Analysis:
         spins = self._spins(loop)
         body = loop.body - spins
         always = {b for b in body if all(self.flow.dominates(b, latch) for latch in loop.latches)}
-        instructions = self.flow.instructions(body)
+        instructions, conditional = self.flow.instructions(body), self.flow.instructions(body - always)
         counts = Counter(classify(i.opcode, i.modifiers) for i in instructions)
         shapes: Counter[str] = Counter()
         flops = unknown = 0
@@ -264,15 +274,17 @@ class _Analysis:
             role=self.role(header),
             address=self.code.instructions[self.flow.blocks[header][0]].address,
             instructions=len(instructions),
-            conditional=len(self.flow.instructions(body - always)),
+            conditional=len(conditional),
             copying=sum(self._copying_length(block) for block in body - always),
             nested=sum(not self.loops[g].body <= spins for g in self._nested(header)),
             counts=counts,
+            opcodes=Counter(i.opcode for i in instructions),
             shapes=shapes,
             flops=flops,
             unknown_mma=unknown,
             cycles=self._cycles(counts, len(instructions), tensor_cycles, smem_cycles),
-            stall_sum=sum(max(1, i.stall) for i in instructions if not is_tensor(i.opcode)),
+            stall_sum=_stall_sum(instructions),
+            conditional_stall=_stall_sum(conditional),
             sb_waits=sum(i.wait != 0 for i in instructions),
             warpgroups=max(1, self.threads // 128 - bool(self.register_limits)) if self.arch // 10 == 9 else None,
         )
@@ -318,9 +330,26 @@ class _Analysis:
         }
 
 
+def _stall_sum(instructions: list[Instruction]) -> int:
+    """Fixed stall counts of the non-tensor instructions."""
+    return sum(max(1, i.stall) for i in instructions if not is_tensor(i.opcode))
+
+
 def _is_copy(instruction: Instruction) -> bool:
     """Asynchronous copies: cp.async, TMA and bulk."""
     return instruction.opcode.startswith(("UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "UBLK"))
+
+
+def _wgmma_serialised(code: Code) -> bool:
+    """Whether all wgmma in flight are waited for after each one. A product of several leaves only its last one with a
+    group barrier (gsb0) to wait for."""
+    kinds = [
+        "wgmma" if is_warpgroup_mma(i.opcode) else "wait"
+        for i in code.instructions
+        if is_warpgroup_mma(i.opcode)
+        or (i.opcode, i.modifiers, i.operands[-1:]) == ("WARPGROUP", ["DEPBAR", "LE"], ["0x0"])
+    ]
+    return "wgmma" in kinds and all(b == "wait" for a, b in itertools.pairwise(kinds) if a == "wgmma")
 
 
 def _shared_memory_cycles(instruction: Instruction) -> float:
@@ -362,6 +391,7 @@ def report_code(kernel: str, code: Code, arch: int, resources: dict[str, int]) -
         spill_stores=sum(i.opcode == "STL" for i in code.instructions),
         instructions=len(code.instructions),
         tensor_total=sum(is_tensor(i.opcode) for i in code.instructions),
+        wgmma_serialised=_wgmma_serialised(code),
         loop_count=len(analysis.loops),
         roles=" ".join(sorted({analysis.role(h) for h in named})),
         loops=loops,

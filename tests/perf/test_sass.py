@@ -85,10 +85,12 @@ def test_loop_figures(report):
     assert (loop.instructions, loop.conditional, loop.copying) == (17, 3, 0)
     expected = Counter(tensor=8, ldsm=1, mufu_ex2=1, ffma=1, conv=1, branch=3, fadd=1, mov=1)
     assert loop.counts == expected
+    assert loop.opcodes == Counter(HMMA=8, LDSM=1, MUFU=1, BRA=3, FFMA=1, F2FP=1, FADD=1, IMAD=1)
     assert loop.flops == 8 * 4 * (2 * 16 * 8 * 16)
     # tc 131072 flops / 2048; LDSM.4 moves 512 bytes a warp; FP32 takes two cycles on sm_80.
     assert loop.cycles == {"tc": 64, "mufu": 8, "fma": 4, "alu": 2, "issue": 17, "smem": 16}
     assert loop.stall_sum == 2 + 5 + 5 + 4 + 2 + 5 + 4 + 3 + 5
+    assert loop.conditional_stall == 4 + 3 + 5
     assert loop.sb_waits == 9
     assert loop.row()["bound"] == "tc"
     assert loop.row()["util_serial"] == round(64 / (64 + 17), 3)
@@ -146,6 +148,32 @@ def test_wgmma_operand_bytes():
     assert (from_registers.smem_bytes, from_registers.label[-3:]) == (128 * 16 * 2, ".RS")
     fp8 = tensor_operation("QGMMA", ["64x128x32", "F32", "E4M3", "E4M3"], ["R24", "gdesc[UR4]", "R24"])
     assert (fp8.rate, fp8.smem_bytes) == (2, (64 + 128) * 32)
+
+
+WAIT_ALL, WAIT_ONE = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+FIRST = "HGMMA.64x128x16.F32.BF16 R88, gdesc[UR24], RZ, !UPT"
+SECOND, LAST = "HGMMA.64x128x16.F32.BF16 R88, gdesc[UR8], R88", "HGMMA.64x128x16.F32.BF16 R88, gdesc[UR8], R88, gsb0"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "serialised"),
+    [
+        ([FIRST, SECOND, LAST, WAIT_ALL], False),
+        ([FIRST, LAST, WAIT_ALL, FIRST, LAST, WAIT_ALL], False),
+        ([f"{FIRST}, gsb0", WAIT_ALL, LAST, WAIT_ALL, LAST, WAIT_ALL], True),
+        ([f"{FIRST}, gsb0", WAIT_ALL, "WARPGROUP.ARRIVE", LAST, WAIT_ALL], True),
+        # the first product stays in flight beside the second
+        ([f"{FIRST}, gsb0", "WARPGROUP.ARRIVE", LAST, WAIT_ONE, WAIT_ALL], False),
+        ([f"{FIRST}, gsb0", WAIT_ONE, LAST, WAIT_ALL], False),
+        (["HMMA.16816.F32.BF16 R4, R8, R10, R4", WAIT_ALL], False),
+    ],
+)
+def test_serialised_wgmma(instructions, serialised):
+    """ptxas, where it serialises, has every wgmma waited for before the next."""
+    lines = ['\t.headerflags\t@"EF_CUDA_SM90"', "//------- .text.kernel -------"]
+    lines += [f"        /*{16 * n:04x}*/  {text} ;" for n, text in enumerate([*instructions, "EXIT"])]
+    arch, kernels = parse_listing("\n".join(lines))
+    assert report_code("kernel", kernels["kernel"], arch, {}).wgmma_serialised is serialised
 
 
 def test_a_listing_without_an_architecture_is_refused():

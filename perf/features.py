@@ -1,0 +1,124 @@
+"""Static figures of a kernel under every feature, and every two features together: where registers run out first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cute_fa.compiler import compile_artifacts
+from cute_fa.dispatch import TABLE
+from cute_fa.errors import UnsupportedKeyError
+from cute_fa.problem import AttentionProblem, default_scale
+from cute_fa.types import DType, PersistentMode, SmArch
+from perf.sass import KernelReport, add_per_score, report_cubin
+
+# What each feature sets in the problem. Where two set one field the later wins: paged keys are not packed, and causal
+# is a right bound of 0.
+FEATURES: dict[str, dict[str, Any]] = {
+    "varlen": {"varlen_q": True, "varlen_k": True},
+    "seqused": {"seqused_q": True, "seqused_k": True},
+    "window": {"window_left": 256, "window_right": 128},
+    "sink": {"window_left": 256, "sink_tokens": 4},
+    "causal": {"window_right": 0},
+    "alibi": {"alibi": True},
+    "softcap": {"softcap": 50.0},
+    "learnable_sink": {"learnable_sink": True},
+    "pack_gqa": {"num_heads_kv": 2, "pack_gqa": True},
+    "paged": {"page_size": 64, "varlen_k": False, "seqused_k": True},
+    "single": {"persistent": PersistentMode.OFF},
+}
+HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """A bf16 forward of 8 heads with these names of ``FEATURES``."""
+
+    arch: SmArch
+    head_dim: int
+    head_dim_v: int
+    features: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        value = f"v{self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
+        return f"{self.arch.value} d{self.head_dim}{value} {' '.join(self.features) or 'plain'}"
+
+    def problem(self) -> AttentionProblem:
+        fields: dict[str, Any] = {"num_heads_kv": 8}
+        for name in self.features:
+            fields |= FEATURES[name]
+        return AttentionProblem(
+            arch=self.arch,
+            dtype=DType.BF16,
+            batch=1,
+            seqlen_q=1024,
+            seqlen_k=1024,
+            num_heads=8,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v,
+            softmax_scale=default_scale(self.head_dim),
+            **fields,
+        )
+
+
+def feature_keys(arch: SmArch, head_dims=HEAD_DIMS) -> list[FeatureKey]:
+    """The plain kernel, each feature, every two of them, and all together, for each (head_dim, head_dim_v); without
+    what no kernel of the arch serves."""
+    names = tuple(FEATURES)
+    chosen = [c for size in (0, 1, 2) for c in itertools.combinations(names, size)]
+    keys = [FeatureKey(arch, *sizes, features) for sizes in head_dims for features in dict.fromkeys([*chosen, names])]
+    return [key for key in keys if _served(key)]
+
+
+def _served(key: FeatureKey) -> bool:
+    try:
+        TABLE.lookup(key.problem())
+    except UnsupportedKeyError:
+        return False
+    return True
+
+
+def feature_rows(keys: list[FeatureKey]) -> Iterator[dict[str, Any]]:
+    """One row of figures for each key, in their order, as soon as it is compiled (a few seconds each).
+
+    ``spills``: LDL/STL of the whole kernel; ``in_loops`` and ``in_main``: those in hot loops, and in the main one;
+    ``offends``: see :func:`offends`.
+    """
+    for key in keys:
+        problem = key.problem()
+        kernel = TABLE.lookup(problem)
+        config = kernel.configure(problem)
+        _, cubin = compile_artifacts(config)
+        (report,) = report_cubin(cubin)
+        add_per_score(report, key.head_dim, key.head_dim_v)
+        yield {
+            "head_dim": key.head_dim,
+            "head_dim_v": key.head_dim_v,
+            "features": " ".join(key.features) or "plain",
+            "kernel": kernel.family,
+            "tile_n": config.tile_n,
+            "regs": report.resources["regs"],
+            **_figures(report),
+        }
+
+
+def offends(report: KernelReport) -> bool:
+    """Whether registers ran out where it costs: spills in a hot loop, or wgmma that ptxas serialised."""
+    return bool(report.row()["spill_in_hot"] or report.wgmma_serialised)
+
+
+def _figures(report: KernelReport) -> dict[str, Any]:
+    main = report.main_loop
+    return {
+        "setmaxnreg": report.setmaxnreg,
+        "per_score": main.per_score,
+        "cond_per_score": main.cond_per_score,
+        "instr": main.instructions,
+        "spills": f"{report.spill_loads}/{report.spill_stores}",
+        "in_loops": report.row()["spill_in_hot"],
+        "in_main": main.counts["local"],
+        "serialised": report.wgmma_serialised,
+        "offends": offends(report),
+    }

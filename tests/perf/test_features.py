@@ -1,0 +1,69 @@
+"""The sweep over pairs of features: which kernels it compiles, and what it says of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from cute_fa.types import PersistentMode, SmArch
+from perf import features
+from perf.__main__ import main
+from perf.features import FEATURES, FeatureKey, feature_keys, feature_rows, offends
+from perf.static import StaticKey, our_report
+
+
+def test_every_two_features_meet_once():
+    keys = feature_keys(SmArch.SM_90A, [(64, 64), (192, 128)])
+    count = len(FEATURES)
+    assert len(keys) == len(set(keys)) == 2 * (1 + count + count * (count - 1) // 2 + 1)
+    pairs = {key.features for key in keys if len(key.features) == 2 and key.head_dim == 192}
+    assert ("varlen", "paged") in pairs
+    assert ("causal", "single") in pairs
+    assert str(FeatureKey(SmArch.SM_90A, 192, 128, ("varlen", "paged"))) in map(str, keys)
+
+
+def test_features_that_set_one_field():
+    def problem(*names):
+        return FeatureKey(SmArch.SM_90A, 64, 64, names).problem()
+
+    paged = problem("varlen", "paged")
+    assert (paged.varlen_q, paged.varlen_k, paged.seqused_k, paged.page_size) == (True, False, True, 64)
+    window = problem("window", "causal")
+    assert (window.window_left, window.window_right) == (256, 0)
+    packed = problem("pack_gqa", "single")
+    assert (packed.gqa_ratio, packed.pack_gqa, packed.persistent) == (4, True, PersistentMode.OFF)
+
+
+def test_what_no_kernel_serves_is_left_out():
+    """FA2's kernel reads no pages and packs no heads."""
+    chosen = {name for key in feature_keys(SmArch.SM_80, [(64, 64)]) for name in key.features}
+    assert chosen == set(FEATURES) - {"pack_gqa", "paged"}
+
+
+def test_rows_are_the_figures_of_the_kernel():
+    (row,) = feature_rows([FeatureKey(SmArch.SM_90A, 128, 128)])
+    report = our_report(StaticKey(SmArch.SM_90A, 128, False))
+    assert (row["per_score"], row["instr"]) == (report.main_loop.per_score, report.main_loop.instructions)
+    assert (row["kernel"], row["setmaxnreg"], row["offends"]) == ("fa3", report.setmaxnreg, False)
+    assert offends(replace(report, wgmma_serialised=True))
+    report.main_loop.counts["local"] = 1
+    assert offends(report)
+
+
+def test_command_lists_offenders_alone(monkeypatch):
+    rows = [{"features": "plain", "offends": False}, {"features": "alibi", "offends": True}]
+    monkeypatch.setattr(features, "FEATURES", {"alibi": FEATURES["alibi"]})
+    monkeypatch.setattr(features, "feature_rows", lambda keys: iter(rows[: len(keys)]))
+    result = CliRunner().invoke(main, ["features", "--head-dim", "192,128", "--offenders", "--markdown"])
+    assert result.exit_code == 0
+    assert "sm_90a d192v128 alibi: offends" in result.stderr
+    assert result.stdout.splitlines()[2:] == ["| alibi | True |"]
+
+
+@pytest.mark.parametrize("head_dim", ["12x", "64,", ",64"])
+def test_command_refuses_bad_head_dims(head_dim):
+    result = CliRunner().invoke(main, ["features", "--head-dim", head_dim])
+    assert result.exit_code == 2
+    assert f"'{head_dim}': one head dim, or head_dim and head_dim_v" in result.stderr
