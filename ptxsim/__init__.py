@@ -8,24 +8,40 @@
 See docs/ptxsim.md.
 """
 
-from ptxsim.errors import Deadlock, MemoryFault, PtxError, SimError, SyncError, Trap, UninitializedRead
+from ptxsim.errors import (
+    BarrierInitError,
+    Deadlock,
+    MemoryFault,
+    ProxyError,
+    PtxError,
+    RaceError,
+    SimError,
+    SyncError,
+    Trap,
+    UninitializedRead,
+    WgmmaError,
+)
 from ptxsim.runtime import Launch, Simulation, current, device_view, register_ptx, simulate
 from ptxsim.standin import CompilerMissing, RuntimeAlreadyLoaded, install
 from ptxsim.views import DeviceView
 
 __all__ = [
+    "BarrierInitError",
     "CompilerMissing",
     "Deadlock",
     "DeviceView",
     "Launch",
     "MemoryFault",
+    "ProxyError",
     "PtxError",
+    "RaceError",
     "RuntimeAlreadyLoaded",
     "SimError",
     "Simulation",
     "SyncError",
     "Trap",
     "UninitializedRead",
+    "WgmmaError",
     "current",
     "device_view",
     "install",

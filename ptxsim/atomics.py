@@ -67,9 +67,13 @@ class AtomicMixin:
         if space == "shared":
             index = self.shared_index(w, address, size * count, mask)
             self._require_written(w, index, size * count, mask)
+            if self.races is not None:
+                self.races.write_shared(w, index, size * count, mask)
             index, pool = index[mask], self.S
         else:
             index, pool = self.global_index(w, address, size * count, mask), GLOBAL
+            if self.races is not None:
+                self.races.write_global(w, index, size * count, mask)
         if space == "global" and self.suspect is not None:
             for value in values[-1]:
                 self.check_global_values(full_width(value, len(w))[mask])

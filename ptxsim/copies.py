@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .clocks import BULK_READ, CP_ASYNC
 from .errors import MemoryFault, SimError, SyncError
 from .memory import GLOBAL, GLOBAL_BASE, GLOBAL_BYTES, GLOBAL_ROWS, IN_FLIGHT, WRITTEN
 from .numerics import bf16_to_f32, f32_to_bf16
@@ -39,6 +40,25 @@ def reduce_bytes(old, new, operation, dtype):
         a, b = bf16_to_f32(old.view(np.uint16)), bf16_to_f32(new.view(np.uint16))
         return f32_to_bf16(function(a, b)).astype(np.uint16).view(np.uint8)
     return function(old.view(dtype), new.view(dtype)).astype(dtype).view(np.uint8)
+
+
+def _pieces(start, size):
+    """Indices of the 16-byte pieces of a region of global memory."""
+    return np.arange(start - GLOBAL_BASE, start - GLOBAL_BASE + size, 16)
+
+
+class Repeated:
+    """Whether the same operation has been asked about before: lanes of a warp may issue one together."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def __call__(self, *operation):
+        key = tuple(tuple(x) if isinstance(x, list) else x for x in operation)
+        if key in self.seen:
+            return True
+        self.seen.add(key)
+        return False
 
 
 class _CpAsync:
@@ -91,6 +111,8 @@ class CopyMixin:
         record.source_size = None if source_size is None else full_width(source_size, len(w))
         if source_size is not None and (record.source_size[mask] > size).any():
             raise MemoryFault(f"cp.async with a source size beyond its {size} bytes")
+        if self.races is not None:
+            self.races.cp_async(w, record.index, record.source, size, record.source_size, mask)
         if not self.lazy:
             self._perform_cp_async(record, slice(None))
             return
@@ -157,10 +179,14 @@ class CopyMixin:
     def h_cp_async_commit(self, i, block, group):
         """cp.async.commit_group."""
         self.cp_async_group[group.w] += 1
+        if self.races is not None:
+            self.races.commit(CP_ASYNC, group.w)
         self.groups.append(group)
 
     def h_cp_async_wait(self, i, block, group):
         """cp.async.wait_group N leaves the N latest groups pending; wait_all also takes what is not committed."""
+        if self.races is not None:
+            self.races.wait(CP_ASYNC, group.w, None if i.parts[2] == "wait_all" else int(i.args[0], 0))
         if self.cp_async_pending:
             limit = np.zeros(self.nwarps, np.int64)
             everything = i.parts[2] == "wait_all"
@@ -173,6 +199,8 @@ class CopyMixin:
         itself to the pending count first."""
         index, mask = self._barrier_lanes(w, address, M)
         barriers, counts = np.unique(index[mask], return_counts=True)
+        if self.races is not None:
+            self.races.cp_async_arrive(w, index, mask)
         if not self.lazy:
             if noinc:
                 for at, count in zip(barriers, counts, strict=False):
@@ -250,6 +278,10 @@ class CopyMixin:
                 mask = int(full_width(multicast, len(w))[j, lane])
                 targets = [(c, c) for c in self.multicast_targets(w[j], mask)]
             self.region(offset, count, "bulk copy")
+            if self.races is not None and count:
+                for c, signal_cta in targets:
+                    self.races.bulk_load(w[j], c, offset, count, signal_cta * self.smem_stride + signal_offset)
+                self.races.bulk_read(w[j], targets[0][1] * self.smem_stride + signal_offset, _pieces(start, count), 16)
             if self.lazy:
                 for c, _ in targets:
                     self.set_in_flight(c, offset, count)
@@ -277,11 +309,15 @@ class CopyMixin:
         not written UninitializedRead or SyncError.
         """
         operands = [full_width(x, len(w)) for x in (destination, source, size)]
+        repeated = Repeated()
         for j, lane in self.active_threads(w, M):
             start, where, count = (int(x[j, lane]) for x in operands)
             cta, offset = self.cta_and_offset(w[j], where)
             self._bulk_size(count, start, offset)
             self._check_global(start, count)
+            if self.races is not None and count and not repeated(j, start, offset, count):
+                self.races.bulk_store(w[j], cta * self.smem_stride + np.arange(offset, offset + count, 16),
+                                      _pieces(start, count), 16)  # fmt: skip
 
             def perform(cta=cta, offset=offset, start=start, count=count):
                 data = self._read_region(cta, offset, count)
@@ -305,6 +341,10 @@ class CopyMixin:
             self._bulk_size(count, source_offset, offset)
             signal_cta, signal_offset = self.cta_and_offset(w[j], signal)
             self.region(offset, count, "bulk copy")
+            if self.races is not None and count:
+                source_rows = source_cta * self.smem_stride + np.arange(source_offset, source_offset + count, 16)
+                self.races.bulk_load(w[j], cta, offset, count, signal_cta * self.smem_stride + signal_offset,
+                                     source_rows)  # fmt: skip
             if self.lazy:
                 self.set_in_flight(cta, offset, count)
 
@@ -342,6 +382,8 @@ class CopyMixin:
 
     def h_bulk_commit(self, i, block, group):
         """cp.async.bulk.commit_group, for each active thread."""
+        if self.races is not None:
+            self.races.commit(BULK_READ, group.w)
         for queue in self._queues(group) if self.bulk_queues else ():
             queue.committed.append(queue.open)
             queue.open = []
@@ -350,6 +392,8 @@ class CopyMixin:
     def h_bulk_wait(self, i, block, group):
         """cp.async.bulk.wait_group N: all but the N latest groups of each active thread are performed."""
         keep = int(i.args[0], 0)
+        if self.races is not None:
+            self.races.bulk_wait(group.w, keep, "read" in i.parts)
         for queue in self._queues(group) if self.bulk_queues else ():
             while len(queue.committed) > keep:
                 for action in queue.committed.pop(0):

@@ -51,6 +51,31 @@ class SyncError(SimError):
     """Synchronisation used wrongly: uninitialised barriers, too many arrivals, data used while a copy is in flight."""
 
 
+class RaceError(SimError):
+    """Two accesses to the same bytes, one of them a write, without an order between them.
+
+    ``other`` names the earlier access: (PTX line, its text, who did it).
+    """
+
+    def __init__(self, message: str, *, other: tuple[int, str, str] | None = None, **where):
+        super().__init__(message, **where)
+        self.other = other
+
+
+class ProxyError(RaceError):
+    """An access through one proxy of bytes written through another, without a proxy fence between; ``other`` is the
+    write."""
+
+
+class BarrierInitError(RaceError):
+    """Use of an mbarrier without its initialisation being visible to the user; ``other`` is the initialisation."""
+
+
+class WgmmaError(RaceError):
+    """Registers of a wgmma touched without wgmma.fence before it or wgmma.wait_group after it; ``other`` is the
+    other instruction."""
+
+
 class UninitializedRead(SimError):
     """A read of shared memory that nothing has written."""
 

@@ -87,6 +87,8 @@ class MatrixMixin(OperandMixin):
         rows = index >> 4
         if not self.rows_are_written(rows):
             self._unwritten_rows(w, index, (self.shadow_rows[rows] != _WRITTEN_8).any(2))
+        if self.races is not None:
+            self.races.read_shared(w, index, 16, None)
         matrices = self.shared_rows[rows].view(np.uint16).reshape(n, count, 8, 8)
         if transpose:
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
@@ -107,6 +109,8 @@ class MatrixMixin(OperandMixin):
         if transpose:
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
         self._mark_written(index, 16, None)
+        if self.races is not None:
+            self.races.write_shared(w, index, 16, None)
         self.shared_rows[index >> 4] = matrices.reshape(n, 8 * count, 8).view(np.uint64)
         self.last_activity = self.steps
 

@@ -77,12 +77,17 @@ def _chunk_numbers(layout, mn_major, rows, depth, element_bytes):
 class OperandMixin:
     """Matrix operands of ``Machine``. Needs ``MemoryMixin``; owns nothing."""
 
-    def operand_tile(self, cta, layout, mn_major, rows, depth, element):
-        """An operand [rows, depth] of a CTA's shared memory as float32; ``layout`` as the descriptors give it."""
+    def operand_chunks(self, layout, mn_major, rows, depth, element):
+        """Numbers of the 16-byte chunks of an operand in its CTA's shared memory [lines, chunks of a line]."""
         size = ELEMENT_BYTES[element]
         if mn_major and rows * size % 16:
             raise PtxError(f"an MN-major operand of {rows} elements of {size} bytes is not simulated")
-        chunks = _chunk_numbers(layout, bool(mn_major), rows, depth, size)
+        return _chunk_numbers(layout, bool(mn_major), rows, depth, size)
+
+    def operand_tile(self, cta, layout, mn_major, rows, depth, element):
+        """An operand [rows, depth] of a CTA's shared memory as float32; ``layout`` as the descriptors give it."""
+        size = ELEMENT_BYTES[element]
+        chunks = self.operand_chunks(layout, mn_major, rows, depth, element)
         if int(chunks.min()) * 16 < SHARED_BASE or int(chunks.max()) * 16 + 16 > self.smem_limit:
             raise MemoryFault(f"matrix operand outside shared memory: start 0x{layout[0]:x}, offsets "
                               f"0x{layout[1]:x} and "

@@ -311,6 +311,8 @@ class SchedulerMixin:
             self.alive[w] = False
         else:
             self.alive[w] &= ~M
+        if self.races is not None:
+            self.races.exit(w[~self.alive[w].any(1)])
         for h in self.groups:
             h.held = False
         self.barriers_after_exit(w)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .clocks import WGMMA
 from .errors import SyncError
 from .matrices import a_fragment, pack_f16
 from .numerics import f16_to_f32
@@ -75,6 +76,8 @@ class WgmmaMixin:
     def wgmma(self, w, spec, a, b, c, scale_d):
         """Registers of D; ``a`` is a descriptor or a tuple of four registers, ``c`` the registers of the
         accumulator."""
+        if self.races is not None:
+            self._note_operands(w, spec, a, b)
         if not self.lazy:
             return self._wgmma_now(w, spec, a, b, c, scale_d)
         n = len(w)
@@ -91,6 +94,17 @@ class WgmmaMixin:
 
         accumulators = np.stack([full_width(x, n) for x in c])
         return self._wgmma_issue(w, accumulators, (spec, keep(a), keep(b), keep(scale_d)), keys)
+
+    def _note_operands(self, w, spec, a, b):
+        """Tell the race detector which shared memory a wgmma reads."""
+
+        def chunks(mn_major, rows, element):
+            return lambda d: self.operand_chunks(wgmma_descriptor(d), mn_major, rows, spec.k, element)
+
+        operands = [(b, chunks(spec.transpose_b, spec.n, spec.b_type))]
+        if not isinstance(a, tuple):
+            operands.append((a, chunks(spec.transpose_a, 64, spec.a_type)))
+        self.races.wgmma(w, operands)
 
     # ---- late mode --------------------------------------------------------------------------------
     def _wgmma_issue(self, w, accumulators, args, keys):
@@ -118,6 +132,8 @@ class WgmmaMixin:
 
     def wgmma_commit(self, w):
         """wgmma.commit_group of the warps ``w``."""
+        if self.races is not None:
+            self.races.commit(WGMMA, w)
         if self.lazy:
             for x in w:
                 self.wgmma_closed.setdefault(int(x), []).append(self.wgmma_open.pop(int(x), []))
@@ -145,6 +161,8 @@ class WgmmaMixin:
 
     def h_wgmma_wait(self, i, block, group):
         """wgmma.wait_group N: all but the N latest groups of the warps are performed."""
+        if self.races is not None:
+            self.races.wait(WGMMA, group.w, int(i.args[0], 0))
         if self.lazy:
             self._wgmma_retire(group.w, int(i.args[0], 0))
         self.groups.append(group)

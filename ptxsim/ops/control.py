@@ -1,8 +1,8 @@
 """Control flow (PTX ISA 9.7.12: bra, ret, exit; run by the scheduler), fences (9.7.13) and miscellaneous instructions
 (9.7.19).
 
-Memory accesses are performed in program order and seen by everybody at once, so that fences have nothing to do; a
-missing fence is therefore never noticed.
+Memory accesses are performed in program order and seen by everybody at once, so that fences change nothing; the race
+detector, where it is on, is told of them.
 """
 
 from __future__ import annotations
@@ -18,17 +18,44 @@ def control_flow(gen, args, mods):
     """Ends a block; the scheduler does the rest."""
 
 
+def _tell(gen, call):
+    gen.emit(f"if X.races is not None: X.races.{call}")
+
+
 @form("membar.{level}", writes=False, level="cta|gl|sys")
-@form("membar.proxy.{proxy}", writes=False, proxy="alias|async|async.global|async.shared::cta|async.shared::cluster")
 @form("fence[.{sem}].{scope}", writes=False, sem="sc|acq_rel|acquire|release")
 @form("fence.{sem}.sync_restrict::shared::{where}.cluster", writes=False, sem="acquire|release", where="cluster|cta")
+def memory_fence(gen, args, mods):
+    """Orders the thread's accesses."""
+    _tell(gen, f"fence(w, {gen.mask()}, 'memory')")
+
+
 @form("fence.mbarrier_init.release.cluster", writes=False)
+def init_fence(gen, args, mods):
+    """Makes earlier mbarrier.init visible to the cluster."""
+    _tell(gen, f"fence(w, {gen.mask()}, 'init')")
+
+
+@form("membar.proxy.{proxy}", writes=False, proxy="alias|async|async.global|async.shared::cta|async.shared::cluster")
 @form("fence.proxy.{proxy}", writes=False, proxy="alias|async|async.global|async.shared::cta|async.shared::cluster")
-@form("fence.proxy.tensormap::generic.{sem}.{scope}", writes=False, sem="acquire|release")
+def proxy_fence(gen, args, mods):
+    """Between the generic proxy and another. Only the async proxy's view of shared memory is followed."""
+    if mods.proxy in ("async", "async.shared::cta", "async.shared::cluster"):
+        _tell(gen, f"fence(w, {gen.mask()}, 'async')")
+
+
 @form("fence.proxy.async::generic.{sem}.sync_restrict::shared::{where}.cluster", writes=False, sem="acquire|release",
       where="cluster|cta")  # fmt: skip
-def fence(gen, args, mods):
-    """Nothing to do: see the module's text."""
+def one_way_proxy_fence(gen, args, mods):
+    """One half of a fence between the generic and the async proxy; counts as a whole one."""
+    _tell(gen, f"fence(w, {gen.mask()}, 'async')")
+
+
+@form("fence.proxy.tensormap::generic.{sem}.{scope}", writes=False, sem="acquire|release")
+def tensormap_fence(gen, args, mods):
+    """Between the generic proxy and that of tensor maps; [address], 128 for acquire."""
+    if mods.sem == "acquire":
+        _tell(gen, f"fence_tensormap(w, {gen.address(args[0])}, {gen.mask()})")
 
 
 @form("setmaxnreg.{action}.sync.aligned.u32", writes=False, action="inc|dec")

@@ -53,6 +53,14 @@ def move(gen, args, mods):
 
 
 # ---- ld, st ---------------------------------------------------------------------------------------
+def _synchronise(gen, mods, operand, reads, writes):
+    """Tell the race detector of an access that may synchronise: not a weak one."""
+    acquires, releases = mods.sem in ("acquire", "acq_rel"), mods.sem in ("release", "acq_rel")
+    place = f"{gen.address(operand)}, {state_space(mods.space)!r}"
+    what = f"{acquires}, {releases}, {reads}, {writes}"
+    gen.emit(f"if X.races is not None: X.races.strong(w, {place}, {what}, {gen.mask()})")
+
+
 def _count(mods) -> int:
     return int(mods.vec[1]) if mods.vec else 1
 
@@ -86,6 +94,8 @@ def load(gen, args, mods):
     if len(destinations) != _count(mods):
         raise PtxError(f"{len(destinations)} destinations for a vector of {_count(mods)}")
     address = gen.address(args[1])
+    if getattr(mods, "sem", "weak") not in (None, "weak"):
+        _synchronise(gen, mods, args[1], reads=True, writes=False)
     values = gen.temp(f"X.ld_{state_space(mods.space)}(w, {address}, {kind}, {len(destinations)}, {gen.mask()})")
     for j, register in enumerate(destinations):
         gen.write(register, f"{values}[{j}]", kind)
@@ -109,6 +119,8 @@ def store(gen, args, mods):
     if len(sources) != _count(mods):
         raise PtxError(f"{len(sources)} sources for a vector of {_count(mods)}")
     values = ", ".join(gen.read(x, kind) for x in sources)
+    if getattr(mods, "sem", "weak") not in (None, "weak"):
+        _synchronise(gen, mods, args[0], reads=False, writes=True)
     gen.emit(f"X.st_{state_space(mods.space)}(w, {gen.address(args[0])}, {kind}, ({values},), {gen.mask()})")
 
 
@@ -138,6 +150,8 @@ def _atomic(gen, args, mods, wanted):
     if any(len(x) != count for x in operands):
         raise PtxError(f"operands do not match a vector of {count}")
     values = ", ".join("(" + ", ".join(gen.read(x, kind) for x in group) + ",)" for group in operands)
+    if not mods.type.startswith(("f", "bf")):
+        _synchronise(gen, mods, args[0], reads=wanted, writes=True)
     return (
         f"X.atomic(w, {gen.address(args[0])}, {state_space(mods.space)!r}, {operation!r}, {mods.type!r}, ({values},), "
         f"{gen.mask()}, {wanted})"

@@ -1,0 +1,218 @@
+"""Vector clocks of the warps of a wave: what has happened before what (PTX ISA 8, memory consistency model).
+
+A warp is one agent: its lanes execute in program order. Asynchronous operations are agents of their own: the cp.async
+of a warp, the wgmmas of a warpgroup, the bulk stores of a warp (what they read, what they write), the tcgen05
+operations of a warp, and the bulk loads that signal one mbarrier. An access carries a *stamp*: the clock of its agent
+in the upper bits, its PTX line (as the number of a site) in the lower ones. ``known[warp, section, agent]`` is a limit
+for stamps: below it everything that the agent did is in the warp's past. Sections:
+
+ORDERED      the access has happened before
+VISIBLE      a generic-proxy write has been made visible to the async proxy by a fence.proxy.async
+INITIALISED  an mbarrier.init has been made visible by a fence.mbarrier_init
+
+A release publishes the warp's limits in all sections and starts a new clock; an acquire takes the maximum. A *domain*
+is the CTAs whose agents know each other: a cluster, or the whole wave if the program synchronises through global
+memory.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from .errors import SimError
+
+_u4 = np.uint32
+ORDERED, VISIBLE, INITIALISED = range(3)
+SECTIONS = 3
+_HISTORY = 64  # groups of one warp that are remembered
+_FOREVER = np.uint32(0xFFFFFFFF)
+
+# kinds of agents, generic proxy first
+GENERIC, CP_ASYNC, WGMMA, BULK_READ, BULK_WRITE, TCGEN05 = range(6)
+KIND_NAMES = ("", "cp.async of ", "wgmma of the warpgroup of ", "bulk store of ", "bulk store of ", "tcgen05 of ")
+_USED = {
+    CP_ASYNC: r"cp\.async\.(ca|cg)",
+    WGMMA: r"wgmma\.mma",
+    BULK_READ: r"cp\.(reduce\.)?async\.bulk\.(tensor\.\dd\.)?global",
+    BULK_WRITE: r"cp\.(reduce\.)?async\.bulk\.(tensor\.\dd\.)?global",
+    TCGEN05: r"tcgen05\.(mma|cp|shift)",
+}
+_STRONG = re.compile(r"(atom|red|multimem)\b|cp\.reduce\.async|(ld|st)\.(relaxed|acquire|release|volatile|mmio)")
+_GLOBAL_SYNC = re.compile(
+    r"(ld|st|atom|red)\..*(acquire|release|acq_rel).*\.(gpu|sys)"
+    r"|fence\.((sc|acq_rel|acquire|release)\.)?(gpu|sys)|membar\.(gl|sys)"
+)
+
+
+class Sites:
+    """Numbers of the PTX lines that access memory, for all waves of a launch."""
+
+    def __init__(self, program):
+        effects = [i for i in program.body if i.form.effect]
+        self.bits = (len({i.line for i in effects}) + 1).bit_length()
+        self.mask = (1 << self.bits) - 1
+        self.lines = [0, *sorted({i.line for i in effects})]
+        self.number = {line: n for n, line in enumerate(self.lines)}
+        strong = {i.line for i in effects if _STRONG.match(i.op)}
+        self.strong = np.array([line in strong for line in self.lines])  # atomic, so that two of them do not race
+
+
+class Clocks:
+    """Limits, stamps and the operations that move them. ``w`` are arrays of warps."""
+
+    def __init__(self, machine, sites):
+        self.machine, self.sites = machine, sites
+        m, body = machine, machine.prog.body
+        self.max_clock = (1 << 32 - sites.bits) - 2
+        self.wide = any(_GLOBAL_SYNC.match(i.op) for i in body) and m.nctas > m.cluster_size
+        ctas = m.nctas if self.wide else m.cluster_size
+        self.domain_ctas, self.domain_warps = ctas, ctas * m.wpc
+        self.domain_of = m.cta_of // ctas
+        self.place = m.cta_of % ctas * m.wpc + m.warp_in_cta  # of a warp in its domain
+        opcodes = "\n".join(sorted({i.op for i in body}))
+        used = [GENERIC] + [kind for kind, pattern in _USED.items() if re.search(pattern, opcodes)]
+        self.first = {kind: n * self.domain_warps for n, kind in enumerate(used)}
+        self.fixed = self.columns = len(used) * self.domain_warps
+        self.generic_end = self.first.get(CP_ASYNC, 0) + self.domain_warps
+        self.clock = np.ones(m.nwarps, np.int64)
+        self.known = np.ones((m.nwarps, SECTIONS, self.columns), _u4)  # stamp 0: never
+        self.known[:, VISIBLE:, self.generic_end :] = _FOREVER
+        self.fenced = self.known.copy()  # limits at the latest fence.acq_rel or fence.sc of each warp
+        self.pending = self.known.copy()  # what relaxed reads saw: acquired by the next such fence
+        self.has_fenced = np.zeros(m.nwarps, bool)
+        self.has_pending = np.zeros(m.nwarps, bool)
+        self.groups = {kind: _Groups(m.nwarps) for kind in used if kind not in (GENERIC, BULK_WRITE)}
+        self._renew(np.arange(m.nwarps))
+
+    # ---- stamps -----------------------------------------------------------------------------------
+    @property
+    def site(self):
+        """Number of the present PTX line."""
+        return self.sites.number[self.machine.line]
+
+    def stamps(self, w):
+        """Stamps of an access of the warps now."""
+        return (self.clock[w] << self.sites.bits | self.site).astype(_u4)
+
+    def async_stamps(self, kind, w):
+        return (self.groups[kind].clock[w] << self.sites.bits | self.site).astype(_u4)
+
+    def limit(self, clock):
+        """The limit of stamps of clocks up to this one."""
+        return (np.asarray(clock) + 1 << self.sites.bits).astype(_u4)
+
+    def _check_clock(self, clock):
+        if clock.max() >= self.max_clock:
+            raise SimError(f"race detection: a warp synchronised more than {self.max_clock} times")
+
+    # ---- agents -----------------------------------------------------------------------------------
+    def agent(self, kind, w):
+        """Columns of the agents of a kind that belong to the warps."""
+        place = self.place[w]
+        if kind == WGMMA:
+            place = place - (self.machine.warp_in_cta[w] & 3)
+        return self.first[kind] + place
+
+    def is_generic(self, agent):
+        return agent < self.generic_end
+
+    def add_agent(self, count):
+        """Make room for agents up to number ``count``."""
+        if count <= self.columns:
+            return
+        more = max(count, 2 * self.columns) - self.columns
+
+        def widen(x):
+            wider = np.pad(x, ((0, 0), (0, 0), (0, more)), constant_values=1)
+            wider[:, VISIBLE:, self.fixed :] = _FOREVER
+            return wider
+
+        self.columns += more
+        self.known, self.fenced, self.pending = widen(self.known), widen(self.fenced), widen(self.pending)
+
+    def widened(self, rows):
+        """Published limits, as wide as the present ones."""
+        return np.pad(rows, ((0, 0),) * (rows.ndim - 1) + ((0, self.columns - rows.shape[-1]),))
+
+    # ---- program order ----------------------------------------------------------------------------
+    def _renew(self, w):
+        self.known[w, ORDERED, self.first[GENERIC] + self.place[w]] = self.limit(self.clock[w])
+
+    def tick(self, w):
+        """Start a new clock: what follows is not part of what was published."""
+        self.clock[w] += 1
+        self._check_clock(self.clock[w])
+        self._renew(w)
+
+    def publish(self, w):
+        """Limits of the warps for whoever acquires them [n, sections, agents]; a new clock begins."""
+        rows = self.known[w]
+        self.tick(w)
+        return rows
+
+    def acquire(self, w, rows):
+        """Limits that were published (one row for all, or one each) become known to the warps."""
+        if rows.shape[-1] < self.columns:
+            rows = self.widened(rows)
+        self.known[w] = np.maximum(self.known[w], rows)
+
+    # ---- groups of asynchronous operations --------------------------------------------------------
+    def commit(self, kind, w):
+        self.groups[kind].commit(w)
+        self._check_clock(self.groups[kind].clock[w])
+
+    def issued(self, kind, w):
+        """Limits of the warps, to be published when what they issued so far is done [n, sections, agents]."""
+        rows = self.publish(w)
+        if kind in self.groups:
+            rows[np.arange(len(w)), ORDERED, self.agent(kind, w)] = self.limit(self.groups[kind].clock[w])
+            self.groups[kind].clock[w] += 1
+        return rows
+
+    def wait(self, kind, w, keep, columns=None):
+        """All but the ``keep`` latest groups of the warps are done (None: everything that was issued)."""
+        clock = self.groups[kind].done(w, keep)
+        for column in columns or (kind,):
+            agent = self.agent(column, w)
+            self.known[w, ORDERED, agent] = np.maximum(self.known[w, ORDERED, agent], self.limit(clock))
+
+    # ---- fences -----------------------------------------------------------------------------------
+    def fence(self, w, section):
+        """What the warps know becomes part of a section."""
+        self.known[w, section] = np.maximum(self.known[w, section], self.known[w, ORDERED])
+        self.tick(w)
+
+    def fence_memory(self, w):
+        """fence.acq_rel, fence.sc, membar: together with relaxed accesses they synchronise."""
+        late = w[self.has_pending[w]]
+        if len(late):
+            self.known[late] = np.maximum(self.known[late], self.pending[late])
+            self.has_pending[late] = False
+        self.fenced[w] = self.known[w]
+        self.has_fenced[w] = True
+        self.tick(w)
+
+
+class _Groups:
+    """Groups of asynchronous operations of each warp: clocks and what clock each committed group ended."""
+
+    def __init__(self, warps):
+        self.clock = np.ones(warps, np.int64)
+        self.count = np.zeros(warps, np.int64)
+        self.ended = np.zeros((warps, _HISTORY), np.int64)
+
+    def commit(self, w):
+        self.ended[w, self.count[w] % _HISTORY] = self.clock[w]
+        self.count[w] += 1
+        self.clock[w] += 1
+
+    def done(self, w, keep):
+        """Clock up to which everything is done when all but ``keep`` groups are."""
+        if keep is None:
+            done = self.clock[w].copy()
+            self.clock[w] += 1
+            return done
+        number = self.count[w] - keep
+        return np.where(number > 0, self.ended[w, (number - 1) % _HISTORY], 0)

@@ -1,0 +1,570 @@
+"""The race detector: orders the memory accesses of a launch by its synchronisation, and checks proxies.
+
+``Machine`` calls it (``Machine.races``, None when it is off) at every access and at every synchronisation. Two accesses
+to the same bytes, one of them a write and not both atomic, must be ordered: RaceError. Shared memory written through
+the generic proxy must be made visible to the async proxy before wgmma, tcgen05 or a bulk store reads it: ProxyError.
+An mbarrier's initialisation must be visible to who uses it: BarrierInitError. What is ordered when:
+``ptxsim.clocks``; registers of wgmma: ``ptxsim.wgmma_registers``.
+
+Accesses of asynchronous operations count from the issue on; they are ordered after what the issuing warp knows then,
+and before what comes after their completion has been waited for.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from . import wgmma_registers
+from .clocks import (
+    BULK_READ,
+    BULK_WRITE,
+    CP_ASYNC,
+    GENERIC,
+    INITIALISED,
+    KIND_NAMES,
+    ORDERED,
+    TCGEN05,
+    VISIBLE,
+    WGMMA,
+    Clocks,
+    Sites,
+)
+from .errors import BarrierInitError, ProxyError, RaceError
+from .locations import source_of
+from .memory import GLOBAL_BASE
+from .parser import TYPE_BYTES
+from .shadow import GlobalShadow, SharedShadow, Suspects
+from .warps import full_width
+
+
+def granules(program):
+    """(shared, global) granule in bytes: the smallest access of the program, at most 16."""
+    shared = memory = 16
+    for i in program.body:
+        size = 16
+        if i.root in ("ld", "st", "atom", "red") and i.parts[1] not in ("param", "local", "const"):
+            vector = next((int(p[1:]) for p in i.parts if re.fullmatch(r"v\d", p)), 1)
+            size = TYPE_BYTES.get(i.parts[-1], 1) * vector
+            if not any(p.startswith("shared") for p in i.parts):
+                memory = min(memory, size)
+            if "global" in i.parts:
+                continue
+        elif i.root == "cp" and i.parts[2] in ("ca", "cg"):
+            size = int(i.args[2], 0)
+            memory = min(memory, size)
+        elif i.root == "cp" and "tensor" in i.parts:
+            memory = min(memory, 4)  # boxes may be clipped anywhere; where that divides a granule it counts as whole
+        elif i.root == "tcgen05" and i.parts[1] == "alloc":
+            size = 4
+        shared = min(shared, size)
+    return shared, memory
+
+
+class LaunchHistory:
+    """What the waves of one launch share: global memory's shadow, the numbers of PTX lines, names."""
+
+    def __init__(self, program):
+        self.sites = Sites(program)
+        self.shared_granule, granule = granules(program)
+        self.memory = GlobalShadow(granule)
+        self.names = {}  # home -> function from an agent to its name
+
+
+class Detector:
+    """Hooks of ``Machine`` for one wave. ``w`` are warps, ``M`` masks of lanes or None, as everywhere."""
+
+    def __init__(self, machine, launch):
+        wgmma_registers.check(machine.prog)
+        self.machine, self.launch, self.sites = machine, launch, launch.sites
+        self.clocks = clocks = Clocks(machine, launch.sites)
+        self.memory = launch.memory
+        self.memory.begin(clocks)
+        readers = [(GENERIC, n) for n in range(machine.wpc)]
+        for kind in (WGMMA, BULK_READ, TCGEN05):
+            if kind in clocks.first:
+                readers += [(kind, n) for n in range(0, machine.wpc, 4 if kind == WGMMA else 1)]
+        self.shared = SharedShadow(clocks, launch.shared_granule, readers)
+        self.barriers = _Barriers(self)
+        self.named = {}  # (CTA, barrier) -> (limits of who arrived, warps that wait)
+        self.cluster_arrived, self.cluster_done = {}, {}
+        self.locations = {}  # address of an atomic -> published limits
+        self.has_memory_fences = any(
+            i.root == "membar" or (i.root == "fence" and i.parts[1] in ("sc", "acq_rel", "acquire", "release", "cta",
+                                                                         "cluster", "gpu", "sys"))
+            for i in machine.prog.body)  # fmt: skip
+        self.tensormap_fences = {}  # (warp, address) -> what the warp knew
+        self.issuers = {}  # (home, agent, stamp) of a bulk load -> warp
+        wave, names = self.memory.wave, _Names(machine, clocks, self.issuers)
+        for domain in np.unique(self.memory.home).tolist():
+            launch.names[domain] = names
+        self.wave = wave
+
+    # ---- reports ----------------------------------------------------------------------------------
+    def _describe(self, start, end, shared):
+        if shared:
+            m = self.machine
+            cta, offset = divmod(start, m.smem_stride)
+            return f"shared memory 0x{offset:x} to 0x{offset + end - start - 1:x} of cta{m.cta_name(cta)}"
+        return f"global memory 0x{start + GLOBAL_BASE:x} to 0x{end - 1 + GLOBAL_BASE:x}"
+
+    def _raise(self, suspects, message, shared, error=RaceError):
+        """Raise unless both accesses are atomic; ``message`` has places for the bytes and the earlier access."""
+        if error is RaceError and self.sites.strong[self.clocks.site]:
+            suspects.bad = suspects.bad & ~self.sites.strong[suspects.stamps & self.sites.mask]
+            if not suspects.bad.any():
+                return
+        warp, start, end, agent, stamp, home = suspects.first_one()
+        if home < 0:
+            home = int(self.memory.home[warp])
+        m = self.machine
+        line = self.sites.lines[stamp & self.sites.mask]
+        who = self.launch.names[home].of(home, agent, stamp)
+        text = m.prog.k.module.text
+        before = f"{who} at PTX line {line}: {m.ptx_line(line)}{source_of(text, line)}"
+        raise error(message.format(bytes=self._describe(start, end, shared), before=before) + source_of(text, m.line),
+                    where=m.warp_text(warp), other=(line, m.ptx_line(line), who))  # fmt: skip
+
+    def _not_ordered(self, suspects, now, before, shared):
+        self._raise(suspects, f"race: this {now} of {{bytes}} is not ordered after the {before} by {{before}}\n   "
+                              "this access:", shared)  # fmt: skip
+
+    # ---- accesses of the generic proxy ------------------------------------------------------------
+    @staticmethod
+    def _lanes(w, index, M):
+        """(rows of w, warps, indices) of the active lanes, broadcast together."""
+        if M is None:
+            return np.arange(len(w))[:, None], w[:, None], index
+        rows = np.nonzero(M)[0]
+        return rows, w[rows], index[M] if index.shape == M.shape else index
+
+    def read_shared(self, w, index, size, M):
+        """Reads of ``size`` bytes at flat indices [n, lanes]."""
+        rows, warps, first = self._lanes(w, index, M)
+        if not first.size:
+            return
+        stamps = self.clocks.stamps(w)
+        self._check_read(warps, first, size)
+        if self.machine.cluster_size > 1:
+            remote = first // self.machine.smem_stride != self.machine.cta_of[warps]
+            if remote.any():
+                warps, rows = (np.broadcast_to(x, first.shape) for x in (warps, rows))
+                agents = self.clocks.agent(GENERIC, warps[remote])
+                self.shared.note_remote_read(first[remote], size, agents, stamps[rows[remote]])
+                warps, rows, first = (x[~remote] for x in (warps, rows, first))
+                if not first.size:
+                    return
+        self.shared.note_read(first, size, self.shared.slots(GENERIC, w)[rows], stamps[rows])
+
+    def write_shared(self, w, index, size, M):
+        """Writes, and atomics, of ``size`` bytes at flat indices [n, lanes]."""
+        rows, warps, first = self._lanes(w, index, M)
+        if first.size:
+            self._check_write(warps, first, size)
+            self.shared.note_write(first, size, self.clocks.agent(GENERIC, w)[rows], self.clocks.stamps(w)[rows])
+
+    def _check_read(self, warps, first, size):
+        suspects = self.shared.after_writes(warps, first, size)
+        if suspects is not None:
+            self._not_ordered(suspects, "read", "write", True)
+
+    def _check_write(self, warps, first, size):
+        suspects = self.shared.after_writes(warps, first, size)
+        if suspects is not None:
+            self._not_ordered(suspects, "write", "write", True)
+        for suspects in self.shared.after_reads(warps, first, size):
+            self._not_ordered(suspects, "write", "read", True)
+
+    def _check_visible(self, warps, first, size):
+        """Reads by the async proxy: also what the generic proxy wrote must be visible to it."""
+        self._check_read(warps, first, size)
+        suspects = self.shared.after_writes(warps, first, size, VISIBLE)
+        if suspects is not None:
+            self._raise(suspects, "no fence.proxy.async between the async proxy's read of {bytes} and the write by "
+                                  "{before}\n    the read:", True, ProxyError)  # fmt: skip
+
+    def read_global(self, w, index, size, M, agents=None, stamps=None):
+        """Reads of ``size`` bytes; ``index`` as ``MemoryMixin.global_index`` gives it."""
+        self._global(w, index, size, M, agents, stamps, False)
+
+    def write_global(self, w, index, size, M, agents=None, stamps=None):
+        self._global(w, index, size, M, agents, stamps, True)
+
+    def _global(self, w, index, size, M, agents, stamps, writes):
+        rows, warps, first = self._lanes(w, index, M)
+        if not first.size:
+            return
+        agents = (self.clocks.agent(GENERIC, w) if agents is None else agents)[rows]
+        stamps = (self.clocks.stamps(w) if stamps is None else stamps)[rows]
+        now = "write" if writes else "read"
+        for suspects in (self.memory.write if writes else self.memory.read)(warps, first, size, agents, stamps):
+            self._not_ordered(suspects, now, "access" if writes else "write", False)
+
+    # ---- cp.async ---------------------------------------------------------------------------------
+    def cp_async(self, w, index, source, size, source_size, mask):
+        """Issue of cp.async: flat indices of the destination, global addresses [n, 32] and bytes of them, or None."""
+        agents, stamps = self.clocks.agent(CP_ASYNC, w), self.clocks.async_stamps(CP_ASYNC, w)
+        rows, warps, first = self._lanes(w, index, mask)
+        if not first.size:
+            return
+        self._check_write(warps, first, size)
+        self.shared.note_write(first, size, agents[rows], stamps[rows])
+        reading = mask if source_size is None else mask & (source_size > 0)
+        if reading.any():
+            found = source.view(np.int64) - GLOBAL_BASE if source.flags.c_contiguous else (
+                source.astype(np.int64) - GLOBAL_BASE)  # fmt: skip
+            self.read_global(w, found[reading] & -size, size, reading, agents, stamps)
+
+    def cp_async_arrive(self, w, index, mask):
+        """cp.async.mbarrier.arrive: the arrival happens after the copies."""
+        self.barriers.arrive(w, index, mask, self.clocks.issued(CP_ASYNC, w))
+
+    def commit(self, kind, w):
+        """The warps close a group of asynchronous operations of a kind."""
+        if kind in self.clocks.groups:
+            self.clocks.commit(kind, w)
+
+    def wait(self, kind, w, keep):
+        """The warps have waited for all but ``keep`` groups of a kind; None: for everything."""
+        if kind in self.clocks.groups:
+            self.clocks.wait(kind, w, keep)
+
+    # ---- wgmma and tcgen05 ------------------------------------------------------------------------
+    def wgmma(self, w, operands):
+        """Operands in shared memory: (descriptors of the warps, function from a descriptor to flat chunk numbers)."""
+        m = self.machine
+        leaders, at = np.unique(w - m.nctas * (m.warp_in_cta[w] & 3), return_index=True)
+        mine = w[at]  # one warp of each warpgroup speaks for all
+        stamps, slots = self.clocks.async_stamps(WGMMA, mine), self.shared.slots(WGMMA, leaders)
+        for descriptors, chunks_of in operands:
+            descriptors = full_width(descriptors, len(w))[at, 0]
+            for descriptor in np.unique(descriptors).tolist():
+                rows = np.flatnonzero(descriptors == descriptor)
+                chunks = chunks_of(descriptor).reshape(1, -1) * 16 + (m.cta_of[mine[rows]] * m.smem_stride)[:, None]
+                self._check_visible(mine[rows][:, None], chunks, 16)
+                self.shared.note_read(chunks, 16, slots[rows][:, None], stamps[rows][:, None])
+
+    def tensor_core(self, warp, cta, chunks):
+        """A tcgen05 operation of a warp reads 16-byte chunks of a CTA's shared memory."""
+        m, w = self.machine, np.array([warp])
+        first = chunks.reshape(1, -1) * 16 + cta * m.smem_stride
+        self._check_visible(w[:, None], first, 16)
+        stamps = self.clocks.async_stamps(TCGEN05, w)[:, None]
+        if cta == m.cta_of[warp]:
+            self.shared.note_read(first, 16, self.shared.slots(TCGEN05, w)[:, None], stamps)
+        else:
+            self.shared.note_remote_read(first, 16, self.clocks.agent(TCGEN05, w)[:, None], stamps)
+
+    def tensor_commit(self, warp, index):
+        """tcgen05.commit: everything that the warp issued happens before the phase at the barrier completes."""
+        self.barriers.signal(warp, int(index), self.clocks.issued(TCGEN05, np.array([warp]))[0])
+
+    # ---- bulk copies ------------------------------------------------------------------------------
+    def bulk_load(self, warp, cta, offset, size, signal, source=None):
+        """A bulk load writes a region of a CTA's shared memory and signals the mbarrier at a flat index.
+
+        ``source``: flat indices of the 16-byte chunks of shared memory that it reads, if any.
+        """
+        first = cta * self.machine.smem_stride + np.arange(offset, offset + size, 16)[None]
+        w = np.array([warp])
+        self._check_write(w[:, None], first, 16)
+        agent, stamp = self.barriers.signal(warp, signal)
+        self.issuers[int(self.memory.home[warp]), agent, int(stamp)] = self.machine.warp_text(warp)
+        self.shared.note_write(first, 16, np.array(agent), np.array(stamp))
+        if source is not None:
+            self._check_visible(w[:, None], source[None], 16)
+            self.shared.note_remote_read(source[None], 16, np.array(agent), np.array(stamp))
+
+    def bulk_read(self, warp, signal, index, size):
+        """A bulk load reads global memory: pieces of ``size`` bytes."""
+        agent, stamp = self.barriers.agent_and_stamp(signal)
+        one = np.array([agent]), np.array([stamp], np.uint32)
+        self.read_global(np.array([warp]), index.reshape(1, -1), size, None, *one)
+
+    def bulk_store(self, warp, chunks, index, size):
+        """A bulk store: flat indices of the 16-byte chunks that it reads, and pieces of ``size`` bytes of global memory
+        that it writes."""
+        w = np.array([warp])
+        stamps = self.clocks.async_stamps(BULK_READ, w)
+        first = chunks.reshape(1, -1)
+        self._check_visible(w[:, None], first, 16)
+        self.shared.note_read(first, 16, self.shared.slots(BULK_READ, w)[:, None], stamps[:, None])
+        self.write_global(w, index.reshape(1, -1), size, None, self.clocks.agent(BULK_WRITE, w), stamps)
+
+    def bulk_wait(self, w, keep, read):
+        """cp.async.bulk.wait_group; with .read only the reads of shared memory are done."""
+        if BULK_READ in self.clocks.groups:
+            self.clocks.wait(BULK_READ, w, keep, (BULK_READ,) if read else (BULK_READ, BULK_WRITE))
+
+    def tensor_map(self, warp, address):
+        """A tensor copy reads the tensor map at a global address: what wrote it must be ordered, and fenced."""
+        index = np.array([[int(address) - GLOBAL_BASE]])
+        w = np.array([warp])
+        for page, rows, _ in self.memory.pages_of(w[:, None], index, 64):
+            for half in (0, 1) if page.is_written else ():
+                ordered, home, agents, stamps = self.memory.ordered(w[:, None], page.write, rows + half,
+                                                                    64 // self.memory.granule)  # fmt: skip
+                if not stamps.any():
+                    continue
+                suspects = self.memory.suspects(w[:, None], index + 64 * half, (ordered, home, agents, stamps))
+                if suspects is not None:
+                    self._not_ordered(suspects, "use of the tensor map", "write", False)
+                fenced = self.tensormap_fences.get((int(warp), int(address)))
+                limits = 0 if fenced is None else np.pad(fenced, (0, self.clocks.columns - len(fenced)))[agents]
+                hidden = (stamps != 0) & (limits <= stamps)
+                if hidden.any():
+                    found = (~hidden, home, agents, stamps)
+                    self._raise(self.memory.suspects(w[:, None], index + 64 * half, found),
+                                "no fence.proxy.tensormap between the use of the tensor map in {bytes} and the write "
+                                "by {before}\n    the use:", False, ProxyError)  # fmt: skip
+
+    def exit(self, w):
+        """Warps end: shared memory is given up, which must not happen while their bulk stores read it."""
+        if BULK_READ not in self.clocks.first:
+            return
+        m = self.machine
+        for warp in w.tolist():
+            slot = self.shared.slot[BULK_READ, m.warp_in_cta[warp]]
+            if slot not in self.shared.active:
+                continue
+            unit = 16 // self.shared.granule
+            start = m.cta_of[warp] * m.smem_stride
+            stamps = self.shared.read[slot].reshape(-1, unit)[start >> 4 : start + m.smem_stride >> 4]
+            agent = int(self.clocks.agent(BULK_READ, np.array([warp]))[0])
+            bad = stamps >= self.clocks.known[warp, ORDERED, agent]
+            if bad.any():
+                first = (start + 16 * np.arange(len(stamps)))[:, None]
+                suspects = Suspects(bad, np.array(warp), first, np.array(agent), stamps, None, self.shared.granule)
+                self._raise(suspects, "race: the warp ends without cp.async.bulk.wait_group, while {bytes} is still "
+                                      "being read by {before}\n    the last instruction:", True)  # fmt: skip
+
+    # ---- barriers of CTAs and clusters ------------------------------------------------------------
+    def bar_arrive(self, warp, cta, barrier, waits):
+        """A warp arrives at a named barrier; ``waits``: with bar.sync."""
+        row = self.clocks.publish(np.array([warp]))[0]
+        limits, waiting = self.named.setdefault((cta, barrier), (np.zeros_like(row), []))
+        if limits.shape != row.shape:
+            limits = self.clocks.widened(limits)
+        self.named[cta, barrier] = np.maximum(limits, row), waiting
+        if waits:
+            waiting.append(warp)
+
+    def bar_complete(self, cta, barrier):
+        """Everybody has arrived."""
+        limits, waiting = self.named.pop((cta, barrier), (None, ()))
+        if len(waiting):
+            self.clocks.acquire(np.array(waiting), limits)
+
+    def bar_together(self, w, cta, waits):
+        """All warps of whole CTAs arrive at a named barrier in one step."""
+        rows = self.clocks.publish(w)
+        ctas, which = np.unique(cta, return_inverse=True)
+        limits = np.zeros((len(ctas), *rows.shape[1:]), rows.dtype)
+        for n in range(len(ctas)):
+            np.max(rows[which == n], axis=0, out=limits[n])
+        if waits:
+            self.clocks.acquire(w, limits[which])
+
+    def cluster_arrive(self, w, cluster, relaxed):
+        """barrier.cluster.arrive; .relaxed publishes only what fences have."""
+        before = self.clocks.fenced[w] if relaxed else None
+        rows = self.clocks.publish(w)
+        if relaxed:
+            before[:, INITIALISED] = rows[:, INITIALISED]
+            rows = before
+        for c in np.unique(cluster).tolist():
+            mine = rows[cluster == c].max(0)
+            old = self.cluster_arrived.get(c)
+            if old is not None:
+                mine = np.maximum(mine, self.clocks.widened(old))
+            self.cluster_arrived[c] = mine
+
+    def cluster_complete(self, c):
+        """All warps of the cluster have arrived."""
+        self.cluster_done[c] = self.cluster_arrived.pop(c, None)
+
+    def cluster_wait(self, w, cluster):
+        """barrier.cluster.wait lets the warps go on."""
+        for c in np.unique(cluster).tolist():
+            if self.cluster_done.get(c) is not None:
+                self.clocks.acquire(w[cluster == c], self.cluster_done[c])
+
+    # ---- fences and atomics -----------------------------------------------------------------------
+    def fence(self, w, M, kind):
+        """A fence of a kind: async (proxy), init (of mbarriers) or memory."""
+        if M is not None:
+            w = w[M.any(1)]
+        if not len(w):
+            return
+        if kind == "memory":
+            self.clocks.fence_memory(w)
+        else:
+            self.clocks.fence(w, VISIBLE if kind == "async" else INITIALISED)
+
+    def fence_tensormap(self, w, address, M):
+        """fence.proxy.tensormap::generic.acquire of the tensor map at a global address."""
+        address = full_width(address, len(w))
+        for j, lane in self.machine.active_threads(w, M):
+            self.tensormap_fences[int(w[j]), int(address[j, lane])] = self.clocks.known[w[j], ORDERED].copy()
+
+    def strong(self, w, address, space, acquires, releases, reads, writes, M):
+        """Synchronisation by an atomic access: relaxed ones together with fences, others by themselves."""
+        if not (acquires or releases or self.has_memory_fences):
+            return
+        index = full_width(address, len(w))
+        if space == "shared":
+            index = self.machine.shared_index(w, address, 1, M)
+        threads = {(int(w[j]), space, int(index[j, lane])): None for j, lane in self.machine.active_threads(w, M)}
+        clocks = self.clocks
+        for warp, *place in threads:
+            one, place = np.array([warp]), tuple(place)
+            row = self.locations.get(place)
+            if reads and row is not None:
+                row = clocks.widened(row)
+                if acquires:
+                    clocks.acquire(one, row)
+                else:
+                    clocks.pending[one] = np.maximum(clocks.pending[one], row)
+                    clocks.has_pending[warp] = True
+            if writes and (releases or clocks.has_fenced[warp]):
+                mine = clocks.publish(one)[0] if releases else clocks.fenced[warp].copy()
+                self.locations[place] = mine if row is None else np.maximum(mine, clocks.widened(row))
+
+
+class _Names:
+    """Names of a wave's agents, for messages."""
+
+    def __init__(self, machine, clocks, issuers):
+        self.ctas = [machine.cta_name(c) for c in range(machine.nctas)]
+        self.first, self.wpc, self.fixed = clocks.first, machine.wpc, clocks.fixed
+        self.domain_ctas, self.domain_warps = clocks.domain_ctas, clocks.domain_warps
+        self.issuers = issuers
+
+    def of(self, home, agent, stamp):
+        """Name of an agent of a domain."""
+        if agent >= self.fixed:
+            return f"the bulk load of {self.issuers.get((home, agent, stamp), 'a warp')}"
+        number, place = divmod(agent, self.domain_warps)
+        cta, warp = divmod(place, self.wpc)
+        kind = next(k for k, first in self.first.items() if first == number * self.domain_warps)
+        cta += (home & (1 << 20) - 1) * self.domain_ctas
+        return f"{KIND_NAMES[kind]}cta{self.ctas[cta]}.w{warp}"
+
+
+class _Barriers:
+    """mbarriers: what their phases publish. They are numbered from 1 on as they are initialised."""
+
+    def __init__(self, detector):
+        self.detector, self.clocks, self.machine = detector, detector.clocks, detector.machine
+        self.number = np.zeros(len(self.machine.S1) >> 3, np.int32)  # by flat index / 8
+        self.agents = [None]  # column of each barrier
+        self.phase = [0]
+        self.arrived, self.done = [None], [None]  # limits published in this phase, and by all completed ones
+        self.init = [None]  # (agent, stamp) of the initialisation
+        self.verified = [None]  # warps for which the initialisation is known, and for their asynchronous operations
+        self.count = {}  # domain -> barriers
+
+    def initialise(self, w, index, mask):
+        """mbarrier.init of the active lanes."""
+        clocks = self.clocks
+        rows = np.nonzero(mask)[0]
+        stamps = clocks.stamps(w)
+        for j, at in zip(rows.tolist(), index[mask].tolist(), strict=True):
+            number = int(self.number[at >> 3])
+            if not number:
+                domain = int(clocks.domain_of[w[j]])
+                agent = clocks.fixed + self.count.get(domain, 0)
+                self.count[domain] = self.count.get(domain, 0) + 1
+                clocks.add_agent(agent + 1)
+                number = self.number[at >> 3] = len(self.agents)
+                for table in (self.agents, self.phase, self.arrived, self.done, self.init, self.verified):
+                    table.append(None)
+                self.agents[number], self.phase[number] = agent, 1
+            self.arrived[number], self.done[number] = None, None
+            self.init[number] = int(clocks.agent(GENERIC, w[j])), int(stamps[j])
+            self.verified[number] = np.zeros((2, self.machine.nwarps), bool)
+        clocks.tick(w)
+
+    def agent_and_stamp(self, at):
+        """(agent, stamp) of a bulk load that signals the barrier at a flat index now."""
+        number = self.number[at >> 3]
+        if not number:
+            return 0, 0  # the machine will refuse the barrier
+        return self.agents[number], self.phase[number] << self.clocks.sites.bits | self.clocks.site
+
+    def _known_init(self, number, w, asynchronous):
+        """The initialisation must have happened before the warps use a barrier, or its asynchronous user does."""
+        seen = self.verified[number][int(asynchronous)]
+        if seen[w].all():
+            return
+        agent, stamp = self.init[number]
+        ordered, visible, fenced = (self.clocks.known[w, section, agent] > stamp for section in range(3))
+        good = ((visible & ordered) | fenced) if asynchronous else (ordered | fenced)
+        if not good.all():
+            warp = int(w[int((~good).argmax())])
+            line = self.clocks.sites.lines[stamp & self.clocks.sites.mask]
+            m = self.machine
+            at = int(np.flatnonzero(self.number == number)[0]) << 3
+            text = m.prog.k.module.text
+            home = int(self.detector.memory.home[warp])
+            who = self.detector.launch.names[home].of(home, agent, stamp)
+            ready = ordered[int((~good).argmax())]
+            what = "it is not ordered after"
+            if asynchronous and ready:
+                what = "no fence.mbarrier_init (or fence.proxy.async) between its use by the async proxy and"
+            raise BarrierInitError(
+                f"mbarrier at {m.describe_shared(at)}: {what} the initialisation by {who} at PTX line {line}: "
+                f"{m.ptx_line(line)}{source_of(text, line)}\n    this use:{source_of(text, m.line)}",
+                where=m.warp_text(warp), other=(line, m.ptx_line(line), who))  # fmt: skip
+        seen[w] = True
+
+    def _by_barrier(self, index, mask):
+        """(number, rows) of the barriers at flat indices [n, 32] for the active lanes."""
+        rows = np.nonzero(mask)[0]
+        numbers = self.number[index[mask] >> 3]
+        for number in np.unique(numbers).tolist():
+            if number:
+                yield number, np.unique(rows[numbers == number])
+
+    def _publish(self, number, rows):
+        old = self.arrived[number]
+        self.arrived[number] = rows if old is None else np.maximum(self.clocks.widened(old), rows)
+
+    def arrive(self, w, index, mask, limits=None):
+        """Arrivals (release) of the active lanes, which publish what the warps know, or these limits of theirs."""
+        if limits is None:
+            limits = self.clocks.publish(w)
+        for number, rows in self._by_barrier(index, mask):
+            self._known_init(number, w[rows], False)
+            self._publish(number, limits[rows].max(0))
+
+    def signal(self, warp, at, limits=None):
+        """An asynchronous operation of the warp will signal the barrier at a flat index: (agent, stamp)."""
+        number = int(self.number[at >> 3])
+        if number:
+            w = np.array([warp])
+            self._known_init(number, w, True)
+            self._publish(number, self.clocks.publish(w)[0] if limits is None else limits)
+        return self.agent_and_stamp(at)
+
+    def flip(self, at):
+        """The phase of the barrier at a flat index completes."""
+        number = int(self.number[at >> 3])
+        if not number:
+            return
+        clocks = self.clocks
+        row = self.arrived[number]
+        row = np.zeros(clocks.known.shape[1:], np.uint32) if row is None else clocks.widened(row)
+        if self.done[number] is not None:
+            row = np.maximum(row, clocks.widened(self.done[number]))
+        row[ORDERED, self.agents[number]] = clocks.limit(self.phase[number])
+        self.done[number], self.arrived[number] = row, None
+        self.phase[number] += 1
+
+    def wait(self, w, index, mask):
+        """The active lanes have seen their phase complete (acquire)."""
+        for number, rows in self._by_barrier(index, mask):
+            self._known_init(number, w[rows], False)
+            if self.done[number] is not None:
+                self.clocks.acquire(w[rows], self.done[number])
