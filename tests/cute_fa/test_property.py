@@ -1,6 +1,6 @@
 """Whatever is thrown at the API: a right answer or one clear error, never anything else.
 
-A call starts as one of three good ones (so that three kernels serve every example) with random sizes, then up to two
+A call starts as one of a few good ones (so that as many kernels serve every example) with random sizes, then up to two
 of its arguments are damaged. Damage may also leave a call valid: then its answer must be right.
 """
 
@@ -21,16 +21,18 @@ NAN, INF = math.nan, math.inf
 
 
 @st.composite
-def good_calls(draw):
-    """(kind, keyword arguments): plain, causal, or packed with every feature."""
-    kind = draw(st.sampled_from(["plain", "causal", "packed"]))
+def good_calls(draw, arch):
+    """(kind, keyword arguments): plain, causal, packed with every feature, or, where a kernel serves them, pages."""
+    kind = draw(st.sampled_from(["plain", "causal", "packed", *(["paged"] if arch == "sm_90a" else [])]))
     heads_kv = draw(st.integers(1, 2))
+    # the FA3 kernel packs query heads, and is compiled for each number of them
+    ratio = draw(st.integers(1, 3)) if arch == "sm_80" else 1 + (kind == "paged")
     sizes = {
         "batch": draw(st.integers(1, 3)),
         "seqlen_q": draw(LENGTHS),
         "seqlen_k": draw(LENGTHS),
         "heads_kv": heads_kv,
-        "heads": heads_kv * draw(st.integers(1, 3)),
+        "heads": heads_kv * ratio,
         "layout": draw(st.sampled_from(["contiguous", "padded", "transposed", "expanded"])),
         "softmax_scale": draw(st.none() | st.floats(0.01, 1.0)),
     }
@@ -46,6 +48,11 @@ def good_calls(draw):
         call = {"q": made.q, "k": made.k, "v": made.v, **made.options(), **longest}
         del call["page_table"]
         return kind, call
+    if kind == "paged":
+        sizes |= {"seqlen_q": draw(st.integers(1, 80)), "seqlen_k": draw(st.integers(1, 80))}
+        spec = InputSpec(**sizes, page_size=16, varlen_q=True, causal=True)
+        made = make_inputs(spec, inputs, seed=seed, poison=False)  # damage may list any page
+        return kind, {"q": made.q, "k": made.k, "v": made.v, **made.arguments()}
     made = make_inputs(InputSpec(**sizes), inputs, seed=seed)
     call = {"q": made.q, "k": made.k, "v": made.v, "softmax_scale": sizes["softmax_scale"]}
     if kind == "causal":
@@ -125,30 +132,40 @@ SCALAR_DAMAGE = {
     "num_splits": [2, -1, 10**20, 1.5, None],
     "max_seqlen_q": [0, -1, 1, 3, 10**9, 2**31, 10**30, 4.0, "x", None, True, torch.tensor(50)],
     "max_seqlen_k": [0, -1, 1, 3, 10**9, 2**31, 10**30, 4.0, "x", None, True, torch.tensor(50)],
-    "family": ["fa2", "fa3", "fa9", 1, ""],
+    "family": ["fa9", 1, ""],
     "pack_gqa": [True, False, 1, "x"],
-    "persistent": ["on", "off", "auto", "x", True, None, []],
+    "persistent": ["auto", "x", True, None, []],
     "dropout_p": [0.0, 0.5, NAN, "x"],
     "qv": [None, 1],
     "no_such_argument": [1],
 }
-PACKED_ONLY = {"softcap", "sink_tokens", "max_seqlen_q", "max_seqlen_k"}
-# In a packed call these switch a feature off, which would only be one more kernel to compile.
-KEEPS_FEATURE = ("alibi_slopes", "learnable_sink", "seqused_q", "seqused_k")
+# What would only be more kernels to compile: features that a kind of call does not have, and their absence.
+OTHER_KERNELS = {
+    "plain": ("softcap", "sink_tokens", "max_seqlen_q", "max_seqlen_k"),
+    "causal": ("softcap", "sink_tokens", "max_seqlen_q", "max_seqlen_k"),
+    "packed": (),
+    "paged": ("softcap", "sink_tokens", "window_size", "causal"),
+}
+KEEPS_FEATURE = ("alibi_slopes", "learnable_sink", "seqused_q", "seqused_k", "page_table")
+# Valid choices that each architecture has one kernel for, and invalid ones.
+FAMILIES = {"sm_80": ["fa2", "fa3"], "sm_90a": ["fa3", "fa4"]}
+MODES = {"sm_80": ["on", "off"], "sm_90a": ["on"]}
 
 
 @st.composite
-def calls(draw):
-    kind, call = draw(good_calls())
+def calls(draw, arch):
+    kind, call = draw(good_calls(arch))
+    scalars = SCALAR_DAMAGE | {"family": SCALAR_DAMAGE["family"] + FAMILIES[arch]}
+    scalars |= {"persistent": SCALAR_DAMAGE["persistent"] + MODES[arch]}
     damage = []
     for _ in range(draw(st.sampled_from([0, 1, 1, 2]))):
-        name = draw(st.sampled_from([*(n for n in call if isinstance(call[n], torch.Tensor)), *SCALAR_DAMAGE]))
+        name = draw(st.sampled_from([*(n for n in call if isinstance(call[n], torch.Tensor)), *scalars]))
         if name in ("q", "k", "v"):
             how = draw(st.sampled_from(list(TENSOR_DAMAGE)))
             damage.append((name, how, TENSOR_DAMAGE[how]))
-        elif name in SCALAR_DAMAGE:
-            value = draw(st.sampled_from(SCALAR_DAMAGE[name]))
-            if kind == "packed" or name not in PACKED_ONLY:
+        elif name in scalars:
+            value = draw(st.sampled_from(scalars[name]))
+            if name not in OTHER_KERNELS[kind]:
                 damage.append((name, repr(value), lambda _, value=value: value))
         else:
             how = draw(st.sampled_from([how for how in VECTOR_DAMAGE if how != "none" or name not in KEEPS_FEATURE]))
@@ -163,17 +180,17 @@ def calls(draw):
     return kind, call, done
 
 
-@pytest.fixture(scope="module")
-def simulation():
-    with cute_fa.simulate("sm_80") as simulation:
+@pytest.fixture(scope="module", params=["sm_80", "sm_90a"])
+def simulation(request):
+    with cute_fa.simulate(request.param, num_sms=3) as simulation:
         yield simulation
 
 
 @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(calls())
-def test_right_answer_or_one_clear_error(simulation, drawn):
-    kind, call, damage = drawn
-    function = flash_attn_varlen_func if kind == "packed" else flash_attn_func
+@given(st.data())
+def test_right_answer_or_one_clear_error(simulation, data):
+    kind, call, damage = data.draw(calls(simulation.arch))
+    function = flash_attn_varlen_func if kind in ("packed", "paged") else flash_attn_func
     launches = len(simulation.launches)
     try:
         out, lse = function(**call, return_lse=True)
@@ -211,5 +228,5 @@ def assert_right(call, out, lse):
 
 REFERENCE_OPTIONS = {
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "softmax_scale", "causal", "window_size"),
-    *("sink_tokens", "softcap", "alibi_slopes", "learnable_sink"),
+    *("sink_tokens", "softcap", "alibi_slopes", "learnable_sink", "page_table"),
 }
