@@ -326,7 +326,8 @@ def test_a_switch_is_0_or_1():
     assert "ArgumentError: CUTE_FA_CHECK='off': must be 0 (off) or 1 (on)" in done.stderr
 
 
-def test_sizes_of_one_may_have_any_stride(simulated, monkeypatch):
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_sizes_of_one_may_have_any_stride(arch, monkeypatch):
     """A dimension of size 1 keeps whatever stride a slice left it with; kernels get multiples of 16 bytes."""
     passed = []
 
@@ -338,13 +339,14 @@ def test_sizes_of_one_may_have_any_stride(simulated, monkeypatch):
     inputs = make_inputs(InputSpec(batch=1, seqlen_q=40, seqlen_k=72, heads=1, heads_kv=1, causal=True))
     tensors = (inputs.q, inputs.k, inputs.v)
     odd = [t.as_strided(t.shape, (3, t.stride(1), 7, 1)) for t in tensors]
-    torch.testing.assert_close(
-        flash_attn_func(*odd, causal=True), flash_attn_func(*tensors, causal=True), atol=0, rtol=0
-    )
-    one_key = [tensors[0], *(t[:, :1].as_strided((1, 1, 1, 64), (5, 5, 5, 1)) for t in tensors[1:])]
-    wide = torch.empty(40, 64, dtype=torch.bfloat16).as_strided((1, 40, 1, 64), (1, 64, 3, 1))
-    out = flash_attn_func(*one_key, out=wide)
-    torch.testing.assert_close(out, one_key[2].expand_as(out), atol=0, rtol=0)
+    with cute_fa.simulate(arch):
+        torch.testing.assert_close(
+            flash_attn_func(*odd, causal=True), flash_attn_func(*tensors, causal=True), atol=0, rtol=0
+        )
+        one_key = [tensors[0], *(t[:, :1].as_strided((1, 1, 1, 64), (5, 5, 5, 1)) for t in tensors[1:])]
+        wide = torch.empty(40, 64, dtype=torch.bfloat16).as_strided((1, 40, 1, 64), (1, 64, 3, 1))
+        out = flash_attn_func(*one_key, out=wide)
+        torch.testing.assert_close(out, one_key[2].expand_as(out), atol=0, rtol=0)
     assert len(passed) == 3
     for arguments in passed:
         for tensor in arguments:
