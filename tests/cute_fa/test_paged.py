@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_fa
 from cute_fa import flash_attn_varlen_func, ops, reference
+from cute_fa.compat import fa2, fa4
 from cute_fa.errors import CumulativeSeqlensError, CuteFaError, DTypeError, LengthError, PageTableError, ShapeError
 from cute_fa.inputs import InputSpec, make_inputs
 from fa3_sm90.forward import Fa3Forward
@@ -75,6 +76,24 @@ def test_lengths(launches, spec):
     assert [tensors.seqused_k is None for _, tensors in launches] == [*[False] * 5, *[True] * 3]
     with pytest.raises(LengthError, match="max_seqlen_k=55: without seqused_k each sequence has the 56 tokens"):
         call(inputs, max_seqlen_k=55)
+
+
+def test_names_of_the_peers(launches):
+    inputs = make_inputs(PACKED, "peaked", seed=6)
+    tensors, lengths = (inputs.q, inputs.k, inputs.v), {"max_seqlen_q": 20, "max_seqlen_k": 50}
+    offsets = torch.cat([torch.zeros(1), inputs.seqused_k.cumsum(0)]).int()
+    expected = call(inputs)[0]
+    lengths["cu_seqlens_q"] = inputs.cu_seqlens_q
+    out = fa2.flash_attn_varlen_func(
+        *tensors, **lengths, cu_seqlens_k=offsets, block_table=inputs.page_table, causal=True
+    )
+    assert out.equal(expected)
+    pages = {"seqused_k": inputs.seqused_k, "page_table": inputs.page_table}
+    assert fa4.flash_attn_varlen_func(*tensors, **lengths, **pages, causal=True)[0].equal(expected)
+    assert flash_attn_varlen_func(
+        *tensors, **lengths, cu_seqlens_k=None, seqused_k=pages["seqused_k"], block_table=inputs.page_table, causal=True
+    ).equal(expected)
+    assert len(launches) == 4
 
 
 def test_a_table_may_have_room_for_more(launches):
