@@ -62,6 +62,7 @@ class Options:
     seed: int
     schedule_seed: int | None
     late: bool
+    race: bool
     num_sms: int | None
     inputs: str
 
@@ -95,7 +96,8 @@ class Options:
 
     @property
     def machine(self) -> Machine:
-        return choose_machine(SmArch(self.arch) if self.arch else None, self.schedule_seed, self.late, self.num_sms)
+        simulation = {name: getattr(self, name) for name in ("schedule_seed", "late", "race", "num_sms")}
+        return choose_machine(SmArch(self.arch) if self.arch else None, **simulation)
 
     @property
     def choices(self) -> dict:
@@ -141,6 +143,7 @@ _PROBLEM_OPTIONS = [
     click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the inputs."),
     click.option("--schedule-seed", type=int, help="Simulate, with warps in a seeded adversarial order."),
     click.option("--late", is_flag=True, help="Simulate, with asynchronous work done as late as is legal."),
+    click.option("--race", is_flag=True, help="Simulate, and report missing synchronisation under any schedule."),
     click.option("--num-sms", type=click.IntRange(min=1), help="Simulate, with this many SMs. [default: a real GPU's]"),
     click.option("--inputs", type=click.Choice(["random", "peaked"]), default="random", show_default=True),
 ]

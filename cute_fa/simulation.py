@@ -32,14 +32,20 @@ _simulated: Target | None = None
 
 @contextmanager
 def simulate(
-    arch: str | SmArch, *, num_sms: int | None = None, schedule_seed: int | None = None, late: bool = False
+    arch: str | SmArch,
+    *,
+    num_sms: int | None = None,
+    schedule_seed: int | None = None,
+    late: bool = False,
+    race: bool = False,
 ) -> Iterator[ptxsim.Simulation]:
     """Run kernels for ``arch`` on CPU tensors through ``ptxsim``, and check values as with ``CUTE_FA_CHECK=1``.
 
     ``num_sms``: how many SMs kernels find, by default as many as a published GPU has (132 for sm_90a); a persistent
     kernel launches no more CTAs than that. ``schedule_seed`` runs warps in an adversarial order drawn from it; ``late``
-    completes asynchronous work as late as the PTX ISA allows. Gives the simulation, whose ``launches`` tell what ran.
-    Leaving it restores everything. Raises ArgumentError for an unknown architecture or fewer than 1 SM.
+    completes asynchronous work as late as the PTX ISA allows; ``race`` reports missing synchronisation under any
+    schedule (``ptxsim.races``). Gives the simulation, whose ``launches`` tell what ran. Leaving it restores everything.
+    Raises ArgumentError for an unknown architecture or fewer than 1 SM.
     """
     global _simulated
     arch = SmArch.named(arch)
@@ -47,7 +53,8 @@ def simulate(
         num_sms = _PUBLISHED_SMS[arch.number]
     if isinstance(num_sms, bool) or not isinstance(num_sms, int) or num_sms < 1:
         raise ArgumentError(f"num_sms={num_sms!r}: a GPU has at least 1 SM")
-    with ptxsim.simulate(arch.value, schedule_seed=schedule_seed, late=late, sm_count=num_sms) as simulation:
+    options = {"schedule_seed": schedule_seed, "late": late, "race": race, "sm_count": num_sms}
+    with ptxsim.simulate(arch.value, **options) as simulation:
         _simulated = Target(arch, num_sms)
         try:
             yield simulation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ class Machine:
     simulated: bool
     schedule_seed: int | None = None
     late: bool = False
+    race: bool = False
     num_sms: int | None = None
 
     @property
@@ -46,7 +47,8 @@ class Machine:
 
     def simulate(self) -> AbstractContextManager:
         """A simulation of this machine."""
-        return simulate(self.arch, num_sms=self.num_sms, schedule_seed=self.schedule_seed, late=self.late)
+        names = ("schedule_seed", "late", "race", "num_sms")
+        return simulate(self.arch, **{name: getattr(self, name) for name in names})
 
     def __str__(self) -> str:
         return f"{self.arch.value} simulated" if self.simulated else f"{self.arch.value} GPU"
@@ -62,15 +64,14 @@ def gpu_arch() -> SmArch | None:
         return None
 
 
-def choose_machine(
-    arch: SmArch | None, schedule_seed: int | None = None, late: bool = False, num_sms: int | None = None
-) -> Machine:
-    """The GPU if there is one, unless another architecture or an option of the simulator is asked for; else simulated,
-    by default as sm_80."""
+def choose_machine(arch: SmArch | None, **simulation: Any) -> Machine:
+    """The GPU if there is one, unless another architecture or an option of the simulator, a further field of
+    :class:`Machine`, is asked for; else simulated, by default as sm_80."""
     present = gpu_arch()
-    if present is not None and arch in (None, present) and (schedule_seed, late, num_sms) == (None, False, None):
-        return Machine(present, simulated=False)
-    return Machine(arch or present or SmArch.SM_80, True, schedule_seed, late, num_sms)
+    plain = Machine(present, simulated=False)
+    if present is not None and arch in (None, present) and replace(plain, **simulation) == plain:
+        return plain
+    return Machine(arch or present or SmArch.SM_80, simulated=True, **simulation)
 
 
 @dataclass(frozen=True)

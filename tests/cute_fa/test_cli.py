@@ -86,7 +86,7 @@ def test_choices_of_how_reach_the_kernel(monkeypatch):
         return simulate(arch, **options)
 
     monkeypatch.setattr("cute_fa.trial.simulate", remember)
-    packed = ["--pack-gqa", "--persistent", "off", "--late"]
+    packed = ["--pack-gqa", "--persistent", "off", "--late", "--race"]
     apart = ["--no-pack-gqa", "--persistent", "on", "--num-sms", "3", "--schedule-seed", "1"]
     for options, pack_gqa, persistent in ((packed, 4, False), (apart, 1, True)):
         done = invoke("run", *HOPPER, *options, "--json")
@@ -96,9 +96,9 @@ def test_choices_of_how_reach_the_kernel(monkeypatch):
         assert summary["config"]["persistent"] is persistent
         assert summary["config"]["dtype"] == "bf16"
         assert f"pack_gqa={pack_gqa}, persistent={persistent}" in invoke("run", *HOPPER, *options).stdout
-    assert {name: summary[name] for name in ("late", "num_sms", "schedule_seed")} == simulations[-1]
-    assert simulations[0] == {"late": True, "num_sms": None, "schedule_seed": None}
-    assert simulations[-1] == {"late": False, "num_sms": 3, "schedule_seed": 1}
+    assert {name: summary[name] for name in simulations[-1]} == simulations[-1]
+    assert simulations[0] == {"late": True, "race": True, "num_sms": None, "schedule_seed": None}
+    assert simulations[-1] == {"late": False, "race": False, "num_sms": 3, "schedule_seed": 1}
 
 
 @pytest.mark.parametrize("lengths", ["", "--varlen"])
@@ -279,22 +279,22 @@ def test_without_options_the_tour_decides_the_exit_code(monkeypatch, wrong):
 
 def test_a_gpu_is_used_unless_another_machine_is_asked_for(monkeypatch):
     monkeypatch.setattr("cute_fa.trial.gpu_arch", lambda: SmArch.SM_90A)
-    assert choose_machine(None, None) == Machine(SmArch.SM_90A, simulated=False)
-    assert choose_machine(SmArch.SM_90A, None).device == "cuda"
-    assert choose_machine(SmArch.SM_80, None) == Machine(SmArch.SM_80, simulated=True)
-    for options in ({"schedule_seed": 5}, {"schedule_seed": 0}, {"late": True}, {"num_sms": 4}):
+    assert choose_machine(None) == Machine(SmArch.SM_90A, simulated=False)
+    assert choose_machine(SmArch.SM_90A).device == "cuda"
+    assert choose_machine(SmArch.SM_80) == Machine(SmArch.SM_80, simulated=True)
+    for options in ({"schedule_seed": 5}, {"schedule_seed": 0}, {"late": True}, {"race": True}, {"num_sms": 4}):
         assert choose_machine(None, **options) == Machine(SmArch.SM_90A, simulated=True, **options)
     monkeypatch.setattr("cute_fa.trial.gpu_arch", lambda: None)
-    assert choose_machine(None, None) == Machine(SmArch.SM_80, simulated=True)
+    assert choose_machine(None) == Machine(SmArch.SM_80, simulated=True)
 
 
 def test_a_gpu_that_no_kernel_is_built_for_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert choose_machine(None, None) == Machine(SmArch.SM_80, simulated=True)
-    assert choose_machine(SmArch.SM_90A, None) == Machine(SmArch.SM_90A, simulated=True)
+    assert choose_machine(None) == Machine(SmArch.SM_80, simulated=True)
+    assert choose_machine(SmArch.SM_90A) == Machine(SmArch.SM_90A, simulated=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    assert choose_machine(None, None) == Machine(SmArch.SM_86, simulated=False)
+    assert choose_machine(None) == Machine(SmArch.SM_86, simulated=False)
 
 
 def test_readme_example_gives_small_errors(capsys):
