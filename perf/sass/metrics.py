@@ -40,6 +40,7 @@ from perf.sass.opcodes import (
 )
 
 _SPIN_LENGTH = 12  # instructions; a longer loop without tensor work or exp2 is no spin
+_POLLING = ("sync", "ldg", "red")  # what a spin asks for the state of a barrier or semaphore by
 _SHARED_MEMORY = ("lds", "sts", "ldgsts", "ldsm", "stsm")
 
 
@@ -299,7 +300,9 @@ class _Analysis:
         spins: set[int] = set()
         for g in self._nested(loop.header):
             body = self.loops[g].body
-            if not self.tensor[g] and not self.exp2[g] and len(self.flow.instructions(body)) <= _SPIN_LENGTH:
+            instructions = self.flow.instructions(body)
+            polls = any(classify(i.opcode, i.modifiers) in _POLLING for i in instructions)
+            if polls and not self.tensor[g] and not self.exp2[g] and len(instructions) <= _SPIN_LENGTH:
                 spins |= body
         return spins
 

@@ -36,10 +36,42 @@ LISTING = [
 ]
 
 
-def listing_text() -> str:
-    lines = ['\t.headerflags\t@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM80"', "//------- .text.kernel -------"]
+# A consumer on sm_90: its spin on a barrier stands out of line, and O is rescaled in a nested loop that runs at most
+# once.
+CONSUMER_LISTING = [
+    ("MOV R1, c[0x0][0x28]", 4, 0),
+    ".L_x_0:",
+    ("HGMMA.64x128x16.F32.BF16 R88, gdesc[UR24], RZ, !UPT, gsb0", 1, 0),
+    ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R0+UR32+0x30020], R21", 4, 0),
+    ("@!P0 BRA `(.L_x_4)", 5, 1),
+    ".L_x_1:",
+    ("HGMMA.64x128x16.F32.BF16 R24, R180, gdesc[UR8].tnspB, R24, gsb0", 1, 0),
+    ("WARPGROUP.DEPBAR.LE gsb0, 0x1", 2, 0),
+    ("MUFU.EX2 R5, R88", 8, 0),
+    ("VOTE.ANY P0, !P0", 4, 0),
+    ("@!P0 BRA `(.L_x_3)", 5, 0),
+    ".L_x_2:",
+    ("VOTE.ANY P0, !PT", 4, 0),
+    ("FMUL R24, R24, R5", 4, 0),
+    ("@P0 BRA `(.L_x_2)", 5, 0),
+    ".L_x_3:",
+    ("F2FP.BF16.PACK_AB R180, R89, R88", 2, 0),
+    ("@P1 BRA `(.L_x_0)", 5, 0),
+    ("EXIT", 5, 0),
+    ".L_x_4:",
+    ("IMAD.U32 R21, RZ, RZ, UR9", 3, 0),
+    ".L_x_5:",
+    ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R23+URZ+0x30020], R21", 4, 0),
+    ("@!P0 NANOSLEEP.SYNCS 0x989680", 4, 0),
+    ("@!P0 BRA `(.L_x_5)", 5, 0),
+    ("BRA `(.L_x_1)", 5, 0),
+]
+
+
+def listing_text(listing=LISTING, arch: int = 80) -> str:
+    lines = [f'\t.headerflags\t@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM{arch}"', "//------- .text.kernel -------"]
     address = 0
-    for item in LISTING:
+    for item in listing:
         if isinstance(item, str):
             lines.append(item)
             continue
@@ -94,6 +126,24 @@ def test_loop_figures(report):
     assert loop.sb_waits == 9
     assert loop.row()["bound"] == "tc"
     assert loop.row()["util_serial"] == round(64 / (64 + 17), 3)
+
+
+def test_consumer_loop():
+    arch, kernels = parse_listing(listing_text(CONSUMER_LISTING, 90))
+    report = report_code("kernel", kernels["kernel"], arch, {"threads": 384})
+    (loop,) = report.loops
+    assert loop is report.main_loop
+    assert (loop.role, loop.nested, loop.address) == ("mma", 1, 0x10)
+    # 10 always; conditional are the rescaling's three, and the two on the way to the spin and back; the spin's three
+    # do not count
+    assert (loop.instructions, loop.conditional) == (15, 5)
+    assert loop.opcodes["SYNCS"] == 1
+    assert loop.opcodes["NANOSLEEP"] == 0
+    assert loop.conditional_stall == 4 + 4 + 5 + 3 + 5
+    assert loop.stall_sum - loop.conditional_stall == 4 + 5 + 2 + 8 + 4 + 5 + 2 + 5
+    assert loop.shapes == {"HGMMA.64x128x16.F32.BF16.SS": 1, "HGMMA.64x128x16.F32.BF16.RS": 1}
+    assert loop.cycles["tc"] == 2 * 2 * 64 * 128 * 16 / 4096
+    assert not report.wgmma_serialised
 
 
 def test_kernel_figures(report):
@@ -170,9 +220,8 @@ SECOND, LAST = "HGMMA.64x128x16.F32.BF16 R88, gdesc[UR8], R88", "HGMMA.64x128x16
 )
 def test_serialised_wgmma(instructions, serialised):
     """ptxas, where it serialises, has every wgmma waited for before the next."""
-    lines = ['\t.headerflags\t@"EF_CUDA_SM90"', "//------- .text.kernel -------"]
-    lines += [f"        /*{16 * n:04x}*/  {text} ;" for n, text in enumerate([*instructions, "EXIT"])]
-    arch, kernels = parse_listing("\n".join(lines))
+    listing = [(text, 1, 0) for text in [*instructions, "EXIT"]]
+    arch, kernels = parse_listing(listing_text(listing, 90))
     assert report_code("kernel", kernels["kernel"], arch, {}).wgmma_serialised is serialised
 
 
