@@ -1,0 +1,371 @@
+"""The FA3 forward, simulated, against the fp32 reference: features in pairs, edges of the mask, which blocks are
+loaded, how tiles are shared out, pages, big strides."""
+
+import dataclasses
+import itertools
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import cute_fa
+from cute_fa.inputs import Inputs, InputSpec, make_inputs
+from cute_fa.reference import expected
+from cute_fa.trial import problem_of_spec
+from cute_fa.types import DType, SmArch
+from fa3_sm90.config import Fa3ForwardConfig
+from fa3_sm90.forward import Fa3Forward
+from tests.testing.grid import pairwise
+from tests.testing.loads import recorded_loads
+
+# One compile a case: as many levels as shape the code or the control flow differently, no more. Some levels stand for
+# several values, which the cases take in turns.
+HEAD_DIMS = {
+    "64": [(64, None)],
+    "128": [(128, None)],
+    "256": [(256, None)],
+    "small": [(d, None) for d in (8, 24, 40, 56, 16, 48, 32)],
+    "medium": [(d, None) for d in (72, 96, 88, 112, 80, 104, 120)],
+    "large": [(136, 248), (160, 144), (200, 176), (216, 152), (232, 208), (240, 184), (168, 224)],
+    "unequal": [(192, 128), (64, 256), (256, 64), (240, 256), (8, 128), (128, 8), (72, 40)],
+}
+MASKS = {
+    "none": [{}],
+    "causal": [{"causal": True}],
+    "window": [{"window": (137, 11)}, {"window": (None, 9)}, {"window": (0, None)}],
+    "sink": [{"window": (60, 0), "sink_tokens": 5}, {"window": (70, None), "sink_tokens": 90}],
+}
+LENGTHS = {
+    "dense": [{}],
+    "packed": [
+        {"varlen_q": True, "varlen_k": True},
+        {"varlen_q": True, "varlen_k": True, "seqused_q": True, "seqused_k": True},
+        {"varlen_k": True},
+    ],
+    "used": [{"seqused_q": True, "seqused_k": True}, {"varlen_q": True, "seqused_k": True}, {"seqused_k": True}],
+    "paged": [
+        {"varlen_q": True, "page_size": 16},
+        {"page_size": 8},
+        {"seqused_q": True, "page_size": 32},
+        {"varlen_q": True, "page_size": 64},
+        {"page_size": 128},
+        {"varlen_q": True, "seqused_q": True, "page_size": 256},
+    ],
+}
+FEATURES = {
+    "dtype": [DType.BF16, DType.FP16],
+    "head_dims": list(HEAD_DIMS),
+    "mask": list(MASKS),
+    "alibi": [{}, {"alibi": True}, {"alibi_per_batch": True}],
+    "softcap": [0.0, 15.0],
+    "learnable_sink": [False, True],
+    "lengths": list(LENGTHS),
+    "heads": [(2, 2), (4, 2), (3, 1), (5, 1)],
+    "pack_gqa": [None, False, True],
+    "ctas": [("off", 132), ("on", 2), ("on", 1), ("auto", 132)],
+    "layout": ["contiguous", "padded", "transposed", "expanded"],
+    "seqlens": [(130, 130), (70, 301), (200, 77), (1, 150)],
+    "inputs": ["peaked", "random"],
+    "schedule": [{"late": True, "schedule_seed": seed} for seed in range(3)] + [{"schedule_seed": 3}, {"late": True}],
+}
+
+
+def cases() -> list[dict]:
+    """Pairs of the levels, each level that stands for several values having its next one."""
+    found = pairwise(FEATURES, seed=1)
+    for name, levels in (("head_dims", HEAD_DIMS), ("mask", MASKS), ("lengths", LENGTHS)):
+        turns = {level: itertools.cycle(values) for level, values in levels.items()}
+        for case in found:
+            case[name] = next(turns[case[name]])
+    return found
+
+
+def spec_of(case: dict, scale: int = 1) -> InputSpec:
+    """``scale``: factor of the lengths and of the window."""
+    head_dim, head_dim_v = case["head_dims"]
+    heads, heads_kv = case["heads"]
+    seqlen_q, seqlen_k = (length * scale if length > 1 else length for length in case["seqlens"])
+    mask = dict(case["mask"])
+    if "window" in mask:
+        mask["window"] = tuple(bound and bound * scale for bound in mask["window"])
+    return InputSpec(
+        batch=3 if case["lengths"] else 1 + bool(case["alibi"].get("alibi_per_batch")),
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        heads=heads,
+        heads_kv=heads_kv,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=case["dtype"],
+        softcap=case["softcap"],
+        learnable_sink=case["learnable_sink"],
+        layout=case["layout"],
+        **mask,
+        **case["alibi"],
+        **case["lengths"],
+    )
+
+
+def case_name(case: dict) -> str:
+    spec = spec_of(case)
+    changed = (f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default)
+    named = "-".join(f"{f.name}={getattr(spec, f.name)}" for f in changed)
+    return f"{named}-pack={case['pack_gqa']}-{case['ctas']}-{case['inputs']}"
+
+
+@contextmanager
+def unwritten_is_nan():
+    """Results that a kernel leaves out are NaN, not what an earlier call left in the memory."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def call(given: Inputs, *, num_sms: int | None = None, late: bool = False, schedule_seed: int | None = None, **choices):
+    """(out, lse, simulation) of one call; ``choices``: pack_gqa, persistent."""
+    simulated = cute_fa.simulate("sm_90a", num_sms=num_sms, late=late, schedule_seed=schedule_seed)
+    with simulated as simulation, unwritten_is_nan():
+        out, lse = given.run(return_lse=True, family="fa3", **choices)
+    return out, lse, simulation
+
+
+def run(spec: InputSpec, inputs: str = "peaked", **options):
+    """(out, lse) of one call, compared with the reference."""
+    given = make_inputs(spec, inputs)
+    out, lse, _ = call(given, **options)
+    result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+    assert result.ok, result
+    return out, lse
+
+
+def config_of(spec: InputSpec, **choices) -> Fa3ForwardConfig:
+    return Fa3Forward.configure(dataclasses.replace(problem_of_spec(spec, SmArch.SM_90A), **choices))
+
+
+@pytest.mark.parametrize("case", cases(), ids=case_name)
+def test_features_in_pairs(case):
+    persistent, num_sms = case["ctas"]
+    options = {"pack_gqa": case["pack_gqa"], "persistent": persistent, "num_sms": num_sms}
+    run(spec_of(case), case["inputs"], **options, **case["schedule"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases(), ids=case_name)
+def test_features_in_pairs_on_the_gpu(case):
+    """The same pairs with 1000 to 3300 keys."""
+    given = make_inputs(spec_of(case, scale=11), case["inputs"], device="cuda")
+    options = {"pack_gqa": case["pack_gqa"], "persistent": case["ctas"][0], "family": "fa3"}
+    out, lse = given.run(return_lse=True, **options)
+    result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+    assert result.ok, result
+
+
+def visible_blocks(spec: InputSpec, config: Fa3ForwardConfig) -> list[list[int]]:
+    """Key blocks that hold a key which a query of the tile sees, for each tile of queries."""
+    left, right = (bound if bound is not None else spec.seqlen_k + spec.seqlen_q for bound in spec.window)
+    right = 0 if spec.causal else right
+    query = torch.arange(spec.seqlen_q)[:, None] + spec.seqlen_k - spec.seqlen_q
+    key = torch.arange(spec.seqlen_k)
+    visible = (key <= query + right) & ((key >= query - left) | (key < spec.sink_tokens))
+    tiles = [visible[start : start + config.tile_tokens] for start in range(0, spec.seqlen_q, config.tile_tokens)]
+    return [sorted({key // config.tile_n for key in tile.any(0).nonzero()[:, 0].tolist()}) for tile in tiles]
+
+
+def loaded_blocks(spec: InputSpec, operand: str = "k") -> list[list[int]]:
+    """Key blocks in the order in which each CTA loads them, one CTA a tile; a dense problem with one head."""
+    with recorded_loads() as loads:
+        run(spec, persistent="off")
+    head_dim = spec.head_dim if operand == "k" else spec.head_dim_v
+    tile_n = config_of(spec).tile_n
+    blocks = {}
+    for load in loads:
+        if load.extents[:2] == (head_dim, spec.seqlen_k):
+            blocks.setdefault(load.cta, []).append(load.start[1] // tile_n)
+    return [blocks[cta] for cta in sorted(blocks)]
+
+
+# The tiles of head_dim 64 are 192 queries × 128 keys. Q and V differ from K in their shapes, so that loads tell.
+BLOCKS = dict(batch=1, heads=1, heads_kv=1, head_dim=64, head_dim_v=32)
+
+
+# The last tile starts at key 640 − 192 = 448 and its window of 100 at 348, in block 2; the sink then ends inside the
+# block before it, at its start, inside it, and beyond it.
+@pytest.mark.parametrize("sink_tokens", [1, 128, 129, 255, 256, 257, 347, 348, 349, 400, 640, 10_000])
+def test_sink_inside_touching_and_beyond_the_window(sink_tokens):
+    spec = InputSpec(seqlen_q=192, seqlen_k=640, window=(100, 0), sink_tokens=sink_tokens, **BLOCKS)
+    (keys,), (values,) = loaded_blocks(spec, "k"), loaded_blocks(spec, "v")
+    assert keys == values
+    assert len(keys) == len(set(keys))
+    (visible,) = visible_blocks(spec, config_of(spec))
+    assert sorted(keys) == visible == ([0, 2, 3, 4] if sink_tokens <= 128 else [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {},
+        {"causal": True},
+        {"window": (None, 70)},
+        {"window": (150, 0)},
+        {"window": (3, 200)},
+        {"window": (200, None)},
+        {"window": (90, 0), "sink_tokens": 7},
+        {"window": (90, None), "sink_tokens": 300},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seqlens", [(500, 700), (640, 500)])
+def test_exactly_the_blocks_with_visible_keys_are_loaded_once(mask, seqlens):
+    """Tiles that see no key load one block: a branch around the main loop would cost more."""
+    spec = InputSpec(seqlen_q=seqlens[0], seqlen_k=seqlens[1], **mask, **BLOCKS)
+    loaded = [sorted(blocks) for blocks in loaded_blocks(spec)]
+    visible = visible_blocks(spec, config_of(spec))
+    assert sorted(loaded) == sorted(blocks or [0] for blocks in visible)
+
+
+def test_causal_costs_half():
+    """A causal row has half the keys, and blocks that need a mask are few."""
+    full, causal = (
+        call(make_inputs(InputSpec(1, 1536, 1536, 1, 1, 64, causal=causal)))[2].launches[-1].warp_instrs
+        for causal in (False, True)
+    )
+    assert causal < 0.68 * full
+
+
+@pytest.mark.parametrize("mask", [{"window": (64, 0)}, {"window": (64, 0), "sink_tokens": 4}], ids=str)
+def test_cost_does_not_grow_with_hidden_keys(mask):
+    """A tile of queries loads as many blocks whether 512 or 1536 keys precede its window."""
+    near, far = (loaded_blocks(InputSpec(seqlen_q=128, seqlen_k=n, **mask, **BLOCKS))[0] for n in (640, 1664))
+    assert len(far) == len(near) < 5
+
+
+@pytest.mark.parametrize("left", [0, 1, 127, 128, 300, 2**31 - 2])
+@pytest.mark.parametrize("right", [0, 64, 2**31 - 2])
+def test_window_edges(left, right):
+    run(InputSpec(1, 150, 390, 1, 1, 64, window=(left, right)))
+
+
+@pytest.mark.parametrize("residue", [-2, -1, 0, 1, 2])
+@pytest.mark.parametrize("window", [(None, 0), (128, 0), (64, 64)])
+def test_mask_edges_that_meet_block_edges(window, residue):
+    """The diagonal and the window's sides pass within two keys of the corner of a block of 128, on either side."""
+    run(InputSpec(1, 192, 384 + residue, 1, 1, 64, window=window))
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k"), [(192, 128), (193, 127), (191, 129), (64, 256), (65, 255), (128, 257), (385, 1), (400, 7)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths_around_the_tiles(seqlen_q, seqlen_k, causal):
+    run(InputSpec(1, seqlen_q, seqlen_k, 1, 1, 64, causal=causal))
+
+
+def test_rows_without_keys_give_zero_and_minus_infinity():
+    out, lse = run(InputSpec(1, 400, 70, 2, 2, 64, causal=True))
+    assert (out[:, :330] == 0).all() and (lse[:, :, :330] == -torch.inf).all()
+    assert lse[:, :, 330:].isfinite().all()
+    spec = InputSpec(1, 400, 70, 2, 2, 64, causal=True, learnable_sink=True)
+    sink = make_inputs(spec, "peaked").learnable_sink
+    out, lse = run(spec)
+    assert (out[:, :330] == 0).all() and torch.allclose(lse[0, :, :330], sink[:, None].expand(-1, 330), atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [{}, {"late": True}, {"late": True, "schedule_seed": 1}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_tiles_without_keys_between_others(head_dim, schedule):
+    """Where O takes Q's place, a tile that loads nothing must not write over the next one's queries."""
+    spec = InputSpec(3, 100, 100, 2, 2, head_dim, seqused_k=True, lengths_k=(100, 0, 90))
+    out, lse = run(spec, persistent="on", num_sms=1, **schedule)
+    assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_same_bits_under_every_schedule_and_on_any_number_of_sms(packed):
+    spec = InputSpec(3, 250, 250, 2, 1, 64, causal=True, alibi=True, varlen_q=packed, varlen_k=packed)
+    given = make_inputs(spec, "peaked")
+    first, first_lse = run(spec, persistent="off", pack_gqa=False)
+    for options in (
+        {"num_sms": 1},
+        {"num_sms": 3, "late": True, "schedule_seed": 1},
+        {"num_sms": 5, "late": True, "schedule_seed": 2},
+        {"num_sms": 1000, "schedule_seed": 3},
+        {"persistent": "off", "late": True, "schedule_seed": 4},
+    ):
+        out, lse, simulation = call(given, pack_gqa=False, **{"persistent": "on", **options})
+        assert torch.equal(out, first) and torch.equal(lse, first_lse)
+        if options.get("num_sms", 1000) < 1000:
+            assert simulation.launches[-1].grid == (options["num_sms"], 1, 1)
+
+
+@pytest.mark.parametrize("heads", [(3, 1), (10, 2), (32, 1)])
+def test_packing_changes_no_bit(heads):
+    """Of 64 rows 21 tokens of 3 heads, 12 of 5, or 2 of 32: blocks that a row does not see add nothing to it."""
+    spec = InputSpec(1, 50, 200, *heads, 64, causal=True, alibi=True, learnable_sink=True)
+    apart, apart_lse = run(spec, pack_gqa=False)
+    together, together_lse = run(spec, pack_gqa=True, late=True, schedule_seed=1)
+    assert torch.equal(apart, together) and torch.equal(apart_lse, together_lse)
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
+def test_pages_give_the_bits_of_contiguous_keys(page_size):
+    """And of the pages only those in use are read, where the others' numbers in the table are beyond the cache."""
+    spec = InputSpec(3, 100, 300, 2, 1, 64, causal=True, seqused_k=True, lengths_k=(300, 129, 0))
+    paged_spec = dataclasses.replace(spec, seqused_k=False, page_size=page_size)
+    contiguous, contiguous_lse = run(spec, pack_gqa=False)
+    given = make_inputs(paged_spec, "peaked")
+    used = [-(-length // page_size) for length in spec.lengths_k]
+    for row, count in zip(given.page_table, used, strict=True):
+        row[count:] = 2**30
+    with recorded_loads() as loads:
+        out, lse, _ = call(given, pack_gqa=False, late=True)
+    assert torch.equal(out, contiguous) and torch.equal(lse, contiguous_lse)
+    # (columns, rows of a box, heads, pages, page_size + 1); a box that starts beyond its rows reads nothing
+    read = [load.start[3] for load in loads if len(load.extents) == 5 and load.start[1] < load.extents[1]]
+    listed = {page for row, count in zip(given.page_table.tolist(), used, strict=True) for page in row[:count]}
+    assert set(read) == listed
+
+
+def test_dominant_sink_logit_neither_overflows_nor_vanishes():
+    given = make_inputs(InputSpec(1, 65, 65, 2, 2, 64, learnable_sink=True))
+    for logit in (300.0, -300.0):
+        given = dataclasses.replace(given, learnable_sink=torch.full((2,), logit))
+        out, lse, _ = call(given)
+        result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+        assert result.ok, result
+
+
+@pytest.mark.parametrize("softcap", [0.01, 8192.0])
+def test_smallest_and_largest_softcap(softcap):
+    run(InputSpec(1, 130, 130, 2, 2, 64, softcap=softcap), "random")
+
+
+def test_nan_in_the_input_is_not_hidden():
+    given = make_inputs(InputSpec(1, 40, 300, 1, 1, 64))
+    q, v = given.q.clone(), given.v.clone()
+    q[0, 7], v[0, 150, 0, 3] = float("nan"), float("nan")
+    out, lse, _ = call(dataclasses.replace(given, q=q, v=v))
+    others = torch.arange(40) != 7
+    assert out[0, 7].isnan().all() and lse[0, 0, 7].isnan() and lse[0, 0, others].isfinite().all()
+    assert out[0, others, 0, 3].isnan().all() and out[0, others, 0, :3].isfinite().all()
+
+
+@pytest.mark.parametrize(("packed", "dim"), [(False, 0), (False, 1), (False, 2), (True, 0), (True, 1)])
+def test_offsets_beyond_32_bits(packed, dim):
+    """Elements more than 2^31 apart, along the batch, the sequence or the heads; what lies between is never touched."""
+    given = make_inputs(InputSpec(2, 40, 72, 2, 2, 64, varlen_q=packed, varlen_k=packed))
+
+    def spread(tensor: torch.Tensor) -> torch.Tensor:
+        strides = list(tensor.stride())
+        strides[dim] = (2**31 + 64) // (tensor.shape[dim] - 1) // 8 * 8 + 8
+        reach = 1 + sum(stride * (size - 1) for stride, size in zip(strides, tensor.shape, strict=True))
+        assert reach > 2**31
+        return torch.empty(reach, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
+
+    out = spread(torch.full_like(given.q, float("nan")))
+    sparse = dataclasses.replace(given, q=spread(given.q), k=spread(given.k), v=spread(given.v))
+    with cute_fa.simulate("sm_90a"):
+        _, lse = sparse.run(return_lse=True, family="fa3", out=out)
+    result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+    assert result.ok, result
