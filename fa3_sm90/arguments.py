@@ -16,8 +16,8 @@ from fa3_sm90.tiles import TmaTensor
 class ForwardArguments(NamedTuple):
     """Arguments of the launch. Dense q, out (batch, seqlen_q, heads, d), k, v (batch, seqlen_k, heads_kv, d) or,
     paged, (num_pages, page_size, heads_kv, d), lse fp32 (batch, heads, seqlen_q); packed without the batch dimension,
-    lse (heads, total_q). page_table int32 (batch, max_pages), alibi_slopes fp32 (batch or stride 0, heads), learnable_sink
-    fp32 (heads). ``num_ctas``: the grid."""
+    lse (heads, total_q). page_table int32 (batch, max_pages), alibi_slopes fp32 (batch or stride 0, heads),
+    learnable_sink fp32 (heads). ``num_ctas``: the grid."""
 
     q: cute.Tensor
     k: cute.Tensor

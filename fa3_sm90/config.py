@@ -223,7 +223,7 @@ def _tiles(problem: AttentionProblem) -> tuple[int, int, int]:
     """(warpgroups, tile_n, stages)."""
     size, size_v = padded(problem.head_dim), padded(problem.head_dim_v)
     if max(size, size_v) <= 64:
-        return 3, 128, 4
+        return 3, 128, 2
     candidates = (128, 64) if problem.page_size is not None else (128, 112, 96, 80, 64)
     for tile_n in candidates:
         smem = problem.dtype.bytes * (2 * WGMMA_M * max(size, size_v) + 2 * tile_n * (size + size_v))

@@ -6,13 +6,13 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
-from cute_fa.device.registers import narrow, opaque
+from cute_fa.device.registers import narrow
 from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores, score_params
 from cute_fa.device.softmax import OnlineSoftmax
 from fa3_sm90.arguments import Extents, ForwardArguments, TileWork, TmaTensors, scheduler_of, tile_work
 from fa3_sm90.config import Fa3ForwardConfig
 from fa3_sm90.epilogue import Epilogue
-from fa3_sm90.pipeline import Ring, RingState, ring_next, ring_start
+from fa3_sm90.pipeline import Ring, RingState, previous_stage, ring_next, ring_start
 from fa3_sm90.products import Products
 from fa3_sm90.rows import ROWS, Rows
 from fa3_sm90.storage import Storage
@@ -62,7 +62,7 @@ class Consumer:
         while valid(state):
             keys = compute_tile(scheduler, state, queries, keys)
             queries = ring_next(queries, 1)
-            state = advance(state)
+            state = type(state)(*(cute.arch.make_warp_uniform(number) for number in advance(state)))  # see steps()
         self.epilogue.finish()
 
     @cute.jit
@@ -97,35 +97,53 @@ class Consumer:
     ) -> RingState:
         """The key blocks of a tile, range by range, each with just the mask it needs. P·V runs one block behind."""
         c, blocks = self.config, work.blocks
-        step = self.step
         self.queries.wait(queries)
         self.first_block(work, softmax, params, keys)
         if const_expr(c.window_right):
-            for i in cutlass.range(1, blocks.right_end, unroll=1):
-                keys = step(work, softmax, params, i, keys, True, c.window_left)
-        # opaque: the bound would be computed from the lengths again in each iteration, by 17 instructions
-        full_end = opaque(blocks.full_end)
-        for i in cutlass.range(cutlass.max(blocks.right_end, 1), full_end, unroll=1):
-            keys = step(work, softmax, params, i, keys, False, False)
+            keys = self.steps(work, softmax, params, keys, Int32(1), blocks.right_end, True, c.window_left)
+        keys = self.steps(work, softmax, params, keys, blocks.right_end, blocks.full_end, False, False)
         if const_expr(c.window_left):
-            for i in cutlass.range(cutlass.max(blocks.full_end, 1), blocks.total, unroll=1):
-                keys = step(work, softmax, params, i, keys, False, True)
+            keys = self.steps(work, softmax, params, keys, blocks.full_end, blocks.total, False, True)
+        self.last_block(softmax, blocks.total, keys)
         if const_expr(c.own_output):
-            self.queries.release(queries)
-        self.last_block(keys)
+            self.queries.release(queries.stage)
         return ring_next(keys, c.stages)
 
     @cute.jit
+    def steps(
+        self,
+        work: TileWork,
+        softmax: OnlineSoftmax,
+        params: ScoreParams,
+        keys: RingState,
+        start: Int32,
+        stop: Int32,
+        right_edge: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ) -> RingState:
+        """The blocks of one range but the first of all, which :meth:`first_block` has done.
+
+        Through shuffles, what the loop runs by is the same for the whole warp also in ptxas's eyes, even after a detour
+        through a spilled register: else it keeps descriptors in vector registers and moves them, 32 instructions a step
+        at head_dim 64 causal, and computes the bounds again from the lengths, 17 instructions.
+        """
+        step = self.step
+        start, stop = cute.arch.make_warp_uniform(cutlass.max(start, 1)), cute.arch.make_warp_uniform(stop)
+        keys = RingState(*(cute.arch.make_warp_uniform(number) for number in keys))
+        for i in cutlass.range(start, stop, unroll=1):
+            keys = step(work, softmax, params, i, keys, right_edge, left_edge)
+        return keys
+
+    @cute.jit
     def first_block(self, work: TileWork, softmax: OnlineSoftmax, params: ScoreParams, state: RingState):
-        """Scores and probabilities of the first block, which may be of any range."""
+        """Exponentials of the first block, which may be of any range."""
         self.keys.wait(state)
         self.products.start_scores(state.stage)
         warpgroup.wait_group(0)
-        self.keys.release(state)
+        self.keys.release(state.stage)
         self.modify_and_mask(work, params, Int32(0), True, self.config.window_left)
-        softmax.advance(self.scores, True)
+        softmax.advance(self.scores)
         softmax.exponentiate(self.scores, True)
-        self.keep_probabilities()
 
     @cute.jit
     def step(
@@ -138,10 +156,15 @@ class Consumer:
         right_edge: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
     ) -> RingState:
-        """Scores of the next block beside P·V of the one at ``before``."""
-        keys, values, products = self.keys, self.values, self.products
-        state = ring_next(before, self.config.stages)
+        """Scores of the next block, and their exponentials beside P·V of the block at ``before``.
+
+        What waits for P·V, :meth:`settle`, comes behind the next step's wait for K: ptxas moves a wait for wgmma up as
+        far as it can, but not over that loop. In one basic block with the exponentials it stood before most of them.
+        """
+        keys, values, products, stages = self.keys, self.values, self.products, self.config.stages
+        state = ring_next(before, stages)
         keys.wait(state)
+        self.settle(softmax, iteration, previous_stage(before, stages))
         if const_expr(self.config.pingpong):
             self.turns.take()
         products.start_scores(state.stage)
@@ -150,28 +173,29 @@ class Consumer:
         if const_expr(self.config.pingpong):
             self.turns.pass_on()
         warpgroup.wait_group(1)
-        keys.release(state)
+        keys.release(state.stage)
         self.modify_and_mask(work, params, iteration, right_edge, left_edge)
-        hidden = right_edge or left_edge
-        factors = softmax.advance(self.scores, hidden)
-        softmax.exponentiate(self.scores, hidden)
-        warpgroup.wait_group(0)
-        values.release(before)
-        softmax.rescale(self.output, factors)
-        self.keep_probabilities()
+        softmax.advance(self.scores)
+        softmax.exponentiate(self.scores, right_edge or left_edge)
         return state
 
     @cute.jit
-    def last_block(self, state: RingState):
-        """P·V of the last block."""
+    def settle(self, softmax: OnlineSoftmax, iteration: Int32, stage: Int32):
+        """Finish iteration − 1: its exponentials become P, once P·V of iteration − 2, with V in ``stage``, is done and
+        O has been rescaled."""
+        warpgroup.wait_group(0)
+        self.values.release(stage, iteration > 1)
+        softmax.rescale(self.output)
+        narrow(self.products.acc_s, self.probabilities)
+
+    @cute.jit
+    def last_block(self, softmax: OnlineSoftmax, total: Int32, state: RingState):
+        """P·V of the last of ``total`` blocks."""
         self.values.wait(state)
+        self.settle(softmax, total, previous_stage(state, self.config.stages))
         self.products.start_output(self.operand_p, state.stage)
         warpgroup.wait_group(0)
-        self.values.release(state)
-
-    def keep_probabilities(self):
-        """P in the input's dtype, as operand A of P·V."""
-        narrow(self.products.acc_s, self.probabilities)
+        self.values.release(state.stage)
 
     @cute.jit
     def modify_and_mask(

@@ -6,6 +6,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp
 
 from cute_fa.device.fragments import warpgroup_rows_and_columns
+from cute_fa.device.registers import narrow, opaque
 from fa3_sm90.arguments import ForwardArguments, TileWork, TmaTensors
 from fa3_sm90.config import WARPGROUP, WGMMA_M, Fa3ForwardConfig
 from fa3_sm90.pipeline import Ring, RingState
@@ -34,14 +35,8 @@ class Epilogue:
         c = config
         self.config, self.args, self.tma, self.rows = c, args, tma, rows
         self.queries, self.index, self.thread = queries, index, thread
-        self.boxes = Boxes.of(c)
-        dtype = CUTE_DTYPE[c.dtype]
-        stride = (c.o_bytes if c.own_output else c.q_bytes) // c.dtype.bytes
-        layout = tile_layout(dtype, WGMMA_M, c.head_dim_v_padded, 1).outer
-        layout = cute.make_layout((*layout.shape[:2], c.warpgroups), stride=(*layout.stride[:2], stride))
-        self.sO = cute.make_tensor(storage.out[0], layout)[None, None, index]
-        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), dtype)
-        self.copy = cute.make_tiled_copy_C(atom, products.mma_o).get_slice(thread)
+        self.boxes, self.dtype = Boxes.of(c), CUTE_DTYPE[c.dtype]
+        self.out, self.mma = storage.out[0], products.mma_o
 
     @cute.jit
     def store(self, acc_o: cute.Tensor, lse: cute.Tensor, work: TileWork, queries: RingState):
@@ -65,14 +60,14 @@ class Epilogue:
             if leader:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
             self.sync()
-            self.queries.release(queries)
+            self.queries.release(queries.stage)
 
     def to_global(self, work: TileWork, first_token: Int32):
         """Start the store, by one warp."""
         c = self.config
         outer = () if const_expr(c.cu_seqlens_q) else (work.tile.batch,)
         copy = BoxCopy(self.tma.out, self.boxes.out, WGMMA_M, work.tile.head * c.pack_gqa, outer)
-        copy.store(self.sO.iterator, work.info.offset_q + first_token, work.info.rows_q - first_token)
+        copy.store(self.tile().iterator, work.info.offset_q + first_token, work.info.rows_q - first_token)
         cute.arch.cp_async_bulk_commit_group()
 
     def finish(self):
@@ -107,6 +102,17 @@ class Epilogue:
             row = matrix[r, None]
             if first_token + rows.tokens[r] >= work.info.seqlen_q:
                 row.fill(0.0)
-        rO = cute.make_rmem_tensor_like(acc_o, CUTE_DTYPE[self.config.dtype])
-        rO.store(acc_o.load().to(CUTE_DTYPE[self.config.dtype]))
-        cute.copy(self.copy, self.copy.retile(rO), self.copy.partition_D(self.sO))
+        rO = cute.make_rmem_tensor_like(acc_o, self.dtype)
+        narrow(acc_o, rO)
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
+        # opaque, so that the addresses are computed here and not kept in registers over the main loop
+        copy = cute.make_tiled_copy_C(atom, self.mma).get_slice(opaque(self.thread))
+        cute.copy(copy, copy.retile(rO), copy.partition_D(self.tile()))
+
+    def tile(self) -> cute.Tensor:
+        """O of the warpgroup in shared memory (rows, columns)."""
+        c = self.config
+        stride = (c.o_bytes if c.own_output else c.q_bytes) // c.dtype.bytes
+        layout = tile_layout(self.dtype, WGMMA_M, c.head_dim_v_padded, 1).outer
+        layout = cute.make_layout((*layout.shape[:2], c.warpgroups), stride=(*layout.stride[:2], stride))
+        return cute.make_tensor(self.out, layout)[None, None, self.index]

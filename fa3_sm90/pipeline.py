@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Int32
+from cutlass.cute.arch import inline_ptx
 
 from fa3_sm90.config import PipelineSpec
 
@@ -22,9 +23,15 @@ def ring_start() -> RingState:
 
 def ring_next(state: RingState, stages: int) -> RingState:
     """The state after one more tile; ``stages`` a power of 2."""
-    stage = (state.stage + 1) & (stages - 1)
-    wrapped = (state.stage + 1) >> (stages.bit_length() - 1)
-    return RingState(stage, state.phase ^ wrapped)
+    if stages == 2:
+        return RingState(state.stage ^ 1, state.phase ^ state.stage)
+    following = state.stage + 1
+    return RingState(following & (stages - 1), state.phase ^ (following >> (stages.bit_length() - 1)))
+
+
+def previous_stage(state: RingState, stages: int) -> Int32:
+    """The stage of the tile before."""
+    return state.stage ^ 1 if stages == 2 else (state.stage - 1) & (stages - 1)
 
 
 class Ring:
@@ -54,10 +61,16 @@ class Ring:
         """Consumer: wait until the tile is there."""
         cute.arch.mbarrier_wait(self.full + state.stage, state.phase)
 
-    def release(self, state: RingState):
-        """Consumer warp: this warp has read the tile."""
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(self.empty + state.stage)
+    def release(self, stage: Int32, if_true=True):
+        """Consumer warp: this warp has read the tile in a stage."""
+        leader = cute.arch.lane_idx() == 0
+        if if_true is not True:
+            leader = leader & if_true
+        inline_ptx(
+            "mbarrier.arrive.shared.b64 _, [{$r0}];",
+            read_only_args=[(self.empty + stage).toint()],
+            predicate=leader,
+        )
 
 
 def rings(specs: tuple[PipelineSpec, ...], barriers: cute.Pointer) -> dict[str, Ring]:

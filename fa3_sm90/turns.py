@@ -1,7 +1,7 @@
 """Ping-pong of the consumer warpgroups: who may issue matrix products next."""
 
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int32
 
 from fa3_sm90.config import WARPGROUP
 
@@ -15,24 +15,22 @@ class Turns:
     and the arrival of the one before it."""
 
     def __init__(self, warpgroups: int, index: Int32):
-        self.warpgroups, self.index = warpgroups, index
+        following = (index + 1) % warpgroups
+        # through a shuffle, which ptxas does not compute again in every iteration as it would the numbers
+        self.own = cute.arch.make_warp_uniform(FIRST_TURN_BARRIER + index)
+        self.following = cute.arch.make_warp_uniform(FIRST_TURN_BARRIER + following)
+        self.last = index == warpgroups - 1
 
     @cute.jit
     def start(self):
         """Once: the last warpgroup hands the first turn to the first."""
-        if self.index == self.warpgroups - 1:
+        if self.last:
             self.pass_on()
 
     def take(self):
         """Wait for the own turn."""
-        cute.arch.barrier(barrier_id=FIRST_TURN_BARRIER + self.index, number_of_threads=2 * WARPGROUP)
+        cute.arch.barrier(barrier_id=self.own, number_of_threads=2 * WARPGROUP)
 
-    @cute.jit
     def pass_on(self):
         """Hand the turn to the next warpgroup."""
-        following = self.index + 1
-        if const_expr(self.warpgroups == 2):
-            following = 1 - self.index
-        else:
-            following = Int32(0) if following == self.warpgroups else following
-        cute.arch.barrier_arrive(barrier_id=FIRST_TURN_BARRIER + following, number_of_threads=2 * WARPGROUP)
+        cute.arch.barrier_arrive(barrier_id=self.following, number_of_threads=2 * WARPGROUP)

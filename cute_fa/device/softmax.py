@@ -19,7 +19,8 @@ RESCALE_THRESHOLD = 8.0
 
 class OnlineSoftmax:
     """State of the rows that one thread holds. ``reference``: what is subtracted in the exponent, in log2 units,
-    −inf before the first visible key; ``total``: this thread's part of the sum of exponentials."""
+    −inf before the first visible key; ``total``: this thread's part of the sum of exponentials; ``factors``: what the
+    accumulator has still to be multiplied by."""
 
     def __init__(self, num_rows: int, scale_log2: Float32):
         """``scale_log2``: factor from scores to log2 units."""
@@ -29,6 +30,8 @@ class OnlineSoftmax:
         self.total = cute.make_rmem_tensor(num_rows, Float32)
         self.reference.fill(-Float32.inf)
         self.total.fill(0.0)
+        self.factors = cute.make_rmem_tensor(num_rows, Float32)
+        self.factors.fill(1.0)
 
     @cute.jit
     def update(self, scores: cute.Tensor, acc: cute.Tensor, may_be_hidden: cutlass.Constexpr[bool]):
@@ -37,14 +40,12 @@ class OnlineSoftmax:
         ``scores`` and ``acc`` are (rows, columns) views. ``may_be_hidden``: a row can have no visible key so far.
         """
         scale, running, total = self.scale_log2, self.reference, self.total
-        maximum = cute.make_rmem_tensor(self.num_rows, Float32)
-        for r in cutlass.range_constexpr(self.num_rows):
-            maximum[r] = quad_max(row_max(scores, r)) * scale
+        maximum = row_maxima(scores)
         # A loop that runs once, not an "if": ptxas turns the branch into 130 predicated instructions, which cost as
         # much as executing them (11.7 against 8.5 instructions per score at head_dim 128).
-        while cute.arch.vote_any_sync(outgrown(maximum, running)):
+        while cute.arch.vote_any_sync(outgrown(maximum, scale, running)):
             for r in cutlass.range_constexpr(self.num_rows):
-                reference = cute.arch.fmax(running[r], maximum[r])
+                reference = cute.arch.fmax(running[r], quad_max(maximum[r]) * scale)
                 factor = cute.math.exp2(running[r] - finite(reference), fastmath=True)
                 running[r] = reference
                 total[r] = total[r] * factor
@@ -52,24 +53,23 @@ class OnlineSoftmax:
         self.exponentiate(scores, may_be_hidden)
 
     @cute.jit
-    def advance(self, scores: cute.Tensor, may_be_hidden: cutlass.Constexpr[bool]) -> cute.Tensor:
-        """First half of an update whose accumulator is still being written: the references of the rows that have
-        outgrown theirs, and the sums, move on. Returns the factor of each row of the accumulator, mostly 1: what
-        :meth:`rescale` takes once the accumulator is there. :meth:`exponentiate` is the other half."""
-        scale, running, total = self.scale_log2, self.reference, self.total
-        factors = cute.make_rmem_tensor(self.num_rows, Float32)
-        for r in cutlass.range_constexpr(self.num_rows):
-            maximum = quad_max(row_max(scores, r)) * scale
-            reference = maximum if maximum - running[r] > RESCALE_THRESHOLD else running[r]
-            base = finite(reference) if const_expr(may_be_hidden) else reference
-            factors[r] = cute.math.exp2(running[r] - base, fastmath=True)
-            running[r] = reference
-            total[r] = total[r] * factors[r]
-        return factors
+    def advance(self, scores: cute.Tensor):
+        """First part of an update whose accumulator is still being written: the references of the rows that have
+        outgrown theirs, and the sums, move on. :meth:`exponentiate` is the second part, and :meth:`rescale` the third,
+        once the accumulator is there."""
+        scale, running, total, factors = self.scale_log2, self.reference, self.total, self.factors
+        maximum = row_maxima(scores)
+        while cute.arch.vote_any_sync(outgrown(maximum, scale, running)):  # a loop that runs once, see update()
+            for r in cutlass.range_constexpr(self.num_rows):
+                reference = cute.arch.fmax(running[r], quad_max(maximum[r]) * scale)
+                factors[r] = cute.math.exp2(running[r] - finite(reference), fastmath=True)
+                running[r] = reference
+                total[r] = total[r] * factors[r]
 
     @cute.jit
-    def rescale(self, acc: cute.Tensor, factors: cute.Tensor):
-        """``acc`` (rows, columns) times the rows' factors, unless all of the warp's are 1."""
+    def rescale(self, acc: cute.Tensor):
+        """``acc`` (rows, columns) times what the references have moved on by, if that is not 1 for all of the warp."""
+        factors = self.factors
         while cute.arch.vote_any_sync(any_below_one(factors)):  # a loop that runs once, see update()
             for r in cutlass.range_constexpr(self.num_rows):
                 scale_row(acc, r, factors[r])
@@ -121,19 +121,27 @@ def scale_row(acc: cute.Tensor, r: int, factor: Float32):
     row.store(row.load() * factor)
 
 
-def row_max(scores: cute.Tensor, r: int) -> Float32:
-    """Largest of one thread's scores of a row."""
-    maximum = scores[r, 0]
-    for c in range(1, cute.size(scores, mode=[1])):
-        maximum = cute.arch.fmax(maximum, scores[r, c])
-    return maximum
+def row_maxima(scores: cute.Tensor) -> cute.Tensor:
+    """Largest of one thread's scores of each row; what the other threads of the row hold is not looked at."""
+    maxima = cute.make_rmem_tensor(cute.size(scores, mode=[0]), Float32)
+    for r in range(cute.size(scores, mode=[0])):
+        maximum = scores[r, 0]
+        for c in range(1, cute.size(scores, mode=[1])):
+            maximum = cute.arch.fmax(maximum, scores[r, c])
+        maxima[r] = maximum
+    return maxima
 
 
-def outgrown(maximum: cute.Tensor, running: cute.Tensor) -> Boolean:
-    """Whether a row of this thread has moved so far beyond its reference that it must be rescaled."""
-    grown = maximum[0] - running[0] > RESCALE_THRESHOLD
+def outgrown(maximum: cute.Tensor, scale: Float32, running: cute.Tensor) -> Boolean:
+    """Whether one of this thread's scores lies so far beyond its row's reference that the row must be rescaled;
+    ``maximum`` are raw scores, ``scale`` takes them to log2 units.
+
+    Asked of every thread, this bounds all exponentials, so that the maximum over the threads of a row is needed only
+    where the answer is yes: 4 shuffles and 4 maxima less on the way from the scores to their exponentials.
+    """
+    grown = maximum[0] * scale - running[0] > RESCALE_THRESHOLD
     for r in range(1, cute.size(maximum)):
-        grown = grown | (maximum[r] - running[r] > RESCALE_THRESHOLD)
+        grown = grown | (maximum[r] * scale - running[r] > RESCALE_THRESHOLD)
     return grown
 
 

@@ -226,7 +226,13 @@ def _longest_first(
 
 
 def _divmod(dividend: Int32, divisor: Int32 | int) -> tuple[Int32, Int32]:
-    """Quotient and remainder of numbers ≥ 0. Unsigned, since the signed division has to round down."""
+    """Quotient and remainder of numbers ≥ 0. Unsigned, since the signed division has to round down.
+
+    A run-time divisor goes through a shuffle: ptxas would keep the reciprocals of all divisors in registers (8) over
+    whatever lies between two tiles.
+    """
+    if not isinstance(divisor, int):
+        divisor = cute.arch.make_warp_uniform(divisor)
     quotient = Int32(Uint32(dividend) // Uint32(divisor))
     return quotient, dividend - quotient * divisor
 
