@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -79,26 +80,30 @@ HOPPER = ["--arch", "sm_90a", "--seqlen-q", "70", "--heads", "4", "--heads-kv", 
 
 def test_choices_of_how_reach_the_kernel(monkeypatch):
     """What the config prints is what was launched: persistent CTAs or one a tile, heads packed or not."""
-    simulations = []
+    asked, made = [], []
 
+    @contextmanager
     def remember(arch, **options):
-        simulations.append(options)
-        return simulate(arch, **options)
+        with simulate(arch, **options) as simulation:
+            asked.append(options)
+            yield made.append(simulation) or simulation
 
     monkeypatch.setattr("cute_fa.trial.simulate", remember)
-    packed = ["--pack-gqa", "--persistent", "off", "--late", "--race"]
+    packed = ["--pack-gqa", "--persistent", "off", "--num-sms", "1", "--late", "--race"]
     apart = ["--no-pack-gqa", "--persistent", "on", "--num-sms", "3", "--schedule-seed", "1"]
-    for options, pack_gqa, persistent in ((packed, 4, False), (apart, 1, True)):
+    # 70 queries of 4 heads: two tiles of 48 queries packed, a tile a head apart
+    for options, pack_gqa, persistent, ctas in ((packed, 4, False, 2), (apart, 1, True, 3)):
         done = invoke("run", *HOPPER, *options, "--json")
         assert done.exit_code == 0, done.output
         summary = json.loads(done.stdout)
         assert summary["config"]["pack_gqa"] == pack_gqa
         assert summary["config"]["persistent"] is persistent
         assert summary["config"]["dtype"] == "bf16"
+        assert [launch.grid for launch in made[-1].launches] == [(ctas, 1, 1)]
+        assert {name: summary[name] for name in asked[-1]} == asked[-1]
         assert f"pack_gqa={pack_gqa}, persistent={persistent}" in invoke("run", *HOPPER, *options).stdout
-    assert {name: summary[name] for name in simulations[-1]} == simulations[-1]
-    assert simulations[0] == {"late": True, "race": True, "num_sms": None, "schedule_seed": None}
-    assert simulations[-1] == {"late": False, "race": False, "num_sms": 3, "schedule_seed": 1}
+    assert asked[0] == {"late": True, "race": True, "num_sms": 1, "schedule_seed": None}
+    assert asked[-1] == {"late": False, "race": False, "num_sms": 3, "schedule_seed": 1}
 
 
 @pytest.mark.parametrize("lengths", ["", "--varlen"])
