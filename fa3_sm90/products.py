@@ -2,7 +2,7 @@
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from fa3_sm90.config import WGMMA_M, Fa3ForwardConfig
 from fa3_sm90.storage import TILE_ALIGNMENT, Storage
@@ -16,7 +16,7 @@ class Products:
         """``thread``: index within the warpgroup."""
         c = config
         dtype = CUTE_DTYPE[c.dtype]
-        k_major, mn_major = warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN
+        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
         shape_s, shape_o = (WGMMA_M, c.tile_n, 16), (WGMMA_M, c.head_dim_v_padded, 16)
         smem, registers = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
         self.op_s = warpgroup.MmaF16BF16Op(dtype, Float32, shape_s, smem, k_major, k_major)
