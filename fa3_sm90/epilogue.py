@@ -59,7 +59,6 @@ class Epilogue:
         if const_expr(not c.own_output):
             if leader:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-            self.sync()
             self.queries.release(queries.stage)
 
     def to_global(self, work: TileWork, first_token: Int32):
@@ -67,8 +66,9 @@ class Epilogue:
         c = self.config
         outer = () if const_expr(c.cu_seqlens_q) else (work.tile.batch,)
         copy = BoxCopy(self.tma.out, self.boxes.out, WGMMA_M, work.tile.head * c.pack_gqa, outer)
-        copy.store(self.tile().iterator, work.info.offset_q + first_token, work.info.rows_q - first_token)
-        cute.arch.cp_async_bulk_commit_group()
+        with cute.arch.elect_one():
+            copy.store(self.tile().iterator, work.info.offset_q + first_token, work.info.rows_q - first_token)
+            cute.arch.cp_async_bulk_commit_group()
 
     def finish(self):
         """Shared memory must outlive the stores that read it."""
