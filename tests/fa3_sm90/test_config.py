@@ -1,0 +1,192 @@
+"""The heuristic of the FA3 forward: every pair of head_dims fits; pipelines are data; names tell configs apart."""
+
+import itertools
+import math
+
+import pytest
+
+from cute_fa.problem import PAGE_SIZES, AttentionProblem
+from cute_fa.types import DType, PersistentMode, SmArch
+from fa3_sm90.config import BARRIER_BYTES, WGMMA_M, PipelineSpec
+from fa3_sm90.forward import Fa3Forward
+
+HEAD_DIMS = range(8, 257, 8)
+REGISTERS = 65536  # of an SM
+BARRIERS = 16  # named barriers of a CTA
+
+
+def problem(**changes) -> AttentionProblem:
+    base = dict(
+        arch=SmArch.SM_90A,
+        dtype=DType.BF16,
+        batch=1,
+        seqlen_q=4096,
+        seqlen_k=4096,
+        num_heads=2,
+        num_heads_kv=2,
+        head_dim=64,
+        head_dim_v=64,
+        softmax_scale=0.125,
+    )
+    return AttentionProblem(**{**base, **changes})
+
+
+def configure(**changes):
+    return Fa3Forward.configure(problem(**changes))
+
+
+@pytest.mark.parametrize("page_size", [None, 8, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_pair_of_head_dims_fits(head_dim, page_size):
+    for head_dim_v in HEAD_DIMS:
+        c = configure(head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size)
+        for size, padded in ((head_dim, c.head_dim_padded), (head_dim_v, c.head_dim_v_padded)):
+            assert size <= padded < size + 16 and padded % 16 == 0
+        q, o, k, v = (
+            rows * columns * 2
+            for rows, columns in (
+                (WGMMA_M, c.head_dim_padded),
+                (WGMMA_M, c.head_dim_v_padded),
+                (c.tile_n, c.head_dim_padded),
+                (c.tile_n, c.head_dim_v_padded),
+            )
+        )
+        # every tile starts at a swizzle atom of 1024 bytes, the panels in it at one of 512 or 256
+        assert q % 1024 == o % 1024 == c.stages * k % 1024 == c.stages * v % 1024 == 0
+        per_warpgroup = q + o if c.own_output else max(q, o)
+        needed = c.warpgroups * per_warpgroup + c.stages * (k + v)
+        assert needed + BARRIER_BYTES == c.smem_bytes <= SmArch.SM_90A.smem_bytes
+        assert 8 * 2 * sum(spec.stages for spec in c.pipelines) <= BARRIER_BYTES
+        # wgmma takes n in steps of 8 up to 256 and 16 keys at a time; accumulators of S and O, and P, leave room
+        assert c.tile_n % 16 == 0 and c.tile_n <= 256
+        assert c.tile_n // 2 + c.tile_n // 4 + c.head_dim_v_padded // 2 < c.registers[1] - 30
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_registers_and_named_barriers_suffice(head_dim):
+    c = configure(head_dim=head_dim, head_dim_v=head_dim)
+    producer, consumer = c.registers
+    assert 128 * (producer + c.warpgroups * consumer) <= REGISTERS
+    assert producer % 8 == consumer % 8 == 0 and 24 <= producer < consumer <= 240  # what setmaxnreg takes
+    assert c.num_threads == 128 * (c.warpgroups + 1)
+    assert 1 + 2 * c.warpgroups <= BARRIERS  # the CTA's, turns, epilogues
+
+
+def test_pipelines_are_data():
+    c = configure(head_dim=128, head_dim_v=128)
+    assert c.pipelines == (
+        PipelineSpec("q0", 1, 64 * 128 * 2, 4),
+        PipelineSpec("q1", 1, 64 * 128 * 2, 4),
+        PipelineSpec("k", c.stages, c.tile_n * 128 * 2, 8),
+        PipelineSpec("v", c.stages, c.tile_n * 128 * 2, 8),
+    )
+    unequal = configure(head_dim=72, head_dim_v=40)
+    assert [spec.stage_bytes for spec in unequal.pipelines[-2:]] == [unequal.tile_n * 80 * 2, unequal.tile_n * 48 * 2]
+    packed = configure(num_heads=7, num_heads_kv=1, pack_gqa=True)
+    # TMA brings 9 tokens of 7 heads to 64 rows
+    assert {spec.stage_bytes for spec in packed.pipelines if spec.name.startswith("q")} == {63 * 64 * 2}
+    for head_dim in HEAD_DIMS:
+        stages = {spec.stages for spec in configure(head_dim=head_dim, head_dim_v=head_dim).pipelines}
+        assert all(count.bit_count() == 1 for count in stages)  # the phase is a bit of the count
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("head_dim", [8, 64, 128, 192, 256])
+def test_boxes_of_pages_are_swizzle_atoms(page_size, head_dim):
+    c = configure(head_dim=head_dim, head_dim_v=head_dim, page_size=page_size)
+    assert c.key_rows == math.gcd(page_size, c.tile_n) >= min(page_size, 64)
+    assert c.key_rows % 8 == 0 and c.tile_n // c.key_rows <= 32  # each lane of the loader looks one page up
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "ratio", "packed"),
+    [
+        (1, 8, True),  # decoding: 8 of 192 rows instead of 1
+        (1, 64, True),
+        (1, 65, False),  # more heads than a warpgroup has rows
+        (1, 1, False),
+        (4096, 8, False),  # 21.3 tiles: nothing to gain
+        (4096, 7, False),  # and 1 row of 64 to lose
+        (200, 4, True),  # 200 of 384 rows against 800 of 960
+    ],
+)
+def test_heads_are_packed_where_that_fills_tiles(seqlen_q, ratio, packed):
+    heads = dict(num_heads=ratio * 2, num_heads_kv=2)
+    assert configure(seqlen_q=seqlen_q, **heads).pack_gqa == (ratio if packed else 1)
+    if 1 < ratio <= WGMMA_M:
+        assert configure(seqlen_q=seqlen_q, pack_gqa=True, **heads).pack_gqa == ratio
+    assert configure(seqlen_q=seqlen_q, pack_gqa=False, **heads).pack_gqa == 1
+
+
+@pytest.mark.parametrize("ratio", range(1, 65))
+def test_rows_of_a_packed_warpgroup(ratio):
+    c = configure(num_heads=ratio, num_heads_kv=1, pack_gqa=True)
+    assert c.tokens >= 1 and c.tokens * c.pack_gqa <= WGMMA_M < (c.tokens + 1) * c.pack_gqa
+    assert c.tile_tokens == c.warpgroups * c.tokens
+
+
+def test_compile_name_holds_flags_and_no_values():
+    names = {
+        configure(window_left=left, window_right=0, sink_tokens=sink, softcap=cap).compile_name
+        for left, sink, cap in ((128, 4, 30.0), (4096, 1, 50.0))
+    }
+    assert names == {"fa3_fwd_sm90a_bf16_hd64_left_right_sink_softcap"}
+
+
+CHANGES = {
+    "right": {"window_right": 0},
+    "left": {"window_left": 5},
+    "softcap": {"softcap": 1.0},
+    "alibi": {"alibi": True},
+    "lsink": {"learnable_sink": True},
+    "cuq": {"varlen_q": True},
+    "cuk": {"varlen_k": True},
+    "usedq": {"seqused_q": True},
+    "usedk": {"seqused_k": True},
+    "hd64v32": {"head_dim_v": 32},
+    "fp16": {"dtype": DType.FP16},
+    "page16": {"page_size": 16},
+    "pack2": {"num_heads": 4, "pack_gqa": True},
+    "single": {"persistent": PersistentMode.OFF},
+}
+
+
+@pytest.mark.parametrize("flag", CHANGES)
+def test_each_feature_has_its_own_code(flag):
+    plain, changed = configure(), configure(**CHANGES[flag])
+    assert plain != changed
+    assert flag in changed.compile_name.split("_") and flag not in plain.compile_name.split("_")
+
+
+def test_names_of_different_features_differ():
+    pairs = [
+        pair for pair in itertools.combinations(CHANGES, 2) if pair != ("cuk", "page16")
+    ]  # which exclude each other
+    names = {configure(**CHANGES[a], **CHANGES[b]).compile_name for a, b in pairs}
+    assert len(names) == len(pairs)
+
+
+@pytest.mark.parametrize("change", [{"sink_tokens": 4}, {"persistent": PersistentMode.ON}, {"pack_gqa": False}])
+def test_what_changes_nothing_is_no_new_kernel(change):
+    """Sink tokens without a left bound, and the kernel's own choices by name."""
+    assert configure(**change) == configure()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"head_dim": 264, "head_dim_v": 264}, "head_dim 264"),
+        ({"head_dim": 12}, "head_dim 12"),
+        ({"head_dim_v": 20}, "head_dim_v 20"),
+        ({"dtype": DType.E4M3}, "e4m3"),
+        ({"num_splits": 2}, "num_splits 2"),
+        ({"seqlen_k": 2**30}, "1073741823"),
+        ({"softcap": 8193.0}, "softcap 8193"),
+        ({"num_heads": 130, "pack_gqa": True}, "gqa_ratio 65"),
+        ({"batch": 2**14, "num_heads": 128, "num_heads_kv": 128, "seqlen_q": 2**18}, "2864709632 tiles"),
+    ],
+)
+def test_reasons_name_the_value(change, word):
+    assert Fa3Forward.supports(problem()) == []
+    reasons = Fa3Forward.supports(problem(**change))
+    assert any(word in reason for reason in reasons), reasons
