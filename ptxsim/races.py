@@ -33,7 +33,7 @@ from .clocks import (
 )
 from .errors import BarrierInitError, ProxyError, RaceError
 from .locations import source_of
-from .memory import GLOBAL_BASE
+from .memory import GLOBAL, GLOBAL_BASE
 from .parser import TYPE_BYTES
 from .shadow import GlobalShadow, SharedShadow, Suspects
 from .warps import full_width
@@ -126,9 +126,17 @@ class Detector:
         raise error(message.format(bytes=self._describe(start, end, shared), before=before) + source_of(text, m.line),
                     where=m.warp_text(warp), other=(line, m.ptx_line(line), who))  # fmt: skip
 
-    def _not_ordered(self, suspects, now, before, shared):
-        self._raise(suspects, f"race: this {now} of {{bytes}} is not ordered after the {before} by {{before}}\n   "
-                              "this access:", shared)  # fmt: skip
+    def _not_ordered(self, suspects, now, shared, stored=None):
+        """``stored``: what a plain store writes, see ``_same_bytes``; two writes of the same value do not count.
+
+        FlashAttention-4's backward preprocess kernel has such: threads beyond the tile write the next one's LSE.
+        """
+        if suspects.earlier == now == "write" and stored is not None:
+            suspects.bad = suspects.bad & ~np.isin(suspects.first, _same_bytes(*stored, suspects.together))
+            if not suspects.bad.any():
+                return
+        self._raise(suspects, f"race: this {now} of {{bytes}} is not ordered after the {suspects.earlier} by {{before}}"
+                              "\n    this access:", shared)  # fmt: skip
 
     # ---- accesses of the generic proxy ------------------------------------------------------------
     @staticmethod
@@ -157,24 +165,32 @@ class Detector:
                     return
         self.shared.note_read(first, size, self.shared.slots(GENERIC, w)[rows], stamps[rows])
 
-    def write_shared(self, w, index, size, M):
-        """Writes, and atomics, of ``size`` bytes at flat indices [n, lanes]."""
+    def write_shared(self, w, index, size, M, values=None):
+        """Writes, and atomics, of ``size`` bytes at flat indices [n, lanes]; ``values`` as in ``write_global``."""
         rows, warps, first = self._lanes(w, index, M)
         if first.size:
-            self._check_write(warps, first, size)
-            self.shared.note_write(first, size, self.clocks.agent(GENERIC, w)[rows], self.clocks.stamps(w)[rows])
+            stored = values and (self.machine.S, first, size, values, M)
+            self._write(warps, first, size, self.clocks.agent(GENERIC, w)[rows], self.clocks.stamps(w)[rows], stored)
+
+    def _write(self, warps, first, size, agents, stamps, stored=None):
+        """Check and note the writes of one instruction."""
+        self._check_write(warps, first, size, stored)
+        self.shared.note_write(first, size, agents, stamps)
+        suspects = self.shared.overwritten(warps, first, size, agents)
+        if suspects is not None:
+            self._not_ordered(suspects, "write", True, stored)
 
     def _check_read(self, warps, first, size):
         suspects = self.shared.after_writes(warps, first, size)
         if suspects is not None:
-            self._not_ordered(suspects, "read", "write", True)
+            self._not_ordered(suspects, "read", True)
 
-    def _check_write(self, warps, first, size):
+    def _check_write(self, warps, first, size, stored=None):
         suspects = self.shared.after_writes(warps, first, size)
         if suspects is not None:
-            self._not_ordered(suspects, "write", "write", True)
+            self._not_ordered(suspects, "write", True, stored)
         for suspects in self.shared.after_reads(warps, first, size):
-            self._not_ordered(suspects, "write", "read", True)
+            self._not_ordered(suspects, "write", True)
 
     def _check_visible(self, warps, first, size):
         """Reads by the async proxy: also what the generic proxy wrote must be visible to it."""
@@ -188,10 +204,11 @@ class Detector:
         """Reads of ``size`` bytes; ``index`` as ``MemoryMixin.global_index`` gives it."""
         self._global(w, index, size, M, agents, stamps, False)
 
-    def write_global(self, w, index, size, M, agents=None, stamps=None):
-        self._global(w, index, size, M, agents, stamps, True)
+    def write_global(self, w, index, size, M, agents=None, stamps=None, values=None):
+        """Writes; ``values`` are the elements that each lane of a plain store is about to write."""
+        self._global(w, index, size, M, agents, stamps, True, values)
 
-    def _global(self, w, index, size, M, agents, stamps, writes):
+    def _global(self, w, index, size, M, agents, stamps, writes, values=None):
         rows, warps, first = self._lanes(w, index, M)
         if not first.size:
             return
@@ -199,7 +216,7 @@ class Detector:
         stamps = (self.clocks.stamps(w) if stamps is None else stamps)[rows]
         now = "write" if writes else "read"
         for suspects in (self.memory.write if writes else self.memory.read)(warps, first, size, agents, stamps):
-            self._not_ordered(suspects, now, "access" if writes else "write", False)
+            self._not_ordered(suspects, now, False, values and (GLOBAL, first, size, values, M))
 
     # ---- cp.async ---------------------------------------------------------------------------------
     def cp_async(self, w, index, source, size, source_size, mask):
@@ -208,8 +225,7 @@ class Detector:
         rows, warps, first = self._lanes(w, index, mask)
         if not first.size:
             return
-        self._check_write(warps, first, size)
-        self.shared.note_write(first, size, agents[rows], stamps[rows])
+        self._write(warps, first, size, agents[rows], stamps[rows])
         reading = mask if source_size is None else mask & (source_size > 0)
         if reading.any():
             found = source.view(np.int64) - GLOBAL_BASE if source.flags.c_contiguous else (
@@ -231,19 +247,24 @@ class Detector:
             self.clocks.wait(kind, w, keep)
 
     # ---- wgmma and tcgen05 ------------------------------------------------------------------------
-    def wgmma(self, w, operands):
-        """Operands in shared memory: (descriptors of the warps, function from a descriptor to flat chunk numbers)."""
+    def wgmma(self, w, descriptors, chunks_of, parts):
+        """wgmmas read an operand in shared memory: descriptors of the warps, and a function from a descriptor to the
+        numbers of its 16-byte chunks in the CTA, [parts, chunks]: 1 if each warp reads all of it, 4 if the warps of a
+        warpgroup read one part each.
+        """
         m = self.machine
-        leaders, at = np.unique(w - m.nctas * (m.warp_in_cta[w] & 3), return_index=True)
-        mine = w[at]  # one warp of each warpgroup speaks for all
-        stamps, slots = self.clocks.async_stamps(WGMMA, mine), self.shared.slots(WGMMA, leaders)
-        for descriptors, chunks_of in operands:
-            descriptors = full_width(descriptors, len(w))[at, 0]
-            for descriptor in np.unique(descriptors).tolist():
-                rows = np.flatnonzero(descriptors == descriptor)
-                chunks = chunks_of(descriptor).reshape(1, -1) * 16 + (m.cta_of[mine[rows]] * m.smem_stride)[:, None]
-                self._check_visible(mine[rows][:, None], chunks, 16)
-                self.shared.note_read(chunks, 16, slots[rows][:, None], stamps[rows][:, None])
+        quarter = m.warp_in_cta[w] & 3
+        leaders = w - m.nctas * quarter
+        descriptors = full_width(descriptors, len(w))[:, 0]
+        if parts == 1:  # one warp of each warpgroup speaks for all
+            leaders, at = np.unique(leaders, return_index=True)
+            w, descriptors, quarter = w[at], descriptors[at], np.zeros_like(at)
+        stamps, slots = self.clocks.async_stamps(WGMMA, w), self.shared.slots(WGMMA, leaders)
+        for descriptor in np.unique(descriptors).tolist():
+            rows = np.flatnonzero(descriptors == descriptor)
+            chunks = chunks_of(descriptor)[quarter[rows]] * 16 + (m.cta_of[w[rows]] * m.smem_stride)[:, None]
+            self._check_visible(w[rows][:, None], chunks, 16)
+            self.shared.note_read(chunks, 16, slots[rows][:, None], stamps[rows][:, None])
 
     def tensor_core(self, warp, cta, chunks):
         """A tcgen05 operation of a warp reads 16-byte chunks of a CTA's shared memory."""
@@ -301,15 +322,15 @@ class Detector:
         """A tensor copy reads the tensor map at a global address: what wrote it must be ordered, and fenced."""
         index = np.array([[int(address) - GLOBAL_BASE]])
         w = np.array([warp])
-        for page, rows, _ in self.memory.pages_of(w[:, None], index, 64):
-            for half in (0, 1) if page.is_written else ():
-                ordered, home, agents, stamps = self.memory.ordered(w[:, None], page.write, rows + half,
+        for segment, rows, _ in self.memory.parts(w[:, None], index, 64):
+            for half in (0, 1) if "write" in segment else ():
+                ordered, home, agents, stamps = self.memory.ordered(w[:, None], segment["write"], rows + half,
                                                                     64 // self.memory.granule)  # fmt: skip
                 if not stamps.any():
                     continue
                 suspects = self.memory.suspects(w[:, None], index + 64 * half, (ordered, home, agents, stamps))
                 if suspects is not None:
-                    self._not_ordered(suspects, "use of the tensor map", "write", False)
+                    self._not_ordered(suspects, "use of the tensor map", False)
                 fenced = self.tensormap_fences.get((int(warp), int(address)))
                 limits = 0 if fenced is None else np.pad(fenced, (0, self.clocks.columns - len(fenced)))[agents]
                 hidden = (stamps != 0) & (limits <= stamps)
@@ -430,6 +451,21 @@ class Detector:
             if writes and (releases or clocks.has_fenced[warp]):
                 mine = clocks.publish(one)[0] if releases else clocks.fenced[warp].copy()
                 self.locations[place] = mine if row is None else np.maximum(mine, clocks.widened(row))
+
+
+def _same_bytes(pool, first, size, values, M, together):
+    """First bytes of the places where a store changes nothing, however its lanes and earlier writes are ordered.
+
+    All lanes that write there agree, and unless only they count (``together``) the place already holds their value.
+    """
+    lanes = [np.broadcast_to(v, first.shape).ravel() if M is None else np.broadcast_to(v, M.shape)[M] for v in values]
+    words, item = np.stack(lanes, -1), size // len(values)
+    places, at, inverse = np.unique(first.ravel(), return_index=True, return_inverse=True)
+    expected = words[at][inverse]
+    if not together:
+        expected = pool[words.dtype][first.ravel()[:, None] // item + np.arange(len(values))]
+    differs = (words != words[at][inverse]).any(1) | (words != expected).any(1)
+    return np.setdiff1d(places, first.ravel()[differs])
 
 
 class _Names:

@@ -11,13 +11,16 @@ the granules of an access become a last axis.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
 
 from .clocks import ORDERED, SECTIONS
+from .memory import GLOBAL_BASE
 
-_PAGE_BITS = 24  # pages of global memory that have shadows
+_PAGE = 1 << 20  # bytes of a segment where any mapped memory is legal
+_ALIGNMENT = 128  # of segments; a multiple of the largest access
 _AGENT_BITS = 20  # of an agent in its domain; above them the domain, above that the wave
 _DOMAIN_BITS = 20
 
@@ -33,6 +36,8 @@ class Suspects:
     stamps: np.ndarray
     homes: np.ndarray | None  # wave and domain of the earlier agents; None: the domain of the warp
     granule: int
+    earlier: str = "write"  # or read
+    together: bool = False  # both are one instruction
 
     def first_one(self):
         """(warp, first byte, end, earlier agent, its stamp, its home) of one conflict, over all bytes that the same
@@ -97,12 +102,12 @@ class SharedShadow:
             stamps = self.read[s].reshape(-1, unit)[rows]
             bad = self._known(ORDERED, warps, agents) <= stamps
             if bad.any():
-                yield Suspects(bad, warps, first, agents, stamps, None, self.granule)
+                yield Suspects(bad, warps, first, agents, stamps, None, self.granule, "read")
         if self.remote is not None:
             agents, stamps = (x.reshape(-1, unit)[rows] for x in self.remote)
             bad = self._known(ORDERED, warps, agents) <= stamps
             if bad.any():
-                yield Suspects(bad, warps, first, agents, stamps, None, self.granule)
+                yield Suspects(bad, warps, first, agents, stamps, None, self.granule, "read")
 
     def note_read(self, first, size, slots, stamps):
         """Reads by agents of the CTA whose memory it is."""
@@ -118,31 +123,51 @@ class SharedShadow:
 
     def note_write(self, first, size, agents, stamps):
         """Writes by agents of the domain."""
-        rows = first // size
-        self.writer.reshape(-1, size // self.granule)[rows] = np.asarray(agents)[..., None]
-        self.written.reshape(-1, size // self.granule)[rows] = np.asarray(stamps)[..., None]
+        rows, unit = first // size, size // self.granule
+        self.writer.reshape(-1, unit)[rows] = np.asarray(agents)[..., None]
+        self.written.reshape(-1, unit)[rows] = np.asarray(stamps)[..., None]
+
+    def overwritten(self, warps, first, size, agents):
+        """After noting the writes of one instruction: Suspects if agents wrote the same bytes, else None."""
+        rows, unit = first // size, size // self.granule
+        found = self.writer.reshape(-1, unit)[rows]
+        bad = found != agents[..., None]
+        if not bad.any():
+            return None
+        stamps = self.written.reshape(-1, unit)[rows]
+        return Suspects(bad, warps[..., None], first[..., None], found, stamps, None, self.granule, together=True)
 
 
-class _Page:
-    """Shadow of one page of global memory: agents (with wave and domain) and stamps of the last write and two reads."""
+class _Segment:
+    """Shadow of a legal range of global memory: agents (with wave and domain) and stamps of the last write and two
+    reads."""
 
-    def __init__(self, granules):
-        self.write, self.read, self.other_read = (
-            (np.zeros(granules, np.int64), np.zeros(granules, np.uint32)) for _ in range(3)
-        )
-        self.is_written = self.is_read = False
+    def __init__(self, start, size, granule):
+        self.start = start
+        self.count = -(-size // granule)
+        self.tables = {}
+
+    def __contains__(self, name):
+        return name in self.tables
+
+    def __getitem__(self, name):
+        """(agents, stamps) of "write", "read" or "other read"; empty at first."""
+        if name not in self.tables:
+            self.tables[name] = np.zeros(self.count, np.int64), np.zeros(self.count, np.uint32)
+        return self.tables[name]
 
 
 class GlobalShadow:
-    """Shadow of global memory during one launch, whose waves come one after the other. Bytes are addresses.
+    """Shadow of global memory during one launch, whose waves come one after the other.
 
-    CTAs of different waves are as unordered as others; where the program synchronises through global memory
-    (``clocks.wide``), what earlier waves did counts as ordered.
+    Bytes are indices from ``memory.GLOBAL_BASE``. CTAs of different waves are as unordered as others; where the program
+    synchronises through global memory (``clocks.wide``), what earlier waves did counts as ordered. Parameters and local
+    memory are not followed.
     """
 
     def __init__(self, granule):
         self.granule = granule
-        self.pages = {}
+        self.segments = {}  # start -> _Segment
         self.wave = -1
 
     def begin(self, clocks):
@@ -150,6 +175,38 @@ class GlobalShadow:
         self.wave += 1
         self.clocks = clocks
         self.home = (self.wave << _DOMAIN_BITS | clocks.domain_of).astype(np.int64)  # of each warp
+        self.ranges = None
+
+    def _ranges(self):
+        """(starts, ends) of what is followed, sorted; of a whole mapped process in pages."""
+        if self.ranges is None:
+            m = self.clocks.machine
+            private = {array.ctypes.data for array in [m.params, *m.local_arrays]}
+            found = [(a - GLOBAL_BASE, b - GLOBAL_BASE) for a, b in zip(m.ranges.starts, m.ranges.ends, strict=True)
+                     if a not in private]  # fmt: skip
+            if not m.ranges.user:
+                found = [(page, min(page + _PAGE, b)) for a, b in found for page in range(a, b, _PAGE)]
+            self.ranges = [a for a, _ in found], [b for _, b in found]
+        return self.ranges
+
+    def parts(self, warps, first, size, *more):
+        """(segment, rows, arrays): the accesses and what belongs to them, split by segments."""
+        low, high = int(first.min()), int(first.max())
+        starts, ends = self._ranges()
+        begin, end = bisect.bisect_right(starts, low) - 1, bisect.bisect_right(starts, high)
+        for n in range(max(begin, 0), end):
+            arrays = (warps, first, *more)
+            if end - begin > 1 or high >= ends[n]:
+                mine = (first >= starts[n]) & (first < ends[n])
+                if not mine.any():
+                    continue
+                arrays = [np.broadcast_to(x, first.shape)[mine] for x in arrays]
+            segment = self.segments.get(starts[n])
+            if segment is None:
+                aligned = starts[n] & -_ALIGNMENT
+                length = -(-(ends[n] - aligned) // _ALIGNMENT) * _ALIGNMENT
+                segment = self.segments[starts[n]] = _Segment(aligned, length, self.granule)
+            yield segment, (arrays[1] - segment.start) // size, arrays
 
     def ordered(self, warps, where, rows, unit):
         """(bool array, agents, stamps) of the accesses that a pair of tables holds."""
@@ -163,59 +220,54 @@ class GlobalShadow:
             ordered |= ~same
         return ordered, home, local, stamps
 
-    def suspects(self, warps, first, found):
+    def suspects(self, warps, first, found, earlier="write", together=False):
+        """Suspects for what ``ordered`` found, or None."""
         ordered, home, local, stamps = found
         if ordered.all():
             return None
-        return Suspects(~ordered, warps[..., None], first[..., None], local, stamps, home, self.granule)
-
-    def pages_of(self, warps, first, size, *more):
-        """(page, the arrays for it): the accesses, split by pages."""
-        low, high = int(first.min()), int(first.max())
-        for number in range(low >> _PAGE_BITS, (high >> _PAGE_BITS) + 1):
-            arrays = (warps, first, *more)
-            if low >> _PAGE_BITS != high >> _PAGE_BITS:
-                mine = first >> _PAGE_BITS == number
-                if not mine.any():
-                    continue
-                arrays = [np.broadcast_to(x, first.shape)[mine] for x in arrays]
-            page = self.pages.get(number)
-            if page is None:
-                page = self.pages[number] = _Page((1 << _PAGE_BITS) // self.granule)
-            rows = (arrays[1] & (1 << _PAGE_BITS) - 1) // size
-            yield page, rows, arrays
+        return Suspects(
+            ~ordered, warps[..., None], first[..., None], local, stamps, home, self.granule, earlier, together
+        )
 
     def read(self, warps, first, size, agents, stamps):
         """Note reads; gives Suspects."""
         unit = size // self.granule
-        for page, rows, (w, at, agent, stamp) in self.pages_of(warps, first, size, agents, stamps):
-            if page.is_written:
-                suspects = self.suspects(w, at, self.ordered(w, page.write, rows, unit))
+        for segment, rows, (w, at, agent, stamp) in self.parts(warps, first, size, agents, stamps):
+            if "write" in segment:
+                suspects = self.suspects(w, at, self.ordered(w, segment["write"], rows, unit))
                 if suspects is not None:
                     yield suspects
             agent = (agent | self.home[w] << _AGENT_BITS)[..., None]
-            agent, stamp = (np.broadcast_to(x, (*rows.shape, unit)) for x in (agent, stamp[..., None]))
-            if page.is_read:
-                ordered, *_ = self.ordered(w, page.read, rows, unit)
+            stamp = stamp[..., None]
+            if "read" in segment:
+                ordered, *_ = self.ordered(w, segment["read"], rows, unit)
                 if not ordered.all():
-                    late = ~ordered
-                    places = (rows[..., None] * unit + np.arange(unit))[late]
-                    page.other_read[0][places], page.other_read[1][places] = agent[late], stamp[late]
-                    places = (rows[..., None] * unit + np.arange(unit))[ordered]
-                    page.read[0][places], page.read[1][places] = agent[ordered], stamp[ordered]
+                    places = rows[..., None] * unit + np.arange(unit)
+                    for name, select in (("read", ordered), ("other read", ~ordered)):
+                        for table, value in zip(segment[name], (agent, stamp), strict=True):
+                            table[places[select]] = np.broadcast_to(value, places.shape)[select]
                     continue
-            page.is_read = True
-            page.read[0].reshape(-1, unit)[rows], page.read[1].reshape(-1, unit)[rows] = agent, stamp
+            for table, value in zip(segment["read"], (agent, stamp), strict=True):
+                table.reshape(-1, unit)[rows] = value
+            lost = segment["read"][0].reshape(-1, unit)[rows] != agent  # several agents read in one instruction
+            if lost.any():
+                places = (rows[..., None] * unit + np.arange(unit))[lost]
+                for table, value in zip(segment["other read"], (agent, stamp), strict=True):
+                    table[places] = np.broadcast_to(value, lost.shape)[lost]
 
     def write(self, warps, first, size, agents, stamps):
         """Note writes; gives Suspects."""
         unit = size // self.granule
-        for page, rows, (w, at, agent, stamp) in self.pages_of(warps, first, size, agents, stamps):
-            tables = ([page.write] if page.is_written else []) + ([page.read, page.other_read] if page.is_read else [])
-            for table in tables:
-                suspects = self.suspects(w, at, self.ordered(w, table, rows, unit))
+        for segment, rows, (w, at, agent, stamp) in self.parts(warps, first, size, agents, stamps):
+            for name in list(segment.tables):
+                found = self.ordered(w, segment[name], rows, unit)
+                suspects = self.suspects(w, at, found, "write" if name == "write" else "read")
                 if suspects is not None:
                     yield suspects
-            page.is_written = True
-            page.write[0].reshape(-1, unit)[rows] = (agent | self.home[w] << _AGENT_BITS)[..., None]
-            page.write[1].reshape(-1, unit)[rows] = stamp[..., None]
+            agent = (agent | self.home[w] << _AGENT_BITS)[..., None]
+            agents, stamps = (table.reshape(-1, unit) for table in segment["write"])
+            agents[rows], stamps[rows] = agent, stamp[..., None]
+            found = agents[rows]
+            if (found != agent).any():  # several agents write in one instruction
+                home, local = found >> _AGENT_BITS, found & (1 << _AGENT_BITS) - 1
+                yield self.suspects(w, at, (found == agent, home, local, stamps[rows]), together=True)

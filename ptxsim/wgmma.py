@@ -98,13 +98,19 @@ class WgmmaMixin:
     def _note_operands(self, w, spec, a, b):
         """Tell the race detector which shared memory a wgmma reads."""
 
-        def chunks(mn_major, rows, element):
-            return lambda d: self.operand_chunks(wgmma_descriptor(d), mn_major, rows, spec.k, element)
+        def of_b(descriptor):
+            layout = wgmma_descriptor(descriptor)
+            return self.operand_chunks(layout, spec.transpose_b, spec.n, spec.k, spec.b_type).reshape(1, -1)
 
-        operands = [(b, chunks(spec.transpose_b, spec.n, spec.b_type))]
+        def of_a(descriptor):
+            chunks = self.operand_chunks(wgmma_descriptor(descriptor), spec.transpose_a, 64, spec.k, spec.a_type)
+            if spec.transpose_a:  # lines run along the 64 rows
+                chunks = np.ascontiguousarray(chunks.reshape(len(chunks), 4, -1).swapaxes(0, 1))
+            return chunks.reshape(4, -1)
+
+        self.races.wgmma(w, b, of_b, 1)
         if not isinstance(a, tuple):
-            operands.append((a, chunks(spec.transpose_a, 64, spec.a_type)))
-        self.races.wgmma(w, operands)
+            self.races.wgmma(w, a, of_a, 4)  # FlashAttention-4's P: each warp writes and reads its own 16 rows
 
     # ---- late mode --------------------------------------------------------------------------------
     def _wgmma_issue(self, w, accumulators, args, keys):

@@ -15,6 +15,7 @@ from ptxsim.codegen import Program
 from ptxsim.machine import Machine
 from ptxsim.memory import Ranges
 from ptxsim.parser import parse_module
+from ptxsim.races import LaunchHistory
 
 HEADER = ".version 8.8\n.target {target}\n.address_size 64\n"
 
@@ -54,8 +55,10 @@ def kernel_text(body, inputs, outputs, *, declarations="", target="sm_90a", para
 """
 
 
-def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=b"", seed=None, late=False, legal=()):
-    """Run the kernel of a PTX text; ``arrays`` are its pointer parameters and the only legal global memory."""
+def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=b"", seed=None, late=False, legal=(),
+           race=False, waves=1):  # fmt: skip
+    """Run the kernel of a PTX text; ``arrays`` are its pointer parameters and the only legal global memory. ``waves``:
+    run the CTAs in so many equal parts, one after the other."""
     program = Program(parse_module(text).kernels["kernel"])
     ranges = Ranges()
     for array in (*arrays, *legal):
@@ -67,10 +70,12 @@ def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=
         start = program.k.param_list[len(arrays)][0]
         params[start : start + len(extra_params)] = np.frombuffer(extra_params, np.uint8)
     shape = ((grid, 1, 1), (threads, 1, 1), (cluster, 1, 1))
-    machine = Machine(program, *shape, smem, params, list(range(grid)), ranges, seed, late)
-    ranges.prepare([(params.ctypes.data, params.ctypes.data + params.nbytes)]
-                   + [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in machine.local_arrays])  # fmt: skip
-    machine.run()
+    races = LaunchHistory(program) if race else None
+    for ctas in np.split(np.arange(grid), waves):
+        machine = Machine(program, *shape, smem, params, ctas.tolist(), ranges, seed, late, races)
+        ranges.prepare([(params.ctypes.data, params.ctypes.data + params.nbytes)]
+                       + [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in machine.local_arrays])  # fmt: skip
+        machine.run()
     return machine
 
 
