@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from cute_fa.problem import AttentionProblem
 
 
+# Device code adds positions and bounds in int32: sequences are at most this long, larger bounds are clamped to it.
+MAX_BOUND = 2**30 - 1
+# c·tanh(s/c) is computed as c − 2c/(1 + e^(2s/c)), whose rounding error of c·6e-8 must stay below the LSE's tolerance.
+MAX_SOFTCAP = 2.0**13
+
+
 class AttentionTensors(NamedTuple):
     """The tensors of one call, as the caller laid them out; absent features are None.
 
@@ -82,3 +88,32 @@ class AttentionKernel(ABC):
         """Run-time arguments in the order of ``KernelConfig.build()``: torch tensors, numbers, nested tuples, None.
 
         ``num_sms``: SMs of the device, which a persistent kernel launches its CTAs by."""
+
+
+def forward_objections(problem: AttentionProblem) -> list[str]:
+    """Reasons that all forward kernels share: what none of them computes, and limits of the common device code."""
+    reasons = []
+    if problem.num_splits > 1:
+        reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
+    if problem.out_dtype is not None and problem.out_dtype is not problem.dtype:
+        reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the input's dtype")
+    if max(problem.seqlen_q, problem.seqlen_k) > MAX_BOUND:
+        reasons.append(f"a sequence longer than {MAX_BOUND}: positions are int32")
+    if problem.softcap > MAX_SOFTCAP:
+        reasons.append(f"softcap {problem.softcap:g}: at most {MAX_SOFTCAP:g}, beyond it scores lose precision")
+    return reasons
+
+
+def window_arguments(problem: AttentionProblem) -> tuple[int | None, int | None, int | None]:
+    """The run-time numbers of ``cute_fa.device.block_range.Window``."""
+    left, right = problem.window_left, problem.window_right
+    return (
+        None if left is None else min(left, MAX_BOUND),
+        None if right is None else min(right, MAX_BOUND),
+        min(problem.sink_tokens, MAX_BOUND) if problem.sink_tokens and left is not None else None,
+    )
+
+
+def slopes_argument(problem: AttentionProblem, slopes: torch.Tensor | None) -> torch.Tensor | None:
+    """ALiBi slopes as (batch or stride 0, heads)."""
+    return slopes.expand(problem.batch, -1) if slopes is not None and slopes.dim() == 1 else slopes

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from cute_fa.kernel import AttentionKernel, AttentionTensors
+from cute_fa.kernel import (
+    AttentionKernel,
+    AttentionTensors,
+    forward_objections,
+    slopes_argument,
+    window_arguments,
+)
 from cute_fa.problem import AttentionProblem
 from cute_fa.types import Direction, DType, PersistentMode
 from fa2_sm80.config import Fa2ForwardConfig, forward_config
 
-# Device code adds positions and bounds in int32: sequences are at most this long, larger bounds are clamped to it.
-MAX_BOUND = 2**30 - 1
 MAX_CTAS = 2**31 - 1
-# c·tanh(s/c) is computed as c − 2c/(1 + e^(2s/c)), whose rounding error of c·6e-8 must stay below the LSE's tolerance.
-MAX_SOFTCAP = 2.0**13
 
 
 class Fa2Forward(AttentionKernel):
@@ -31,18 +33,11 @@ class Fa2Forward(AttentionKernel):
                 reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed (16-byte copies)")
         if problem.page_size is not None:
             reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")
-        if problem.num_splits > 1:
-            reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
         if problem.pack_gqa and problem.gqa_ratio > 1:
             reasons.append("pack_gqa: this kernel's tiles hold the queries of one head")
         if problem.persistent is PersistentMode.ON:
             reasons.append("persistent: this kernel launches one CTA for each tile")
-        if problem.out_dtype is not None and problem.out_dtype is not problem.dtype:
-            reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the input's dtype")
-        if max(problem.seqlen_q, problem.seqlen_k) > MAX_BOUND:
-            reasons.append(f"a sequence longer than {MAX_BOUND}: positions are int32")
-        if problem.softcap > MAX_SOFTCAP:
-            reasons.append(f"softcap {problem.softcap:g}: at most {MAX_SOFTCAP:g}, beyond it scores lose precision")
+        reasons += forward_objections(problem)
         tiles = -(-problem.seqlen_q // cls.configure(problem).tile_m) * problem.num_heads * problem.batch
         if tiles > MAX_CTAS:
             reasons.append(f"{tiles} tiles of queries: a grid has at most {MAX_CTAS} CTAs")
@@ -55,15 +50,6 @@ class Fa2Forward(AttentionKernel):
     @classmethod
     def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
         t = tensors
-        slopes = t.alibi_slopes
-        if slopes is not None and slopes.dim() == 1:
-            slopes = slopes.expand(problem.batch, -1)
-        left, right = problem.window_left, problem.window_right
-        window = (
-            None if left is None else min(left, MAX_BOUND),
-            None if right is None else min(right, MAX_BOUND),
-            min(problem.sink_tokens, MAX_BOUND) if problem.sink_tokens and left is not None else None,
-        )
         return (
             t.q,
             t.k,
@@ -71,8 +57,8 @@ class Fa2Forward(AttentionKernel):
             t.out,
             t.lse,
             (t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k),
-            window,
-            slopes,
+            window_arguments(problem),
+            slopes_argument(problem, t.alibi_slopes),
             t.learnable_sink,
             problem.softmax_scale,
             problem.softcap if problem.softcap else None,

@@ -12,12 +12,14 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.block_range import BlockRange, Window, block_range
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.fake_arguments import fake_activations, fake_lengths, fake_vector, fake_window, optional
 from cute_fa.device.scores import score_params
 from cute_fa.device.seqlen import LengthTensors, seqlen_info
 from fa2_sm80.config import Fa2ForwardConfig
 from fa2_sm80.copies import SMEM_ALIGNMENT, SmemTile, SmemTiles, TileLoader, store_tile
 from fa2_sm80.key_value_pipeline import KeyValuePipeline
-from fa2_sm80.query_tile import CUTE_DTYPE, QueryTile
+from fa2_sm80.query_tile import QueryTile
 
 
 class ForwardArguments(NamedTuple):
@@ -168,43 +170,16 @@ def build(config: Fa2ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
     c = config
     dtype = CUTE_DTYPE[c.dtype]
-
-    def fake(element, *shape, aligned=1):
-        strides = [cute.sym_int64(divisibility=aligned) for _ in shape[:-1]]
-        alignment = element.width // 8 * aligned
-        return cute.runtime.make_fake_tensor(element, shape, stride=(*strides, 1), assumed_align=alignment)
-
-    def activations(packed: bool, head_dim: int):
-        leading = 1 if packed else 2
-        shape = [cute.sym_int() for _ in range(leading + 1)]
-        return fake(dtype, *shape, head_dim, aligned=8)
-
-    def optional(wanted: bool, make):
-        return make() if wanted else None
-
-    def lengths():
-        return fake(Int32, cute.sym_int())
-
-    lse_shape = [cute.sym_int() for _ in range(2 if c.cu_seqlens_q else 3)]
     arguments = ForwardArguments(
-        q=activations(c.cu_seqlens_q, c.head_dim),
-        k=activations(c.cu_seqlens_k, c.head_dim),
-        v=activations(c.cu_seqlens_k, c.head_dim_v),
-        out=activations(c.cu_seqlens_q, c.head_dim_v),
-        lse=fake(Float32, *lse_shape),
-        lengths=LengthTensors(
-            optional(c.cu_seqlens_q, lengths),
-            optional(c.cu_seqlens_k, lengths),
-            optional(c.seqused_q, lengths),
-            optional(c.seqused_k, lengths),
-        ),
-        window=Window(
-            optional(c.window_left, lambda: Int32(0)),
-            optional(c.window_right, lambda: Int32(0)),
-            optional(c.sink_tokens, lambda: Int32(0)),
-        ),
-        alibi_slopes=optional(c.alibi, lambda: fake(Float32, cute.sym_int(), cute.sym_int())),
-        learnable_sink=optional(c.learnable_sink, lambda: fake(Float32, cute.sym_int())),
+        q=fake_activations(dtype, c.cu_seqlens_q, c.head_dim),
+        k=fake_activations(dtype, c.cu_seqlens_k, c.head_dim),
+        v=fake_activations(dtype, c.cu_seqlens_k, c.head_dim_v),
+        out=fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
+        lse=fake_vector(Float32, 2 if c.cu_seqlens_q else 3),
+        lengths=fake_lengths(c),
+        window=fake_window(c),
+        alibi_slopes=optional(c.alibi, lambda: fake_vector(Float32, 2)),
+        learnable_sink=optional(c.learnable_sink, lambda: fake_vector(Float32)),
         softmax_scale=Float32(0.0),
         softcap=optional(c.softcap, lambda: Float32(0.0)),
         seqlen_q=Int32(0),

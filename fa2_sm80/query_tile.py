@@ -6,16 +6,14 @@ from cutlass import Float32, Int32, Uint32, const_expr
 from cutlass.cute.nvgpu import warp
 
 from cute_fa.device.block_range import Window
+from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
 from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
-from cute_fa.types import DType
 from fa2_sm80.config import Fa2ForwardConfig
 from fa2_sm80.copies import FragmentLoader, SmemTile, SmemTiles, lane_offset
 from fa2_sm80.key_value_pipeline import KeyValuePipeline
-
-CUTE_DTYPE = {DType.FP16: cutlass.Float16, DType.BF16: cutlass.BFloat16}
 
 
 class QueryTile:

@@ -5,6 +5,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
+from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
 from cute_fa.device.registers import narrow
 from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores, score_params
@@ -16,7 +17,6 @@ from fa3_sm90.pipeline import Ring, RingState, previous_stage, ring_next, ring_s
 from fa3_sm90.products import Products
 from fa3_sm90.rows import ROWS, Rows
 from fa3_sm90.storage import Storage
-from fa3_sm90.tiles import CUTE_DTYPE
 from fa3_sm90.turns import Turns
 
 

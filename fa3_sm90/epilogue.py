@@ -5,6 +5,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp
 
+from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import warpgroup_rows_and_columns
 from cute_fa.device.registers import narrow, opaque
 from fa3_sm90.arguments import ForwardArguments, TileWork, TmaTensors
@@ -13,7 +14,7 @@ from fa3_sm90.pipeline import Ring, RingState
 from fa3_sm90.products import Products
 from fa3_sm90.rows import ROWS, Rows
 from fa3_sm90.storage import Boxes, Storage
-from fa3_sm90.tiles import CUTE_DTYPE, BoxCopy, tile_layout
+from fa3_sm90.tiles import BoxCopy, tile_layout
 from fa3_sm90.turns import FIRST_TURN_BARRIER
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from cute_fa.kernel import AttentionKernel, AttentionTensors
+from cute_fa.kernel import (
+    AttentionKernel,
+    AttentionTensors,
+    forward_objections,
+    slopes_argument,
+    window_arguments,
+)
 from cute_fa.problem import AttentionProblem
 from cute_fa.tiling import MAX_TILES, dense_tiles, head_group, num_ctas, packed_tiles
 from cute_fa.types import Direction, DType
 from fa3_sm90.config import WGMMA_M, Fa3ForwardConfig, forward_config
 
-# Device code adds positions and bounds in int32: sequences are at most this long, larger bounds are clamped to it.
-MAX_BOUND = 2**30 - 1
-# c·tanh(s/c) is computed as c − 2c/(1 + e^(2s/c)), whose rounding error of c·6e-8 must stay below the LSE's tolerance.
-MAX_SOFTCAP = 2.0**13
 # Of an H100 and an H200 (NVIDIA H100 whitepaper): what the order of tiles is planned for.
 L2_BYTES = 50 * 2**20
 
@@ -31,14 +33,7 @@ class Fa3Forward(AttentionKernel):
             size = getattr(problem, name)
             if size % 8 or not 8 <= size <= 256:
                 reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed (16-byte strides of TMA)")
-        if problem.num_splits > 1:
-            reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
-        if problem.out_dtype is not None and problem.out_dtype is not problem.dtype:
-            reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the input's dtype")
-        if max(problem.seqlen_q, problem.seqlen_k) > MAX_BOUND:
-            reasons.append(f"a sequence longer than {MAX_BOUND}: positions are int32")
-        if problem.softcap > MAX_SOFTCAP:
-            reasons.append(f"softcap {problem.softcap:g}: at most {MAX_SOFTCAP:g}, beyond it scores lose precision")
+        reasons += forward_objections(problem)
         if problem.pack_gqa and problem.gqa_ratio > WGMMA_M:
             reasons.append(f"pack_gqa with gqa_ratio {problem.gqa_ratio}: a warpgroup holds {WGMMA_M} query heads")
         if not reasons:
@@ -55,15 +50,6 @@ class Fa3Forward(AttentionKernel):
     def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
         t = tensors
         config = cls.configure(problem)
-        slopes = t.alibi_slopes
-        if slopes is not None and slopes.dim() == 1:
-            slopes = slopes.expand(problem.batch, -1)
-        left, right = problem.window_left, problem.window_right
-        window = (
-            None if left is None else min(left, MAX_BOUND),
-            None if right is None else min(right, MAX_BOUND),
-            min(problem.sink_tokens, MAX_BOUND) if problem.sink_tokens and left is not None else None,
-        )
         shared = problem.gqa_ratio // config.pack_gqa
         kv_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.dtype.bytes
         grid = (
@@ -81,8 +67,8 @@ class Fa3Forward(AttentionKernel):
             t.lse,
             (t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k),
             t.page_table,
-            window,
-            slopes,
+            window_arguments(problem),
+            slopes_argument(problem, t.alibi_slopes),
             t.learnable_sink,
             problem.softmax_scale,
             problem.softcap if problem.softcap else None,

@@ -5,8 +5,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
-from cute_fa.device.block_range import Window
-from cute_fa.device.seqlen import LengthTensors
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.fake_arguments import fake_activations, fake_lengths, fake_vector, fake_window, optional
 from cute_fa.device.tile_scheduler import TileGrid
 from fa3_sm90.arguments import ForwardArguments, TmaTensors, dense_extents
 from fa3_sm90.config import WARPGROUP, Fa3ForwardConfig
@@ -14,7 +14,7 @@ from fa3_sm90.consumer import Consumer
 from fa3_sm90.loader import Loader
 from fa3_sm90.pipeline import Ring, rings
 from fa3_sm90.storage import Boxes, Storage, allocate
-from fa3_sm90.tiles import CUTE_DTYPE, tma_tensor
+from fa3_sm90.tiles import tma_tensor
 
 
 class Fa3ForwardKernel:
@@ -88,43 +88,17 @@ def build(config: Fa3ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
     c = config
     dtype = CUTE_DTYPE[c.dtype]
-
-    def fake(element, *shape, aligned=1):
-        strides = [cute.sym_int64(divisibility=aligned) for _ in shape[:-1]]
-        alignment = element.width // 8 * aligned
-        return cute.runtime.make_fake_tensor(element, shape, stride=(*strides, 1), assumed_align=alignment)
-
-    def activations(packed: bool, head_dim: int):
-        shape = [cute.sym_int() for _ in range(2 if packed else 3)]
-        return fake(dtype, *shape, head_dim, aligned=8)
-
-    def optional(wanted: bool, make):
-        return make() if wanted else None
-
-    def lengths():
-        return fake(Int32, cute.sym_int())
-
-    lse_shape = [cute.sym_int() for _ in range(2 if c.cu_seqlens_q else 3)]
     arguments = ForwardArguments(
-        q=activations(c.cu_seqlens_q, c.head_dim),
-        k=activations(c.cu_seqlens_k, c.head_dim),
-        v=activations(c.cu_seqlens_k, c.head_dim_v),
-        out=activations(c.cu_seqlens_q, c.head_dim_v),
-        lse=fake(Float32, *lse_shape),
-        lengths=LengthTensors(
-            optional(c.cu_seqlens_q, lengths),
-            optional(c.cu_seqlens_k, lengths),
-            optional(c.seqused_q, lengths),
-            optional(c.seqused_k, lengths),
-        ),
-        page_table=optional(c.page_size is not None, lambda: fake(Int32, cute.sym_int(), cute.sym_int())),
-        window=Window(
-            optional(c.window_left, lambda: Int32(0)),
-            optional(c.window_right, lambda: Int32(0)),
-            optional(c.sink_tokens, lambda: Int32(0)),
-        ),
-        alibi_slopes=optional(c.alibi, lambda: fake(Float32, cute.sym_int(), cute.sym_int())),
-        learnable_sink=optional(c.learnable_sink, lambda: fake(Float32, cute.sym_int())),
+        q=fake_activations(dtype, c.cu_seqlens_q, c.head_dim),
+        k=fake_activations(dtype, c.cu_seqlens_k, c.head_dim),
+        v=fake_activations(dtype, c.cu_seqlens_k, c.head_dim_v),
+        out=fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
+        lse=fake_vector(Float32, 2 if c.cu_seqlens_q else 3),
+        lengths=fake_lengths(c),
+        page_table=optional(c.page_size is not None, lambda: fake_vector(Int32, 2)),
+        window=fake_window(c),
+        alibi_slopes=optional(c.alibi, lambda: fake_vector(Float32, 2)),
+        learnable_sink=optional(c.learnable_sink, lambda: fake_vector(Float32)),
         softmax_scale=Float32(0.0),
         softcap=optional(c.softcap, lambda: Float32(0.0)),
         grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),

@@ -4,9 +4,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
+from cute_fa.device.dtypes import CUTE_DTYPE
 from fa3_sm90.config import WGMMA_M, Fa3ForwardConfig
 from fa3_sm90.storage import TILE_ALIGNMENT, Storage
-from fa3_sm90.tiles import CUTE_DTYPE, tile_layout
+from fa3_sm90.tiles import tile_layout
 
 
 class Products:

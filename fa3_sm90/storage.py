@@ -6,9 +6,10 @@ import cutlass.cute as cute
 from cutlass import Int64
 from cutlass.memory import SmemAllocator
 
+from cute_fa.device.dtypes import CUTE_DTYPE
 from fa3_sm90.config import WGMMA_M, Fa3ForwardConfig
 from fa3_sm90.pipeline import barrier_count
-from fa3_sm90.tiles import CUTE_DTYPE, BoxShape, panel_columns, tile_layout
+from fa3_sm90.tiles import BoxShape, panel_columns, tile_layout
 
 # A swizzle atom of 8 rows of 128 bytes, of which the pattern of TMA and wgmma is a function of the absolute address.
 TILE_ALIGNMENT = 1024

@@ -12,9 +12,6 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from cute_fa.types import DType
-
-CUTE_DTYPE = {DType.FP16: cutlass.Float16, DType.BF16: cutlass.BFloat16}
 _ATOMS = {
     64: warpgroup.SmemLayoutAtomKind.K_SW128,
     32: warpgroup.SmemLayoutAtomKind.K_SW64,

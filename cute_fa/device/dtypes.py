@@ -1,0 +1,7 @@
+"""Element types of the DSL."""
+
+import cutlass
+
+from cute_fa.types import DType
+
+CUTE_DTYPE = {DType.FP16: cutlass.Float16, DType.BF16: cutlass.BFloat16}
