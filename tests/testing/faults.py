@@ -10,15 +10,24 @@ their place in the code, by these rules:
   wgmma before the next wait: it waits for the operands that the wgmma reads.
 * ``no producer wait``: a wait inside a loop that is followed by a TMA load: it waits until the stage has been read.
 * ``no arrive``: an mbarrier arrival inside a loop: it releases a stage for the loads of the following iterations.
+* ``early release``: an arrival inside two loops, of tiles and of stages, directly after a wgmma.wait_group: moved
+  before it, where a wgmma still reads the stage. (In the outer loop alone the next use may be far away.)
 * ``short expect_tx``, ``long expect_tx``: every announcement of a TMA load's bytes, 16 bytes off.
 * ``no wgmma wait``: a wgmma.wait_group after which the accumulators are read.
-* ``no barrier before the output``: the last bar.sync, between writing the output tile to shared memory and reading it
-  back, and the bar.arrive directly before it, if there is one.
+* ``no barrier before the output``: the bar.sync between writing the output tile to shared memory and reading it back,
+  which is the last one, or the last one before the first bulk store; and the bar.arrive directly before it, if there
+  is one.
+* ``no barrier before writing``: the last bar.sync before the first stmatrix: all warps, or the store before, have read
+  what the output tile overwrites.
+* ``no bulk wait``: a cp.async.bulk.wait_group.read inside a loop: the next iteration writes where the store reads.
+* ``no turn``: a bar.arrive inside a loop, which another warpgroup waits for.
 """
 
 import re
 from dataclasses import dataclass
 
+ARRIVE = re.compile(r"(@!?%p\d+\s+)?mbarrier\.arrive\.shared")
+BULK_STORE = re.compile(r"cp\.async\.bulk\.tensor\S*\.global\.shared")
 WAIT = re.compile(r"mbarrier\.try_wait\S*\s+(?P<done>%?\w+),\s*\[(?P<at>[^\]]+)\],\s*(?P<phase>%?\w+)")
 
 
@@ -45,12 +54,14 @@ def plan(ptx: str) -> list[Fault]:
     # What decides: synchronisation, and the instructions that need it
     events = [(n, s) for n, s in code if re.search(r"mbarrier|bar\.|wgmma|cp\.async", s)]
     loops = _loops(code)
-    last_barrier = max(number for number, text in events if text.startswith("bar.sync"))
+    last_barrier = _last_barrier(code, BULK_STORE)
+    writing = _last_barrier(code, re.compile("stmatrix"))
     faults = []
     for i, (number, text) in enumerate(events):
         before = events[i - 1][1] if i else ""
         after = events[i + 1][1] if i + 1 < len(events) else ""
-        in_loop = any(first < number < last for first, last in loops)
+        depth = sum(first < number < last for first, last in loops)
+        in_loop = depth > 0
         if text.startswith("cp.async.wait_group") and after.startswith("bar.sync"):
             faults.append(Fault("no cp.async wait", ((number, ""),)))
         if text.startswith("bar.sync") and before.startswith("cp.async.wait_group"):
@@ -59,8 +70,16 @@ def plan(ptx: str) -> list[Fault]:
             faults.append(Fault("no barrier before the output", ((number, ""),)))
         if text.startswith("wgmma.wait_group"):
             faults.append(Fault("no wgmma wait", ((number, ""),)))
-        if text.startswith("mbarrier.arrive.shared") and in_loop:
+        if number == writing:
+            faults.append(Fault("no barrier before writing", ((number, ""),)))
+        if text.startswith("cp.async.bulk.wait_group.read") and in_loop:
+            faults.append(Fault("no bulk wait", ((number, ""),)))
+        if text.startswith("bar.arrive") and in_loop:
+            faults.append(Fault("no turn", ((number, ""),)))
+        if ARRIVE.match(text) and in_loop:
             faults.append(Fault("no arrive", ((number, ""),)))
+            if before.startswith("wgmma.wait_group") and depth > 1:
+                faults.append(Fault("early release", ((events[i - 1][0], ""), (number, f"{text} {before}"))))
         if expect := re.match(r"(mbarrier\.arrive\.expect_tx.*,\s*)(%?\w+);", text):
             for kind, change in (("short expect_tx", -16), ("long expect_tx", 16)):
                 edit = f"{{ .reg .b32 wrong; add.s32 wrong, {expect[2]}, {change}; {expect[1]} wrong; }}"
@@ -86,6 +105,12 @@ def _wait_faults(events, i, in_loop):
     if in_loop and next_use.startswith("cp.async.bulk.tensor"):
         return [Fault("no producer wait", removed)]
     return []
+
+
+def _last_barrier(code, instruction):
+    """Line of the last bar.sync before the first such instruction, or of all if there is none."""
+    end = next((number for number, text in code if instruction.match(text)), len(code))
+    return max(number for number, text in code[:end] if text.startswith("bar.sync"))
 
 
 def _flip(text):

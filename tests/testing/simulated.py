@@ -1,0 +1,35 @@
+"""One simulated call of the public functions, with what it leaves unwritten made visible."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import cute_fa
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import ptxsim
+    from cute_fa.inputs import Inputs
+
+
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """New tensors hold NaN until something is written, not what an earlier call left in their memory."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def call(
+    given: Inputs, arch: str, simulation: dict[str, Any] | None = None, **choices: Any
+) -> tuple[torch.Tensor, torch.Tensor, ptxsim.Simulation]:
+    """(out, lse, simulation); ``simulation``: options of ``cute_fa.simulate``; ``choices``: of the public function."""
+    with cute_fa.simulate(arch, **simulation or {}) as simulated, unwritten_is_nan():
+        out, lse = given.run(return_lse=True, **choices)
+    return out, lse, simulated
