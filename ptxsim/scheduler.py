@@ -77,6 +77,7 @@ class SchedulerMixin:
                 while self.run_deferred():
                     pass
                 self.bulk_drain()
+                self.check_warpgroups()
             except SimError as error:
                 raise error.located(self.line, self.ptx_line(self.line), self.group_text()) from None
             except (IndexError, ValueError, OverflowError) as error:
@@ -373,7 +374,8 @@ class SchedulerMixin:
 
     def _deadlock(self, reason):
         describe = {"mbarrier.try_wait": self.describe_mbarrier_wait, "bar.sync": self.describe_bar_wait,
-                    "bar.red": self.describe_bar_wait, "barrier.cluster.wait": self.describe_cluster_wait}  # fmt: skip
+                    "bar.red": self.describe_bar_wait, "barrier.cluster.wait": self.describe_cluster_wait,
+                    "setmaxnreg": self.describe_register_wait}  # fmt: skip
         report = [f"{reason}; {len(self.blocked)} waiting groups, {len(self.groups)} running:"]
         for b in self.blocked:
             line = self.prog.blocks[b.blk].line

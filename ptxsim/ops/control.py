@@ -7,7 +7,9 @@ detector, where it is on, is told of them.
 
 from __future__ import annotations
 
-from .forms import form
+from .forms import form, suspending
+
+suspending("setmaxnreg.{action}.sync.aligned.u32", "h_setmaxnreg", action="inc|dec")
 
 
 @form("bra[.uni]", writes=False)
@@ -58,9 +60,8 @@ def tensormap_fence(gen, args, mods):
         _tell(gen, f"fence_tensormap(w, {gen.address(args[0])}, {gen.mask()})")
 
 
-@form("setmaxnreg.{action}.sync.aligned.u32", writes=False, action="inc|dec")
 @form("griddepcontrol.{action}", writes=False, action="launch_dependents|wait")
 @form("nanosleep.u32", writes=False)
 @form("pmevent[.mask]", writes=False)
 def no_operation(gen, args, mods):
-    """Register budgets are not enforced, and launches run one after the other."""
+    """Launches run one after the other."""

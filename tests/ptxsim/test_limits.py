@@ -1,0 +1,108 @@
+"""What the hardware has only so much of: registers, shared and tensor memory, barriers, and the geometry of a launch.
+
+Each limit is broken once and reached once.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import cute_fa
+from ptxsim import runtime
+from ptxsim.cubin import register_counts
+from ptxsim.errors import Deadlock, SimError, SyncError
+from tests.testing.copy_kernel import compile_scale
+from tests.testing.ptx import kernel_text, run
+
+OUT = "mul.wide.u32 %rd40, %g, 4; add.s64 %rd41, %out0, %rd40;"
+
+
+def threads_run(body, threads=128, **options):
+    return run(OUT + body, [], [np.zeros(threads * options.get("grid", 1), np.uint32)], threads=threads, **options)
+
+
+# ---- registers -----------------------------------------------------------------------------------------------------
+
+ROLES = """shr.u32 %r1, %t, 7; setp.eq.u32 %p1, %r1, 0; @%p1 bra PRODUCER;
+    setmaxnreg.inc.sync.aligned.u32 {consumer}; bra END;
+  PRODUCER: setmaxnreg.dec.sync.aligned.u32 {producer};
+  END: st.global.u32 [%rd41], %g;"""
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_registers_that_fit(seed):
+    """The split of FlashAttention-3's three warpgroups: 24 + 2 * 240 registers are what 3 * 168 were."""
+    out = threads_run(ROLES.format(consumer=240, producer=24), threads=384, registers=168, seed=seed)
+    np.testing.assert_array_equal(out, np.arange(384))
+
+
+def test_launch_registers_are_rounded_up():
+    """161 registers are launched as 168: a pool of 3 * 161 would not do."""
+    threads_run(ROLES.format(consumer=240, producer=24), threads=384, registers=161)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_an_increase_that_the_pool_can_never_serve_is_a_hang(seed):
+    with pytest.raises(Deadlock) as caught:
+        threads_run(ROLES.format(consumer=240, producer=32), threads=384, registers=168, seed=seed)
+    text = str(caught.value)
+    assert re.search(r"cta\(0,0,0\): \d+ registers are free of 64512 \(launched with 168 a thread, 12 warps\)", text)
+    assert "warpgroup 0 owns 32 a thread" in text
+    assert re.search(r"warpgroup [12] owns (168|168/240|240/168) a thread and waits for 240: \d+ registers more", text)
+    assert "setmaxnreg.inc.sync.aligned.u32 240" in caught.value.text
+
+
+def test_exited_warps_do_not_fill_the_pool():
+    body = "setp.lt.u32 %p1, %t, 128; @%p1 exit; setmaxnreg.inc.sync.aligned.u32 176;"
+    with pytest.raises(Deadlock, match="warpgroup 1 owns 168 a thread and waits for 176: 1024 registers more"):
+        threads_run(body, threads=256, registers=168)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "message"),
+    [
+        ("setmaxnreg.dec.sync.aligned.u32 16;", r"16 registers, not a multiple of 8 in 24\.\.256"),
+        ("setmaxnreg.inc.sync.aligned.u32 264;", r"264 registers, not a multiple of 8 in 24\.\.256"),
+        ("setmaxnreg.dec.sync.aligned.u32 100;", r"100 registers, not a multiple of 8"),
+        ("setmaxnreg.dec.sync.aligned.u32 176;", r"dec to 176 registers by a warp that owns 168"),
+        ("setmaxnreg.inc.sync.aligned.u32 160;", r"inc to 160 registers by a warp that owns 168"),
+        ("setp.lt.u32 %p1, %t, 96; @%p1 setmaxnreg.dec.sync.aligned.u32 160;", r"some of the warps of warpgroup 0"),
+    ],
+)
+def test_wrong_setmaxnreg(instruction, message):
+    with pytest.raises(SyncError, match=message) as caught:
+        threads_run(instruction, registers=168)
+    assert "setmaxnreg" in caught.value.text
+
+
+def test_registers_of_a_kernel_come_from_its_cubin():
+    """FA3's kernel fills the register file: 65536 / threads, rounded down to a multiple of 8; and its roles fit."""
+    q = torch.zeros(1, 130, 1, 64, dtype=torch.bfloat16)
+    with cute_fa.simulate("sm_90a") as simulation:
+        cute_fa.flash_attn_func(q, q, q)
+        launched = simulation.launches[-1]
+        assert launched.registers == 65536 // launched.block[0] // 8 * 8
+        cubin = compile_scale().artifacts.CUBIN
+    (count,) = register_counts(cubin).values()
+    assert 8 <= count <= 32
+    with pytest.raises(SimError, match="not a cubin"):
+        register_counts(b"nothing")
+
+
+def launch(grid=(1, 1, 1), block=(32, 1, 1), cluster=(1, 1, 1), smem=0, arch="sm_90a", directives="", target="sm_90a",
+           registers=None):  # fmt: skip
+    """What a launch of an empty kernel meets before it runs; needs no stand-in library."""
+    text = kernel_text("", 0, 0, target=target).replace("kernel()", f"kernel() {directives}")
+    simulation = runtime.Simulation(arch, None, False, False, 4, None)
+    simulation._launch(text, "kernel", grid, block, cluster, smem, 0, False, registers)
+    return simulation.launches[-1]
+
+
+def test_registers_of_a_launch():
+    assert launch(block=(384, 1, 1), registers=168).registers == 168
+    with pytest.raises(SimError, match=r"169 registers a thread in a CTA of \(384, 1, 1\) are 67584, an SM has 65536"):
+        launch(block=(384, 1, 1), registers=169)
