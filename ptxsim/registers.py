@@ -11,17 +11,11 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import SyncError
+from .limits import allocated_registers
 from .scheduler import Blocked
 
-FILE = 65536  # 32-bit registers of an SM, and so the most that a CTA can have
-_GRANULE = 8  # registers of a thread come in multiples
-_LEAST, _MOST = 24, 256
+_LEAST, _MOST, _MULTIPLE = 24, 256, 8
 _WARPGROUP = 4  # warps
-
-
-def allocated(registers: int, warps: int) -> int:
-    """Registers that the launch of a CTA takes; ``registers`` are those of a thread."""
-    return -(-registers // _GRANULE) * _GRANULE * 32 * warps
 
 
 class RegisterMixin:
@@ -32,15 +26,15 @@ class RegisterMixin:
         """``registers``: those of a thread at launch; None if they are not known, then no pool is kept."""
         self.launch_registers = registers
         if registers is not None:
-            self.owned_registers = np.full(self.nwarps, allocated(registers, 1) // 32)
+            self.owned_registers = np.full(self.nwarps, allocated_registers(registers, 1) // 32)
             self.free_registers = np.zeros(self.nctas, np.int64)
         self.resized_at = np.zeros(self.nwarps, np.int64)  # PTX line of the latest setmaxnreg, 0 if none
 
     def h_setmaxnreg(self, i, block, group):
         """setmaxnreg: .dec at once, .inc when the pool has the registers. SyncError for counts that are not legal."""
         w, count, increase = group.w, int(i.args[0], 0), i.mods.action == "inc"
-        if not _LEAST <= count <= _MOST or count % _GRANULE:
-            raise SyncError(f"setmaxnreg to {count} registers, not a multiple of {_GRANULE} in {_LEAST}..{_MOST}")
+        if not _LEAST <= count <= _MOST or count % _MULTIPLE:
+            raise SyncError(f"setmaxnreg to {count} registers, not a multiple of {_MULTIPLE} in {_LEAST}..{_MOST}")
         self.resized_at[w] = i.line
         if self.launch_registers is None:
             self.groups.append(group)
@@ -70,7 +64,7 @@ class RegisterMixin:
         """Lines about the registers that blocked warps wait for: those of every warpgroup of their CTAs."""
         lines = []
         for cta in np.unique(self.cta_of[b.w])[:4]:
-            total = allocated(self.launch_registers, self.wpc)
+            total = allocated_registers(self.launch_registers, self.wpc)
             lines.append(f"cta{self.cta_name(cta)}: {self.free_registers[cta]} registers are free of {total} "
                          f"(launched with {self.launch_registers} a thread, {self.wpc} warps)")  # fmt: skip
             waiting = {int(warp): int(count) for warp, count in zip(b.w, b.info["count"], strict=True)}

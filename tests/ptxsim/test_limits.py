@@ -106,3 +106,54 @@ def test_registers_of_a_launch():
     assert launch(block=(384, 1, 1), registers=168).registers == 168
     with pytest.raises(SimError, match=r"169 registers a thread in a CTA of \(384, 1, 1\) are 67584, an SM has 65536"):
         launch(block=(384, 1, 1), registers=169)
+
+
+# ---- shared memory, grid, block, cluster ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        dict(grid=(700, 1, 1)),
+        dict(grid=(1, 65, 2), block=(16, 1, 64)),
+        dict(block=(1, 1024, 1)),
+        dict(block=(64, 2, 1), directives=".reqntid 64, 2, 1"),
+        dict(block=(64, 2, 1), directives=".maxntid 128"),
+        dict(grid=(16, 2, 1), cluster=(8, 2, 1)),
+        dict(grid=(6, 1, 1), directives=".reqnctapercluster 2, 1, 1"),
+        dict(smem=232448),
+        dict(smem=166912, arch="sm_80", target="sm_80"),
+        dict(smem=101376, arch="sm_86", target="sm_80"),
+    ],
+)
+def test_launches_within_the_limits(geometry):
+    launched = launch(**geometry)
+    assert launched.grid == geometry.get("grid", (1, 1, 1))
+    assert launched.warp_instrs > 0
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        (dict(grid=(1, 65536, 1)), r"the grid \(1, 65536, 1\) has more than \(2147483647, 65535, 65535\) CTAs"),
+        (dict(grid=(1, 1, 65536)), "has more than"),
+        (dict(grid=(2**31, 1, 1)), "has more than"),
+        (dict(grid=(1, 0, 1)), "is empty"),
+        (dict(block=(1025, 1, 1)), r"\(1025, 1, 1\) threads in a CTA; at most 1024"),
+        (dict(block=(1, 1, 65)), r"and \(1024, 1024, 64\) in x, y, z"),
+        (dict(block=(0, 1, 1)), "threads in a CTA"),
+        (dict(block=(2, 64, 1), directives=".reqntid 64, 2, 1"), r"the kernel requires \(64, 2, 1\)"),
+        (dict(block=(129, 1, 1), directives=".maxntid 128"), "the kernel allows 128"),
+        (dict(grid=(17, 1, 1), cluster=(17, 1, 1)), "at most 16"),
+        (dict(grid=(6, 1, 1), cluster=(4, 1, 1)), r"do not divide the grid \(6, 1, 1\)"),
+        (dict(grid=(5, 1, 1), directives=".reqnctapercluster 2, 1, 1"), "do not divide the grid"),
+        (dict(grid=(4, 1, 1), cluster=(4, 1, 1), directives=".reqnctapercluster 2, 1, 1"), r"requires \(2, 1, 1\)"),
+        (dict(grid=(2, 1, 1), cluster=(2, 1, 1), arch="sm_80", target="sm_80"), "clusters exist from sm_90 on"),
+        (dict(smem=232449), r"0 \+ 232449 bytes of shared memory, a CTA of sm_90 has 232448"),
+        (dict(smem=166913, arch="sm_80", target="sm_80"), "a CTA of sm_80 has 166912"),
+        (dict(smem=101377, arch="sm_89", target="sm_80"), "a CTA of sm_89 has 101376"),
+    ],
+)
+def test_launches_that_the_device_refuses(geometry, message):
+    with pytest.raises(SimError, match=message):
+        launch(**geometry)
