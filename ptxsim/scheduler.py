@@ -78,6 +78,7 @@ class SchedulerMixin:
                     pass
                 self.bulk_drain()
                 self.check_warpgroups()
+                self.check_tensor_memory()
             except SimError as error:
                 raise error.located(self.line, self.ptx_line(self.line), self.group_text()) from None
             except (IndexError, ValueError, OverflowError) as error:
@@ -375,7 +376,8 @@ class SchedulerMixin:
     def _deadlock(self, reason):
         describe = {"mbarrier.try_wait": self.describe_mbarrier_wait, "bar.sync": self.describe_bar_wait,
                     "bar.red": self.describe_bar_wait, "barrier.cluster.wait": self.describe_cluster_wait,
-                    "setmaxnreg": self.describe_register_wait}  # fmt: skip
+                    "setmaxnreg": self.describe_register_wait,
+                    "tcgen05.alloc": self.describe_tensor_memory_wait}  # fmt: skip
         report = [f"{reason}; {len(self.blocked)} waiting groups, {len(self.groups)} running:"]
         for b in self.blocked:
             line = self.prog.blocks[b.blk].line

@@ -24,7 +24,11 @@ def dealloc(gen, args, mods):
     gen.emit(f"X.tmem_dealloc(w, {gen.read(args[0], 'u4')}, {gen.read(args[1], 'u4')})")
 
 
-@form("tcgen05.relinquish_alloc_permit.{group}.sync.aligned", writes=False, group=_GROUP)
+@form("tcgen05.relinquish_alloc_permit.{group}.sync.aligned", writes=False, effect=True, group=_GROUP)
+def relinquish(gen, args, mods):
+    gen.emit("X.tmem_relinquish(w)")
+
+
 @form("tcgen05.fence::{side}", writes=False, side="before_thread_sync|after_thread_sync")
 @form("tcgen05.wait::{what}.sync.aligned", writes=False, what="ld|st")
 def ordering(gen, args, mods):

@@ -85,6 +85,24 @@ def test_too_many_arrivals():
     assert "mbarrier.arrive.shared.b64" in caught.value.text
 
 
+def test_arrival_counts_at_their_limits():
+    """2^20 - 1 arrivals a phase, all at once."""
+    body = "@%p10 mbarrier.init.shared.b64 [%r50], {}; bar.sync 0; @%p10 mbarrier.arrive.shared.b64 _, [%r50], {};"
+    threads_run(body.format(1048575, 1048575) + wait())
+    with pytest.raises(SyncError, match=r"mbarrier count 1048576 is not in 1\.\.1048575"):
+        threads_run(body.format(1048576, 1))
+    with pytest.raises(SyncError, match=r"arrive of 0 to 0 at an mbarrier: not in 1\.\.1048575"):
+        threads_run(body.format(1, 0))
+
+
+def test_transaction_count_at_its_limits():
+    """2^20 - 1 bytes are expected and come."""
+    body = """@%p10 mbarrier.init.shared.b64 [%r50], 1; bar.sync 0; mov.u32 %r9, 1048575;
+    @%p10 mbarrier.arrive.expect_tx.shared.b64 _, [%r50], %r9;
+    @%p10 mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%r50], 1048575;"""
+    threads_run(body + wait())
+
+
 def test_transaction_overflow():
     body = "@%p10 mbarrier.init.shared.b64 [%r50], 2; bar.sync 0; mov.u32 %r9, 1048575;"
     with pytest.raises(SyncError, match=r"tx-count .* overflows"):
@@ -183,6 +201,8 @@ def test_named_barrier_deadlock_and_misuse():
         threads_run("bar.sync 16, 64;")
     with pytest.raises(SyncError, match="48 is not a positive multiple of 32"):
         threads_run("bar.sync 1, 48;")
+    with pytest.raises(SyncError, match=r"bar\.arrive without a thread count"):
+        threads_run("bar.arrive 1;")
     with pytest.raises(SyncError, match="different thread counts"):
         threads_run("shr.u32 %r1, %t, 5; mad.lo.u32 %r1, %r1, 32, 64; bar.sync 1, %r1;")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptxsim.errors import Deadlock, MemoryFault, PtxError
+from ptxsim.errors import Deadlock, MemoryFault, PtxError, SyncError
 from tests.ptxsim.test_matrix import SIZE, elements
 from tests.ptxsim.test_wgmma import place
 from tests.testing.ptx import run
@@ -172,12 +172,42 @@ def test_columns_and_lanes_that_are_not_allowed():
         tensor_run("tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r1}, [%r55];", [], [np.zeros(1)])
     with pytest.raises(PtxError, match="48 columns, not a power of two"):
         tensor_run("", [], [np.zeros(1)], columns=48)
-    with pytest.raises(Deadlock, match=r"tcgen05\.alloc"):
-        tensor_run(
-            "@!%p9 bra A; bra B; A: tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r53], 512; B:",
-            [],
-            [np.zeros(1)],
-        )
+
+
+def one_warp(body):
+    """A warp that holds its permit to allocate: 256 columns from 0 first."""
+    alloc = "mov.u32 %r53, base; tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r53], 256;"
+    run(alloc + body, [], [np.zeros(1)], declarations=SHARED, target="sm_100a")
+
+
+REST = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r53], {};"
+GIVE = "tcgen05.dealloc.cta_group::1.sync.aligned.b32 {}, {};"
+
+
+def test_capacity_of_tensor_memory():
+    one_warp(REST.format(256) + GIVE.format(0, 256) + GIVE.format(256, 256))
+    one_warp(GIVE.format(0, 256) + REST.format(512) + GIVE.format(0, 512))
+    with pytest.raises(Deadlock) as caught:
+        one_warp(REST.format(512))
+    assert "512 of the 512 columns of cta(0,0,0); allocated: 256 from column 0 (PTX line" in str(caught.value)
+    assert caught.value.text.endswith("[%r53], 512;")
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        ("", SyncError, "ends without tcgen05.dealloc of the 256 columns from 0 of cta"),
+        (GIVE.format(0, 128), MemoryFault, "dealloc of 128 columns from 0 .* not what a tcgen05.alloc gave"),
+        (GIVE.format(128, 128), MemoryFault, "dealloc of 128 columns from 128"),
+        (GIVE.format(0, 256) * 2, MemoryFault, "columns 0 to 255 of cta.* are not allocated"),
+        ("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" + REST.format(32), SyncError,
+         "alloc after tcgen05.relinquish_alloc_permit"),
+        (GIVE.format(0, 256).replace("::1", "::2"), PtxError, "with cta_group::1 and with cta_group::2"),
+    ],
+)  # fmt: skip
+def test_allocations_that_are_wrong(body, error, message):
+    with pytest.raises(error, match=message):
+        one_warp(body)
 
 
 REFUSED = [
