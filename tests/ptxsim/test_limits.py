@@ -62,6 +62,21 @@ def test_exited_warps_do_not_fill_the_pool():
         threads_run(body, threads=256, registers=168)
 
 
+def test_part_of_a_warpgroup():
+    with pytest.raises(SyncError, match=r"some of the warps of warpgroup 1 of cta\(1,0,0\)"):
+        body = "setp.lt.u32 %p1, %t, 128; @%p1 exit; setp.eq.u32 %p1, %c, 0; @%p1 exit;"
+        threads_run(body + "setmaxnreg.dec.sync.aligned.u32 40;", threads=160, grid=2, registers=168)
+
+
+def test_one_setmaxnreg_in_several_branches():
+    """Each warp of a warpgroup may have its own copy of the instruction, with the same count."""
+    body = """setp.lt.u32 %p1, %t, 64; @%p1 bra A; setmaxnreg.dec.sync.aligned.u32 {}; bra END;
+    A: setmaxnreg.dec.sync.aligned.u32 48; END:"""
+    threads_run(body.format(48), registers=168)
+    with pytest.raises(SyncError, match="some of the warps of warpgroup 0"):
+        threads_run(body.format(56), registers=168)
+
+
 @pytest.mark.parametrize(
     ("instruction", "message"),
     [
