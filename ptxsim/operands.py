@@ -21,6 +21,22 @@ def swizzle(address, span):
     return address ^ ((address >> 3) & mask)
 
 
+def _checked_layout(what, d, span):
+    """(start, leading offset, stride offset, span); PtxError unless the swizzle's pattern begins where it repeats.
+
+    The base offset of a descriptor has to be bits 7 and up of the start, as many as the pattern has (1024, 512 or 256
+    bytes for spans of 128, 64 and 32): 0 means that the operand begins with the first line of a pattern.
+    """
+    start = (d & 0x3FFF) << 4
+    repeats = 8 * span
+    if span and start % repeats >= 128:
+        raise PtxError(
+            f"{what} descriptor 0x{d:x}: the start 0x{start:x} lies in line {start % repeats // 128} of a {span}-byte "
+            f"swizzle pattern, which repeats every {repeats} bytes; that takes a base offset"
+        )
+    return start, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4, span
+
+
 def wgmma_descriptor(descriptor):
     """(start, leading offset, stride offset, swizzle span) in bytes of a wgmma matrix descriptor."""
     d = int(descriptor)
@@ -28,7 +44,7 @@ def wgmma_descriptor(descriptor):
         raise PtxError(f"wgmma descriptor 0x{d:x}: a base offset is not simulated")
     if d >> 14 & 3 or d >> 30 & 3 or d >> 46 & 7 or d >> 52 & 0x3FF:
         raise PtxError(f"wgmma descriptor 0x{d:x} has bits set that mean nothing")
-    return (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4, _WGMMA_SPAN[d >> 62 & 3]
+    return _checked_layout("wgmma", d, _WGMMA_SPAN[d >> 62 & 3])
 
 
 def tcgen05_descriptor(descriptor):
@@ -38,7 +54,7 @@ def tcgen05_descriptor(descriptor):
         raise PtxError(f"tcgen05 descriptor 0x{d:x}: base offsets, relative leading offsets and 128-byte swizzles "
                        f"of 32-byte "
                        "atoms are not simulated")  # fmt: skip
-    return (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4, _TCGEN05_SPAN[d >> 61 & 7]
+    return _checked_layout("tcgen05", d, _TCGEN05_SPAN[d >> 61 & 7])
 
 
 def operand_addresses(start, leading, stride, span, mn_major, row, k, element_bytes):

@@ -97,6 +97,8 @@ def warpgroup_mma(gen, args, mods):
     transposition of A (descriptor form) and B (16-bit types)."""
     if mods.d not in _WGMMA_RESULTS[mods.a] or int(mods.k) != _WGMMA_K[mods.a] or not _same_family(mods.a, mods.b):
         raise PtxError(f"wgmma k{mods.k} of {mods.a} and {mods.b} to {mods.d} is not simulated")
+    if mods.d == "s32" and int(mods.n) > 24 and int(mods.n) % 16:
+        raise PtxError(f"wgmma m64n{mods.n} of integers: beyond 24, n is a multiple of 16")
     accumulators, from_registers = args[0], isinstance(args[1], list)
     expected = int(mods.n) // (4 if mods.d == "f16" else 2)
     if len(accumulators) != expected:

@@ -390,6 +390,60 @@ def test_tensor_mistakes():
         tma.encode(6, 2, 0, (16, 16), (32,), (16, 16), (2, 1), 0, 0, 0)
 
 
+GOOD_MAP = dict(dtype=6, rank=2, address=1 << 20, extents=(64, 64), strides=(128,), box=(64, 256),
+                element_strides=(1, 1), interleave=0, swizzle_mode=3, fill=0)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(strides=((1 << 40) - 16,)),
+        dict(extents=(1 << 32, 1)),
+        dict(box=(32, 8), swizzle_mode=2),
+        dict(box=(256, 1), swizzle_mode=0),
+        dict(rank=1, extents=(64,), strides=(), box=(16,), element_strides=(1,), swizzle_mode=1),
+    ],
+)
+def test_tensor_maps_within_the_limits(change):
+    options = GOOD_MAP | change
+    found = tma.decode(tma.encode(**options))
+    assert (found.address, found.extents, found.strides, found.box) == tuple(
+        options[name] for name in ("address", "extents", "strides", "box")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(address=(1 << 20) + 8), "the address 0x100008 is not a multiple of 16"),
+        (dict(strides=(136,)), "the stride of 136 bytes of dimension 1 is not a multiple of 16"),
+        (dict(strides=(1 << 40,)), "below 2"),
+        (dict(extents=(0, 64)), "0 elements in dimension 0, not in 1"),
+        (dict(extents=(64, (1 << 32) + 1)), "elements in dimension 1, not in 1"),
+        (dict(box=(64, 257)), "a box of 257 elements in dimension 1"),
+        (dict(box=(0, 16)), "a box of 0 elements in dimension 0"),
+        (dict(box=(60, 16)), "a box row of 120 bytes is not a multiple of 16"),
+        (dict(box=(72, 16)), "a box row of 144 bytes exceeds the swizzle of 128"),
+        (dict(box=(64, 16), swizzle_mode=2), "a box row of 128 bytes exceeds the swizzle of 64"),
+        (dict(rank=6), "rank 6, not in 1"),
+    ],
+)
+def test_tensor_maps_beyond_the_limits(change, message):
+    with pytest.raises(PtxError, match=message):
+        tma.encode(**(GOOD_MAP | change))
+
+
+def test_descriptors_that_the_host_code_wrote_itself():
+    """The same rules where no cuTensorMapEncodeTiled sees the numbers: an address off by 8, a box row of 120 bytes."""
+    raw = bytearray(tma.encode(**GOOD_MAP))
+    with pytest.raises(PtxError, match="0x100008 is not a multiple of 16"):
+        tma.decode(bytes([8]) + bytes(raw[1:]))
+    raw[55] = 59
+    with pytest.raises(PtxError, match="120 bytes is not a multiple of 16"):
+        tma.decode(bytes(raw))
+
+
 def test_store_of_an_unwritten_box():
     """Only the part of the box that lies inside of the tensor has to be written."""
     target = aligned(np.zeros((16, 16), np.uint16))

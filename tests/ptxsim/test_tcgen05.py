@@ -155,6 +155,8 @@ def test_accumulation_signs_and_layouts():
         ("and.b32 %r61, %r61, 0xffffffcf;", "only single-precision accumulators"),
         ("or.b32 %r61, %r61, 0x200;", "only single-precision accumulators and the types"),
         ("or.b64 %rd4, %rd4, 0x10000000000000;", "tcgen05 descriptor"),
+        ("add.s64 %rd4, %rd4, 8;", "lies in line 1 of a 32-byte swizzle pattern"),
+        ("and.b32 %r61, %r61, 0xff81ffff; or.b32 %r61, %r61, 0x20000;", "mma of 128 x 8 by 1 CTAs"),
     ],
 )
 def test_descriptors_that_are_refused(mutate, message):

@@ -214,12 +214,35 @@ def test_wait_that_leaves_a_group_pending():
     [
         ("or.b64 %rd4, %rd4, 0x2000000000000;", "base offset"),
         ("or.b64 %rd4, %rd4, 0x4000;", "bits set that mean nothing"),
+        (
+            "add.s64 %rd4, %rd4, 8;",
+            r"the start 0x2480 lies in line 1 of a 128-byte swizzle pattern, which repeats every 1024",
+        ),
+        ("add.s64 %rd3, %rd3, 56;", r"lies in line 7 of a 128-byte swizzle pattern"),
     ],
 )
 def test_bad_descriptors(change, message):
     with pytest.raises(PtxError, match=message) as caught:
         product(16, 16, "f32", "f16", "f16", before=change)
     assert "wgmma.mma_async" in caught.value.text
+
+
+@pytest.mark.parametrize(("span", "repeats"), [(32, 256), (64, 512)])
+def test_starts_of_shorter_patterns(span, repeats):
+    """A pattern begins every 256 or 512 bytes; between them a base offset would be needed."""
+    with pytest.raises(PtxError, match=f"line 1 of a {span}-byte swizzle pattern, which repeats every {repeats}"):
+        product(16, 16, "f32", "f16", "f16", spans=(span, span), before="add.s64 %rd4, %rd4, 8;")
+    product(16, 16, "f32", "f16", "f16", spans=(span, span), before=f"add.s64 %rd4, %rd4, {repeats // 16};")
+
+
+def test_shapes_of_integers():
+    """m64n40 exists for floats and not for integers."""
+    got, exact = product(40, 16, "f32", "f16", "f16")
+    np.testing.assert_allclose(got, exact + 1, rtol=1e-6, atol=1e-6)
+    with pytest.raises(PtxError, match="m64n40 of integers"):
+        product(40, 32, "s32", "s8", "s8")
+    got, exact = product(48, 32, "s32", "s8", "s8")
+    np.testing.assert_array_equal(got, exact + 3)
 
 
 def test_unwritten_operand():
