@@ -14,7 +14,7 @@ import torch
 import cute_fa
 from ptxsim import runtime
 from ptxsim.cubin import register_counts
-from ptxsim.errors import Deadlock, SimError, SyncError
+from ptxsim.errors import Deadlock, MemoryFault, SimError, SyncError
 from tests.testing.copy_kernel import compile_scale
 from tests.testing.ptx import kernel_text, run
 
@@ -172,3 +172,49 @@ def test_launches_within_the_limits(geometry):
 def test_launches_that_the_device_refuses(geometry, message):
     with pytest.raises(SimError, match=message):
         launch(**geometry)
+
+
+# ---- offsets -------------------------------------------------------------------------------------------------------
+
+WIDEN = "mul.wide.{} %rd1, %r1, 4; add.s64 %rd2, %out0, %rd1; st.global.u32 [%rd2], %t;"
+# 65536 * 65536 + tid is tid in 32 bits: the store goes to legal memory
+PRODUCTS = {
+    "mad": "mov.u32 %r2, {}; mad.lo.s32 %r1, %r2, 65536, %t;",
+    "mul": "mov.u32 %r2, {}; mul.lo.s32 %r3, %r2, 65536; add.s32 %r1, %r3, %t;",
+    "shl": "mov.u32 %r2, {}; shl.b32 %r3, %r2, 16; add.s32 %r1, %t, %r3;",
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("widening", ["s32", "u32"])
+def test_offsets_that_overflow(product, widening):
+    body = PRODUCTS[product] + WIDEN.format(widening)
+    np.testing.assert_array_equal(threads_run(body.format(0), threads=32), np.arange(32))
+    with pytest.raises(
+        MemoryFault, match=r"32-bit offset into global memory overflows: 65536 (\* 65536|<< 16)"
+    ) as caught:
+        threads_run(body.format(65536), threads=32)
+    assert PRODUCTS[product].split(";")[1].split()[0] in caught.value.text
+    assert "lane 0" in caught.value.where
+
+
+def test_offsets_with_and_without_a_sign():
+    """-1 * 4 fits int32; 3 * 10^9 fits uint32, and overflows only where it is widened as a signed number."""
+    body = "sub.u32 %r2, %t, 1; mul.lo.s32 %r3, %r2, 1; add.s32 %r1, %r3, 1;" + WIDEN.format("s32")
+    np.testing.assert_array_equal(threads_run(body, threads=32), np.arange(32))
+    body = "mov.u32 %r2, 3; mul.lo.s32 %r3, %r2, 1000000000; sub.u32 %r4, %r3, 3000000000; add.u32 %r1, %r4, %t;"
+    small = body.replace("1000000000", "10000000").replace("3000000000", "30000000")
+    for widening in ("s32", "u32"):
+        np.testing.assert_array_equal(threads_run(small + WIDEN.format(widening), threads=32), np.arange(32))
+    body = "mov.u32 %r2, 300; mul.lo.s32 %r3, %r2, 10000000; sub.u32 %r4, %r3, 3000000000; add.u32 %r1, %r4, %t;"
+    np.testing.assert_array_equal(threads_run(body + WIDEN.format("u32"), threads=32), np.arange(32))
+    with pytest.raises(MemoryFault, match=r"300 \* 10000000 = 3000000000"):
+        threads_run(body + WIDEN.format("s32"), threads=32)
+
+
+def test_lanes_that_are_not_there_and_numbers_that_are_no_offsets():
+    """A guarded product counts in the lanes of its guard; a hash that wraps, and is masked, is no offset."""
+    body = "setp.ge.u32 %p1, %t, 32; mov.u32 %r1, %t; @%p1 mul.lo.s32 %r1, %t, 16777216;" + WIDEN.format("s32")
+    np.testing.assert_array_equal(threads_run(body, threads=32), np.arange(32))
+    body = "mul.lo.s32 %r2, %t, 16777213; and.b32 %r3, %r2, 0; add.s32 %r1, %r3, %t;" + WIDEN.format("s32")
+    np.testing.assert_array_equal(threads_run(body, threads=1024), np.arange(1024))
