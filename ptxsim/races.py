@@ -254,16 +254,16 @@ class Detector:
         """
         m = self.machine
         quarter = m.warp_in_cta[w] & 3
-        leaders = w - m.nctas * quarter
         descriptors = full_width(descriptors, len(w))[:, 0]
-        if parts == 1:  # one warp of each warpgroup speaks for all
-            leaders, at = np.unique(leaders, return_index=True)
-            w, descriptors, quarter = w[at], descriptors[at], np.zeros_like(at)
-        stamps, slots = self.clocks.async_stamps(WGMMA, w), self.shared.slots(WGMMA, leaders)
+        stamps, slots = self.clocks.async_stamps(WGMMA, w), self.shared.slots(WGMMA, w - m.nctas * quarter)
         for descriptor in np.unique(descriptors).tolist():
             rows = np.flatnonzero(descriptors == descriptor)
-            chunks = chunks_of(descriptor)[quarter[rows]] * 16 + (m.cta_of[w[rows]] * m.smem_stride)[:, None]
+            part = quarter[rows] if parts == 4 else np.zeros_like(rows)
+            chunks = chunks_of(descriptor)[part] * 16 + (m.cta_of[w[rows]] * m.smem_stride)[:, None]
             self._check_visible(w[rows][:, None], chunks, 16)
+            if parts == 1:  # the warps of a warpgroup are one reader
+                _, one = np.unique(slots[rows] + len(self.shared.readers) * m.cta_of[w[rows]], return_index=True)
+                rows, chunks = rows[one], chunks[one]
             self.shared.note_read(chunks, 16, slots[rows][:, None], stamps[rows][:, None])
 
     def tensor_core(self, warp, cta, chunks):

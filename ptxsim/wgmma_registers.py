@@ -146,13 +146,13 @@ class _Analysis:
     def _mma(self, i, state, report):
         accumulators, a = self.operands[id(i)]
         if report:
+            if state.unfenced:
+                self._error(i, "no wgmma.fence before the first wgmma", i.line)
             for r in sorted(accumulators | a):
                 if r in state.touched:
                     self._error(i, f"no wgmma.fence between an access to {r} and this wgmma", state.touched[r])
                 if r in a and state.flying.get(r, (0, 0, False))[2]:
                     self._error(i, f"A is read from {r} before wgmma.wait_group for its result", state.flying[r][1])
-            if state.unfenced:
-                self._error(i, "no wgmma.fence before the first wgmma", i.line)
         for r in a:
             state.flying[r] = 0, i.line, False
         for r in accumulators:

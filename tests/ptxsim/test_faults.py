@@ -1,13 +1,14 @@
 """Planted faults: one damaged synchronisation in FlashAttention-4's forward must be noticed, by an error, a deadlock or
-a wrong result. Which sites are needed by the kernel, and so count, is ruled in ``tests.testing.faults``."""
+a wrong result; with the race detector by an error that names it, in the default schedule. Which sites are needed by the
+kernel, and so count, is ruled in ``tests.testing.faults`` and ``fence_faults``."""
 
 import pytest
 
 from tests.testing.peers import run_once
 
-# (late, schedule seed). Late copies show missing waits for copies; seeds without late show what late MMAs would hide:
-# operands that are read before their copy has even been issued. Some faults need the right order of the warps.
-MODES = [(True, None), (True, 1), (False, 1), *((True, seed) for seed in range(2, 9))]
+# (late, schedule seed, race). Late copies show missing waits for copies; seeds without late show what late MMAs would
+# hide: operands that are read before their copy has even been issued. Some faults need the right order of the warps.
+MODES = [(True, None, False), (True, 1, False), (False, 1, False), *((True, seed, False) for seed in range(2, 9))]
 KINDS = {
     "sm_80": ["no cp.async wait", "no bar.sync", "no barrier before the output"],
     "sm_90a": [
@@ -20,6 +21,25 @@ KINDS = {
         "no wgmma wait",
         "no barrier before the output",
     ],
+}
+# What the race detector calls a fault. A damaged phase may end in a deadlock before anything is read.
+RACES = {
+    "sm_80": {
+        "no cp.async wait": {"RaceError"},
+        "no bar.sync": {"RaceError"},
+        "no barrier before the output": {"RaceError"},
+    },
+    "sm_90a": {
+        "no wait": {"RaceError", "Deadlock"},
+        "wrong phase": {"RaceError", "Deadlock"},
+        "no producer wait": {"RaceError"},
+        "no wgmma wait": {"WgmmaError"},
+        "no barrier before the output": {"RaceError", "Deadlock"},  # without the bar.arrive the bar.sync never ends
+        "no proxy fence": {"ProxyError"},
+        "no wgmma fence": {"WgmmaError"},
+        "no init fence": {"BarrierInitError"},
+        "no barrier after the initialisation": {"BarrierInitError"},
+    },
 }
 # One tile of queries and enough blocks of keys that the stages are used again: short runs, every loop entered.
 PROBLEM = {
@@ -64,3 +84,32 @@ def test_fault_is_noticed(results, arch, kind):
     assert faults
     missed = [name for name, seen in faults.items() if not isinstance(seen[-1], str) and seen[-1] < 0.02]
     assert not missed
+
+
+@pytest.fixture(scope="session")
+def races(tmp_path_factory):
+    def of(arch):
+        options = {"modes": [(False, None, True)], "kinds": list(RACES[arch]), "per_kind": SITES_PER_KIND, "seed": 2}
+        jobs = [{"job": "faults", **options, **COMMON, **PROBLEM[arch]}]
+        (result,) = run_once(tmp_path_factory, "races", arch, jobs)
+        assert "raised" not in result, result["raised"]
+        return result
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [
+        pytest.param(arch, kind, marks=pytest.mark.xdist_group(f"races-{arch}"))
+        for arch, kinds in RACES.items()
+        for kind in kinds
+    ],
+)
+def test_fault_is_named(races, arch, kind):
+    """In the default schedule, which hides most of them."""
+    result = races(arch)
+    assert max(result["baseline"]) < 0.02
+    found = {name: seen[-1] for name, seen in result["faults"].items() if name.startswith(kind + " at")}
+    assert found
+    assert set(found.values()) <= RACES[arch][kind], found

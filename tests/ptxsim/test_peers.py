@@ -1,15 +1,23 @@
 """Third-party kernels, unmodified, through the simulator: FlashAttention-4's forward and quack's softmax.
 
 They are right on hardware, so a wrong number here is the simulator's fault. Every case runs in the default schedule, in
-an adversarial one, and with asynchronous work as late as legal, in both orders.
+an adversarial one, and with asynchronous work as late as legal, in both orders; and with the race detector, which has
+nothing to report.
 """
 
 import pytest
 
 from tests.testing.peers import run_once
 
-# (late, schedule seed)
-MODES = [(False, None), (False, 5), (True, None), (True, 1)]
+# (late, schedule seed, race)
+MODES = [
+    (False, None, False),
+    (False, 5, False),
+    (True, None, False),
+    (True, 1, False),
+    (False, None, True),
+    (False, 5, True),
+]
 # batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, causal, dtype
 ATTENTION = {
     "d64-causal-fp16": (2, 200, 200, 2, 2, 64, True, "float16"),

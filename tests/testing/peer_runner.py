@@ -12,6 +12,7 @@ import time
 import ptxsim
 from ptxsim import runtime
 from tests.testing.faults import plan
+from tests.testing.fence_faults import plan_fences
 
 
 def reference(q, k, v, causal):
@@ -53,7 +54,7 @@ class Attention:
 
 
 def attention(arch, modes, **problem):
-    """Errors of FlashAttention-4's forward in each mode (late, seed)."""
+    """Errors of FlashAttention-4's forward in each mode (late, seed, race)."""
     case = Attention(arch, **problem)
     return {"errors": [_in_mode(mode, case.run) for mode in modes]}
 
@@ -80,7 +81,7 @@ def faults(arch, modes, kinds, per_kind, seed, **problem):
     baseline = [_in_mode(mode, case.run)[0] for mode in modes]
     load_program = runtime.load_program
     ptx = runtime._kernels[max(runtime._kernels)][0]
-    planned = [fault for fault in plan(ptx) if fault.kind in kinds]
+    planned = [fault for fault in [*plan(ptx), *plan_fences(ptx)] if fault.kind in kinds]
     chosen = [fault for kind in kinds for fault in _sample([f for f in planned if f.kind == kind], per_kind, seed)]
     result = {}
     for fault in chosen:
@@ -104,7 +105,7 @@ def _sample(values, count, seed):
 
 def _in_mode(mode, function):
     simulation = ptxsim.current()
-    simulation.late, simulation.schedule_seed = mode
+    simulation.late, simulation.schedule_seed, simulation.race = mode
     return function()
 
 
