@@ -11,12 +11,14 @@ class SimError(Exception):
     """Base class of everything that the simulator raises about a kernel.
 
     ``message`` says what is wrong; ``line`` (1-based) and ``text`` name the PTX instruction; ``where`` names the CTA
-    and the warps. The last three are None where they have no meaning.
+    and the warps. The last three are None where they have no meaning. ``account`` (``account.Account``) tells which
+    roles are where and what they did last; it is None for what no running kernel raised.
     """
 
     def __init__(self, message: str, *, line: int | None = None, text: str | None = None, where: str | None = None):
         super().__init__(message)
         self.message, self.line, self.text, self.where = message, line, text, where
+        self.account = None
 
     def located(self, line: int | None = None, text: str | None = None, where: str | None = None) -> SimError:
         """Fill in what the raiser did not know, and return the error."""
@@ -32,6 +34,8 @@ class SimError(Exception):
             parts.append(f"at PTX line {self.line}: {self.text}")
         if self.where:
             parts.append(f"by {self.where}")
+        if self.account:
+            parts += str(self.account).split("\n")
         return "\n    ".join(parts)
 
 

@@ -373,17 +373,21 @@ class SchedulerMixin:
             self._resume(b, np.ones(len(b.w), bool), failed=True)
         return True
 
-    def _deadlock(self, reason):
+    def describe_wait(self, b):
+        """Lines about what blocked warps wait for."""
         describe = {"mbarrier.try_wait": self.describe_mbarrier_wait, "bar.sync": self.describe_bar_wait,
                     "bar.red": self.describe_bar_wait, "barrier.cluster.wait": self.describe_cluster_wait,
                     "setmaxnreg": self.describe_register_wait,
                     "tcgen05.alloc": self.describe_tensor_memory_wait}  # fmt: skip
+        return describe[b.why](b) if b.why in describe else []
+
+    def _deadlock(self, reason):
         report = [f"{reason}; {len(self.blocked)} waiting groups, {len(self.groups)} running:"]
         for b in self.blocked:
             line = self.prog.blocks[b.blk].line
             report.append(f"  PTX line {line}: {self.ptx_line(line)}")
             report.append(f"      {b.why}: {self.warps_text(b.w)}")
-            report += ["        " + text for text in describe.get(b.why, lambda b: [])(b)]
+            report += ["        " + text for text in self.describe_wait(b)]
         for g in self.groups:
             line = self.prog.blocks[g.blk].line
             report.append(f"  PTX line {line}: {self.ptx_line(line)}\n      running: {self.warps_text(g.w)}")

@@ -1,0 +1,164 @@
+"""A short account of a failure: which role is where and waits on what, and what it did last.
+
+A role is a set of warps of a CTA, named by warpgroup where it is whole ones, that are in the same state; CTAs that look
+the same are told once. Of a deadlock all live warps are told, of any other failure those that the error names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from .errors import Deadlock
+from .locations import source_of
+
+EVENTS = 8  # of each role
+_ROLES = 8
+_WARP = re.compile(r"(cta\(\d+,\d+,\d+\))\.w(\d+)")
+
+
+@dataclass(frozen=True)
+class Role:
+    """Some warps in one state: ``name`` and ``state`` say who and what, ``line`` is the PTX line where they are,
+    ``text`` that line, ``source`` `` (file.py:12)`` or empty; ``events`` are the latest ones of the first warp."""
+
+    name: str
+    state: str
+    line: int
+    text: str
+    source: str
+    events: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Account:
+    """``roles`` of a failure; ``left_out`` is how many more there are."""
+
+    roles: tuple[Role, ...]
+    left_out: int = 0
+
+    def __str__(self) -> str:
+        parts = []
+        for role in self.roles:
+            parts.append(f"{role.name} {role.state}\n    at PTX line {role.line}: {role.text}{role.source}")
+            parts += [f"    {'last: ' if i == 0 else '      '}{event}" for i, event in enumerate(role.events)]
+        if self.left_out:
+            parts.append(f"and {self.left_out} roles more")
+        return "\n".join(parts)
+
+
+def account(machine, error) -> Account:
+    """The account of an error that ended the run of an ``ObservedMachine``."""
+    states = _states(machine) if isinstance(error, Deadlock) else _sides(machine, error)
+    roles = []
+    for (line, state), warps in _grouped(states):
+        text = machine.prog.k.module.text
+        for names, some in _by_cta(machine, warps):
+            roles.append((names, state, line, machine.ptx_line(line), source_of(text, line), some[0]))
+    told = [Role(*role, _timeline(machine, first)) for *role, first in roles[:_ROLES]]
+    return Account(tuple(told), len(roles) - len(told))
+
+
+def _current(machine):
+    return () if machine.current is None else machine.current.w
+
+
+def _sides(machine, error):
+    """(warp, PTX line, what it did) of the warps that an error names, as its own and as the other side of a race; if
+    it names none, of one that ran."""
+    line = error.line or machine.line
+    mine = _warps_in(machine, error.where or "")
+    found = [(warp, line, "is at the fault") for warp in mine or list(_current(machine)[:1])]
+    if getattr(error, "other", None):
+        line, _, who = error.other
+        found += [(warp, line, "made the earlier access") for warp in _warps_in(machine, who)]
+    return found
+
+
+def _warps_in(machine, text):
+    """The warps of the wave that a text names."""
+    names = {(cta, int(warp)) for cta, warp in _WARP.findall(text)}
+    return [w for w in range(machine.nwarps)
+            if (f"cta{machine.cta_name(machine.cta_of[w])}", int(machine.warp_in_cta[w])) in names]  # fmt: skip
+
+
+def _states(machine):
+    """(warp, PTX line, what it does) of every live warp, of parts of a warp each."""
+    found = []
+    for b in machine.blocked:
+        for j, warp in enumerate(b.w.tolist()):
+            event = machine.history.events.get(int(b.info["event"][j]))
+            since = f" since step {event.step}" if event is not None else ""
+            more = machine.state_text(b, j)
+            own = f" of cta{machine.cta_name(machine.cta_of[warp])}"
+            state = _part(b.M, j) + machine.wait_text(b, j) + since + (f": {more.replace(own, '')}" if more else "")
+            found.append((warp, machine.prog.blocks[b.blk].line, state))
+    seen = {warp for warp, *_ in found} | {int(warp) for g in machine.groups for warp in g.w}
+    found += [(warp, machine.line, "runs") for warp in map(int, _current(machine))
+              if warp not in seen and machine.alive[warp].any()]  # fmt: skip
+    for g in machine.groups:
+        for j, warp in enumerate(g.w.tolist()):
+            state = "waits for the other lanes of the warp" if g.held else "runs"
+            found.append((warp, machine.prog.blocks[g.blk].line, _part(g.M, j) + state))
+    return found
+
+
+def _part(M, j):
+    """Lanes of a part of a warp, as an opening of what is said about it."""
+    if M is None or M[j].all():
+        return ""
+    return f"(lanes 0x{sum(1 << int(lane) for lane in np.flatnonzero(M[j])):08x}) "
+
+
+def _grouped(states):
+    """((line, state), sorted warps) of equal states, in the order of their first warps."""
+    warps = {}
+    for warp, line, state in sorted(states):
+        mine = warps.setdefault((line, state), [])
+        if warp not in mine[-1:]:
+            mine.append(warp)
+    return warps.items()
+
+
+def _by_cta(machine, warps):
+    """(name, warps) of the CTAs of which the same warps are in a set, told together."""
+    of_cta = {}
+    for warp in warps:
+        of_cta.setdefault(int(machine.cta_of[warp]), []).append(warp)
+    alike = {}
+    for cta, mine in of_cta.items():
+        alike.setdefault(tuple(machine.warp_in_cta[mine].tolist()), []).append((cta, mine))
+    for numbers, found in alike.items():
+        others = len(found) - 1
+        more = f" and {others} other CTA{'s' if others > 1 else ''}" if others else ""
+        name = f"{role_name(numbers)} of cta{machine.cta_name(found[0][0])}{more}"
+        yield name, found[0][1]
+
+
+def _ranges(numbers):
+    """Sorted numbers as text: 0-3, 5."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def role_name(numbers) -> str:
+    """Name of a set of warps of a CTA, given by their sorted numbers."""
+    warps = f"warp{'s' if len(numbers) > 1 else ''} {_ranges(numbers)}"
+    groups = sorted({n // 4 for n in numbers})
+    if len(numbers) != 4 * len(groups):
+        return warps
+    return f"warpgroup{'s' if len(groups) > 1 else ''} {_ranges(groups)} ({warps})"
+
+
+def _timeline(machine, warp):
+    text = machine.prog.k.module.text
+    lines = []
+    for event in machine.history.of(warp)[-EVENTS:]:
+        j = int(np.searchsorted(event.w, warp))
+        until = "" if event.until is None else (
+            f", until step {event.until[j]}" if event.until[j] >= 0 else ", and has not gone on")  # fmt: skip
+        lines.append(f"step {event.step}, PTX line {event.line}{source_of(text, event.line)}: {event.text(j)}{until}")
+    return tuple(lines)
