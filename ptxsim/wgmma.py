@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .accumulate import limited_sum
 from .clocks import WGMMA
 from .errors import SyncError
 from .matrices import a_fragment, pack_f16
@@ -232,15 +233,22 @@ class WgmmaMixin:
             left = np.stack(a_tiles).reshape(len(a_tiles), 4, 16, K)[a_tile_of, quarter]
         if spec.negate:
             left = -left
+        limited = self.fp8_bits is not None and spec.a_type in ("e4m3", "e5m2")
+        use = full_width(scale_d, n)
+        start = self._accumulator_rows(spec, c, use) if limited else None
         product = np.empty((n, 16, N), _f4)
         for t, tile in enumerate(tiles):
             rows = slice(None) if len(tiles) == 1 else np.flatnonzero(tile_of == t)
             mine = left[rows]
-            product[rows] = (mine.reshape(-1, K) @ tile.T).reshape(len(mine), 16, N)
+            if limited:
+                product[rows] = limited_sum(mine, tile, start[rows], self.fp8_bits)
+            else:
+                product[rows] = (mine.reshape(-1, K) @ tile.T).reshape(len(mine), 16, N)
         # to (block of N, row half, e), warp, (row, t)
         product = product.reshape(n, 2, 8, N // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
         product = np.ascontiguousarray(product).reshape(N // 2, n, 32)
-        use = full_width(scale_d, n)
+        if limited:  # the accumulators are in it
+            use = np.zeros_like(use)
         if spec.result == "f16":
             accumulator = np.stack([full_width(x, n) for x in c])
             low = product[0::2] + np.where(use, f16_to_f32(accumulator & _u4(0xFFFF)), _f4(0))
@@ -254,6 +262,18 @@ class WgmmaMixin:
                 accumulator = full_width(x, n).view(kind)
                 product[j] += accumulator if everywhere else np.where(use, accumulator, kind(0))
         return product.view(_u4)
+
+    def _accumulator_rows(self, spec, c, use):
+        """The accumulator as float32 [n, 16, N], from its registers; zero where it is not used."""
+        n, N = len(use), spec.n
+        words = np.stack([full_width(x, n) for x in c])
+        if spec.result == "f16":
+            values = np.stack([f16_to_f32(words & _u4(0xFFFF)), f16_to_f32(words >> _u4(16))], 1)
+        else:
+            values = words.view(_f4)
+        values = np.where(use, values.reshape(N // 2, n, 32), _f4(0))
+        # from (block of N, row half, e), warp, (row, t)
+        return values.reshape(N // 8, 2, 2, n, 8, 4).transpose(3, 1, 4, 0, 5, 2).reshape(n, 16, N)
 
     def _tiles(self, w, descriptors, mn_major, rows, depth, element):
         """Distinct operand tiles of the warps, and the number of each warp's tile."""

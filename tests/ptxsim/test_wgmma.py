@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
+from ptxsim.accumulate import limited_sum
 from ptxsim.errors import PtxError, SyncError, UninitializedRead
 from tests.ptxsim.test_matrix import SIZE, a_registers, elements
 from tests.testing.ptx import run
@@ -92,8 +96,9 @@ def kernel(
 
 
 def product(
-    n, k, result, a_kind, b_kind, spans=(128, 128), mn=(0, 0), from_registers=False, late=False, seed=None, **options
-):
+    n, k, result, a_kind, b_kind, spans=(128, 128), mn=(0, 0), from_registers=False, late=False, seed=None,
+    fp8_bits=None, **options
+):  # fmt: skip
     rng = np.random.default_rng(11)
     a, a_values = elements(rng, (64, k), a_kind)
     b, b_values = elements(rng, (n, k), b_kind)
@@ -114,6 +119,7 @@ def product(
         declarations=SHARED,
         late=late,
         seed=seed,
+        fp8_bits=fp8_bits,
     )
     got = np.zeros((64, n), np.float32)
     values = out.view({"f32": np.float32, "f16": np.float16, "s32": np.int32}[result]).reshape(4, 8, 4, n // 8, 2, 2)
@@ -191,6 +197,77 @@ def test_accumulators_read_early():
     np.testing.assert_allclose(got, exact + 1, rtol=1e-6, atol=1e-6)
     got, _ = product(16, 16, "f32", "f16", "f16", wait=early, late=True)
     assert np.isnan(got[:, [0, 2, 4, 6]][:8]).all()
+
+
+# ---- sums of fp8 products with few bits ------------------------------------------------------------------------------
+
+
+def cut(value, unit):
+    """A fraction rounded towards zero to a multiple of ``unit``."""
+    return int(value / unit) * unit  # int() of a fraction goes towards zero
+
+
+def exponent(value):
+    """floor(log2 |value|) of a fraction."""
+    return math.frexp(float(value))[1] - 1
+
+
+def sum_of_few_bits(terms, bits):
+    """The sum by exact fractions: terms cut to ``bits`` below the largest one, the sum cut to ``bits`` of its own."""
+    terms = [Fraction(float(x)) for x in terms if x]
+    if not terms:
+        return 0.0
+    unit = Fraction(2) ** (max(map(exponent, terms)) - bits + 1)
+    total = sum(cut(x, unit) for x in terms)
+    return float(cut(total, Fraction(2) ** (exponent(total) - bits + 1))) if total else 0.0
+
+
+def set_accumulators(count, bits):
+    return "".join(f"mov.b32 %f{j}, 0x{bits:08x};" for j in range(count))
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("from_registers", [False, True])
+@pytest.mark.parametrize(("a", "b"), [("e4m3", "e4m3"), ("e5m2", "e4m3")])
+def test_fp8_sums_of_14_bits(a, b, from_registers, late):
+    start = np.float32(1234.567)
+    options = dict(before=set_accumulators(4, int(start.view(np.uint32))), from_registers=from_registers, late=late)
+    rng = np.random.default_rng(11)  # the same elements as in product()
+    _, left = elements(rng, (64, 32), a)
+    _, right = elements(rng, (8, 32), b)
+    full, exact = product(8, 32, "f32", a, b, **options)
+    np.testing.assert_allclose(full, exact + start, rtol=1e-6)
+    for bits in (14, 10):
+        got, _ = product(8, 32, "f32", a, b, fp8_bits=bits, **options)
+        expected = [[sum_of_few_bits([start, *(x * y)], bits) for y in right] for x in left]
+        np.testing.assert_array_equal(got, np.array(expected, np.float32))
+        assert (got != full).mean() > 0.9
+
+
+def test_fp8_sums_to_half_precision_and_without_an_accumulator():
+    got, exact = product(16, 32, "f16", "e4m3", "e4m3", fp8_bits=14)
+    np.testing.assert_allclose(got, exact + starting("f16", 16), rtol=2.0**-10, atol=2.0**-8)
+    got, exact = product(16, 32, "f32", "e4m3", "e4m3", fp8_bits=14, scale_d="0")
+    np.testing.assert_allclose(got, exact, atol=32 * np.abs(exact).max() * 2.0**-13)
+    same, exact = product(16, 16, "f32", "f16", "f16", fp8_bits=14)  # 16-bit operands keep float32
+    np.testing.assert_allclose(same, exact + 1, rtol=1e-6, atol=1e-6)
+
+
+def test_probes_of_the_accumulator():
+    """What SageAttention2 reports of A = B = 0: D with its ten lowest mantissa bits zero. And why long sums lose: 2^14
+    swallows products below 2, however many."""
+    rng = np.random.default_rng(0)
+    zero = np.zeros((1, 16, 32), np.float32)
+    start = rng.standard_normal((1, 16, 8)).astype(np.float32) * 2.0 ** rng.integers(-60, 60, (1, 16, 8)).astype(
+        np.float32
+    )
+    got = limited_sum(zero, zero[0, :8], start, 14)
+    np.testing.assert_array_equal(got.view(np.uint32), start.view(np.uint32) & np.uint32(0xFFFFFC00))
+    half, one = np.full((1, 16, 32), 0.5, np.float32), np.ones((8, 32), np.float32)
+    np.testing.assert_array_equal(limited_sum(half, one, np.full((1, 16, 8), 2.0**14, np.float32), 14), 2.0**14)
+    np.testing.assert_array_equal(limited_sum(half, one, np.full((1, 16, 8), 2.0**14, np.float32), 24), 2.0**14 + 16)
+    infinite = limited_sum(half, one, np.full((1, 16, 8), np.inf, np.float32), 14)
+    np.testing.assert_array_equal(infinite, np.inf)
 
 
 def test_operand_overwritten_before_the_wait():

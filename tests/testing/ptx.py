@@ -56,9 +56,10 @@ def kernel_text(body, inputs, outputs, *, declarations="", target="sm_90a", para
 
 
 def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=b"", seed=None, late=False, legal=(),
-           race=False, waves=1, registers=None):  # fmt: skip
+           race=False, waves=1, registers=None, fp8_bits=None):  # fmt: skip
     """Run the kernel of a PTX text; ``arrays`` are its pointer parameters and the only legal global memory. ``waves``:
-    run the CTAs in so many equal parts, one after the other; ``registers``: those of a thread at launch."""
+    run the CTAs in so many equal parts, one after the other; ``registers``: those of a thread at launch; ``fp8_bits``:
+    see ``ptxsim.simulate``."""
     program = Program(parse_module(text).kernels["kernel"])
     ranges = Ranges()
     for array in (*arrays, *legal):
@@ -72,7 +73,8 @@ def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=
     shape = ((grid, 1, 1), (threads, 1, 1), (cluster, 1, 1))
     races = LaunchHistory(program) if race else None
     for ctas in np.split(np.arange(grid), waves):
-        machine = Machine(program, *shape, smem, params, ctas.tolist(), ranges, seed, late, races, registers)
+        machine = Machine(program, *shape, smem, params, ctas.tolist(), ranges, seed, late, races, registers,
+                          fp8_bits)  # fmt: skip
         ranges.prepare([(params.ctypes.data, params.ctypes.data + params.nbytes)]
                        + [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in machine.local_arrays])  # fmt: skip
         machine.run()
