@@ -62,9 +62,25 @@ def float_to_integer(gen, args, mods):
     gen.write(args[0], f"{gen.fn(float_to_int)}({x}, {target!r}, {mods.rnd!r})", target)
 
 
+def int_to_single(x, mode):
+    """Integers to float32 with directed rounding; the host's long double (x86) holds 64-bit integers exactly."""
+    exact = x.astype(np.longdouble)
+    r = exact.astype(np.float32)
+    wide = r.astype(np.longdouble)
+    if mode == "rz":
+        return np.where(np.abs(wide) > np.abs(exact), np.nextafter(r, np.float32(0)), r)
+    if mode == "rm":
+        return np.where(wide > exact, np.nextafter(r, np.float32(-np.inf)), r)
+    return np.where(wide < exact, np.nextafter(r, np.float32(np.inf)), r)
+
+
+@form("cvt.{rnd}.{to}.{src}", to="f32", rnd="rz|rm|rp", src=_INT)
 @form("cvt.rn.{to}.{src}", to="f16|bf16|f32|f64", src=_INT)
 def integer_to_float(gen, args, mods):
     x = gen.read(args[1], KIND[mods.src])
+    if getattr(mods, "rnd", None):
+        gen.write(args[0], f"{gen.fn(int_to_single)}({x}, {mods.rnd!r})", "f4")
+        return
     if mods.to in ("f16", "bf16"):
         encode = gen.fn(numerics.round_to_f16 if mods.to == "f16" else numerics.round_to_bf16)
         gen.write(args[0], f"{encode}({x}.astype(f8))", "u2")
@@ -110,23 +126,29 @@ def _rectify(x, relu):
     return np.maximum(x, x.dtype.type(0)) if relu else x
 
 
-def encode_half(x, to, mode, relu, sat):
-    """float32 or float64 to the bits of f16 or bf16."""
+def encode_half(x, to, mode, relu, sat, finite=False):
+    """float32 or float64 to the bits of f16 or bf16; ``finite``: the largest number instead of infinity."""
     x = _rectify(x, relu)
     if sat:
         x = saturate(x)
-    if mode == "rz":
-        return numerics.truncate_to_f16(x) if to == "f16" else numerics.truncate_to_bf16(x)
-    return numerics.round_to_f16(x) if to == "f16" else numerics.round_to_bf16(x)
+    if mode in ("rm", "rp"):
+        bits = numerics.directed_half(x, to, mode)
+    elif mode == "rz":
+        bits = numerics.truncate_to_f16(x) if to == "f16" else numerics.truncate_to_bf16(x)
+    else:
+        bits = numerics.round_to_f16(x) if to == "f16" else numerics.round_to_bf16(x)
+    return numerics.finite_half(bits, to) if finite else bits
 
 
-@form("cvt.{rnd}[.{ftz}][.{sat}].{to}.{src}", rnd="rn|rz", to="f16", src="f32|f64")
-@form("cvt.{rnd}[.{relu}].{to}.{src}", rnd="rn|rz", to="f16|bf16", src="f32|f64")
+@form("cvt.{rnd}[.{ftz}][.{sat}].{to}.{src}", rnd="rn|rz|rm|rp", to="f16", src="f32|f64")
+@form("cvt.{rnd}[.{relu}][.{satfinite}].{to}.{src}", rnd="rn|rz", satfinite="satfinite", to="f16|bf16", src="f32|f64")
+@form("cvt.{rnd}.{satfinite}.{relu}.{to}.{src}", rnd="rn|rz", satfinite="satfinite", to="f16|bf16", src="f32")
+@form("cvt.{rnd}.{to}.{src}", rnd="rm|rp", to="bf16", src="f32")
 @form("cvt.{rnd}.{to}.{src}", rnd="rn", to="bf16", src="f16")
 def float_to_half(gen, args, mods):
     x = _float_operand(gen, args[1], mods.src, getattr(mods, "ftz", None))
-    relu, sat = bool(getattr(mods, "relu", None)), bool(getattr(mods, "sat", None))
-    gen.write(args[0], f"{gen.fn(encode_half)}({x}, {mods.to!r}, {mods.rnd!r}, {relu}, {sat})", "u2")
+    relu, sat, finite = (bool(getattr(mods, m, None)) for m in ("relu", "sat", "satfinite"))
+    gen.write(args[0], f"{gen.fn(encode_half)}({x}, {mods.to!r}, {mods.rnd!r}, {relu}, {sat}, {finite})", "u2")
 
 
 @form("cvt.{rnd}.f16.{to}", rnd="rni|rzi|rmi|rpi", to="f16")
@@ -146,11 +168,21 @@ def pack_f16(high, low, truncate, relu):
     return low | (high << np.uint32(16))
 
 
-@form("cvt.{rnd}[.{relu}].{to}.f32", rnd="rn|rz", to="f16x2|bf16x2")
+def pack_finite(high, low, to, mode, relu):
+    low, high = (encode_half(x, to, mode, relu, False, True).astype(np.uint32) for x in (low, high))
+    return low | (high << np.uint32(16))
+
+
+@form("cvt.{rnd}[.{relu}][.{satfinite}].{to}.f32", rnd="rn|rz", satfinite="satfinite", to="f16x2|bf16x2")
+@form("cvt.{rnd}.{satfinite}.{relu}.{to}.f32", rnd="rn|rz", satfinite="satfinite", to="f16x2|bf16x2")
 def pack_halves(gen, args, mods):
     """Two f32 operands: the first goes to the upper half."""
-    function = pack_bf16 if mods.to == "bf16x2" else pack_f16
     high, low = gen.read(args[1], "f4"), gen.read(args[2], "f4")
+    if mods.satfinite:
+        call = f"({high}, {low}, {mods.to[:-2]!r}, {mods.rnd!r}, {bool(mods.relu)})"
+        gen.write(args[0], gen.fn(pack_finite) + call, "u4")
+        return
+    function = pack_bf16 if mods.to == "bf16x2" else pack_f16
     gen.write(args[0], f"{gen.fn(function)}({high}, {low}, {mods.rnd == 'rz'}, {bool(mods.relu)})", "u4")
 
 
@@ -184,7 +216,7 @@ def unpack_fp8_to_half(gen, args, mods):
     gen.write(args[0], f"{gen.fn(unpack_fp8)}({gen.read(args[1], 'u2')}, {mods.src!r}, {bool(mods.relu)})", "u4")
 
 
-def round_to_tf32(x, mode, relu):
+def round_to_tf32(x, mode, relu, finite):
     """float32 bits to tf32 (13 low bits cleared), ties away from zero (rna), to even (rn) or truncated (rz)."""
     bits = np.where(x.view(np.float32) < 0, np.uint32(0), x) if relu else x
     if mode == "rna":
@@ -193,12 +225,17 @@ def round_to_tf32(x, mode, relu):
         rounded = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
     else:
         rounded = bits
+    rounded = rounded & np.uint32(0xFFFFE000)
+    if finite:
+        infinite = (rounded & np.uint32(0x7FFFFFFF)) == np.uint32(0x7F800000)
+        rounded = np.where(infinite, rounded - np.uint32(0x2000), rounded)
     missing = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.where(missing, np.uint32(0x7FFFFFFF), rounded & np.uint32(0xFFFFE000))
+    return np.where(missing, np.uint32(0x7FFFFFFF), rounded)
 
 
-@form("cvt.{rnd}.tf32.f32", rnd="rna")
-@form("cvt.{rnd}[.{relu}].tf32.f32", rnd="rn|rz")
+@form("cvt.{rnd}[.{satfinite}].tf32.f32", rnd="rna", satfinite="satfinite")
+@form("cvt.{rnd}[.{relu}][.{satfinite}].tf32.f32", rnd="rn|rz", satfinite="satfinite")
+@form("cvt.{rnd}.{satfinite}.{relu}.tf32.f32", rnd="rn|rz", satfinite="satfinite")
 def to_tf32(gen, args, mods):
-    relu = bool(getattr(mods, "relu", None))
-    gen.write(args[0], f"{gen.fn(round_to_tf32)}({gen.read(args[1], 'u4')}, {mods.rnd!r}, {relu})", "u4")
+    relu, finite = bool(getattr(mods, "relu", None)), bool(mods.satfinite)
+    gen.write(args[0], f"{gen.fn(round_to_tf32)}({gen.read(args[1], 'u4')}, {mods.rnd!r}, {relu}, {finite})", "u4")

@@ -354,6 +354,30 @@ def _with_flush(function):
     return flushed
 
 
+@functools.cache
+def _directed(name, mode):
+    """Quotients and roots in binary64, rounded again: where such a one is a float32 number it is exact, since what it
+    lacks would be at least 2^-48 of it."""
+
+    def quotient(a, b):
+        return _round_once(a.astype(np.float64) / b.astype(np.float64), np.float64(0), mode)
+
+    return {
+        "div": quotient,
+        "rcp": lambda x: quotient(np.ones_like(x), x),
+        "sqrt": lambda x: _round_once(np.sqrt(x.astype(np.float64)), np.float64(0), mode),
+    }[name]
+
+
+@form("sqrt.{rnd}[.{ftz}].{type}", rnd="rz|rm|rp", type="f32")
+@form("rcp.{rnd}[.{ftz}].{type}", rnd="rz|rm|rp", type="f32")
+@form("div.{rnd}[.{ftz}].{type}", rnd="rz|rm|rp", type="f32")
+def directed_functions(gen, args, mods):
+    function = _directed(gen.root, mods.rnd)
+    function = _with_flush(function) if mods.ftz else function
+    gen.write(args[0], f"{gen.fn(function)}({', '.join(gen.read(x, 'f4') for x in args[1:])})", "f4")
+
+
 @form("ex2.approx[.{ftz}].{type}", type="f32")
 @form("lg2.approx[.{ftz}].{type}", type="f32")
 @form("sin.approx[.{ftz}].{type}", type="f32")
