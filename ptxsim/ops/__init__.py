@@ -15,6 +15,7 @@ from . import (  # noqa: F401
     integer,
     logic,
     matrix,
+    remote,
     tensor5,
     warp,
 )
