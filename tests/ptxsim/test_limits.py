@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import cute_fa
-from ptxsim import runtime
+import ptxsim
+from ptxsim import machine, runtime
 from ptxsim.cubin import register_counts
 from ptxsim.errors import Deadlock, MemoryFault, SimError, SyncError
 from tests.testing.copy_kernel import compile_scale
@@ -218,3 +219,20 @@ def test_lanes_that_are_not_there_and_numbers_that_are_no_offsets():
     np.testing.assert_array_equal(threads_run(body, threads=32), np.arange(32))
     body = "mul.lo.s32 %r2, %t, 16777213; and.b32 %r3, %r2, 0; add.s32 %r1, %r3, %t;" + WIDEN.format("s32")
     np.testing.assert_array_equal(threads_run(body, threads=1024), np.arange(1024))
+
+
+def test_bits_of_fp8_sums_reach_the_launch(monkeypatch):
+    """``simulate(fp8_bits=…)`` is checked, and every wave of a launch gets it."""
+    seen = []
+    finish = machine.Machine.run
+    monkeypatch.setattr(machine.Machine, "run", lambda self: (seen.append(self.fp8_bits), finish(self))[1])
+    with ptxsim.simulate("sm_90a", fp8_bits=14) as simulation:
+        a, b = torch.ones(300), torch.zeros(300)
+        simulation.call(compile_scale(), (a, b, None, 3.0, 300))
+    assert seen and set(seen) == {14}
+    for bits in (7, 25):
+        with (
+            pytest.raises(SimError, match=f"fp8_bits is {bits}; .* are 8 to 24, or None"),
+            ptxsim.simulate("sm_90a", fp8_bits=bits),
+        ):
+            pass
