@@ -17,6 +17,7 @@ from . import (  # noqa: F401
     matrix,
     remote,
     tensor5,
+    tensormap,
     warp,
 )
 from .forms import KIND, NUMPY, SIZE, defs_uses, lookup  # noqa: F401

@@ -62,7 +62,7 @@ UNKNOWN = [
     "bar.red.xor.pred %p1, 0, %p2",
     "barrier.cluster.arrive.acquire",
     "fence.proxy.imaginary",
-    "tensormap.replace.tile.global_address.global.b1024.b64 [%in0], %rd1",
+    "tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [%in0], 1",
     "clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.b128 [%r1], [%r2]",
     "call.uni (%r1), vprintf, (%rd1, %rd2)",
     "brx.idx %r1, table",
