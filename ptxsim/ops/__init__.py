@@ -13,6 +13,7 @@ from . import (  # noqa: F401
     data,
     floating,
     integer,
+    launches,
     logic,
     matrix,
     remote,

@@ -31,10 +31,25 @@ KIND = {
     "b8": "u1", "b16": "u2", "b32": "u4", "b64": "u8", "f32": "f4", "f64": "f8", "pred": "b",
     "f16": "u2", "bf16": "u2", "f16x2": "u4", "bf16x2": "u4", "f32x2": "u8", "tf32": "u4",
 }  # fmt: skip
-SIZE = {"b": 1, "u1": 1, "u2": 2, "u4": 4, "u8": 8, "i1": 1, "i2": 2, "i4": 4, "i8": 8, "f2": 2, "f4": 4, "f8": 8}
+SIZE = {
+    "b": 1,
+    "u1": 1,
+    "u2": 2,
+    "u4": 4,
+    "u8": 8,
+    "i1": 1,
+    "i2": 2,
+    "i4": 4,
+    "i8": 8,
+    "f2": 2,
+    "f4": 4,
+    "f8": 8,
+    "c16": 16,
+}
 NUMPY = {
     "b": np.bool_, "u1": np.uint8, "u2": np.uint16, "u4": np.uint32, "u8": np.uint64,
     "i1": np.int8, "i2": np.int16, "i4": np.int32, "i8": np.int64, "f2": np.float16, "f4": np.float32, "f8": np.float64,
+    "c16": np.complex128,  # a carrier of 128 bits, never a number
 }  # fmt: skip
 
 # alternatives that many forms share

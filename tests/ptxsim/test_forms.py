@@ -63,7 +63,7 @@ UNKNOWN = [
     "barrier.cluster.arrive.acquire",
     "fence.proxy.imaginary",
     "tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [%in0], 1",
-    "clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.b128 [%r1], [%r2]",
+    "clusterlaunchcontrol.try_cancel.shared::cta.mbarrier::complete_tx::bytes.b128 [%r1], [%r2]",
     "call.uni (%r1), vprintf, (%rd1, %rd2)",
     "brx.idx %r1, table",
     "mov.b128 %rd1, {%rd2, %rd3}",
@@ -108,7 +108,7 @@ def test_operands_that_do_not_fit(instruction):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("{\n  .reg .pred", "{\n  .reg .b128 %q<4>;\n  .reg .pred"),
+        ("{\n  .reg .pred", "{\n  .reg .b256 %q<4>;\n  .reg .pred"),
         ("{\n  .reg .pred", "{\n  .mystery 3;\n  .reg .pred"),
         (".visible .entry", ".texref tex;\n.visible .entry"),
         (")\n{", ")\n.blocksareclusters\n{"),
