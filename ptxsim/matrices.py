@@ -139,3 +139,15 @@ class MatrixMixin(OperandMixin):
             out.append(pack_f16(product[2 * half] + f16_to_f32(word & _u4(0xFFFF)),
                                 product[2 * half + 1] + f16_to_f32(word >> _u4(16))))  # fmt: skip
         return out
+
+    def double_mma(self, w, a, b, c):
+        """D = A B + C in binary64 of m8n8 or m16n8; one element a register, lane = 4 * row + t. Registers of D."""
+        n, halves, quarters = len(w), len(c) // 2, len(b)
+
+        def stack(registers):
+            return np.stack([full_width(x, n) for x in registers])
+
+        left = stack(a).reshape(quarters, halves, n, 8, 4).transpose(2, 1, 3, 0, 4).reshape(n, 8 * halves, 4 * quarters)
+        right = stack(b).reshape(quarters, n, 8, 4).transpose(1, 0, 3, 2).reshape(n, 4 * quarters, 8)
+        product = (left @ right).reshape(n, halves, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(2 * halves, n, 32)
+        return product + stack(c)

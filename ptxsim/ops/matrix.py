@@ -10,6 +10,7 @@ from .forms import as_list, form, suspending
 _F16_TYPES = ("f16", "bf16")
 _FP8_TYPES = ("e4m3", "e5m2")
 _INT8_TYPES = ("s8", "u8")
+_INT4_TYPES = ("s4", "u4")
 
 
 # ---- ldmatrix, stmatrix, movmatrix ----------------------------------------------------------------
@@ -49,15 +50,18 @@ _MMA_FORMS = {
     "e5m2": ((16, 32), ("f16", "f32")),
     "s8": ((16, 32), ("s32",)),
     "u8": ((16, 32), ("s32",)),
+    "s4": ((32, 64), ("s32",)),
+    "u4": ((32, 64), ("s32",)),
 }
 
 
 def _same_family(a: str, b: str) -> bool:
-    return a == b or any(a in family and b in family for family in (_FP8_TYPES, _INT8_TYPES))
+    return a == b or any(a in family and b in family for family in (_FP8_TYPES, _INT8_TYPES, _INT4_TYPES))
 
 
-@form("mma.sync.aligned.m16n8k{k}.row.col[.{satfinite}].{d}.{a}.{b}.{c}", effect=True, k="4|8|16|32",
-      satfinite="satfinite", d="f16|f32|s32", a="f16|bf16|tf32|e4m3|e5m2|s8|u8", b="f16|bf16|tf32|e4m3|e5m2|s8|u8",
+@form("mma.sync.aligned.m16n8k{k}.row.col[.{satfinite}].{d}.{a}.{b}.{c}", effect=True, k="4|8|16|32|64",
+      satfinite="satfinite", d="f16|f32|s32", a="f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4",
+      b="f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4",
       c="f16|f32|s32")  # fmt: skip
 @form("mma.sync.aligned.kind::f8f6f4.m16n8k{k}.row.col.{d}.{a}.{b}.{c}", effect=True, k="32", d="f16|f32",
       a="e4m3|e5m2", b="e4m3|e5m2", c="f16|f32")  # fmt: skip
@@ -74,6 +78,23 @@ def warp_mma(gen, args, mods):
     result = gen.temp(f"X.mma(w, {mods.a!r}, {mods.b!r}, {mods.d!r}, ({a},), ({b},), ({c},), {clamp})")
     for j, register in enumerate(as_list(args[0])):
         gen.write(register, f"{result}[{j}]", "u4")
+
+
+@form("mma.sync.aligned.m{m}n8k{k}.row.col.f64.f64.f64.f64", effect=True, m="8|16", k="4|8|16")
+def double_mma(gen, args, mods):
+    """Registers hold one element each; m8n8 exists with k4 alone."""
+    halves, quarters = int(mods.m) // 8, int(mods.k) // 4
+    d, a, b, c = (as_list(x) for x in args)
+    if mods.m == "8" and mods.k != "4":
+        raise PtxError(f"mma m8n8k{mods.k} of f64 does not exist")
+    if (len(d), len(a), len(b), len(c)) != (2 * halves, halves * quarters, quarters, 2 * halves):
+        raise PtxError(
+            f"{len(d)}, {len(a)}, {len(b)} and {len(c)} registers do not fit mma m{mods.m}n8k{mods.k} of f64"
+        )
+    a, b, c = (", ".join(gen.read(x, "f8") for x in v) for v in (a, b, c))
+    result = gen.temp(f"X.double_mma(w, ({a},), ({b},), ({c},))")
+    for j, register in enumerate(d):
+        gen.write(register, f"{result}[{j}]", "f8")
 
 
 # ---- wgmma ----------------------------------------------------------------------------------------

@@ -158,6 +158,59 @@ def test_mma(a_kind, b_kind, k, result):
         np.testing.assert_allclose(got, exact, rtol=2.0**-10 if result == "f16" else 1e-6)
 
 
+@pytest.mark.parametrize(("a_kind", "b_kind"), [("s4", "s4"), ("u4", "s4"), ("u4", "u4")])
+@pytest.mark.parametrize("k", [32, 64])
+def test_four_bit_integers(a_kind, b_kind, k):
+    """Eight elements a register, the first in the lowest bits; rows, columns and lanes as for 8 bits."""
+    rng = np.random.default_rng(2)
+    ranges = {"s4": (-8, 8), "u4": (0, 16)}
+    a, b = rng.integers(*ranges[a_kind], (16, k)), rng.integers(*ranges[b_kind], (k, 8))
+
+    def packed(x):  # [rows, k / 8] words
+        shifted = (x & 15).astype(np.uint64).reshape(len(x), -1, 8) << (4 * np.arange(8, dtype=np.uint64))
+        return shifted.sum(-1).astype(np.uint32)
+
+    lane, wa, wb = np.arange(32), packed(a), packed(np.ascontiguousarray(b.T))
+    a_regs = np.stack([wa[lane // 4 + 8 * rh, lane % 4 + 4 * kh] for kh in range(k // 32) for rh in (0, 1)], 1)
+    b_regs = np.stack([wb[lane // 4, lane % 4 + 4 * kh] for kh in range(k // 32)], 1)
+    text, names, at = "", [], 10
+    for source, array in enumerate((a_regs, b_regs)):
+        names.append("{" + ", ".join(f"%r{at + j}" for j in range(array.shape[1])) + "}")
+        for j in range(array.shape[1]):
+            text += f"mad.wide.u32 %rd1, %t, {4 * array.shape[1]}, %in{source}; ld.global.u32 %r{at}, [%rd1+{4 * j}];"
+            at += 1
+    text += f"""mov.u32 %r1, 100;
+      mma.sync.aligned.m16n8k{k}.row.col.s32.{a_kind}.{b_kind}.s32 {{%r40, %r41, %r42, %r43}},
+      {names[0]}, {names[1]}, {{%r1, %r1, %r1, %r1}}; mad.wide.u32 %rd2, %t, 16, %out0;
+      st.global.v4.u32 [%rd2], {{%r40, %r41, %r42, %r43}};"""
+    out = run(text, [a_regs, b_regs], [np.zeros((8, 4, 2, 2), np.int32)])  # row, t, row half, e
+    np.testing.assert_array_equal(out.transpose(2, 0, 1, 3).reshape(16, 8), a @ b + 100)
+
+
+@pytest.mark.parametrize(("m", "k"), [(8, 4), (16, 4), (16, 8), (16, 16)])
+def test_double_precision(m, k):
+    """One element a register: A (row, t), (row + 8, t), then the next four columns; B (t, column)."""
+    rng = np.random.default_rng(4)
+    a, b, c = rng.standard_normal((m, k)), rng.standard_normal((k, 8)), rng.standard_normal((m, 8))
+    lane, halves = np.arange(32), m // 8
+    a_regs = [a[lane // 4 + 8 * rh, lane % 4 + 4 * kq] for kq in range(k // 4) for rh in range(halves)]
+    b_regs = [b[lane % 4 + 4 * kq, lane // 4] for kq in range(k // 4)]
+    c_regs = [c[lane // 4 + 8 * rh, lane % 4 * 2 + e] for rh in range(halves) for e in range(2)]
+    values = np.stack(a_regs + b_regs + c_regs, 1)
+    text = "".join(f"mad.wide.u32 %rd1, %t, {8 * values.shape[1]}, %in0; ld.global.f64 %fd{10 + j}, [%rd1+{8 * j}];"
+                   for j in range(values.shape[1]))  # fmt: skip
+    names, at = [], 10
+    for part in (a_regs, b_regs, c_regs):
+        names.append("{" + ", ".join(f"%fd{at + j}" for j in range(len(part))) + "}")
+        at += len(part)
+    results = [f"%fd{40 + j}" for j in range(2 * halves)]
+    text += f"mma.sync.aligned.m{m}n8k{k}.row.col.f64.f64.f64.f64 {{{', '.join(results)}}}, {', '.join(names)};"
+    text += f"mad.wide.u32 %rd2, %t, {16 * halves}, %out0;"
+    text += "".join(f"st.global.f64 [%rd2+{8 * j}], {x};" for j, x in enumerate(results))
+    out = run(text, [values], [np.zeros((8, 4, halves, 2))])
+    np.testing.assert_allclose(out.transpose(2, 0, 1, 3).reshape(m, 8), a @ b + c, rtol=1e-13)
+
+
 def test_integer_saturation():
     """Without .satfinite sums wrap; with it they clamp."""
     body = """mov.u32 %r1, 0x7f7f7f7f; mov.u32 %r2, 0x7fffffff;
