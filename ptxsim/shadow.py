@@ -181,9 +181,11 @@ class GlobalShadow:
         """(starts, ends) of what is followed, sorted; of a whole mapped process in pages."""
         if self.ranges is None:
             m = self.clocks.machine
-            private = {array.ctypes.data for array in [m.params, *m.local_arrays]}
-            found = [(a - GLOBAL_BASE, b - GLOBAL_BASE) for a, b in zip(m.ranges.starts, m.ranges.ends, strict=True)
-                     if a not in private]  # fmt: skip
+            found = list(zip(m.ranges.starts, m.ranges.ends, strict=True))
+            for array in [m.params, *m.local_arrays]:
+                low, high = array.ctypes.data, array.ctypes.data + array.nbytes
+                found = [part for a, b in found for part in ((a, min(b, low)), (max(a, high), b)) if part[0] < part[1]]
+            found = [(a - GLOBAL_BASE, b - GLOBAL_BASE) for a, b in found]
             if not m.ranges.user:
                 found = [(page, min(page + _PAGE, b)) for a, b in found for page in range(a, b, _PAGE)]
             self.ranges = [a for a, _ in found], [b for _, b in found]

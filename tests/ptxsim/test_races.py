@@ -348,3 +348,9 @@ def test_a_spinning_flag_read_without_atomics_races():
         "READ ", "ld.global.u32 %r5, [%rd2]; "
     )
     reported(body, match="read of global memory", grid=2)
+
+
+def test_local_memory_is_private():
+    """Local memory of a later wave may lie where that of an earlier one lay; nothing else about it can race."""
+    body = ".local .align 4 .b8 own[4]; mov.u64 %rd1, own; st.local.u32 [%rd1], %t; ld.local.u32 %r2, [%rd1];"
+    run(body, grid=4, waves=4)
