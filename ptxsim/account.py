@@ -6,6 +6,7 @@ the same are told once. Of a deadlock all live warps are told, of any other fail
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -43,7 +44,7 @@ class Account:
     def __str__(self) -> str:
         parts = []
         for role in self.roles:
-            parts.append(f"{role.name} {role.state}\n    at PTX line {role.line}: {role.text}{role.source}")
+            parts.append(f"{role.name}: {role.state}\n    at PTX line {role.line}: {role.text}{role.source}")
             parts += [f"    {'last: ' if i == 0 else '      '}{event}" for i, event in enumerate(role.events)]
         if self.left_out:
             parts.append(f"and {self.left_out} roles more")
@@ -55,9 +56,9 @@ def account(machine, error) -> Account:
     states = _states(machine) if isinstance(error, Deadlock) else _sides(machine, error)
     roles = []
     for (line, state), warps in _grouped(states):
-        text = machine.prog.k.module.text
         for names, some in _by_cta(machine, warps):
-            roles.append((names, state, line, machine.ptx_line(line), source_of(text, line), some[0]))
+            ptx = " ".join(machine.ptx_line(line).split())
+            roles.append((names, state, line, ptx, _source(machine, line), some[0]))
     told = [Role(*role, _timeline(machine, first)) for *role, first in roles[:_ROLES]]
     return Account(tuple(told), len(roles) - len(told))
 
@@ -90,11 +91,9 @@ def _states(machine):
     found = []
     for b in machine.blocked:
         for j, warp in enumerate(b.w.tolist()):
-            event = machine.history.events.get(int(b.info["event"][j]))
-            since = f" since step {event.step}" if event is not None else ""
             more = machine.state_text(b, j)
             own = f" of cta{machine.cta_name(machine.cta_of[warp])}"
-            state = _part(b.M, j) + machine.wait_text(b, j) + since + (f": {more.replace(own, '')}" if more else "")
+            state = _part(b.M, j) + machine.wait_text(b, j) + (f": {more.replace(own, '')}" if more else "")
             found.append((warp, machine.prog.blocks[b.blk].line, state))
     seen = {warp for warp, *_ in found} | {int(warp) for g in machine.groups for warp in g.w}
     found += [(warp, machine.line, "runs") for warp in map(int, _current(machine))
@@ -153,12 +152,17 @@ def role_name(numbers) -> str:
     return f"warpgroup{'s' if len(groups) > 1 else ''} {_ranges(groups)} ({warps})"
 
 
+def _source(machine, line):
+    """`` (file.py:12)`` of a PTX line, relative to the working directory; empty without line information."""
+    return source_of(machine.prog.k.module.text, line).replace(os.path.join(os.getcwd(), ""), "")
+
+
 def _timeline(machine, warp):
-    text = machine.prog.k.module.text
     lines = []
     for event in machine.history.of(warp)[-EVENTS:]:
-        j = int(np.searchsorted(event.w, warp))
+        j = event.row(warp)
         until = "" if event.until is None else (
             f", until step {event.until[j]}" if event.until[j] >= 0 else ", and has not gone on")  # fmt: skip
-        lines.append(f"step {event.step}, PTX line {event.line}{source_of(text, event.line)}: {event.text(j)}{until}")
+        place = f"PTX line {event.line}{_source(machine, event.line)}"
+        lines.append(f"step {event.since[j]}, {place}: {event.text(j)}{until}")
     return tuple(lines)

@@ -19,16 +19,22 @@ _KEPT = 1 << 14  # events kept in all, before those that no warp refers to are d
 
 
 class Event:
-    """Something that the warps ``w`` did at a step and PTX line; ``text(j)`` says what warp ``w[j]`` did.
+    """Something that the warps ``w`` did at the steps ``since`` (an array, one for each) and a PTX line; ``text(j)``
+    says what warp ``w[j]`` did.
 
-    ``until`` holds for a wait the steps at which the warps went on (-1: they have not), and is None otherwise.
+    ``until`` holds for a wait the steps at which the warps went on (-1: they have not), and is None otherwise;
+    ``gave_up`` says for which warps the wait returned false.
     """
 
-    __slots__ = ("line", "step", "text", "until", "w")
+    __slots__ = ("gave_up", "line", "since", "text", "until", "w")
 
     def __init__(self, step, line, w, text, waits=False):
-        self.step, self.line, self.w, self.text = step, line, w, text
-        self.until = np.full(len(w), -1) if waits else None
+        self.since, self.line, self.w, self.text = np.full(len(w), step), line, w, text
+        self.until, self.gave_up = (np.full(len(w), -1), np.zeros(len(w), bool)) if waits else (None, None)
+
+    def row(self, warp):
+        """Index of a warp in ``w``."""
+        return int(np.searchsorted(self.w, warp))
 
 
 class History:
@@ -51,6 +57,19 @@ class History:
             kept = np.unique(self.numbers)
             self.events = {n: self.events[n] for n in kept[kept >= 0].tolist()}
         return number
+
+    def wait_again(self, event):
+        """Where warps gave up this wait and begin it again, it goes on since then: take their latest event back."""
+        latest = self.numbers[event.w, (self.count[event.w] - 1) % DEPTH]
+        for number in np.unique(latest).tolist():
+            before = self.events.get(number)
+            rows = np.flatnonzero(latest == number)
+            if before is None or before.until is None or before.line != event.line:
+                continue
+            old = np.searchsorted(before.w, event.w[rows])
+            if before.gave_up[old].all() and before.text(int(old[0])) == event.text(int(rows[0])):
+                event.since[rows] = before.since[old]
+                self.count[event.w[rows]] -= 1
 
     def of(self, warp):
         """Events of a warp, oldest first."""
@@ -99,13 +118,16 @@ class ObservedMachine(Machine):
     def block_or_go(self, b):
         line = self.prog.blocks[b.blk].line
         event = Event(self.steps, line, b.w, lambda j: self.wait_text(b, j), waits=True)
+        if b.may_fail:
+            self.history.wait_again(event)
         b.info["event"] = np.full(len(b.w), self.history.add(event))
         super().block_or_go(b)
 
     def _resume(self, b, select, failed=False):
         event = self.history.events.get(int(b.info["event"][0]))
         if event is not None:
-            event.until[np.searchsorted(event.w, b.w[select])] = self.steps
+            rows = np.searchsorted(event.w, b.w[select])
+            event.until[rows], event.gave_up[rows] = self.steps, failed
         super()._resume(b, select, failed)
 
     def signal_of(self, b, j):

@@ -38,17 +38,20 @@ def test_deadlock_tells_every_role():
     error = failure(STUCK, Deadlock, threads=288, grid=2, declarations='.file 1 "kernel.py"')
     producers, consumers = sorted(error.account.roles, key=lambda role: role.name)
     assert producers.name == "warpgroup 0 (warps 0-3) of cta(0,0,0) and 1 other CTA"
-    assert producers.state.startswith("waits at barrier 1 (bar.sync) since step ")
+    assert producers.state.startswith("waits at barrier 1 (bar.sync): ")
     assert producers.state.endswith("barrier 1: 128 of 256 threads arrived (phase 0)")
     assert producers.text == "bar.sync 1, 256;"
     assert consumers.name == "warpgroup 1 (warps 4-7) of cta(0,0,0) and 1 other CTA"
-    assert consumers.state.startswith("waits for mbarrier 0x400, parity 0 since step ")
+    assert consumers.state.startswith("waits for mbarrier 0x400, parity 0: ")
     assert consumers.state.endswith("it is in phase 0, 1 of 5 arrivals pending, tx-count 0")
     assert consumers.text.startswith("WAIT: mbarrier.try_wait") and consumers.source == " (kernel.py:42)"
     barrier, arrival, wait = producers.events
     assert "waits at barrier 0 (bar.sync), until step " in barrier
     assert arrival.endswith("arrive at mbarrier 0x400") and wait.endswith("and has not gone on")
     assert all(text in str(error) for text in (producers.name, consumers.state, arrival, "no warp can run"))
+    # try_wait gave up and was tried again many times before the deadlock was clear: one wait, since its first step
+    assert [event.split(": ", 1)[1] for event in consumers.events[1:]] == [
+        "waits for mbarrier 0x400, parity 0, and has not gone on"]  # fmt: skip
     steps = [int(event.split()[1].rstrip(",")) for event in producers.events]
     assert steps == sorted(steps) and len(set(steps)) == 3
 
@@ -81,8 +84,8 @@ def test_latest_events_of_each_warp(monkeypatch):
     history.add(Event(0, 1, np.array([0, 1]), lambda j: "both"))
     for step in range(1, 200):
         history.add(Event(step, 1, np.array([1]), lambda j: "one"))
-    assert [event.step for event in history.of(0)] == [0]
-    assert [event.step for event in history.of(1)] == list(range(200 - DEPTH, 200))
+    assert [event.since[0] for event in history.of(0)] == [0]
+    assert [event.since[0] for event in history.of(1)] == list(range(200 - DEPTH, 200))
     assert len(history.events) <= 65
 
 

@@ -1,0 +1,5 @@
+"""``python -m ptxsim``."""
+
+from ptxsim.cli import main
+
+main()

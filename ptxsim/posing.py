@@ -1,0 +1,143 @@
+"""CPU tensors pose as CUDA tensors, so that scripts written for a GPU run in a simulation as they are.
+
+Inside ``posing()`` torch answers that there is one CUDA device of the simulated architecture, tensors that are asked
+for on it are made in host memory and say that they are on it, and the DSL's ways to take a tensor (from_dlpack,
+arguments of compiled functions) hand it on as CUDA memory. Leaving restores everything. What needs a real driver
+(streams other than the default one, events, graphs, random generators on the device) still raises torch's own error.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ptxsim.runtime import Simulation, current, device_view
+
+_CUDA = torch.device("cuda", 0)
+# What a tensor in host memory answers. Attributes of C types are new objects at each access: compared by value.
+_ANSWERS = {
+    torch.Tensor.device.__get__: _CUDA,
+    torch.Tensor.is_cuda.__get__: True,
+    torch.Tensor.is_cpu.__get__: False,
+    torch.Tensor.get_device: 0,
+}
+_SAME = (torch.Tensor.cuda, torch.Tensor.pin_memory)
+
+
+class _HostMemory(TorchFunctionMode):
+    """Tensors on CUDA are made in host memory, and tensors in host memory say that they are on CUDA."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _ANSWERS:
+            return _ANSWERS[func]
+        if func in _SAME:
+            return args[0]
+        return func(*map(_on_host, args), **{name: _on_host(value) for name, value in (kwargs or {}).items()})
+
+
+def _on_host(value: Any) -> Any:
+    """A device argument that names CUDA, as the CPU."""
+    if isinstance(value, torch.device):
+        return torch.device("cpu") if value.type == "cuda" else value
+    return "cpu" if isinstance(value, str) and value.split(":")[0] == "cuda" else value
+
+
+@contextmanager
+def posing(simulation: Simulation) -> Iterator[None]:
+    """Make torch and the DSL take CPU tensors for CUDA tensors; to be entered inside of ``simulation``."""
+    import cutlass.cute.runtime
+    import tvm_ffi
+    from cutlass.cutlass_dsl.tvm_ffi_provider import TVMFFIJitCompiledFunction, TVMFFIJitCompiledFunctionWithKwargs
+
+    number = int(simulation.arch.strip("sm_af"))
+    properties = types.SimpleNamespace(
+        name=f"simulated {simulation.arch}", major=number // 10, minor=number % 10,
+        multi_processor_count=simulation.sm_count,
+    )  # fmt: skip
+    stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    answers = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "get_device_name": lambda device=None: properties.name,
+        "get_device_capability": lambda device=None: (properties.major, properties.minor),
+        "get_device_properties": lambda device=None: properties,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+    }
+    with ExitStack() as stack:
+
+        def replace(owner: Any, name: str, value: Any) -> None:
+            stack.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, value)
+
+        for name, answer in answers.items():
+            replace(torch.cuda, name, answer)
+        replace(torch.library, "custom_op", _also_on_cpu(torch.library.custom_op))
+        replace(tvm_ffi, "from_dlpack", _of_view(tvm_ffi.from_dlpack))
+        replace(cutlass.cute.runtime, "from_dlpack", _of_view(cutlass.cute.runtime.from_dlpack))
+        for compiled in (TVMFFIJitCompiledFunction, TVMFFIJitCompiledFunctionWithKwargs):
+            replace(compiled, "__call__", _of_tensors(compiled.__call__))
+        replace(Simulation, "call", _without_posing(Simulation.call))
+        stack.enter_context(_HostMemory())
+        yield
+
+
+def _without_posing(function: Any) -> Any:
+    """The function, in which tensors say that they are on the CPU."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **options)
+
+    return call
+
+
+def _also_on_cpu(custom_op: Any) -> Any:
+    """``torch.library.custom_op`` that registers for the CPU what is meant for CUDA: that is where tensors are."""
+
+    def register(*args: Any, device_types: Any = None, **options: Any) -> Any:
+        listed = [device_types] if isinstance(device_types, str) else device_types
+        if listed is not None and "cuda" in listed:
+            device_types = [*listed, "cpu"]
+        return custom_op(*args, device_types=device_types, **options)
+
+    return register
+
+
+def _of_view(from_dlpack: Any) -> Any:
+    """``from_dlpack`` that takes a CPU tensor for device memory; modules may keep it beyond the simulation."""
+
+    def convert(tensor: Any, *args: Any, **options: Any) -> Any:
+        if current() is None or not isinstance(tensor, torch.Tensor):
+            return from_dlpack(tensor, *args, **options)
+        return _without_posing(from_dlpack)(_without_posing(device_view)(tensor), *args, **options)
+
+    return convert
+
+
+def _of_tensors(plain: Any) -> Any:
+    """The call of a compiled function, through ``Simulation.call`` when there are tensors among its arguments."""
+
+    def call(function: Any, *args: Any, **options: Any) -> Any:
+        if not options and any(isinstance(value, torch.Tensor) for value in _flat(args)):
+            return current().call(function, *args)
+        return plain(function, *args, **options)
+
+    return call
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value

@@ -1,0 +1,133 @@
+"""``python -m ptxsim run``: the examples as third parties run them, a script with a fault, and the exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ptxsim.cli import Mode, _modes, _with_mode, main
+from tests.testing.traces import check_trace
+
+ROOT = Path(__file__).parents[2]
+
+# Every thread reads what the neighbouring warp wrote; with BARRIER that is ordered.
+NEIGHBOUR = """
+import cutlass, cutlass.cute as cute, torch
+from cutlass.cute.runtime import from_dlpack
+
+@cute.kernel
+def kernel(a: cute.Tensor, b: cute.Tensor):
+    thread, _, _ = cute.arch.thread_idx()
+    smem = cutlass.utils.SmemAllocator()
+    shared = smem.allocate_tensor(cutlass.Float32, cute.make_layout(64), byte_alignment=16)
+    shared[thread] = a[thread]
+    BARRIER
+    b[thread] = shared[thread ^ 32]
+
+@cute.jit
+def launch(a: cute.Tensor, b: cute.Tensor):
+    kernel(a, b).launch(grid=(1, 1, 1), block=(64, 1, 1))
+
+a = torch.arange(64, dtype=torch.float32, device="cuda")
+b = torch.empty_like(a)
+launch(from_dlpack(a), from_dlpack(b))
+torch.cuda.synchronize()
+assert b.device.type == "cuda" and b.is_cuda
+assert torch.equal(b.cpu(), a.cpu().roll(32)), b
+"""
+
+
+def run(script, *options):
+    """(exit code, output) of the command, as a user starts it."""
+    command = [sys.executable, "-W", "ignore", "-m", "ptxsim", "run", str(script), *options]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def rows(output):
+    """Cells of the table of launches."""
+    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in output.splitlines() if line[:1] == "│"]
+
+
+def test_quack_softmax():
+    """Forward and backward in four runs, with the race detector on."""
+    code, output = run("examples/quack_softmax.py", "--arch", "sm_90a", "--race", "--seeds", "1", "--late")
+    assert code == 0, output
+    table = rows(output)
+    assert [row[0] for row in table[::2]] == ["default", "seed 0", "default, late", "seed 0, late"]
+    assert all(row[1].startswith("quacksoftmaxSoftmax") and row[-1] == "clean" for row in table) and len(table) == 8
+    assert output.count("softmax of (8, 1000) on cuda:0") == 4 and "clean in 4 runs" in output
+
+
+def test_fa4_forward_and_its_trace(tmp_path):
+    """A warp-specialised kernel: its trace has the copies, the wgmma groups and what they wait for."""
+    path = tmp_path / "fa4.json"
+    code, output = run("examples/fa4_forward.py", "--arch", "sm_90a", "--late", "--sms", "2", "--trace", str(path))
+    assert code == 0, output
+    assert not path.exists()  # two runs, two files
+    for name in ("fa4.default.json", "fa4.default-late.json"):
+        found = check_trace(tmp_path / name)
+        assert len(found.processes) == int(rows(output)[0][2].split("×")[0])  # a process for each CTA of the grid
+        for pid, tracks in found.tracks.items():
+            assert {f"warp {n}" for n in range(16)} <= set(tracks)
+            kinds = [kind for kind, *_ in found.slices[pid]]
+            assert kinds.count("wgmma group") > 2 and kinds.count("copy") >= 3  # Q, K and V at least
+            # every copy signals one barrier, and some warp waited for it
+            loads = [(start, end) for name, start, end in found.flows if start[0] == pid and "TMA load" in name]
+            assert len(loads) == kinds.count("copy")
+            signalled = {end[1] for _, end in loads}
+            waited = {start[1] for name, start, _ in found.flows if start[0] == pid and "wait" in name}
+            assert signalled and signalled <= waited
+    late = json.loads((tmp_path / "fa4.default-late.json").read_text())["traceEvents"]
+    place = next(event["args"] for event in late if event["ph"] == "X" and "TMA load" in event["name"])
+    assert place["source"].split(":")[0].endswith(".py") and "cp.async.bulk.tensor" in place["PTX"]
+
+
+def test_race_is_reported_with_source_lines(tmp_path):
+    script = tmp_path / "neighbour.py"
+    script.write_text(NEIGHBOUR.replace("BARRIER", "cute.arch.barrier()"))
+    code, output = run(script, "--arch", "sm_90a", "--race")
+    assert code == 0 and len(rows(output)) == 1, output
+    script.write_text(NEIGHBOUR.replace("    BARRIER\n", ""))
+    lines = script.read_text().splitlines()
+    write, read = (
+        1 + next(i for i, x in enumerate(lines) if text in x) for text in ("shared[thread] =", "thread ^ 32")
+    )
+    code, output = run(script, "--arch", "sm_90a", "--race")
+    assert code == 1 and "RaceError" in output and "failed in the run 'default'" in output
+    assert f"neighbour.py:{write}" in output and f"neighbour.py:{read}" in output
+    assert "is at the fault" in output and "made the earlier access" in output
+
+
+def test_script_that_fails_or_launches_nothing(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nassert sys.argv[1:] == ['--much', '3'], sys.argv\nsys.exit(5)\n")
+    code, output = run(script, "--arch", "sm_80", "--", "--much", "3")
+    assert code == 1 and "the script ended with 5" in output
+    script.write_text("import torch\nassert torch.cuda.get_device_capability() == (8, 0)\n")
+    code, output = run(script, "--arch", "sm_80")
+    assert code == 2 and "launched no kernel" in output and "nothing was checked" in output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["no_such_script.py", "--arch", "sm_90a"],
+        [__file__],
+        [__file__, "--arch", "sm_70"],
+        [__file__, "--arch", "sm_90a", "--seeds", "-1"],
+    ],
+)
+def test_bad_requests(options):
+    assert CliRunner().invoke(main, ["run", *options]).exit_code == 2
+
+
+def test_modes():
+    assert _modes(0, False) == [Mode(None, False)]
+    assert [str(mode) for mode in _modes(2, True)] == [
+        "default", "seed 0", "seed 1", "default, late", "seed 0, late", "seed 1, late"]  # fmt: skip
+    assert _with_mode(Path("a/b.json"), Mode(1, True)) == Path("a/b.seed1-late.json")
