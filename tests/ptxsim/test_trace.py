@@ -70,7 +70,32 @@ def test_pipeline(tmp_path, monkeypatch, late, seed):
         assert [name for name, _ in loads] == [f"bulk load 0x{a:x} → phase" for a in (0x400, 0x400, 0x440, 0x440)]
         assert [end[1] for _, end in loads] == ["mbarrier 0x480"] * 2 + ["mbarrier 0x488"] * 2
         waits = [(start[1], end[1]) for name, start, end, *_ in found.flows if start[0] == pid and "wait" in name]
+        # a wait is ended by the phase that ends then, not by the one that follows
+        for name, (owner, track, time), _ in found.flows:
+            if "wait" in name and owner == pid:
+                ends = [end for _, start, end in tracks[track].spans if start < time < end]
+                assert ends[0] - time < 0.0015, (track, time, ends)
         assert waits.count(("mbarrier 0x480", "warp 1")) == waits.count(("mbarrier 0x488", "warp 1")) == 2
+
+
+def test_lanes_that_wait_for_different_things(tmp_path, monkeypatch):
+    """The halves of warp 0 wait for two barriers at once, and the waits cross: they are on tracks of their own."""
+    body = """.shared .align 8 .b64 bars[2]; mov.u32 %r1, bars; setp.eq.u32 %p1, %t, 0; @!%p1 bra READY;
+      mbarrier.init.shared.b64 [%r1], 1; mbarrier.init.shared.b64 [%r1+8], 1;
+      READY: bar.sync 0; setp.ge.u32 %p2, %t, 32; @%p2 bra OTHER; setp.ge.u32 %p3, %t, 16; @%p3 bra HIGH;
+      LOW: mbarrier.try_wait.parity.shared.b64 %p4, [%r1], 0; @!%p4 bra LOW; exit;
+      HIGH: mbarrier.try_wait.parity.shared.b64 %p4, [%r1+8], 0; @!%p4 bra HIGH; exit;
+      OTHER: setp.ne.u32 %p5, %t, 32; @%p5 exit; mov.u32 %r2, 0;
+      DELAY: add.u32 %r2, %r2, 1; setp.lt.u32 %p6, %r2, 50; @%p6 bra DELAY;
+      mbarrier.arrive.shared.b64 _, [%r1]; mov.u32 %r2, 0;
+      AGAIN: add.u32 %r2, %r2, 1; setp.lt.u32 %p6, %r2, 50; @%p6 bra AGAIN; mbarrier.arrive.shared.b64 _, [%r1+8];"""
+    monkeypatch.setitem(globals(), "PIPELINE", body)
+    (tracks,) = traced(tmp_path / "trace.json", monkeypatch).tracks.values()
+    waits = [[name for name, *_ in tracks[track].spans if "mbarrier" in name] for track in
+             ("warp 0", "warp 0, other lanes")]  # fmt: skip
+    assert sorted(name for track in waits for name in track) == [
+        "waits for mbarrier 0x400, parity 0", "waits for mbarrier 0x408, parity 0"]  # fmt: skip
+    assert all(waits)
 
 
 def test_failure_leaves_a_trace(tmp_path, monkeypatch):
