@@ -43,7 +43,7 @@ def offset_products(body) -> dict[int, bool]:
     todo = [(base, 64, None) for base in _bases(body)]
     while todo:
         name, width, signed = todo.pop()
-        if (name, width, signed) in seen or not isinstance(name, str):
+        if not isinstance(name, str) or (name, width, signed) in seen:
             continue
         seen.add((name, width, signed))
         for i in definitions.get(name, ()):
