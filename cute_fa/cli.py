@@ -293,11 +293,14 @@ def _result_table(result: TrialResult) -> Table:
 
 
 def _shown(config: KernelConfig) -> str:
-    """What the heuristic chose: fields that the kernel's name does not tell already, absent features left out."""
+    """What the heuristic chose: fields that the kernel's name does not tell already, absent features left out; the
+    kernel's own before those that all have."""
     named = ("arch", "dtype", "head_dim", "head_dim_v")
     absent = {field.name: field.default for field in fields(config) if field.default in (False, None)}
     values = {name: value for name, value in config_fields(config).items() if name not in named}
-    return ", ".join(f"{name}={value}" for name, value in values.items() if absent.get(name, ...) != value)
+    shown = [name for name, value in values.items() if absent.get(name, ...) != value]
+    shown.sort(key=lambda name: name not in type(config).__annotations__)
+    return ", ".join(f"{name}={values[name]}" for name in shown)
 
 
 def _seconds(value: float) -> str:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from cute_fa.types import Direction, SmArch
+from cute_fa.types import Direction, DType, SmArch
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,80 @@ class KernelConfig(ABC):
         """The ``cute.jit`` callable and its fake arguments, for ``cute.compile(fn, *args)``. Imports the DSL."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForwardConfig(KernelConfig):
+    """What every forward's config holds beside its tiles. The flags say which features exist, never their values."""
+
+    dtype: DType
+    head_dim: int
+    head_dim_v: int
+    window_left: bool = False
+    window_right: bool = False
+    sink_tokens: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    learnable_sink: bool = False
+    cu_seqlens_q: bool = False
+    cu_seqlens_k: bool = False
+    seqused_q: bool = False
+    seqused_k: bool = False
+
+    @staticmethod
+    def features(problem: AttentionProblem) -> dict[str, Any]:
+        """The fields above for a problem."""
+        return {
+            "arch": problem.arch,
+            "dtype": problem.dtype,
+            "head_dim": problem.head_dim,
+            "head_dim_v": problem.head_dim_v,
+            "window_left": problem.window_left is not None,
+            "window_right": problem.window_right is not None,
+            "sink_tokens": problem.sink_tokens > 0 and problem.window_left is not None,
+            "softcap": problem.softcap > 0.0,
+            "alibi": problem.alibi,
+            "learnable_sink": problem.learnable_sink,
+            "cu_seqlens_q": problem.varlen_q,
+            "cu_seqlens_k": problem.varlen_k,
+            "seqused_q": problem.seqused_q,
+            "seqused_k": problem.seqused_k,
+        }
+
+    @property
+    def head_dim_padded(self) -> int:
+        """head_dim as the tiles hold it."""
+        return padded(self.head_dim)
+
+    @property
+    def head_dim_v_padded(self) -> int:
+        """head_dim_v as the tiles hold it."""
+        return padded(self.head_dim_v)
+
+    def named(self, kernel: str, **choices: bool) -> str:
+        """The compile name: ``kernel``, arch, dtype and head_dim, then a token for each flag that is set, then
+        ``choices``: the kernel's own tokens."""
+        head_dim = f"hd{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        flags = {
+            "left": self.window_left,
+            "right": self.window_right,
+            "sink": self.sink_tokens,
+            "softcap": self.softcap,
+            "alibi": self.alibi,
+            "lsink": self.learnable_sink,
+            "cuq": self.cu_seqlens_q,
+            "cuk": self.cu_seqlens_k,
+            "usedq": self.seqused_q,
+            "usedk": self.seqused_k,
+            **choices,
+        }
+        tokens = (token for token, on in flags.items() if on)
+        return "_".join([kernel, self.arch.short, self.dtype.value, head_dim, *tokens])
+
+
+def padded(head_dim: int) -> int:
+    """head_dim as the tiles hold it: tensor-core instructions take 16 elements of Q·Kᵀ at a time; the rest is zero."""
+    return (head_dim + 15) // 16 * 16
+
+
 class AttentionKernel(ABC):
     """A kernel family's entry point; one class a kernel, named by ``cute_fa.dispatch``."""
 
@@ -90,9 +164,14 @@ class AttentionKernel(ABC):
         ``num_sms``: SMs of the device, which a persistent kernel launches its CTAs by."""
 
 
-def forward_objections(problem: AttentionProblem) -> list[str]:
-    """Reasons that all forward kernels share: what none of them computes, and limits of the common device code."""
+def forward_objections(problem: AttentionProblem, head_dim_rule: str) -> list[str]:
+    """Reasons that all forward kernels share: head_dims beyond 256 or no multiple of 8 (``head_dim_rule`` says why);
+    what none of them computes; limits of the common device code."""
     reasons = []
+    for name in ("head_dim", "head_dim_v"):
+        size = getattr(problem, name)
+        if size % 8 or not 8 <= size <= 256:
+            reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed ({head_dim_rule})")
     if problem.num_splits > 1:
         reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
     if problem.out_dtype is not None and problem.out_dtype is not problem.dtype:
@@ -104,16 +183,28 @@ def forward_objections(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-def window_arguments(problem: AttentionProblem) -> tuple[int | None, int | None, int | None]:
-    """The run-time numbers of ``cute_fa.device.block_range.Window``."""
+def forward_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> tuple:
+    """The arguments that all forward kernels begin with, in the order of
+    ``cute_fa.device.fake_arguments.forward_fakes``."""
+    t, slopes = tensors, tensors.alibi_slopes
+    if slopes is not None and slopes.dim() == 1:
+        slopes = slopes.expand(problem.batch, -1)
     left, right = problem.window_left, problem.window_right
-    return (
+    window = (
         None if left is None else min(left, MAX_BOUND),
         None if right is None else min(right, MAX_BOUND),
         min(problem.sink_tokens, MAX_BOUND) if problem.sink_tokens and left is not None else None,
     )
-
-
-def slopes_argument(problem: AttentionProblem, slopes: torch.Tensor | None) -> torch.Tensor | None:
-    """ALiBi slopes as (batch or stride 0, heads)."""
-    return slopes.expand(problem.batch, -1) if slopes is not None and slopes.dim() == 1 else slopes
+    return (
+        t.q,
+        t.k,
+        t.v,
+        t.out,
+        t.lse,
+        (t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k),
+        window,
+        slopes,
+        t.learnable_sink,
+        problem.softmax_scale,
+        problem.softcap if problem.softcap else None,
+    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import library
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import (
     TransformType,
@@ -90,7 +91,7 @@ _ARGUMENTS = (
     "float? softmax_scale, SymInt? window_left, SymInt? window_right, SymInt sink_tokens, float softcap, "
     "SymInt num_splits, str? family, bool? pack_gqa, str persistent"
 )
-LIBRARY = torch.library.Library("cute_fa", "DEF")
+LIBRARY = library.Library("cute_fa", "DEF")
 LIBRARY.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
 LIBRARY.define(f"attention_out({_ARGUMENTS}, Tensor(a!) out) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
@@ -250,9 +251,9 @@ def _backward(ctx, dout, dlse):
 
 LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_out", _attention_out, "CompositeExplicitAutograd")
-torch.library.register_fake("cute_fa::attention", _fake, lib=LIBRARY)
-torch.library.register_fake("cute_fa::attention_out", _fake_out, lib=LIBRARY)
-torch.library.register_autograd("cute_fa::attention", _backward, lib=LIBRARY)
+library.register_fake("cute_fa::attention", _fake, lib=LIBRARY)
+library.register_fake("cute_fa::attention_out", _fake_out, lib=LIBRARY)
+library.register_autograd("cute_fa::attention", _backward, lib=LIBRARY)
 
 _attention_op = torch.ops.cute_fa.attention.default
 _attention_out_op = torch.ops.cute_fa.attention_out.default

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from cute_fa.kernel import (
-    AttentionKernel,
-    AttentionTensors,
-    forward_objections,
-    slopes_argument,
-    window_arguments,
-)
+from cute_fa.kernel import AttentionKernel, AttentionTensors, forward_arguments, forward_objections
 from cute_fa.problem import AttentionProblem
 from cute_fa.types import Direction, DType, PersistentMode
 from fa2_sm80.config import Fa2ForwardConfig, forward_config
@@ -27,17 +21,13 @@ class Fa2Forward(AttentionKernel):
         reasons = []
         if problem.dtype not in (DType.FP16, DType.BF16):
             reasons.append(f"dtype {problem.dtype.value}: sm_80 tensor cores take fp16 and bf16, fp8 has no FA2 kernel")
-        for name in ("head_dim", "head_dim_v"):
-            size = getattr(problem, name)
-            if size % 8 or not 8 <= size <= 256:
-                reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed (16-byte copies)")
+        reasons += forward_objections(problem, "16-byte copies")
         if problem.page_size is not None:
             reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")
         if problem.pack_gqa and problem.gqa_ratio > 1:
             reasons.append("pack_gqa: this kernel's tiles hold the queries of one head")
         if problem.persistent is PersistentMode.ON:
             reasons.append("persistent: this kernel launches one CTA for each tile")
-        reasons += forward_objections(problem)
         tiles = -(-problem.seqlen_q // cls.configure(problem).tile_m) * problem.num_heads * problem.batch
         if tiles > MAX_CTAS:
             reasons.append(f"{tiles} tiles of queries: a grid has at most {MAX_CTAS} CTAs")
@@ -49,18 +39,7 @@ class Fa2Forward(AttentionKernel):
 
     @classmethod
     def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
-        t = tensors
         return (
-            t.q,
-            t.k,
-            t.v,
-            t.out,
-            t.lse,
-            (t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k),
-            window_arguments(problem),
-            slopes_argument(problem, t.alibi_slopes),
-            t.learnable_sink,
-            problem.softmax_scale,
-            problem.softcap if problem.softcap else None,
+            *forward_arguments(problem, tensors),
             problem.seqlen_q,
         )

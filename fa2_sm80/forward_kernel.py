@@ -13,7 +13,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.block_range import BlockRange, Window, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fake_arguments import fake_activations, fake_lengths, fake_vector, fake_window, optional
+from cute_fa.device.fake_arguments import forward_fakes
 from cute_fa.device.scores import score_params
 from cute_fa.device.seqlen import LengthTensors, seqlen_info
 from fa2_sm80.config import Fa2ForwardConfig
@@ -168,21 +168,6 @@ def head_row(lse: cute.Tensor, head: Int32, batch: Int32, offset: Int32, packed:
 
 def build(config: Fa2ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
-    c = config
-    dtype = CUTE_DTYPE[c.dtype]
-    arguments = ForwardArguments(
-        q=fake_activations(dtype, c.cu_seqlens_q, c.head_dim),
-        k=fake_activations(dtype, c.cu_seqlens_k, c.head_dim),
-        v=fake_activations(dtype, c.cu_seqlens_k, c.head_dim_v),
-        out=fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
-        lse=fake_vector(Float32, 2 if c.cu_seqlens_q else 3),
-        lengths=fake_lengths(c),
-        window=fake_window(c),
-        alibi_slopes=optional(c.alibi, lambda: fake_vector(Float32, 2)),
-        learnable_sink=optional(c.learnable_sink, lambda: fake_vector(Float32)),
-        softmax_scale=Float32(0.0),
-        softcap=optional(c.softcap, lambda: Float32(0.0)),
-        seqlen_q=Int32(0),
-    )
+    arguments = ForwardArguments(**forward_fakes(config), seqlen_q=Int32(0))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return Fa2ForwardKernel(config), (arguments, stream)

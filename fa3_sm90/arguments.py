@@ -25,12 +25,12 @@ class ForwardArguments(NamedTuple):
     out: cute.Tensor
     lse: cute.Tensor
     lengths: LengthTensors
-    page_table: Optional[cute.Tensor]
     window: Window
     alibi_slopes: Optional[cute.Tensor]
     learnable_sink: Optional[cute.Tensor]
     softmax_scale: Float32
     softcap: Optional[Float32]
+    page_table: Optional[cute.Tensor]
     grid: TileGrid
     num_ctas: Int32
 

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cute_fa.kernel import KernelConfig
+from cute_fa.kernel import ForwardConfig, padded
 from cute_fa.problem import AttentionProblem
-from cute_fa.types import DType, PersistentMode, SmArch
+from cute_fa.types import PersistentMode, SmArch
 
 WARPGROUP = 128
 WGMMA_M = 64
@@ -17,11 +17,6 @@ BARRIER_BYTES = 1024
 # setmaxnreg of (producer, consumer) by number of consumer warpgroups: all 65,536 registers of the SM, 128 or 168 a
 # thread at launch, moved to the consumers.
 REGISTERS = {2: (24, 240), 3: (32, 160)}
-
-
-def padded(head_dim: int) -> int:
-    """head_dim as the tiles hold it: wgmma consumes 16 elements of Q·Kᵀ at a time; the rest is zero."""
-    return (head_dim + 15) // 16 * 16
 
 
 @dataclass(frozen=True)
@@ -39,33 +34,20 @@ class PipelineSpec:
 
 
 @dataclass(frozen=True)
-class Fa3ForwardConfig(KernelConfig):
+class Fa3ForwardConfig(ForwardConfig):
     """Everything that shapes the machine code.
 
     ``warpgroups`` consumer warpgroups own 64 rows of Q each and take ``tile_n`` keys a step; ``stages`` blocks of K and
     of V are in flight. ``pack_gqa`` query heads of one kv head share a tile (1: none). ``page_size`` None: contiguous
-    keys. ``persistent``: CTAs walk over tiles. The flags say which features exist, never their values.
+    keys. ``persistent``: CTAs walk over tiles.
     """
 
-    dtype: DType
-    head_dim: int
-    head_dim_v: int
     warpgroups: int
     tile_n: int
     stages: int
     pack_gqa: int = 1
     persistent: bool = True
     page_size: int | None = None
-    window_left: bool = False
-    window_right: bool = False
-    sink_tokens: bool = False
-    softcap: bool = False
-    alibi: bool = False
-    learnable_sink: bool = False
-    cu_seqlens_q: bool = False
-    cu_seqlens_k: bool = False
-    seqused_q: bool = False
-    seqused_k: bool = False
 
     @property
     def num_threads(self) -> int:
@@ -76,14 +58,6 @@ class Fa3ForwardConfig(KernelConfig):
     def registers(self) -> tuple[int, int]:
         """Registers of a producer and of a consumer thread."""
         return REGISTERS[self.warpgroups]
-
-    @property
-    def head_dim_padded(self) -> int:
-        return padded(self.head_dim)
-
-    @property
-    def head_dim_v_padded(self) -> int:
-        return padded(self.head_dim_v)
 
     @property
     def tokens(self) -> int:
@@ -151,25 +125,12 @@ class Fa3ForwardConfig(KernelConfig):
 
     @property
     def compile_name(self) -> str:
-        head_dim = f"hd{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
-        flags = {
-            "left": self.window_left,
-            "right": self.window_right,
-            "sink": self.sink_tokens,
-            "softcap": self.softcap,
-            "alibi": self.alibi,
-            "lsink": self.learnable_sink,
-            "cuq": self.cu_seqlens_q,
-            "cuk": self.cu_seqlens_k,
-            "usedq": self.seqused_q,
-            "usedk": self.seqused_k,
+        choices = {
             f"page{self.page_size}": self.page_size is not None,
             f"pack{self.pack_gqa}": self.pack_gqa > 1,
             "single": not self.persistent,
         }
-        return "_".join(
-            ["fa3_fwd", self.arch.short, self.dtype.value, head_dim, *(name for name, on in flags.items() if on)]
-        )
+        return self.named("fa3_fwd", **choices)
 
     def build(self):
         from fa3_sm90.forward_kernel import build
@@ -182,26 +143,13 @@ def forward_config(problem: AttentionProblem) -> Fa3ForwardConfig:
     """The heuristic: tiles by head_dim, registers and shared memory; packing by how full the tiles get."""
     warpgroups, tile_n, stages = _tiles(problem)
     return Fa3ForwardConfig(
-        arch=problem.arch,
-        dtype=problem.dtype,
-        head_dim=problem.head_dim,
-        head_dim_v=problem.head_dim_v,
+        **ForwardConfig.features(problem),
         warpgroups=warpgroups,
         tile_n=tile_n,
         stages=stages,
         pack_gqa=problem.gqa_ratio if packs(problem, warpgroups) else 1,
         persistent=problem.persistent is not PersistentMode.OFF,
         page_size=problem.page_size,
-        window_left=problem.window_left is not None,
-        window_right=problem.window_right is not None,
-        sink_tokens=problem.sink_tokens > 0 and problem.window_left is not None,
-        softcap=problem.softcap > 0.0,
-        alibi=problem.alibi,
-        learnable_sink=problem.learnable_sink,
-        cu_seqlens_q=problem.varlen_q,
-        cu_seqlens_k=problem.varlen_k,
-        seqused_q=problem.seqused_q,
-        seqused_k=problem.seqused_k,
     )
 
 

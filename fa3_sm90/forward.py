@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from cute_fa.kernel import (
-    AttentionKernel,
-    AttentionTensors,
-    forward_objections,
-    slopes_argument,
-    window_arguments,
-)
+from cute_fa.kernel import AttentionKernel, AttentionTensors, forward_arguments, forward_objections
 from cute_fa.problem import AttentionProblem
 from cute_fa.tiling import MAX_TILES, dense_tiles, head_group, num_ctas, packed_tiles
 from cute_fa.types import Direction, DType
@@ -29,11 +23,7 @@ class Fa3Forward(AttentionKernel):
         reasons = []
         if problem.dtype not in (DType.FP16, DType.BF16):
             reasons.append(f"dtype {problem.dtype.value}: this kernel takes fp16 and bf16")
-        for name in ("head_dim", "head_dim_v"):
-            size = getattr(problem, name)
-            if size % 8 or not 8 <= size <= 256:
-                reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed (16-byte strides of TMA)")
-        reasons += forward_objections(problem)
+        reasons += forward_objections(problem, "16-byte strides of TMA")
         if problem.pack_gqa and problem.gqa_ratio > WGMMA_M:
             reasons.append(f"pack_gqa with gqa_ratio {problem.gqa_ratio}: a warpgroup holds {WGMMA_M} query heads")
         if not reasons:
@@ -48,7 +38,6 @@ class Fa3Forward(AttentionKernel):
 
     @classmethod
     def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
-        t = tensors
         config = cls.configure(problem)
         shared = problem.gqa_ratio // config.pack_gqa
         kv_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.dtype.bytes
@@ -58,20 +47,10 @@ class Fa3Forward(AttentionKernel):
             problem.batch,
             min(head_group(kv_bytes, L2_BYTES, shared), MAX_TILES),
         )
-        tiles = _tiles(problem, config, t.q.shape[0] if problem.varlen_q else problem.batch * problem.seqlen_q)
+        tiles = _tiles(problem, config, tensors.q.shape[0] if problem.varlen_q else problem.batch * problem.seqlen_q)
         return (
-            t.q,
-            t.k,
-            t.v,
-            t.out,
-            t.lse,
-            (t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k),
-            t.page_table,
-            window_arguments(problem),
-            slopes_argument(problem, t.alibi_slopes),
-            t.learnable_sink,
-            problem.softmax_scale,
-            problem.softcap if problem.softcap else None,
+            *forward_arguments(problem, tensors),
+            tensors.page_table,
             grid,
             num_ctas(tiles, num_sms, config.persistent),
         )

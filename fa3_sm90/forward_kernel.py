@@ -2,11 +2,10 @@
 compute on wgmma, CTAs walk over tiles of queries."""
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
-from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fake_arguments import fake_activations, fake_lengths, fake_vector, fake_window, optional
+from cute_fa.device.fake_arguments import fake_vector, forward_fakes, optional
 from cute_fa.device.tile_scheduler import TileGrid
 from fa3_sm90.arguments import ForwardArguments, TmaTensors, dense_extents
 from fa3_sm90.config import WARPGROUP, Fa3ForwardConfig
@@ -86,21 +85,9 @@ class Fa3ForwardKernel:
 
 def build(config: Fa3ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
-    c = config
-    dtype = CUTE_DTYPE[c.dtype]
     arguments = ForwardArguments(
-        q=fake_activations(dtype, c.cu_seqlens_q, c.head_dim),
-        k=fake_activations(dtype, c.cu_seqlens_k, c.head_dim),
-        v=fake_activations(dtype, c.cu_seqlens_k, c.head_dim_v),
-        out=fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
-        lse=fake_vector(Float32, 2 if c.cu_seqlens_q else 3),
-        lengths=fake_lengths(c),
-        page_table=optional(c.page_size is not None, lambda: fake_vector(Int32, 2)),
-        window=fake_window(c),
-        alibi_slopes=optional(c.alibi, lambda: fake_vector(Float32, 2)),
-        learnable_sink=optional(c.learnable_sink, lambda: fake_vector(Float32)),
-        softmax_scale=Float32(0.0),
-        softcap=optional(c.softcap, lambda: Float32(0.0)),
+        **forward_fakes(config),
+        page_table=optional(config.page_size is not None, lambda: fake_vector(Int32, 2)),
         grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),
         num_ctas=Int32(0),
     )

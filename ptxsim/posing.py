@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import library
 from torch.overrides import TorchFunctionMode
 
 from ptxsim.runtime import Simulation, current, device_view
@@ -81,7 +82,7 @@ def posing(simulation: Simulation) -> Iterator[None]:
 
         for name, answer in answers.items():
             replace(torch.cuda, name, answer)
-        replace(torch.library, "custom_op", _also_on_cpu(torch.library.custom_op))
+        replace(library, "custom_op", _also_on_cpu(library.custom_op))
         replace(tvm_ffi, "from_dlpack", _of_view(tvm_ffi.from_dlpack))
         replace(cutlass.cute.runtime, "from_dlpack", _of_view(cutlass.cute.runtime.from_dlpack))
         for compiled in (TVMFFIJitCompiledFunction, TVMFFIJitCompiledFunctionWithKwargs):
@@ -102,7 +103,7 @@ def _without_posing(function: Any) -> Any:
 
 
 def _also_on_cpu(custom_op: Any) -> Any:
-    """``torch.library.custom_op`` that registers for the CPU what is meant for CUDA: that is where tensors are."""
+    """``custom_op`` of torch that registers for the CPU what is meant for CUDA: that is where tensors are."""
 
     def register(*args: Any, device_types: Any = None, **options: Any) -> Any:
         listed = [device_types] if isinstance(device_types, str) else device_types

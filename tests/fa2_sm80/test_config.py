@@ -5,22 +5,11 @@ import pytest
 from cute_fa.problem import AttentionProblem
 from cute_fa.types import DType, SmArch
 from fa2_sm80.forward import Fa2Forward
+from tests.testing.cases import small_problem
 
 
 def problem(**changes) -> AttentionProblem:
-    base = dict(
-        arch=SmArch.SM_80,
-        dtype=DType.BF16,
-        batch=1,
-        seqlen_q=128,
-        seqlen_k=128,
-        num_heads=2,
-        num_heads_kv=2,
-        head_dim=64,
-        head_dim_v=64,
-        softmax_scale=0.125,
-    )
-    return AttentionProblem(**{**base, **changes})
+    return small_problem(**{"arch": SmArch.SM_80, **changes})
 
 
 @pytest.mark.parametrize("arch", SmArch)

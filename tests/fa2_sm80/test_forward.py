@@ -1,7 +1,5 @@
 """The FA2 forward, simulated, against the fp32 reference: features in pairs, edges of the mask, costs, big strides."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ import cute_fa
 from cute_fa.inputs import InputSpec, make_inputs
 from cute_fa.reference import expected
 from cute_fa.types import DType
+from tests.testing.cases import spec_name, spec_of
 from tests.testing.grid import pairwise
 
 # one compile a case: as many levels as shape the code or the control flow differently, no more
@@ -41,32 +40,8 @@ FEATURES = {
 }
 
 
-def spec_of(case: dict) -> InputSpec:
-    head_dim, head_dim_v = case["head_dims"]
-    heads, heads_kv = case["heads"]
-    seqlen_q, seqlen_k = case["seqlens"]
-    return InputSpec(
-        batch=3 if case["lengths"] else 1 + bool(case["alibi"].get("alibi_per_batch")),
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        heads=heads,
-        heads_kv=heads_kv,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        dtype=case["dtype"],
-        softcap=case["softcap"],
-        learnable_sink=case["learnable_sink"],
-        layout=case["layout"],
-        **case["mask"],
-        **case["alibi"],
-        **case["lengths"],
-    )
-
-
 def case_name(case: dict) -> str:
-    spec = spec_of(case)
-    changed = (f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default)
-    return "-".join(f"{f.name}={getattr(spec, f.name)}" for f in changed) + f"-{case['inputs']}"
+    return f"{spec_name(spec_of(case))}-{case['inputs']}"
 
 
 def run(spec: InputSpec, inputs: str = "random", arch: str = "sm_80", seed: int = 0, **schedule):

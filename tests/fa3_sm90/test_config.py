@@ -9,6 +9,7 @@ from cute_fa.problem import PAGE_SIZES, AttentionProblem
 from cute_fa.types import DType, PersistentMode, SmArch
 from fa3_sm90.config import BARRIER_BYTES, WGMMA_M, PipelineSpec
 from fa3_sm90.forward import Fa3Forward
+from tests.testing.cases import small_problem
 
 HEAD_DIMS = range(8, 257, 8)
 REGISTERS = 65536  # of an SM
@@ -16,19 +17,7 @@ BARRIERS = 16  # named barriers of a CTA
 
 
 def problem(**changes) -> AttentionProblem:
-    base = dict(
-        arch=SmArch.SM_90A,
-        dtype=DType.BF16,
-        batch=1,
-        seqlen_q=4096,
-        seqlen_k=4096,
-        num_heads=2,
-        num_heads_kv=2,
-        head_dim=64,
-        head_dim_v=64,
-        softmax_scale=0.125,
-    )
-    return AttentionProblem(**{**base, **changes})
+    return small_problem(**{"arch": SmArch.SM_90A, "seqlen_q": 4096, "seqlen_k": 4096, **changes})
 
 
 def configure(**changes):

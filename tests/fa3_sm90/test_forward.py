@@ -14,6 +14,7 @@ from cute_fa.trial import problem_of_spec
 from cute_fa.types import DType, SmArch
 from fa3_sm90.config import Fa3ForwardConfig
 from fa3_sm90.forward import Fa3Forward
+from tests.testing.cases import spec_name, spec_of
 from tests.testing.grid import pairwise
 from tests.testing.loads import recorded_loads
 from tests.testing.simulated import call
@@ -85,37 +86,8 @@ def cases() -> list[dict]:
     return found
 
 
-def spec_of(case: dict, scale: int = 1) -> InputSpec:
-    """``scale``: factor of the lengths and of the window."""
-    head_dim, head_dim_v = case["head_dims"]
-    heads, heads_kv = case["heads"]
-    seqlen_q, seqlen_k = (length * scale if length > 1 else length for length in case["seqlens"])
-    mask = dict(case["mask"])
-    if "window" in mask:
-        mask["window"] = tuple(bound and bound * scale for bound in mask["window"])
-    return InputSpec(
-        batch=3 if case["lengths"] else 1 + bool(case["alibi"].get("alibi_per_batch")),
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        heads=heads,
-        heads_kv=heads_kv,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        dtype=case["dtype"],
-        softcap=case["softcap"],
-        learnable_sink=case["learnable_sink"],
-        layout=case["layout"],
-        **mask,
-        **case["alibi"],
-        **case["lengths"],
-    )
-
-
 def case_name(case: dict) -> str:
-    spec = spec_of(case)
-    changed = (f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default)
-    named = "-".join(f"{f.name}={getattr(spec, f.name)}" for f in changed)
-    return f"{named}-pack={case['pack_gqa']}-{case['ctas']}-{case['inputs']}"
+    return f"{spec_name(spec_of(case))}-pack={case['pack_gqa']}-{case['ctas']}-{case['inputs']}"
 
 
 SIMULATION = ("num_sms", "late", "schedule_seed", "race")

@@ -1,0 +1,55 @@
+"""What the kernels' test grids share: from the levels of a case to its spec, and a problem to vary."""
+
+import dataclasses
+
+from cute_fa.inputs import InputSpec
+from cute_fa.problem import AttentionProblem
+from cute_fa.types import DType, SmArch
+
+
+def spec_of(case: dict, scale: int = 1) -> InputSpec:
+    """``scale``: factor of the lengths and of the window."""
+    head_dim, head_dim_v = case["head_dims"]
+    heads, heads_kv = case["heads"]
+    seqlen_q, seqlen_k = (length * scale if length > 1 else length for length in case["seqlens"])
+    mask = dict(case["mask"])
+    if "window" in mask:
+        mask["window"] = tuple(bound and bound * scale for bound in mask["window"])
+    return InputSpec(
+        batch=3 if case["lengths"] else 1 + bool(case["alibi"].get("alibi_per_batch")),
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        heads=heads,
+        heads_kv=heads_kv,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=case["dtype"],
+        softcap=case["softcap"],
+        learnable_sink=case["learnable_sink"],
+        layout=case["layout"],
+        **mask,
+        **case["alibi"],
+        **case["lengths"],
+    )
+
+
+def spec_name(spec: InputSpec) -> str:
+    """The fields that differ from their defaults."""
+    changed = (f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default)
+    return "-".join(f"{f.name}={getattr(spec, f.name)}" for f in changed)
+
+
+def small_problem(arch: SmArch, **changes) -> AttentionProblem:
+    """A bf16 forward of one short sequence with two heads of 64, with changes."""
+    base = dict(
+        dtype=DType.BF16,
+        batch=1,
+        seqlen_q=128,
+        seqlen_k=128,
+        num_heads=2,
+        num_heads_kv=2,
+        head_dim=64,
+        head_dim_v=64,
+        softmax_scale=0.125,
+    )
+    return AttentionProblem(arch=arch, **{**base, **changes})
