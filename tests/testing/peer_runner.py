@@ -11,6 +11,7 @@ import time
 
 import ptxsim
 from ptxsim import runtime
+from ptxsim.posing import posing
 from tests.testing.faults import plan
 from tests.testing.fence_faults import plan_fences
 
@@ -114,10 +115,7 @@ JOBS = {"attention": attention, "softmax": softmax, "faults": faults}
 
 def main(arch):
     jobs = json.load(sys.stdin)
-    with ptxsim.simulate(arch) as simulation:
-        from tests.testing import fakecuda
-
-        fakecuda.pose()
+    with ptxsim.simulate(arch) as simulation, posing(simulation):
         for job in jobs:
             started = time.perf_counter()
             simulation.launches.clear()
