@@ -19,7 +19,8 @@ def problem_name(problem: AttentionProblem) -> str:
     """The problem in tokens: direction, architecture, dtype, ``hd`` head_dim (``v`` head_dim_v if it differs),
     ``causal``, ``varlen``, ``sw`` window left, ``wr`` window right (where not causal), ``alibi``, ``sink`` sink tokens,
     ``softcap`` cap (``p`` for the point), ``lsink`` learnable sink, ``page`` page size, ``split`` number of splits,
-    ``gqa`` query heads per kv head. What a problem does not use has no token.
+    ``gqa`` query heads per kv head; of a backward ``dlse`` where the gradient of LSE is given, ``dalibi`` where that of
+    the slopes is wanted, ``det`` deterministic. What a problem does not use has no token.
     """
     head_dim = f"hd{problem.head_dim}"
     if problem.head_dim_v != problem.head_dim:
@@ -41,6 +42,9 @@ def problem_name(problem: AttentionProblem) -> str:
         f"page{problem.page_size}": problem.page_size is not None,
         f"split{problem.num_splits}": problem.num_splits > 1,
         f"gqa{problem.gqa_ratio}": problem.gqa_ratio > 1,
+        "dlse": problem.lse_gradient,
+        "dalibi": problem.slopes_gradient,
+        "det": problem.deterministic,
     }
     return "_".join(token for token, present in tokens.items() if present)
 

@@ -65,6 +65,10 @@ class AttentionProblem:
     ``persistent`` and ``pack_gqa`` (query heads of one kv head share a tile; None: the kernel chooses) change how a
     kernel computes, never what. They are here because a kernel must be able to refuse them.
 
+    Of the backward alone: ``deterministic`` asks for gradients that are bit-identical between runs; ``lse_gradient``
+    says that the gradient of LSE is given; ``slopes_gradient`` that the one of the ALiBi slopes is wanted. Those of q,
+    k, v and the learnable sink always are.
+
     Raises EmptyBatchError, ShapeError, LengthError, WindowError, PageSizeError, Fp8Error or ArgumentError.
     """
 
@@ -94,6 +98,9 @@ class AttentionProblem:
     out_dtype: DType | None = None
     persistent: PersistentMode = PersistentMode.AUTO
     pack_gqa: bool | None = None
+    deterministic: bool = False
+    lse_gradient: bool = False
+    slopes_gradient: bool = False
 
     def __post_init__(self):
         for name, kind in _KINDS.items():
@@ -104,6 +111,7 @@ class AttentionProblem:
             raise ArgumentError(f"pack_gqa={self.pack_gqa!r}: True, False, or None for the kernel's own choice")
         self._check_sizes()
         self._check_options()
+        self._check_gradients()
         if self.out_dtype is None:
             object.__setattr__(self, "out_dtype", DType.BF16 if self.dtype.is_fp8 else self.dtype)
         if self.out_dtype.is_fp8:
@@ -139,6 +147,16 @@ class AttentionProblem:
             raise ArgumentError(f"sink_tokens={self.sink_tokens}: between 0 and {INT32_MAX}")
         if not 1 <= self.num_splits <= INT32_MAX:
             raise ArgumentError(f"num_splits={self.num_splits}: between 1 and {INT32_MAX}")
+
+    def _check_gradients(self):
+        for name in ("deterministic", "lse_gradient", "slopes_gradient"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ArgumentError(f"{name}={value!r}: True or False")
+            if value and self.direction is Direction.FORWARD:
+                raise ArgumentError(f"{name} of a forward: only a backward has gradients")
+        if self.slopes_gradient and not self.alibi:
+            raise ArgumentError("slopes_gradient without alibi: there are no slopes")
 
     @property
     def causal(self) -> bool:

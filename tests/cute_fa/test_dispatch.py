@@ -255,6 +255,12 @@ def test_canonical_names(family, arch, options, name):
     assert canonical_name(Named(family), key.problem()) == name
 
 
+def test_names_of_backwards_say_which_gradients():
+    key = DispatchKey(SmArch.SM_80, DType.BF16, 64, causal=True, alibi=True, direction=Direction.BACKWARD)
+    problem = dataclasses.replace(key.problem(), lse_gradient=True, slopes_gradient=True, deterministic=True)
+    assert canonical_name(Named("fa2"), problem) == "fa2_bwd_sm80_bf16_hd64_causal_alibi_dlse_dalibi_det"
+
+
 def test_names_tell_keys_apart():
     keys = {DispatchKey(**options, paged=options["page_size"] is not None) for options in pairwise(KEYS, 5)}
     assert len({str(key) for key in keys}) == len(keys) > 20
