@@ -7,6 +7,7 @@ and head: one key too many or too few, or of another head, then moves O by order
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -163,6 +164,35 @@ def make_inputs(
     return Inputs(spec, *(None if t is None else _to_device(t, device) for t in tensors))
 
 
+def output_gradients(inputs: Inputs, seed: int = 0, poison: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard normal gradients of out and lse for these inputs: dout of their dtype and layout, dlse fp32.
+
+    ``poison`` fills with NaN the rows that lie outside the lengths.
+    """
+    spec, q = inputs.spec, inputs.q
+    rng = torch.Generator().manual_seed(seed)
+    dout = torch.randn(*q.shape[:-1], spec.head_dim_v, generator=rng)
+    dlse = torch.randn(*q.shape[:-1], generator=rng)
+    if poison:
+        outside = ~_counts(inputs)
+        dout[outside], dlse[outside] = math.nan, math.nan
+    dout = _lay_out(dout.to(q.dtype), _layouts(spec.layout)[0], math.nan)
+    return _to_device(dout, q.device), dlse.transpose(-1, -2).contiguous().to(q.device)
+
+
+def _counts(inputs: Inputs) -> torch.Tensor:
+    """Which rows of q lie inside the lengths: (batch, seqlen_q), or (total_q) if packed; on the CPU."""
+    used = None if inputs.seqused_q is None else inputs.seqused_q.tolist()
+    if inputs.cu_seqlens_q is None:
+        rows = torch.arange(inputs.q.shape[1]).expand(inputs.q.shape[0], -1)
+        return rows < (inputs.q.shape[1] if used is None else torch.tensor(used)[:, None])
+    counts = torch.zeros(inputs.q.shape[0], dtype=torch.bool)
+    offsets = inputs.cu_seqlens_q.tolist()
+    for b, (start, end) in enumerate(itertools.pairwise(offsets)):
+        counts[start : end if used is None else start + used[b]] = True
+    return counts
+
+
 def _lengths(batch: int, longest: int, given, vary: bool, rng) -> list[int]:
     if given is not None:
         if not vary or len(given) != batch or not all(0 <= length <= longest for length in given):
@@ -283,7 +313,7 @@ def _lay_out(tensor: torch.Tensor, layout: str, fill: float) -> torch.Tensor:
     return tensor
 
 
-def _to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
+def _to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
     """Moved without changing its strides."""
     if tensor.device == torch.device(device):
         return tensor

@@ -8,6 +8,14 @@ The formula, with D = seqlen_k − seqlen_q of the sequence, for query i, key j 
 
 LSE is the natural logarithm of the softmax's denominator. A row without visible keys has O = 0 and LSE = −inf, or
 learnable_sink[h]. Rows beyond seqused_q have O = 0 and LSE = −inf. Only elements inside the lengths are read.
+
+The backward, with dO and dLSE the gradients of O and LSE (Dao et al., FlashAttention, 2022, appendix B.2; dLSE and the
+sink follow from ∂LSE/∂s_ij = p_ij):
+
+    D_i = dO_i · O_i − dLSE_i;   dp_ij = dO_i · v_j;   ds_ij = p_ij (dp_ij − D_i), 0 for hidden keys and empty rows
+    dslope[h] = −Σ_ij ds_ij |i + D − j|;   dsink[h] = −Σ_i exp(learnable_sink[h] − LSE_i) D_i
+    dx_ij = ds_ij (1 − tanh²(s_ij/c)) with softcap;   dq_i = softmax_scale Σ_j dx_ij k_j
+    dk_j = softmax_scale Σ_i dx_ij q_i and dv_j = Σ_i p_ij dO_i, summed over the query heads of a kv head
 """
 
 from __future__ import annotations
@@ -19,12 +27,23 @@ from typing import NamedTuple
 
 import torch
 
+from cute_fa.errors import ArgumentError
 from cute_fa.problem import default_scale, normalize_window
 
 # Scores held at once, in elements: bounds the memory at long lengths.
 _MAX_SCORES = 2**24
 LSE_TOLERANCE = 1e-3
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class Gradients(NamedTuple):
+    """dq, dk, dv in the shapes of q, k and v; dalibi in that of alibi_slopes, dsink (heads), None where absent."""
+
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    dalibi: torch.Tensor | None
+    dsink: torch.Tensor | None
 
 
 class _Span(NamedTuple):
@@ -79,29 +98,127 @@ def attention(
     lse = torch.full(lse_shape, -math.inf, dtype=compute, device=q.device)
 
     for span in _spans(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table):
-        rows = slice(span.start_q, span.start_q + span.seqlen_q)
-        q_s = q[rows] if cu_seqlens_q is not None else q[span.batch, rows]
-        out_s = out[rows] if cu_seqlens_q is not None else out[span.batch, rows]
-        lse_s = lse[:, rows] if cu_seqlens_q is not None else lse[span.batch, :, rows]
         k_s, v_s = (_keys(t, span, cu_seqlens_k, page_table).to(compute) for t in (k, v))
-        slopes = alibi_slopes[span.batch] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
-        step = max(1, _MAX_SCORES // max(1, heads * span.seqlen_k))
-        for first in range(0, span.seqlen_q, step):
-            chunk = slice(first, min(first + step, span.seqlen_q))
-            position = torch.arange(chunk.start, chunk.stop, device=q.device) + span.seqlen_k - span.seqlen_q
-            key = torch.arange(span.seqlen_k, device=q.device)
-            distance = position[:, None] - key
-            visible = torch.ones_like(distance, dtype=torch.bool)
-            if left is not None:
-                visible &= (distance <= left) | (key < sink_tokens)
-            if right is not None:
-                visible &= distance >= -right
-            scores = _scores(q_s[chunk].to(compute), k_s, scale, softcap, compute if dtype in _FP8 else dtype)
-            if slopes is not None:
-                scores = scores - slopes.to(compute)[:, None, None] * distance.abs()
-            scores = scores.masked_fill(~visible, -math.inf)
-            out_s[chunk], lse_s[:, chunk] = _softmax_pv(scores, v_s, learnable_sink, dtype)
+        slopes = _slopes(alibi_slopes, span, compute)
+        for rows, distance, visible in _pieces(span, heads, left, right, sink_tokens, q.device):
+            at, at_lse = _index(span, rows, cu_seqlens_q)
+            scores = _scores(q[at].to(compute), k_s, scale, softcap, compute if dtype in _FP8 else dtype)
+            scores = _masked(scores, slopes, distance, visible)
+            out[at], lse[at_lse], _ = _softmax_pv(scores, v_s, learnable_sink, dtype)
     return out, lse
+
+
+def gradients(q, k, v, dout, dlse=None, **options) -> Gradients:
+    """Reference gradients for those of out (``dout``) and lse (``dlse``, zero by default), in the shapes that
+    :func:`attention` returns; options as there, without pages.
+
+    A ``dtype`` lower than fp32 rounds what a plain implementation in that type would store: beside the forward's values
+    dp, ds, dx and the results. The gradients of slopes and sink are never lower than fp32.
+    """
+    return _gradients(q, k, v, dout, dlse, **options)[0]
+
+
+def _gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    sink_tokens: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Gradients, dict[str, torch.Tensor]]:
+    """The gradients, and of dalibi and dsink the sums of the squares of their terms."""
+    if page_table is not None or dtype in _FP8 or q.dtype in _FP8:
+        raise ArgumentError("gradients of a paged cache or in fp8: nothing computes them")
+    compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    left, right = normalize_window(window_size, causal)
+    heads, head_dim = q.shape[-2:]
+    scale = default_scale(head_dim) if softmax_scale is None else softmax_scale
+    dq, dk, dv = (torch.zeros(t.shape, dtype=compute, device=q.device) for t in (q, k, v))
+    sums = {}
+    for name, parameter in (("dalibi", alibi_slopes), ("dsink", learnable_sink)):
+        if parameter is not None:
+            sums[name] = torch.zeros(2, *parameter.shape, dtype=compute, device=q.device)
+
+    for span in _spans(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None):
+        k_s, v_s, dk_s, dv_s = (_keys(t, span, cu_seqlens_k, None) for t in (k, v, dk, dv))
+        k_s, v_s = k_s.to(compute), v_s.to(compute)
+        slopes = _slopes(alibi_slopes, span, compute)
+        for rows, distance, visible in _pieces(span, heads, left, right, sink_tokens, q.device):
+            at, at_lse = _index(span, rows, cu_seqlens_q)
+            q_p, do = q[at].to(compute), dout[at].to(compute)
+            capped = _scores(q_p, k_s, scale, softcap, dtype)
+            out, lse, p = _softmax_pv(_masked(capped, slopes, distance, visible), v_s, learnable_sink, dtype)
+            delta = (do * _rounded(out, dtype)).sum(-1).T
+            if dlse is not None:
+                delta = delta - dlse[at_lse].to(compute)
+            ds = _rounded(p * (_rounded(_by_group(do, v_s), dtype) - delta[..., None]), dtype)
+            if alibi_slopes is not None:
+                terms = ds * -distance.abs()
+                total = sums["dalibi"][:, span.batch] if alibi_slopes.dim() == 2 else sums["dalibi"]
+                total += torch.stack([terms.sum((1, 2)), terms.square().sum((1, 2))])
+            if learnable_sink is not None:
+                terms = -torch.exp(learnable_sink.to(compute)[:, None] - lse) * delta
+                sums["dsink"] += torch.stack([terms.sum(1), terms.square().sum(1)])
+            dx = ds if softcap == 0.0 else _rounded(ds * (1.0 - (capped / softcap).square()), dtype)
+            groups, rows_p = k_s.shape[1], q_p.shape[0]
+            dx, p = (t.reshape(groups, heads // groups * rows_p, span.seqlen_k) for t in (dx, p))
+            dq[at] = scale * (dx @ k_s.transpose(0, 1)).reshape(heads, rows_p, head_dim).transpose(0, 1)
+            dk_s += scale * (dx.mT @ _grouped(q_p, groups)).transpose(0, 1)
+            dv_s += (p.mT @ _grouped(do, groups)).transpose(0, 1)
+    dq, dk, dv = (t.to(dtype) for t in (dq, dk, dv))
+    first, squares = ({name: total[part] for name, total in sums.items()} for part in (0, 1))
+    return Gradients(dq, dk, dv, first.get("dalibi"), first.get("dsink")), squares
+
+
+def _pieces(span: _Span, heads: int, left, right, sink_tokens: int, device):
+    """Rows of one sequence, as many at a time as memory allows, with i + D − j (rows, keys) and what is visible."""
+    key = torch.arange(span.seqlen_k, device=device)
+    step = max(1, _MAX_SCORES // max(1, heads * span.seqlen_k))
+    for first in range(0, span.seqlen_q, step):
+        rows = slice(first, min(first + step, span.seqlen_q))
+        position = torch.arange(rows.start, rows.stop, device=device) + span.seqlen_k - span.seqlen_q
+        distance = position[:, None] - key
+        visible = torch.ones_like(distance, dtype=torch.bool)
+        if left is not None:
+            visible &= (distance <= left) | (key < sink_tokens)
+        if right is not None:
+            visible &= distance >= -right
+        yield rows, distance, visible
+
+
+def _index(span: _Span, rows: slice, cu_seqlens_q) -> tuple[tuple, tuple]:
+    """Where a sequence's rows lie in q and O, and in LSE."""
+    if cu_seqlens_q is None:
+        return (span.batch, rows), (span.batch, slice(None), rows)
+    rows = slice(span.start_q + rows.start, span.start_q + rows.stop)
+    return (rows,), (slice(None), rows)
+
+
+def _slopes(alibi_slopes, span: _Span, compute: torch.dtype) -> torch.Tensor | None:
+    """(heads, 1, 1) of one sequence."""
+    if alibi_slopes is None:
+        return None
+    slopes = alibi_slopes[span.batch] if alibi_slopes.dim() == 2 else alibi_slopes
+    return slopes.to(compute)[:, None, None]
+
+
+def _masked(scores, slopes, distance, visible) -> torch.Tensor:
+    if slopes is not None:
+        scores = scores - slopes * distance.abs()
+    return scores.masked_fill(~visible, -math.inf)
 
 
 def _spans(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table) -> list[_Span]:
@@ -144,18 +261,25 @@ def _keys(tensor, span: _Span, cu_seqlens_k, page_table) -> torch.Tensor:
 
 def _scores(q, k, scale: float, softcap: float, dtype: torch.dtype) -> torch.Tensor:
     """softcap(scale · q·kᵀ): (heads, rows, keys), rounded to ``dtype`` after every step, stored in q's dtype."""
-    groups = k.shape[1]
-    rows, heads, head_dim = q.shape
-    grouped = q.transpose(0, 1).reshape(groups, heads // groups * rows, head_dim)
-    scores = (grouped @ k.permute(1, 2, 0)).reshape(heads, rows, k.shape[0])
-    scores = _rounded(_rounded(scores, dtype) * scale, dtype)
+    scores = _rounded(_rounded(_by_group(q, k), dtype) * scale, dtype)
     if softcap > 0.0:
         scores = _rounded(_rounded(torch.tanh(_rounded(scores / softcap, dtype)), dtype) * softcap, dtype)
     return scores
 
 
-def _softmax_pv(scores, v, learnable_sink, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, heads, head_dim_v) and LSE (heads, rows) of masked scores (heads, rows, keys)."""
+def _by_group(rows, keys) -> torch.Tensor:
+    """Products of (rows, heads, size) with their group's (keys, groups, size): (heads, rows, keys)."""
+    products = _grouped(rows, keys.shape[1]) @ keys.permute(1, 2, 0)
+    return products.reshape(rows.shape[1], rows.shape[0], keys.shape[0])
+
+
+def _grouped(rows, groups: int) -> torch.Tensor:
+    """(rows, heads, size) as (groups, heads/groups · rows, size)."""
+    return rows.transpose(0, 1).reshape(groups, rows.shape[1] // groups * rows.shape[0], rows.shape[2])
+
+
+def _softmax_pv(scores, v, learnable_sink, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(rows, heads, head_dim_v), LSE (heads, rows) and P, of masked scores (heads, rows, keys)."""
     lse = torch.logsumexp(scores, dim=-1)
     if learnable_sink is not None:
         lse = torch.logaddexp(lse, learnable_sink.to(lse.dtype)[:, None])
@@ -171,7 +295,7 @@ def _softmax_pv(scores, v, learnable_sink, dtype: torch.dtype) -> tuple[torch.Te
     out = out.reshape(heads, rows, v.shape[-1])
     if dtype in _FP8:
         out = out * torch.exp(reference - lse.masked_fill(lse == -math.inf, 0.0))[..., None]
-    return out.transpose(0, 1), lse
+    return out.transpose(0, 1), lse, p
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -228,6 +352,59 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> Ex
 def check(out: torch.Tensor, lse: torch.Tensor | None, q, k, v, **options) -> Comparison:
     """Compare a kernel's result with the reference; options as for :func:`attention`."""
     return expected(q, k, v, **options).check(out, lse)
+
+
+class Error(NamedTuple):
+    """A largest error, infinite for NaN, and what is allowed."""
+
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class ExpectedGradients:
+    """What a backward should return: gradients in fp32, and the largest error allowed of each by name."""
+
+    gradients: Gradients
+    allowed: dict[str, float]
+
+    def check(self, actual: Gradients) -> dict[str, Error]:
+        """Compare gradients by name; those that neither side has are left out."""
+        errors = {}
+        for name, ours, theirs in zip(Gradients._fields, actual, self.gradients, strict=True):
+            if ours is not None and theirs is not None:
+                errors[name] = Error(_largest_error(ours, theirs), self.allowed[name])
+            elif ours is not None or theirs is not None:
+                errors[name] = Error(math.inf, 0.0)
+        return errors
+
+
+def expected_gradients(q, k, v, dout, dlse=None, **options) -> ExpectedGradients:
+    """Reference gradients and tolerances for inputs of a low-precision type; options as for :func:`gradients`.
+
+    The rule is that of :func:`expected`. A gradient that is one sum over everything, dalibi or dsink, makes ``lowprec``
+    a single draw, which may hit by luck; there eps is taken of √Σ terms² in the place of the result, which is the
+    error of terms rounded independently.
+    """
+    reference, squares = _gradients(q, k, v, dout, dlse, **options)
+    low, _ = _gradients(q, k, v, dout, dlse, **options, dtype=q.dtype)
+    eps = torch.finfo(q.dtype).eps
+    allowed = {}
+    for name, exact, rounded in zip(Gradients._fields, reference, low, strict=True):
+        if exact is not None:
+            size = squares[name].sqrt() if name in squares else exact.abs()
+            largest = size.max().item() if size.numel() else 0.0
+            allowed[name] = 2.0 * _largest_error(rounded, exact) + eps * largest
+    return ExpectedGradients(reference, allowed)
+
+
+def check_gradients(actual: Gradients, q, k, v, dout, dlse=None, **options) -> dict[str, Error]:
+    """Compare a backward's gradients with the reference; options as for :func:`gradients`."""
+    return expected_gradients(q, k, v, dout, dlse, **options).check(actual)
 
 
 def _largest_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
