@@ -1,0 +1,230 @@
+"""The attention problems that a sweep times: the grid, and what each costs at least in arithmetic and in traffic."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cute_fa.errors import ArgumentError
+from cute_fa.inputs import InputSpec
+from cute_fa.types import Direction, DType
+
+LENGTHS = ("dense", "equal", "uniform", "skewed")
+_SHORTEST_SKEWED = 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One problem to time, of as many sequences as make ``tokens``.
+
+    ``seqlen``: the longest sequence's length; ``decode``: one query a sequence over a cache of that many keys, else as
+    many queries as keys. ``window``: keys that a query sees to its left, and to its right unless causal. ``lengths``:
+
+    - ``dense``: all of one length, with a batch dimension;
+    - ``equal``: all of one length, packed (decode: with seqused_k);
+    - ``uniform``: packed, uniform in 1 … seqlen;
+    - ``skewed``: packed, log-uniform in 16 … seqlen, so that few sequences hold most of the tokens.
+
+    The last drawn sequence is cut so that the tokens are exactly as many as asked for. ``page_size``: K and V in pages.
+    """
+
+    direction: Direction = Direction.FORWARD
+    dtype: DType = DType.BF16
+    head_dim: int = 128
+    head_dim_v: int = 128
+    heads: int = 16
+    heads_kv: int = 16
+    seqlen: int = 4096
+    tokens: int = 16384
+    causal: bool = False
+    window: int | None = None
+    lengths: str = "dense"
+    page_size: int | None = None
+    decode: bool = False
+
+    def __post_init__(self):
+        if self.lengths not in LENGTHS:
+            raise ArgumentError(f"lengths={self.lengths!r}: one of {', '.join(LENGTHS)}")
+        if not 1 <= self.seqlen <= self.tokens:
+            raise ArgumentError(f"seqlen={self.seqlen}: between 1 and tokens={self.tokens}")
+        if self.decode and self.direction is Direction.BACKWARD:
+            raise ArgumentError("decode backward: a cache has no gradient")
+        if self.page_size is not None and self.direction is Direction.BACKWARD:
+            raise ArgumentError(f"page_size={self.page_size} backward: a cache has no gradient")
+
+    @cached_property
+    def lengths_k(self) -> tuple[int, ...]:
+        """Every sequence's length; the same on every machine."""
+        if self.lengths in ("dense", "equal"):
+            return (self.seqlen,) * (self.tokens // self.seqlen)
+        shortest = min(_SHORTEST_SKEWED, self.seqlen)
+        drawn, left, rng = [], self.tokens, np.random.default_rng(self.seqlen)
+        while left:
+            if self.lengths == "uniform":
+                length = int(rng.integers(1, self.seqlen + 1))
+            else:
+                length = round(float(np.exp(rng.uniform(np.log(shortest), np.log(self.seqlen)))))
+            # the longest comes first: where the draw is cut, some sequence has the length that names the problem
+            drawn.append(min(length if drawn else self.seqlen, left))
+            left -= drawn[-1]
+        return tuple(drawn)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths_k)
+
+    @property
+    def lengths_q(self) -> tuple[int, ...]:
+        return (1,) * self.batch if self.decode else self.lengths_k
+
+    @property
+    def window_size(self) -> tuple[int | None, int | None]:
+        """(left, right), None where infinite; causal folded in. A decoded query has nothing to its right."""
+        ends = self.causal or (self.decode and self.window is not None)
+        return self.window, 0 if ends else self.window
+
+    def spec(self) -> InputSpec:
+        """What makes the tensors."""
+        packed, paged = self.lengths != "dense", self.page_size is not None
+        return InputSpec(
+            batch=self.batch,
+            seqlen_q=max(self.lengths_q),
+            seqlen_k=max(self.lengths_k),
+            heads=self.heads,
+            heads_kv=self.heads_kv,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v,
+            dtype=self.dtype,
+            causal=self.causal,
+            window=self.window_size,
+            varlen_q=packed and not self.decode,
+            varlen_k=packed and not self.decode and not paged,
+            seqused_k=packed and self.decode and not paged,
+            page_size=self.page_size,
+            lengths_q=self.lengths_q if packed and not self.decode else None,
+            lengths_k=self.lengths_k if packed or paged else None,
+        )
+
+    @cached_property
+    def work(self) -> Work:
+        """What the problem costs at least.
+
+        Arithmetic as FlashAttention counts it, with every visible pair of query and key counted exactly (causal: about
+        half): two products forward, 2·heads·pairs·(head_dim + head_dim_v); five backward, where Q·Kᵀ is computed again,
+        2·heads·pairs·(3·head_dim + 2·head_dim_v). Traffic: each element that matters moved once: q, k, v, o; backward
+        q, k, v, o, dO and the fp32 LSE read, dq, dk, dv written. Keys that no query sees do not count.
+        """
+        pairs, keys = 0, 0
+        for lengths, count in _counted(zip(self.lengths_q, self.lengths_k, strict=True)):
+            seen = visible(*lengths, *self.window_size)
+            pairs += count * seen.pairs
+            keys += count * seen.keys
+        queries = sum(self.lengths_q)
+        size, out_size = self.dtype.bytes, 2
+        q, o = queries * self.heads * self.head_dim, queries * self.heads * self.head_dim_v
+        kv = keys * self.heads_kv * (self.head_dim + self.head_dim_v)
+        if self.direction is Direction.FORWARD:
+            flops = 2 * self.heads * pairs * (self.head_dim + self.head_dim_v)
+            return Work(pairs, flops, (q + kv) * size + o * out_size)
+        flops = 2 * self.heads * pairs * (3 * self.head_dim + 2 * self.head_dim_v)
+        return Work(pairs, flops, 2 * (q + kv) * size + 2 * o * out_size + 4 * queries * self.heads)
+
+    def columns(self) -> dict[str, Any]:
+        """What names the problem in a table of results."""
+        left, right = self.window_size
+        return {
+            "direction": self.direction.value,
+            "dtype": self.dtype.value,
+            "head_dim": self.head_dim,
+            "head_dim_v": self.head_dim_v,
+            "heads": self.heads,
+            "heads_kv": self.heads_kv,
+            "phase": "decode" if self.decode else "prefill",
+            "seqlen_q": max(self.lengths_q),
+            "seqlen_k": self.seqlen,
+            "batch": self.batch,
+            "tokens": self.tokens,
+            "causal": self.causal,
+            "window_left": left,
+            "window_right": right,
+            "lengths": self.lengths,
+            "page_size": self.page_size,
+        }
+
+    def __str__(self) -> str:
+        value = f"v{self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
+        parts = [
+            f"{self.direction.value} {self.dtype.value} d{self.head_dim}{value} h{self.heads}/{self.heads_kv}",
+            f"{'decode ' if self.decode else ''}{self.batch}×{self.seqlen}",
+            "causal" if self.causal else "full",
+            "" if self.window is None else f"window {self.window}",
+            "" if self.lengths == "dense" else self.lengths,
+            "" if self.page_size is None else f"pages of {self.page_size}",
+        ]
+        return " ".join(filter(None, parts))
+
+
+class Work(NamedTuple):
+    """``pairs`` of query and key that are visible, over the batch and for one head; ``flops``; ``bytes``."""
+
+    pairs: int
+    flops: int
+    bytes: int
+
+
+class Visible(NamedTuple):
+    """``pairs`` of query and key, and how many different ``keys`` take part in them."""
+
+    pairs: int
+    keys: int
+
+
+def visible(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> Visible:
+    """What one sequence's window lets through: key j for query i iff i + D − left ≤ j ≤ i + D + right, with
+    D = seqlen_k − seqlen_q."""
+    diagonal = np.arange(seqlen_q, dtype=np.int64) + seqlen_k - seqlen_q
+    first = np.zeros_like(diagonal) if left is None else np.maximum(diagonal - left, 0)
+    end = np.full_like(diagonal, seqlen_k) if right is None else np.minimum(diagonal + right + 1, seqlen_k)
+    some = end > first
+    if not some.any():
+        return Visible(0, 0)
+    # both bounds move by at most one key a query, so that what is seen has no gaps
+    return Visible(int((end - first)[some].sum()), int(end[some][-1] - first[some][0]))
+
+
+def _counted(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], int]]:
+    """Each different pair and how often it comes."""
+    ordered = sorted(pairs)
+    return ((pair, len(list(group))) for pair, group in itertools.groupby(ordered))
+
+
+def grid(**choices: Iterable[Any]) -> list[Workload]:
+    """The workloads of all combinations of these values of fields; ``head_dims`` and ``heads`` are pairs: (head_dim,
+    head_dim_v), (heads, heads_kv). What means nothing is left out: gradients of a cache, sequences longer than the
+    tokens, causal masks of a single query, and a window that is no bound."""
+    workloads = []
+    for values in itertools.product(*choices.values()):
+        fields = dict(zip(choices, values, strict=True))
+        if "head_dims" in fields:
+            fields["head_dim"], fields["head_dim_v"] = fields.pop("head_dims")
+        if "heads" in fields:
+            fields["heads"], fields["heads_kv"] = fields["heads"]
+        if _means_something(**fields):
+            workloads.append(Workload(**fields))
+    return workloads
+
+
+def _means_something(*, seqlen: int, tokens: int, **fields: Any) -> bool:
+    decode, window = fields.get("decode", False), fields.get("window")
+    cached = decode or fields.get("page_size") is not None
+    return not (
+        seqlen > tokens
+        or (cached and fields.get("direction") is Direction.BACKWARD)
+        or (decode and fields.get("causal", False))
+        or (window is not None and window >= seqlen - 1)
+    )

@@ -1,0 +1,135 @@
+"""The sweep's problems: what they count as arithmetic and traffic, and the tensors they stand for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from cute_fa.errors import ArgumentError
+from cute_fa.inputs import make_inputs
+from cute_fa.types import Direction, DType
+from perf.workload import LENGTHS, Workload, grid, visible
+
+
+@pytest.mark.parametrize(("left", "right"), [(None, None), (None, 0), (3, 0), (3, 2), (0, 0), (None, 4), (5, None)])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(7, 7), (3, 9), (9, 3), (1, 8), (5, 0), (0, 5)])
+def test_visible_pairs_and_keys_by_hand(seqlen_q, seqlen_k, left, right):
+    shift = seqlen_k - seqlen_q
+    pairs = [
+        (i, j)
+        for i, j in itertools.product(range(seqlen_q), range(seqlen_k))
+        if (left is None or i + shift - left <= j) and (right is None or j <= i + shift + right)
+    ]
+    assert visible(seqlen_q, seqlen_k, left, right) == (len(pairs), len({j for _, j in pairs}))
+
+
+def test_flops_follow_flash_attention_with_exact_pairs():
+    full = Workload(head_dim=64, head_dim_v=64, heads=4, heads_kv=4, seqlen=1024, tokens=4096)
+    assert full.work.flops == 4 * 4 * 4 * 1024 * 1024 * 64  # 4·b·h·sq·sk·d
+    causal = Workload(head_dim=64, head_dim_v=64, heads=4, heads_kv=4, seqlen=1024, tokens=4096, causal=True)
+    assert causal.work.flops == 4 * 4 * 4 * (1024 * 1025 // 2) * 64
+    back = Workload(Direction.BACKWARD, head_dim=64, head_dim_v=64, heads=4, heads_kv=4, seqlen=1024, tokens=4096)
+    assert back.work.flops == 2.5 * full.work.flops
+    unequal = Workload(Direction.BACKWARD, head_dim=192, head_dim_v=128, heads=1, heads_kv=1, seqlen=8, tokens=8)
+    # S, dQ, dK over head_dim; dP, dV over head_dim_v
+    assert unequal.work.flops == 2 * 64 * (3 * 192 + 2 * 128)
+
+
+def test_bytes_count_each_element_once_and_hidden_keys_never():
+    sizes = dict(head_dim=64, head_dim_v=32, heads=8, heads_kv=2)
+    work = Workload(**sizes, seqlen=512, tokens=1024).work
+    assert work.bytes == 2 * 1024 * (8 * 64 + 2 * (64 + 32) + 8 * 32)
+    back = Workload(Direction.BACKWARD, **sizes, seqlen=512, tokens=1024).work
+    assert back.bytes == 2 * work.bytes + 4 * 8 * 1024
+    decode = Workload(**sizes, seqlen=512, tokens=1024, decode=True).work
+    assert (decode.pairs, decode.bytes) == (1024, 2 * (2 * 8 * 96 + 1024 * 2 * 96))
+    windowed = Workload(**sizes, seqlen=512, tokens=1024, decode=True, window=99).work
+    assert (windowed.pairs, windowed.bytes) == (200, 2 * (2 * 8 * 96 + 200 * 2 * 96))
+    fp8 = Workload(dtype=DType.E4M3, **sizes, seqlen=512, tokens=1024).work
+    assert fp8.bytes == 1024 * (8 * 64 + 2 * (64 + 32)) + 2 * 1024 * 8 * 32
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_tokens_are_constant(lengths):
+    for seqlen in (16, 100, 1024):
+        workload = Workload(seqlen=seqlen, tokens=4096, lengths=lengths)
+        assert workload.lengths_k == Workload(seqlen=seqlen, tokens=4096, lengths=lengths).lengths_k
+        assert max(workload.lengths_k) == seqlen
+        if lengths in ("dense", "equal"):
+            assert workload.batch == 4096 // seqlen
+        else:
+            assert sum(workload.lengths_k) == 4096
+
+
+def test_skewed_lengths_are_mostly_short():
+    skewed = sorted(Workload(seqlen=4096, tokens=2**22, lengths="skewed").lengths_k)
+    uniform = sorted(Workload(seqlen=4096, tokens=2**22, lengths="uniform").lengths_k)
+    # medians: the geometric mean of 16 and 4096, and the arithmetic one
+    assert skewed[len(skewed) // 2] == pytest.approx(256, rel=0.2)
+    assert uniform[len(uniform) // 2] == pytest.approx(2048, rel=0.1)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_tensors_have_the_lengths_that_were_counted(lengths, page_size, decode):
+    sizes = dict(head_dim=16, head_dim_v=16, heads=2, heads_kv=1)
+    workload = Workload(**sizes, seqlen=50, tokens=160, lengths=lengths, page_size=page_size, decode=decode)
+    inputs = make_inputs(workload.spec())
+    if inputs.seqused_k is not None:
+        lengths_k = inputs.seqused_k.tolist()
+    elif inputs.cu_seqlens_k is not None:
+        lengths_k = inputs.cu_seqlens_k.diff().tolist()
+    else:
+        lengths_k = [inputs.k.shape[1]] * inputs.k.shape[0]
+    assert tuple(lengths_k) == workload.lengths_k
+    rows = inputs.q.shape[0] if inputs.cu_seqlens_q is not None else inputs.q.shape[0] * inputs.q.shape[1]
+    assert rows == sum(workload.lengths_q)
+    assert (inputs.page_table is None) == (page_size is None)
+    assert (inputs.cu_seqlens_q is None) == (lengths == "dense" or decode)
+
+
+def test_grid_leaves_out_what_means_nothing():
+    workloads = grid(
+        direction=list(Direction),
+        head_dims=[(64, 64), (192, 128)],
+        heads=[(8, 2)],
+        seqlen=[512, 4096, 32768],
+        tokens=[16384],
+        causal=[False, True],
+        window=[None, 1024],
+        page_size=[None, 64],
+        decode=[False, True],
+    )
+    assert len(workloads) == len(set(workloads))
+    assert {w.seqlen for w in workloads} == {512, 4096}
+    assert {w.seqlen for w in workloads if w.window} == {4096}
+    assert not any(w.causal for w in workloads if w.decode)
+    assert not any(w.decode or w.page_size for w in workloads if w.direction is Direction.BACKWARD)
+    # 2 head dims × (512: 1, 4096: 2 windows) × (prefill fwd: 2 masks × 2 stores, decode: 2 stores, bwd: 2 masks)
+    assert len(workloads) == 2 * 3 * (4 + 2 + 2)
+    assert {(w.heads, w.heads_kv, w.head_dim, w.head_dim_v) for w in workloads} == {(8, 2, 64, 64), (8, 2, 192, 128)}
+
+
+def test_windows_of_columns_and_name():
+    sliding = Workload(causal=True, window=1024, lengths="uniform", page_size=64, heads_kv=4)
+    assert (sliding.columns()["window_left"], sliding.columns()["window_right"]) == (1024, 0)
+    assert Workload(window=1024).window_size == (1024, 1024)
+    assert Workload(decode=True, window=1024).window_size == (1024, 0)
+    name = f"fwd bf16 d128 h16/4 {sliding.batch}×4096 causal window 1024 uniform pages of 64"
+    assert str(sliding) == name
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lengths": "zipf"}, "lengths='zipf'"),
+        ({"seqlen": 8192, "tokens": 4096}, "seqlen=8192: between 1 and tokens=4096"),
+        ({"decode": True, "direction": Direction.BACKWARD}, "no gradient"),
+        ({"page_size": 64, "direction": Direction.BACKWARD}, "page_size=64"),
+    ],
+)
+def test_refusals(fields, message):
+    with pytest.raises(ArgumentError, match=message):
+        Workload(**fields)
