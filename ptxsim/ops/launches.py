@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import SyncError
 from .forms import as_list, form
 
 _CANCEL = "clusterlaunchcontrol.try_cancel.async[.shared::cta].mbarrier::complete_tx::bytes"
@@ -29,11 +28,12 @@ def is_canceled(answer):
     return words(answer)[..., 0] != 0
 
 
-def first_cta(answer, mask):
-    """Coordinates x, y, z and a zero; SyncError in a lane whose request was turned down."""
-    parts = words(answer)
-    if np.any((parts[..., 0] == 0) & (True if mask is None else mask)):
-        raise SyncError("clusterlaunchcontrol.query_cancel.get_first_ctaid of a request that was not granted")
+def first_cta(answer):
+    """Coordinates x, y, z and a zero; all ones where the request was turned down.
+
+    That is undefined, but the DSL asks always, and drops what it gets unless the request was granted.
+    """
+    parts = np.where(words(answer)[..., :1] == 0, np.uint32(0xFFFFFFFF), words(answer))
     return [parts[..., 1], parts[..., 2], parts[..., 3], np.zeros_like(parts[..., 0])]
 
 
@@ -42,11 +42,11 @@ def query_canceled(gen, args, mods):
     gen.write(args[0], f"{gen.fn(is_canceled)}({gen.read(args[1], 'c16')})", "b")
 
 
-@form("clusterlaunchcontrol.query_cancel.get_first_ctaid.v4.b32.b128", effect=True)
-@form("clusterlaunchcontrol.query_cancel.get_first_ctaid::{axis}.b32.b128", effect=True, axis="x|y|z")
+@form("clusterlaunchcontrol.query_cancel.get_first_ctaid.v4.b32.b128")
+@form("clusterlaunchcontrol.query_cancel.get_first_ctaid::{axis}.b32.b128", axis="x|y|z")
 def query_first_cta(gen, args, mods):
     axis = getattr(mods, "axis", None)
-    result = gen.temp(f"{gen.fn(first_cta)}({gen.read(args[1], 'c16')}, {gen.mask()})")
+    result = gen.temp(f"{gen.fn(first_cta)}({gen.read(args[1], 'c16')})")
     for register, j in zip(as_list(args[0]), range(4) if axis is None else ["xyz".index(axis)], strict=True):
         if register != "_":
             gen.write(register, f"{result}[{j}]", "u4")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ptxsim import runtime
-from ptxsim.errors import SyncError, UninitializedRead
+from ptxsim.errors import UninitializedRead
 from tests.testing.ptx import aligned, kernel_text, run
 
 DECLARATIONS = ".shared .align 16 .b8 answer[16]; .shared .align 8 .b64 bar;"
@@ -71,13 +71,16 @@ def test_tiles_that_nobody_took_are_launched():
 
 
 def test_mistakes():
-    with pytest.raises(SyncError, match="get_first_ctaid of a request that was not granted"):
-        run(""".reg .b128 %q1; mov.u64 %rd1, 0; mov.b128 %q1, {%rd1, %rd1};
-            clusterlaunchcontrol.query_cancel.get_first_ctaid::x.b32.b128 %r1, %q1;""", [], [np.zeros(1)],
-            target="sm_100a")  # fmt: skip
     with pytest.raises(UninitializedRead):
         run(".reg .b128 %q1; mov.u32 %r50, answer; ld.shared.b128 %q1, [%r50];", [], [np.zeros(1)],
             declarations=DECLARATIONS, target="sm_100a")  # fmt: skip
+
+
+def test_place_of_a_request_that_was_turned_down():
+    """It may be asked for, as the DSL does, and is no CTA of any grid."""
+    body = """.reg .b128 %q1; mov.u64 %rd1, 0; mov.b128 %q1, {%rd1, %rd1};
+        clusterlaunchcontrol.query_cancel.get_first_ctaid::x.b32.b128 %r1, %q1; st.global.u32 [%out0], %r1;"""
+    assert run(body, [], [np.zeros(1, np.uint32)], target="sm_100a")[0] == 0xFFFFFFFF
 
 
 def test_registers_of_128_bits():

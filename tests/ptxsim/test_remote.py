@@ -52,6 +52,14 @@ def test_narrow_stores(late):
     same_bits(pair(send, 512, late=late), ROWS)
 
 
+def test_vector_registers():
+    """A declared vector is written by component and stored as a whole; the inner scope's own comes first."""
+    send = f"""{{ .reg .v4 .s32 row; .reg .v2 .b32 %r9; mov.s32 row.w, %r4; mov.s32 row.x, %r1; mov.s32 row.y, %r2;
+    {{ .reg .b32 row; mov.u32 row, 0; }} mov.b32 %r9.y, %r3; mov.s32 row.z, %r9.y;
+    st.async.{ASYNC}.v4.s32 [%r22], row, [%r23]; }}"""
+    same_bits(pair(send, 512), ROWS)
+
+
 OPERATIONS = {
     "add.u32": lambda x: 7 + x, "add.s32": lambda x: 7 + x, "max.u32": lambda x: np.maximum(x, 7),
     "min.s32": lambda x: np.minimum(x, 7), "and.b32": lambda x: x & 7, "or.b32": lambda x: x | 7,
