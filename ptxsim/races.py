@@ -282,17 +282,18 @@ class Detector:
         self.barriers.signal(warp, int(index), self.clocks.issued(TCGEN05, np.array([warp]))[0])
 
     # ---- bulk copies ------------------------------------------------------------------------------
-    def bulk_load(self, warp, cta, offset, size, signal, source=None):
+    def bulk_load(self, warp, cta, offset, size, signal, source=None, step=16, name="the bulk load"):
         """A bulk load writes a region of a CTA's shared memory and signals the mbarrier at a flat index.
 
-        ``source``: flat indices of the 16-byte chunks of shared memory that it reads, if any.
+        ``source``: flat indices of the 16-byte chunks of shared memory that it reads, if any; ``step``: bytes of one
+        access, 16 or, for what completes in the same way, ``size``; ``name``: what reports call it.
         """
-        first = cta * self.machine.smem_stride + np.arange(offset, offset + size, 16)[None]
+        first = cta * self.machine.smem_stride + np.arange(offset, offset + size, step)[None]
         w = np.array([warp])
-        self._check_write(w[:, None], first, 16)
+        self._check_write(w[:, None], first, step)
         agent, stamp = self.barriers.signal(warp, signal)
-        self.issuers[int(self.memory.home[warp]), agent, int(stamp)] = self.machine.warp_text(warp)
-        self.shared.note_write(first, 16, np.array(agent), np.array(stamp))
+        self.issuers[int(self.memory.home[warp]), agent, int(stamp)] = f"{name} of {self.machine.warp_text(warp)}"
+        self.shared.note_write(first, step, np.array(agent), np.array(stamp))
         if source is not None:
             self._check_visible(w[:, None], source[None], 16)
             self.shared.note_remote_read(source[None], 16, np.array(agent), np.array(stamp))
@@ -480,7 +481,7 @@ class _Names:
     def of(self, home, agent, stamp):
         """Name of an agent of a domain."""
         if agent >= self.fixed:
-            return f"the bulk load of {self.issuers.get((home, agent, stamp), 'a warp')}"
+            return self.issuers.get((home, agent, stamp), "the bulk load of a warp")
         number, place = divmod(agent, self.domain_warps)
         cta, warp = divmod(place, self.wpc)
         kind = next(k for k, first in self.first.items() if first == number * self.domain_warps)

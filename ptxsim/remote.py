@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from .atomics import scalar_atomic
-from .errors import MemoryFault, PtxError
+from .errors import MemoryFault
 from .memory import IN_FLIGHT, WRITTEN
 from .warps import full_width
 
@@ -26,8 +26,7 @@ class RemoteMixin:
         words = np.stack([full_width(x, n) for x in values], axis=-1)
         size = words.shape[-1] * kind.itemsize
         address, barrier = full_width(address, n), full_width(barrier, n)
-        if self.races is not None and (size != 16 or reduction):
-            raise PtxError("st.async of less than 16 bytes and red.async are not followed by the race detector")
+        name = "red.async" if reduction else "st.async"
         for j, lane in self.active_threads(w, M):
             cta, offset = self.cta_and_offset(w[j], address[j, lane])
             signal_cta, signal_offset = self.cta_and_offset(w[j], barrier[j, lane])
@@ -36,7 +35,7 @@ class RemoteMixin:
                 raise MemoryFault(f"asynchronous store of {size} bytes at 0x{offset:x}: misaligned")
             signal = signal_cta * self.smem_stride + signal_offset
             if self.races is not None:
-                self.races.bulk_load(w[j], cta, offset, size, signal)
+                self.races.bulk_load(w[j], cta, offset, size, signal, step=size, name=name)
             if self.lazy and not reduction:
                 self.shadow_of[cta][offset : offset + size] = IN_FLIGHT
                 self.ready_rows[(cta * self.smem_stride + offset) >> 4] = False
