@@ -49,6 +49,21 @@ class AttentionTensors(NamedTuple):
     learnable_sink: torch.Tensor | None
 
 
+class BackwardTensors(NamedTuple):
+    """The tensors of one backward call. ``forward``: inputs, and out and lse as the forward gave them. ``dout`` is
+    shaped like out, ``dlse`` like lse (fp32) or None; written: ``dq``, ``dk``, ``dv``, shaped like q, k, v and
+    contiguous, ``dalibi`` fp32 like alibi_slopes or None, ``dsink`` fp32 (heads) or None."""
+
+    forward: AttentionTensors
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    dalibi: torch.Tensor | None
+    dsink: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class KernelConfig(ABC):
     """Everything that shapes the machine code of one kernel: frozen, hashable, printable; the compile cache's key."""
@@ -158,8 +173,9 @@ class AttentionKernel(ABC):
 
     @classmethod
     @abstractmethod
-    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
+    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors | BackwardTensors, num_sms: int) -> tuple:
         """Run-time arguments in the order of ``KernelConfig.build()``: torch tensors, numbers, nested tuples, None.
+        A backward takes BackwardTensors and allocates what it needs besides.
 
         ``num_sms``: SMs of the device, which a persistent kernel launches its CTAs by."""
 

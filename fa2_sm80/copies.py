@@ -29,10 +29,14 @@ class SmemTile:
     and XORs the 16-byte chunks of a row with the row, so that the 8 rows of an ldmatrix matrix fall in different banks.
     """
 
-    def __init__(self, pointer: cute.Pointer, rows: int, columns: int):
-        """``pointer``: aligned to ``SMEM_ALIGNMENT``, with room for all stages; ``columns``: a multiple of 16."""
+    def __init__(self, pointer: cute.Pointer, rows: int, columns: int, warps: int = 1):
+        """``pointer``: aligned to ``SMEM_ALIGNMENT``, with room for all stages; ``columns``: a multiple of 16.
+        ``warps`` share the columns: a part then begins at a panel, or a panel holds whole parts."""
         self.pointer, self.rows, self.columns = pointer, rows, columns
-        self.panel = next(width for width in (64, 32, 16) if columns % width == 0)
+        part = columns // warps
+        self.panel = next(
+            width for width in (64, 32, 16) if columns % width == 0 and not (part % width and width % part)
+        )
         self.panels = columns // self.panel
         self.row_bytes = self.panel * ELEMENT_BYTES
         self.panel_bytes = rows * self.row_bytes
@@ -78,19 +82,22 @@ class TileLoader:
         self.target = opaque(smem.pointer.toint() + smem.offset(self.row, self.chunk))
 
     @cute.jit
-    def load(self, block: Int32, stage: Int32, rows_left: Optional[Int32]):
+    def load(self, block: Int32, stage: Int32, rows_left: Optional[Int32], offset: Optional[Int64] = None):
         """Issue the copies of tile ``block``. ``rows_left``: rows of the matrix from the tile's first one on; rows
-        beyond are zero-filled, never read. None: all rows of the tile are inside."""
+        beyond are zero-filled, never read. None: all rows of the tile are inside. ``offset``: bytes from the matrix
+        to the one that is meant."""
         if const_expr(self.rows_per_pass > self.smem.rows):
             # few chunks to a row: one pass of all threads covers more rows than the tile has
             if self.row < self.smem.rows:
-                self._load(block, stage, rows_left)
+                self._load(block, stage, rows_left, offset)
         else:
-            self._load(block, stage, rows_left)
+            self._load(block, stage, rows_left, offset)
 
-    def _load(self, block: Int32, stage: Int32, rows_left: Optional[Int32]):
+    def _load(self, block: Int32, stage: Int32, rows_left: Optional[Int32], offset: Optional[Int64]):
         smem = self.smem
         source = self.source + self.block_bytes * Int64(block)
+        if offset is not None:
+            source = source + offset
         target = self.target + stage * smem.stage_bytes
         for first_row in range(0, smem.rows, self.rows_per_pass):
             for panel in range(smem.panels):
@@ -129,10 +136,21 @@ class FragmentLoader:
     the warp agree on.
     """
 
-    def __init__(self, smem: SmemTile, lanes: Int32, first_row: Int32, transpose: bool = False):
-        """``lanes`` from :func:`lane_offset`; ``first_row``: a multiple of 16, the same for all lanes of a warp."""
+    def __init__(
+        self,
+        smem: SmemTile,
+        lanes: Int32,
+        first_row: Int32,
+        transpose: bool = False,
+        first_column: Optional[Int32] = None,
+    ):
+        """``lanes`` from :func:`lane_offset`; ``first_row``: a multiple of 16, the same for all lanes of a warp, like
+        ``first_column``, where a part of the columns begins (None: at 0)."""
         self.smem, self.lanes, self.transpose = smem, lanes, transpose
         self.start = smem.pointer.toint() + first_row * smem.row_bytes
+        if first_column is not None:
+            self.lanes = opaque(lanes ^ (first_column % smem.panel * ELEMENT_BYTES))
+            self.start = self.start + first_column // smem.panel * smem.panel_bytes
 
     def load(self, fragment: cute.Tensor, index: int, row: int, column: int, stage: Int32):
         """The block at static (row, column), multiples of 16, into 32-bit registers index … index + 3."""
@@ -149,6 +167,37 @@ class FragmentLoader:
         )
         for i, register in enumerate(registers):
             fragment[index + i] = register
+
+
+class FragmentStore:
+    """Stores accumulators, narrowed to 16 bits, to a :class:`SmemTile`: 4 bytes a lane, 8 rows of 16 bytes a warp."""
+
+    def __init__(self, smem: SmemTile, first_row: Int32, first_column: Optional[Int32] = None):
+        """``first_row``, ``first_column``: multiples of 16, the same for all lanes of a warp."""
+        self.smem = smem
+        lane = cute.arch.lane_idx()
+        place = smem.offset(lane // 4, 0) + lane % 4 * 4
+        self.start = smem.pointer.toint() + first_row * smem.row_bytes
+        if first_column is not None:
+            place = place ^ (first_column % smem.panel * ELEMENT_BYTES)
+            self.start = self.start + first_column // smem.panel * smem.panel_bytes
+        self.lanes = opaque(place)
+
+    def store(self, fragment: cute.Tensor):
+        """``fragment``: ((2, 2), MMA_M, MMA_N) of 16-bit elements, see ``cute_fa.device.fragments``."""
+        smem = self.smem
+        pairs = cute.recast_tensor(fragment, Uint32)
+        rows, columns = fragment.shape[1], fragment.shape[2]
+        for n in range(columns):
+            panel, inside = 8 * n // smem.panel, 8 * n % smem.panel
+            address = (self.lanes ^ (inside * ELEMENT_BYTES)) + self.start
+            for m in range(rows):
+                for half in range(2):
+                    offset = (16 * m + 8 * half) * smem.row_bytes + panel * smem.panel_bytes
+                    inline_ptx(
+                        f"st.shared.b32 [{{$r0}}+{offset}], {{$r1}};",
+                        read_only_args=[address, pairs[half + 2 * (m + rows * n)]],
+                    )
 
 
 def lane_offset(smem: SmemTile, rows_first: bool) -> Int32:

@@ -38,6 +38,11 @@ def seqlen_info(lengths: LengthTensors, batch: Int32, dense_q: Int32, dense_k: I
     return SeqlenInfo(offset_q, offset_k, rows_q, seqlen_q, seqlen_k)
 
 
+def key_rows(lengths: LengthTensors, batch: Int32, dense_k: Int32) -> Int32:
+    """Rows of k and v that belong to sequence ``batch``, whether or not they count."""
+    return _extent(lengths.cu_seqlens_k, batch, dense_k)[1]
+
+
 def _extent(cu_seqlens: Optional[cute.Tensor], batch: Int32, dense: Int32):
     if const_expr(cu_seqlens is None):
         return Int32(0), Int32(dense)

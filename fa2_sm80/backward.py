@@ -1,0 +1,83 @@
+"""The FA2 backward as the dispatch table sees it: what it serves, how it is configured, what it is launched with."""
+
+from __future__ import annotations
+
+import torch
+
+from cute_fa.kernel import AttentionKernel, BackwardTensors, forward_arguments, forward_objections
+from cute_fa.problem import AttentionProblem
+from cute_fa.tiling import ceil_div
+from cute_fa.types import Direction, DType, PersistentMode
+from fa2_sm80.backward_config import Fa2BackwardConfig, backward_config
+from fa2_sm80.forward import MAX_CTAS
+
+
+class Fa2Backward(AttentionKernel):
+    """Backward with cp.async and mma.sync, for sm_80 and every arch after it: fp16 and bf16, head_dim 8 … 256."""
+
+    family = "fa2"
+    direction = Direction.BACKWARD
+
+    @classmethod
+    def supports(cls, problem: AttentionProblem) -> list[str]:
+        reasons = []
+        if problem.dtype not in (DType.FP16, DType.BF16):
+            reasons.append(f"dtype {problem.dtype.value}: gradients exist for fp16 and bf16 inputs")
+        reasons += forward_objections(problem, "16-byte copies")
+        if problem.page_size is not None:
+            reasons.append(f"page_size {problem.page_size}: gradients exist for contiguous K and V")
+        if problem.pack_gqa and problem.gqa_ratio > 1:
+            reasons.append("pack_gqa: this kernel's tiles hold the queries of one head")
+        if problem.persistent is PersistentMode.ON:
+            reasons.append("persistent: this kernel launches one CTA for each tile")
+        config = cls.configure(problem)
+        tiles = {
+            "queries": ceil_div(problem.seqlen_q, config.tile_m) * problem.num_heads * problem.batch,
+            "keys": ceil_div(problem.seqlen_k, config.tile_n) * problem.num_heads_kv * problem.batch,
+        }
+        for name, number in tiles.items():
+            if number > MAX_CTAS:
+                reasons.append(f"{number} tiles of {name}: a grid has at most {MAX_CTAS} CTAs")
+        return reasons
+
+    @classmethod
+    def configure(cls, problem: AttentionProblem) -> Fa2BackwardConfig:
+        return backward_config(problem)
+
+    @classmethod
+    def arguments(cls, problem: AttentionProblem, tensors: BackwardTensors, num_sms: int) -> tuple:
+        t, inputs = tensors, tensors.forward
+        seqlen_q = problem.seqlen_q if problem.varlen_q else inputs.q.shape[1]
+        seqlen_k = problem.seqlen_k if problem.varlen_k else inputs.k.shape[1]
+        return (
+            *forward_arguments(problem, inputs),
+            t.dout,
+            t.dlse,
+            t.dq,
+            t.dk,
+            t.dv,
+            None if t.dalibi is None else t.dalibi.view(-1, problem.num_heads),
+            None if t.dsink is None else t.dsink.view(1, -1),
+            _scratch(cls.configure(problem), problem, inputs.q, seqlen_q, seqlen_k),
+            seqlen_q,
+            seqlen_k,
+        )
+
+
+def _scratch(
+    config: Fa2BackwardConfig, problem: AttentionProblem, q: torch.Tensor, seqlen_q: int, seqlen_k: int
+) -> tuple:
+    """Memory in the order of ``fa2_sm80.backward_arguments.Scratch``."""
+    heads, batch = problem.num_heads, problem.batch
+    m_blocks, n_blocks = ceil_div(seqlen_q, config.tile_m), ceil_div(seqlen_k, config.tile_n)
+    tiles = q.shape[0] // config.tile_m + batch if problem.varlen_q else batch * m_blocks
+
+    def empty(wanted: bool, *shape: int) -> torch.Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=q.device) if wanted else None
+
+    return (
+        empty(True, tiles, heads, 2 * config.tile_m),
+        empty(not config.deterministic, tiles, heads, config.tile_m * config.head_dim_padded),
+        empty(config.learnable_sink, batch, heads, m_blocks),
+        empty(config.slopes_gradient, batch, heads, n_blocks * config.num_warps),
+    )

@@ -1,0 +1,138 @@
+"""How the FA2 backward is built: a frozen config, and the one heuristic that chooses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cute_fa.kernel import ForwardConfig, padded
+from cute_fa.problem import AttentionProblem
+
+# An mma.sync m16n8k16 has 16 rows; B operands come in pairs, 16 columns at a time.
+MMA_ROWS = 16
+# Up to this width a warp keeps whole rows of dK and dV in registers.
+WIDEST_IN_ONE_WARP = 128
+
+
+@dataclass(frozen=True)
+class WarpGrid:
+    """How the warps of a CTA share a product: ``rows`` × ``columns`` of them over its rows and columns, ``depth`` over
+    what is summed."""
+
+    rows: int
+    columns: int = 1
+    depth: int = 1
+
+
+@dataclass(frozen=True)
+class Fa2BackwardConfig(ForwardConfig):
+    """Everything that shapes the machine code of the kernels of one backward.
+
+    A CTA owns ``tile_n`` keys and meets ``tile_m`` queries a step; ``stages`` steps are in flight. ``scores``,
+    ``keys`` and ``queries`` are the warps of Sᵀ (and dPᵀ), of dK and dV, and of dQ. ``deterministic``: dQ by a kernel
+    of its own instead of atomic additions. ``lse_gradient``: dLSE is given; ``slopes_gradient``: that of the ALiBi
+    slopes is wanted.
+    """
+
+    tile_m: int
+    tile_n: int
+    stages: int
+    scores: WarpGrid
+    keys: WarpGrid
+    queries: WarpGrid
+    deterministic: bool = False
+    lse_gradient: bool = False
+    slopes_gradient: bool = False
+
+    @property
+    def num_warps(self) -> int:
+        return self.scores.rows * self.scores.columns
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def head_dim_padded(self) -> int:
+        return _padded(self.head_dim, self.keys.columns)
+
+    @property
+    def head_dim_v_padded(self) -> int:
+        return _padded(self.head_dim_v, self.keys.columns)
+
+    @property
+    def p_in_registers(self) -> bool:
+        """Whether the warp that computes rows of Sᵀ also owns those of dK and dV: P then never leaves it."""
+        return self.scores.columns == 1 and self.keys.columns == 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """K, V, Q and dO of every stage, their LSE and D, dSᵀ, and Pᵀ where it leaves the registers."""
+        widths = self.head_dim_padded + self.head_dim_v_padded
+        tiles = (self.tile_n + self.stages * self.tile_m) * widths
+        transposed = self.tile_n * self.tile_m * (1 if self.p_in_registers else 2)
+        return self.dtype.bytes * (tiles + transposed) + 8 * self.stages * self.tile_m
+
+    @property
+    def compile_name(self) -> str:
+        return self.named("fa2_bwd", det=self.deterministic, dlse=self.lse_gradient, dslopes=self.slopes_gradient)
+
+    def build(self):
+        from fa2_sm80.backward_kernels import build
+
+        return build(self)
+
+
+def backward_config(problem: AttentionProblem) -> Fa2BackwardConfig:
+    """Tiles by head_dim and shared memory.
+
+    Sᵀ = K·Qᵀ rather than S, so that Pᵀ and dSᵀ already lie in the registers as operand A of dV += Pᵀ·dO and
+    dK += dSᵀ·Q; only dS goes through shared memory, for dQ. What limits the tiles is dK and dV in the registers: up to
+    head_dim 64 a warp owns 32 keys, up to 128 it owns 16. Beyond that a row of dK is shared by four warps, and P goes
+    through shared memory too.
+    """
+    widest = max(padded(problem.head_dim), padded(problem.head_dim_v))
+    roomy = problem.arch.smem_bytes >= 160 * 1024
+    tile_m, tile_n, stages = 32, 64, 2
+    if widest <= 64:
+        scores = keys = WarpGrid(4)
+        tile_n = 128
+    elif widest <= WIDEST_IN_ONE_WARP:
+        scores = keys = WarpGrid(8 if roomy else 4)
+        tile_m, tile_n = (64, 128) if roomy else (32, 64)
+    elif roomy:
+        scores, keys = WarpGrid(4, 2), WarpGrid(2, 4)
+    else:
+        scores, keys = WarpGrid(2, 2), WarpGrid(1, 4)
+        tile_n, stages = 32, 1
+    return Fa2BackwardConfig(
+        **ForwardConfig.features(problem),
+        tile_m=tile_m,
+        tile_n=tile_n,
+        stages=stages,
+        scores=scores,
+        keys=keys,
+        queries=_query_warps(_padded(problem.head_dim, keys.columns), tile_m, scores.rows * scores.columns),
+        deterministic=problem.deterministic,
+        lse_gradient=problem.lse_gradient,
+        slopes_gradient=problem.slopes_gradient,
+    )
+
+
+def _padded(head_dim: int, warps: int) -> int:
+    """head_dim as the tiles hold it: 16 columns, or as many for each of ``warps``."""
+    step = MMA_ROWS * warps
+    return -(-head_dim // step) * step
+
+
+def _query_warps(head_dim: int, tile_m: int, warps: int) -> WarpGrid:
+    """Warps of dQ = dS·K: over its columns where these can be shared in blocks of 16, two blocks of rows each, which is
+    when they load least; else over its rows, and over the keys, whose parts the atomic additions sum up."""
+    rows = tile_m // (2 * MMA_ROWS)
+    columns = warps // rows
+    if head_dim % (MMA_ROWS * columns) == 0:
+        return WarpGrid(rows, columns)
+    rows = tile_m // MMA_ROWS
+    columns = warps // rows
+    if head_dim % (MMA_ROWS * columns) == 0:
+        return WarpGrid(rows, columns)
+    return WarpGrid(rows, 1, columns)
