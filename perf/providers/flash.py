@@ -1,0 +1,93 @@
+"""FlashAttention 3 and 4."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from cute_fa.inputs import Inputs
+from cute_fa.problem import normalize_window
+from perf.providers.base import Attention, Provider, Unavailable
+
+
+class _Flash(Provider):
+    """``modules`` and ``distributions``: names that it has been installed under; ``infinite``: how a window without
+    bound is written. Scales of fp8 inputs are left at 1."""
+
+    modules: tuple[str, ...]
+    distributions: tuple[str, ...]
+    infinite: int | None
+
+    def module(self) -> ModuleType:
+        reasons = []
+        for name in self.modules:
+            try:
+                return importlib.import_module(name)
+            except (ImportError, OSError) as error:
+                reasons.append(f"{name}: {error}")
+        raise Unavailable("; ".join(reasons))
+
+    def version(self) -> str:
+        module = self.module()
+        for name in self.distributions:
+            try:
+                return importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return getattr(module, "__version__", "unknown")
+
+    def masks(self, inputs: Inputs) -> dict[str, Any]:
+        """Causal, or a window with causal as its right bound of 0: what these kernels ask for."""
+        left, right = normalize_window(inputs.spec.window, inputs.spec.causal)
+        if left is None and right in (None, 0):
+            return {"causal": right == 0}
+        window = tuple(self.infinite if bound is None else bound for bound in (left, right))
+        return {"causal": False, "window_size": window}
+
+
+def _out(result: Any) -> torch.Tensor:
+    """Of versions that return (out, lse …) and of those that do not."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+class FlashAttention4(_Flash):
+    """flash_attn.cute, the CuTe DSL kernels for sm_80 to sm_120."""
+
+    name = "FA4"
+    modules = ("flash_attn.cute.interface",)
+    distributions = ("flash-attn-4",)
+    infinite = None
+
+    def prepare(self, inputs: Inputs) -> Attention:
+        module, masks, spec = self.module(), self.masks(inputs), inputs.spec
+        names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
+        lengths = {name: getattr(inputs, name) for name in names}
+        if all(tensor is None for tensor in lengths.values()):
+            return Attention(lambda q, k, v: _out(module.flash_attn_func(q, k, v, **masks)))
+        lengths |= {"max_seqlen_q": spec.seqlen_q, "max_seqlen_k": spec.seqlen_k}
+        return Attention(lambda q, k, v: _out(module.flash_attn_varlen_func(q, k, v, **lengths, **masks)))
+
+
+class FlashAttention3(_Flash):
+    """The C++ kernels for sm_90: cached keys through the function for caches, which is the one that takes pages."""
+
+    name = "FA3"
+    modules = ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
+    distributions = ("flash-attn-3", "flash_attn_3")
+    infinite = -1
+
+    def prepare(self, inputs: Inputs) -> Attention:
+        module, masks, spec = self.module(), self.masks(inputs), inputs.spec
+        if inputs.seqused_k is not None:
+            cache = {"cache_seqlens": inputs.seqused_k, "page_table": inputs.page_table, **masks}
+            if inputs.cu_seqlens_q is not None:
+                cache |= {"cu_seqlens_q": inputs.cu_seqlens_q, "max_seqlen_q": spec.seqlen_q}
+            return Attention(lambda q, k, v: _out(module.flash_attn_with_kvcache(q, k, v, **cache)))
+        if inputs.cu_seqlens_q is None:
+            return Attention(lambda q, k, v: _out(module.flash_attn_func(q, k, v, **masks)))
+        lengths = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, spec.seqlen_q, spec.seqlen_k)
+        return Attention(lambda q, k, v: _out(module.flash_attn_varlen_func(q, k, v, *lengths, **masks)))

@@ -1,0 +1,111 @@
+"""torch's FlexAttention, which compiles to Triton, and the attention kernel of Triton's own tutorials."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import itertools
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from cute_fa.inputs import Inputs
+from cute_fa.problem import default_scale, normalize_window
+from perf.providers.base import HEADS_FIRST, Attention, Layout, Provider, Unavailable
+
+_PACKED = Layout(lambda tensor: tensor.transpose(0, 1)[None], lambda tensor: tensor[0].transpose(0, 1))
+_CONTIGUOUS = Layout(lambda tensor: tensor.transpose(1, 2).contiguous(), HEADS_FIRST.restore)
+
+
+class FlexAttention(Provider):
+    """torch.compile of flex_attention, with a block mask for masks, windows and packed sequences.
+
+    Compiled on CUDA alone: elsewhere torch computes the same formula without fusing it.
+    """
+
+    name = "FlexAttention"
+
+    def version(self) -> str:
+        return f"torch {torch.__version__}"
+
+    def prepare(self, inputs: Inputs) -> Attention:
+        if inputs.page_table is not None or inputs.seqused_k is not None:
+            raise Unavailable("a cache with lengths or pages has no FlexAttention call of its own")
+        mask = _block_mask(inputs)
+        attention = flex_attention
+        if inputs.q.is_cuda:
+            # each problem has its own code: forgotten ones must not count against torch's limit of recompilations
+            torch.compiler.reset()
+            attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        grouped = inputs.spec.heads != inputs.spec.heads_kv
+        layout = HEADS_FIRST if inputs.cu_seqlens_q is None else _PACKED
+        return Attention(lambda q, k, v: attention(q, k, v, block_mask=mask, enable_gqa=grouped), layout)
+
+
+def _block_mask(inputs: Inputs) -> BlockMask | None:
+    """What is visible, None for everything."""
+    left, right = normalize_window(inputs.spec.window, inputs.spec.causal)
+    packed = inputs.cu_seqlens_q is not None
+    if left is None and right is None and not packed:
+        return None
+    rows_q, rows_k = (tensor.shape[0 if packed else 1] for tensor in (inputs.q, inputs.k))
+    if packed:
+        first, last = _visible_keys(inputs, left, right)
+
+        def visible(batch, head, query, key):
+            return (key >= first[query]) & (key <= last[query])
+
+    else:
+        shift = rows_k - rows_q
+        # a bound that no key reaches, where there is none
+        left, right = (rows_q + rows_k if bound is None else bound for bound in (left, right))
+
+        def visible(batch, head, query, key):
+            return (key >= query + shift - left) & (key <= query + shift + right)
+
+    return create_block_mask(visible, None, None, rows_q, rows_k, device=inputs.q.device)
+
+
+def _visible_keys(inputs: Inputs, left: int | None, right: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last visible row of packed k for every row of packed q."""
+    firsts, lasts = [], []
+    starts = zip(
+        *(map(itertools.pairwise, (t.tolist() for t in (inputs.cu_seqlens_q, inputs.cu_seqlens_k)))), strict=True
+    )
+    for (start_q, end_q), (start_k, end_k) in starts:
+        diagonal = torch.arange(end_q - start_q) + end_k - (end_q - start_q)
+        firsts.append(torch.full_like(diagonal, start_k) if left is None else (diagonal - left).clamp(min=start_k))
+        lasts.append(torch.full_like(diagonal, end_k - 1) if right is None else (diagonal + right).clamp(max=end_k - 1))
+    return tuple(torch.cat(bounds).to(inputs.q.device) for bounds in (firsts, lasts))
+
+
+class TritonTutorial(Provider):
+    """``06-fused-attention.py``, which no wheel has: where it lies in a folder on the Python path."""
+
+    name = "Triton"
+
+    def version(self) -> str:
+        self._attention()
+        return importlib.metadata.version("triton")
+
+    def _attention(self):
+        try:
+            return importlib.import_module("06-fused-attention").attention
+        except ImportError as error:
+            raise Unavailable(f"Triton's tutorial 06-fused-attention.py is not on the Python path: {error}") from None
+
+    def prepare(self, inputs: Inputs) -> Attention:
+        attention, spec = self._attention(), inputs.spec
+        left, right = normalize_window(spec.window, spec.causal)
+        lacks = {
+            "windows": left is not None or right not in (None, 0),
+            "packed sequences or caches": inputs.cu_seqlens_q is not None or inputs.seqused_k is not None,
+            "fewer kv heads than heads": spec.heads != spec.heads_kv,
+            "seqlen_q ≠ seqlen_k": spec.seqlen_q != spec.seqlen_k,
+        }
+        if any(lacks.values()):
+            raise Unavailable(f"Triton's tutorial has no {', '.join(name for name, needed in lacks.items() if needed)}")
+        scale = default_scale(spec.head_dim)
+        # its warp specialisation is for Blackwell
+        specialise = torch.cuda.get_device_capability(inputs.q.device)[0] >= 10 if inputs.q.is_cuda else False
+        return Attention(lambda q, k, v: attention(q, k, v, right == 0, scale, specialise), _CONTIGUOUS)

@@ -1,0 +1,151 @@
+"""Every provider's call means what the problem says: on the CPU with torch's own kernels, our kernels behind the peers'
+signatures in the simulator, and the reference in the place of what needs a GPU."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import cute_fa
+from cute_fa import reference
+from cute_fa.compat import fa3, fa4
+from cute_fa.inputs import make_inputs
+from perf.providers import PROVIDERS, Unavailable
+from perf.workload import Workload
+
+SMALL = dict(head_dim=32, head_dim_v=32, heads=4, heads_kv=2, seqlen=40, tokens=80)
+WORKLOADS = {
+    "dense": Workload(**SMALL),
+    "causal": Workload(**SMALL, causal=True),
+    "window": Workload(**SMALL, window=7),
+    "causal window": Workload(**SMALL, causal=True, window=7),
+    "packed": Workload(**SMALL, lengths="uniform"),
+    "packed causal window": Workload(**SMALL, lengths="uniform", causal=True, window=7),
+    "paged": Workload(**SMALL, page_size=16, causal=True),
+    "paged packed": Workload(**SMALL, page_size=16, causal=True, lengths="uniform"),
+    "decode": Workload(**SMALL, decode=True),
+    "decode window": Workload(**SMALL, decode=True, window=7),
+    "decode lengths": Workload(**SMALL, decode=True, lengths="uniform"),
+    "decode paged": Workload(**SMALL, decode=True, lengths="uniform", page_size=16),
+}
+
+
+def agrees(name: str, workload: Workload) -> bool:
+    """Whether the provider's output is within the project's tolerance, with inputs that show every wrong key."""
+    inputs = make_inputs(workload.spec(), "peaked", poison=False)
+    attention = PROVIDERS[name].prepare(inputs)
+    tensors = [attention.layout.adapt(t) for t in (inputs.q, inputs.k, inputs.v)]
+    out = attention.layout.restore(attention.forward(*tensors))
+    return reference.expected(inputs.q, inputs.k, inputs.v, **inputs.options()).check(out).ok
+
+
+def test_names_are_unique_and_ours_comes_first():
+    assert list(PROVIDERS) == ["cute-fa", "FA4", "FA3", "FA2", "cuDNN", "FlexAttention", "Triton"]
+    assert PROVIDERS["cute-fa"].version().startswith(cute_fa.__version__)
+
+
+def with_kvcache(
+    q, k_cache, v_cache, *, cache_seqlens, page_table=None, cu_seqlens_q=None, max_seqlen_q=None, **options
+):
+    """FA3's function for caches on our API."""
+    lengths = (cu_seqlens_q, None, max_seqlen_q, None)
+    return cute_fa.flash_attn_varlen_func(
+        q, k_cache, v_cache, *lengths, seqused_k=cache_seqlens, page_table=page_table, **options
+    )
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """FlashAttention 3 and 4 with their own signatures, and our kernels behind them."""
+    interface = types.SimpleNamespace(**vars(fa3), flash_attn_with_kvcache=with_kvcache)
+    monkeypatch.setattr(PROVIDERS["FA3"], "module", lambda: interface)
+    monkeypatch.setattr(PROVIDERS["FA4"], "module", lambda: fa4)
+
+
+@pytest.mark.parametrize("case", WORKLOADS)
+def test_kernels_and_signatures_of_flash_attention(case, peers):
+    with cute_fa.simulate("sm_90a"):
+        for name in ("cute-fa", "FA3", "FA4"):
+            assert agrees(name, WORKLOADS[case]), name
+
+
+@pytest.mark.parametrize("case", ["dense", "causal", "decode"])
+def test_flash_attention_2_behind_sdpa(case):
+    assert agrees("FA2", WORKLOADS[case])
+
+
+def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False, **cache):
+    """torch's function of that name on the reference; its rules as its documentation has them."""
+    assert q.dim() == 3 and (q.shape[1] != k.shape[-2]) == enable_gqa
+    assert max(cu_q.diff()) == max_q
+    pages = cache.get("block_table")
+    assert (cu_k is None) == (pages is not None)
+    used = cache.get("seqused_k")
+    assert max(used if used is not None else cu_k.diff()) == max_k
+    lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "seqused_k": used, "page_table": pages}
+    return reference.attention(q, k, v, **lengths, window_size=window_size, dtype=q.dtype)[0]
+
+
+@pytest.mark.parametrize("case", [case for case in WORKLOADS if case not in ("dense", "causal", "decode")])
+def test_flash_attention_2_behind_varlen_attn(case, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    assert agrees("FA2", WORKLOADS[case])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "case", [case for case in WORKLOADS if case not in ("paged", "paged packed", "decode lengths", "decode paged")]
+)
+def test_flex_attention(case):
+    assert agrees("FlexAttention", WORKLOADS[case])
+
+
+def tutorial(q, k, v, causal, scale, warp_specialise):
+    assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    assert not warp_specialise
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tutorial_of_triton(causal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "06-fused-attention", types.SimpleNamespace(attention=tutorial))
+    assert agrees("Triton", Workload(**SMALL | {"heads_kv": 4}, causal=causal))
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "reason"),
+    [
+        ("cuDNN", "window", "a window"),
+        ("cuDNN", "causal window", "a window"),
+        ("cuDNN", "packed", "different lengths"),
+        ("cuDNN", "paged", "different lengths"),
+        ("FlexAttention", "paged", "pages"),
+        ("FlexAttention", "decode lengths", "lengths"),
+        ("Triton", "window", "no windows, fewer kv heads"),
+        ("Triton", "decode", "seqlen_q ≠ seqlen_k"),
+        ("Triton", "packed", "packed sequences"),
+    ],
+)
+def test_what_a_provider_does_not_do_it_says(name, case, reason, monkeypatch):
+    monkeypatch.setitem(sys.modules, "06-fused-attention", types.SimpleNamespace(attention=tutorial))
+    with pytest.raises(Unavailable, match=reason):
+        PROVIDERS[name].prepare(make_inputs(WORKLOADS[case].spec()))
+
+
+def test_what_is_not_installed_it_says(monkeypatch):
+    for name in ("flash_attn_interface", "flash_attn_3", "06-fused-attention"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    for name, reason in (("FA3", "flash_attn_interface"), ("Triton", "06-fused-attention.py"), ("cuDNN", "no cuDNN")):
+        with pytest.raises(Unavailable, match=reason):
+            PROVIDERS[name].version()
+
+
+def test_versions_of_what_is_installed():
+    assert PROVIDERS["FA4"].version() == "4.0.0b36"
+    assert PROVIDERS["FA2"].version() == PROVIDERS["FlexAttention"].version() == f"torch {torch.__version__}"
