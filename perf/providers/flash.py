@@ -15,12 +15,10 @@ from perf.providers.base import Attention, Provider, Unavailable
 
 
 class _Flash(Provider):
-    """``modules`` and ``distributions``: names that it has been installed under; ``infinite``: how a window without
-    bound is written. Scales of fp8 inputs are left at 1."""
+    """``modules`` and ``distributions``: names that it has been installed under. Scales of fp8 inputs are left at 1."""
 
     modules: tuple[str, ...]
     distributions: tuple[str, ...]
-    infinite: int | None
 
     def module(self) -> ModuleType:
         reasons = []
@@ -40,13 +38,12 @@ class _Flash(Provider):
                 continue
         return getattr(module, "__version__", "unknown")
 
-    def masks(self, inputs: Inputs) -> dict[str, Any]:
-        """Causal, or a window with causal as its right bound of 0: what these kernels ask for."""
-        left, right = normalize_window(inputs.spec.window, inputs.spec.causal)
-        if left is None and right in (None, 0):
-            return {"causal": right == 0}
-        window = tuple(self.infinite if bound is None else bound for bound in (left, right))
-        return {"causal": False, "window_size": window}
+
+def _masks(inputs: Inputs) -> dict[str, Any]:
+    """Causal, or a window with causal as its right bound of 0: what these kernels ask for. How a single infinite bound is
+    written differs between them; no workload has one."""
+    left, right = normalize_window(inputs.spec.window, inputs.spec.causal)
+    return {"causal": right == 0} if left is None else {"causal": False, "window_size": (left, right)}
 
 
 def _out(result: Any) -> torch.Tensor:
@@ -60,10 +57,9 @@ class FlashAttention4(_Flash):
     name = "FA4"
     modules = ("flash_attn.cute.interface",)
     distributions = ("flash-attn-4",)
-    infinite = None
 
     def prepare(self, inputs: Inputs) -> Attention:
-        module, masks, spec = self.module(), self.masks(inputs), inputs.spec
+        module, masks, spec = self.module(), _masks(inputs), inputs.spec
         names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
         lengths = {name: getattr(inputs, name) for name in names}
         if all(tensor is None for tensor in lengths.values()):
@@ -78,10 +74,9 @@ class FlashAttention3(_Flash):
     name = "FA3"
     modules = ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
     distributions = ("flash-attn-3", "flash_attn_3")
-    infinite = -1
 
     def prepare(self, inputs: Inputs) -> Attention:
-        module, masks, spec = self.module(), self.masks(inputs), inputs.spec
+        module, masks, spec = self.module(), _masks(inputs), inputs.spec
         if inputs.seqused_k is not None:
             cache = {"cache_seqlens": inputs.seqused_k, "page_table": inputs.page_table, **masks}
             if inputs.cu_seqlens_q is not None:

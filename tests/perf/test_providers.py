@@ -24,6 +24,7 @@ WORKLOADS = {
     "window": Workload(**SMALL, window=7),
     "causal window": Workload(**SMALL, causal=True, window=7),
     "packed": Workload(**SMALL, lengths="uniform"),
+    "packed window": Workload(**SMALL, lengths="uniform", window=7),
     "packed causal window": Workload(**SMALL, lengths="uniform", causal=True, window=7),
     "paged": Workload(**SMALL, page_size=16, causal=True),
     "paged packed": Workload(**SMALL, page_size=16, causal=True, lengths="uniform"),
