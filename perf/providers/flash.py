@@ -40,8 +40,8 @@ class _Flash(Provider):
 
 
 def _masks(inputs: Inputs) -> dict[str, Any]:
-    """Causal, or a window with causal as its right bound of 0: what these kernels ask for. How one infinite bound beside
-    a finite one is written differs between them; no workload has one."""
+    """Causal, or a window with causal as its right bound of 0: what these kernels ask for. How one infinite bound
+    beside a finite one is written differs between them; no workload has one."""
     left, right = normalize_window(inputs.spec.window, inputs.spec.causal)
     return {"causal": right == 0} if left is None else {"causal": False, "window_size": (left, right)}
 
