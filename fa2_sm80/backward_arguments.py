@@ -16,8 +16,8 @@ class Scratch(NamedTuple):
     """Memory between the kernels, fp32. A sequence has whole tiles of queries, see :func:`first_tile`.
 
     ``stats`` (tiles, heads, 2 · tile_m): for each query its LSE in log2 units, less the softcap's offset, +inf where
-    P is 0, then D = rowsum(dO∘O) − dLSE. ``dq`` (tiles, heads, tile_m · head_dim_padded): the sum of dS·K in the order of
-    the accumulator's registers, None where deterministic. ``dsink`` (batch, heads, m_blocks) and ``dslopes`` (batch,
+    P is 0, then D = rowsum(dO∘O) − dLSE. ``dq`` (tiles, heads, tile_m · head_dim_padded): the sum of dS·K in the order
+    of the accumulator's registers, None where deterministic. ``dsink`` (batch, heads, m_blocks) and ``dslopes`` (batch,
     heads, n_blocks · warps): parts of the gradients of the learnable sink and of the ALiBi slopes, or None."""
 
     stats: cute.Tensor
@@ -27,9 +27,9 @@ class Scratch(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """Shapes of q, k, v, out, lse, lengths, window, alibi_slopes and learnable_sink as in the forward. dout like out, dlse
-    like lse; dq, dk, dv like q, k, v; dalibi (1 or batch, heads), dsink (1, heads). ``seqlen_*``: the longest, which
-    size the grids where sequences are packed."""
+    """Shapes of q, k, v, out, lse, lengths, window, alibi_slopes and learnable_sink as in the forward. dout like out,
+    dlse like lse; dq, dk, dv like q, k, v; dalibi (1 or batch, heads), dsink (1, heads). ``seqlen_*``: the longest,
+    which size the grids where sequences are packed."""
 
     q: cute.Tensor
     k: cute.Tensor

@@ -51,7 +51,7 @@ class KeyGradientKernel:
                 c.stages,
                 TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads),
                 TileLoader(dout, smem.dout, c.head_dim_v, tidx, c.num_threads),
-                StatsLoader(cute.domain_offset((0, head, 0), stats), first_tile, smem.stats, c.tile_m, tidx),
+                StatsLoader(stats, first_tile, head, smem.stats, c.tile_m, tidx),
                 head_strides(args.q, args.dout, stats),
                 blocks,
                 gqa_ratio,
@@ -95,22 +95,23 @@ class KeyGradientKernel:
         first_tile: Int32,
         n_block: Int32,
     ):
-        """The query blocks of one head, ``index`` of its group, in the three ranges, each with just the mask it needs."""
+        """The query blocks of one head, ``index`` of its group, in three ranges, each with just the mask it needs."""
         c = self.config
         step = self.step
-        slope, dq_start = None, None
+        slope = None
         if const_expr(c.alibi):
             slopes = (args.alibi_slopes[batch, head],)
             slope = score_params(args.softmax_scale, args.softcap, slopes).slopes[0]
         if const_expr(not c.deterministic):
-            dq_start = scratch_address(args.scratch.dq, first_tile, head)
+            last_tile = first_tile + blocks.last_block
+            tile.dq_address[0] = scratch_address(args.scratch.dq, last_tile, head) + tile.dq_place
         if const_expr(c.window_left):
             for iteration in cutlass.range(blocks.left_end, unroll=1):
-                step(args, tile, pipeline, blocks, index, iteration, dq_start, slope, True, True)
+                step(args, tile, pipeline, blocks, index, iteration, slope, True, True)
         for iteration in cutlass.range(blocks.left_end, blocks.full_end, unroll=1):
-            step(args, tile, pipeline, blocks, index, iteration, dq_start, slope, False, False)
+            step(args, tile, pipeline, blocks, index, iteration, slope, False, False)
         for iteration in cutlass.range(blocks.full_end, blocks.total, unroll=1):
-            step(args, tile, pipeline, blocks, index, iteration, dq_start, slope, True, False)
+            step(args, tile, pipeline, blocks, index, iteration, slope, True, False)
         if const_expr(c.slopes_gradient):
             self.store_dslope(args, cute.arch.warp_reduction_sum(tile.dslope[0]), batch, head, n_block)
             tile.dslope[0] = Float32(0.0)
@@ -131,20 +132,16 @@ class KeyGradientKernel:
         blocks: QueryRange,
         index: Int32,
         iteration: Int32,
-        dq_start,
         slope,
         masked: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
     ):
         """Wait for one query block, and add what it gives."""
         c = self.config
-        pipeline.wait(index, iteration)
-        block = blocks.block(iteration)
-        dq_address = None
+        stage = pipeline.wait(index, iteration)
+        tile.step(blocks.block(iteration) * c.tile_m, stage, slope, masked, left_edge)
         if const_expr(not c.deterministic):
-            dq_address = dq_start + Int64(block) * (args.scratch.dq.stride[0] * 4)
-        stage = pipeline.stage(index * blocks.total + iteration)
-        tile.step(block * c.tile_m, stage, dq_address, slope, masked, left_edge)
+            tile.dq_address[0] = tile.dq_address[0] - Int64(args.scratch.dq.stride[0]) * 4
         pipeline.release(index, iteration)
 
     def smem_tiles(self) -> BackwardTiles:
@@ -171,8 +168,8 @@ class KeyGradientKernel:
 
     @cute.jit
     def tile(self, args: BackwardArguments):
-        """(n_block, head_kv, batch) of this CTA. The key tiles of a head are neighbours, for its Q and dO in L2; under a
-        right bound the first one has the most queries and goes first."""
+        """(n_block, head_kv, batch) of this CTA. The key tiles of a head are neighbours, for its Q and dO in L2;
+        under a right bound the first one has the most queries and goes first."""
         index, _, _ = cute.arch.block_idx()
         n_blocks, heads_kv = cute.ceil_div(args.seqlen_k, self.config.tile_n), args.k.shape[-2]
         return index % n_blocks, index // n_blocks % heads_kv, index // n_blocks // heads_kv

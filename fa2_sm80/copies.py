@@ -82,22 +82,23 @@ class TileLoader:
         self.target = opaque(smem.pointer.toint() + smem.offset(self.row, self.chunk))
 
     @cute.jit
-    def load(self, block: Int32, stage: Int32, rows_left: Optional[Int32], offset: Optional[Int64] = None):
+    def load(self, block: Int32, stage: Int32, rows_left: Optional[Int32]):
         """Issue the copies of tile ``block``. ``rows_left``: rows of the matrix from the tile's first one on; rows
-        beyond are zero-filled, never read. None: all rows of the tile are inside. ``offset``: bytes from the matrix
-        to the one that is meant."""
+        beyond are zero-filled, never read. None: all rows of the tile are inside."""
+        self.load_from(self.source + self.block_bytes * Int64(block), stage, rows_left)
+
+    @cute.jit
+    def load_from(self, source: Int64, stage: Int32, rows_left: Optional[Int32]):
+        """The same for the tile whose copies by this thread begin at address ``source``."""
         if const_expr(self.rows_per_pass > self.smem.rows):
             # few chunks to a row: one pass of all threads covers more rows than the tile has
             if self.row < self.smem.rows:
-                self._load(block, stage, rows_left, offset)
+                self._load(source, stage, rows_left)
         else:
-            self._load(block, stage, rows_left, offset)
+            self._load(source, stage, rows_left)
 
-    def _load(self, block: Int32, stage: Int32, rows_left: Optional[Int32], offset: Optional[Int64]):
+    def _load(self, source: Int64, stage: Int32, rows_left: Optional[Int32]):
         smem = self.smem
-        source = self.source + self.block_bytes * Int64(block)
-        if offset is not None:
-            source = source + offset
         target = self.target + stage * smem.stage_bytes
         for first_row in range(0, smem.rows, self.rows_per_pass):
             for panel in range(smem.panels):

@@ -20,8 +20,8 @@ from fa2_sm80.products import WarpPlace, WarpProduct, register_column, register_
 
 
 class BackwardTiles(NamedTuple):
-    """All tiles of one CTA in shared memory. ``stats``: (LSE, D) of the queries of every stage, fp32; ``p``: Pᵀ, or None
-    where it stays in registers."""
+    """All tiles of one CTA in shared memory. ``stats``: (LSE, D) of the queries of every stage, fp32; ``p``: Pᵀ, or
+    None where it stays in registers."""
 
     k: SmemTile
     v: SmemTile
@@ -90,6 +90,8 @@ class KeyTile:
                 smem.ds, column_lanes[smem.ds.panel], place.first_depth, True, place.first_row
             )
             self.load_k_rows = FragmentLoader(smem.k, row_lanes[smem.k.panel], place.first_depth, True, first)
+            self.dq_place = (place.index * 32 + cute.arch.lane_idx()) * 4
+            self.dq_address = cute.make_rmem_tensor(1, Int64)
         self.stats = opaque(smem.stats.toint() + self.place.column * 8)
         self.dslope = cute.make_rmem_tensor(1, Float32)
         self.dslope.fill(0.0)
@@ -99,14 +101,13 @@ class KeyTile:
         self,
         m_start: Int32,
         stage: Int32,
-        dq_address: Optional[Int64],
         slope: Optional[Float32],
         masked: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
     ):
-        """One query block of one head. ``dq_address``: where the tile's sums of dQ begin; ``masked``: a key may lie
+        """One query block of one head. ``masked``: a key may lie
         beyond the sequence, or to the right of what a query sees; ``left_edge``: to the left, too."""
-        c, smem = self.config, self.smem
+        c = self.config
         scores, dprobabilities = self.scores.accumulator(), self.dprobabilities.accumulator()
         self.scores.add(scores, self.scores.from_smem(self.load_k, 0), self.load_q, stage, False)
         from_v = self.dprobabilities.from_smem(self.load_v, 0)
@@ -128,7 +129,7 @@ class KeyTile:
         if const_expr(not c.deterministic):
             acc = self.dq.accumulator()
             self.dq.add(acc, self.dq.from_smem(self.load_ds, 0, transposed=True), self.load_k_rows, 0, True)
-            add_to_memory(acc, dq_address + self.place_dq.index * (32 * 4), 32 * c.queries.rows * c.queries.columns)
+            add_to_memory(acc, self.dq_address[0], 32 * c.queries.rows * c.queries.columns)
 
     @cute.jit
     def differentiate(
@@ -215,7 +216,6 @@ class KeyTile:
 def add_to_memory(acc: cute.Tensor, address: Int64, threads: int):
     """Atomically add an accumulator's registers to fp32 in global memory: register e of thread t at e · threads + t, so
     that a warp's additions are one line of 128 bytes."""
-    address = address + cute.arch.lane_idx() * 4
     for e in range(cute.size(acc)):
         inline_ptx(
             f"red.relaxed.gpu.global.add.f32 [{{$r0}}+{e * threads * 4}], {{$r1}};",

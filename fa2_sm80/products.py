@@ -29,8 +29,8 @@ class WarpProduct:
         return acc
 
     def add(self, acc: cute.Tensor, load_a: Callable, load_b: FragmentLoader, stage_b, transposed_b: bool):
-        """``load_a(k)``: operand A of the depth's step k. B lies in shared memory, with its columns as rows, or with its
-        depth as rows (``transposed_b``)."""
+        """``load_a(k)``: operand A of the depth's step k. B lies in shared memory, with its columns as rows, or with
+        its depth as rows (``transposed_b``)."""
         for k in range(self.depth // STEP):
             rA = load_a(k)
             for n in range(self.columns // STEP):
