@@ -104,7 +104,7 @@ class KeyGradientKernel:
             slope = score_params(args.softmax_scale, args.softcap, slopes).slopes[0]
         if const_expr(not c.deterministic):
             last_tile = first_tile + blocks.last_block
-            tile.dq_address[0] = scratch_address(args.scratch.dq, last_tile, head) + tile.dq_place
+            tile.dq_address[0] = scratch_address(args.scratch.dq, last_tile, head)
         if const_expr(c.window_left):
             for iteration in cutlass.range(blocks.left_end, unroll=1):
                 step(args, tile, pipeline, blocks, index, iteration, slope, True, True)

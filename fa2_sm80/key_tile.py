@@ -90,7 +90,6 @@ class KeyTile:
                 smem.ds, column_lanes[smem.ds.panel], place.first_depth, True, place.first_row
             )
             self.load_k_rows = FragmentLoader(smem.k, row_lanes[smem.k.panel], place.first_depth, True, first)
-            self.dq_place = (place.index * 32 + cute.arch.lane_idx()) * 4
             self.dq_address = cute.make_rmem_tensor(1, Int64)
         self.stats = opaque(smem.stats.toint() + self.place.column * 8)
         self.dslope = cute.make_rmem_tensor(1, Float32)
@@ -129,7 +128,8 @@ class KeyTile:
         if const_expr(not c.deterministic):
             acc = self.dq.accumulator()
             self.dq.add(acc, self.dq.from_smem(self.load_ds, 0, transposed=True), self.load_k_rows, 0, True)
-            add_to_memory(acc, self.dq_address[0], 32 * c.queries.rows * c.queries.columns)
+            address = self.dq_address[0] + (self.place_dq.index * 32 + cute.arch.lane_idx()) * 4
+            add_to_memory(acc, address, 32 * c.queries.rows * c.queries.columns)
 
     @cute.jit
     def differentiate(

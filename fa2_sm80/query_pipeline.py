@@ -20,13 +20,14 @@ class StatsLoader:
         self.copies = tidx < self.stage_bytes // CHUNK_BYTES
         self.block_bytes = Int64(stats.stride[0]) * 4
         place = Int64(first_tile) * self.block_bytes + Int64(head) * (stats.stride[1] * 4)
-        self.source = stats.iterator.toint() + place + tidx * CHUNK_BYTES
-        self.target = smem.toint() + tidx * CHUNK_BYTES
+        self.source = stats.iterator.toint() + place
+        self.place = tidx * CHUNK_BYTES
+        self.target = smem.toint()
 
     def load_from(self, source: Int64, stage: Int32):
         inline_ptx(
             f"cp.async.cg.shared.global [{{$r0}}], [{{$r1}}], {CHUNK_BYTES};",
-            read_only_args=[self.target + stage * self.stage_bytes, source],
+            read_only_args=[self.target + self.place + stage * self.stage_bytes, source + self.place],
             predicate=self.copies,
         )
 
