@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 class FakeDevice:
-    """Calls take as long as ``duration`` says of the call and of how many were timed before.
+    """Calls take as long as they add to ``elapsed`` themselves, else as ``duration`` says of the call and of how many
+    were timed before.
 
     ``log`` has every call in order: ("run", call) and ("time", [calls])."""
 
@@ -26,6 +27,7 @@ class FakeDevice:
         self.log: list[tuple[str, Any]] = []
         self.notes: list[str] = []
         self.broken = False
+        self.elapsed = 0.0
         self._timed = 0
 
     def columns(self) -> dict[str, Any]:
@@ -45,8 +47,9 @@ class FakeDevice:
         self.log.append(("time", list(calls)))
         times = []
         for call in calls:
+            self.elapsed = 0.0
             call()
-            times.append(self.duration(call, self._timed))
+            times.append(self.elapsed or self.duration(call, self._timed))
             self._timed += 1
         return times
 
