@@ -5,7 +5,7 @@ from cute_fa.api import flash_attn_func, flash_attn_varlen_func
 from cute_fa.dispatch import TABLE, DispatchKey, DispatchTable
 from cute_fa.errors import CuteFaError
 from cute_fa.problem import AttentionProblem
-from cute_fa.requests import CumulativeSeqlens, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest
+from cute_fa.requests import CumulativeSeqlens, Fa2BwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest
 from cute_fa.simulation import simulate
 from cute_fa.types import Direction, DType, MaskKind, PersistentMode, PositionBias, SmArch
 
@@ -20,6 +20,7 @@ __all__ = [
     "Direction",
     "DispatchKey",
     "DispatchTable",
+    "Fa2BwdRequest",
     "Fa2FwdRequest",
     "Fa3FwdRequest",
     "MaskKind",

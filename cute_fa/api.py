@@ -85,7 +85,8 @@ def flash_attn_func(
     num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
     pack_gqa: whether query heads of one kv head share a tile; None lets the kernel choose, as "auto" does below.
     persistent: "auto", "on" (a CTA computes one tile after the other) or "off" (one CTA a tile).
-    deterministic: the forward always is.
+    deterministic: bit-identical gradients between runs, also asked for by torch.use_deterministic_algorithms(True); the
+        forward always is.
     return_lse (return_attn_probs, return_softmax_lse): also return the LSE.
     out: where to write the result; it then has no gradient.
     family: ``fa2``, ``fa3`` or ``fa4`` for kernels of that family alone; the best there is by default.
@@ -111,8 +112,9 @@ def flash_attn_func(
         family=family,
         pack_gqa=pack_gqa,
         persistent=persistent,
+        deterministic=deterministic,
     )
-    return _attention(call, out, deterministic, return_lse, return_attn_probs, return_softmax_lse)
+    return _attention(call, out, return_lse, return_attn_probs, return_softmax_lse)
 
 
 def flash_attn_varlen_func(
@@ -191,8 +193,9 @@ def flash_attn_varlen_func(
         family=family,
         pack_gqa=pack_gqa,
         persistent=persistent,
+        deterministic=deterministic,
     )
-    return _attention(call, out, deterministic, return_lse, return_attn_probs, return_softmax_lse)
+    return _attention(call, out, return_lse, return_attn_probs, return_softmax_lse)
 
 
 def prepare(
@@ -218,10 +221,12 @@ def prepare(
     family: Any = None,
     pack_gqa: Any = None,
     persistent: Any = "auto",
+    deterministic: Any = False,
 ) -> ops.Call:
     """Arguments of ``ops.attention`` from those of the public functions: kinds checked, since the dispatcher's own
     complaints name no rule, and choices normalised."""
     _check_flag("causal", causal)
+    _check_flag("deterministic", deterministic)
     if pack_gqa is not None:
         _check_flag("pack_gqa", pack_gqa)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, alibi_slopes, learnable_sink)
@@ -247,18 +252,17 @@ def prepare(
         family,
         pack_gqa,
         persistent,
+        deterministic,
     )
 
 
 def _attention(
     call: ops.Call,
     out: Any,
-    deterministic: Any,
     return_lse: Any,
     return_attn_probs: Any,
     return_softmax_lse: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    _check_flag("deterministic", deterministic)
     _check_flag("return_lse", return_lse)
     _check_flag("return_attn_probs", return_attn_probs)
     _check_flag("return_softmax_lse", return_softmax_lse)

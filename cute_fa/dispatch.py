@@ -188,6 +188,8 @@ class DispatchTable:
         for arch in SmArch:
             for direction in Direction:
                 for feature, changes in FEATURES.items():
+                    if direction is Direction.BACKWARD:
+                        changes = {name: value for name, value in changes.items() if name not in _OF_THE_FORWARD}
                     of_key = {name: value for name, value in changes.items() if name not in _CHOICES}
                     choices = {name: value for name, value in changes.items() if name in _CHOICES}
                     key = DispatchKey(**{"arch": arch, "direction": direction, **_BASE, **of_key})
@@ -232,14 +234,15 @@ TABLE = DispatchTable(
         Entry("fa2_fwd", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.forward:Fa2Forward"),
         Entry("fa4_bwd", "fa4", Direction.BACKWARD, _BLACKWELL, None, "no fa4_sm100 kernel exists yet", _TCGEN05),
         Entry("fa3_bwd", "fa3", Direction.BACKWARD, (SmArch.SM_90A,), None, "no fa3_sm90 kernel exists yet", _WGMMA),
-        Entry("fa2_bwd", "fa2", Direction.BACKWARD, _ALL, None, "no backward kernel exists yet"),
+        Entry("fa2_bwd", "fa2", Direction.BACKWARD, _ALL, "fa2_sm80.backward:Fa2Backward"),
     )
 )
 
 # What the support table asks about, each as a change to full attention of this kind. Choices of how to compute are
-# fields of the problem, the others of the key.
+# fields of the problem, the others of the key. The backward of a call is not asked for what that chose for its forward.
 _BASE = {"dtype": DType.BF16, "head_dim": 128}
 _CHOICES = ("pack_gqa", "persistent")
+_OF_THE_FORWARD = (*_CHOICES, "splits")
 FEATURES: dict[str, dict] = {
     "bf16": {},
     "fp16": {"dtype": DType.FP16},

@@ -116,7 +116,8 @@ class UnsupportedKeyError(CuteFaError):
 
 
 class NoBackwardError(CuteFaError):
-    """A derivative asked for where no backward kernel exists yet."""
+    """A derivative that nothing computes: of the gradients themselves, in forward mode, or by a transform of
+    torch.func."""
 
 
 def _short(value: Any) -> str:

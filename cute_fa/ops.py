@@ -1,4 +1,5 @@
-"""The torch operators ``cute_fa::attention`` and ``cute_fa::attention_out``, and the launch path behind them.
+"""The torch operators ``cute_fa::attention`` and ``cute_fa::attention_out``, and the launch path behind them; their
+derivative is in ``cute_fa.autograd``.
 
 A call is described by shapes, strides, dtypes and options. Validation, dispatch and compilation depend on nothing else
 and are done once for each such description: what they find is a ``_Plan``, and a call that has one costs a dictionary
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import library
@@ -42,7 +43,9 @@ from cute_fa.tensors import (
 from cute_fa.types import PersistentMode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from torch._ops import OpOverload
 
     from cute_fa.compiler import CompiledKernel
     from cute_fa.kernel import AttentionKernel
@@ -54,7 +57,10 @@ if TYPE_CHECKING:
 CHECK_VALUES = switch("CUTE_FA_CHECK", default=False)
 # A description that changes at every call (decoding, packed batches) must not fill the memory.
 _MAX_PLANS = 4096
-_NO_BACKWARD = "cute_fa has no backward kernel yet: run the forward under torch.no_grad(), or detach q, k and v"
+_NO_TRANSFORM = (
+    "attention inside a transform of torch.func, or with forward-mode differentiation: only torch.autograd (backward() "
+    "or torch.autograd.grad) differentiates it"
+)
 
 
 class Call(NamedTuple):
@@ -81,19 +87,21 @@ class Call(NamedTuple):
     family: str | None
     pack_gqa: bool | None
     persistent: str
+    deterministic: bool
 
 
 NUM_TENSORS = 10
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_ARGUMENTS = (
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
+ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "Tensor? page_table, Tensor? alibi_slopes, Tensor? learnable_sink, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
     "float? softmax_scale, SymInt? window_left, SymInt? window_right, SymInt sink_tokens, float softcap, "
-    "SymInt num_splits, str? family, bool? pack_gqa, str persistent"
+    "SymInt num_splits, str? family, bool? pack_gqa, str persistent, bool deterministic"
 )
 LIBRARY = library.Library("cute_fa", "DEF")
-LIBRARY.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
-LIBRARY.define(f"attention_out({_ARGUMENTS}, Tensor(a!) out) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define(f"attention({ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define(f"attention_out({ARGUMENTS}, Tensor(a!) out) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
 
 @dataclass
@@ -138,27 +146,34 @@ def _attention_out(*arguments):
 
 def _plan(arguments: tuple, out: torch.Tensor | None) -> _Plan:
     target = target_of(arguments[0].device)
-    signatures = tuple([None if t is None else _signature(t) for t in arguments[:NUM_TENSORS]])
-    key = (target, signatures, arguments[NUM_TENSORS:], None if out is None else _signature(out))
+    # without the last one, deterministic: a forward always is
+    key = (target, signatures(arguments[:NUM_TENSORS]), arguments[NUM_TENSORS:-1], signatures((out,)))
     plan = _plans.get(key)
     if plan is None:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(target, Call._make(arguments), out)
+        plan = _make_plan(target, Call._make(arguments), out)
+        keep(_plans, key, plan)
     return plan
 
 
-def _signature(tensor: torch.Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def signatures(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
+    """What a plan knows of its tensors."""
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
 
 
-def problem_of_call(arch: SmArch, call: Call, out: torch.Tensor | None) -> AttentionProblem:
-    """The validated problem of a call."""
+def keep(plans: dict, key: tuple, plan: Any) -> None:
+    """Remember a plan; too many are forgotten together."""
+    if len(plans) >= _MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+
+
+def problem_of_call(arch: SmArch, call: Call, out: torch.Tensor | None = None, **backward: Any) -> AttentionProblem:
+    """The validated problem of a call. ``backward``: fields of one that is of a backward."""
     options = call._asdict()
-    del options["family"]
+    del options["family"], options["deterministic"]
     window = options.pop("window_left"), options.pop("window_right")
     persistent = PersistentMode.named(options.pop("persistent"))
-    return problem_of(arch, **options, window_size=window, persistent=persistent, out=out)
+    return problem_of(arch, **options, window_size=window, persistent=persistent, out=out, **backward)
 
 
 def _make_plan(target: Target, call: Call, out: torch.Tensor | None) -> _Plan:
@@ -172,23 +187,29 @@ def _make_plan(target: Target, call: Call, out: torch.Tensor | None) -> _Plan:
         launches=q.numel() > 0 and k.numel() > 0,
         out_shape=(*q.shape[:-1], v.shape[-1]),
         out_dtype=TORCH_DTYPES[problem.out_dtype],
-        lse_shape=_lse_shape(call),
-        strides=tuple(None if t is None else _odd_strides(t) for t in (q, k, v, out)),
+        lse_shape=lse_shape(call),
+        strides=tuple(None if t is None else odd_strides(t) for t in (q, k, v, out)),
     )
 
 
-def _lse_shape(call: Call) -> tuple:
+def lse_shape(call: Call) -> tuple[int, ...]:
+    """(heads, total_q) if packed, else (batch, heads, seqlen_q)."""
     if call.cu_seqlens_q is not None:
         return call.q.shape[1], call.q.shape[0]
     return call.q.shape[0], call.q.shape[2], call.q.shape[1]
 
 
-def _odd_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+def odd_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """Strides to use instead: those of dimensions of size 1 mean nothing, but kernels ask for multiples of 16 bytes."""
     step = ALIGNMENT // tensor.element_size()
     *outer, last = tensor.stride()
     canonical = (*(0 if size == 1 else stride for size, stride in zip(tensor.shape, outer, strict=False)), 1)
     return canonical if last != 1 or any(stride % step for stride in outer) else None
+
+
+def restrided(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
+    """The same elements with other strides, the tensor itself for None."""
+    return tensor if strides is None else tensor.as_strided(tensor.shape, strides)
 
 
 def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -201,8 +222,7 @@ def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
     if (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % ALIGNMENT:
         check_pointers(q=q, k=k, v=v, out=out)
     if plan.strides != (None, None, None, None):
-        pairs = zip((q, k, v, out), plan.strides, strict=True)
-        q, k, v, out = (t if strides is None else t.as_strided(t.shape, strides) for t, strides in pairs)
+        q, k, v, out = map(restrided, (q, k, v, out), plan.strides)
     tensors = AttentionTensors(q, k, v, out, lse, *call[3:NUM_TENSORS])
     if plan.compiled is None:
         plan.compiled = compiled(plan.kernel.configure(plan.problem))
@@ -236,36 +256,46 @@ def _fake(*arguments):
     q, v = call.q, call.v
     dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
-    return out, q.new_empty(_lse_shape(call), dtype=torch.float32)
+    return out, q.new_empty(lse_shape(call), dtype=torch.float32)
 
 
 def _fake_out(*arguments):
     call = Call._make(arguments[:-1])
     check_devices(dict(zip(Call._fields, arguments[:NUM_TENSORS], strict=False)) | {"out": arguments[-1]})
-    return call.q.new_empty(_lse_shape(call), dtype=torch.float32)
+    return call.q.new_empty(lse_shape(call), dtype=torch.float32)
 
 
-def _backward(ctx, dout, dlse):
-    raise NoBackwardError(_NO_BACKWARD)
+def _autocast(op: OpOverload, device: str) -> Callable:
+    """The operator with q, k and v cast to autocast's dtype, as torch's own attention is; fp8 and fp64 stay."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def cast(*arguments):
+        dtype = torch.get_autocast_dtype(device)
+        qkv = (t.to(dtype) if t.dtype in _CAST else t for t in arguments[:3])
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*qkv, *arguments[3:])
+
+    return cast
 
 
 LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_out", _attention_out, "CompositeExplicitAutograd")
 library.register_fake("cute_fa::attention", _fake, lib=LIBRARY)
 library.register_fake("cute_fa::attention_out", _fake_out, lib=LIBRARY)
-library.register_autograd("cute_fa::attention", _backward, lib=LIBRARY)
-
 _attention_op = torch.ops.cute_fa.attention.default
 _attention_out_op = torch.ops.cute_fa.attention_out.default
+for _device in ("cpu", "cuda"):
+    LIBRARY.impl("attention", _autocast(_attention_op, _device), f"Autocast{_device.upper()}")
+    LIBRARY.impl("attention_out", _autocast(_attention_out_op, _device), f"Autocast{_device.upper()}")
 
 
 def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) for the arguments of :class:`Call`: the operator ``cute_fa::attention``.
 
-    Where the dispatcher would do nothing but convert 21 arguments back and forth (eager mode, no gradient asked for, no
-    mode or transform watching, plain tensors) its Python kernel is called directly.
+    Where the dispatcher would do nothing but convert 22 arguments back and forth (eager mode, no gradient asked for, no
+    autocast, mode or transform watching, plain tensors) its Python kernel is called directly.
     """
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
         return _attention_op(*arguments)
     if _transformed():
         _check_derivatives(arguments)
@@ -299,7 +329,7 @@ def _check_derivatives(arguments: tuple) -> None:
     for tensor in arguments[:NUM_TENSORS]:
         for layer in _layers(tensor):
             if (reverse and layer.requires_grad) or (forward and forward_ad.unpack_dual(layer).tangent is not None):
-                raise NoBackwardError(_NO_BACKWARD)
+                raise NoBackwardError(_NO_TRANSFORM)
 
 
 def _layers(tensor: torch.Tensor | None) -> Iterator[torch.Tensor]:

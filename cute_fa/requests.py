@@ -1,4 +1,4 @@
-"""Requests as values: frozen descriptions of one forward, validated when made, that know their key and can run.
+"""Requests as values: frozen descriptions of a forward or a backward, validated when made, that know their key and run.
 
 They put the choices in the types of the dispatch layer, where the functions of ``cute_fa.api`` take flags; both end in
 the same call.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from cute_fa import api, ops
+from cute_fa import api, autograd, ops
 from cute_fa.dispatch import TABLE, DispatchKey
 from cute_fa.errors import (
     ArgumentError,
@@ -33,6 +33,7 @@ from cute_fa.types import MaskKind, PersistentMode, PositionBias, SmArch
 if TYPE_CHECKING:
     from cute_fa.kernel import AttentionKernel
     from cute_fa.problem import AttentionProblem
+    from cute_fa.reference import Gradients
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class CumulativeSeqlens:
 
 
 @dataclass(frozen=True, eq=False)
-class _ForwardRequest:
+class _Request:
     """What the requests share. Tensors as for ``cute_fa.flash_attn_func`` or, packed, ``flash_attn_varlen_func``.
 
     ``mask`` and ``window`` go together: NONE and CAUSAL take no window, SLIDING takes (left, right) with one bound
@@ -147,12 +148,10 @@ class _ForwardRequest:
         """The kernel that serves the request; raises UnsupportedKeyError if there is none."""
         return TABLE.lookup(self.problem(), self.family)
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse), on the device of the tensors, whose architecture must be the request's."""
+    def _check_device(self) -> None:
         actual = arch_of(self.q.device)
         if actual is not self.arch:
             raise ArgumentError(f"arch={self.arch.value}: the tensors are on {self.q.device}, {actual.value}")
-        return ops.attention(*self._call)
 
     # What follows from the fields is found once: they never change.
     @cached_property
@@ -161,7 +160,7 @@ class _ForwardRequest:
 
     @cached_property
     def _problem(self) -> AttentionProblem:
-        return ops.problem_of_call(self.arch, self._call, None)
+        return ops.problem_of_call(self.arch, self._call)
 
     def _options(self) -> dict[str, Any]:
         """Keyword arguments of the public functions."""
@@ -184,6 +183,14 @@ class _ForwardRequest:
             raise WindowError(f"mask=sliding with window {self.window}: a finite bound, and right not 0, are needed")
         if self.mask is MaskKind.SLIDING_CAUSAL and (left is None or right not in (None, 0)):
             raise WindowError(f"mask=sliding-causal with window {self.window}: (left, 0) is needed")
+
+
+@dataclass(frozen=True, eq=False)
+class _ForwardRequest(_Request):
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse), on the device of the tensors, whose architecture must be the request's."""
+        self._check_device()
+        return ops.attention(*self._call)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,24 +229,87 @@ class VarlenFwdRequest(_ForwardRequest):
     def __post_init__(self):
         _check_kinds(self, q=torch.Tensor, cu_seqlens_q=CumulativeSeqlens, cu_seqlens_k=CumulativeSeqlens)
         super().__post_init__()
-        for name in ("q", "k"):
-            offsets, rows = getattr(self, f"cu_seqlens_{name}"), getattr(self, name).shape[0]
-            if offsets.total > rows:
-                raise CumulativeSeqlensError(f"cu_seqlens_{name} ends at {offsets.total}: {name} has {rows} rows")
+        _check_packed(self)
 
     def _options(self) -> dict[str, Any]:
-        device = self.q.device
-        return {
-            **super()._options(),
-            "cu_seqlens_q": self.cu_seqlens_q.tensor(device),
-            "cu_seqlens_k": self.cu_seqlens_k.tensor(device),
-            # a batch of empty sequences only is legal; a longest length of 0 is not
-            "max_seqlen_q": max(self.cu_seqlens_q.max_seqlen, 1),
-            "max_seqlen_k": max(self.cu_seqlens_k.max_seqlen, 1),
-        }
+        return {**super()._options(), **_packed(self)}
 
 
-def _check_kinds(request: _ForwardRequest, **kinds: type) -> None:
+@dataclass(frozen=True, eq=False)
+class Fa2BwdRequest(_Request):
+    """A backward by FA2-style kernels: the gradients of q, k, v and, where present, the learnable sink, for those of
+    ``out`` and ``lse`` (``dout``; ``dlse``, None for zero), which a forward with the same choices gave.
+
+    ``slopes_gradient`` asks for that of ``alibi_slopes`` too, ``deterministic`` for gradients that are bit-identical
+    between runs. ``cu_seqlens_q`` and ``cu_seqlens_k`` go together: packed sequences, q (total_q, heads, head_dim).
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    dout: torch.Tensor
+    _: KW_ONLY
+    dlse: torch.Tensor | None = None
+    slopes_gradient: bool = False
+    deterministic: bool = False
+    cu_seqlens_q: CumulativeSeqlens | None = None
+    cu_seqlens_k: CumulativeSeqlens | None = None
+
+    family = "fa2"
+
+    def __post_init__(self):
+        _check_kinds(self, out=torch.Tensor, lse=torch.Tensor, dout=torch.Tensor, slopes_gradient=bool)
+        if self.dlse is not None:
+            _check_kinds(self, dlse=torch.Tensor)
+        if (self.cu_seqlens_q is None) != (self.cu_seqlens_k is None):
+            raise ArgumentError("cu_seqlens_q and cu_seqlens_k: give both or neither")
+        if self._is_packed:
+            _check_kinds(self, q=torch.Tensor, cu_seqlens_q=CumulativeSeqlens, cu_seqlens_k=CumulativeSeqlens)
+        super().__post_init__()
+        if self._is_packed:
+            _check_packed(self)
+
+    def run(self) -> Gradients:
+        """The gradients, on the device of the tensors, whose architecture must be the request's."""
+        self._check_device()
+        return autograd.attention_backward(*self._given, self._call, self.slopes_gradient)
+
+    @property
+    def _is_packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def _given(self) -> tuple[torch.Tensor | None, ...]:
+        return self.dout, self.dlse, self.out, self.lse
+
+    @cached_property
+    def _problem(self) -> AttentionProblem:
+        return autograd.problem_of_backward(self.arch, *self._given, self._call, self.slopes_gradient)
+
+    def _options(self) -> dict[str, Any]:
+        packed = _packed(self) if self._is_packed else {}
+        return {**super()._options(), **packed, "deterministic": self.deterministic}
+
+
+def _check_packed(request: VarlenFwdRequest | Fa2BwdRequest) -> None:
+    for name in ("q", "k"):
+        offsets, rows = getattr(request, f"cu_seqlens_{name}"), getattr(request, name).shape[0]
+        if offsets.total > rows:
+            raise CumulativeSeqlensError(f"cu_seqlens_{name} ends at {offsets.total}: {name} has {rows} rows")
+
+
+def _packed(request: VarlenFwdRequest | Fa2BwdRequest) -> dict[str, Any]:
+    """Keyword arguments of the public functions that say where packed sequences lie."""
+    device = request.q.device
+    return {
+        "cu_seqlens_q": request.cu_seqlens_q.tensor(device),
+        "cu_seqlens_k": request.cu_seqlens_k.tensor(device),
+        # a batch of empty sequences only is legal; a longest length of 0 is not
+        "max_seqlen_q": max(request.cu_seqlens_q.max_seqlen, 1),
+        "max_seqlen_k": max(request.cu_seqlens_k.max_seqlen, 1),
+    }
+
+
+def _check_kinds(request: _Request, **kinds: type) -> None:
     for name, kind in kinds.items():
         value = getattr(request, name)
         if not isinstance(value, kind):

@@ -68,6 +68,9 @@ def problem_of(
     pack_gqa: bool | None = None,
     persistent: PersistentMode = PersistentMode.AUTO,
     direction: Direction = Direction.FORWARD,
+    deterministic: bool = False,
+    lse_gradient: bool = False,
+    slopes_gradient: bool = False,
 ) -> AttentionProblem:
     """The problem that tensors and options describe; shapes as in :class:`cute_fa.kernel.AttentionTensors`.
 
@@ -124,6 +127,9 @@ def problem_of(
         direction=direction,
         pack_gqa=pack_gqa,
         persistent=persistent,
+        deterministic=deterministic,
+        lse_gradient=lse_gradient,
+        slopes_gradient=slopes_gradient,
     )
 
 
@@ -133,6 +139,28 @@ def check_devices(tensors: dict[str, torch.Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise DeviceError(f"{name} is on {tensor.device} and q on {device}: all tensors must be on one device")
+
+
+def check_like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ShapeError or DTypeError unless the tensor has this shape and dtype."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ShapeError(f"{name} {tuple(tensor.shape)}: {tuple(shape)} is needed")
+    if tensor.dtype != dtype:
+        raise DTypeError(name, tensor.dtype, f"{str(dtype).removeprefix('torch.')} is needed")
+
+
+def load_rule(tensor: torch.Tensor) -> str | None:
+    """The rule that the strides break if 16-byte loads cannot follow them; those of dimensions of size 1 do not matter,
+    0 is fine."""
+    strides = tensor.stride()
+    if tensor.numel() == 0:
+        return None
+    if strides[-1] != 1 and tensor.shape[-1] > 1:
+        return "the last dimension must be contiguous"
+    for size, stride in zip(tensor.shape[:-1], strides[:-1], strict=True):
+        if size > 1 and stride * tensor.element_size() % ALIGNMENT:
+            return f"every stride but the last must be a multiple of {ALIGNMENT} bytes"
+    return None
 
 
 def check_pointers(**tensors: torch.Tensor) -> None:
@@ -302,15 +330,9 @@ def _output(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
 
 
 def _loadable(name: str, tensor: torch.Tensor) -> None:
-    """Strides that 16-byte loads can follow; those of dimensions of size 1 do not matter, 0 is fine."""
-    strides = tensor.stride()
-    if tensor.numel() == 0:
-        return
-    if strides[-1] != 1 and tensor.shape[-1] > 1:
-        raise StrideError(name, strides, "the last dimension must be contiguous")
-    for size, stride in zip(tensor.shape[:-1], strides[:-1], strict=True):
-        if size > 1 and stride * tensor.element_size() % ALIGNMENT:
-            raise StrideError(name, strides, f"every stride but the last must be a multiple of {ALIGNMENT} bytes")
+    rule = load_rule(tensor)
+    if rule is not None:
+        raise StrideError(name, tensor.stride(), rule)
 
 
 def _vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int, batch: int | None = None) -> None:

@@ -152,7 +152,7 @@ def run_trial(inputs: Inputs, machine: Machine, **choices: Any) -> TrialResult:
     """Run the inputs, which lie on the machine's device, through the public API and compare out and lse. ``choices``:
     pack_gqa and persistent."""
     call = prepare(inputs.q, inputs.k, inputs.v, **inputs.arguments(), **choices)
-    problem = problem_of_call(machine.arch, call, None)
+    problem = problem_of_call(machine.arch, call)
     kernel = TABLE.lookup(problem)
     config = kernel.configure(problem)
 

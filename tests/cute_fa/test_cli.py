@@ -143,7 +143,7 @@ def test_a_spec_has_the_problem_of_its_tensors(spec):
     choices = {"pack_gqa": False, "persistent": PersistentMode.OFF}
     inputs = make_inputs(spec)
     call = prepare(inputs.q, inputs.k, inputs.v, **inputs.arguments(), **choices)
-    assert problem_of_spec(spec, SmArch.SM_90A, **choices) == problem_of_call(SmArch.SM_90A, call, None)
+    assert problem_of_spec(spec, SmArch.SM_90A, **choices) == problem_of_call(SmArch.SM_90A, call)
 
 
 def test_a_wrong_result_exits_with_one(monkeypatch):
@@ -165,7 +165,7 @@ def test_a_wrong_result_exits_with_one(monkeypatch):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ("--backward", "no backward kernel exists yet"),
+        ("--backward --page-size 64", "page_size 64: gradients exist for contiguous K and V"),
         ("--deterministic", "--deterministic without --backward"),
         ("--page-size 64", "page"),
         ("--page-size 24", "page_size=24"),
@@ -247,7 +247,7 @@ def test_table_gives_a_kernel_or_a_reason():
     assert all(row["kernel"] or row["reasons"] for row in rows)
     known = {(row["arch"], row["direction"], row["feature"]): row for row in rows}
     assert known["sm_90a", "fwd", "causal"]["kernel"] == "fa3_fwd"
-    assert known["sm_80", "bwd", "causal"]["reasons"] == ["fa2_bwd: no backward kernel exists yet"]
+    assert known["sm_80", "bwd", "causal"]["kernel"] == "fa2_bwd"
 
 
 def test_readme_has_the_present_table():
@@ -259,7 +259,7 @@ def test_readme_has_the_present_table():
 def test_every_note_of_the_table_is_used():
     markdown = support.to_markdown(TABLE.rows())
     notes = [line for line in markdown.splitlines() if line[:1].isdigit()]
-    used = {number for cell in re.findall(r"(?:no|_fwd) \(([^)]*)\)", markdown) for number in cell.split(", ")}
+    used = {number for cell in re.findall(r"(?:no|_fwd|_bwd) \(([^)]*)\)", markdown) for number in cell.split(", ")}
     assert used == {str(number) for number in range(1, len(notes) + 1)}
     header = markdown.splitlines()[0]
     assert all(header.count(f"{arch.value}") == 2 for arch in SmArch)

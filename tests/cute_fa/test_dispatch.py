@@ -77,11 +77,16 @@ def test_lookup_follows_supports(seed):
 
 
 @pytest.mark.parametrize("arch", list(SmArch))
-def test_every_arch_has_a_forward_and_no_backward_yet(arch):
+def test_every_arch_has_a_forward_and_a_backward(arch):
     key = dataclasses.replace(KEY, arch=arch)
     assert TABLE.lookup(key).family == ("fa3" if arch is SmArch.SM_90A else "fa2")
-    with pytest.raises(UnsupportedKeyError, match="fa2_bwd: no backward kernel exists yet"):
-        TABLE.lookup(dataclasses.replace(key, direction=Direction.BACKWARD))
+    backward = dataclasses.replace(key, direction=Direction.BACKWARD)
+    assert TABLE.lookup(backward).__name__ == "Fa2Backward"
+    own = {90: "fa3_bwd", 100: "fa4_bwd", 103: "fa4_bwd"}.get(arch.number)
+    assert list(TABLE.explain(backward)) == ([own, "fa2_bwd"] if own else ["fa2_bwd"])
+    if own:
+        with pytest.raises(UnsupportedKeyError, match=f"{own}: no fa._sm[0-9]* kernel exists yet"):
+            TABLE.lookup(backward, own[:3])
 
 
 def test_reasons_are_the_kernels_own():
@@ -208,11 +213,15 @@ def test_rows():
     assert cells["sm_90a", "fwd", "paged KV"].kernel == "fa3_fwd"
     assert "fa3_fwd: dtype e4m3" in cells["sm_90a", "fwd", "fp8 e4m3"].reasons[0]
     assert "fa2_fwd: dtype e4m3" in cells["sm_90a", "fwd", "fp8 e4m3"].reasons[1]
-    assert cells["sm_80", "bwd", "bf16"].reasons == ("fa2_bwd: no backward kernel exists yet",)
+    assert cells["sm_80", "bwd", "causal"][3:] == ("fa2_bwd", ())
+    assert cells["sm_90a", "bwd", "causal"][3:] == ("fa2_bwd", ("fa3_bwd: no fa3_sm90 kernel exists yet",))
+    assert "fa2_bwd: dtype e4m3" in cells["sm_80", "bwd", "fp8 e4m3"].reasons[0]
     assert "head_dim 512" in cells["sm_80", "fwd", "head_dim 512"].reasons[0]
     for feature, reason in (("GQA, query heads packed", "pack_gqa: this kernel"), ("persistent", "persistent: this")):
         assert reason in cells["sm_80", "fwd", feature].reasons[0]
         assert cells["sm_90a", "fwd", feature].kernel == "fa3_fwd"
+    for feature in ("GQA, query heads packed", "persistent", "split-KV"):
+        assert cells["sm_80", "bwd", feature].kernel == "fa2_bwd"
 
 
 class Named:

@@ -146,7 +146,7 @@ def test_operators(launches, spec):
     inputs = make_inputs(spec, seed=5)
     lengths = (inputs.cu_seqlens_q, None, None, inputs.seqused_k, inputs.page_table, None, None)
     arguments = ops.Call(
-        *(inputs.q, inputs.k, inputs.v, *lengths), 20, 50, None, None, 0, 0, 0.0, 1, None, None, "auto"
+        *(inputs.q, inputs.k, inputs.v, *lengths), 20, 50, None, None, 0, 0, 0.0, 1, None, None, "auto", False
     )
     torch.library.opcheck(torch.ops.cute_fa.attention.default, tuple(arguments))
     torch.library.opcheck(torch.ops.cute_fa.attention_out.default, (*arguments, torch.empty_like(inputs.q)))
