@@ -1,14 +1,22 @@
 """Vector clocks of the warps of a wave: what has happened before what (PTX ISA 8, memory consistency model).
 
 A warp is one agent: its lanes execute in program order. Asynchronous operations are agents of their own: the cp.async
-of a warp, the wgmmas of a warpgroup, the bulk stores of a warp (what they read, what they write), the tcgen05
-operations of a warp, and the bulk loads that signal one mbarrier. An access carries a *stamp*: the clock of its agent
-in the upper bits, its PTX line (as the number of a site) in the lower ones. ``known[warp, section, agent]`` is a limit
-for stamps: below it everything that the agent did is in the warp's past. Sections:
+of a warp, the wgmmas of a warpgroup, the bulk stores of a warp (what they read, what they write), a warp's tcgen05.mma
+(with cp and shift), its tcgen05.ld and its tcgen05.st, and the bulk loads that signal one mbarrier. An access carries a
+*stamp*: the clock of its agent in the upper bits, its PTX line (as the number of a site) in the lower ones.
+``known[warp, section, agent]`` is a limit for stamps: below it everything that the agent did is in the warp's past.
+Sections, of which a program has the first ``sections``:
 
-ORDERED      the access has happened before
-VISIBLE      a generic-proxy write has been made visible to the async proxy by a fence.proxy.async
-INITIALISED  an mbarrier.init has been made visible by a fence.mbarrier_init
+ORDERED         the access has happened before
+VISIBLE         a generic-proxy write has been made visible to the async proxy by a fence.proxy.async of shared memory
+INITIALISED     an mbarrier.init has been made visible by a fence.mbarrier_init
+GLOBAL_VISIBLE  as VISIBLE, for global memory
+TENSOR          an access to tensor memory comes before what the warp executes next: a tcgen05.fence::before_thread_sync
+                followed it, in the warp or in one that synchronised with it
+
+``tensor[warp, agent]`` are limits for accesses to tensor memory that come before the warp's next tcgen05 operation:
+what it waited for, and with tcgen05.fence::after_thread_sync what TENSOR has. For tcgen05.mma after tcgen05.mma, which
+need not wait, the column ISSUED of a warp is what counts.
 
 A release publishes the warp's limits in all sections and starts a new clock; an acquire takes the maximum. A *domain*
 is the CTAs whose agents know each other: a cluster, or the whole wave if the program synchronises through global
@@ -22,26 +30,30 @@ import re
 import numpy as np
 
 from .errors import SimError
+from .release_acquire import scope_of
 
 _u4 = np.uint32
-ORDERED, VISIBLE, INITIALISED = range(3)
-SECTIONS = 3
+ORDERED, VISIBLE, INITIALISED, GLOBAL_VISIBLE, TENSOR = range(5)
 _HISTORY = 64  # groups of one warp that are remembered
 _FOREVER = np.uint32(0xFFFFFFFF)
 
 # kinds of agents, generic proxy first
-GENERIC, CP_ASYNC, WGMMA, BULK_READ, BULK_WRITE, TCGEN05 = range(6)
-KIND_NAMES = ("", "cp.async of ", "wgmma of the warpgroup of ", "bulk store of ", "bulk store of ", "tcgen05 of ")
+GENERIC, CP_ASYNC, WGMMA, BULK_READ, BULK_WRITE, TCGEN05, ISSUED, TENSOR_LD, TENSOR_ST = range(9)
+KIND_NAMES = ("", "cp.async of ", "wgmma of the warpgroup of ", "bulk store of ", "bulk store of ", "tcgen05 of ", "",
+              "tcgen05.ld of ", "tcgen05.st of ")  # fmt: skip
 _USED = {
     CP_ASYNC: r"cp\.async\.(ca|cg)",
     WGMMA: r"wgmma\.mma",
     BULK_READ: r"cp\.(reduce\.)?async\.bulk\.(tensor\.\dd\.)?global",
     BULK_WRITE: r"cp\.(reduce\.)?async\.bulk\.(tensor\.\dd\.)?global",
-    TCGEN05: r"tcgen05\.(mma|cp|shift)",
+    TCGEN05: r"tcgen05\.",
+    ISSUED: r"tcgen05\.",
+    TENSOR_LD: r"tcgen05\.",
+    TENSOR_ST: r"tcgen05\.",
 }
 _STRONG = re.compile(r"(atom|red|multimem)\b|cp\.reduce\.async|(ld|st)\.(relaxed|acquire|release|volatile|mmio)")
 _GLOBAL_SYNC = re.compile(
-    r"(ld|st|atom|red)\..*(acquire|release|acq_rel).*\.(gpu|sys)"
+    r"(ld|st|atom|red)\.(?=.*(acquire|release|acq_rel))(?!.*\.(cta|cluster)\b)"
     r"|fence\.((sc|acq_rel|acquire|release)\.)?(gpu|sys)|membar\.(gl|sys)"
 )
 
@@ -55,8 +67,9 @@ class Sites:
         self.mask = (1 << self.bits) - 1
         self.lines = [0, *sorted({i.line for i in effects})]
         self.number = {line: n for n, line in enumerate(self.lines)}
-        strong = {i.line for i in effects if _STRONG.match(i.op)}
-        self.strong = np.array([line in strong for line in self.lines])  # atomic, so that two of them do not race
+        strong = {i.line: i.op for i in effects if _STRONG.match(i.op)}
+        # scope of atomic accesses, of which two do not race within it; elsewhere -1
+        self.strong = np.array([scope_of(strong[line]) if line in strong else -1 for line in self.lines])
 
 
 class Clocks:
@@ -74,16 +87,15 @@ class Clocks:
         opcodes = "\n".join(sorted({i.op for i in body}))
         used = [GENERIC] + [kind for kind, pattern in _USED.items() if re.search(pattern, opcodes)]
         self.first = {kind: n * self.domain_warps for n, kind in enumerate(used)}
+        proxies = re.search(r"mbarrier|cp\.(reduce\.)?async\.bulk|wgmma|fence\.proxy", opcodes)
+        self.sections = 1 + TENSOR if TCGEN05 in used else TENSOR if proxies else 1
         self.fixed = self.columns = len(used) * self.domain_warps
         self.generic_end = self.first.get(CP_ASYNC, 0) + self.domain_warps
         self.clock = np.ones(m.nwarps, np.int64)
-        self.known = np.ones((m.nwarps, SECTIONS, self.columns), _u4)  # stamp 0: never
-        self.known[:, VISIBLE:, self.generic_end :] = _FOREVER
-        self.fenced = self.known.copy()  # limits at the latest fence.acq_rel or fence.sc of each warp
-        self.pending = self.known.copy()  # what relaxed reads saw: acquired by the next such fence
-        self.has_fenced = np.zeros(m.nwarps, bool)
-        self.has_pending = np.zeros(m.nwarps, bool)
-        self.groups = {kind: _Groups(m.nwarps) for kind in used if kind not in (GENERIC, BULK_WRITE)}
+        self.known = np.ones((m.nwarps, self.sections, self.columns), _u4)  # stamp 0: never
+        self.tensor = np.ones((m.nwarps, self.fixed if TCGEN05 in used else 0), _u4)
+        self.known[:, VISIBLE:TENSOR, self.generic_end :] = _FOREVER
+        self.groups = {kind: _Groups(m.nwarps) for kind in used if kind not in (GENERIC, BULK_WRITE, ISSUED)}
         self._renew(np.arange(m.nwarps))
 
     # ---- stamps -----------------------------------------------------------------------------------
@@ -124,13 +136,10 @@ class Clocks:
             return
         more = max(count, 2 * self.columns) - self.columns
 
-        def widen(x):
-            wider = np.pad(x, ((0, 0), (0, 0), (0, more)), constant_values=1)
-            wider[:, VISIBLE:, self.fixed :] = _FOREVER
-            return wider
-
+        wider = np.pad(self.known, ((0, 0), (0, 0), (0, more)), constant_values=1)
+        wider[:, VISIBLE:TENSOR, self.fixed :] = _FOREVER
         self.columns += more
-        self.known, self.fenced, self.pending = widen(self.known), widen(self.fenced), widen(self.pending)
+        self.known = wider
 
     def widened(self, rows):
         """Published limits, as wide as the present ones."""
@@ -178,21 +187,36 @@ class Clocks:
             agent = self.agent(column, w)
             self.known[w, ORDERED, agent] = np.maximum(self.known[w, ORDERED, agent], self.limit(clock))
 
+    # ---- tensor memory ----------------------------------------------------------------------------
+    def tensor_wait(self, kind, w):
+        """tcgen05.wait::ld or ::st: the warps' loads or stores of tensor memory so far are done."""
+        self.wait(kind, w, None)
+        agent = self.agent(kind, w)
+        self.tensor[w, agent] = self.known[w, ORDERED, agent]
+
+    def tensor_before(self, w):
+        """tcgen05.fence::before_thread_sync."""
+        fixed = slice(self.fixed)
+        self.known[w, TENSOR, fixed] = np.maximum(self.known[w, TENSOR, fixed], self.tensor[w])
+        self.known[w, TENSOR, self.agent(ISSUED, w)] = self.limit(self.groups[TCGEN05].clock[w])
+        self.groups[TCGEN05].clock[w] += 1
+
+    def tensor_after(self, w):
+        """tcgen05.fence::after_thread_sync."""
+        self.tensor[w] = np.maximum(self.tensor[w], self.known[w, TENSOR, : self.fixed])
+
+    def tensor_committed(self, w):
+        """Limits to be published when the tcgen05 operations of the warps are done; the fence before is part of it."""
+        self.tensor_before(w)
+        rows = self.issued(TCGEN05, w)
+        agent = self.agent(TCGEN05, w)
+        rows[np.arange(len(w)), TENSOR, agent] = rows[np.arange(len(w)), ORDERED, agent]
+        return rows
+
     # ---- fences -----------------------------------------------------------------------------------
     def fence(self, w, section):
         """What the warps know becomes part of a section."""
         self.known[w, section] = np.maximum(self.known[w, section], self.known[w, ORDERED])
-        self.tick(w)
-
-    def fence_memory(self, w):
-        """fence.acq_rel, fence.sc, membar: together with relaxed accesses they synchronise."""
-        late = w[self.has_pending[w]]
-        if len(late):
-            self.known[late] = np.maximum(self.known[late], self.pending[late])
-            self.has_pending[late] = False
-        self.fenced[w] = self.known[w]
-        self.has_fenced[w] = True
-        self.tick(w)
 
 
 class _Groups:

@@ -317,7 +317,7 @@ class CopyMixin:
             self._check_global(start, count)
             if self.races is not None and count and not repeated(j, start, offset, count):
                 self.races.bulk_store(w[j], cta * self.smem_stride + np.arange(offset, offset + count, 16),
-                                      _pieces(start, count), 16)  # fmt: skip
+                                      _pieces(start, count), 16, reduction is not None)  # fmt: skip
 
             def perform(cta=cta, offset=offset, start=start, count=count):
                 data = self._read_region(cta, offset, count)

@@ -80,6 +80,11 @@ class WgmmaError(RaceError):
     other instruction."""
 
 
+class TensorFenceError(RaceError):
+    """An access to tensor memory that synchronisation orders, but without the tcgen05.fence::before_thread_sync or
+    ::after_thread_sync around it; ``other`` is the earlier access."""
+
+
 class UninitializedRead(SimError):
     """A read of shared memory that nothing has written."""
 

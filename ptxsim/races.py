@@ -26,6 +26,7 @@ from .clocks import (
     KIND_NAMES,
     ORDERED,
     TCGEN05,
+    TENSOR,
     VISIBLE,
     WGMMA,
     Clocks,
@@ -35,7 +36,9 @@ from .errors import BarrierInitError, ProxyError, RaceError
 from .locations import source_of
 from .memory import GLOBAL, GLOBAL_BASE
 from .parser import TYPE_BYTES
+from .release_acquire import CLUSTER, CTA, GPU, ReleaseAcquire
 from .shadow import GlobalShadow, SharedShadow, Suspects
+from .tensor_races import TensorRaces
 from .warps import full_width
 
 
@@ -87,13 +90,10 @@ class Detector:
                 readers += [(kind, n) for n in range(0, machine.wpc, 4 if kind == WGMMA else 1)]
         self.shared = SharedShadow(clocks, launch.shared_granule, readers)
         self.barriers = _Barriers(self)
+        self.tensor = TensorRaces(self) if clocks.sections > TENSOR else None
         self.named = {}  # (CTA, barrier) -> (limits of who arrived, warps that wait)
         self.cluster_arrived, self.cluster_done = {}, {}
-        self.locations = {}  # address of an atomic -> published limits
-        self.has_memory_fences = any(
-            i.root == "membar" or (i.root == "fence" and i.parts[1] in ("sc", "acq_rel", "acquire", "release", "cta",
-                                                                         "cluster", "gpu", "sys"))
-            for i in machine.prog.body)  # fmt: skip
+        self.atomics = ReleaseAcquire(clocks)
         self.tensormap_fences = {}  # (warp, address) -> what the warp knew
         self.issuers = {}  # (home, agent, stamp) of a bulk load -> warp
         wave, names = self.memory.wave, _Names(machine, clocks, self.issuers)
@@ -111,11 +111,28 @@ class Detector:
 
     def _raise(self, suspects, message, shared, error=RaceError):
         """Raise unless both accesses are atomic; ``message`` has places for the bytes and the earlier access."""
-        if error is RaceError and self.sites.strong[self.clocks.site]:
-            suspects.bad = suspects.bad & ~self.sites.strong[suspects.stamps & self.sites.mask]
+        if error is RaceError and self.sites.strong[self.clocks.site] >= 0:
+            suspects.bad = suspects.bad & ~self._both_atomic(suspects)
             if not suspects.bad.any():
                 return
         warp, start, end, agent, stamp, home = suspects.first_one()
+        self.report(error, message, warp, agent, stamp, home, bytes=self._describe(start, end, shared))
+
+    def _both_atomic(self, suspects):
+        """Whether both accesses are atomic and each one's scope contains the other's thread; bool array as ``bad``."""
+        clocks, m = self.clocks, self.machine
+        scope = np.minimum(self.sites.strong[suspects.stamps & self.sites.mask], self.sites.strong[clocks.site])
+        home = self.memory.home[suspects.warps]
+        cta = clocks.domain_of[suspects.warps] * clocks.domain_ctas + suspects.agents % clocks.domain_warps // m.wpc
+        mine = m.cta_of[suspects.warps]
+        distance = np.where(cta == mine, CTA, np.where(cta // m.cluster_size == mine // m.cluster_size, CLUSTER, GPU))
+        distance = np.where(suspects.agents >= clocks.fixed, CTA, distance)  # red.async
+        if suspects.homes is not None:
+            distance = np.where(suspects.homes == home, distance, GPU)
+        return scope >= distance
+
+    def report(self, error, message, warp, agent, stamp, home=-1, **places):
+        """Raise an error of the warp's access; ``agent``, ``stamp``: the earlier one's, in its domain or ``home``."""
         if home < 0:
             home = int(self.memory.home[warp])
         m = self.machine
@@ -123,8 +140,8 @@ class Detector:
         who = self.launch.names[home].of(home, agent, stamp)
         text = m.prog.k.module.text
         before = f"{who} at PTX line {line}: {m.ptx_line(line)}{source_of(text, line)}"
-        raise error(message.format(bytes=self._describe(start, end, shared), before=before) + source_of(text, m.line),
-                    where=m.warp_text(warp), other=(line, m.ptx_line(line), who))  # fmt: skip
+        raise error(message.format(before=before, **places) + source_of(text, m.line), where=m.warp_text(warp),
+                    other=(line, m.ptx_line(line), who))  # fmt: skip
 
     def _not_ordered(self, suspects, now, shared, stored=None):
         """``stored``: what a plain store writes, see ``_same_bytes``; two writes of the same value do not count.
@@ -277,10 +294,6 @@ class Detector:
         else:
             self.shared.note_remote_read(first, 16, self.clocks.agent(TCGEN05, w)[:, None], stamps)
 
-    def tensor_commit(self, warp, index):
-        """tcgen05.commit: everything that the warp issued happens before the phase at the barrier completes."""
-        self.barriers.signal(warp, int(index), self.clocks.issued(TCGEN05, np.array([warp]))[0])
-
     # ---- bulk copies ------------------------------------------------------------------------------
     def bulk_load(self, warp, cta, offset, size, signal, source=None, step=16, name="the bulk load"):
         """A bulk load writes a region of a CTA's shared memory and signals the mbarrier at a flat index.
@@ -303,15 +316,26 @@ class Detector:
         agent, stamp = self.barriers.agent_and_stamp(signal)
         one = np.array([agent]), np.array([stamp], np.uint32)
         self.read_global(np.array([warp]), index.reshape(1, -1), size, None, *one)
+        self._check_global_visible(warp, index, size)
 
-    def bulk_store(self, warp, chunks, index, size):
+    def _check_global_visible(self, warp, index, size):
+        """Reads of global memory by the async proxy: what the generic proxy wrote must be visible to it."""
+        if not index.size:
+            return
+        for suspects in self.memory.hidden(np.array([[warp]]), index.reshape(1, -1), size):
+            self._raise(suspects, "no fence.proxy.async between the async proxy's read of {bytes} and the write by "
+                                  "{before}\n    the read:", False, ProxyError)  # fmt: skip
+
+    def bulk_store(self, warp, chunks, index, size, reduces=False):
         """A bulk store: flat indices of the 16-byte chunks that it reads, and pieces of ``size`` bytes of global memory
-        that it writes."""
+        that it writes; ``reduces``: and reads."""
         w = np.array([warp])
         stamps = self.clocks.async_stamps(BULK_READ, w)
         first = chunks.reshape(1, -1)
         self._check_visible(w[:, None], first, 16)
         self.shared.note_read(first, 16, self.shared.slots(BULK_READ, w)[:, None], stamps[:, None])
+        if reduces:
+            self._check_global_visible(warp, index, size)
         self.write_global(w, index.reshape(1, -1), size, None, self.clocks.agent(BULK_WRITE, w), stamps)
 
     def bulk_wait(self, w, keep, read):
@@ -390,10 +414,11 @@ class Detector:
 
     def cluster_arrive(self, w, cluster, relaxed):
         """barrier.cluster.arrive; .relaxed publishes only what fences have."""
-        before = self.clocks.fenced[w] if relaxed else None
+        before = self.atomics.fenced_rows(w, CLUSTER) if relaxed else None
         rows = self.clocks.publish(w)
         if relaxed:
-            before[:, INITIALISED] = rows[:, INITIALISED]
+            for section in (INITIALISED, TENSOR):
+                before[:, section : section + 1] = rows[:, section : section + 1]
             rows = before
         for c in np.unique(cluster).tolist():
             mine = rows[cluster == c].max(0)
@@ -413,45 +438,23 @@ class Detector:
                 self.clocks.acquire(w[cluster == c], self.cluster_done[c])
 
     # ---- fences and atomics -----------------------------------------------------------------------
-    def fence(self, w, M, kind):
-        """A fence of a kind: async (proxy), init (of mbarriers) or memory."""
+    def fence(self, w, M, *sections):
+        """fence.proxy.async, for the sections of ``Clocks`` of the memory that it names; fence.mbarrier_init."""
         if M is not None:
             w = w[M.any(1)]
-        if not len(w):
-            return
-        if kind == "memory":
-            self.clocks.fence_memory(w)
-        else:
-            self.clocks.fence(w, VISIBLE if kind == "async" else INITIALISED)
+        for section in sections:
+            self.clocks.fence(w, section)
+        self.clocks.tick(w)
+
+    def fence_memory(self, w, M, scope):
+        """fence.acq_rel, fence.sc or membar of a scope of ``release_acquire``."""
+        self.atomics.fence(w if M is None else w[M.any(1)], scope)
 
     def fence_tensormap(self, w, address, M):
         """fence.proxy.tensormap::generic.acquire of the tensor map at a global address."""
         address = full_width(address, len(w))
         for j, lane in self.machine.active_threads(w, M):
             self.tensormap_fences[int(w[j]), int(address[j, lane])] = self.clocks.known[w[j], ORDERED].copy()
-
-    def strong(self, w, address, space, acquires, releases, reads, writes, M):
-        """Synchronisation by an atomic access: relaxed ones together with fences, others by themselves."""
-        if not (acquires or releases or self.has_memory_fences):
-            return
-        index = full_width(address, len(w))
-        if space == "shared":
-            index = self.machine.shared_index(w, address, 1, M)
-        threads = {(int(w[j]), space, int(index[j, lane])): None for j, lane in self.machine.active_threads(w, M)}
-        clocks = self.clocks
-        for warp, *place in threads:
-            one, place = np.array([warp]), tuple(place)
-            row = self.locations.get(place)
-            if reads and row is not None:
-                row = clocks.widened(row)
-                if acquires:
-                    clocks.acquire(one, row)
-                else:
-                    clocks.pending[one] = np.maximum(clocks.pending[one], row)
-                    clocks.has_pending[warp] = True
-            if writes and (releases or clocks.has_fenced[warp]):
-                mine = clocks.publish(one)[0] if releases else clocks.fenced[warp].copy()
-                self.locations[place] = mine if row is None else np.maximum(mine, clocks.widened(row))
 
 
 def _same_bytes(pool, first, size, values, M, together):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .clocks import ORDERED, SECTIONS
+from .clocks import GLOBAL_VISIBLE, ORDERED
 from .memory import GLOBAL_BASE
 
 _PAGE = 1 << 20  # bytes of a segment where any mapped memory is legal
@@ -78,7 +78,7 @@ class SharedShadow:
         return slots
 
     def _known(self, section, warps, agents):
-        return self.clocks.known.reshape(-1)[(warps * SECTIONS + section) * self.clocks.columns + agents]
+        return self.clocks.known.reshape(-1)[(warps * self.clocks.sections + section) * self.clocks.columns + agents]
 
     def after_writes(self, warps, first, size, section=ORDERED):
         """Suspects if the last write to some byte is not known to the warps in a section, else None."""
@@ -216,7 +216,9 @@ class GlobalShadow:
         home, local = agents >> _AGENT_BITS, agents & (1 << _AGENT_BITS) - 1
         same = home == self.home[warps][..., None]
         clocks = self.clocks
-        limits = clocks.known.reshape(-1)[warps[..., None] * (SECTIONS * clocks.columns) + np.where(same, local, 0)]
+        limits = clocks.known.reshape(-1)[
+            warps[..., None] * (clocks.sections * clocks.columns) + np.where(same, local, 0)
+        ]
         ordered = (stamps == 0) | (same & (stamps < limits))
         if clocks.wide:
             ordered |= ~same
@@ -230,6 +232,20 @@ class GlobalShadow:
         return Suspects(
             ~ordered, warps[..., None], first[..., None], local, stamps, home, self.granule, earlier, together
         )
+
+    def hidden(self, warps, first, size):
+        """Suspects where the last write, ordered and by the generic proxy, is not visible to the async proxy."""
+        unit, clocks = size // self.granule, self.clocks
+        for segment, rows, (w, at) in self.parts(warps, first, size):
+            if "write" not in segment:
+                continue
+            agents, stamps = (x.reshape(-1, unit)[rows] for x in segment["write"])
+            home, local = agents >> _AGENT_BITS, agents & (1 << _AGENT_BITS) - 1
+            place = np.where((stamps != 0) & (home == self.home[w][..., None]), local, -1)
+            known = clocks.known[w[..., None], :, place]
+            hidden = (place >= 0) & (known[..., ORDERED] > stamps) & (known[..., GLOBAL_VISIBLE] <= stamps)
+            if hidden.any():
+                yield self.suspects(w, at, (~hidden, home, local, stamps))
 
     def read(self, warps, first, size, agents, stamps):
         """Note reads; gives Suspects."""

@@ -7,6 +7,8 @@ detector, where it is on, is told of them.
 
 from __future__ import annotations
 
+from ..clocks import GLOBAL_VISIBLE, INITIALISED, VISIBLE
+from ..release_acquire import scope_of
 from .forms import form, suspending
 
 suspending("setmaxnreg.{action}.sync.aligned.u32", "h_setmaxnreg", action="inc|dec")
@@ -29,28 +31,30 @@ def _tell(gen, call):
 @form("fence.{sem}.sync_restrict::shared::{where}.cluster", writes=False, sem="acquire|release", where="cluster|cta")
 def memory_fence(gen, args, mods):
     """Orders the thread's accesses."""
-    _tell(gen, f"fence(w, {gen.mask()}, 'memory')")
+    _tell(gen, f"fence_memory(w, {gen.mask()}, {scope_of(gen.instr.op)})")
 
 
 @form("fence.mbarrier_init.release.cluster", writes=False)
 def init_fence(gen, args, mods):
     """Makes earlier mbarrier.init visible to the cluster."""
-    _tell(gen, f"fence(w, {gen.mask()}, 'init')")
+    _tell(gen, f"fence(w, {gen.mask()}, {INITIALISED})")
 
 
 @form("membar.proxy.{proxy}", writes=False, proxy="alias|async|async.global|async.shared::cta|async.shared::cluster")
 @form("fence.proxy.{proxy}", writes=False, proxy="alias|async|async.global|async.shared::cta|async.shared::cluster")
 def proxy_fence(gen, args, mods):
-    """Between the generic proxy and another. Only the async proxy's view of shared memory is followed."""
-    if mods.proxy in ("async", "async.shared::cta", "async.shared::cluster"):
-        _tell(gen, f"fence(w, {gen.mask()}, 'async')")
+    """Between the generic proxy and another. Only the async proxy is followed, for the memory that is named, or all."""
+    if mods.proxy == "async":
+        _tell(gen, f"fence(w, {gen.mask()}, {VISIBLE}, {GLOBAL_VISIBLE})")
+    elif mods.proxy != "alias":
+        _tell(gen, f"fence(w, {gen.mask()}, {GLOBAL_VISIBLE if mods.proxy == 'async.global' else VISIBLE})")
 
 
 @form("fence.proxy.async::generic.{sem}.sync_restrict::shared::{where}.cluster", writes=False, sem="acquire|release",
       where="cluster|cta")  # fmt: skip
 def one_way_proxy_fence(gen, args, mods):
     """One half of a fence between the generic and the async proxy; counts as a whole one."""
-    _tell(gen, f"fence(w, {gen.mask()}, 'async')")
+    _tell(gen, f"fence(w, {gen.mask()}, {VISIBLE})")
 
 
 @form("fence.proxy.tensormap::generic.{sem}.{scope}", writes=False, sem="acquire|release")

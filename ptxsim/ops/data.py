@@ -2,12 +2,14 @@
 (atom, red).
 
 Cache operators, eviction priorities, prefetch sizes and cache policies are performance hints without functional meaning
-and are accepted; memory-ordering semantics and scopes are accepted because accesses are performed in program order.
+and are accepted; memory-ordering semantics and scopes matter to the race detector only, since accesses are performed in
+program order.
 """
 
 from __future__ import annotations
 
 from ..errors import PtxError
+from ..release_acquire import scope_of
 from .forms import KIND, SIZE, as_list, form
 
 _SPACE = "global|local|const|shared|shared::cta|shared::cluster"
@@ -57,8 +59,8 @@ def _synchronise(gen, mods, operand, reads, writes):
     """Tell the race detector of an access that may synchronise: not a weak one."""
     acquires, releases = mods.sem in ("acquire", "acq_rel"), mods.sem in ("release", "acq_rel")
     place = f"{gen.address(operand)}, {state_space(mods.space)!r}"
-    what = f"{acquires}, {releases}, {reads}, {writes}"
-    gen.emit(f"if X.races is not None: X.races.strong(w, {place}, {what}, {gen.mask()})")
+    how = f"({acquires}, {releases}, {reads}, {writes}, {scope_of(gen.instr.op)})"
+    gen.emit(f"if X.races is not None: X.races.atomics.access(w, {place}, {how}, {gen.mask()})")
 
 
 def _count(mods) -> int:

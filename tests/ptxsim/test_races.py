@@ -250,6 +250,33 @@ def test_tensor_map(at):
     reported(body.replace("FENCE", "").replace("bar.sync 1;", ""), match="use of the tensor map", **options)
 
 
+PROXY = "fence.proxy.async.global;"
+WRITE_AND_LOAD = f"""{INIT} mul.wide.u32 %rd1, %r61, 16; add.s64 %rd2, %in0, %rd1; @%p1 st.global.v4.u32 [%rd2], {FOUR};
+  {PROXY} bar.sync 1; setp.eq.u32 %p12, %t, 32; @%p12 {TRANSFER.replace("%p10", "%p12")}
+  {WAIT} ld.shared.v4.u32 {FOUR}, [%r51];""".replace("COUNT", "1").replace("INIT_FENCE", INIT_FENCE)  # fmt: skip
+REDUCE = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [%out0], [%r50], 512;"
+INIT_AND_REDUCE = f"""mul.wide.u32 %rd1, %r61, 16; add.s64 %rd2, %out0, %rd1; @%p1 st.global.v4.u32 [%rd2], {FOUR};
+  {PROXY} {STORE}""".replace("cp.async.bulk.global.shared::cta.bulk_group [%out0], [%r50], 512;", REDUCE)
+
+
+@pytest.mark.parametrize("body", [WRITE_AND_LOAD, INIT_AND_REDUCE])
+def test_proxies_of_global_memory(body):
+    """What the generic proxy wrote must be made visible before a bulk load, or a bulk reduction, reads it."""
+    run(body)
+    for instead in ("", "fence.proxy.async.shared::cta;", "fence.acq_rel.gpu;"):
+        error = reported(without(body, PROXY, instead), ProxyError, "no fence.proxy.async .* of global memory")
+        assert "st.global" in error.other[1] and "async.bulk" in error.text
+    run(without(body, PROXY, "fence.proxy.async;"))
+    barrier = "bar.sync 1;" if body == WRITE_AND_LOAD else "bar.sync 0;"
+    run(without(body, PROXY).replace(barrier, f"{barrier} {PROXY}"))  # by who reads
+    if body == WRITE_AND_LOAD:
+        reported(without(body, barrier), match="read of global memory")
+    # what a bulk store wrote needs no fence once it is waited for
+    again = STORE.replace(".read 0", " 0") + LOAD_AND_READ.replace("%in0", "%out0").replace("bar.sync 0", "bar.sync 2")
+    run(again)
+    reported(again.replace("cp.async.bulk.wait_group 0;", "cp.async.bulk.wait_group.read 0;"), match="read of global")
+
+
 # ---- clusters -------------------------------------------------------------------------------------------------------
 
 CLUSTER = f"""setp.eq.u32 %p2, %r20, 0; xor.b32 %r21, %r20, 1; mapa.shared::cluster.u32 %r22, %r51, %r21;
@@ -341,6 +368,41 @@ def test_flags_in_global_memory(write, read, ordered):
         run(body, **options)
     else:
         assert "ld.global.u32 %r6" in reported(body, match="read of global memory", **options).text
+
+
+FENCED = "fence.acq_rel.{}; st.relaxed.{}.global.u32 [%out0+1024], %r1;"
+FENCED_READ = "ld.relaxed.{}.global.u32 %r5, [%rd2]; fence.acq_rel.{};"
+
+
+@pytest.mark.parametrize(
+    ("write", "read", "racing"),
+    [
+        ("st.release.SCOPE.global.u32 [%out0+1024], %r1;", "ld.acquire.gpu.global.u32 %r5, [%rd2];", "ld.acquire"),
+        ("st.release.gpu.global.u32 [%out0+1024], %r1;", "ld.acquire.SCOPE.global.u32 %r5, [%rd2];", "ld.acquire"),
+        ("atom.release.SCOPE.global.exch.b32 %r8, [%out0+1024], %r1;",
+         "atom.acquire.SCOPE.global.add.u32 %r5, [%rd2], 0;", "atom"),
+        (FENCED.format("SCOPE", "gpu"), FENCED_READ.format("gpu", "gpu"), "ld.global.u32 %r6"),
+        (FENCED.format("gpu", "gpu"), FENCED_READ.format("gpu", "SCOPE"), "ld.global.u32 %r6"),
+        (FENCED.format("gpu", "SCOPE"), FENCED_READ.format("gpu", "gpu"), "ld.relaxed"),
+        ("membar.gl; " + FENCED.format("SCOPE", "gpu"), FENCED_READ.format("gpu", "gpu"), None),  # the wide one counts
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("scope", "cluster"), [("cta", 1), ("cta", 2), ("cluster", 1), ("cluster", 2), ("gpu", 1)])
+def test_scopes(write, read, racing, scope, cluster):
+    """Each side's scope must contain the other: else they do not synchronise, and a flag that both access races."""
+    body = FLAG.replace("WRITE", write).replace("READ ", read + " ").replace("SCOPE", scope)
+    options = dict(grid=2, cluster=cluster, threads=64)
+    if racing is None or scope == "gpu" or (scope == "cluster" and cluster == 2):
+        run(body, **options)
+    else:
+        assert racing in reported(body, match="not ordered", **options).text
+
+
+def test_scope_of_a_fence_before_a_relaxed_cluster_barrier():
+    body = CLUSTER.replace("MODE", "relaxed")
+    options = dict(grid=2, cluster=2, threads=32)
+    run(body.replace("FENCE", "fence.acq_rel.gpu;"), **options)
+    reported(body.replace("FENCE", "fence.acq_rel.cta;"), **options)
 
 
 def test_a_spinning_flag_read_without_atomics_races():

@@ -1,0 +1,143 @@
+"""Tensor memory in the race detector: PTX ISA 9.7.16.6, memory consistency model of tcgen05.
+
+tcgen05.ld, st, mma, cp and shift are asynchronous. In one thread, mma, cp and shift execute in the order of issue; any
+other pair needs the earlier one's completion: tcgen05.wait::ld, tcgen05.wait::st, or tcgen05.commit and a wait at its
+mbarrier. Between threads, tcgen05.fence::before_thread_sync must come before what synchronises (commit implies it) and
+tcgen05.fence::after_thread_sync after it, also in a thread that waits for its own commit; mma, cp and shift of two
+threads need the fences but no completion. Registers that tcgen05.ld writes need no wait.
+
+The ISA orders two mma only if shape, kind and accumulator are the same, and cp after mma not at all. FlashAttention-4
+lets S overwrite P that the mma before still reads, CUTLASS copies the next scale factors under an mma: in order here.
+
+A cell is 16 lanes of a column, as much as the narrowest access. The last write and the last read of every agent are
+kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .clocks import ISSUED, ORDERED, TCGEN05, TENSOR, TENSOR_LD, TENSOR_ST
+from .errors import RaceError, TensorFenceError
+
+LANES, COLUMNS = 16, 512  # of a cell; of tensor memory
+_CELLS = 128 // LANES * COLUMNS  # of a CTA
+
+
+class TensorRaces:
+    """Hooks of ``Machine`` for tensor memory; part of ``races.Detector``."""
+
+    def __init__(self, detector):
+        self.detector, self.clocks, self.machine = detector, detector.clocks, detector.machine
+        m = self.machine
+        count = m.nctas * _CELLS
+        self.writer, self.written = np.zeros(count, np.int32), np.zeros(count, np.uint32)
+        # readers of a CTA's cells: tcgen05.ld of its warps, then the mma of the warps of its cluster
+        self.read = np.zeros((m.wpc * (1 + m.cluster_size), count), np.uint32)
+        self.active = []
+        self.patterns = {}  # of loads and stores of registers, see ``registers``
+
+    # ---- accesses ---------------------------------------------------------------------------------
+    def registers(self, w, lane, column, shape, writes):
+        """tcgen05.ld or st: lanes and columns [warps, …] that each warp touches; equal ``shape``, equal differences."""
+        cells = lane // LANES * COLUMNS + column
+        cells = cells.reshape(len(w), -1)
+        pattern = self.patterns.get(shape)
+        if pattern is None:
+            pattern = self.patterns[shape] = np.unique(cells[0] - cells[0, 0])
+        cells = self.machine.cta_of[w][:, None] * _CELLS + cells[:, :1] + pattern
+        self._access(w, cells, TENSOR_ST if writes else TENSOR_LD, writes)
+
+    def matrix(self, warp, cta, lanes, first, count, writes):
+        """tcgen05.mma, cp or shift of a warp: ``count`` columns from ``first`` on of some lanes of a CTA."""
+        self._access(np.array([warp]), self._cells(cta, lanes, first, count), TCGEN05, writes)
+
+    def free(self, warp, cta, first, count):
+        """tcgen05.dealloc: nobody may still access the columns."""
+        cells, w = self._cells(cta, np.arange(128), first, count), np.array([warp])
+        for agents, table, earlier in self._earlier(cells, True):
+            bad = table[cells] >= self.clocks.known[w[:, None], ORDERED, agents]
+            if bad.any():
+                self._raise(w, cells, agents, table[cells], bad, earlier, "deallocation", TCGEN05)
+            table[cells] = 0
+
+    @staticmethod
+    def _cells(cta, lanes, first, count):
+        """Numbers of the cells of lanes and columns of a CTA [1, cells]."""
+        groups = np.unique(np.asarray(lanes) // LANES)[:, None]
+        return (cta * _CELLS + groups * COLUMNS + np.arange(first, first + count)).reshape(1, -1)
+
+    def _earlier(self, cells, writes):
+        """(agents of the earlier accesses, the table of their stamps, what they are) to compare an access with."""
+        yield self.writer[cells], self.written, "write"
+        clocks, m = self.clocks, self.machine
+        for slot in self.active if writes else ():
+            rank, number = divmod(slot, m.wpc)
+            cta = cells // _CELLS
+            kind = TENSOR_LD
+            if rank:
+                kind, cta = TCGEN05, cta // m.cluster_size * m.cluster_size + rank - 1
+            yield clocks.first[kind] + cta % clocks.domain_ctas * m.wpc + number, self.read[slot], "read"
+
+    def _access(self, w, cells, kind, writes):
+        clocks, m = self.clocks, self.machine
+        for agents, table, earlier in self._earlier(cells, writes):
+            stamps = table[cells]
+            bad = stamps >= clocks.tensor[w[:, None], self._columns(agents, kind)]
+            if kind == TCGEN05:
+                bad &= agents != clocks.agent(TCGEN05, w)[:, None]  # in the order of issue
+            if bad.any():
+                self._raise(w, cells, agents, stamps, bad, earlier, "write" if writes else "read", kind)
+        stamps = clocks.async_stamps(kind, w)[:, None]
+        if writes:
+            self.writer[cells], self.written[cells] = clocks.agent(kind, w)[:, None], stamps
+            return
+        slots = m.warp_in_cta[w]
+        if kind == TCGEN05:
+            slots = slots + m.wpc * (1 + m.cta_of[w] % m.cluster_size)
+        self.active += [s for s in np.unique(slots).tolist() if s not in self.active]
+        self.read[slots[:, None], cells] = stamps
+
+    def _columns(self, agents, kind):
+        """Columns of the limits: mma after mma need not wait for it."""
+        if kind != TCGEN05:
+            return agents
+        first, warps = self.clocks.first[TCGEN05], self.clocks.domain_warps
+        matrix = (agents >= first) & (agents < first + warps)
+        return np.where(matrix, agents - first + self.clocks.first[ISSUED], agents)
+
+    def _raise(self, w, cells, agents, stamps, bad, earlier, now, kind):
+        agents, columns = (np.broadcast_to(x, bad.shape) for x in (agents, self._columns(agents, kind)))
+        row, at = (int(x[0]) for x in np.nonzero(bad))
+        warp, agent, stamp, column = int(w[row]), int(agents[row, at]), int(stamps[row, at]), int(columns[row, at])
+        same = bad[row] & (agents[row] == agent) & (stamps[row] == stamp)
+        cta, places = int(cells[row, at]) // _CELLS, cells[row][same] % _CELLS
+        lanes, columns = places // COLUMNS * LANES, places % COLUMNS
+        where = (f"tensor memory lanes {lanes.min()} to {lanes.max() + LANES - 1}, columns {columns.min()} to "
+                 f"{columns.max()} of cta{self.machine.cta_name(cta)}")  # fmt: skip
+        known, error = self.clocks.known[warp], TensorFenceError
+        if known[ORDERED, column] <= stamp:
+            error, message = RaceError, f"race: this {now} of {where} is not ordered after the {earlier}"
+        else:
+            side = "before" if known[TENSOR, column] <= stamp else "after"
+            message = (
+                f"no tcgen05.fence::{side}_thread_sync around what orders this {now} of {where} after the {earlier}"
+            )
+        self.detector.report(error, message + " by {before}\n    this access:", warp, agent, stamp)
+
+    # ---- what orders ------------------------------------------------------------------------------
+    def wait(self, w, what):
+        """tcgen05.wait::ld or ::st of the warps."""
+        self.clocks.tensor_wait(TENSOR_LD if what == "ld" else TENSOR_ST, w)
+
+    def fence(self, w, M, side):
+        """tcgen05.fence::before_thread_sync or ::after_thread_sync of the active lanes."""
+        w = w if M is None else w[M.any(1)]
+        if side == "before_thread_sync":
+            self.clocks.tensor_before(w)
+        else:
+            self.clocks.tensor_after(w)
+
+    def commit(self, warp, index):
+        """tcgen05.commit: what the warp issued happens before the phase of the mbarrier at a flat index completes."""
+        self.detector.barriers.signal(warp, int(index), self.clocks.tensor_committed(np.array([warp]))[0])
