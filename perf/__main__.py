@@ -1,34 +1,63 @@
-"""``python -m perf``: static figures of compiled kernels."""
+"""``python -m perf``: static figures of compiled kernels, and times measured on a GPU."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import pandas as pd
 from rich.console import Console
+from rich.progress import track
 
-from cute_fa.types import SmArch
+from cute_fa.errors import CuteFaError, DeviceError
+from cute_fa.types import Direction, DType, SmArch
+from perf.device import CudaDevice
+from perf.providers import PROVIDERS, CuteFa
+from perf.results import ResultFile, result_path, speed_table
 from perf.sass import add_per_score, assemble_ptx, report_cubin
+from perf.sweep import Sweep
 from perf.tables import to_markdown, to_rich
+from perf.timing import Effort
+from perf.workload import LENGTHS, Workload, grid
 
 _ARCHS = [arch.value for arch in SmArch]
 # The architectures that have a kernel of their own.
 _KERNEL_ARCHS = [SmArch.SM_80.value, SmArch.SM_90A.value]
 
 
-class _HeadDims(click.ParamType):
-    """``D`` or ``D,DV``: (head_dim, head_dim_v)."""
+class _Pair(click.ParamType):
+    """Two sizes, ``X,Y``, of which the second is the first unless it is given."""
 
-    name = "D[,DV]"
+    def __init__(self, first: str, second: str):
+        self.names = f"{first}, or {first} and {second} with a comma between"
+        self.name = f"{first}[,{second}]"
 
     def convert(self, value: str, param, context) -> tuple[int, int]:
-        head_dim, comma, head_dim_v = value.partition(",")
+        first, comma, second = value.partition(",")
         try:
-            return int(head_dim), int(head_dim_v if comma else head_dim)
+            return int(first), int(second if comma else first)
         except ValueError:
-            self.fail(f"{value!r}: one head dim, or head_dim and head_dim_v with a comma between", param, context)
+            self.fail(f"{value!r}: {self.names}", param, context)
+
+
+class _OrNone(click.ParamType):
+    """A number of tokens, or "none"."""
+
+    name = "N|none"
+
+    def convert(self, value: str | int, param, context) -> int | None:
+        try:
+            return None if value == "none" else int(value)
+        except ValueError:
+            self.fail(f"{value!r}: a number or none", param, context)
+
+
+_HEAD_DIMS = _Pair("head_dim", "head_dim_v")
+_HEADS = _Pair("heads", "heads_kv")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -70,7 +99,7 @@ def static(archs, head_dims, fa4: bool | None, csv: Path | None, markdown: bool)
 
 @main.command()
 @click.option("--arch", type=click.Choice(_ARCHS), default="sm_90a", show_default=True)
-@click.option("--head-dim", "head_dims", multiple=True, type=_HeadDims(), help="[default: 64 … 256, and 192,128]")
+@click.option("--head-dim", "head_dims", multiple=True, type=_HEAD_DIMS, help="[default: 64 … 256, and 192,128]")
 @click.option("--offenders", is_flag=True, help="Only the kernels that spill in a loop or whose wgmma are serialised.")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Also write the table to this file.")
 @click.option("--markdown", is_flag=True, help="Print Markdown instead of a terminal table.")
@@ -119,6 +148,137 @@ def sass(files: tuple[Path, ...], score: str | None, all_loops: bool, csv: Path 
         frame = pd.DataFrame(rows).set_index("file").drop(columns="kernel", errors="ignore")
         frame = frame.loc[:, frame.map(bool).any() & frame.notna().any()]
         _print(frame.T.reset_index(names="figure"), markdown)
+
+
+def _grid_options(command):
+    """The options of ``sweep`` that span its grid: each may be given several times."""
+    choices = {
+        "--direction": dict(type=click.Choice([d.value for d in Direction]), default=["fwd"]),
+        "--dtype": dict(type=click.Choice(["fp16", "bf16", "e4m3"]), default=["bf16"]),
+        "--head-dim": dict(type=_HEAD_DIMS, default=["64", "128", "256"], metavar="D[,DV]"),
+        "--heads": dict(type=_HEADS, default=["16"], metavar="H[,HKV]"),
+        "--seqlen": dict(type=click.IntRange(1), default=[512, 1024, 2048, 4096, 8192, 16384]),
+        "--mask": dict(type=click.Choice(["full", "causal"]), default=["full", "causal"]),
+        "--window": dict(type=_OrNone(), default=["none"], help="Keys to the left, and to the right unless causal."),
+        "--lengths": dict(type=click.Choice(LENGTHS), default=["dense"], help="All equal, or drawn; see Workload."),
+        "--page-size": dict(type=_OrNone(), default=["none"]),
+        "--phase": dict(type=click.Choice(["prefill", "decode"]), default=["prefill"]),
+    }
+    for name, options in reversed(choices.items()):
+        command = click.option(name, multiple=True, show_default=True, **options)(command)
+    return command
+
+
+@main.command()
+@_grid_options
+@click.option(
+    "--tokens", type=click.IntRange(1), default=16384, show_default=True, help="Of the batch: of K if decoding."
+)
+@click.option("--provider", "names", multiple=True, help="Only these.  [default: all that can run]")
+@click.option("--budget", type=float, default=100.0, show_default=True, help="Milliseconds timed for each provider.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="CSV file to append to; what it has is not measured again.  [default: perf/results/GPU/DATE-sweep.csv]",
+)
+@click.option("--retry", is_flag=True, help="Measure again what the file has as skipped or wrong.")
+@click.option("--dry-run", is_flag=True, help="Print the problems and what they cost at least; needs no GPU.")
+def sweep(
+    tokens: int, names: tuple[str, ...], budget: float, seed: int, out: Path | None, retry: bool, dry_run: bool, **given
+) -> None:
+    """Time attention of several providers on this machine's GPU over a grid of problems.
+
+    A provider is timed only if its output agrees with the reference. Rows go to a CSV file one problem after the other,
+    at the end to a Parquet file too. Exits with 1 if our kernels disagree with the reference, 2 without a GPU.
+    """
+    for name in names:
+        if name not in PROVIDERS:
+            raise click.BadParameter(f"{name!r}: one of {', '.join(PROVIDERS)}", param_hint="--provider")
+    workloads = _workloads(tokens, **given)
+    if not workloads:
+        raise click.UsageError("no problem of this grid makes sense")
+    if dry_run:
+        _print(pd.DataFrame(map(_least, workloads)), markdown=False)
+        return
+    device = _device()
+    if device.arch.number < 89 and any(workload.dtype.is_fp8 for workload in workloads):
+        raise click.UsageError(f"--dtype e4m3: {device.arch.value} has no fp8 tensor cores")
+    providers = {name: PROVIDERS[name] for name in names or PROVIDERS}
+    notes = Console(stderr=True)
+    for note in device.notes:
+        notes.print(note)
+    rows: list[dict] = []
+    with _errors():
+        results = ResultFile(out or result_path(device.columns()["gpu"], "sweep.csv"))
+        if retry:
+            results.forget(["skipped", "wrong"])
+        measured = Sweep(device, providers, results, Effort(budget_ms=budget), seed).run(workloads)
+        try:
+            for workload, new in track(measured, "measuring", len(workloads), console=notes):
+                notes.print(f"{workload}: {', '.join(map(_outcome, new)) or 'already there'}")
+                rows += new
+        finally:
+            _finish(results, notes)
+    _print(speed_table(results.rows()), markdown=False)
+    if any(row["status"] == "wrong" and row["provider"] == CuteFa.name for row in rows):
+        sys.exit(1)
+
+
+def _workloads(tokens: int, **given: Any) -> list[Workload]:
+    return grid(
+        direction=[Direction(value) for value in given["direction"]],
+        dtype=[DType(value) for value in given["dtype"]],
+        decode=[phase == "decode" for phase in given["phase"]],
+        head_dims=given["head_dim"],
+        heads=given["heads"],
+        causal=[mask == "causal" for mask in given["mask"]],
+        window=given["window"],
+        lengths=given["lengths"],
+        page_size=given["page_size"],
+        seqlen=given["seqlen"],
+        tokens=[tokens],
+    )
+
+
+def _least(workload: Workload) -> dict[str, Any]:
+    """What a workload costs at least."""
+    work = workload.work
+    return {
+        "problem": str(workload),
+        "GFLOP": round(work.flops / 1e9, 3),
+        "MB": round(work.bytes / 1e6, 3),
+        "FLOP/byte": round(work.flops / work.bytes, 1),
+    }
+
+
+def _device() -> CudaDevice:
+    try:
+        return CudaDevice()
+    except DeviceError as error:
+        click.echo(f"{error}. --dry-run lists the problems.", err=True)
+        sys.exit(2)
+
+
+def _outcome(row: dict) -> str:
+    """A new result in a few words."""
+    return f"{row['provider']} " + (f"{row['ms_p50']:.4g} ms" if row["status"] == "ok" else row["status"])
+
+
+def _finish(results: ResultFile, notes: Console) -> None:
+    if results.path.exists():
+        parquet = results.write_parquet()
+        notes.print(f"{results.path} and {parquet.name}" if parquet else f"{results.path}, no Parquet without pyarrow")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turns what the user can change into one message and exit code 1."""
+    try:
+        yield
+    except CuteFaError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
 
 
 def _print(table: pd.DataFrame, markdown: bool) -> None:

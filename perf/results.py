@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from cute_fa.errors import ArgumentError
+from perf.workload import problem_name
 
 # What names a problem; the columns of Workload.columns.
 PROBLEM = (
@@ -30,6 +33,14 @@ COLUMNS = (
 )
 _TEXT = "provider version status reason direction dtype phase lengths bound gpu arch driver cuda torch dsl date".split()
 _INTEGERS = [name for name in PROBLEM if name not in (*_TEXT, "causal")] + ["samples", "flops", "bytes"]
+
+
+_FOLDER = Path(__file__).with_name("results")
+
+
+def result_path(gpu: str, name: str) -> Path:
+    """``perf/results/<gpu>/<date>-<name>``."""
+    return _FOLDER / re.sub(r"\W+", "-", gpu).strip("-").lower() / f"{date.today():%Y-%m-%d}-{name}"
 
 
 class ResultFile:
@@ -95,6 +106,23 @@ def read_results(path: Path) -> pd.DataFrame:
     types = dict.fromkeys(_TEXT, "string") | dict.fromkeys(_INTEGERS, "Int64") | {"causal": "bool"}
     floats = [name for name in COLUMNS if name not in types]
     return table[COLUMNS].astype(types | dict.fromkeys(floats, "float64"))
+
+
+def speed_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Problems by providers: TFLOP/s, GB/s where memory is the bound, "wrong", or nothing where it was skipped."""
+
+    def speed(row) -> str:
+        if row.status != "ok":
+            return "wrong" if row.status == "wrong" else ""
+        return f"{row.tflops:.0f} TFLOP/s" if row.bound == "compute" else f"{row.gbps:.0f} GB/s"
+
+    problems = [problem_name(row) for row in results.to_dict("records")]
+    speeds = [speed(row) for row in results.itertuples()]
+    long = pd.DataFrame({"problem": problems, "provider": results.provider, "speed": speeds})
+    wide = long.pivot_table(
+        index="problem", columns="provider", values="speed", aggfunc="last", sort=False, fill_value=""
+    )
+    return wide.rename_axis(columns=None).reset_index()
 
 
 def _cut_unfinished_line(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -71,20 +71,18 @@ class Sweep:
         """Measured when they are first needed."""
         return measure_ceilings(self.device, sorted(self.dtypes, key=str), self.effort)
 
-    def run(
-        self, workloads: Sequence[Workload], done: Callable[[Workload, list[Row]], object] = lambda workload, rows: None
-    ) -> None:
-        """Measure; ``done`` is told each workload and its new rows. Raises DeviceError when a kernel has broken the
-        context: all before it is in the file, and a new process goes on behind it."""
+    def run(self, workloads: Sequence[Workload]) -> Iterator[tuple[Workload, list[Row]]]:
+        """Measure; gives each workload with its new rows, which are in the file by then. Raises DeviceError when a
+        kernel has broken the context: a new process goes on behind it."""
         self.dtypes = {TORCH_DTYPES[workload.dtype] for workload in workloads}
         for workload in workloads:
             names = [name for name in self.providers if self._row(workload, name) not in self.results]
             rows = self._measured(workload, names) if names else []
             self.results.append(rows)
-            done(workload, rows)
-            broken = [row["provider"] for row in rows if row["status"] == "skipped"]
-            if broken and not self.device.alive():
-                raise DeviceError(f"{workload}: {broken[-1]} broke the CUDA context; run again to go on behind it")
+            skipped = [row["provider"] for row in rows if row["status"] == "skipped"]
+            if skipped and not self.device.alive():
+                raise DeviceError(f"{workload}: {skipped[-1]} broke the CUDA context; run again to go on behind it")
+            yield workload, rows
 
     def _measured(self, workload: Workload, names: Sequence[str]) -> list[Row]:
         """Rows of the providers in their order. Where one breaks the device, only what is settled by then."""
@@ -238,14 +236,6 @@ def _random(workload: Workload, inputs: Inputs) -> Tensors:
     q, k, v = (normal(t, t.shape[-1]) for t in (inputs.q, inputs.k, inputs.v))
     backward = workload.direction is Direction.BACKWARD
     return Tensors(q, k, v, normal(q, workload.head_dim_v) if backward else None)
-
-
-def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How many rows there are of each status."""
-    counts = {"ok": 0, "wrong": 0, "skipped": 0}
-    for row in rows:
-        counts[row["status"]] += 1
-    return counts
 
 
 def _skipped(reason: str) -> Row:

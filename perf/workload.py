@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from cute_fa.errors import ArgumentError
 from cute_fa.inputs import InputSpec
@@ -157,16 +158,27 @@ class Workload:
         }
 
     def __str__(self) -> str:
-        value = f"v{self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
-        parts = [
-            f"{self.direction.value} {self.dtype.value} d{self.head_dim}{value} h{self.heads}/{self.heads_kv}",
-            f"{'decode ' if self.decode else ''}{self.batch}×{self.seqlen}",
-            "causal" if self.causal else "full",
-            "" if self.window is None else f"window {self.window}",
-            "" if self.lengths == "dense" else self.lengths,
-            "" if self.page_size is None else f"pages of {self.page_size}",
-        ]
-        return " ".join(filter(None, parts))
+        return problem_name(self.columns())
+
+
+def problem_name(columns: Mapping[str, Any]) -> str:
+    """One line for a problem's columns, with what is at its usual value left out."""
+
+    def given(name: str) -> bool:
+        return columns[name] is not None and not pd.isna(columns[name])
+
+    value = f"v{columns['head_dim_v']}" if columns["head_dim_v"] != columns["head_dim"] else ""
+    parts = [
+        f"{columns['direction']} {columns['dtype']} d{columns['head_dim']}{value}",
+        f"h{columns['heads']}/{columns['heads_kv']}",
+        "decode" if columns["phase"] == "decode" else "",
+        f"{columns['batch']}×{columns['seqlen_k']}",
+        "" if columns["phase"] == "decode" else "causal" if columns["causal"] else "full",
+        f"window {columns['window_left']}" if given("window_left") else "",
+        "" if columns["lengths"] == "dense" else columns["lengths"],
+        f"pages of {columns['page_size']}" if given("page_size") else "",
+    ]
+    return " ".join(filter(None, parts))
 
 
 class Work(NamedTuple):

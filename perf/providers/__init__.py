@@ -19,4 +19,4 @@ PROVIDERS: dict[str, Provider] = {
     )
 }
 
-__all__ = ["PROVIDERS", "Attention", "Layout", "Provider", "Unavailable"]
+__all__ = ["PROVIDERS", "Attention", "CuteFa", "Layout", "Provider", "Unavailable"]

@@ -66,4 +66,4 @@ def test_command_lists_offenders_alone(monkeypatch):
 def test_command_refuses_bad_head_dims(head_dim):
     result = CliRunner().invoke(main, ["features", "--head-dim", head_dim])
     assert result.exit_code == 2
-    assert f"'{head_dim}': one head dim, or head_dim and head_dim_v" in result.stderr
+    assert f"'{head_dim}': head_dim, or head_dim and head_dim_v" in result.stderr

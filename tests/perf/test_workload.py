@@ -119,6 +119,7 @@ def test_windows_of_columns_and_name():
     assert Workload(decode=True, window=1024).window_size == (1024, 0)
     name = f"fwd bf16 d128 h16/4 {sliding.batch}×4096 causal window 1024 uniform pages of 64"
     assert str(sliding) == name
+    assert str(Workload(decode=True, head_dim=192)) == "fwd bf16 d192v128 h16/16 decode 4×4096"
 
 
 @pytest.mark.parametrize(
