@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from cute_fa import reference
 from perf.providers import Attention, Provider, Unavailable
 
 if TYPE_CHECKING:
-    import torch
-
     from tests.testing.clock import FakeDevice
 
 
