@@ -15,8 +15,8 @@ from fa2_sm80.backward_config import Fa2BackwardConfig
 class Scratch(NamedTuple):
     """Memory between the kernels, fp32. A sequence has whole tiles of queries, see :func:`first_tile`.
 
-    ``stats`` (tiles, heads, 2 · tile_m): for each query its LSE in log2 units, less the softcap's offset, +inf where
-    P is 0, then D = rowsum(dO∘O) − dLSE. ``dq`` (tiles, heads, tile_m · head_dim_padded): the sum of dS·K in the order
+    ``stats`` (tiles, heads, 2 · tile_m): LSE of the queries in log2 units, less the softcap's offset, +inf where P is
+    0, then their D = rowsum(dO∘O) − dLSE. ``dq`` (tiles, heads, tile_m · head_dim_padded): the sum of dS·K in the order
     of the accumulator's registers, None where deterministic. ``dsink`` (batch, heads, m_blocks) and ``dslopes`` (batch,
     heads, n_blocks · warps): parts of the gradients of the learnable sink and of the ALiBi slopes, or None."""
 

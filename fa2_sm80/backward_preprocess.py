@@ -73,8 +73,8 @@ class PreprocessKernel:
                 if row_lse != -Float32.inf:
                     delta = delta - head_row(args.dlse, head, batch, info.offset_q, packed)[row]
             if tidx % self.lanes == 0 and place < c.tile_m:
-                stats[2 * place] = Float32.inf if row_lse == -Float32.inf else row_lse * LOG2_E - offset
-                stats[2 * place + 1] = delta
+                stats[place] = Float32.inf if row_lse == -Float32.inf else row_lse * LOG2_E - offset
+                stats[c.tile_m + place] = delta
                 if const_expr(c.learnable_sink):
                     if row < info.seqlen_q:
                         weight = cute.math.exp2((args.learnable_sink[head] - row_lse) * LOG2_E, fastmath=True)

@@ -1,5 +1,6 @@
 """One tile of keys in registers: Sᵀ, Pᵀ, dSᵀ of each step, and the sums dK and dV."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import cutlass
@@ -11,7 +12,7 @@ from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
 from cute_fa.device.registers import narrow, opaque
-from cute_fa.device.score_gradients import SOFTCAP_FACTOR, Statistics, differentiate
+from cute_fa.device.score_gradients import SOFTCAP_FACTOR, probabilities, score_gradients
 from cute_fa.device.scores import ScoreParams
 from cute_fa.device.seqlen import SeqlenInfo
 from fa2_sm80.backward_config import Fa2BackwardConfig
@@ -91,7 +92,7 @@ class KeyTile:
             )
             self.load_k_rows = FragmentLoader(smem.k, row_lanes[smem.k.panel], place.first_depth, True, first)
             self.dq_address = cute.make_rmem_tensor(1, Int64)
-        self.stats = opaque(smem.stats.toint() + self.place.column * 8)
+        self.stats = opaque(smem.stats.toint() + self.place.column * 4)
         self.dslope = cute.make_rmem_tensor(1, Float32)
         self.dslope.fill(0.0)
 
@@ -107,14 +108,18 @@ class KeyTile:
         """One query block of one head. ``masked``: a key may lie
         beyond the sequence, or to the right of what a query sees; ``left_edge``: to the left, too."""
         c = self.config
-        scores, dprobabilities = self.scores.accumulator(), self.dprobabilities.accumulator()
-        self.scores.add(scores, self.scores.from_smem(self.load_k, 0), self.load_q, stage, False)
+        acc_s, acc_dp = self.scores.accumulator(), self.dprobabilities.accumulator()
+        self.scores.add(acc_s, self.scores.from_smem(self.load_k, 0), self.load_q, stage, False)
+        distance, hidden = self.positions(m_start, masked, left_edge)
+        s = rows_and_columns(acc_s)
+        slopes_of_cap = probabilities(s, self.statistics(stage, 0), self.params, slope, distance, hidden)
         from_v = self.dprobabilities.from_smem(self.load_v, 0)
-        self.dprobabilities.add(dprobabilities, from_v, self.load_dout, stage, False)
-        self.differentiate(scores, dprobabilities, m_start, stage, slope, masked, left_edge)
-        p, ds = (cute.make_rmem_tensor_like(acc, self.dtype) for acc in (scores, dprobabilities))
-        narrow(scores, p)
-        narrow(dprobabilities, ds)
+        self.dprobabilities.add(acc_dp, from_v, self.load_dout, stage, False)
+        dslope = self.dslope if const_expr(c.slopes_gradient) else None
+        score_gradients(s, rows_and_columns(acc_dp), self.statistics(stage, 1), slopes_of_cap, distance, dslope)
+        p, ds = (cute.make_rmem_tensor_like(acc, self.dtype) for acc in (acc_s, acc_dp))
+        narrow(acc_s, p)
+        narrow(acc_dp, ds)
         self.store_ds.store(ds)
         if const_expr(c.p_in_registers):
             p_rows, ds_rows = self.dv.from_registers(as_operand_a(p)), self.dk.from_registers(as_operand_a(ds))
@@ -131,24 +136,12 @@ class KeyTile:
             address = self.dq_address[0] + (self.place_dq.index * 32 + cute.arch.lane_idx()) * 4
             add_to_memory(acc, address, 32 * c.queries.rows * c.queries.columns)
 
-    @cute.jit
-    def differentiate(
-        self,
-        scores: cute.Tensor,
-        dprobabilities: cute.Tensor,
-        m_start: Int32,
-        stage: Int32,
-        slope: Optional[Float32],
-        masked: cutlass.Constexpr[bool],
-        left_edge: cutlass.Constexpr[bool],
-    ):
-        """Sᵀ becomes Pᵀ, dPᵀ becomes dSᵀ, in place."""
-        scores, dprobabilities = rows_and_columns(scores), rows_and_columns(dprobabilities)
-        statistics = self.statistics(stage, cute.size(scores, mode=[1]))
-        # i + D − j of register (r, c) is diagonal + column − row
+    def positions(self, m_start: Int32, masked: bool, left_edge: bool):
+        """|i + D − j| of a register (r, c) of Sᵀ, for ALiBi, and whether it is masked; None where not needed."""
+        # i + D − j is diagonal + column − row
         first_key = self.n_start + self.place.row
         diagonal = self.info.seqlen_k - self.info.seqlen_q + m_start + self.place.column - first_key
-        hidden, distance = None, None
+        distance, hidden = None, None
         if const_expr(self.config.alibi):
             position = Float32(diagonal)
 
@@ -156,17 +149,14 @@ class KeyTile:
                 return cute.math.absf(position + float(register_column(c) - register_row(r)))
 
         if const_expr(masked):
-            bounds = [
-                self.visible_columns(register_row(r), first_key, diagonal, left_edge)
-                for r in range(cute.size(scores, mode=[0]))
-            ]
+            rows = range(self.scores.rows // 8)
+            bounds = [self.visible_columns(register_row(r), first_key, diagonal, left_edge) for r in rows]
 
             def hidden(r: int, c: int):
                 (first, last), column = bounds[r], register_column(c)
                 return first > column if last is None else (first > column) | (last < column)
 
-        dslope = self.dslope if const_expr(self.config.slopes_gradient) else None
-        differentiate(scores, dprobabilities, statistics, distance, hidden, self.params, slope, dslope)
+        return distance, hidden
 
     def visible_columns(self, row: int, first_key: Int32, diagonal: Int32, left_edge: bool):
         """First and last column, relative to the thread's own, whose query sees the key of a register row; None where
@@ -181,22 +171,18 @@ class KeyTile:
                 last = cutlass.select_(first_key + row < window.sink_tokens, Int32(self.config.tile_m), last)
         return first, last
 
-    def statistics(self, stage: Int32, columns: int) -> Statistics:
-        """LSE and D of the queries of this thread's columns."""
+    def statistics(self, stage: Int32, which: int) -> Callable:
+        """LSE (0) or D (1) of the query of register column c."""
         address = self.stats + stage * (8 * self.config.tile_m)
         values = []
-        for block in range(columns // 2):
-            values.append(
-                inline_ptx(
-                    "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(64 * block) + "];",
-                    write_only_types=[Float32] * 4,
-                    read_only_args=[address],
-                )
+        for block in range(self.scores.columns // 8):
+            offset = which * 4 * self.config.tile_m + 32 * block
+            values += inline_ptx(
+                "ld.shared.v2.f32 {{$w0}, {$w1}}, [{$r0}+" + str(offset) + "];",
+                write_only_types=[Float32] * 2,
+                read_only_args=[address],
             )
-        return Statistics(
-            lse_log2=lambda r, c: values[c // 2][c % 2 * 2],
-            delta=lambda r, c: values[c // 2][c % 2 * 2 + 1],
-        )
+        return lambda r, c: values[c]
 
     @cute.jit
     def to_smem(self, softmax_scale: Float32):

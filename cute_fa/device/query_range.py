@@ -1,8 +1,8 @@
 """Which query blocks a tile of keys meets, and which of them need a mask: ``block_range`` seen from the keys.
 
-Query i sees key j, with D = seqlen_k − seqlen_q, iff j − D − right ≤ i and (i ≤ j − D + left or j < sink_tokens). Blocks
-are visited from the last to the first, so that only the first one visited can reach beyond the sequence, in three
-ranges:
+Query i sees key j, with D = seqlen_k − seqlen_q, iff j − D − right ≤ i and (i ≤ j − D + left or j < sink_tokens).
+Blocks are visited from the last to the first, so that only the first one visited can reach beyond the sequence, in
+three ranges:
 
     left edge    masked: queries whose window begins inside the tile
     full         every query sees every key of the tile: no mask

@@ -1,4 +1,4 @@
-"""From Q·Kᵀ and dO·Vᵀ to P and dS on the registers of one thread (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+"""From Q·Kᵀ to P, and from dO·Vᵀ to dS, on the registers of one thread (FlashAttention-2, arXiv 2307.08691).
 
 With x what :func:`~cute_fa.device.scores.modify_scores` would leave, in registers that are rows of queries and columns
 of keys or the other way round:
@@ -9,7 +9,7 @@ Since tanh = 1 + 2x, 1 − tanh² = −4 · (x + x²); the factor −4 is left t
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -21,44 +21,56 @@ from cute_fa.device.scores import ScoreParams
 SOFTCAP_FACTOR = -4.0
 
 
-class Statistics(NamedTuple):
-    """Of each register's query: its LSE in log2 units, less the softcap's offset, and D = rowsum(dO∘O) − dLSE."""
-
-    lse_log2: Callable[[int, int], Float32]
-    delta: Callable[[int, int], Float32]
-
-
-def differentiate(
+def probabilities(
     scores: cute.Tensor,
-    dprobabilities: cute.Tensor,
-    statistics: Statistics,
-    distance: Optional[Callable[[int, int], Float32]],
-    hidden: Optional[Callable],
+    lse_log2: Callable[[int, int], Float32],
     params: ScoreParams,
     slope: Optional[Float32],
-    dslope: Optional[cute.Tensor],
-):
-    """Scores become P and dO·Vᵀ becomes dX, in place, on (rows, columns) views.
+    distance: Optional[Callable[[int, int], Float32]],
+    hidden: Optional[Callable],
+) -> Optional[cute.Tensor]:
+    """Q·Kᵀ becomes P, in place, on a (rows, columns) view. What comes back is x + x² under a softcap, else None.
 
-    ``distance(r, c)``: |i + D − j|, for ALiBi; ``hidden(r, c)``: whether the register's score is masked; ``slope``: the
-    head's, in the units of x; ``dslope``: one register, to which −Σ dS·|i + D − j| is added. None where absent.
+    ``lse_log2(r, c)``: LSE of a register's query in log2 units, less the softcap's offset, +inf for P = 0; ``slope``:
+    the head's, in the units of x, with ``distance(r, c)`` = |i + D − j|; ``hidden(r, c)``: whether the score is masked.
+    None where absent.
     """
+    slopes_of_cap = None
+    if params.softcap_exponent is not None:
+        slopes_of_cap = cute.make_rmem_tensor_like(scores)
     for r in range(cute.size(scores, mode=[0])):
         for c in range(cute.size(scores, mode=[1])):
             x = scores[r, c]
             if params.softcap_exponent is not None:
                 x = cute.arch.rcp_approx(-1.0 - cute.math.exp2(x * params.softcap_exponent, fastmath=True))
-            biased = x
+                slopes_of_cap[r, c] = x * x + x
             if slope is not None:
-                biased = x - slope * distance(r, c)
-            exponent = biased * params.scale_log2 - statistics.lse_log2(r, c)
+                x = x - slope * distance(r, c)
+            exponent = x * params.scale_log2 - lse_log2(r, c)
             if hidden is not None:
                 exponent = cutlass.select_(hidden(r, c), Float32(-Float32.inf), exponent)
-            probability = cute.math.exp2(exponent, fastmath=True)
-            gradient = probability * (dprobabilities[r, c] - statistics.delta(r, c))
+            scores[r, c] = cute.math.exp2(exponent, fastmath=True)
+    return slopes_of_cap
+
+
+def score_gradients(
+    p: cute.Tensor,
+    dp: cute.Tensor,
+    delta: Callable[[int, int], Float32],
+    slopes_of_cap: Optional[cute.Tensor],
+    distance: Optional[Callable[[int, int], Float32]],
+    dslope: Optional[cute.Tensor],
+):
+    """dO·Vᵀ becomes dX, in place, on (rows, columns) views.
+
+    ``delta(r, c)``: D = rowsum(dO∘O) − dLSE of a register's query; ``slopes_of_cap`` from :func:`probabilities`;
+    ``dslope``: one register, to which −Σ dS·|i + D − j| is added, or None.
+    """
+    for r in range(cute.size(p, mode=[0])):
+        for c in range(cute.size(p, mode=[1])):
+            gradient = p[r, c] * (dp[r, c] - delta(r, c))
             if dslope is not None:
                 dslope[0] = dslope[0] - gradient * distance(r, c)
-            if params.softcap_exponent is not None:
-                gradient = gradient * (x * x + x)
-            scores[r, c] = probability
-            dprobabilities[r, c] = gradient
+            if slopes_of_cap is not None:
+                gradient = gradient * slopes_of_cap[r, c]
+            dp[r, c] = gradient
