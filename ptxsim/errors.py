@@ -6,19 +6,22 @@ executed it. Code deep in the simulator raises with a message only; ``located`` 
 
 from __future__ import annotations
 
+from .names import readable
+
 
 class SimError(Exception):
     """Base class of everything that the simulator raises about a kernel.
 
     ``message`` says what is wrong; ``line`` (1-based) and ``text`` name the PTX instruction; ``where`` names the CTA
-    and the warps. The last three are None where they have no meaning. ``account`` (``account.Account``) tells which
-    roles are where and what they did last; it is None for what no running kernel raised.
+    and the warps; ``kernel`` is the full name of the kernel, of which the text shows the readable part. The last four
+    are None where they have no meaning. ``account`` (``account.Account``) tells which roles are where and what they did
+    last; it is None for what no running kernel raised.
     """
 
     def __init__(self, message: str, *, line: int | None = None, text: str | None = None, where: str | None = None):
         super().__init__(message)
         self.message, self.line, self.text, self.where = message, line, text, where
-        self.account = None
+        self.kernel = self.account = None
 
     def located(self, line: int | None = None, text: str | None = None, where: str | None = None) -> SimError:
         """Fill in what the raiser did not know, and return the error."""
@@ -29,7 +32,7 @@ class SimError(Exception):
         return self
 
     def __str__(self) -> str:
-        parts = [self.message]
+        parts = [self.message if self.kernel is None else f"{readable(self.kernel)}: {self.message}"]
         if self.line:
             parts.append(f"at PTX line {self.line}: {self.text}")
         if self.where:

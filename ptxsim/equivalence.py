@@ -1,0 +1,135 @@
+"""Mutants that no kernel could miss: what a run of the undamaged kernel shows about its synchronisation.
+
+A mutant that goes unnoticed is *equivalent* only for one of these reasons, each decided by what the undamaged kernel
+does in every launch and schedule:
+
+* ``first acquire``: a wait that answers yes at once, where every wait at that place is for the phase before the
+  barrier's first one, which counts as complete: a stage that nobody has used yet.
+* ``last release``: an arrival that is deleted or counts for two, where nobody waits for the phases that arrivals at
+  that place contribute to, or for later ones: a stage that is not filled again.
+* ``peek``: a peek that says no at once: the wait behind it does what the peek would have saved.
+* ``order for speed``: a bar.sync or bar.arrive that is deleted, of a set of named barriers that some warps only arrive
+  at (bar.arrive), where the kernel without *any* instruction at these barriers runs clean and right in every
+  schedule, with the race detector: they decide who goes first, not what anybody may read or write. A set holds the
+  barriers that the same instructions name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .mutants import PEEK_FAILS, Mutant
+from .observed import ObservedMachine
+
+FIRST_ACQUIRE, LAST_RELEASE, PEEK, FOR_SPEED = "first acquire", "last release", "peek", "order for speed"
+CLASSES = (FIRST_ACQUIRE, LAST_RELEASE, PEEK, FOR_SPEED)
+
+
+@dataclass
+class Facts:
+    """What runs of a kernel showed, by PTX line."""
+
+    steps: int = 0  # of the longest launch
+    executed: set[int] = field(default_factory=set)
+    fresh: dict[int, bool] = field(default_factory=dict)  # of a wait: always for the phase before the first
+    awaited: dict[int, bool] = field(default_factory=dict)  # of an arrival: somebody waited for its phase or later ones
+    barriers: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))  # numbers that a bar.* named
+
+    def add(self, other: Facts) -> None:
+        """Join what other launches or another schedule showed."""
+        self.steps = max(self.steps, other.steps)
+        self.executed |= other.executed
+        for line, fresh in other.fresh.items():
+            self.fresh[line] = fresh and self.fresh.get(line, True)
+        for line, awaited in other.awaited.items():
+            self.awaited[line] = awaited or self.awaited.get(line, False)
+        for line, numbers in other.barriers.items():
+            self.barriers[line] |= numbers
+
+    def reason(self, mutant: Mutant) -> str | None:
+        """Why a mutant is equivalent by what one instruction does; None if it is not, or is part of an order."""
+        if mutant.change == PEEK_FAILS:
+            return PEEK
+        if mutant.change == "yes at once" and all(self.fresh.get(line, True) for line in (mutant.line, mutant.peek)):
+            return FIRST_ACQUIRE
+        if mutant.kind == "arrive" and self.awaited.get(mutant.line) is False:
+            return LAST_RELEASE
+        return None
+
+    def ran(self, mutant: Mutant) -> bool:
+        """Whether some warp came to what is damaged, or to the peek before it."""
+        return mutant.line in self.executed or mutant.peek in self.executed
+
+    def order(self, mutant: Mutant, mutants: list[Mutant]) -> list[Mutant]:
+        """The mutants that delete all instructions at a set of named barriers, the one of ``mutant`` among them; empty
+        if none of them is a bar.arrive."""
+        mine, size = set(self.barriers.get(mutant.line, ())), 0
+        while len(mine) > size:
+            size = len(mine)
+            for numbers in self.barriers.values():
+                mine |= numbers if numbers & mine else set()
+        chosen = [m for m in mutants if m.kind == "barrier" and self.barriers.get(m.line, set()) & mine]
+        return chosen if any("arrive" in m.op for m in chosen) else []
+
+
+class Recorder(ObservedMachine):
+    """A machine that notes ``Facts`` in ``found`` (of the class) when its wave has ended."""
+
+    found = Facts()
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.facts = Facts()
+        self.blocks_run = set()
+        self.phases = np.zeros(len(self.words), np.int64)  # completed, of the barrier at each word
+        self.life = np.zeros(len(self.words), np.int64)  # how often it was initialised
+        self.waited, self.arrivals = set(), defaultdict(set)  # phases: (word, life, number)
+
+    def run(self):
+        super().run()
+        facts = self.facts
+        facts.steps = self.steps
+        facts.executed = {i.line for b in self.blocks_run for i in self.prog.blocks[b].instrs}
+        last = {}  # phase of a barrier that somebody waited for
+        for word, life, phase in sorted(self.waited):
+            last[word, life] = phase
+        for line, arrivals in self.arrivals.items():
+            facts.awaited[line] = any(last.get((word, life), -1) >= phase for word, life, phase in arrivals)
+        self.found.add(facts)
+
+    def _execute(self, group):
+        self.blocks_run.add(group.blk)
+        super()._execute(group)
+
+    def mbar_init(self, w, address, count, M):
+        index, mask = self._barrier_lanes(w, address, M)
+        self.phases[index[mask] >> 3] = 0
+        self.life[index[mask] >> 3] += 1
+        super().mbar_init(w, address, count, M)
+
+    def mbar_update(self, index, arrive=0, tx=0, drop=0):
+        word = int(index) >> 3
+        if arrive:
+            self.arrivals[self.line].add((word, int(self.life[word]), int(self.phases[word])))
+        before = int(self.words[word]) >> 63
+        old = super().mbar_update(index, arrive, tx, drop)
+        self.phases[word] += before != int(self.words[word]) >> 63
+        return old
+
+    def mbar_test(self, w, address, wanted, parity, M):
+        passed = super().mbar_test(w, address, wanted, parity, M)
+        index, mask = self._barrier_lanes(w, address, M)
+        words = np.unique(index[mask & passed] >> 3)
+        if words.size:
+            phases = self.phases[words] - 1
+            self.facts.fresh[self.line] = self.facts.fresh.get(self.line, True) and bool((phases < 0).all())
+            self.waited |= set(zip(words.tolist(), self.life[words].tolist(), phases.tolist(), strict=True))
+        return passed
+
+    def _bar_group(self, w, tokens, votes=None, waits=True):
+        info = super()._bar_group(w, tokens, votes, waits)
+        self.facts.barriers[self.line] |= set(info["barrier"].tolist())
+        return info

@@ -1,0 +1,96 @@
+"""``python -m ptxsim mutate``: what is noticed of a script's kernel, what is kept between runs, and the exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ptxsim.equivalence import FOR_SPEED
+from ptxsim.mutants import KINDS
+
+ROOT = Path(__file__).parents[2]
+
+# Every thread reads what the neighbouring warp wrote; SECOND orders nothing that the first barrier does not.
+NEIGHBOUR = """
+import cutlass, cutlass.cute as cute, torch
+from cutlass.cute.runtime import from_dlpack
+
+@cute.kernel
+def kernel(a: cute.Tensor, b: cute.Tensor):
+    thread, _, _ = cute.arch.thread_idx()
+    smem = cutlass.utils.SmemAllocator()
+    shared = smem.allocate_tensor(cutlass.Float32, cute.make_layout(64), byte_alignment=16)
+    shared[thread] = a[thread]
+    cute.arch.barrier()
+    SECOND
+    b[thread] = shared[thread ^ 32]
+
+@cute.jit
+def launch(a: cute.Tensor, b: cute.Tensor):
+    kernel(a, b).launch(grid=(1, 1, 1), block=(64, 1, 1))
+
+a = torch.arange(64, dtype=torch.float32, device="cuda")
+b = torch.empty_like(a)
+launch(from_dlpack(a), from_dlpack(b))
+assert torch.equal(b.cpu(), a.cpu().roll(32)), b
+"""
+
+
+def mutate(script, *options):
+    """(exit code, output) of the command."""
+    command = [sys.executable, "-W", "ignore", "-m", "ptxsim", "mutate", str(script), *options]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_noticed_and_escaped(tmp_path):
+    """A barrier that is needed; two of which either would do, and a second run that asks only what it is told to."""
+    script, out = tmp_path / "neighbour.py", tmp_path / "records.jsonl"
+    script.write_text(NEIGHBOUR.replace("    SECOND\n", ""))
+    code, output = mutate(script, "--arch", "sm_90a")
+    assert code == 0 and "1 (1 RaceError)" in output, output
+    script.write_text(NEIGHBOUR.replace("SECOND", "cute.arch.barrier(barrier_id=1, number_of_threads=64)"))
+    code, output = mutate(script, "--arch", "sm_90a", "--out", str(out), "--jobs", "2")
+    assert code == 1 and output.count("escaped: deleted: PTX line") == 2, output
+    line = 1 + next(i for i, x in enumerate(script.read_text().splitlines()) if "barrier_id=1" in x)
+    assert f"neighbour.py:{line}): bar.sync 1, 64;" in output
+    assert [(r["kind"], r["outcome"], r["by"]) for r in records(out)] == [("barrier", "escaped", "")] * 2
+    out.write_text(out.read_text().replace('"escaped"', '"caught"', 1))
+    code, output = mutate(script, "--arch", "sm_90a", "--out", str(out), "--again")
+    assert code == 1 and len(records(out)) == 3  # the one that had escaped ran again
+
+
+def test_what_cannot_be_studied(tmp_path):
+    """A kernel that fails undamaged, and a script that launches nothing."""
+    script = tmp_path / "script.py"
+    script.write_text(NEIGHBOUR.replace("    SECOND\n", "").replace("    cute.arch.barrier()\n", ""))
+    code, output = mutate(script, "--arch", "sm_90a")
+    assert code == 1 and "the undamaged kernel fails in the run 'default': RaceError" in output
+    script.write_text("import torch\n")
+    code, output = mutate(script, "--arch", "sm_90a")
+    assert code == 2 and "launched no kernel" in output
+
+
+# Two of every kind in one of the FA3 forward's kernels; all of them is docs/mutations.md.
+def test_fa3_forward(tmp_path):
+    out = tmp_path / "records.jsonl"
+    options = ["--arch", "sm_90a", "--sms", "1", "--sample", "2", "--seeds", "0", "--out", str(out)]
+    code, output = mutate("tests/testing/attention.py", *options, "--", "cute-fa", "64", "causal")
+    assert code == 0, output
+    found = records(out)
+    assert sorted(r["kind"] for r in found) == sorted([*KINDS, *KINDS])
+    caught_by = {kind: {r["by"] for r in found if (r["kind"], r["outcome"]) == (kind, "caught")} for kind in KINDS}
+    assert {r["by"] for r in found if r["outcome"] == "equivalent"} == {FOR_SPEED}  # the turns of the warpgroups
+    assert caught_by == {
+        "barrier": {"Deadlock"},
+        "fence": {"WgmmaError"},
+        "wait": {"RaceError"},
+        "arrive": {"Deadlock"},
+        "expect_tx": {"Deadlock"},
+        "commit": {"WgmmaError"},
+    }
