@@ -17,7 +17,7 @@ from cute_fa.errors import CuteFaError, DeviceError
 from cute_fa.types import Direction, DType, SmArch
 from perf.device import CudaDevice
 from perf.providers import PROVIDERS, CuteFa
-from perf.results import ResultFile, result_path, speed_table
+from perf.results import ResultFile, read_results, result_path, speed_table
 from perf.sass import add_per_score, assemble_ptx, report_cubin
 from perf.sweep import Sweep
 from perf.tables import to_markdown, to_rich
@@ -222,6 +222,40 @@ def sweep(
             _finish(results, notes)
     _print(speed_table(results.rows()), markdown=False)
     if any(row["status"] == "wrong" and row["provider"] == CuteFa.name for row in rows):
+        sys.exit(1)
+
+
+_TABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@main.command()
+@click.argument("before", type=_TABLE)
+@click.argument("after", type=_TABLE)
+@click.option("--threshold", type=click.FloatRange(0), default=0.03, show_default=True, help="Of the median, relative.")
+@click.option("--provider", "names", multiple=True, help="Only these.  [default: all]")
+@click.option("--all", "everything", is_flag=True, help="Also print what has not changed.")
+@click.option("--markdown", is_flag=True, help="Print Markdown instead of a terminal table.")
+def compare(
+    before: Path, after: Path, threshold: float, names: tuple[str, ...], everything: bool, markdown: bool
+) -> None:
+    """What has become slower from one table of results to another of the same GPU, CSV or Parquet.
+
+    Slower is what takes longer by more than the threshold and beyond the noise: the slow fifth of the calls before was
+    still faster than all but the fast fifth after. Exits with 1 if something is slower, or measured no more.
+    """
+    from perf.compare import REGRESSIONS, machine_change
+    from perf.compare import compare as compared
+
+    with _errors():
+        tables = [read_results(path) for path in (before, after)]
+        if names:
+            tables = [table[table.provider.isin(names)] for table in tables]
+        table = compared(*tables, threshold)
+    click.echo(f"{len(table)} results in common; {machine_change(*tables)}")
+    shown = table if everything else table[table.verdict != "same"]
+    if len(shown):
+        _print(shown.round({"before_ms": 4, "after_ms": 4, "ratio": 3}), markdown)
+    if table.verdict.isin(REGRESSIONS).any():
         sys.exit(1)
 
 
