@@ -240,8 +240,8 @@ def compare(
 ) -> None:
     """What has become slower from one table of results to another of the same GPU, CSV or Parquet.
 
-    Slower is what takes longer by more than the threshold and beyond the noise: the slow fifth of the calls before was
-    still faster than all but the fast fifth after. Exits with 1 if something is slower, or measured no more.
+    Slower is what takes longer by more than the threshold and beyond the noise: the 20th percentile after lies above
+    the 80th before. Exits with 1 if something is slower, or measured no more.
     """
     from perf.compare import REGRESSIONS, machine_change
     from perf.compare import compare as compared

@@ -21,11 +21,11 @@ def compare(before: pd.DataFrame, after: pd.DataFrame, threshold: float) -> pd.D
     after lies above the 80th before. ``faster``: the same the other way round. ``broken``: it is not measured any more.
     Raises ArgumentError where the two have nothing in common.
     """
-    common = _latest(before).join(_latest(after), lsuffix="_before", rsuffix="_after", how="inner")
+    common = _latest(before).merge(_latest(after), on=KEY, suffixes=("_before", "_after"))
     common = common[common.status_before == "ok"]
     if common.empty:
         raise ArgumentError(f"no common problem: measured before on {_gpus(before)}, after on {_gpus(after)}")
-    rows = [_compared(row, threshold) for row in common.reset_index().to_dict("records")]
+    rows = [_compared(row, threshold) for row in common.to_dict("records")]
     table = pd.DataFrame(rows)
     order = table.verdict.map(("broken", "slower", "same", "faster").index)
     return table.assign(order=order).sort_values(["order", "ratio"], ascending=[True, False]).drop(columns="order")
@@ -42,7 +42,7 @@ def machine_change(before: pd.DataFrame, after: pd.DataFrame) -> str:
 
 
 def _latest(table: pd.DataFrame) -> pd.DataFrame:
-    return table.drop_duplicates(KEY, keep="last").set_index(KEY)
+    return table.drop_duplicates(KEY, keep="last")
 
 
 def _gpus(table: pd.DataFrame) -> str:
