@@ -257,9 +257,9 @@ class ObservedMachine(Machine):
         self._note_group(f"wgmma.wait_group {i.args[0]}", group)
         super().h_wgmma_wait(i, block, group)
 
-    def tc_mma(self, w, kind, pair, d, a, a_in_tmem, b, instruction, enable, disabled, M):
-        self._note_threads(w, M, lambda j, lane: f"tcgen05.mma kind::{kind}")
-        super().tc_mma(w, kind, pair, d, a, a_in_tmem, b, instruction, enable, disabled, M)
+    def tc_mma(self, w, form, d, a, b, instruction, enable, others, M):
+        self._note_threads(w, M, lambda j, lane: f"tcgen05.mma kind::{form.kind}")
+        super().tc_mma(w, form, d, a, b, instruction, enable, others, M)
 
     def tc_commit(self, w, barrier, multicast, M):
         barrier = np.array(full_width(barrier, len(w)))

@@ -21,40 +21,40 @@ def swizzle(address, span):
     return address ^ ((address >> 3) & mask)
 
 
-def _checked_layout(what, d, span):
-    """(start, leading offset, stride offset, span); PtxError unless the swizzle's pattern begins where it repeats.
-
-    The base offset of a descriptor has to be bits 7 and up of the start, as many as the pattern has (1024, 512 or 256
-    bytes for spans of 128, 64 and 32): 0 means that the operand begins with the first line of a pattern.
-    """
-    start = (d & 0x3FFF) << 4
-    repeats = 8 * span
-    if span and start % repeats >= 128:
-        raise PtxError(
-            f"{what} descriptor 0x{d:x}: the start 0x{start:x} lies in line {start % repeats // 128} of a {span}-byte "
-            f"swizzle pattern, which repeats every {repeats} bytes; that takes a base offset"
-        )
-    return start, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4, span
+def _layout(d, span):
+    """(start, leading offset, stride offset, span)."""
+    return (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4, span
 
 
 def wgmma_descriptor(descriptor):
-    """(start, leading offset, stride offset, swizzle span) in bytes of a wgmma matrix descriptor."""
+    """(start, leading offset, stride offset, swizzle span) in bytes of a wgmma matrix descriptor.
+
+    PtxError unless the start lies in the first line of the swizzle's pattern, which repeats every 1024, 512 or 256
+    bytes for spans of 128, 64 and 32: elsewhere the ISA asks for a base offset.
+    """
     d = int(descriptor)
     if d >> 49 & 7:
         raise PtxError(f"wgmma descriptor 0x{d:x}: a base offset is not simulated")
     if d >> 14 & 3 or d >> 30 & 3 or d >> 46 & 7 or d >> 52 & 0x3FF:
         raise PtxError(f"wgmma descriptor 0x{d:x} has bits set that mean nothing")
-    return _checked_layout("wgmma", d, _WGMMA_SPAN[d >> 62 & 3])
+    found = _layout(d, _WGMMA_SPAN[d >> 62 & 3])
+    start, span = found[0], found[3]
+    if span and start % (8 * span) >= 128:
+        raise PtxError(
+            f"wgmma descriptor 0x{d:x}: the start 0x{start:x} lies in line {start % (8 * span) // 128} of a "
+            f"{span}-byte swizzle pattern, which repeats every {8 * span} bytes; that takes a base offset"
+        )
+    return found
 
 
 def tcgen05_descriptor(descriptor):
-    """The same for a tcgen05 shared-memory descriptor."""
+    """The same for a tcgen05 shared-memory descriptor. The start may lie in any line of the swizzle's pattern, which
+    begins at multiples of its length: tutorials of the DSL align operands to 128 bytes and give no base offset."""
     d = int(descriptor)
     if d >> 61 & 7 not in _TCGEN05_SPAN or d >> 49 & 7 or d >> 52 & 1:
-        raise PtxError(f"tcgen05 descriptor 0x{d:x}: base offsets, relative leading offsets and 128-byte swizzles "
-                       f"of 32-byte "
-                       "atoms are not simulated")  # fmt: skip
-    return _checked_layout("tcgen05", d, _TCGEN05_SPAN[d >> 61 & 7])
+        raise PtxError(f"tcgen05 descriptor 0x{d:x}: base offsets, absolute leading addresses and 128-byte swizzles "
+                       "of 32-byte atoms are not simulated")  # fmt: skip
+    return _layout(d, _TCGEN05_SPAN[d >> 61 & 7])
 
 
 def operand_addresses(start, leading, stride, span, mn_major, row, k, element_bytes):
@@ -95,7 +95,9 @@ class OperandMixin:
 
     def operand_chunks(self, layout, mn_major, rows, depth, element):
         """Numbers of the 16-byte chunks of an operand in its CTA's shared memory [lines, chunks of a line]."""
-        size = ELEMENT_BYTES[element]
+        return self._chunks_of(layout, mn_major, rows, depth, ELEMENT_BYTES[element])
+
+    def _chunks_of(self, layout, mn_major, rows, depth, size):
         if mn_major and rows * size % 16:
             raise PtxError(f"an MN-major operand of {rows} elements of {size} bytes is not simulated")
         return _chunk_numbers(layout, bool(mn_major), rows, depth, size)
@@ -103,7 +105,13 @@ class OperandMixin:
     def operand_tile(self, cta, layout, mn_major, rows, depth, element):
         """An operand [rows, depth] of a CTA's shared memory as float32; ``layout`` as the descriptors give it."""
         size = ELEMENT_BYTES[element]
-        chunks = self.operand_chunks(layout, mn_major, rows, depth, element)
+        tile = DECODE[element](self.operand_bytes(cta, layout, mn_major, rows, depth, size).view(_RAW[size]))
+        return tile.T if mn_major else tile
+
+    def operand_bytes(self, cta, layout, mn_major, rows, depth, size):
+        """The bytes of an operand with elements of ``size`` bytes [lines, bytes of a line]; a line runs along K, or
+        along M or N."""
+        chunks = self._chunks_of(layout, mn_major, rows, depth, size)
         if int(chunks.min()) * 16 < SHARED_BASE or int(chunks.max()) * 16 + 16 > self.smem_limit:
             raise MemoryFault(f"matrix operand outside shared memory: start 0x{layout[0]:x}, offsets "
                               f"0x{layout[1]:x} and "
@@ -112,6 +120,4 @@ class OperandMixin:
         if not self.rows_are_written(chunks):
             found = (chunks[..., None] * 16 + np.arange(16)).ravel()
             self.unwritten_operand(found[self.shadow1[found] != WRITTEN])
-        raw = self.shared_rows[chunks].reshape(len(chunks), -1).view(_RAW[size])
-        tile = DECODE[element](raw)
-        return tile.T if mn_major else tile
+        return self.shared_rows[chunks].reshape(len(chunks), -1).view(np.uint8)

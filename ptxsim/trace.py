@@ -355,11 +355,11 @@ class TracedMachine(ObservedMachine):
         self._retire("wgmma group", self._leaders(group.w), int(i.args[0], 0))
 
     # ---- tcgen05 ----------------------------------------------------------------------------------
-    def tc_mma(self, w, kind, pair, d, a, a_in_tmem, b, instruction, enable, disabled, M):
+    def tc_mma(self, w, form, d, a, b, instruction, enable, others, M):
         for warp in (w if M is None else w[M.any(1)]).tolist():
             if warp not in self.batches:
-                self.batches[warp] = self._issue(warp, f"tcgen05.mma kind::{kind}")
-        super().tc_mma(w, kind, pair, d, a, a_in_tmem, b, instruction, enable, disabled, M)
+                self.batches[warp] = self._issue(warp, f"tcgen05.mma kind::{form.kind}")
+        super().tc_mma(w, form, d, a, b, instruction, enable, others, M)
 
     def tc_commit(self, w, barrier, multicast, M):
         self.committing = True

@@ -1,19 +1,20 @@
 """Tensor core of the fifth generation: PTX ISA 9.7.16 (tcgen05).
 
-Simulated: alloc, dealloc, ld and st of 32x32b, 16x128b and 16x256b, mma of kinds f16, tf32 and f8f6f4 with
-single-precision accumulators, commit, wait, fence. Refused: .ws, .sp, block scaling, cp, shift, 16x64b, 16x32bx2,
-packing modes, ld.red, kind::i8, scale-input-d, collector buffers other than as hints.
+Refused: K = 96 and byte addresses in descriptors (sm_103a), zero-column masks, sparse A for .ws and for 64 rows a CTA,
+tcgen05.shift at other lanes than 0, ld.red of 16x32bx2. Collector buffers and .fill, .use are hints.
 """
 
 from __future__ import annotations
 
 from ..errors import PtxError
 from ..parser import Mem
+from ..tcgen05_copy import SHAPES
+from ..tcgen05_mma import MmaForm
 from .forms import as_list, form, suspending
 
 _GROUP = "cta_group::1|cta_group::2"
 # registers of one repetition (.x1)
-REGISTERS = {"32x32b": 1, "16x128b": 2, "16x256b": 4}
+REGISTERS = {"32x32b": 1, "16x64b": 1, "16x128b": 2, "16x256b": 4, "16x32bx2": 1}
 _REPEATS = "x1|x2|x4|x8|x16|x32|x64|x128"
 
 suspending("tcgen05.alloc.{group}.sync.aligned[.{space}].b32", "h_tmem_alloc", group=_GROUP, space="shared|shared::cta")
@@ -30,32 +31,51 @@ def relinquish(gen, args, mods):
 
 
 @form("tcgen05.fence::{side}", writes=False, side="before_thread_sync|after_thread_sync")
+def fence(gen, args, mods):
+    """Accesses to tensor memory are ordered as they are; the race detector is told."""
+    gen.emit(f"if X.races is not None: X.races.tensor.fence(w, {gen.mask()}, {mods.side!r})")
+
+
 @form("tcgen05.wait::{what}.sync.aligned", writes=False, what="ld|st")
-def ordering(gen, args, mods):
-    """Loads and stores of tensor memory complete at once, in order."""
+def wait(gen, args, mods):
+    """Loads and stores of tensor memory complete at once; the race detector is told."""
+    gen.emit(f"if X.races is not None: X.races.tensor.wait(w, {mods.what!r})")
 
 
 def _check_registers(mods, registers):
     expected = REGISTERS[mods.shape] * int(mods.num[1:])
-    if len(registers) != expected:
-        raise PtxError(f"{len(registers)} registers where {mods.shape}.{mods.num} has {expected}")
+    if len(registers) != expected or expected > 128:
+        raise PtxError(f"{len(registers)} registers where {mods.shape}.{mods.num} has {expected}, at most 128")
 
 
-@form("tcgen05.ld.sync.aligned.{shape}.{num}.b32", effect=True, shape="|".join(REGISTERS), num=_REPEATS)
+def _second_half(mods, immediates):
+    """The columns between the halves of 16x32bx2, which is an operand of this shape alone."""
+    if len(immediates) != (mods.shape == "16x32bx2"):
+        raise PtxError(f"{len(immediates)} immediates for {mods.shape}")
+    return int(immediates[0], 0) if immediates else 0
+
+
+@form("tcgen05.ld.sync.aligned.{shape}.{num}[.{pack}].b32", effect=True, shape="|".join(REGISTERS), num=_REPEATS,
+      pack="pack::16b")  # fmt: skip
 def load(gen, args, mods):
     registers = as_list(args[0])
     _check_registers(mods, registers)
-    result = gen.temp(f"X.tmem_ld(w, {gen.address(args[1])}, {mods.shape!r}, {len(registers)})")
+    second = _second_half(mods, args[2:])
+    result = gen.temp(
+        f"X.tmem_ld(w, {gen.address(args[1])}, {mods.shape!r}, {len(registers)}, {second}, {bool(mods.pack)})"
+    )
     for j, register in enumerate(registers):
         gen.write(register, f"{result}[{j}]", "u4")
 
 
-@form("tcgen05.st.sync.aligned.{shape}.{num}.b32", writes=False, effect=True, shape="|".join(REGISTERS), num=_REPEATS)
+@form("tcgen05.st.sync.aligned.{shape}.{num}[.{unpack}].b32", writes=False, effect=True, shape="|".join(REGISTERS),
+      num=_REPEATS, unpack="unpack::16b")  # fmt: skip
 def store(gen, args, mods):
-    registers = as_list(args[1])
+    registers = as_list(args[-1])
     _check_registers(mods, registers)
+    second = _second_half(mods, args[1:-1])
     values = ", ".join(gen.read(x, "u4") for x in registers)
-    gen.emit(f"X.tmem_st(w, {gen.address(args[0])}, {mods.shape!r}, ({values},))")
+    gen.emit(f"X.tmem_st(w, {gen.address(args[0])}, {mods.shape!r}, ({values},), {second}, {bool(mods.unpack)})")
 
 
 @form(
@@ -71,20 +91,77 @@ def commit(gen, args, mods):
     gen.emit(f"X.tc_commit(w, {gen.address(args[0])}, {multicast}, {gen.mask()})")
 
 
-@form("tcgen05.mma.{group}.kind::{kind}[.collector::a::{buffer}]", writes=False, effect=True, group=_GROUP,
-      kind="f16|tf32|f8f6f4", buffer="fill|use|lastuse|discard")  # fmt: skip
-def mma(gen, args, mods):
-    """[d], a (descriptor or tensor memory), b descriptor, instruction descriptor {, disabled lanes}, enable-input-d."""
-    from_tmem = isinstance(args[1], Mem)
-    a = gen.address(args[1]) if from_tmem else gen.read(args[1], "u8")
-    rest = list(args[4:])
-    disabled = "None"
-    if rest and isinstance(rest[0], list):
-        disabled = "(" + ", ".join(gen.read(x, "u4") for x in rest.pop(0)) + ",)"
-    if len(rest) != 1:
-        raise PtxError("scale-input-d is not simulated")
-    enable = f"np.bool_({int(rest[0], 0) != 0})" if rest[0].lstrip("-").isdigit() else gen.predicate(rest[0])
+_FORMAT_BITS = {None: 8, "b8x16.b6x16_p32": 6, "b8x16.b4x16_p64": 4}
+
+
+@form("tcgen05.cp.{group}.{shape}[.{formats}]", writes=False, effect=True, group=_GROUP, shape="|".join(SHAPES),
+      formats="b8x16.b6x16_p32|b8x16.b4x16_p64")  # fmt: skip
+def copy(gen, args, mods):
     gen.emit(
-        f"X.tc_mma(w, {mods.kind!r}, {mods.group == 'cta_group::2'}, {gen.address(args[0])}, {a}, {from_tmem}, "
-        f"{gen.read(args[2], 'u8')}, {gen.read(args[3], 'u4')}, {enable}, {disabled}, {gen.mask()})"
+        f"X.tc_copy(w, {mods.shape!r}, {mods.group == 'cta_group::2'}, {_FORMAT_BITS[mods.formats]}, "
+        f"{gen.address(args[0])}, {gen.read(args[1], 'u8')}, {gen.mask()})"
+    )
+
+
+@form("tcgen05.shift.{group}.down", writes=False, effect=True, group=_GROUP)
+def shift(gen, args, mods):
+    gen.emit(f"X.tc_shift(w, {mods.group == 'cta_group::2'}, {gen.address(args[0])}, {gen.mask()})")
+
+
+# kind -> scale factors in a row of A, by what the opcode says
+_VECTORS = {
+    "mxf8f6f4": {None: 1, "scale_vec::1X": 1, "block32": 1},
+    "mxf4": {None: 2, "scale_vec::2X": 2, "block32": 2},
+    "mxf4nvf4": {"scale_vec::2X": 2, "block32": 2, "scale_vec::4X": 4, "block16": 4},
+}
+_COLLECTOR = "fill|use|lastuse|discard"
+
+
+@form("tcgen05.mma[.{sparse}].{group}.kind::{kind}[.{shift}][.collector::a::{buffer}]", writes=False, effect=True,
+      sparse="sp", group=_GROUP, kind="f16|tf32|f8f6f4|i8", shift="ashift", buffer=_COLLECTOR)  # fmt: skip
+@form("tcgen05.mma[.{sparse}].{group}.kind::{kind}.block_scale[.{vector}][.collector::a::{buffer}]", writes=False,
+      effect=True, sparse="sp", group=_GROUP, kind="|".join(_VECTORS),
+      vector="scale_vec::1X|scale_vec::2X|scale_vec::4X|block16|block32", buffer=_COLLECTOR)  # fmt: skip
+@form("tcgen05.mma.{stationary}.cta_group::1.kind::{kind}[.collector::{b}::{buffer}]", writes=False, effect=True,
+      stationary="ws", kind="f16|tf32|f8f6f4|i8", b="b0|b1|b2|b3", buffer=_COLLECTOR)  # fmt: skip
+def mma(gen, args, mods):
+    """[d], a (descriptor or tensor memory), b descriptor {, [metadata]}, instruction descriptor
+    {, [scale a], [scale b]} {, disabled lanes}, enable-input-d {, scale-input-d or zero-column mask}."""
+    from_tmem, stationary = isinstance(args[1], Mem), hasattr(mods, "stationary")
+    a = gen.address(args[1]) if from_tmem else gen.read(args[1], "u8")
+    sparse, scaled = bool(getattr(mods, "sparse", None)), hasattr(mods, "vector")
+    rest, others = list(args[3:]), []
+    if sparse:
+        others.append(f"meta={gen.address(rest.pop(0))}")
+    instruction = gen.read(rest.pop(0), "u4")
+    vector = 0
+    if scaled:
+        vector = _VECTORS[mods.kind].get(mods.vector)
+        if vector is None:
+            raise PtxError(f"scale vectors of kind::{mods.kind}: {' or '.join(filter(None, _VECTORS[mods.kind]))}")
+        others += [f"scale_a={gen.address(rest.pop(0))}", f"scale_b={gen.address(rest.pop(0))}"]
+    elif not stationary and isinstance(rest[0], list):
+        words = rest.pop(0)
+        if len(words) != (8 if mods.group == "cta_group::2" else 4):
+            raise PtxError(f"{len(words)} words of disabled output lanes")
+        others.append("disabled=(" + ", ".join(gen.read(x, "u4") for x in words) + ",)")
+    enable = rest.pop(0)
+    enable = f"np.bool_({int(enable, 0) != 0})" if enable.lstrip("-").isdigit() else gen.predicate(enable)
+    input_scale = 0
+    if rest and stationary:
+        others.append(f"zero_mask={gen.read(rest.pop(0), 'u8')}")
+    elif rest and not scaled:
+        input_scale = int(rest.pop(0), 0)
+        if mods.kind not in ("f16", "tf32") or not 0 <= input_scale <= 15:
+            raise PtxError(f"scale-input-d {input_scale} of kind::{mods.kind}: 0 to 15, and for f16 and tf32 only")
+    if rest:
+        raise PtxError(f"{len(rest)} operands too many")
+    shift = bool(getattr(mods, "shift", None))
+    if shift and (not from_tmem or mods.buffer in ("fill", "use")):
+        raise PtxError("ashift takes A from tensor memory, and neither fill nor use of the collector")
+    pair = getattr(mods, "group", "") == "cta_group::2"
+    spec = MmaForm(mods.kind, pair, from_tmem, stationary, sparse, vector, shift, input_scale)
+    gen.emit(
+        f"X.tc_mma(w, {gen.fn(spec)}, {gen.address(args[0])}, {a}, {gen.read(args[2], 'u8')}, {instruction}, {enable}, "
+        f"dict({', '.join(others)}), {gen.mask()})"
     )

@@ -39,22 +39,30 @@ def cells(shape, registers, lane):
             out.append((lane, r))
         elif shape == "16x128b":
             out.append((lane // 4 + 8 * (r % 2), lane % 4 + 4 * (r // 2)))
+        elif shape == "16x64b":
+            out.append((lane // 4 + 8 * (lane % 2), lane // 2 % 2 + 2 * r))
+        elif shape == "16x32bx2":  # the second half 20 columns on
+            out.append((lane % 16, r + 20 * (lane // 16)))
         else:
             out.append((lane // 4 + 8 * (r // 2 % 2), lane % 4 * 2 + r % 2 + 8 * (r // 4)))
     return out
 
 
-@pytest.mark.parametrize(("shape", "unit"), [("32x32b", 1), ("16x128b", 2), ("16x256b", 4)])
+SHAPES = [("32x32b", 1), ("16x64b", 1), ("16x128b", 2), ("16x256b", 4), ("16x32bx2", 1)]
+
+
+@pytest.mark.parametrize(("shape", "unit"), SHAPES)
 @pytest.mark.parametrize("repeat", [1, 2, 4])
 def test_store_and_load(shape, unit, repeat):
     """Each warp stores words with one shape and reads them back as plain 32x32b rows."""
+    half = ", 20" if shape == "16x32bx2" else ""
     count = unit * repeat
     width = max(c for lane in range(32) for _, c in cells(shape, count, lane)) + 1
     make = "".join(f"mad.lo.u32 %r{100 + j}, %t, 1000, {j};" for j in range(count))
     zero = "".join(f"mov.u32 %r{160 + j}, 0;" for j in range(32))
     read = "".join(f"st.global.u32 [%rd2+{4 * j}], %r{200 + j};" for j in range(32))
     body = f"""{make} {zero} tcgen05.st.sync.aligned.32x32b.x32.b32 [%r56], {names(160, 32)};
-    tcgen05.st.sync.aligned.{shape}.x{repeat}.b32 [%r56], {names(100, count)}; tcgen05.wait::st.sync.aligned;
+    tcgen05.st.sync.aligned.{shape}.x{repeat}.b32 [%r56]{half}, {names(100, count)}; tcgen05.wait::st.sync.aligned;
     tcgen05.ld.sync.aligned.32x32b.x32.b32 {names(200, 32)}, [%r56]; tcgen05.wait::ld.sync.aligned;
     mad.wide.u32 %rd2, %t, 128, %out0; {read}"""
     out = tensor_run(body, [], [np.zeros((128, 32), np.uint32)])
@@ -65,11 +73,34 @@ def test_store_and_load(shape, unit, repeat):
     assert width <= 32
     np.testing.assert_array_equal(out, expected)
     back = "".join(f"st.global.u32 [%rd2+{4 * j}], %r{200 + j};" for j in range(count))
-    body = f"""{make} tcgen05.st.sync.aligned.{shape}.x{repeat}.b32 [%r56+32], {names(100, count)};
-    tcgen05.ld.sync.aligned.{shape}.x{repeat}.b32 {names(200, count)}, [%r56+32];
+    body = f"""{make} tcgen05.st.sync.aligned.{shape}.x{repeat}.b32 [%r56+32]{half}, {names(100, count)};
+    tcgen05.ld.sync.aligned.{shape}.x{repeat}.b32 {names(200, count)}, [%r56+32]{half};
     mad.wide.u32 %rd2, %t, 128, %out0; {back}"""
     out = tensor_run(body, [], [np.zeros((128, 32), np.uint32)])
     np.testing.assert_array_equal(out[:, :count], np.arange(128)[:, None] * 1000 + np.arange(count))
+
+
+@pytest.mark.parametrize(("shape", "unit"), [("32x32b", 1), ("16x64b", 1), ("16x256b", 4)])
+def test_packing(shape, unit):
+    """unpack::16b puts the halves of a register into the low halves of two columns, pack::16b takes them from there."""
+    make = "".join(f"mad.lo.u32 %r{100 + j}, %t, 0x10001000, {0x7FF7 * j + 5};" for j in range(unit))
+    read = "".join(f"st.global.u32 [%rd2+{4 * j}], %r{200 + j};" for j in range(16))
+    back = "".join(f"st.global.u32 [%rd3+{4 * j}], %r{220 + j};" for j in range(unit))
+    zero = "".join(f"mov.u32 %r{160 + j}, 0;" for j in range(16))
+    body = f"""{make} {zero} tcgen05.st.sync.aligned.32x32b.x16.b32 [%r56], {names(160, 16)};
+    tcgen05.st.sync.aligned.{shape}.x1.unpack::16b.b32 [%r56], {names(100, unit)}; tcgen05.wait::st.sync.aligned;
+    tcgen05.ld.sync.aligned.32x32b.x16.b32 {names(200, 16)}, [%r56];
+    tcgen05.ld.sync.aligned.{shape}.x1.pack::16b.b32 {names(220, unit)}, [%r56]; tcgen05.wait::ld.sync.aligned;
+    mad.wide.u32 %rd2, %t, 64, %out0; {read} mad.wide.u32 %rd3, %t, {4 * unit}, %out1; {back}"""
+    out, again = tensor_run(body, [], [np.zeros((128, 16), np.uint32), np.zeros((128, unit), np.uint32)])
+    expected, words = np.zeros((128, 16), np.uint32), np.zeros((128, unit), np.uint32)
+    for thread in range(128):
+        for j, (lane, column) in enumerate(cells(shape, unit, thread % 32)):
+            words[thread, j] = thread * 0x10001000 + 0x7FF7 * j + 5 & 0xFFFFFFFF
+            at = expected[thread // 32 * 32 + lane]
+            at[2 * column : 2 * column + 2] = words[thread, j] & 0xFFFF, words[thread, j] >> 16
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(again, words)
 
 
 FORMATS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 0, "e5m2": 1}
@@ -83,14 +114,27 @@ KINDS = [
 
 
 def multiply(
-    kind, a_kind, b_kind, m=128, n=32, span=32, from_tmem=False, enable="0", flags=0, late=False, mutate="", mn=0
+    kind,
+    a_kind,
+    b_kind,
+    m=128,
+    n=32,
+    span=32,
+    from_tmem=False,
+    enable="0",
+    flags=0,
+    late=False,
+    mutate="",
+    mn=0,
+    skip=0,
 ):
     """One tcgen05.mma into columns 0 to n - 1, started from ones; returns (accumulators [128, n], A B^T)."""
     rng = np.random.default_rng(3)
     depth = 32 // SIZE[a_kind]
     a, a_values = elements(rng, (m, depth), a_kind)
     b, b_values = elements(rng, (n, depth), b_kind)
-    image_a, desc_a = place(a, A_AT, span, 0, SIZE[a_kind])
+    image_a, desc_a = place(a, A_AT + skip, span, 0, SIZE[a_kind])
+    image_a = np.roll(image_a, skip)
     image_b, desc_b = place(b, B_AT, span, mn, SIZE[b_kind])
     descriptors = [(d & (1 << 46) - 1) | 1 << 46 | SPAN_CODE[span] << 61 for d in (desc_a, desc_b)]
     instruction = 1 << 4 | FORMATS[a_kind] << 7 | FORMATS[b_kind] << 10 | mn << 16 | n >> 3 << 17 | m >> 4 << 24 | flags
@@ -148,15 +192,18 @@ def test_accumulation_signs_and_layouts():
     np.testing.assert_array_equal(out[untouched], 1)
 
 
+def test_operand_that_starts_inside_of_a_swizzle_pattern():
+    """The pattern begins at multiples of 1024 bytes, wherever the operand does."""
+    for span, skip in ((32, 128), (64, 384)):
+        out, exact = multiply("f16", "f16", "f16", span=span, skip=skip, m=64)
+        np.testing.assert_allclose(out[np.arange(64) % 16 + np.arange(64) // 16 * 32], exact, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("mutate", "message"),
     [
-        ("or.b32 %r61, %r61, 4;", "sparsity, saturation and shifts"),
-        ("and.b32 %r61, %r61, 0xffffffcf;", "only single-precision accumulators"),
-        ("or.b32 %r61, %r61, 0x200;", "only single-precision accumulators and the types"),
         ("or.b64 %rd4, %rd4, 0x10000000000000;", "tcgen05 descriptor"),
-        ("add.s64 %rd4, %rd4, 8;", "lies in line 1 of a 32-byte swizzle pattern"),
-        ("and.b32 %r61, %r61, 0xff81ffff; or.b32 %r61, %r61, 0x20000;", "mma of 128 x 8 by 1 CTAs"),
+        ("and.b32 %r61, %r61, 0xff81ffff;", "no mma of 128 x 0 by 1 CTAs"),
     ],
 )
 def test_descriptors_that_are_refused(mutate, message):
@@ -213,13 +260,13 @@ def test_allocations_that_are_wrong(body, error, message):
 
 
 REFUSED = [
-    "tcgen05.ld.sync.aligned.16x64b.x1.b32 {%r1}, [%r55]",
-    "tcgen05.ld.sync.aligned.32x32b.x1.pack::16b.b32 {%r1}, [%r55]",
-    "tcgen05.cp.cta_group::1.128x256b [%r55], %rd1",
-    "tcgen05.shift.cta_group::1.down [%r55]",
-    "tcgen05.mma.cta_group::1.kind::i8 [%r55], %rd1, %rd2, %r1, %p1",
-    "tcgen05.mma.ws.cta_group::1.kind::f16 [%r55], %rd1, %rd2, %r1, %p1",
-    "tcgen05.mma.cta_group::1.kind::f16 [%r55], %rd1, %rd2, %r1, %p1, 3",
+    "tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {%r1}, [%r55]",
+    "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r1}, [%r55], 1",
+    "tcgen05.cp.cta_group::1.64x128b [%r55], %rd1",
+    "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale [%r55], %rd1, %rd2, %r1, [%r55], [%r55], %p1",
+    "tcgen05.mma.cta_group::1.kind::f8f6f4 [%r55], %rd1, %rd2, %r1, %p1, 3",
+    "tcgen05.mma.cta_group::1.kind::f16.ashift [%r55], %rd1, %rd2, %r1, %p1",
+    "tcgen05.mma.cta_group::1.kind::f16 [%r55], %rd1, %rd2, %r1, {%r1, %r2}, %p1",
     "tcgen05.ld.sync.aligned.32x32b.x2.b32 %r1, [%r55]",
 ]
 

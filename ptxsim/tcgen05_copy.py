@@ -1,0 +1,79 @@
+"""Copies to tensor memory and shifts in it at run time: PTX ISA 9.7.16.9 (tcgen05.cp, tcgen05.shift).
+
+Which lanes the rows of each shape go to follows CUTLASS (include/cute/atom/copy_traits_sm100.hpp, SM100_UTCCP_*).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .errors import PtxError
+from .numerics import unpadded
+from .operands import tcgen05_descriptor
+from .warps import full_width
+
+# shape with its multicast -> (bytes of a row, lane of each row; one column for each copy)
+_ROWS = np.arange(128)
+SHAPES = {
+    "128x256b": (32, _ROWS[:, None]),
+    "128x128b": (16, _ROWS[:, None]),
+    "4x256b": (32, 32 * np.arange(4)[:, None]),
+    "64x128b.warpx2::02_13": (16, np.arange(64)[:, None] + [0, 64]),
+    "64x128b.warpx2::01_23": (16, (np.arange(64) % 32 + np.arange(64) // 32 * 64)[:, None] + [0, 32]),
+    "32x128b.warpx4": (16, np.arange(32)[:, None] + [0, 32, 64, 96]),
+}
+
+
+class Tcgen05CopyMixin:
+    """tcgen05.cp and tcgen05.shift of ``TensorMemoryMixin``. Needs tensor memory and matrix operands; owns nothing."""
+
+    def tc_copy(self, w, shape, pair, bits, address, descriptor, M):
+        """tcgen05.cp of each active thread; ``shape`` is a key of SHAPES, ``bits`` 4 or 6 for elements that become
+        bytes, otherwise 8. PtxError for descriptors that are not simulated, MemoryFault for what lies outside."""
+        address, descriptor = full_width(address, len(w)), full_width(descriptor, len(w))
+        width, lanes = SHAPES[shape]
+        for j, lane in self.active_threads(w, M):
+            cta, to = int(self.cta_of[w[j]]), int(address[j, lane])
+            layout = tcgen05_descriptor(int(descriptor[j, lane]))
+            ctas = [cta & ~1, cta | 1] if pair else [cta]
+            if (to >> 16) + int(lanes.max()) > 127:
+                raise PtxError(f"tcgen05.cp.{shape} to lane {to >> 16} goes beyond lane 127")
+            if self.races is not None:
+                for c in ctas:
+                    chunks = self.operand_chunks(layout, False, len(lanes), width, "u8")
+                    self.races.tensor_core(w[j], c, chunks)
+                    self.races.tensor.matrix(w[j], c, (to >> 16) + lanes, to & 0xFFFF, width // 4, True)
+            self._tc_defer(w[j], lambda x=(ctas, layout, width, lanes, bits, to): self._tc_copy_now(*x))
+
+    def _tc_copy_now(self, ctas, layout, width, lanes, bits, to):
+        first = to & 0xFFFF
+        for c in ctas:
+            self.require_allocated(c, first, first + width // 4)
+            raw = self.operand_bytes(c, layout, False, len(lanes), width, 1)
+            if bits == 4:  # in the middle of a byte
+                raw = unpadded(raw, 4) << np.uint8(2)
+            elif bits == 6:
+                raw = unpadded(raw, 6) << np.uint8(1)
+            words = np.ascontiguousarray(raw).view(np.uint32)
+            for copy in lanes.T:
+                self.tmem[c, (to >> 16) + copy, first : first + width // 4] = words
+        self.last_activity = self.steps
+
+    def tc_shift(self, w, pair, address, M):
+        """tcgen05.shift.down of each active thread: 32 bytes of each lane. PtxError unless the address is at lane 0."""
+        address = full_width(address, len(w))
+        for j, lane in self.active_threads(w, M):
+            cta, at = int(self.cta_of[w[j]]), int(address[j, lane])
+            if at >> 16:
+                raise PtxError(f"tcgen05.shift at lane {at >> 16}: only lane 0 is simulated")
+            for c in [cta & ~1, cta | 1] if pair else [cta]:
+                if self.races is not None:
+                    self.races.tensor.matrix(w[j], c, np.arange(128), at, 8, True)
+                self._tc_defer(w[j], lambda c=c, at=at: self.shift_lanes(c, at))
+
+    def shift_lanes(self, cta, column):
+        """Every lane of 8 columns takes the contents of the next one, but for the last of each quarter."""
+        self.require_allocated(cta, column, column + 8)
+        quarters = self.tmem[cta].reshape(4, 32, -1)[:, :, column : column + 8]
+        quarters[:, :-1] = quarters[:, 1:].copy()
+        self.last_activity = self.steps
