@@ -24,13 +24,28 @@ class WarpGrid:
 
 
 @dataclass(frozen=True)
+class QueryKernelTiles:
+    """Tiles of the kernel that computes dQ alone: ``tile_m`` queries, each warp owning 16 or 32 of them, and ``tile_n``
+    keys a step, ``stages`` steps in flight."""
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    stages: int
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+
+@dataclass(frozen=True)
 class Fa2BackwardConfig(ForwardConfig):
     """Everything that shapes the machine code of the kernels of one backward.
 
     A CTA owns ``tile_n`` keys and meets ``tile_m`` queries a step; ``stages`` steps are in flight. ``scores``,
-    ``keys`` and ``queries`` are the warps of Sᵀ (and dPᵀ), of dK and dV, and of dQ. ``deterministic``: dQ by a kernel
-    of its own instead of atomic additions. ``lse_gradient``: dLSE is given; ``slopes_gradient``: that of the ALiBi
-    slopes is wanted.
+    ``keys`` and ``queries`` are the warps of Sᵀ (and dPᵀ), of dK and dV, and of dQ. ``query_kernel``: dQ by a kernel of
+    its own instead of atomic additions, for deterministic gradients. ``lse_gradient``: dLSE is given;
+    ``slopes_gradient``: that of the ALiBi slopes is wanted.
     """
 
     tile_m: int
@@ -39,9 +54,13 @@ class Fa2BackwardConfig(ForwardConfig):
     scores: WarpGrid
     keys: WarpGrid
     queries: WarpGrid
-    deterministic: bool = False
+    query_kernel: QueryKernelTiles | None = None
     lse_gradient: bool = False
     slopes_gradient: bool = False
+
+    @property
+    def deterministic(self) -> bool:
+        return self.query_kernel is not None
 
     @property
     def num_warps(self) -> int:
@@ -65,12 +84,24 @@ class Fa2BackwardConfig(ForwardConfig):
         return self.scores.columns == 1 and self.keys.columns == 1
 
     @property
+    def ds_in_smem(self) -> bool:
+        """Whether dS leaves the registers: for dQ, or with P."""
+        return not (self.p_in_registers and self.deterministic)
+
+    @property
     def smem_bytes(self) -> int:
-        """K, V, Q and dO of every stage, their LSE and D, dSᵀ, and Pᵀ where it leaves the registers."""
+        """K, V, Q and dO of every stage, their LSE and D, and dSᵀ and Pᵀ where they leave the registers."""
         widths = self.head_dim_padded + self.head_dim_v_padded
         tiles = (self.tile_n + self.stages * self.tile_m) * widths
-        transposed = self.tile_n * self.tile_m * (1 if self.p_in_registers else 2)
+        transposed = self.tile_n * self.tile_m * (self.ds_in_smem + (not self.p_in_registers))
         return self.dtype.bytes * (tiles + transposed) + 8 * self.stages * self.tile_m
+
+    @property
+    def query_kernel_smem_bytes(self) -> int:
+        """Q and dO, and K and V of every stage, of the kernel for dQ alone."""
+        tiles = self.query_kernel
+        rows = tiles.tile_m + tiles.stages * tiles.tile_n
+        return self.dtype.bytes * rows * (self.head_dim_padded + self.head_dim_v_padded)
 
     @property
     def compile_name(self) -> str:
@@ -112,10 +143,18 @@ def backward_config(problem: AttentionProblem) -> Fa2BackwardConfig:
         scores=scores,
         keys=keys,
         queries=_query_warps(_padded(problem.head_dim, keys.columns), tile_m, scores.rows * scores.columns),
-        deterministic=problem.deterministic,
+        query_kernel=_query_kernel(problem) if problem.deterministic else None,
         lse_gradient=problem.lse_gradient,
         slopes_gradient=problem.slopes_gradient,
     )
+
+
+def _query_kernel(problem: AttentionProblem) -> QueryKernelTiles:
+    """As the forward's tiles, with 32 keys: S, dP and dQ share the registers."""
+    widest = max(padded(problem.head_dim), padded(problem.head_dim_v))
+    if widest <= WIDEST_IN_ONE_WARP:
+        return QueryKernelTiles(128, 32, 4, 2)
+    return QueryKernelTiles(128, 32, 8, 1) if problem.arch.smem_bytes >= 160 * 1024 else QueryKernelTiles(64, 32, 4, 1)
 
 
 def _padded(head_dim: int, warps: int) -> int:

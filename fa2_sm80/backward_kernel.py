@@ -156,9 +156,10 @@ class KeyGradientKernel:
 
         warps = max(c.keys.columns, c.queries.columns)
         p = None if c.p_in_registers else allocate(c.tile_n, c.tile_m)
+        ds = allocate(c.tile_n, c.tile_m) if c.ds_in_smem else None
         return BackwardTiles(
             p=p,
-            ds=allocate(c.tile_n, c.tile_m),
+            ds=ds,
             k=allocate(c.tile_n, c.head_dim_padded, 1, warps),
             v=allocate(c.tile_n, c.head_dim_v_padded, 1, warps),
             q=allocate(c.tile_m, c.head_dim_padded, c.stages, warps),

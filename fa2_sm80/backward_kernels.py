@@ -8,6 +8,7 @@ from fa2_sm80.backward_config import Fa2BackwardConfig
 from fa2_sm80.backward_kernel import KeyGradientKernel
 from fa2_sm80.backward_postprocess import PartialSums, QueryGradientConversion
 from fa2_sm80.backward_preprocess import PreprocessKernel
+from fa2_sm80.query_gradient_kernel import QueryGradientKernel
 
 
 class Fa2BackwardKernels:
@@ -25,10 +26,19 @@ class Fa2BackwardKernels:
         preprocess, main = PreprocessKernel(c), KeyGradientKernel(c)
         preprocess.kernel(args).launch(grid=query_tiles, block=(preprocess.num_threads, 1, 1), smem=64, stream=stream)
         main.kernel(args).launch(grid=key_tiles, block=(c.num_threads, 1, 1), smem=c.smem_bytes, stream=stream)
-        convert = QueryGradientConversion(c)
-        convert.kernel(args).launch(
-            grid=query_tiles, block=(convert.num_threads, 1, 1), smem=convert.smem_bytes, stream=stream
-        )
+        if const_expr(c.deterministic):
+            tiles = c.query_kernel
+            QueryGradientKernel(c).kernel(args).launch(
+                grid=(args.m_blocks(tiles.tile_m) * heads * batches, 1, 1),
+                block=(tiles.num_threads, 1, 1),
+                smem=c.query_kernel_smem_bytes,
+                stream=stream,
+            )
+        else:
+            convert = QueryGradientConversion(c)
+            convert.kernel(args).launch(
+                grid=query_tiles, block=(convert.num_threads, 1, 1), smem=convert.smem_bytes, stream=stream
+            )
         sums = PartialSums()
         for parts, target in ((args.scratch.dsink, args.dsink), (args.scratch.dslopes, args.dalibi)):
             if const_expr(parts is not None):

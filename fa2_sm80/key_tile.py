@@ -21,14 +21,14 @@ from fa2_sm80.products import WarpPlace, WarpProduct, register_column, register_
 
 
 class BackwardTiles(NamedTuple):
-    """All tiles of one CTA in shared memory. ``stats``: (LSE, D) of the queries of every stage, fp32; ``p``: Pᵀ, or
-    None where it stays in registers."""
+    """All tiles of one CTA in shared memory. ``stats``: (LSE, D) of the queries of every stage, fp32; ``ds``: dSᵀ,
+    ``p``: Pᵀ, None where they stay in registers."""
 
     k: SmemTile
     v: SmemTile
     q: SmemTile
     dout: SmemTile
-    ds: SmemTile
+    ds: Optional[SmemTile]
     p: Optional[SmemTile]
     stats: cute.Pointer
 
@@ -54,14 +54,16 @@ class KeyTile:
         self.scores = WarpProduct(dtype, rows, columns, c.head_dim_padded)
         self.dprobabilities = WarpProduct(dtype, rows, columns, c.head_dim_v_padded)
         first_query = place.first_column if const_expr(c.scores.columns > 1) else 0
-        row_lanes = {tile.panel: lane_offset(tile, rows_first=True) for tile in (smem.k, smem.v, smem.ds)}
-        column_lanes = {tile.panel: lane_offset(tile, rows_first=False) for tile in (smem.k, smem.v, smem.ds)}
+        tiles = (smem.k, smem.v) if const_expr(smem.ds is None) else (smem.k, smem.v, smem.ds)
+        row_lanes = {tile.panel: lane_offset(tile, rows_first=True) for tile in tiles}
+        column_lanes = {tile.panel: lane_offset(tile, rows_first=False) for tile in tiles}
         self.load_k = FragmentLoader(smem.k, row_lanes[smem.k.panel], place.first_row)
         self.load_v = FragmentLoader(smem.v, row_lanes[smem.v.panel], place.first_row)
         self.load_q = FragmentLoader(smem.q, column_lanes[smem.q.panel], first_query)
         self.load_dout = FragmentLoader(smem.dout, column_lanes[smem.dout.panel], first_query)
         split_columns = place.first_column if const_expr(c.scores.columns > 1) else None
-        self.store_ds = FragmentStore(smem.ds, place.first_row, split_columns)
+        if const_expr(c.ds_in_smem):
+            self.store_ds = FragmentStore(smem.ds, place.first_row, split_columns)
         if const_expr(not c.p_in_registers):
             self.store_p = FragmentStore(smem.p, place.first_row, split_columns)
 
@@ -120,13 +122,14 @@ class KeyTile:
         p, ds = (cute.make_rmem_tensor_like(acc, self.dtype) for acc in (acc_s, acc_dp))
         narrow(acc_s, p)
         narrow(acc_dp, ds)
-        self.store_ds.store(ds)
+        if const_expr(c.ds_in_smem):
+            self.store_ds.store(ds)
         if const_expr(c.p_in_registers):
             p_rows, ds_rows = self.dv.from_registers(as_operand_a(p)), self.dk.from_registers(as_operand_a(ds))
         else:
             self.store_p.store(p)
             p_rows, ds_rows = self.dv.from_smem(self.load_p, 0), self.dk.from_smem(self.load_ds_rows, 0)
-        if const_expr(not (c.p_in_registers and c.deterministic)):
+        if const_expr(c.ds_in_smem):
             cute.arch.sync_threads()
         self.dv.add(self.acc_dv, p_rows, self.load_dout_rows, stage, True)
         self.dk.add(self.acc_dk, ds_rows, self.load_q_rows, stage, True)
