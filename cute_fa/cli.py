@@ -23,12 +23,21 @@ from cute_fa import support
 from cute_fa.compiler import compile_artifacts
 from cute_fa.dispatch import TABLE
 from cute_fa.errors import ArgumentError, CuteFaError
-from cute_fa.inputs import Inputs, InputSpec, make_inputs
+from cute_fa.inputs import Inputs, InputSpec, make_inputs, output_gradients
 from cute_fa.kernel import KernelConfig
 from cute_fa.names import canonical_name
 from cute_fa.problem import AttentionProblem
 from cute_fa.tour import run_tour, tour_table
-from cute_fa.trial import Machine, TrialResult, choose_machine, config_fields, problem_of_spec, run_trial
+from cute_fa.trial import (
+    BackwardResult,
+    Machine,
+    TrialResult,
+    choose_machine,
+    config_fields,
+    problem_of_spec,
+    run_backward_trial,
+    run_trial,
+)
 from cute_fa.types import Direction, DType, PersistentMode, SmArch
 
 _PIPE_WIDTH = 140  # columns of a table that goes to a pipe or file, which have no width of their own
@@ -57,6 +66,7 @@ class Options:
     page_size: int | None
     backward: bool
     deterministic: bool
+    lse_gradient: bool
     pack_gqa: bool | None
     persistent: str
     seed: int
@@ -89,12 +99,6 @@ class Options:
         )
 
     @property
-    def direction(self) -> Direction:
-        if self.deterministic and not self.backward:
-            raise ArgumentError("--deterministic without --backward: the forward is deterministic anyway")
-        return Direction.BACKWARD if self.backward else Direction.FORWARD
-
-    @property
     def machine(self) -> Machine:
         simulation = {name: getattr(self, name) for name in ("schedule_seed", "late", "race", "num_sms")}
         return choose_machine(SmArch(self.arch) if self.arch else None, **simulation)
@@ -105,8 +109,23 @@ class Options:
         return {"pack_gqa": self.pack_gqa, "persistent": PersistentMode(self.persistent)}
 
     @property
-    def problem(self) -> AttentionProblem:
-        return problem_of_spec(self.spec, self.machine.arch, direction=self.direction, **self.choices)
+    def forward_problem(self) -> AttentionProblem:
+        if not self.backward and self.deterministic:
+            raise ArgumentError("--deterministic without --backward: the forward is deterministic anyway")
+        if not self.backward and self.lse_gradient:
+            raise ArgumentError("--lse-gradient without --backward: a forward takes no gradient")
+        return problem_of_spec(self.spec, self.machine.arch, **self.choices)
+
+    @property
+    def backward_problem(self) -> AttentionProblem:
+        return problem_of_spec(
+            self.spec,
+            self.machine.arch,
+            direction=Direction.BACKWARD,
+            deterministic=self.deterministic,
+            lse_gradient=self.lse_gradient,
+            slopes_gradient=self.alibi,
+        )
 
 
 _SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch's generators take
@@ -128,8 +147,9 @@ _PROBLEM_OPTIONS = [
     click.option("--learnable-sink", is_flag=True, help="An extra logit per head, from the seed."),
     click.option("--varlen", is_flag=True, help="Packed sequences of different lengths, up to seqlen-q and seqlen-k."),
     click.option("--page-size", type=int, help="Keys and values in shuffled pages of this many tokens."),
-    click.option("--backward", is_flag=True),
-    click.option("--deterministic", is_flag=True),
+    click.option("--backward", is_flag=True, help="Also the gradients, for random ones of the output."),
+    click.option("--deterministic", is_flag=True, help="Gradients that are bit-identical between runs."),
+    click.option("--lse-gradient", is_flag=True, help="Give a random gradient of the LSE, too."),
     click.option(
         "--pack-gqa/--no-pack-gqa", default=None, help="Query heads of one kv head share a tile. [default: as it pays]"
     ),
@@ -183,10 +203,17 @@ def _run_one(options: Options, save: Path | None, as_json: bool) -> None:
     if save and not save.absolute().parent.is_dir():
         raise click.BadParameter(f"{save.parent} is no folder", param_hint="--save")
     # A request that no kernel serves fails before any work.
-    TABLE.lookup(options.problem)
+    TABLE.lookup(options.forward_problem)
+    if options.backward:
+        TABLE.lookup(options.backward_problem)
     machine = options.machine
     inputs = make_inputs(options.spec, options.inputs, options.seed, device=machine.device)
-    result = run_trial(inputs, machine, **options.choices)
+    if options.backward:
+        dout, dlse = output_gradients(inputs, options.seed)
+        given = (dout, dlse if options.lse_gradient else None)
+        result = run_backward_trial(inputs, machine, *given, deterministic=options.deterministic, **options.choices)
+    else:
+        result = run_trial(inputs, machine, **options.choices)
     if save:
         saved = _saved(options, inputs, result)
         with _writing("--save", save):
@@ -216,7 +243,9 @@ def compile_command(out: Path, as_json: bool, **given) -> None:
     """Write the kernel that serves the problem as PTX and cubin, named by its compile name. Needs no GPU."""
     options = Options(**given)
     with _errors(as_json):
-        problem = options.problem
+        problem = options.backward_problem if options.backward else options.forward_problem
+        if options.backward and options.choices != {"pack_gqa": None, "persistent": PersistentMode.AUTO}:
+            raise ArgumentError("--pack-gqa or --persistent of a backward: they choose how a forward is computed")
         kernel = TABLE.lookup(problem)
         config = kernel.configure(problem)
         ptx, cubin = compile_artifacts(config)
@@ -287,6 +316,9 @@ def _result_table(result: TrialResult) -> Table:
     table.add_row("ran on", str(result.machine))
     table.add_row("max error of O", f"{comparison.out_error:.3e}, allowed {comparison.out_allowed:.3e}")
     table.add_row("max error of LSE", f"{comparison.lse_error:.3e}, allowed {comparison.lse_allowed:.3e}")
+    if isinstance(result, BackwardResult):
+        for name, error in result.errors.items():
+            table.add_row(f"max error of {name}", f"{error.error:.3e}, allowed {error.allowed:.3e}")
     table.add_row("time", f"{_seconds(result.seconds)}, after {_seconds(result.compile_seconds)} to compile or load")
     table.add_row("result", "[green]within tolerance[/]" if result.ok else "[bold red]OUTSIDE TOLERANCE[/]")
     return table
@@ -300,7 +332,12 @@ def _shown(config: KernelConfig) -> str:
     values = {name: value for name, value in config_fields(config).items() if name not in named}
     shown = [name for name, value in values.items() if absent.get(name, ...) != value]
     shown.sort(key=lambda name: name not in type(config).__annotations__)
-    return ", ".join(f"{name}={values[name]}" for name in shown)
+    return _listed({name: values[name] for name in shown})
+
+
+def _listed(values: dict) -> str:
+    texts = {name: f"({_listed(value)})" if isinstance(value, dict) else value for name, value in values.items()}
+    return ", ".join(f"{name}={text}" for name, text in texts.items())
 
 
 def _seconds(value: float) -> str:
@@ -311,6 +348,8 @@ def _saved(options: Options, inputs: Inputs, result: TrialResult) -> dict:
     """Everything that is needed to recompute the result outside, on the CPU; plain types and tensors only."""
     tensors = {field.name: getattr(inputs, field.name) for field in fields(Inputs) if field.name != "spec"}
     tensors |= {"out": result.out, "lse": result.lse}
+    if isinstance(result, BackwardResult):
+        tensors |= {"dout": result.dout, "dlse": result.dlse, **result.gradients._asdict()}
     spec = {**asdict(inputs.spec), "dtype": inputs.spec.dtype.value}
     return {
         "options": {**asdict(options), "resolved": spec},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,6 +113,15 @@ class Inputs:
             return options
         return lengths | {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k} | options
 
+    def variables(self) -> dict[str, torch.Tensor]:
+        """The tensors that have gradients, by name, in the order of ``reference.Gradients``."""
+        names = ("q", "k", "v", "alibi_slopes", "learnable_sink")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def requiring_gradients(self) -> Inputs:
+        """The same memory, with variables that ask for gradients."""
+        return replace(self, **{name: t.detach().requires_grad_() for name, t in self.variables().items()})
+
     def run(self, **extra) -> Any:
         """Call the public function that takes these inputs; ``extra`` is passed on (``return_lse=True`` …)."""
         from cute_fa.api import flash_attn_func, flash_attn_varlen_func
@@ -171,6 +180,8 @@ def output_gradients(inputs: Inputs, seed: int = 0, poison: bool = True) -> tupl
     """
     spec, q = inputs.spec, inputs.q
     rng = torch.Generator().manual_seed(seed)
+    # not the numbers that q has for the same seed
+    rng.manual_seed(int(torch.randint(2**62, (), generator=rng)))
     dout = torch.randn(*q.shape[:-1], spec.head_dim_v, generator=rng)
     dlse = torch.randn(*q.shape[:-1], generator=rng)
     if poison:

@@ -23,12 +23,15 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from cute_fa.errors import ArgumentError
 from cute_fa.problem import default_scale, normalize_window
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # Scores held at once, in elements: bounds the memory at long lengths.
 _MAX_SCORES = 2**24
@@ -44,6 +47,13 @@ class Gradients(NamedTuple):
     dv: torch.Tensor
     dalibi: torch.Tensor | None
     dsink: torch.Tensor | None
+
+    @classmethod
+    def of(cls, variables: Iterable[str], grads: Iterable[torch.Tensor]) -> Gradients:
+        """Gradients of variables by their names: q, k, v, alibi_slopes, learnable_sink."""
+        by_name = dict(zip(variables, grads, strict=True))
+        names = ("q", "k", "v", "alibi_slopes", "learnable_sink")
+        return cls(*(by_name.get(name) for name in names))
 
 
 class _Span(NamedTuple):

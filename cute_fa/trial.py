@@ -1,10 +1,11 @@
-"""One attention problem run and compared with the reference: what ``python -m cute_fa run`` and its tour do."""
+"""One attention problem, with its backward if wanted, run and compared with the reference: what ``python -m cute_fa
+run`` and its tour do."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from cute_fa.names import canonical_name
 from cute_fa.ops import problem_of_call
 from cute_fa.problem import AttentionProblem, default_scale, normalize_window
 from cute_fa.simulation import simulate
-from cute_fa.types import SmArch
+from cute_fa.types import Direction, SmArch
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -112,9 +113,32 @@ class TrialResult:
         }
 
 
+@dataclass(frozen=True)
+class BackwardResult(TrialResult):
+    """What one problem gave forward and backward. The name, the config and the times are the backward's. ``dout`` and
+    ``dlse`` (None: zero) are the gradients that were given, ``errors`` those of ``gradients`` by name."""
+
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+    gradients: reference.Gradients
+    errors: dict[str, reference.Error]
+
+    @property
+    def ok(self) -> bool:
+        return super().ok and all(error.ok for error in self.errors.values())
+
+    def summary(self) -> dict[str, Any]:
+        """As of a forward, and ``gradients``: by name ``error``, None if not finite, and ``allowed``."""
+        errors = {
+            name: {"error": error.error if math.isfinite(error.error) else None, "allowed": error.allowed}
+            for name, error in self.errors.items()
+        }
+        return {**super().summary(), "gradients": errors}
+
+
 def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionProblem:
     """The problem that a spec describes, without making its tensors; ``choices`` are further fields of the problem:
-    direction, pack_gqa, persistent."""
+    direction, pack_gqa, persistent, deterministic, lse_gradient, slopes_gradient."""
     left, right = normalize_window(spec.window, spec.causal)
     return AttentionProblem(
         arch=arch,
@@ -143,9 +167,14 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionP
 
 
 def config_fields(config: KernelConfig | Machine) -> dict[str, Any]:
-    """The fields by name, in plain types."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    """The fields by name, in plain types; a field that has fields of its own is a dict."""
+    return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return config_fields(value) if is_dataclass(value) else value
 
 
 def run_trial(inputs: Inputs, machine: Machine, **choices: Any) -> TrialResult:
@@ -169,6 +198,65 @@ def run_trial(inputs: Inputs, machine: Machine, **choices: Any) -> TrialResult:
         seconds = _gpu_seconds(run)
     comparison = reference.check(out, lse, inputs.q, inputs.k, inputs.v, **inputs.options())
     return TrialResult(canonical_name(kernel, problem), config, machine, comparison, compile_seconds, seconds, out, lse)
+
+
+def run_backward_trial(
+    inputs: Inputs,
+    machine: Machine,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    deterministic: bool = False,
+    **choices: Any,
+) -> BackwardResult:
+    """Run the inputs forward and backward as :func:`run_trial` does and compare out, lse and all gradients; ``choices``
+    are the forward's."""
+    differentiated = inputs.requiring_gradients()
+    variables = list(differentiated.variables().values())
+    problem = problem_of_spec(
+        inputs.spec,
+        machine.arch,
+        direction=Direction.BACKWARD,
+        deterministic=deterministic,
+        lse_gradient=dlse is not None,
+        slopes_gradient=inputs.alibi_slopes is not None,
+    )
+    kernel = TABLE.lookup(problem)
+    config = kernel.configure(problem)
+
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:
+        return differentiated.run(**choices, deterministic=deterministic, return_lse=True)
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        given = ((out,), dout) if dlse is None else ((out, lse), (dout, dlse))
+        return torch.autograd.grad(given[0], variables, given[1], retain_graph=True)
+
+    if machine.simulated:
+        with machine.simulate():
+            out, lse = forward()
+            compile_seconds, _ = _timed(lambda: compiled(config))
+            seconds, grads = _timed(backward)
+    else:
+        out, lse = forward()
+        compile_seconds, _ = _timed(lambda: compiled(config))
+        grads = backward()
+        seconds = _gpu_seconds(backward)
+    gradients = reference.Gradients.of(differentiated.variables(), grads)
+    out, lse, given = out.detach(), lse.detach(), (inputs.q, inputs.k, inputs.v)
+    return BackwardResult(
+        canonical_name(kernel, problem),
+        config,
+        machine,
+        reference.check(out, lse, *given, **inputs.options()),
+        compile_seconds,
+        seconds,
+        out,
+        lse,
+        dout,
+        dlse,
+        gradients,
+        reference.check_gradients(gradients, *given, dout, dlse, **inputs.options()),
+    )
 
 
 def _timed(function) -> tuple[float, Any]:

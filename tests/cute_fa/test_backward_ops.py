@@ -42,22 +42,18 @@ def simulated():
 
 
 def variables(inputs: Inputs) -> tuple[Inputs, list[torch.Tensor]]:
-    """The inputs with everything that has a gradient as a leaf that asks for it, and those leaves."""
-    names = ("q", "k", "v", "alibi_slopes", "learnable_sink")
-    tensors = {name: getattr(inputs, name) for name in names if getattr(inputs, name) is not None}
-    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-    return dataclasses.replace(inputs, **leaves), list(leaves.values())
+    """The inputs asking for gradients, and what asks for one."""
+    inputs = inputs.requiring_gradients()
+    return inputs, list(inputs.variables().values())
 
 
 def check(inputs: Inputs, grads, dout, dlse=None) -> None:
     """Compare gradients, those of slopes and sink only where there are any."""
-    grads = iter(grads)
-    present = (True, True, True, inputs.alibi_slopes is not None, inputs.learnable_sink is not None)
-    named = Gradients(*(next(grads) if there else None for there in present))
+    named = Gradients.of(inputs.variables(), [grad for grad in grads if grad is not None])
     given = (inputs.q.detach(), inputs.k.detach(), inputs.v.detach(), dout, dlse)
     options = {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in inputs.options().items()}
     errors = reference.check_gradients(named, *given, **options)
-    assert len(errors) == sum(present)
+    assert len(errors) == len(inputs.variables())
     assert all(error.ok for error in errors.values()), errors
 
 

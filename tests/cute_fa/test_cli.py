@@ -11,14 +11,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cute_fa import cli, simulate, support
+from cute_fa import cli, reference, simulate, support
 from cute_fa.api import prepare
+from cute_fa.autograd import problem_of_backward
 from cute_fa.dispatch import TABLE
 from cute_fa.inputs import Inputs, InputSpec, make_inputs
 from cute_fa.ops import problem_of_call
 from cute_fa.tour import GPT_OSS, Stop
 from cute_fa.trial import Machine, choose_machine, problem_of_spec
-from cute_fa.types import DType, PersistentMode, SmArch
+from cute_fa.types import Direction, DType, PersistentMode, SmArch
 
 SMALL = ["--seqlen-q", "70", "--heads", "2", "--head-dim", "32", "--arch", "sm_80"]
 
@@ -53,6 +54,43 @@ def test_saved_tensors_recompute_the_result(tmp_path):
     assert (saved["lse"] - lse).abs().max() < 1e-3
     assert saved["options"]["seqlen_k"] == 90
     assert saved["options"]["resolved"]["heads_kv"] == 1
+
+
+def test_saved_gradients_are_those_of_the_formula(tmp_path):
+    """Of everything that has one, by torch's autograd through the formula in float64."""
+    file = tmp_path / "run.pt"
+    features = "--backward --seqlen-k 90 --heads-kv 1 --causal --softcap 5 --alibi --learnable-sink --lse-gradient"
+    done = invoke("run", *SMALL, *features.split(), "--seed", "5", "--save", str(file), "--json")
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    name = "fa2_bwd_sm80_bf16_hd32_causal_alibi_softcap5_lsink_gqa2_dlse_dalibi"
+    assert (summary["ok"], summary["canonical_name"]) == (True, name)
+    saved = torch.load(file)
+    names = ("q", "k", "v", "alibi_slopes", "learnable_sink")
+    q, k, v, slopes, sink = leaves = [saved[name].double().requires_grad_() for name in names]
+    scores = 5 * torch.tanh(torch.einsum("bihd,bjd->bhij", q, k[:, :, 0]) * 32**-0.5 / 5)
+    distance = torch.arange(70)[:, None] + 20 - torch.arange(90)
+    scores = (scores - slopes[:, None, None] * distance.abs()).masked_fill(distance < 0, -torch.inf)
+    lse = torch.logsumexp(torch.cat((scores, sink[:, None, None].expand(1, 2, 70, 1)), -1), -1)
+    out = torch.einsum("bhij,bjd->bihd", torch.exp(scores - lse[..., None]), v[:, :, 0])
+    exact = torch.autograd.grad((out, lse), leaves, (saved["dout"].double(), saved["dlse"].double()))
+    for name, grad in zip(("dq", "dk", "dv", "dalibi", "dsink"), exact, strict=True):
+        error = (saved[name].double() - grad).abs().max().item()
+        assert error == pytest.approx(summary["gradients"][name]["error"], abs=1e-4 * grad.abs().max().item())
+        assert error < summary["gradients"][name]["allowed"] < 0.1 * grad.abs().max()
+    assert not torch.equal(saved["dout"].flatten(), saved["q"].flatten())
+
+
+def test_a_plain_backward(tmp_path):
+    file = tmp_path / "run.pt"
+    done = invoke("run", *SMALL, "--backward", "--save", str(file))
+    assert done.exit_code == 0, done.output
+    for part in ("fa2_bwd_sm80_bf16_hd32 ", "max error of LSE", "max error of dq", "max error of dv"):
+        assert part in done.stdout
+    assert "dalibi" not in done.stdout
+    saved = torch.load(file)
+    assert saved["dk"].shape == saved["k"].shape and saved["dout"].shape == saved["out"].shape
+    assert (saved["dlse"], saved["dalibi"], saved["dsink"]) == (None, None, None)
 
 
 @pytest.mark.parametrize("direction", ["--inputs peaked", "--schedule-seed 3"])
@@ -144,6 +182,13 @@ def test_a_spec_has_the_problem_of_its_tensors(spec):
     inputs = make_inputs(spec)
     call = prepare(inputs.q, inputs.k, inputs.v, **inputs.arguments(), **choices)
     assert problem_of_spec(spec, SmArch.SM_90A, **choices) == problem_of_call(SmArch.SM_90A, call)
+    if spec.page_size is None:
+        wanted = {"deterministic": True, "lse_gradient": True, "slopes_gradient": spec.alibi}
+        out, lse = reference.attention(inputs.q, inputs.k, inputs.v, **inputs.options())
+        out = out.to(inputs.q.dtype)
+        given = (out, lse, out, lse, call._replace(deterministic=True), spec.alibi)
+        backward = problem_of_spec(spec, SmArch.SM_90A, direction=Direction.BACKWARD, **wanted)
+        assert backward == problem_of_backward(SmArch.SM_90A, *given)
 
 
 def test_a_wrong_result_exits_with_one(monkeypatch):
@@ -162,10 +207,26 @@ def test_a_wrong_result_exits_with_one(monkeypatch):
     assert "OUTSIDE TOLERANCE" in invoke("run", *SMALL).stdout
 
 
+def test_a_wrong_gradient_exits_with_one(monkeypatch):
+    right = torch.autograd.grad
+
+    def wrong(*arguments, **options):
+        dq, dk, dv = right(*arguments, **options)
+        dk[0, -1, -1, -1] += 0.5
+        return dq, dk, dv
+
+    monkeypatch.setattr(torch.autograd, "grad", wrong)
+    done = invoke("run", *SMALL, "--backward", "--json")
+    errors = json.loads(done.stdout)["gradients"]
+    assert (done.exit_code, json.loads(done.stdout)["ok"]) == (1, False)
+    assert [name for name, error in errors.items() if error["error"] > error["allowed"]] == ["dk"]
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ("--backward --page-size 64", "page_size 64: gradients exist for contiguous K and V"),
+        ("--lse-gradient", "--lse-gradient without --backward"),
+        ("--backward --page-size 64", "page_size 64: "),
         ("--deterministic", "--deterministic without --backward"),
         ("--page-size 64", "page"),
         ("--page-size 24", "page_size=24"),
