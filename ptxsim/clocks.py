@@ -194,12 +194,16 @@ class Clocks:
         agent = self.agent(kind, w)
         self.tensor[w, agent] = self.known[w, ORDERED, agent]
 
+    def tensor_issued(self, w):
+        """The warps have issued a tcgen05.mma, cp or shift."""
+        self.known[w, ORDERED, self.agent(ISSUED, w)] = self.limit(self.groups[TCGEN05].clock[w])
+        self.groups[TCGEN05].clock[w] += 1
+
     def tensor_before(self, w):
         """tcgen05.fence::before_thread_sync."""
-        fixed = slice(self.fixed)
+        fixed, issued = slice(self.fixed), self.agent(ISSUED, w)
         self.known[w, TENSOR, fixed] = np.maximum(self.known[w, TENSOR, fixed], self.tensor[w])
-        self.known[w, TENSOR, self.agent(ISSUED, w)] = self.limit(self.groups[TCGEN05].clock[w])
-        self.groups[TCGEN05].clock[w] += 1
+        self.known[w, TENSOR, issued] = self.known[w, ORDERED, issued]
 
     def tensor_after(self, w):
         """tcgen05.fence::after_thread_sync."""

@@ -9,6 +9,10 @@ threads need the fences but no completion. Registers that tcgen05.ld writes need
 The ISA orders two mma only if shape, kind and accumulator are the same, and cp after mma not at all. FlashAttention-4
 lets S overwrite P that the mma before still reads, CUTLASS copies the next scale factors under an mma: in order here.
 
+A program that lacks either of the fences altogether is checked as if it had both around everything that synchronises:
+CUTLASS, FlashAttention-4 and quack leave them out, and ptxas keeps tcgen05 instructions in place there. Completion is
+asked of every program.
+
 A cell is 16 lanes of a column, as much as the narrowest access. The last write and the last read of every agent are
 kept.
 """
@@ -35,6 +39,8 @@ class TensorRaces:
         # readers of a CTA's cells: tcgen05.ld of its warps, then the mma of the warps of its cluster
         self.read = np.zeros((m.wpc * (1 + m.cluster_size), count), np.uint32)
         self.active = []
+        sides = {i.parts[1] for i in m.prog.body if i.root == "tcgen05" and i.parts[1].startswith("fence")}
+        self.fenced = len(sides) == 2  # see above
         self.patterns = {}  # of loads and stores of registers, see ``registers``
 
     # ---- accesses ---------------------------------------------------------------------------------
@@ -83,12 +89,16 @@ class TensorRaces:
         clocks, m = self.clocks, self.machine
         for agents, table, earlier in self._earlier(cells, writes):
             stamps = table[cells]
-            bad = stamps >= clocks.tensor[w[:, None], self._columns(agents, kind)]
+            columns = self._columns(agents, kind)
+            bad = stamps >= (clocks.tensor[w[:, None], columns] if self.fenced else
+                             clocks.known[w[:, None], ORDERED, columns])  # fmt: skip
             if kind == TCGEN05:
                 bad &= agents != clocks.agent(TCGEN05, w)[:, None]  # in the order of issue
             if bad.any():
                 self._raise(w, cells, agents, stamps, bad, earlier, "write" if writes else "read", kind)
         stamps = clocks.async_stamps(kind, w)[:, None]
+        if kind == TCGEN05:
+            clocks.tensor_issued(w)
         if writes:
             self.writer[cells], self.written[cells] = clocks.agent(kind, w)[:, None], stamps
             return

@@ -160,7 +160,8 @@ def multiply(
     @%p10 tcgen05.mma.cta_group::1.kind::{kind} [%r55], {operand}, %rd4, %r61, %p1;
     @%p10 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r52];
   WAIT: mbarrier.try_wait.parity.shared.b64 %p11, [%r52], 0; @!%p11 bra WAIT;
-    tcgen05.ld.sync.aligned.32x32b.x{n}.b32 {names(200, n)}, [%r56]; mad.wide.u32 %rd7, %t, {4 * n}, %out0; {store}"""
+    tcgen05.fence::after_thread_sync; tcgen05.ld.sync.aligned.32x32b.x{n}.b32 {names(200, n)}, [%r56];
+    tcgen05.wait::ld.sync.aligned; mad.wide.u32 %rd7, %t, {4 * n}, %out0; {store}"""
     out = tensor_run(
         body,
         [np.concatenate([image_a, image_b]), np.array(descriptors, np.uint64), np.resize(rows, (128, 32))],
