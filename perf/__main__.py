@@ -13,7 +13,7 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from cute_fa.errors import CuteFaError, DeviceError
+from cute_fa.errors import ArgumentError, CuteFaError, DeviceError
 from cute_fa.types import Direction, DType, SmArch
 from perf.device import CudaDevice
 from perf.providers import PROVIDERS, CuteFa
@@ -226,6 +226,24 @@ def sweep(
 
 
 _TABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=_TABLE)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder.  [default: the first file's name]"
+)
+def plot(files: tuple[Path, ...], out: Path | None) -> None:
+    """Curves and heat maps of ratios to each peer from tables of results, CSV or Parquet: PNG files, and a page
+    index.html that needs nothing else."""
+    from perf.plot import load, write
+
+    with _errors():
+        table = load(list(files))
+        if not (table.status == "ok").any():
+            raise ArgumentError(f"{', '.join(map(str, files))}: nothing was measured")
+        for path in write(table, out or files[0].with_suffix("")):
+            click.echo(path)
 
 
 @main.command()

@@ -162,21 +162,22 @@ class Workload:
 
 
 def problem_name(columns: Mapping[str, Any]) -> str:
-    """One line for a problem's columns, with what is at its usual value left out."""
+    """One line for a problem's columns."""
+    lengths = f"{columns['batch']}×{columns['seqlen_k']}"
+    return f"{columns['direction']} {columns['dtype']} {lengths} {configuration_name(columns)}"
 
-    def given(name: str) -> bool:
-        return columns[name] is not None and not pd.isna(columns[name])
 
+def configuration_name(columns: Mapping[str, Any]) -> str:
+    """What problems of different lengths have in common; what is at its usual value is left out."""
+    decode = columns["phase"] == "decode"
     value = f"v{columns['head_dim_v']}" if columns["head_dim_v"] != columns["head_dim"] else ""
     parts = [
-        f"{columns['direction']} {columns['dtype']} d{columns['head_dim']}{value}",
-        f"h{columns['heads']}/{columns['heads_kv']}",
-        "decode" if columns["phase"] == "decode" else "",
-        f"{columns['batch']}×{columns['seqlen_k']}",
-        "" if columns["phase"] == "decode" else "causal" if columns["causal"] else "full",
-        f"window {columns['window_left']}" if given("window_left") else "",
+        "decode" if decode else "",
+        f"d{columns['head_dim']}{value} h{columns['heads']}/{columns['heads_kv']}",
+        "" if decode else "causal" if columns["causal"] else "full",
+        "" if pd.isna(columns["window_left"]) else f"window {columns['window_left']}",
         "" if columns["lengths"] == "dense" else columns["lengths"],
-        f"pages of {columns['page_size']}" if given("page_size") else "",
+        "" if pd.isna(columns["page_size"]) else f"pages of {columns['page_size']}",
     ]
     return " ".join(filter(None, parts))
 

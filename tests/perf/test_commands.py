@@ -43,7 +43,7 @@ def test_sweep_writes_and_resumes(device, tmp_path):
     assert len(table) == 3 * 2 * 2
     assert csv.with_suffix(".parquet").exists()
     assert "clocks are not recorded" in done.stderr
-    assert "fwd bf16 d16 h2/1 2×24 causal: cute-fa 2 ms, FA2 3 ms, absent skipped" in done.stderr.replace("\n", " ")
+    assert "fwd bf16 2×24 d16 h2/1 causal: cute-fa 2 ms, FA2 3 ms, absent skipped" in done.stderr.replace("\n", " ")
     gbps = table[(table.provider == "cute-fa") & (table.seqlen_k == 24)].gbps.iloc[0]
     assert f"{gbps:.0f} GB/s" in done.stdout
     again = invoke("sweep", *GRID, "--mask", "full")

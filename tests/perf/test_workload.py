@@ -117,9 +117,9 @@ def test_windows_of_columns_and_name():
     assert (sliding.columns()["window_left"], sliding.columns()["window_right"]) == (1024, 0)
     assert Workload(window=1024).window_size == (1024, 1024)
     assert Workload(decode=True, window=1024).window_size == (1024, 0)
-    name = f"fwd bf16 d128 h16/4 {sliding.batch}×4096 causal window 1024 uniform pages of 64"
+    name = f"fwd bf16 {sliding.batch}×4096 d128 h16/4 causal window 1024 uniform pages of 64"
     assert str(sliding) == name
-    assert str(Workload(decode=True, head_dim=192)) == "fwd bf16 d192v128 h16/16 decode 4×4096"
+    assert str(Workload(decode=True, head_dim=192)) == "fwd bf16 4×4096 decode d192v128 h16/16"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from perf.workload import Workload
 def measured(workload: Workload, provider: str, *samples: float, gpu: str = "H100", **columns: Any) -> dict[str, Any]:
     """A row of these times in ms; skipped without any."""
     row = dict.fromkeys(COLUMNS) | workload.columns() | {"provider": provider, "gpu": gpu, "date": "2026-11-01"}
-    row |= {"status": "skipped", "reason": "not installed", "version": "1"}
+    row |= {"flops": workload.work.flops, "bytes": workload.work.bytes, "version": "1"}
+    row |= {"status": "skipped", "reason": "not installed"}
     if samples:
         ceilings = Ceilings(dict.fromkeys(TORCH_DTYPES.values(), 800.0), gbps=4000.0)
         row |= figures(workload, Timing(samples), ceilings) | {"reason": None}
