@@ -1,7 +1,8 @@
 """Conversions: PTX ISA 9.7.9 cvt.
 
 Integers to integers (with .sat), floats to integers (saturating, NaN gives 0, or the most negative value's bits for
-64 bits), integers to floats, floats to floats, the packed forms to f16x2, bf16x2, e4m3x2 and e5m2x2 and back, and tf32.
+64 bits), integers to floats, floats to floats, the packed forms to f16x2, bf16x2 and pairs of 8, 6 and 4 bits and back,
+tf32. Stochastic rounding (.rs) and s2f6 are refused.
 """
 
 from __future__ import annotations
@@ -198,9 +199,9 @@ def pack_fp8_from_single(gen, args, mods):
     gen.write(args[0], f"{gen.fn(pack_fp8)}({high}, {low}, {mods.to!r}, {bool(mods.relu)})", "u2")
 
 
-@form("cvt.rn.satfinite[.{relu}].{to}.{src}", to="e4m3x2|e5m2x2", src="f16x2")
+@form("cvt.rn.satfinite[.{relu}].{to}.{src}", to="e4m3x2|e5m2x2", src="f16x2|bf16x2")
 def pack_fp8_from_half(gen, args, mods):
-    x, decode = gen.read(args[1], "u4"), gen.fn(numerics.f16_to_f32)
+    x, decode = gen.read(args[1], "u4"), gen.fn(_DECODE[mods.src[:-2]])
     halves = f"{decode}({x} >> u4(16)), {decode}({x} & u4(0xffff))"
     gen.write(args[0], f"{gen.fn(pack_fp8)}({halves}, {mods.to!r}, {bool(mods.relu)})", "u2")
 
@@ -214,6 +215,79 @@ def unpack_fp8(x, src, relu):
 @form("cvt.rn[.{relu}].f16x2.{src}", src="e4m3x2|e5m2x2")
 def unpack_fp8_to_half(gen, args, mods):
     gen.write(args[0], f"{gen.fn(unpack_fp8)}({gen.read(args[1], 'u2')}, {mods.src!r}, {bool(mods.relu)})", "u4")
+
+
+# ---- pairs of 6 and 4 bits, ue8m0 -----------------------------------------------------------------
+_SMALL = {"e2m1x2": numerics.E2M1, "e2m3x2": numerics.E2M3, "e3m2x2": numerics.E3M2}
+_SMALL_TYPES = "|".join(_SMALL)
+
+
+def _halves(x, src):
+    """(upper, lower) of f16x2 or bf16x2 as float32."""
+    return (_DECODE[src[:-2]](v) for v in (x >> np.uint32(16), x & np.uint32(0xFFFF)))
+
+
+def pack_small(high, low, to, relu):
+    """Pairs of e2m1 in a byte, of e2m3 and e3m2 in two."""
+    low, high = (numerics.f32_to_small(_rectify(x, relu), _SMALL[to]) for x in (low, high))
+    return (low | high << np.uint32(4 if to == "e2m1x2" else 8)).astype(np.uint16)
+
+
+def pack_small_halves(x, src, to, relu):
+    return pack_small(*_halves(x, src), to, relu)
+
+
+@form("cvt.rn.satfinite[.{relu}].{to}.f32", to=_SMALL_TYPES)
+def pack_small_from_single(gen, args, mods):
+    high, low = gen.read(args[1], "f4"), gen.read(args[2], "f4")
+    gen.write(args[0], f"{gen.fn(pack_small)}({high}, {low}, {mods.to!r}, {bool(mods.relu)})", "u2")
+
+
+@form("cvt.rn.satfinite[.{relu}].{to}.{src}", to=_SMALL_TYPES, src="f16x2|bf16x2")
+def pack_small_from_half(gen, args, mods):
+    call = f"({gen.read(args[1], 'u4')}, {mods.src!r}, {mods.to!r}, {bool(mods.relu)})"
+    gen.write(args[0], gen.fn(pack_small_halves) + call, "u2")
+
+
+def unpack_small(x, src, relu):
+    bits = 4 if src == "e2m1x2" else 8
+    mask = np.uint16(15 if bits == 4 else 63)
+    low, high = (_rectify(_SMALL[src][v & mask], relu) for v in (x, x >> np.uint16(bits)))
+    return numerics.f32_to_f16(low) | (numerics.f32_to_f16(high) << np.uint32(16))
+
+
+@form("cvt.rn[.{relu}].f16x2.{src}", src=_SMALL_TYPES)
+def unpack_small_to_half(gen, args, mods):
+    gen.write(args[0], f"{gen.fn(unpack_small)}({gen.read(args[1], 'u2')}, {mods.src!r}, {bool(mods.relu)})", "u4")
+
+
+def pack_scales(high, low, mode, finite):
+    low, high = (numerics.f32_to_ue8m0(x, mode == "rp", finite) for x in (low, high))
+    return (low | high << np.uint32(8)).astype(np.uint16)
+
+
+def pack_scales_of_halves(x, mode, finite):
+    return pack_scales(*_halves(x, "bf16x2"), mode, finite)
+
+
+@form("cvt.{rnd}[.{satfinite}].ue8m0x2.{src}", rnd="rz|rp", satfinite="satfinite", src="f32|bf16x2")
+def to_scales(gen, args, mods):
+    options = f"{mods.rnd!r}, {bool(mods.satfinite)}"
+    if mods.src == "f32":
+        call = f"{gen.fn(pack_scales)}({gen.read(args[1], 'f4')}, {gen.read(args[2], 'f4')}, {options})"
+    else:
+        call = f"{gen.fn(pack_scales_of_halves)}({gen.read(args[1], 'u4')}, {options})"
+    gen.write(args[0], call, "u2")
+
+
+def unpack_scales(x):
+    low, high = (numerics.f32_to_bf16(numerics.ue8m0_to_f64(v)) for v in (x & np.uint16(0xFF), x >> np.uint16(8)))
+    return low | (high << np.uint32(16))
+
+
+@form("cvt.rn.bf16x2.ue8m0x2")
+def from_scales(gen, args, mods):
+    gen.write(args[0], f"{gen.fn(unpack_scales)}({gen.read(args[1], 'u2')})", "u4")
 
 
 def round_to_tf32(x, mode, relu, finite):
