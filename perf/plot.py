@@ -123,10 +123,12 @@ def _curves(group: pd.DataFrame, common: dict[str, Any], title: str) -> Figure:
         ceiling = panel.drop_duplicates("seqlen_k").sort_values("seqlen_k")
         axis.plot(ceiling.seqlen_k, ceiling[work] / ceiling.ceiling_ms / scale, "k--", linewidth=1, label="ceiling")
         axis.set_xscale("log", base=2)
+        axis.set_xticks(ceiling.seqlen_k, [str(seqlen) for seqlen in ceiling.seqlen_k])
         axis.set_ylim(bottom=0)
         axis.set(title=_panel_name(common, key), xlabel="seqlen", ylabel=unit)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    handles = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
@@ -143,11 +145,12 @@ def _ratios(group: pd.DataFrame, common: dict[str, Any], peer: str) -> pd.DataFr
 def _heat_map(ratios: pd.DataFrame, title: str) -> Figure:
     figure = Figure(figsize=(2.5 + 0.8 * ratios.shape[1], 1.2 + 0.35 * ratios.shape[0]), layout="constrained")
     axis = figure.subplots()
-    limit = math.log2(_RATIO_LIMIT)
-    axis.imshow(np.log2(ratios.to_numpy(dtype=float)), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-    for (row, column), ratio in np.ndenumerate(ratios.to_numpy(dtype=float)):
-        if ratio == ratio:
-            axis.text(column, row, f"{ratio:.2f}", ha="center", va="center", fontsize=8)
+    limit, shown = math.log2(_RATIO_LIMIT), np.log2(ratios.to_numpy(dtype=float))
+    axis.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    for (row, column), value in np.ndenumerate(shown):
+        if value == value:
+            colour = "white" if abs(value) > limit / 2 else "black"
+            axis.text(column, row, f"{2**value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(ratios.shape[1]), [str(seqlen) for seqlen in ratios.columns])
     axis.set_yticks(range(ratios.shape[0]), ratios.index)
     axis.set(title=title, xlabel="seqlen")
