@@ -3,20 +3,22 @@
 #   make run        the tour: real model layers against the reference
 #   make test       the test suite (tests that need a GPU only where there is one)
 #   make lint       ruff
-#   make gpu-check  the GPU tests; without a GPU the static checks
+#   make gpu-check  GPU tests, compute-sanitizer, a short sweep; without a GPU the static checks
 #
 # Variables: PY=python3 uses an interpreter that already has everything instead of making .venv.
-#            TORCH_INDEX=URL names a package index for torch, e.g. one that has builds for the CPU alone.
+#            TORCH_INDEX=URL names a package index for torch, e.g. one that has builds for the CPU alone. Where the driver
+#            supports no CUDA beyond 12 it is PyTorch's own, since the build that others offer by default is for CUDA 13.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .PHONY: run test lint gpu-check clean
 
-HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo 1)
-CUDA_MAJOR := $(if $(HAS_GPU),$(shell nvidia-smi | sed -n 's/.*CUDA Version: \([0-9]*\).*/\1/p'))
-EXTRAS := dev,perf,$(if $(filter 12,$(CUDA_MAJOR)),cu12,$(if $(CUDA_MAJOR),cu13,cu12))
-TORCH := $(if $(HAS_GPU),torch,torch==2.13.0)
+# The major version of CUDA that the driver supports; empty without a GPU.
+CUDA_MAJOR := $(shell $(if $(filter undefined,$(origin PY)),python3,$(PY)) perf/cuda_driver.py 2>/dev/null)
+EXTRAS := dev,perf,$(if $(filter-out 12,$(CUDA_MAJOR)),cu13,cu12)
+TORCH := $(if $(CUDA_MAJOR),torch,torch==2.13.0)
+TORCH_INDEX ?= $(if $(filter 12,$(CUDA_MAJOR)),https://download.pytorch.org/whl/cu128)
 
 ifeq ($(origin PY),undefined)
 PY := .venv/bin/python
@@ -34,12 +36,7 @@ lint: $(ENVIRONMENT)
 	$(PY) -m ruff format --check .
 
 gpu-check: $(ENVIRONMENT)
-ifdef HAS_GPU
-	$(PY) -m pytest -m gpu $(ARGS)
-else
-	@echo "No GPU on this machine: the GPU tests are not run. Static figures of the compiled kernels:"
-	$(PY) -m perf static
-endif
+	$(PY) -m perf gpu-check -- $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
@@ -53,7 +50,7 @@ clean:
 	done
 	if [ -z "$$python" ]; then echo "No Python from 3.10 on with its venv module was found on the PATH." >&2; exit 1; fi
 	site=
-	if [ -n "$(HAS_GPU)" ] && $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+	if [ -n "$(CUDA_MAJOR)" ] && $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
 	  site=--system-site-packages
 	fi
 	echo "Setting up .venv with $$($$python --version); this takes a few minutes."

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 import pandas as pd
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -274,6 +276,40 @@ def compare(
     if len(shown):
         _print(shown.round({"before_ms": 4, "after_ms": 4, "ratio": 3}), markdown)
     if table.verdict.isin(REGRESSIONS).any():
+        sys.exit(1)
+
+
+@main.command("gpu-check")
+@click.argument("pytest_arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def gpu_check(context: click.Context, pytest_arguments: tuple[str, ...]) -> None:
+    """What a machine with a GPU can check: the tests marked gpu, compute-sanitizer on a few problems, a short sweep.
+
+    Writes perf/results/GPU/DATE-check-TIME.csv, a summary (.md) and a folder of logs beside it, and exits with 1 if
+    anything failed. On a machine without a GPU it says so and runs "static".
+    """
+    from perf import cuda_driver
+    from perf.gpu_check import check
+
+    found = cuda_driver.driver()
+    if found is None:
+        click.echo("No GPU on this machine: nothing is run on one. Static figures of the compiled kernels:")
+        context.invoke(static)
+        return
+    try:
+        device = CudaDevice()
+    except DeviceError:
+        cuda = ".".join(map(str, found.cuda))
+        click.echo(
+            f"The driver sees {found.gpus} GPU and supports CUDA {cuda}, torch {torch.__version__} for CUDA "
+            f"{torch.version.cuda} sees none: install a build for at most CUDA {cuda}.",
+            err=True,
+        )
+        sys.exit(1)
+    csv = result_path(device.columns()["gpu"], f"check-{datetime.now():%H%M%S}.csv")
+    outcomes = check(device.arch, csv, pytest_arguments, click.echo)
+    click.echo(csv.with_suffix(".md").read_text())
+    if any(outcome.bad for outcome in outcomes):
         sys.exit(1)
 
 

@@ -1,0 +1,167 @@
+"""What ``make gpu-check`` does where there is a GPU and where there is none, with commands that only pretend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cute_fa.cli import main as cute_fa_main
+from cute_fa.types import SmArch
+from perf import __main__ as command_line
+from perf import cuda_driver, gpu_check
+from perf import results as results_module
+from perf.cuda_driver import Driver
+from perf.gpu_check import Step
+from tests.testing.clock import FakeDevice
+
+ROOT = Path(__file__).parents[2]
+DRIVER = """
+int cuInit(unsigned flags) {{ return {init}; }}
+int cuDeviceGetCount(int *count) {{ *count = {gpus}; return 0; }}
+int cuDriverGetVersion(int *version) {{ *version = {version}; return 0; }}
+"""
+
+
+def fake_driver(folder: Path, init: int = 0, gpus: int = 2, version: int = 12080) -> Path:
+    source, library = folder / "driver.c", folder / "libcuda.so.1"
+    source.write_text(DRIVER.format(init=init, gpus=gpus, version=version))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({}, Driver(2, (12, 8))),
+        ({"version": 13000}, Driver(2, (13, 0))),
+        ({"gpus": 0}, None),
+        ({"init": 100}, None),  # CUDA_ERROR_NO_DEVICE
+    ],
+)
+def test_driver_is_asked_without_nvidia_smi(tmp_path, fields, found):
+    assert cuda_driver.driver(str(fake_driver(tmp_path, **fields))) == found
+
+
+def test_without_a_driver_there_is_no_gpu():
+    assert cuda_driver.driver("libno-such-driver.so.1") is None
+
+
+@pytest.mark.parametrize(
+    ("version", "extra", "index"), [(12040, "cu12", "whl/cu128"), (13010, "cu13", ""), (None, "cu12", "")]
+)
+def test_make_installs_what_the_driver_supports(tmp_path, version, extra, index):
+    """The commands that make would run, on a machine whose driver is the one made here, or that has none."""
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    if version:
+        fake_driver(tmp_path, version=version)
+        environment["LD_LIBRARY_PATH"] = str(tmp_path)
+    done = subprocess.run(
+        ["make", "-nB", "gpu-check"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert f"[dev,perf,{extra}]" in installs[-1]
+    assert ('"torch"' in installs[0]) == bool(version)
+    assert ("--index-url" in installs[0]) == bool(index)
+    assert index in installs[0]
+    assert "-m perf gpu-check" in done.stdout
+
+
+def test_steps_run_each_tool_on_each_problem(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "_compute_sanitizer", lambda: "/cuda/compute-sanitizer")
+    csv = tmp_path / "check.csv"
+    for arch, problems in ((SmArch.SM_80, 3), (SmArch.SM_90A, 4)):
+        steps = list(gpu_check.steps(arch, csv, ("-k", "forward")))
+        names = [step.name for step in steps]
+        tools = [f"{tool} {n}" for tool in ("memcheck", "racecheck", "synccheck") for n in range(1, problems + 1)]
+        assert names == ["gpu tests", *tools, "sweep 1", "sweep 2"]
+        assert steps[0].command[1:] == ("-m", "pytest", "-m", "gpu", "-k", "forward")
+        assert all(
+            step.command[:3] == ("/cuda/compute-sanitizer", "--tool", step.name.split()[0]) for step in steps[1:-2]
+        )
+        assert all(step.command[-1] == str(csv) for step in steps[-2:])
+
+
+@pytest.mark.parametrize("problem", gpu_check._SANITIZED + gpu_check._SANITIZED_SM90)
+def test_sanitized_problems_are_served(problem, tmp_path):
+    command = ["compile", *problem.split(), "--arch", "sm_90a", "--out", str(tmp_path)]
+    done = CliRunner().invoke(cute_fa_main, command)
+    assert done.exit_code == 0, done.output
+    # what compute-sanitizer is told to instrument
+    assert all(gpu_check._KERNELS.removeprefix("kns=") in ptx.read_text() for ptx in tmp_path.glob("*.ptx"))
+
+
+@pytest.mark.parametrize("grid", gpu_check._SWEEP)
+def test_swept_grids_make_sense(grid):
+    done = CliRunner().invoke(command_line.main, ["sweep", *grid.split(), "--dry-run"])
+    assert done.exit_code == 0, done.output
+
+
+def fake_steps(arch, csv, pytest_arguments):
+    python = sys.executable
+    yield Step("fine", (python, "-c", "print('all well')"))
+    yield Step("bad", (python, "-c", "import sys; print('out of bounds'); sys.exit(86)"))
+    yield Step("slow", (python, "-c", "import time; time.sleep(60)"), limit_s=1)
+    yield Step("absent", ("no-such-tool",), missing="not found")
+    yield Step("last", (python, "-c", f"open({str(csv)!r}, 'w').write('measured')"))
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda_driver, "driver", lambda: Driver(1, (13, 0)))
+    monkeypatch.setattr(command_line, "CudaDevice", FakeDevice)
+    monkeypatch.setattr(results_module, "_FOLDER", tmp_path)
+    monkeypatch.setattr(gpu_check, "steps", fake_steps)
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(command_line.main, ["gpu-check", *arguments])
+
+
+def test_every_step_runs_and_the_summary_tells(gpu, tmp_path):
+    done = invoke()
+    assert done.exit_code == 1, done.output
+    (summary,) = tmp_path.glob("fake-h100/*-check-*.md")
+    assert summary.with_suffix(".csv").read_text() == "measured"
+    lines = summary.read_text().splitlines()
+    results = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in lines[2:7]}
+    assert results == {"fine": "ok", "bad": "failed", "slow": "timed out", "absent": "not found", "last": "ok"}
+    assert "out of bounds" in lines and "all well" not in lines
+    assert (summary.with_suffix("") / "fine.log").read_text() == "all well\n"
+    assert summary.read_text() in done.stdout
+
+
+def test_what_is_not_installed_does_not_fail(gpu, monkeypatch):
+    chosen = [step for step in fake_steps(None, "unused", ()) if step.name in ("fine", "absent")]
+    monkeypatch.setattr(gpu_check, "steps", lambda *arguments: chosen)
+    done = invoke()
+    assert done.exit_code == 0, done.output
+    assert "absent: not found" in done.stdout
+
+
+def test_without_a_gpu_the_static_figures_are_made(monkeypatch):
+    monkeypatch.setattr(cuda_driver, "driver", lambda: None)
+    asked = []
+
+    def static_table(keys, *, fa4, progress):
+        asked.extend(keys)
+        return pd.DataFrame({"per_score": [5.5]})
+
+    monkeypatch.setattr("perf.static.static_table", static_table)
+    done = invoke()
+    assert done.exit_code == 0, done.output
+    assert "No GPU on this machine" in done.stdout and "5.5" in done.stdout
+    assert len(asked) == 2 * 3 * 2
+
+
+def test_a_torch_that_does_not_see_the_gpu_is_an_error(monkeypatch):
+    monkeypatch.setattr(cuda_driver, "driver", lambda: Driver(1, (12, 4)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = invoke()
+    assert done.exit_code == 1
+    assert "supports CUDA 12.4" in done.stderr and "install a build for at most CUDA 12.4" in done.stderr
