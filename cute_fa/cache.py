@@ -127,8 +127,9 @@ def clear() -> int:
     return sum(1 for path in entries if not path.suffix)
 
 
-def key_of(config: KernelConfig) -> Key:
-    """The cache key of a config: its fields, the sources that shape its code, the tools, the target, the host."""
+def key_of(config: KernelConfig, line_info: bool = False) -> Key:
+    """The cache key of a config: its fields, the sources that shape its code, the tools, the target, the host, and
+    whether the PTX names lines of Python."""
     roots = _source_roots(type(config))
     fields = {
         "format": FORMAT,
@@ -140,6 +141,7 @@ def key_of(config: KernelConfig) -> Key:
         "python": sys.implementation.cache_tag,
         "host": _host(),
         "settings": _settings(),
+        "line_info": line_info,
     }
     text = json.dumps(fields, sort_keys=True)
     return Key(fields, hashlib.sha256(text.encode()).hexdigest()[:32], roots)

@@ -79,42 +79,51 @@ class CompiledKernel:
 
 def compiled(config: KernelConfig) -> CompiledKernel:
     """The kernel of a config, loaded into the present world; safe to call from several threads."""
-    world = ptxsim.current() is not None
-    kernel = _kernels.get((config, world))
-    return kernel if kernel is not None else _prepare(config, world)
+    world = ptxsim.current() is not None, _line_info()
+    kernel = _kernels.get((config, *world))
+    return kernel if kernel is not None else _prepare(config, *world)
 
 
 def compile_artifacts(config: KernelConfig) -> tuple[str, bytes]:
     """PTX and cubin of a config, from the disk cache or compiled; loads nothing and needs no GPU."""
-    artifacts = _artifacts(config, cache.key_of(config))
+    artifacts = _artifacts(config, _line_info())
     return artifacts.ptx, artifacts.cubin
 
 
-_kernels: dict[tuple[KernelConfig, bool], CompiledKernel] = {}
+def _line_info() -> bool:
+    """Whether the DSL compiles with line information now: what a simulation was asked for."""
+    simulation = ptxsim.current()
+    return simulation is not None and simulation.line_info
+
+
+_kernels: dict[tuple[KernelConfig, bool, bool], CompiledKernel] = {}  # config, simulated, with line information
 _guard = threading.Lock()  # of _config_locks
 _config_locks: dict[KernelConfig, threading.Lock] = {}
 _compiling = threading.Lock()  # the DSL keeps the state of a compile in process-wide objects
 _loading = threading.Lock()
 
 
-def _prepare(config: KernelConfig, simulated: bool) -> CompiledKernel:
+def _prepare(config: KernelConfig, simulated: bool, line_info: bool) -> CompiledKernel:
     with _guard:
         lock = _config_locks.setdefault(config, threading.Lock())
     with lock:
-        kernel = _kernels.get((config, simulated))
+        kernel = _kernels.get((config, simulated, line_info))
         if kernel is None:
-            key = cache.key_of(config)
-            artifacts = _artifacts(config, key)
+            artifacts = _artifacts(config, line_info)
             if simulated:
                 ptxsim.register_ptx(artifacts.cubin, artifacts.ptx)
-            kernel = CompiledKernel(config.compile_name, artifacts, _load(artifacts, key), simulated)
-            _kernels[config, simulated] = kernel
+            function = _load(artifacts, cache.key_of(config, line_info))
+            kernel = CompiledKernel(config.compile_name, artifacts, function, simulated)
+            _kernels[config, simulated, line_info] = kernel
     return kernel
 
 
-def _artifacts(config: KernelConfig, key: cache.Key) -> Artifacts:
-    loaded = _kernels.get((config, True)) or _kernels.get((config, False))
-    return loaded.artifacts if loaded else cache.fetch(key, lambda: _compile(config, key))
+def _artifacts(config: KernelConfig, line_info: bool) -> Artifacts:
+    loaded = _kernels.get((config, True, line_info)) or _kernels.get((config, False, line_info))
+    if loaded:
+        return loaded.artifacts
+    key = cache.key_of(config, line_info)
+    return cache.fetch(key, lambda: _compile(config, key))
 
 
 def _export_name(key: cache.Key) -> str:

@@ -14,6 +14,7 @@ from cute_fa.types import SmArch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 # SMs of one GPU of each architecture: A100, A40, L40S, H100 SXM, B200, B300, RTX PRO 6000 Blackwell (NVIDIA's data
 # sheets and architecture white papers).
@@ -21,10 +22,12 @@ _PUBLISHED_SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 18
 
 
 class Target(NamedTuple):
-    """What kernels run on: the architecture that they are built for, and how many SMs there are."""
+    """What kernels run on: the architecture that they are built for, how many SMs there are, and whether their PTX has
+    line information."""
 
     arch: SmArch
     num_sms: int
+    line_info: bool = False
 
 
 _simulated: Target | None = None
@@ -38,14 +41,20 @@ def simulate(
     schedule_seed: int | None = None,
     late: bool = False,
     race: bool = False,
+    fp8_bits: int | None = None,
+    trace: str | Path | None = None,
+    line_info: bool = False,
 ) -> Iterator[ptxsim.Simulation]:
     """Run kernels for ``arch`` on CPU tensors through ``ptxsim``, and check values as with ``CUTE_FA_CHECK=1``.
 
     ``num_sms``: how many SMs kernels find, by default as many as a published GPU has (132 for sm_90a); a persistent
     kernel launches no more CTAs than that. ``schedule_seed`` runs warps in an adversarial order drawn from it; ``late``
     completes asynchronous work as late as the PTX ISA allows; ``race`` reports missing synchronisation under any
-    schedule (``ptxsim.races``). Gives the simulation, whose ``launches`` tell what ran. Leaving it restores everything.
-    Raises ArgumentError for an unknown architecture or fewer than 1 SM.
+    schedule (``ptxsim.races``). ``fp8_bits`` (8 to 24) is how many significant bits wgmma keeps of sums of fp8
+    products, None for float32 (``ptxsim.accumulate``). ``trace`` names a file to which leaving writes what the warps
+    did (``ptxsim.trace``); ``line_info`` compiles with line information, so that reports name Python lines. Gives the
+    simulation, whose ``launches`` tell what ran. Leaving it restores everything. Raises ArgumentError for an unknown
+    architecture, fewer than 1 SM, or other ``fp8_bits``.
     """
     global _simulated
     arch = SmArch.named(arch)
@@ -53,9 +62,12 @@ def simulate(
         num_sms = _PUBLISHED_SMS[arch.number]
     if isinstance(num_sms, bool) or not isinstance(num_sms, int) or num_sms < 1:
         raise ArgumentError(f"num_sms={num_sms!r}: a GPU has at least 1 SM")
+    if fp8_bits is not None and not (type(fp8_bits) is int and 8 <= fp8_bits <= 24):
+        raise ArgumentError(f"fp8_bits={fp8_bits!r}: 8 to 24 significant bits, or None for sums in float32")
     options = {"schedule_seed": schedule_seed, "late": late, "race": race, "sm_count": num_sms}
-    with ptxsim.simulate(arch.value, **options) as simulation:
-        _simulated = Target(arch, num_sms)
+    reports = {"fp8_bits": fp8_bits, "trace": trace, "line_info": line_info}
+    with ptxsim.simulate(arch.value, **options, **reports) as simulation:
+        _simulated = Target(arch, num_sms, line_info)
         try:
             yield simulation
         finally:
