@@ -307,7 +307,7 @@ def gpu_check(context: click.Context, pytest_arguments: tuple[str, ...]) -> None
         )
         sys.exit(1)
     csv = result_path(device.columns()["gpu"], f"check-{datetime.now():%H%M%S}.csv")
-    outcomes = check(device.arch, csv, pytest_arguments, click.echo)
+    outcomes = check(csv, pytest_arguments, click.echo)
     click.echo(csv.with_suffix(".md").read_text())
     if any(outcome.bad for outcome in outcomes):
         sys.exit(1)

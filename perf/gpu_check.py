@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cute_fa.types import SmArch
-
 _TOOLS = ("memcheck", "racecheck", "synccheck")
 # Our kernels' names in PTX begin so: torch's kernels around them are not instrumented, which would take minutes.
 _KERNELS = "kns=kernel_cutlass"
@@ -22,10 +20,11 @@ _SANITIZED = (
     "--head-dim 64 --batch 1 --heads 2 --seqlen-q 200 --causal",
     "--head-dim 128 --batch 3 --heads 4 --heads-kv 2 --seqlen-q 300 --varlen --window 64 0",
     "--head-dim 256 --batch 1 --heads 1 --seqlen-q 130 --seqlen-k 70",
-)
-_SANITIZED_SM90 = (
     "--head-dim 128 --batch 2 --heads 8 --heads-kv 2 --seqlen-q 4 --seqlen-k 500 --causal --page-size 16",
+    "--head-dim 64 --batch 2 --heads 4 --heads-kv 2 --seqlen-q 200 --causal --backward",
 )
+# What cute_fa exits with for a problem that no kernel of the architecture serves.
+_NOT_SERVED = 2
 _SWEEP = (
     "--direction fwd --direction bwd --head-dim 64 --head-dim 128 --seqlen 1024 --seqlen 8192 --budget 50",
     "--phase decode --head-dim 128 --heads 32,8 --seqlen 8192 --tokens 131072 --budget 50",
@@ -34,17 +33,18 @@ _SWEEP = (
 
 @dataclass(frozen=True)
 class Step:
-    """A command to run; ``missing``: why it cannot be."""
+    """A command to run; ``missing``: why it cannot be; ``refusal``: what it exits with where there is nothing to do."""
 
     name: str
     command: tuple[str, ...]
     limit_s: int = 1800
     missing: str | None = None
+    refusal: int | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``result``: ok, failed, timed out or not run."""
+    """``result``: ok, failed, timed out, not served or not run."""
 
     step: Step
     result: str
@@ -56,12 +56,11 @@ class Outcome:
         return self.result in ("failed", "timed out")
 
 
-def steps(arch: SmArch, csv: Path, pytest_arguments: tuple[str, ...] = ()) -> Iterator[Step]:
-    """Everything that is checked on a GPU of this architecture."""
+def steps(csv: Path, pytest_arguments: tuple[str, ...] = ()) -> Iterator[Step]:
+    """Everything that is checked on a GPU."""
     python = sys.executable
     yield Step("gpu tests", (python, "-m", "pytest", "-m", "gpu", *pytest_arguments))
     sanitizer = _compute_sanitizer()
-    problems = _SANITIZED + (_SANITIZED_SM90 if arch.has_wgmma else ())
     for tool in _TOOLS:
         options = (
             "--tool",
@@ -73,10 +72,11 @@ def steps(arch: SmArch, csv: Path, pytest_arguments: tuple[str, ...] = ()) -> It
             "--target-processes",
             "all",
         )
-        for number, problem in enumerate(problems, 1):
+        for number, problem in enumerate(_SANITIZED, 1):
             run = (python, "-m", "cute_fa", "run", *problem.split())
             missing = None if sanitizer else "compute-sanitizer is neither on the PATH nor in a CUDA toolkit"
-            yield Step(f"{tool} {number}", (sanitizer or "compute-sanitizer", *options, *run), 600, missing)
+            command = (sanitizer or "compute-sanitizer", *options, *run)
+            yield Step(f"{tool} {number}", command, 600, missing, refusal=_NOT_SERVED)
     for number, grid in enumerate(_SWEEP, 1):
         yield Step(f"sweep {number}", (python, "-m", "perf", "sweep", *grid.split(), "--out", str(csv)))
 
@@ -91,16 +91,16 @@ def run(step: Step, logs: Path) -> Outcome:
     with log.open("w") as output:
         try:
             done = subprocess.run(step.command, stdout=output, stderr=subprocess.STDOUT, timeout=step.limit_s)
-            result = "failed" if done.returncode else "ok"
+            result = {0: "ok", step.refusal: "not served"}.get(done.returncode, "failed")
         except subprocess.TimeoutExpired:
             result = "timed out"
     return Outcome(step, result, time.perf_counter() - start, log)
 
 
-def check(arch: SmArch, csv: Path, pytest_arguments: tuple[str, ...], tell: Callable[[str], object]) -> list[Outcome]:
+def check(csv: Path, pytest_arguments: tuple[str, ...], tell: Callable[[str], object]) -> list[Outcome]:
     """Run all steps, also behind one that fails, and write a summary beside the results."""
     logs, outcomes = csv.with_suffix(""), []
-    for step in steps(arch, csv, pytest_arguments):
+    for step in steps(csv, pytest_arguments):
         tell(f"{step.name}: {' '.join(step.command)}")
         outcomes.append(run(step, logs))
         tell(f"{step.name}: {_told(outcomes[-1])}")

@@ -79,24 +79,25 @@ def test_make_installs_what_the_driver_supports(tmp_path, version, extra, index)
 def test_steps_run_each_tool_on_each_problem(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "_compute_sanitizer", lambda: "/cuda/compute-sanitizer")
     csv = tmp_path / "check.csv"
-    for arch, problems in ((SmArch.SM_80, 3), (SmArch.SM_90A, 4)):
-        steps = list(gpu_check.steps(arch, csv, ("-k", "forward")))
-        names = [step.name for step in steps]
-        tools = [f"{tool} {n}" for tool in ("memcheck", "racecheck", "synccheck") for n in range(1, problems + 1)]
-        assert names == ["gpu tests", *tools, "sweep 1", "sweep 2"]
-        assert steps[0].command[1:] == ("-m", "pytest", "-m", "gpu", "-k", "forward")
-        assert all(
-            step.command[:3] == ("/cuda/compute-sanitizer", "--tool", step.name.split()[0]) for step in steps[1:-2]
-        )
-        assert all(step.command[-1] == str(csv) for step in steps[-2:])
+    steps = list(gpu_check.steps(csv, ("-k", "forward")))
+    tools = [f"{tool} {n}" for tool in ("memcheck", "racecheck", "synccheck") for n in range(1, 6)]
+    assert [step.name for step in steps] == ["gpu tests", *tools, "sweep 1", "sweep 2"]
+    assert steps[0].command[1:] == ("-m", "pytest", "-m", "gpu", "-k", "forward")
+    assert all(step.command[:3] == ("/cuda/compute-sanitizer", "--tool", step.name.split()[0]) for step in steps[1:-2])
+    assert all(step.command[-1] == str(csv) for step in steps[-2:])
 
 
-@pytest.mark.parametrize("problem", gpu_check._SANITIZED + gpu_check._SANITIZED_SM90)
+@pytest.mark.parametrize("problem", gpu_check._SANITIZED)
 def test_sanitized_problems_are_served(problem, tmp_path, monkeypatch):
     monkeypatch.setattr("cute_fa.cli.compile_artifacts", lambda config: ("", b""))
-    command = ["compile", *problem.split(), "--arch", "sm_90a", "--out", str(tmp_path)]
-    done = CliRunner().invoke(cute_fa_main, command)
-    assert done.exit_code == 0, done.output
+
+    def compiled(arch: str) -> int:
+        command = ["compile", *problem.split(), "--arch", arch, "--out", str(tmp_path)]
+        return CliRunner().invoke(cute_fa_main, command).exit_code
+
+    assert compiled("sm_90a") == 0
+    # FA2's kernel reads no pages
+    assert compiled("sm_80") == (gpu_check._NOT_SERVED if "--page-size" in problem else 0)
 
 
 def test_our_kernels_have_the_name_that_is_instrumented():
@@ -111,11 +112,12 @@ def test_swept_grids_make_sense(grid):
     assert done.exit_code == 0, done.output
 
 
-def fake_steps(arch, csv, pytest_arguments):
+def fake_steps(csv, pytest_arguments):
     python = sys.executable
     yield Step("fine", (python, "-c", "print('all well')"))
     yield Step("bad", (python, "-c", "import sys; print('out of bounds'); sys.exit(86)"))
     yield Step("slow", (python, "-c", "import time; time.sleep(60)"), limit_s=1)
+    yield Step("refused", (python, "-c", "import sys; sys.exit(2)"), refusal=2)
     yield Step("absent", ("no-such-tool",), missing="not found")
     yield Step("last", (python, "-c", f"open({str(csv)!r}, 'w').write('measured')"))
 
@@ -138,15 +140,16 @@ def test_every_step_runs_and_the_summary_tells(gpu, tmp_path):
     (summary,) = tmp_path.glob("fake-h100/*-check-*.md")
     assert summary.with_suffix(".csv").read_text() == "measured"
     lines = summary.read_text().splitlines()
-    results = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in lines[2:7]}
-    assert results == {"fine": "ok", "bad": "failed", "slow": "timed out", "absent": "not found", "last": "ok"}
+    results = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in lines[2:8]}
+    ok = {"fine": "ok", "refused": "not served", "absent": "not found", "last": "ok"}
+    assert results == ok | {"bad": "failed", "slow": "timed out"}
     assert "out of bounds" in lines and "all well" not in lines
     assert (summary.with_suffix("") / "fine.log").read_text() == "all well\n"
     assert summary.read_text() in done.stdout
 
 
 def test_what_is_not_installed_does_not_fail(gpu, monkeypatch):
-    chosen = [step for step in fake_steps(None, "unused", ()) if step.name in ("fine", "absent")]
+    chosen = [step for step in fake_steps("unused", ()) if step.name in ("fine", "absent", "refused")]
     monkeypatch.setattr(gpu_check, "steps", lambda *arguments: chosen)
     done = invoke()
     assert done.exit_code == 0, done.output
