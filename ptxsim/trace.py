@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .locations import source_of
+from .names import readable
 from .observed import ObservedMachine
 from .warps import full_width
 
@@ -81,7 +82,7 @@ class TracedMachine(ObservedMachine):
         self.committing = False  # inside of tcgen05.commit
         self.places = {}  # PTX line -> arguments that name it
         for cta, pid in enumerate(self.process):
-            self._meta("process_name", pid, name=f"launch {number} cta{self.cta_name(cta)} {name[:60]}")
+            self._meta("process_name", pid, name=f"launch {number} cta{self.cta_name(cta)} {readable(name)}")
             self._meta("process_sort_index", pid, sort_index=pid)
         for warp in np.argsort(self.cta_of, kind="stable").tolist():
             if self.alive[warp].any():

@@ -1,8 +1,25 @@
-"""Reads a Chrome trace and checks its structure, as Perfetto needs it."""
+"""Reads a Chrome trace and checks it against the rules of the Trace Event Format, as far as ptxsim uses it.
+
+The rules are those of the format's definition ("Trace Event Format", Google) and of Perfetto's importer of JSON, which
+drops what breaks them without a word. Perfetto itself is not run: its trace processor is a binary that the Python
+package downloads.
+"""
 
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
+
+# Fields of an event by its phase: what must be there, and what may be beside it.
+FIELDS = {
+    "M": ({"name", "pid", "args"}, {"tid"}),  # metadata
+    "X": ({"name", "pid", "tid", "ts", "dur"}, {"args"}),  # a span
+    "i": ({"name", "pid", "tid", "ts", "s"}, {"args"}),  # an instant
+    "b": ({"name", "pid", "tid", "ts", "cat", "id"}, {"args"}),  # begin and end of an asynchronous slice
+    "e": ({"name", "pid", "tid", "ts", "cat", "id"}, {"args"}),
+    "s": ({"name", "pid", "tid", "ts", "cat", "id"}, set()),  # start and finish of a flow
+    "f": ({"name", "pid", "tid", "ts", "cat", "id", "bp"}, set()),
+}
+METADATA = {"process_name": str, "process_sort_index": int, "thread_name": str, "thread_sort_index": int}
 
 
 @dataclass
@@ -20,11 +37,14 @@ class Found:
 
 
 def check_trace(path):
-    """What is in a trace: AssertionError where spans of a track cross, or ends of slices and flows do not match."""
-    events = json.loads(path.read_text())["traceEvents"]
+    """What is in a trace: AssertionError where an event breaks the format, spans of a track cross, or ends of slices
+    and flows do not match."""
+    whole = json.loads(path.read_text(), parse_constant=_no_constant)
+    assert set(whole) == {"traceEvents", "otherData"}
+    events = whole["traceEvents"]
     found, names, opened, flows = Found(), {}, {}, defaultdict(list)
-    assert {event["ph"] for event in events} <= set("MXibesf")
     for event in events:
+        _check_fields(event)
         if event["ph"] == "M" and event["name"] == "process_name":
             assert event["pid"] not in found.processes
             found.processes[event["pid"]] = event["args"]["name"]
@@ -64,6 +84,31 @@ def check_trace(path):
             assert any(first < time < last for _, first, last in found.tracks[pid][track].spans), (name, track, time)
         found.flows.append((name, start, end))
     return found
+
+
+def _no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def _check_fields(event):
+    needed, allowed = FIELDS[event["ph"]]
+    assert needed <= set(event) - {"ph"} <= needed | allowed, event
+    # Perfetto reads process and thread numbers as uint32; a pid or tid of 0 is the idle thread
+    assert all(type(event[key]) is int and 0 < event[key] < 2**32 for key in ("pid", "tid") if key in event), event
+    assert all(type(event[key]) in (int, float) and event[key] >= 0 for key in ("ts", "dur") if key in event), event
+    assert all(type(event[key]) is str and event[key] for key in ("name", "cat") if key in event), event
+    assert type(event.get("args", {})) is dict
+    if event["ph"] == "M":
+        ((key, value),) = event["args"].items()
+        assert type(value) is METADATA[event["name"]]
+        assert key == ("name" if value is event["args"].get("name") else "sort_index")
+        assert ("tid" in event) == event["name"].startswith("thread")
+    if event["ph"] == "i":
+        assert event["s"] == "t"  # of its thread
+    if "id" in event:
+        assert int(event["id"], 16) > 0 and event["id"].startswith("0x")
+    if event["ph"] == "f":
+        assert event["bp"] == "e"  # bound to the span around it, not to the next one
 
 
 def _check_nesting(spans):
