@@ -72,6 +72,8 @@ class CudaDevice:
     def __init__(self):
         if not torch.cuda.is_available():
             raise DeviceError("no GPU: kernels are timed on one")
+        # the reference is fp32, also where a container's environment asks for TF32
+        torch.set_float32_matmul_precision("highest")
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.arch = SmArch.of_capability(properties.major, properties.minor)
         self.name = properties.name

@@ -3,12 +3,13 @@ signatures in the simulator, and the reference in the place of what needs a GPU.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 import cute_fa
 from cute_fa import reference
@@ -59,12 +60,27 @@ def with_kvcache(
     )
 
 
+def with_signature(function, real):
+    """``function``, called only with what ``real`` would take."""
+    signature = inspect.signature(real)
+
+    def call(*arguments, **options):
+        signature.bind(*arguments, **options)
+        return function(*arguments, **options)
+
+    return call
+
+
 @pytest.fixture
 def peers(monkeypatch):
     """FlashAttention 3 and 4 with their own signatures, and our kernels behind them."""
-    interface = types.SimpleNamespace(**vars(fa3), flash_attn_with_kvcache=with_kvcache)
-    monkeypatch.setattr(PROVIDERS["FA3"], "module", lambda: interface)
-    monkeypatch.setattr(PROVIDERS["FA4"], "module", lambda: fa4)
+    from flash_attn.cute import interface
+
+    fa3_module = types.SimpleNamespace(**vars(fa3), flash_attn_with_kvcache=with_kvcache)
+    names = ("flash_attn_func", "flash_attn_varlen_func")
+    functions = {name: with_signature(getattr(fa4, name), getattr(interface, name)) for name in names}
+    monkeypatch.setattr(PROVIDERS["FA3"], "module", lambda: fa3_module)
+    monkeypatch.setattr(PROVIDERS["FA4"], "module", lambda: types.SimpleNamespace(**functions))
 
 
 @pytest.mark.parametrize("case", WORKLOADS)
@@ -93,7 +109,7 @@ def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), enab
 
 @pytest.mark.parametrize("case", [case for case in WORKLOADS if case not in ("dense", "causal", "decode")])
 def test_flash_attention_2_behind_varlen_attn(case, monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", with_signature(varlen_attn, varlen.varlen_attn))
     assert agrees("FA2", WORKLOADS[case])
 
 

@@ -129,12 +129,13 @@ def test_backward_times_gradients_and_checks_each(tmp_path):
     assert table.loc["wrong"].reason == "dv disagrees with the reference"
 
 
-def test_real_providers_in_one_sweep(tmp_path):
+@pytest.mark.parametrize(("direction", "arch"), [(Direction.FORWARD, "sm_90a"), (Direction.BACKWARD, "sm_80")])
+def test_real_providers_in_one_sweep(tmp_path, direction, arch):
     """Our kernel in the simulator, torch's on the CPU."""
     device = FakeDevice()
     chosen = [PROVIDERS[name] for name in ("cute-fa", "FA2", "cuDNN")]
-    with cute_fa.simulate("sm_90a"):
-        run(tmp_path / "a.csv", device, *chosen, workloads=[Workload(**SMALL, causal=True)])
+    with cute_fa.simulate(arch):
+        run(tmp_path / "a.csv", device, *chosen, workloads=[Workload(direction, **SMALL, causal=True)])
     table = read_results(tmp_path / "a.csv").set_index("provider")
     assert table.status.to_dict() == {"cute-fa": "ok", "FA2": "ok", "cuDNN": "skipped"}
 
