@@ -38,6 +38,8 @@ class _HostMemory(TorchFunctionMode):
             return _ANSWERS[func]
         if func in _SAME:
             return args[0]
+        if func is torch.Tensor.data_ptr and current() is not None:
+            _without_posing(device_view)(args[0])  # the script may hand on the bare address
         return func(*map(_on_host, args), **{name: _on_host(value) for name, value in (kwargs or {}).items()})
 
 

@@ -80,7 +80,7 @@ def describe(form: MmaForm, bits: int) -> Description:
     a_type, b_type = types[a_code], types[b_code]
     if bool(bits >> 2 & 1) != form.sparse:
         _refuse(bits, f"its bit for sparsity is {bits >> 2 & 1}")
-    reserved = 0x07000049 | (0x1000 if kind.startswith("mxf4") else 0) if scaled else 0x20800040
+    reserved = 0x07000049 if scaled else 0x20800040  # mxf4: bit 12, which the ISA reserves, is set by the DSL
     if bits & reserved or (scaled and bits & 0b11) or (kind == "mxf8f6f4" and bits >> 31):
         _refuse(bits, f"bits set that mean nothing for kind::{kind}")
     if scaled:

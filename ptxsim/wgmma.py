@@ -15,9 +15,9 @@ import numpy as np
 from .accumulate import limited_sum
 from .clocks import WGMMA
 from .errors import SyncError
-from .matrices import a_fragment, pack_f16
 from .numerics import f16_to_f32
 from .operands import wgmma_descriptor
+from .warp_mma import a_fragment, pack_f16
 from .warps import full_width
 
 _u4, _f4 = np.uint32, np.float32

@@ -20,5 +20,6 @@ from . import (  # noqa: F401
     tensor5,
     tensormap,
     warp,
+    warp_mma,
 )
 from .forms import KIND, NUMPY, SIZE, defs_uses, lookup  # noqa: F401

@@ -1,5 +1,5 @@
-"""Matrix instructions of a warp and a warpgroup: PTX ISA 9.7.14 (mma.sync, ldmatrix, stmatrix, movmatrix) and 9.7.15
-(wgmma)."""
+"""Matrix instructions of a warp but for products, and of a warpgroup: PTX ISA 9.7.14.5 (ldmatrix, stmatrix, movmatrix)
+and 9.7.15 (wgmma)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from .forms import as_list, form, suspending
 _F16_TYPES = ("f16", "bf16")
 _FP8_TYPES = ("e4m3", "e5m2")
 _INT8_TYPES = ("s8", "u8")
-_INT4_TYPES = ("s4", "u4")
 
 
 # ---- ldmatrix, stmatrix, movmatrix ----------------------------------------------------------------
@@ -40,64 +39,11 @@ def transpose_matrix(gen, args, mods):
     gen.write(args[0], f"X.movmatrix(w, {gen.read(args[1], 'u4')})", "u4")
 
 
-# ---- mma.sync -------------------------------------------------------------------------------------
-# element type of A (and B) -> (legal K, legal result types); B may differ from A within the 8-bit families
-_MMA_FORMS = {
-    "f16": ((8, 16), ("f16", "f32")),
-    "bf16": ((8, 16), ("f32",)),
-    "tf32": ((4, 8), ("f32",)),
-    "e4m3": ((16, 32), ("f16", "f32")),
-    "e5m2": ((16, 32), ("f16", "f32")),
-    "s8": ((16, 32), ("s32",)),
-    "u8": ((16, 32), ("s32",)),
-    "s4": ((32, 64), ("s32",)),
-    "u4": ((32, 64), ("s32",)),
-}
-
-
-def _same_family(a: str, b: str) -> bool:
-    return a == b or any(a in family and b in family for family in (_FP8_TYPES, _INT8_TYPES, _INT4_TYPES))
-
-
-@form("mma.sync.aligned.m16n8k{k}.row.col[.{satfinite}].{d}.{a}.{b}.{c}", effect=True, k="4|8|16|32|64",
-      satfinite="satfinite", d="f16|f32|s32", a="f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4",
-      b="f16|bf16|tf32|e4m3|e5m2|s8|u8|s4|u4",
-      c="f16|f32|s32")  # fmt: skip
-@form("mma.sync.aligned.kind::f8f6f4.m16n8k{k}.row.col.{d}.{a}.{b}.{c}", effect=True, k="32", d="f16|f32",
-      a="e4m3|e5m2", b="e4m3|e5m2", c="f16|f32")  # fmt: skip
-@form("mma.sync.aligned.m16n8k{k}.row.col.kind::f8f6f4.{d}.{a}.{b}.{c}", effect=True, k="32", d="f16|f32",
-      a="e4m3|e5m2", b="e4m3|e5m2", c="f16|f32")  # fmt: skip
-def warp_mma(gen, args, mods):
-    ks, results = _MMA_FORMS[mods.a]
-    clamp = bool(getattr(mods, "satfinite", None))
-    if int(mods.k) not in ks or mods.d not in results or mods.c != mods.d or not _same_family(mods.a, mods.b):
-        raise PtxError(f"mma m16n8k{mods.k} of {mods.a} and {mods.b} to {mods.d} with {mods.c} is not simulated")
-    if clamp and mods.d != "s32":
-        raise PtxError("satfinite exists for integer types only")
-    a, b, c = (", ".join(gen.read(x, "u4") for x in as_list(v)) for v in args[1:4])
-    result = gen.temp(f"X.mma(w, {mods.a!r}, {mods.b!r}, {mods.d!r}, ({a},), ({b},), ({c},), {clamp})")
-    for j, register in enumerate(as_list(args[0])):
-        gen.write(register, f"{result}[{j}]", "u4")
-
-
-@form("mma.sync.aligned.m{m}n8k{k}.row.col.f64.f64.f64.f64", effect=True, m="8|16", k="4|8|16")
-def double_mma(gen, args, mods):
-    """Registers hold one element each; m8n8 exists with k4 alone."""
-    halves, quarters = int(mods.m) // 8, int(mods.k) // 4
-    d, a, b, c = (as_list(x) for x in args)
-    if mods.m == "8" and mods.k != "4":
-        raise PtxError(f"mma m8n8k{mods.k} of f64 does not exist")
-    if (len(d), len(a), len(b), len(c)) != (2 * halves, halves * quarters, quarters, 2 * halves):
-        raise PtxError(
-            f"{len(d)}, {len(a)}, {len(b)} and {len(c)} registers do not fit mma m{mods.m}n8k{mods.k} of f64"
-        )
-    a, b, c = (", ".join(gen.read(x, "f8") for x in v) for v in (a, b, c))
-    result = gen.temp(f"X.double_mma(w, ({a},), ({b},), ({c},))")
-    for j, register in enumerate(d):
-        gen.write(register, f"{result}[{j}]", "f8")
-
-
 # ---- wgmma ----------------------------------------------------------------------------------------
+def _same_family(a: str, b: str) -> bool:
+    return a == b or any(a in family and b in family for family in (_FP8_TYPES, _INT8_TYPES))
+
+
 _WGMMA_RESULTS = {
     "f16": ("f16", "f32"),
     "bf16": ("f32",),
