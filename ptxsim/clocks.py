@@ -190,9 +190,12 @@ class Clocks:
     # ---- tensor memory ----------------------------------------------------------------------------
     def tensor_wait(self, kind, w):
         """tcgen05.wait::ld or ::st: the warps' loads or stores of tensor memory so far are done."""
-        self.wait(kind, w, None)
+        self.tensor_done(kind, w, self.groups[kind].done(w, None))
+
+    def tensor_done(self, kind, w, clock):
+        """The warps' loads or stores of tensor memory up to a clock are done."""
         agent = self.agent(kind, w)
-        self.tensor[w, agent] = self.known[w, ORDERED, agent]
+        self.tensor[w, agent] = self.known[w, ORDERED, agent] = np.maximum(self.tensor[w, agent], self.limit(clock))
 
     def tensor_issued(self, w):
         """The warps have issued a tcgen05.mma, cp or shift."""

@@ -4,10 +4,12 @@ tcgen05.ld, st, mma, cp and shift are asynchronous. In one thread, mma, cp and s
 other pair needs the earlier one's completion: tcgen05.wait::ld, tcgen05.wait::st, or tcgen05.commit and a wait at its
 mbarrier. Between threads, tcgen05.fence::before_thread_sync must come before what synchronises (commit implies it) and
 tcgen05.fence::after_thread_sync after it, also in a thread that waits for its own commit; mma, cp and shift of two
-threads need the fences but no completion. Registers that tcgen05.ld writes need no wait.
+threads need the fences but no completion. An instruction that reads a register of a tcgen05.ld waits for it.
 
-The ISA orders two mma only if shape, kind and accumulator are the same, and cp after mma not at all. FlashAttention-4
-lets S overwrite P that the mma before still reads, CUTLASS copies the next scale factors under an mma: in order here.
+More is accepted than the ISA promises. It orders two mma only if shape, kind and accumulator are the same, and cp after
+mma not at all: FlashAttention-4 lets S overwrite P that the mma before still reads, CUTLASS copies the next scale
+factors under an mma. And it asks for tcgen05.wait::ld although the registers have been read: FlashAttention-4 computes
+P of them, stores it over S and hands it on. Here that is a wait for this load and for those before it.
 
 A program that lacks either of the fences altogether is checked as if it had both around everything that synchronises:
 CUTLASS, FlashAttention-4 and quack leave them out, and ptxas keeps tcgen05 instructions in place there. Completion is
@@ -41,6 +43,7 @@ class TensorRaces:
         self.active = []
         sides = {i.parts[1] for i in m.prog.body if i.root == "tcgen05" and i.parts[1].startswith("fence")}
         self.fenced = len(sides) == 2  # see above
+        self.loaded = np.zeros((m.nwarps, len(self.clocks.sites.lines)), np.int64)  # clock of a warp's latest, by site
         self.patterns = {}  # of loads and stores of registers, see ``registers``
 
     # ---- accesses ---------------------------------------------------------------------------------
@@ -53,6 +56,10 @@ class TensorRaces:
             pattern = self.patterns[shape] = np.unique(cells[0] - cells[0, 0])
         cells = self.machine.cta_of[w][:, None] * _CELLS + cells[:, :1] + pattern
         self._access(w, cells, TENSOR_ST if writes else TENSOR_LD, writes)
+        if not writes:
+            clock = self.clocks.groups[TENSOR_LD].clock
+            self.loaded[w, self.clocks.site] = clock[w]
+            clock[w] += 1
 
     def matrix(self, warp, cta, lanes, first, count, writes):
         """tcgen05.mma, cp or shift of a warp: ``count`` columns from ``first`` on of some lanes of a CTA."""
@@ -139,6 +146,11 @@ class TensorRaces:
     def wait(self, w, what):
         """tcgen05.wait::ld or ::st of the warps."""
         self.clocks.tensor_wait(TENSOR_LD if what == "ld" else TENSOR_ST, w)
+
+    def use(self, w, lines):
+        """The warps read registers of tcgen05.ld at these PTX lines."""
+        sites = [self.clocks.sites.number[line] for line in lines]
+        self.clocks.tensor_done(TENSOR_LD, w, self.loaded[w][:, sites].max(1))
 
     def fence(self, w, M, side):
         """tcgen05.fence::before_thread_sync or ::after_thread_sync of the active lanes."""

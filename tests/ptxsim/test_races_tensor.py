@@ -118,11 +118,21 @@ def test_mma_after_mma(run):
 
 def test_deallocation(run):
     """Nobody may still use the columns."""
-    error = reported(
-        run, RaceError, "deallocation of tensor memory .* columns 0 to 31 .* after the read", (WAIT_LD, "")
-    )
+    run((WAIT_LD, f"{LOAD_D} {WAIT_LD}"))
+    error = reported(run, RaceError, "deallocation of tensor memory .* columns 31 to 31 .* after the read",
+                     (WAIT_LD, f"{WAIT_LD} {LOAD_D}"))  # fmt: skip
     assert "tcgen05.dealloc" in error.text and "tcgen05.ld" in error.other[1]
     assert error.other[2] == "tcgen05.ld of cta(0,0,0).w0"
+
+
+def test_registers_of_loads(run):
+    """Reading one waits for its load and for those before, not for those after; a wait is not needed for it."""
+    use, store = "add.u32 %r98, %r99, 1;", "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r56+31], {%r98};"
+    other = "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r97}, [%r56+31];"
+    for good in (f"{LOAD_D} {use}", f"{other} {LOAD_D} {use}", f"{LOAD_D} bra NEXT; NEXT: {use}"):
+        run((WAIT_LD, f"{WAIT_LD} {good} {store} {WAIT_ST}"))
+    for bad in (LOAD_D, f"{LOAD_D} {other} {use}", f"{LOAD_D} {use} {LOAD_D}"):
+        reported(run, RaceError, "write of .* after the read", (WAIT_LD, f"{WAIT_LD} {bad} {store} {WAIT_ST}"))
 
 
 def test_programs_without_fences(run):
