@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 import cute_fa
 from cute_fa import reference
-from cute_fa.compat import fa3, fa4
+from cute_fa.compat import fa3
 from cute_fa.inputs import make_inputs
 from perf.providers import PROVIDERS, Unavailable
 from perf.workload import Workload
@@ -50,16 +50,6 @@ def test_names_are_unique_and_ours_comes_first():
     assert PROVIDERS["cute-fa"].version().startswith(cute_fa.__version__)
 
 
-def with_kvcache(
-    q, k_cache, v_cache, *, cache_seqlens, page_table=None, cu_seqlens_q=None, max_seqlen_q=None, **options
-):
-    """FA3's function for caches on our API."""
-    lengths = (cu_seqlens_q, None, max_seqlen_q, None)
-    return cute_fa.flash_attn_varlen_func(
-        q, k_cache, v_cache, *lengths, seqused_k=cache_seqlens, page_table=page_table, **options
-    )
-
-
 def with_signature(function, real):
     """``function``, called only with what ``real`` would take."""
     signature = inspect.signature(real)
@@ -71,23 +61,41 @@ def with_signature(function, real):
     return call
 
 
-@pytest.fixture
-def peers(monkeypatch):
-    """FlashAttention 3 and 4 with their own signatures, and our kernels behind them."""
-    from flash_attn.cute import interface
-
-    fa3_module = types.SimpleNamespace(**vars(fa3), flash_attn_with_kvcache=with_kvcache)
-    names = ("flash_attn_func", "flash_attn_varlen_func")
-    functions = {name: with_signature(getattr(fa4, name), getattr(interface, name)) for name in names}
-    monkeypatch.setattr(PROVIDERS["FA3"], "module", lambda: fa3_module)
-    monkeypatch.setattr(PROVIDERS["FA4"], "module", lambda: types.SimpleNamespace(**functions))
+def flash_attn(
+    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, cache_seqlens=None, **options
+):
+    """What FlashAttention 3 and 4 compute, on the reference."""
+    assert (cu_seqlens_q is None) or max(cu_seqlens_q.diff()) == max_seqlen_q
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    if cache_seqlens is not None:
+        lengths["seqused_k"] = cache_seqlens
+    return reference.attention(q, k, v, **lengths, **options, dtype=q.dtype)
 
 
 @pytest.mark.parametrize("case", WORKLOADS)
-def test_kernels_and_signatures_of_flash_attention(case, peers):
+def test_flash_attention_4(case, monkeypatch):
+    from flash_attn.cute import interface
+
+    names = ("flash_attn_func", "flash_attn_varlen_func")
+    functions = {name: with_signature(flash_attn, getattr(interface, name)) for name in names}
+    monkeypatch.setattr(PROVIDERS["FA4"], "module", lambda: types.SimpleNamespace(**functions))
+    assert agrees("FA4", WORKLOADS[case])
+
+
+@pytest.mark.parametrize("case", WORKLOADS)
+def test_flash_attention_3(case, monkeypatch):
+    """Whether it returns out alone, as lately, or with LSE."""
+    names = ("flash_attn_func", "flash_attn_varlen_func")
+    functions = {name: with_signature(flash_attn, getattr(fa3, name)) for name in names}
+    module = types.SimpleNamespace(**functions, flash_attn_with_kvcache=lambda *a, **o: flash_attn(*a, **o)[0])
+    monkeypatch.setattr(PROVIDERS["FA3"], "module", lambda: module)
+    assert agrees("FA3", WORKLOADS[case])
+
+
+@pytest.mark.parametrize("case", ["causal", "packed window", "decode paged"])
+def test_our_kernels(case):
     with cute_fa.simulate("sm_90a"):
-        for name in ("cute-fa", "FA3", "FA4"):
-            assert agrees(name, WORKLOADS[case]), name
+        assert agrees("cute-fa", WORKLOADS[case])
 
 
 @pytest.mark.parametrize("case", ["dense", "causal", "decode"])
