@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .memory import WRITTEN
+from .numerics import unpadded
 from .operands import OperandMixin
 from .warp_mma import WarpMmaMixin
 from .warps import full_width
@@ -27,23 +28,41 @@ class MatrixMixin(OperandMixin, WarpMmaMixin):
             address = np.concatenate([address[:, :lanes]] * (32 // lanes), axis=1)
         return self.shared_index(w, address, 16)[:, :lanes]
 
-    def ldmatrix(self, w, address, count, transpose):
-        """ldmatrix of 8 x 8 matrices of 16-bit elements (PTX ISA 9.7.14): ``count`` registers [n, 32] (uint32).
+    def _load_rows(self, w, address, count):
+        """The rows of 16 bytes [n, 8 * count, 2] (uint64) whose addresses the first 8 * count lanes carry.
 
-        The first 8 * count lanes carry the addresses of rows of 16 bytes. Raises MemoryFault, and SyncError for bytes
-        in flight; the first read of unwritten bytes is remembered.
+        Raises MemoryFault, and SyncError for bytes in flight; the first read of unwritten bytes is remembered.
         """
-        n = len(w)
         index = self._row_index(w, address, count)
         rows = index >> 4
         if not self.rows_are_written(rows):
             self._unwritten_rows(w, index, (self.shadow_rows[rows] != _WRITTEN_8).any(2))
         if self.races is not None:
             self.races.read_shared(w, index, 16, None)
-        matrices = self.shared_rows[rows].view(np.uint16).reshape(n, count, 8, 8)
+        return self.shared_rows[rows]
+
+    def ldmatrix(self, w, address, count, transpose):
+        """ldmatrix of 8 x 8 matrices of 16-bit elements (PTX ISA 9.7.14.5.15): ``count`` registers [n, 32] (uint32).
+        Raises as ``_load_rows``."""
+        n = len(w)
+        matrices = self._load_rows(w, address, count).view(np.uint16).reshape(n, count, 8, 8)
         if transpose:
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
         words = matrices.view(_u4).reshape(n, count, 32)
+        return [words[:, j] for j in range(count)]
+
+    def ldmatrix_bytes(self, w, address, count, transpose, bits):
+        """ldmatrix of matrices of bytes, ``count`` registers in all: 8 x 16, or 16 x 16 transposed (two registers).
+
+        ``bits``: 4 or 6 for elements that become bytes, in their low bits, otherwise 8. Raises as ``_load_rows``.
+        """
+        n = len(w)
+        raw = self._load_rows(w, address, count).view(np.uint8).reshape(n, 8 * count, 16)
+        if bits < 8:
+            raw = unpadded(raw, bits)
+        if transpose:  # byte p of lane 4 c + t is row 4 t + p of column c, and of column c + 8 in the second register
+            raw = raw.reshape(n, count // 2, 4, 4, 2, 8).transpose(0, 1, 4, 5, 2, 3)
+        words = np.ascontiguousarray(raw).view(_u4).reshape(n, count, 32)
         return [words[:, j] for j in range(count)]
 
     def _unwritten_rows(self, w, index, bad):
@@ -54,15 +73,27 @@ class MatrixMixin(OperandMixin, WarpMmaMixin):
     def stmatrix(self, w, address, values, transpose):
         """stmatrix (PTX ISA 9.7.14): the inverse of ``ldmatrix`` for a list of registers. MemoryFault or SyncError."""
         n, count = len(w), len(values)
-        index = self._row_index(w, address, count)
         matrices = np.stack([full_width(v, n) for v in values], axis=1)
         matrices = np.ascontiguousarray(matrices).view(np.uint16).reshape(n, count, 8, 8)
         if transpose:
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
+        self._store_rows(w, address, matrices.reshape(n, 8 * count, 8).view(np.uint64))
+
+    def stmatrix_bytes(self, w, address, values):
+        """stmatrix.m16n8.trans of a list of registers: each fills 8 rows of 16 bytes. MemoryFault or SyncError."""
+        n, count = len(w), len(values)
+        words = np.ascontiguousarray(np.stack([full_width(v, n) for v in values], axis=1))
+        # byte a + 2 b of lane 4 c + t is column c + 8 b of row 2 t + a
+        raw = words.view(np.uint8).reshape(n, count, 8, 4, 2, 2).transpose(0, 1, 3, 5, 4, 2)
+        self._store_rows(w, address, np.ascontiguousarray(raw).reshape(n, 8 * count, 16).view(np.uint64))
+
+    def _store_rows(self, w, address, rows):
+        """Store rows of 16 bytes [n, 8 * count, 2] (uint64) at the addresses of the first lanes."""
+        index = self._row_index(w, address, rows.shape[1] // 8)
         self._mark_written(index, 16, None)
         if self.races is not None:
             self.races.write_shared(w, index, 16, None)
-        self.shared_rows[index >> 4] = matrices.reshape(n, 8 * count, 8).view(np.uint64)
+        self.shared_rows[index >> 4] = rows
         self.last_activity = self.steps
 
     def movmatrix(self, w, a):

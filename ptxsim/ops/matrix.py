@@ -24,6 +24,33 @@ def load_matrix(gen, args, mods):
         gen.write(register, f"{result}[{j}]", "u4")
 
 
+_BYTES = {"b8": 8, "b8x16.b6x16_p32": 6, "b8x16.b4x16_p64": 4}
+
+
+@form("ldmatrix.sync.aligned.m8n16.{num}[.{space}].{formats}", effect=True, num="x1|x2|x4",
+      space="shared|shared::cta", formats="b8x16.b6x16_p32|b8x16.b4x16_p64")  # fmt: skip
+@form("ldmatrix.sync.aligned.m16n16.{num}.{trans}[.{space}].{formats}", effect=True, num="x1|x2", trans="trans",
+      space="shared|shared::cta", formats="|".join(_BYTES))  # fmt: skip
+def load_byte_matrix(gen, args, mods):
+    destinations, wide = as_list(args[0]), hasattr(mods, "trans")
+    if len(destinations) != int(mods.num[1]) * (2 if wide else 1):
+        raise PtxError(f"{len(destinations)} destinations for {mods.num}")
+    result = gen.temp(
+        f"X.ldmatrix_bytes(w, {gen.address(args[1])}, {len(destinations)}, {wide}, {_BYTES[mods.formats]})"
+    )
+    for j, register in enumerate(destinations):
+        gen.write(register, f"{result}[{j}]", "u4")
+
+
+@form("stmatrix.sync.aligned.m16n8.{num}.trans[.{space}].b8", writes=False, effect=True, num="x1|x2|x4",
+      space="shared|shared::cta")  # fmt: skip
+def store_byte_matrix(gen, args, mods):
+    sources = as_list(args[1])
+    if len(sources) != int(mods.num[1]):
+        raise PtxError(f"{len(sources)} sources for {mods.num}")
+    gen.emit(f"X.stmatrix_bytes(w, {gen.address(args[0])}, ({', '.join(gen.read(x, 'u4') for x in sources)},))")
+
+
 @form("stmatrix.sync.aligned.m8n8.{num}[.{trans}][.{space}].b16", writes=False, effect=True, num="x1|x2|x4",
       trans="trans", space="shared|shared::cta")  # fmt: skip
 def store_matrix(gen, args, mods):

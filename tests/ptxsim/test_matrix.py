@@ -48,6 +48,57 @@ def test_ldmatrix_and_stmatrix(count, transposed):
     np.testing.assert_array_equal(out[:count], matrices[:count])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_ldmatrix_of_bytes(count):
+    """16 x 16, transposed: lane 4 c + t holds rows 4 t to 4 t + 3 of column c, then of column c + 8."""
+    matrices = np.random.default_rng(3).integers(0, 256, (2, 16, 16), dtype=np.uint8)
+    names = ", ".join(f"%r{10 + j}" for j in range(2 * count))
+    store = "".join(
+        f"mad.wide.u32 %rd5, %t, 4, %out0; st.global.u32 [%rd5+{128 * j}], %r{10 + j};" for j in range(2 * count)
+    )
+    body = FILL + f"ldmatrix.sync.aligned.m16n16.x{count}.trans.shared.b8 {{{names}}}, [%r51];" + store
+    out = run(body, [matrices], [np.zeros((2 * count, 32, 4), np.uint8)], declarations=SHARED, target="sm_100a")
+    for register, lane, byte in np.ndindex(2 * count, 32, 4):
+        wanted = matrices[register // 2, lane % 4 * 4 + byte, lane // 4 + 8 * (register % 2)]
+        assert out[register, lane, byte] == wanted
+
+
+@pytest.mark.parametrize(("bits", "formats"), [(4, "b8x16.b4x16_p64"), (6, "b8x16.b6x16_p32")])
+@pytest.mark.parametrize("wide", [False, True])
+def test_ldmatrix_that_unpacks(bits, formats, wide):
+    """Sixteen codes at the beginning of each row of 16 bytes become bytes, then move as bytes do."""
+    codes = np.random.default_rng(4).integers(0, 1 << bits, (32, 16)).astype(np.uint8)
+    stream = np.unpackbits(codes[..., None], axis=-1, bitorder="little")[..., :bits].reshape(32, -1)
+    rows = np.full((32, 16), 0xEE, np.uint8)
+    rows[:, : 2 * bits] = np.packbits(stream, axis=-1, bitorder="little")
+    shape = "m16n16.x2.trans" if wide else "m8n16.x4"
+    store = "".join(f"mad.wide.u32 %rd5, %t, 4, %out0; st.global.u32 [%rd5+{128 * j}], %r{10 + j};" for j in range(4))
+    body = FILL + f"ldmatrix.sync.aligned.{shape}.shared.{formats} {{%r10, %r11, %r12, %r13}}, [%r51];" + store
+    out = run(body, [rows], [np.zeros((4, 32, 4), np.uint8)], declarations=SHARED, target="sm_120a")
+    for j, lane, byte in np.ndindex(4, 32, 4):
+        row, column = 8 * j + lane // 4, lane % 4 * 4 + byte
+        if wide:
+            row, column = 16 * (j // 2) + lane % 4 * 4 + byte, lane // 4 + 8 * (j % 2)
+        assert out[j, lane, byte] == codes[row, column]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_stmatrix_of_bytes(count):
+    """16 x 8, transposed: byte a + 2 b of lane 4 c + t goes to column c + 8 b of row 2 t + a."""
+    words = np.random.default_rng(5).integers(0, 256, (32, count, 4), dtype=np.uint8)
+    loads = "".join(
+        f"mad.wide.u32 %rd1, %t, {4 * count}, %in0; ld.global.u32 %r{10 + j}, [%rd1+{4 * j}];" for j in range(count)
+    )
+    names = ", ".join(f"%r{10 + j}" for j in range(count))
+    body = f"""{loads} mov.u32 %r50, buffer; mad.lo.u32 %r51, %t, 16, %r50;
+    stmatrix.sync.aligned.m16n8.x{count}.trans.shared.b8 [%r51], {{{names}}}; bar.sync 0;
+    setp.lt.u32 %p1, %t, {8 * count}; @%p1 ld.shared.v4.u32 {{%r1, %r2, %r3, %r4}}, [%r51];
+    mad.wide.u32 %rd6, %t, 16, %out0; @%p1 st.global.v4.u32 [%rd6], {{%r1, %r2, %r3, %r4}};"""
+    out = run(body, [words], [np.zeros((8 * count, 16), np.uint8)], declarations=SHARED, target="sm_100a")
+    for lane, j, byte in np.ndindex(32, count, 4):
+        assert out[8 * j + lane % 4 * 2 + byte % 2, lane // 4 + 8 * (byte // 2)] == words[lane, j, byte]
+
+
 def test_movmatrix():
     matrix = np.random.default_rng(1).integers(0, 2**16, (8, 8), dtype=np.uint16)
     body = """mad.wide.u32 %rd1, %t, 4, %in0; ld.global.u32 %r1, [%rd1]; mad.wide.u32 %rd2, %t, 4, %out0;

@@ -193,7 +193,8 @@ def test_block_scaling(kind, suffix, vector, a_kind, b_kind, scale, sparse):
         opcode += f".sync.aligned.m16n8k{k}.row.col.kind::{kind}.block_scale{suffix}.{types}"
         d, c, a, b = product(
             f"mov.u16 %rs1, {byte_b}; mov.u16 %rs2, {thread_b}; {opcode}", a_kind, b_kind, 16, k, "f32",
-            rest=f", {rest}", more=with_metadata if sparse else lambda _, more=more: more, stored=k // 2 if sparse else None)  # fmt: skip
+            rest=f", {rest}", more=with_metadata if sparse else lambda _, more=more: more,
+            stored=k // 2 if sparse else None)  # fmt: skip
         rows = a_scale[4 * (np.arange(16) % 8) + 2 * thread_a + np.arange(16) // 8, byte_a : byte_a + vector]
         columns = b_scale[4 * np.arange(8) + thread_b, byte_b : byte_b + vector]
         a = whole[0] if sparse else a
@@ -203,9 +204,9 @@ def test_block_scaling(kind, suffix, vector, a_kind, b_kind, scale, sparse):
 
 # ---- sparse A ------------------------------------------------------------------------------------------------------
 def metadata(codes, bits):
-    """The register of each lane [32]. 16 bits and more: lane 4 g + h holds half h of K of row g in its lower half, of row
-    g + 8 in its upper half (selector 0; 2 is added to the lane for 1). 8 bits and less: lane 4 g + 2 h + r holds half h
-    of row g + 8 r. The other lanes hold nonsense."""
+    """The register of each lane [32]. 16 bits and more: lane 4 g + h holds half h of K of row g in its lower half, of
+    row g + 8 in its upper half (selector 0; 2 is added to the lane for 1). 8 bits and less: lane 4 g + 2 h + r holds
+    half h of row g + 8 r. The other lanes hold nonsense."""
     out = np.random.default_rng(9).integers(0, 2**32, 32, dtype=np.uint32)
     half = codes.shape[1] // 2
     for g, h in itertools.product(range(8), range(2)):
