@@ -9,8 +9,6 @@ from cute_fa.problem import AttentionProblem
 
 # An mma.sync m16n8k16 has 16 rows; B operands come in pairs, 16 columns at a time.
 MMA_ROWS = 16
-# Up to this width a warp keeps whole rows of dK and dV in registers.
-WIDEST_IN_ONE_WARP = 128
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,9 @@ def backward_config(problem: AttentionProblem) -> Fa2BackwardConfig:
 
     Sᵀ = K·Qᵀ rather than S, so that Pᵀ and dSᵀ already lie in the registers as operand A of dV += Pᵀ·dO and
     dK += dSᵀ·Q; only dS goes through shared memory, for dQ. What limits the tiles is dK and dV in the registers: up to
-    head_dim 64 a warp owns 32 keys, up to 128 it owns 16. Beyond that a row of dK is shared by four warps, and P goes
-    through shared memory too.
+    head_dim 64 a warp owns 32 keys. Beyond, with 16 keys a warp, shared memory would need 1.3 times the tensor cores'
+    time at head_dim 128; instead two or four warps share rows of 32 keys (1.1 times), and P goes through shared memory
+    too. Where a CTA has 99 KB that does not fit, up to 128.
     """
     widest = max(padded(problem.head_dim), padded(problem.head_dim_v))
     roomy = problem.arch.smem_bytes >= 160 * 1024
@@ -127,8 +126,8 @@ def backward_config(problem: AttentionProblem) -> Fa2BackwardConfig:
     if widest <= 64:
         scores = keys = WarpGrid(4)
         tile_n = 128
-    elif widest <= WIDEST_IN_ONE_WARP:
-        scores = keys = WarpGrid(8 if roomy else 4)
+    elif widest <= 128:
+        scores = keys = WarpGrid(4, 2) if roomy else WarpGrid(4)
         tile_m, tile_n = (64, 128) if roomy else (32, 64)
     elif roomy:
         scores, keys = WarpGrid(4, 2), WarpGrid(2, 4)
@@ -152,7 +151,7 @@ def backward_config(problem: AttentionProblem) -> Fa2BackwardConfig:
 def _query_kernel(problem: AttentionProblem) -> QueryKernelTiles:
     """As the forward's tiles, with 32 keys: S, dP and dQ share the registers."""
     widest = max(padded(problem.head_dim), padded(problem.head_dim_v))
-    if widest <= WIDEST_IN_ONE_WARP:
+    if widest <= 128:
         return QueryKernelTiles(128, 32, 4, 2)
     return QueryKernelTiles(128, 32, 8, 1) if problem.arch.smem_bytes >= 160 * 1024 else QueryKernelTiles(64, 32, 4, 1)
 

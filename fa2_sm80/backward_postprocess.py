@@ -49,8 +49,7 @@ class QueryGradientConversion:
             narrowed = cute.make_rmem_tensor_like(acc, self.dtype)
             narrow(acc, narrowed)
             place = WarpPlace(c.queries, rows, columns)
-            first = place.first_column if const_expr(c.queries.columns > 1) else None
-            FragmentStore(smem, place.first_row, first).store(narrowed)
+            FragmentStore(smem, place.first_row, place.part).store(smem, narrowed)
             cute.arch.sync_threads()
             dq = head_matrix(args.dq, head, batch, info.offset_q, c.cu_seqlens_q)
             rows_left = info.rows_q - m_block * c.tile_m

@@ -5,6 +5,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.arch import inline_ptx
+from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.scores import LOG2_E
@@ -97,7 +98,7 @@ class PreprocessKernel:
     def sum_of_cta(self, value: Float32, tidx: Int32) -> Float32:
         """The sum over all threads, the same order each time; what thread 0 gets."""
         value = cute.arch.warp_reduction_sum(value)
-        smem = cutlass.utils.SmemAllocator().allocate_tensor(Float32, cute.make_layout(WARPS))
+        smem = SmemAllocator().allocate_tensor(Float32, cute.make_layout(WARPS))
         if tidx % 32 == 0:
             smem[tidx // 32] = value
         cute.arch.sync_threads()

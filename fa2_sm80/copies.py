@@ -129,6 +129,20 @@ def copy_async(target: Int32, target_offset: int, source: Int64, source_offset: 
         )
 
 
+class ColumnPart(NamedTuple):
+    """One warp's part of the columns of a :class:`SmemTile`: where it begins, the same for all lanes of the warp, and
+    how many there are."""
+
+    start: Int32
+    columns: int
+
+    def place(self, smem: SmemTile, lanes: Int32) -> tuple[Int32, Int32]:
+        """The lane's part of an address and the warp's, for the part of the columns."""
+        if self.columns % smem.panel:
+            lanes = lanes ^ (self.start % smem.panel * ELEMENT_BYTES)
+        return lanes, self.start // smem.panel * smem.panel_bytes
+
+
 class FragmentLoader:
     """ldmatrix.x4 of 16×16 blocks of a :class:`SmemTile`. The four matrices reach the registers in the order of the
     m16n8k16 operands: rows first (operand A, and V as operand B through .trans) or columns first (K as operand B).
@@ -143,15 +157,15 @@ class FragmentLoader:
         lanes: Int32,
         first_row: Int32,
         transpose: bool = False,
-        first_column: Optional[Int32] = None,
+        part: Optional[ColumnPart] = None,
     ):
-        """``lanes`` from :func:`lane_offset`; ``first_row``: a multiple of 16, the same for all lanes of a warp, like
-        ``first_column``, where a part of the columns begins (None: at 0)."""
+        """``lanes`` from :func:`lane_offset`; ``first_row``: a multiple of 16, the same for all lanes of a warp;
+        ``part``: of the columns (None: all of them)."""
         self.smem, self.lanes, self.transpose = smem, lanes, transpose
         self.start = smem.pointer.toint() + first_row * smem.row_bytes
-        if first_column is not None:
-            self.lanes = opaque(lanes ^ (first_column % smem.panel * ELEMENT_BYTES))
-            self.start = self.start + first_column // smem.panel * smem.panel_bytes
+        if part is not None:
+            self.lanes, offset = part.place(smem, lanes)
+            self.start = self.start + offset
 
     def load(self, fragment: cute.Tensor, index: int, row: int, column: int, stage: Int32):
         """The block at static (row, column), multiples of 16, into 32-bit registers index … index + 3."""
@@ -171,27 +185,28 @@ class FragmentLoader:
 
 
 class FragmentStore:
-    """Stores accumulators, narrowed to 16 bits, to a :class:`SmemTile`: 4 bytes a lane, 8 rows of 16 bytes a warp."""
+    """Stores accumulators, narrowed to 16 bits, to :class:`SmemTile` s: 4 bytes a lane, 8 rows of 16 bytes a warp."""
 
-    def __init__(self, smem: SmemTile, first_row: Int32, first_column: Optional[Int32] = None):
-        """``first_row``, ``first_column``: multiples of 16, the same for all lanes of a warp."""
-        self.smem = smem
+    def __init__(self, smem: SmemTile, first_row: Int32, part: Optional[ColumnPart] = None):
+        """``first_row``: a multiple of 16, the same for all lanes of a warp; ``part``: of the columns. ``smem``: the
+        tile stored to, or one of those that have its rows and columns."""
         lane = cute.arch.lane_idx()
-        place = smem.offset(lane // 4, 0) + lane % 4 * 4
-        self.start = smem.pointer.toint() + first_row * smem.row_bytes
-        if first_column is not None:
-            place = place ^ (first_column % smem.panel * ELEMENT_BYTES)
-            self.start = self.start + first_column // smem.panel * smem.panel_bytes
+        place, self.offset = smem.offset(lane // 4, 0) + lane % 4 * 4, first_row * smem.row_bytes
+        if part is not None:
+            place, offset = part.place(smem, place)
+            self.offset = self.offset + offset
         self.lanes = opaque(place)
 
-    def store(self, fragment: cute.Tensor):
-        """``fragment``: ((2, 2), MMA_M, MMA_N) of 16-bit elements, see ``cute_fa.device.fragments``."""
-        smem = self.smem
+    def store(self, smem: SmemTile, fragment: cute.Tensor, anew: bool = False):
+        """``fragment``: ((2, 2), MMA_M, MMA_N) of 16-bit elements, see ``cute_fa.device.fragments``. ``anew``: compute
+        addresses here instead of keeping them in registers over a loop."""
+        start = smem.pointer.toint() + self.offset
+        lanes = opaque(self.lanes) if anew else self.lanes
         pairs = cute.recast_tensor(fragment, Uint32)
         rows, columns = fragment.shape[1], fragment.shape[2]
         for n in range(columns):
             panel, inside = 8 * n // smem.panel, 8 * n % smem.panel
-            address = (self.lanes ^ (inside * ELEMENT_BYTES)) + self.start
+            address = (lanes ^ (inside * ELEMENT_BYTES)) + start
             for m in range(rows):
                 for half in range(2):
                     offset = (16 * m + 8 * half) * smem.row_bytes + panel * smem.panel_bytes

@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.block_range import Window
@@ -16,7 +16,7 @@ from cute_fa.device.score_gradients import SOFTCAP_FACTOR, probabilities, score_
 from cute_fa.device.scores import ScoreParams
 from cute_fa.device.seqlen import SeqlenInfo
 from fa2_sm80.backward_config import Fa2BackwardConfig
-from fa2_sm80.copies import FragmentLoader, FragmentStore, SmemTile, lane_offset
+from fa2_sm80.copies import ColumnPart, FragmentLoader, FragmentStore, SmemTile, lane_offset
 from fa2_sm80.products import WarpPlace, WarpProduct, register_column, register_row
 
 
@@ -61,11 +61,8 @@ class KeyTile:
         self.load_v = FragmentLoader(smem.v, row_lanes[smem.v.panel], place.first_row)
         self.load_q = FragmentLoader(smem.q, column_lanes[smem.q.panel], first_query)
         self.load_dout = FragmentLoader(smem.dout, column_lanes[smem.dout.panel], first_query)
-        split_columns = place.first_column if const_expr(c.scores.columns > 1) else None
         if const_expr(c.ds_in_smem):
-            self.store_ds = FragmentStore(smem.ds, place.first_row, split_columns)
-        if const_expr(not c.p_in_registers):
-            self.store_p = FragmentStore(smem.p, place.first_row, split_columns)
+            self.to_columns = FragmentStore(smem.ds, place.first_row, place.part)
 
         # dV = Pᵀ·dO and dK = dSᵀ·Q
         rows = c.tile_n // c.keys.rows
@@ -73,11 +70,8 @@ class KeyTile:
         self.dk, self.dv = (WarpProduct(dtype, rows, columns, c.tile_m) for columns in (columns_k, columns_v))
         self.place_dk, self.place_dv = WarpPlace(c.keys, rows, columns_k), WarpPlace(c.keys, rows, columns_v)
         self.acc_dk, self.acc_dv = self.dk.accumulator(), self.dv.accumulator()
-        first_k, first_v = (
-            place.first_column if const_expr(c.keys.columns > 1) else None for place in (self.place_dk, self.place_dv)
-        )
-        self.load_q_rows = FragmentLoader(smem.q, row_lanes[smem.q.panel], Int32(0), True, first_k)
-        self.load_dout_rows = FragmentLoader(smem.dout, row_lanes[smem.dout.panel], Int32(0), True, first_v)
+        self.load_q_rows = FragmentLoader(smem.q, row_lanes[smem.q.panel], Int32(0), True, self.place_dk.part)
+        self.load_dout_rows = FragmentLoader(smem.dout, row_lanes[smem.dout.panel], Int32(0), True, self.place_dv.part)
         if const_expr(not c.p_in_registers):
             self.load_p = FragmentLoader(smem.p, row_lanes[smem.p.panel], self.place_dk.first_row)
             self.load_ds_rows = FragmentLoader(smem.ds, row_lanes[smem.ds.panel], self.place_dk.first_row)
@@ -88,11 +82,9 @@ class KeyTile:
             depth = c.tile_n // c.queries.depth
             place = self.place_dq = WarpPlace(c.queries, rows, columns, depth)
             self.dq = WarpProduct(dtype, rows, columns, depth)
-            first = place.first_column if const_expr(c.queries.columns > 1) else None
-            self.load_ds = FragmentLoader(
-                smem.ds, column_lanes[smem.ds.panel], place.first_depth, True, place.first_row
-            )
-            self.load_k_rows = FragmentLoader(smem.k, row_lanes[smem.k.panel], place.first_depth, True, first)
+            rows_of_dq = ColumnPart(place.first_row, rows) if const_expr(c.queries.rows > 1) else None
+            self.load_ds = FragmentLoader(smem.ds, column_lanes[smem.ds.panel], place.first_depth, True, rows_of_dq)
+            self.load_k_rows = FragmentLoader(smem.k, row_lanes[smem.k.panel], place.first_depth, True, place.part)
             self.dq_address = cute.make_rmem_tensor(1, Int64)
         self.stats = opaque(smem.stats.toint() + self.place.column * 4)
         self.dslope = cute.make_rmem_tensor(1, Float32)
@@ -123,11 +115,11 @@ class KeyTile:
         narrow(acc_s, p)
         narrow(acc_dp, ds)
         if const_expr(c.ds_in_smem):
-            self.store_ds.store(ds)
+            self.to_columns.store(self.smem.ds, ds, anew=not c.p_in_registers)
         if const_expr(c.p_in_registers):
             p_rows, ds_rows = self.dv.from_registers(as_operand_a(p)), self.dk.from_registers(as_operand_a(ds))
         else:
-            self.store_p.store(p)
+            self.to_columns.store(self.smem.p, p, anew=True)
             p_rows, ds_rows = self.dv.from_smem(self.load_p, 0), self.dk.from_smem(self.load_ds_rows, 0)
         if const_expr(c.ds_in_smem):
             cute.arch.sync_threads()
@@ -136,8 +128,7 @@ class KeyTile:
         if const_expr(not c.deterministic):
             acc = self.dq.accumulator()
             self.dq.add(acc, self.dq.from_smem(self.load_ds, 0, transposed=True), self.load_k_rows, 0, True)
-            address = self.dq_address[0] + (self.place_dq.index * 32 + cute.arch.lane_idx()) * 4
-            add_to_memory(acc, address, 32 * c.queries.rows * c.queries.columns)
+            add_to_memory(acc, self.dq_address[0], 32 * c.queries.rows * c.queries.columns)
 
     def positions(self, m_start: Int32, masked: bool, left_edge: bool):
         """|i + D − j| of a register (r, c) of Sᵀ, for ALiBi, and whether it is masked; None where not needed."""
@@ -198,13 +189,14 @@ class KeyTile:
         ):
             narrowed = cute.make_rmem_tensor_like(acc, self.dtype)
             narrow(acc, narrowed)
-            first = place.first_column if const_expr(self.config.keys.columns > 1) else None
-            FragmentStore(tile, place.first_row, first).store(narrowed)
+            FragmentStore(tile, place.first_row, place.part).store(tile, narrowed)
 
 
 def add_to_memory(acc: cute.Tensor, address: Int64, threads: int):
     """Atomically add an accumulator's registers to fp32 in global memory: register e of thread t at e · threads + t, so
-    that a warp's additions are one line of 128 bytes."""
+    that a warp's additions are one line of 128 bytes. Threads beyond begin anew: they add another part of the sum."""
+    # the thread index is read here again, and unsigned: kept over the loop it would cost two registers
+    address = address + Int64(Uint32(cute.arch.thread_idx()[0] % threads * 4))
     for e in range(cute.size(acc)):
         inline_ptx(
             f"red.relaxed.gpu.global.add.f32 [{{$r0}}+{e * threads * 4}], {{$r1}};",

@@ -6,7 +6,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Uint32
 from cutlass.cute.nvgpu import warp
 
-from fa2_sm80.copies import FragmentLoader
+from fa2_sm80.copies import ColumnPart, FragmentLoader
 
 STEP = 16  # of rows, columns and depth: what one ldmatrix.x4 brings
 
@@ -61,7 +61,8 @@ class WarpProduct:
 
 class WarpPlace:
     """Where a warp stands in a :class:`~fa2_sm80.backward_config.WarpGrid`, and where a thread of it stands in the
-    warp's part of an accumulator: ``row`` and ``column`` of its first register."""
+    warp's part of an accumulator: ``row`` and ``column`` of its first register. ``part``: the warp's columns, None if
+    it has them all."""
 
     def __init__(self, grid, rows: int, columns: int, depth: int = 0):
         """``rows``, ``columns``, ``depth``: what one warp has of each."""
@@ -71,6 +72,7 @@ class WarpPlace:
         self.first_row = index % grid.rows * rows
         self.first_column = index // grid.rows % grid.columns * columns
         self.first_depth = index // (grid.rows * grid.columns) * depth
+        self.part = ColumnPart(self.first_column, columns) if grid.columns > 1 else None
         self.row = self.first_row + lane // 4
         self.column = self.first_column + lane % 4 * 2
 

@@ -214,7 +214,7 @@ class QueryGradientKernel:
             tile.acc.store(tile.acc.load() * scale)
             narrowed = cute.make_rmem_tensor_like(tile.acc, self.dtype)
             narrow(tile.acc, narrowed)
-            FragmentStore(smem.q, tile.place.first_row).store(narrowed)
+            FragmentStore(smem.q, tile.place.first_row).store(smem.q, narrowed)
             cute.arch.sync_threads()
             dq = head_matrix(args.dq, head, batch, info.offset_q, c.cu_seqlens_q)
             store_tile(smem.q, dq, m_block, info.rows_q - m_block * tiles.tile_m, c.head_dim, tidx, tiles.num_threads)

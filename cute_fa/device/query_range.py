@@ -43,8 +43,11 @@ def query_range(
         full_start = cutlass.max(n_end - 1 - diagonal - window.right, 0)
     end, full_end = seqlen_q, seqlen_q
     if const_expr(window.left is not None):
+        first_windowed = n_start  # the first key that the sink does not hold
+        if const_expr(window.sink_tokens is not None):
+            first_windowed = cutlass.max(n_start, window.sink_tokens)
         end = cutlass.min(seqlen_q, n_end - diagonal + window.left)
-        full_end = cutlass.min(seqlen_q, n_start - diagonal + window.left + 1)
+        full_end = cutlass.min(seqlen_q, first_windowed - diagonal + window.left + 1)
         if const_expr(window.sink_tokens is not None):
             end = cutlass.select_(n_start < window.sink_tokens, seqlen_q, end)
             full_end = cutlass.select_(n_end <= window.sink_tokens, seqlen_q, full_end)
