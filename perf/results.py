@@ -24,7 +24,7 @@ PROBLEM = (
 KEY = ["gpu", "provider", *PROBLEM]
 # status: ok (measured), wrong (its output disagrees with the reference) or skipped (it cannot run), with a reason for
 # the latter two. ms: of one call. tflops, gbps: by the median. ceiling_ms: the least time by the ceilings measured in
-# the same run, bound: the one that sets it, percent: ceiling_ms in the median. Clocks before and after the timing.
+# the same run, bound: the one that sets it, percent: 100·ceiling_ms/ms_p50. Clocks before and after the timing.
 COLUMNS = (
     ["provider", "version", "status", "reason", *PROBLEM]
     + "ms_p20 ms_p50 ms_p80 samples tflops gbps percent bound ceiling_ms flops bytes error error_allowed".split()

@@ -1,5 +1,5 @@
-"""Every provider's call means what the problem says: on the CPU with torch's own kernels, our kernels behind the peers'
-signatures in the simulator, and the reference in the place of what needs a GPU."""
+"""Every provider's call means what the problem says: on the CPU with torch's own kernels, ours in the simulator, and the
+reference behind the signatures of what needs a GPU."""
 
 from __future__ import annotations
 
