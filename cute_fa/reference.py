@@ -12,7 +12,8 @@ learnable_sink[h]. Rows beyond seqused_q have O = 0 and LSE = −inf. Only eleme
 The backward, with dO and dLSE the gradients of O and LSE (Dao et al., FlashAttention, 2022, appendix B.2; dLSE and the
 sink follow from ∂LSE/∂s_ij = p_ij):
 
-    D_i = dO_i · O_i − dLSE_i;   dp_ij = dO_i · v_j;   ds_ij = p_ij (dp_ij − D_i), 0 for hidden keys and empty rows
+    D_i = dO_i · O_i − dLSE_i, without dLSE_i where LSE_i = −inf
+    dp_ij = dO_i · v_j;   ds_ij = p_ij (dp_ij − D_i), 0 for hidden keys and empty rows
     dslope[h] = −Σ_ij ds_ij |i + D − j|;   dsink[h] = −Σ_i exp(learnable_sink[h] − LSE_i) D_i
     dx_ij = ds_ij (1 − tanh²(s_ij/c)) with softcap;   dq_i = softmax_scale Σ_j dx_ij k_j
     dk_j = softmax_scale Σ_i dx_ij q_i and dv_j = Σ_i p_ij dO_i, summed over the query heads of a kv head
@@ -173,7 +174,7 @@ def _gradients(
             out, lse, p = _softmax_pv(_masked(capped, slopes, distance, visible), v_s, learnable_sink, dtype)
             delta = (do * _rounded(out, dtype)).sum(-1).T
             if dlse is not None:
-                delta = delta - dlse[at_lse].to(compute)
+                delta = delta - dlse[at_lse].to(compute).masked_fill(lse == -math.inf, 0.0)
             ds = _rounded(p * (_rounded(_by_group(do, v_s), dtype) - delta[..., None]), dtype)
             if alibi_slopes is not None:
                 terms = ds * -distance.abs()
