@@ -1,4 +1,4 @@
-"""Every provider's call means what the problem says: on the CPU with torch's own kernels, ours in the simulator, and the
+"""Every provider's call means what the problem says: on the CPU with torch's own kernels, ours in the simulator, the
 reference behind the signatures of what needs a GPU."""
 
 from __future__ import annotations
