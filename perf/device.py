@@ -81,7 +81,7 @@ class CudaDevice:
         self._nvml = _Nvml(str(properties.uuid))
         missing = self._nvml.missing
         self.notes = [] if missing is None else [f"clocks and driver are not recorded: {missing}"]
-        self._flushed = torch.zeros(_FLUSHES * self.l2_bytes // 4, device="cuda")
+        self._flushed = torch.zeros(_FLUSHES * self.l2_bytes // 4, device=self.torch_device)
         self._lead_us = _MIN_LEAD_US
 
     def columns(self) -> dict[str, Any]:

@@ -125,6 +125,7 @@ def fake_steps(csv, pytest_arguments):
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_driver, "driver", lambda: Driver(1, (13, 0)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command_line, "CudaDevice", FakeDevice)
     monkeypatch.setattr(results_module, "_FOLDER", tmp_path)
     monkeypatch.setattr(gpu_check, "steps", fake_steps)

@@ -1,4 +1,4 @@
-"""Timing with a made-up clock: order, warm-up, quantiles, ceilings; with a GPU the real one."""
+"""Timing with a made-up clock: order, warm-up, quantiles, ceilings."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections import Counter
 import pytest
 import torch
 
-from cute_fa.errors import DeviceError
-from perf.device import CudaDevice
 from perf.timing import Ceilings, Effort, Timing, measure_ceilings, time_interleaved
 from perf.workload import Work
 from tests.testing.clock import FakeDevice
@@ -93,33 +91,3 @@ def test_roofline_is_the_slower_of_both_ceilings():
     assert compute == (pytest.approx(10.0), "compute")
     memory = ceilings.roofline(Work(pairs=0, flops=8 * 10**9, bytes=4 * 10**9), torch.bfloat16)
     assert memory == (pytest.approx(1.0), "memory")
-
-
-def test_without_a_gpu_there_is_no_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(DeviceError, match="no GPU"):
-        CudaDevice()
-
-
-@pytest.mark.gpu
-def test_cuda_events_time_a_copy_within_what_memory_allows():
-    device = CudaDevice()
-    big, small = (torch.ones(size, device="cuda") for size in (2**28, 2**20))
-    twice = torch.empty_like(big)
-    calls = {"big": [lambda: twice.copy_(big)], "small": [lambda: small.mul_(1.0)]}
-    timings = time_interleaved(device, calls, Effort())
-    gbps = 2 * big.nbytes / timings["big"].median / 1e6
-    assert 100 < gbps < 20_000
-    # launch latency, some 10 µs on the host, is not in it
-    assert timings["small"].median < 0.02
-    spread = timings["big"].quantile(80) - timings["big"].quantile(20)
-    assert spread < 0.2 * timings["big"].median
-    assert device.alive()
-    assert device.columns()["gpu"] == torch.cuda.get_device_name()
-
-
-@pytest.mark.gpu
-def test_ceilings_of_a_gpu_are_plausible():
-    ceilings = measure_ceilings(CudaDevice(), [torch.bfloat16], Effort())
-    assert 20 < ceilings.tflops[torch.bfloat16] < 5000
-    assert 200 < ceilings.gbps < 20_000
