@@ -20,11 +20,12 @@ _WARPGROUP = 4  # warps
 
 class RegisterMixin:
     """setmaxnreg of ``Machine``. Needs the scheduler and the numbering of warps; owns launch_registers,
-    owned_registers, free_registers, resized_to and resized_at."""
+    owned_registers, free_registers, resizes, resized_to and resized_at."""
 
     def init_registers(self, registers):
         """``registers``: those of a thread at launch; None if they are not known, then no pool is kept."""
         self.launch_registers = registers
+        self.resizes = True  # False: ptxas has dropped setmaxnreg from the machine code, and it does nothing
         if registers is not None:
             self.owned_registers = np.full(self.nwarps, allocated_registers(registers, 1) // 32)
             self.free_registers = np.zeros(self.nctas, np.int64)
@@ -34,6 +35,9 @@ class RegisterMixin:
     def h_setmaxnreg(self, i, block, group):
         """setmaxnreg: .dec at once, .inc when the pool has the registers. SyncError for counts that are not legal."""
         w, count, increase = group.w, int(i.args[0], 0), i.mods.action == "inc"
+        if not self.resizes:
+            self.groups.append(group)
+            return
         if not _LEAST <= count <= _MOST or count % _MULTIPLE:
             raise SyncError(f"setmaxnreg to {count} registers, not a multiple of {_MULTIPLE} in {_LEAST}..{_MOST}")
         self.resized_to[w], self.resized_at[w] = count, i.line

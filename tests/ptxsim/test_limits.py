@@ -14,7 +14,7 @@ import torch
 import cute_fa
 import ptxsim
 from ptxsim import machine, runtime
-from ptxsim.cubin import register_counts
+from ptxsim.cubin import register_counts, resizing_kernels
 from ptxsim.errors import Deadlock, MemoryFault, SimError, SyncError
 from tests.testing.copy_kernel import compile_scale
 from tests.testing.ptx import kernel_text, run
@@ -103,8 +103,10 @@ def test_registers_of_a_kernel_come_from_its_cubin():
         launched = simulation.launches[-1]
         assert launched.registers == 65536 // launched.block[0] // 8 * 8
         cubin = compile_scale().artifacts.CUBIN
+        kept = frozenset().union(*(names for _, _, names in runtime._ptx_of_cubin.values()))
     (count,) = register_counts(cubin).values()
     assert 8 <= count <= 32
+    assert launched.name in kept and resizing_kernels(cubin) == frozenset()
     with pytest.raises(SimError, match="not a cubin"):
         register_counts(b"nothing")
 
@@ -116,6 +118,15 @@ def launch(grid=(1, 1, 1), block=(32, 1, 1), cluster=(1, 1, 1), smem=0, arch="sm
     simulation = runtime.Simulation(arch, None, False, False, 4, None)
     simulation._launch(text, "kernel", grid, block, cluster, smem, 0, False, registers)
     return simulation.launches[-1]
+
+
+def test_setmaxnreg_that_ptxas_has_dropped():
+    """Without .minnctapersm ptxas leaves it out of the machine code (warning C7508)."""
+    text = kernel_text("setmaxnreg.inc.sync.aligned.u32 232;", 0, 0)
+    simulation = runtime.Simulation("sm_90a", None, False, False, 4, None)
+    simulation._launch(text, "kernel", (1, 1, 1), (160, 1, 1), (1, 1, 1), 0, 0, False, 92, False)
+    with pytest.raises(Deadlock, match="waits in setmaxnreg"):
+        simulation._launch(text, "kernel", (1, 1, 1), (160, 1, 1), (1, 1, 1), 0, 0, False, 92, True)
 
 
 def test_registers_of_a_launch():
