@@ -19,6 +19,13 @@ from perf.timing import Effort, measure_ceilings, time_interleaved
 from perf.workload import Workload
 
 
+def refusing(code: int):
+    def refuse(*arguments):
+        raise pynvml.NVMLError(code)
+
+    return refuse
+
+
 @pytest.fixture
 def cuda(monkeypatch):
     """A device made of stand-ins; gives the log of what was enqueued, in order."""
@@ -48,6 +55,7 @@ def cuda(monkeypatch):
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(pynvml, "nvmlInit", refusing(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
     monkeypatch.setattr(CudaDevice, "torch_device", "cpu")
     monkeypatch.setattr(device_module.time, "perf_counter", lambda: now[0])
     device = CudaDevice()
@@ -88,7 +96,6 @@ def test_the_buffer_that_evicts_is_three_times_the_l2(cuda):
 
 
 def test_machine_without_nvml_says_so(cuda):
-    """This one has none."""
     assert cuda.clocks() == Clocks(None, None, None, None)
     (note,) = cuda.notes
     assert note.startswith("clocks and driver are not recorded: ")
@@ -99,16 +106,13 @@ def test_machine_without_nvml_says_so(cuda):
 def test_clocks_come_from_the_device_of_torch(monkeypatch):
     asked = []
 
-    def refuse(*arguments):
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: asked.append(uuid) or "handle")
     clocks = {pynvml.NVML_CLOCK_SM: 1980, pynvml.NVML_CLOCK_MEM: 2619}
     monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", lambda handle, kind: clocks[kind])
     monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda handle: 700_500)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetTemperature", refuse)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTemperature", refusing(pynvml.NVML_ERROR_NOT_SUPPORTED))
     nvml = device_module._Nvml("ab-12")
     assert nvml.clocks() == (1980, 2619, 700.5, None)
     assert (asked, nvml.driver, nvml.missing) == (["GPU-ab-12"], "580.1", None)

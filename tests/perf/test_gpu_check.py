@@ -60,11 +60,9 @@ def test_without_a_driver_there_is_no_gpu():
     ("version", "extra", "index"), [(12040, "cu12", "whl/cu128"), (13010, "cu13", ""), (None, "cu12", "")]
 )
 def test_make_installs_what_the_driver_supports(tmp_path, version, extra, index):
-    """The commands that make would run, on a machine whose driver is the one made here, or that has none."""
-    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    if version:
-        fake_driver(tmp_path, version=version)
-        environment["LD_LIBRARY_PATH"] = str(tmp_path)
+    """The commands that make would run where the driver is the one made here; None: it has no GPU."""
+    fake_driver(tmp_path, **({"version": version} if version else {"gpus": 0}))
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "LD_LIBRARY_PATH": str(tmp_path)}
     done = subprocess.run(
         ["make", "-nB", "gpu-check"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
