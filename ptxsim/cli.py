@@ -147,6 +147,7 @@ def mutate(
     if error is not None:
         console.print(error, markup=False, soft_wrap=True)
         sys.exit(code)
+    study.tidy()
     if not study.records:
         console.print("nothing was checked: no kernel has such an instruction")
         sys.exit(NOTHING)

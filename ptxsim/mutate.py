@@ -9,6 +9,7 @@ is repeated, and what the script itself checks counts. See ``ptxsim.mutants`` fo
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -60,6 +61,15 @@ class Record:
         return self.ptx, self.kernel, self.line, self.change
 
 
+def read(file: Path) -> list[Record]:
+    """The records that a study left in a file."""
+    return [Record(**json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def _line(record):
+    return json.dumps(dataclasses.asdict(record)) + "\n"
+
+
 class _Bounded(ObservedMachine):
     """A machine that gives up on a kernel that does not end."""
 
@@ -92,8 +102,8 @@ class Study:
         self.records: list[Record] = []
         self._known = {}
         if file is not None and file.exists():
-            found = [Record(**json.loads(line)) for line in file.read_text().splitlines()]
-            self._known = {record.key: record for record in found if not (again and record.outcome == ESCAPED)}
+            self._known = {record.key: record for record in read(file)}
+        self._again = {key for key, record in self._known.items() if again and record.outcome == ESCAPED}
         self._seen: set[int] = set()  # of programs
         self._limit = 0
         self._child: tuple[LoadedProgram, LoadedProgram, Any] | None = None  # of a child: original, damaged, pipe
@@ -130,11 +140,13 @@ class Study:
         self._limit = _ENDLESS * facts.steps
         mutants = plan(loaded.program.k)
         chosen = self._choose(mutants)
+        left = []
         for mutant in chosen:
-            if (known := self._known.get(self._record(loaded, mutant, "").key)) is not None:
-                self.records.append(known)
-        done = {record.key for record in self.records}
-        left = [m for m in chosen if self._record(loaded, m, "").key not in done]
+            key = self._record(loaded, mutant, "").key
+            if key in self._known and key not in self._again:
+                self.records.append(self._known[key])
+            else:
+                left.append(mutant)
         for mutant in left:
             if not facts.ran(mutant):
                 self._keep(loaded, mutant, ESCAPED, NOT_EXECUTED)
@@ -181,7 +193,15 @@ class Study:
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as file:
-                file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+                file.write(_line(record))
+
+    def tidy(self) -> None:
+        """Leave in the file what is known of the kernels that ran, each mutant once, in the order of the code."""
+        if self.file is not None and self.file.exists():
+            ran = {record.ptx for record in self.records}
+            kept = {record.key: record for record in read(self.file) if record.ptx in ran}
+            lines = [_line(kept[key]) for key in sorted(kept)]
+            self.file.write_text("".join(lines))
 
     # ---- children -----------------------------------------------------------------------------------------------
 
@@ -207,6 +227,7 @@ class Study:
         if os.fork():
             theirs.close()
             return ours
+        gc.disable()  # a collection would write to all that the child shares with its parent
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
