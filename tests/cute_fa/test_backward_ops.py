@@ -1,6 +1,7 @@
 """The backward through torch: gradients of the public functions, tracing, checkpointing, autocast, what is refused."""
 
 import dataclasses
+import functools
 import math
 import types
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import cute_fa
 from cute_fa import autograd, compat, flash_attn_func, flash_attn_varlen_func, ops, reference
@@ -269,6 +270,22 @@ def test_checkpointing(simulated, reentrant):
     torch.testing.assert_close([t.grad for t in leaves], list(plain), atol=0, rtol=0)
 
 
+def test_selective_checkpointing_keeps_the_result(simulated):
+    """A policy that saves the operator's results: they are not computed again."""
+    inputs, leaves = variables(make_inputs(DENSE))
+    dout, _ = output_gradients(inputs)
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.cute_fa.attention.default])
+
+    def launches(context_fn):
+        before = len(simulated.launches)
+        out = checkpoint(lambda q: flash_attn_func(q, *leaves[1:], causal=True), leaves[0], **context_fn)
+        check(inputs, torch.autograd.grad(out, leaves, dout), dout)
+        return len(simulated.launches) - before
+
+    recomputed = launches({"use_reentrant": False})
+    assert launches({"use_reentrant": False, "context_fn": contexts}) == recomputed - 1
+
+
 def test_autocast(simulated):
     """fp32 inputs are cast as torch's own attention does, slopes and sink are not; gradients are fp32."""
     inputs, _ = variables(make_inputs(FULL))
@@ -453,6 +470,7 @@ def test_cuda_graph():
         return torch.autograd.grad(inputs.run(), leaves, dout)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             step()
