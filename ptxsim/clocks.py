@@ -25,51 +25,15 @@ memory.
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from .errors import SimError
-from .release_acquire import scope_of
+from .sites import BULK_WRITE, CP_ASYNC, GENERIC, ISSUED, TCGEN05, WGMMA
 
 _u4 = np.uint32
 ORDERED, VISIBLE, INITIALISED, GLOBAL_VISIBLE, TENSOR = range(5)
 _HISTORY = 64  # groups of one warp that are remembered
 _FOREVER = np.uint32(0xFFFFFFFF)
-
-# kinds of agents, generic proxy first
-GENERIC, CP_ASYNC, WGMMA, BULK_READ, BULK_WRITE, TCGEN05, ISSUED, TENSOR_LD, TENSOR_ST = range(9)
-KIND_NAMES = ("", "cp.async of ", "wgmma of the warpgroup of ", "bulk store of ", "bulk store of ", "tcgen05 of ", "",
-              "tcgen05.ld of ", "tcgen05.st of ")  # fmt: skip
-_USED = {
-    CP_ASYNC: r"cp\.async\.(ca|cg)",
-    WGMMA: r"wgmma\.mma",
-    BULK_READ: r"cp\.(reduce\.)?async\.bulk\.(tensor\.\dd\.)?global",
-    BULK_WRITE: r"cp\.(reduce\.)?async\.bulk\.(tensor\.\dd\.)?global",
-    TCGEN05: r"tcgen05\.",
-    ISSUED: r"tcgen05\.",
-    TENSOR_LD: r"tcgen05\.",
-    TENSOR_ST: r"tcgen05\.",
-}
-_STRONG = re.compile(r"(atom|red|multimem)\b|cp\.reduce\.async|(ld|st)\.(relaxed|acquire|release|volatile|mmio)")
-_GLOBAL_SYNC = re.compile(
-    r"(ld|st|atom|red)\.(?=.*(acquire|release|acq_rel))(?!.*\.(cta|cluster)\b)"
-    r"|fence\.((sc|acq_rel|acquire|release)\.)?(gpu|sys)|membar\.(gl|sys)"
-)
-
-
-class Sites:
-    """Numbers of the PTX lines that access memory, for all waves of a launch."""
-
-    def __init__(self, program):
-        effects = [i for i in program.body if i.form.effect]
-        self.bits = (len({i.line for i in effects}) + 1).bit_length()
-        self.mask = (1 << self.bits) - 1
-        self.lines = [0, *sorted({i.line for i in effects})]
-        self.number = {line: n for n, line in enumerate(self.lines)}
-        strong = {i.line: i.op for i in effects if _STRONG.match(i.op)}
-        # scope of atomic accesses, of which two do not race within it; elsewhere -1
-        self.strong = np.array([scope_of(strong[line]) if line in strong else -1 for line in self.lines])
 
 
 class Clocks:
@@ -77,18 +41,15 @@ class Clocks:
 
     def __init__(self, machine, sites):
         self.machine, self.sites = machine, sites
-        m, body = machine, machine.prog.body
+        m, used = machine, sites.kinds
         self.max_clock = (1 << 32 - sites.bits) - 2
-        self.wide = any(_GLOBAL_SYNC.match(i.op) for i in body) and m.nctas > m.cluster_size
+        self.wide = sites.global_sync and m.nctas > m.cluster_size
         ctas = m.nctas if self.wide else m.cluster_size
         self.domain_ctas, self.domain_warps = ctas, ctas * m.wpc
         self.domain_of = m.cta_of // ctas
         self.place = m.cta_of % ctas * m.wpc + m.warp_in_cta  # of a warp in its domain
-        opcodes = "\n".join(sorted({i.op for i in body}))
-        used = [GENERIC] + [kind for kind, pattern in _USED.items() if re.search(pattern, opcodes)]
         self.first = {kind: n * self.domain_warps for n, kind in enumerate(used)}
-        proxies = re.search(r"mbarrier|cp\.(reduce\.)?async\.bulk|wgmma|fence\.proxy", opcodes)
-        self.sections = 1 + TENSOR if TCGEN05 in used else TENSOR if proxies else 1
+        self.sections = 1 + TENSOR if TCGEN05 in used else TENSOR if sites.proxies else 1
         self.fixed = self.columns = len(used) * self.domain_warps
         self.generic_end = self.first.get(CP_ASYNC, 0) + self.domain_warps
         self.clock = np.ones(m.nwarps, np.int64)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .clocks import BULK_READ, CP_ASYNC
 from .errors import MemoryFault, SimError, SyncError
 from .memory import GLOBAL, GLOBAL_BASE, GLOBAL_BYTES, GLOBAL_ROWS, IN_FLIGHT, WRITTEN
 from .numerics import bf16_to_f32, f32_to_bf16
+from .sites import BULK_READ, CP_ASYNC
 from .warps import full_width
 
 _ALL_WRITTEN_ROW = np.uint64(0x0101010101010101 * WRITTEN)

@@ -12,66 +12,26 @@ and before what comes after their completion has been waited for.
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from . import wgmma_registers
-from .clocks import (
-    BULK_READ,
-    BULK_WRITE,
-    CP_ASYNC,
-    GENERIC,
-    INITIALISED,
-    KIND_NAMES,
-    ORDERED,
-    TCGEN05,
-    TENSOR,
-    VISIBLE,
-    WGMMA,
-    Clocks,
-    Sites,
-)
+from .clocks import INITIALISED, ORDERED, TENSOR, VISIBLE, Clocks
 from .errors import BarrierInitError, ProxyError, RaceError
 from .locations import source_of
 from .memory import GLOBAL, GLOBAL_BASE
-from .parser import TYPE_BYTES
-from .release_acquire import CLUSTER, CTA, GPU, ReleaseAcquire
+from .release_acquire import ReleaseAcquire
 from .shadow import GlobalShadow, SharedShadow, Suspects
+from .sites import BULK_READ, BULK_WRITE, CLUSTER, CP_ASYNC, CTA, GENERIC, GPU, KIND_NAMES, TCGEN05, WGMMA, Sites
 from .tensor_races import TensorRaces
 from .warps import full_width
-
-
-def granules(program):
-    """(shared, global) granule in bytes: the smallest access of the program, at most 16."""
-    shared = memory = 16
-    for i in program.body:
-        size = 16
-        if i.root in ("ld", "st", "atom", "red") and i.parts[1] not in ("param", "local", "const"):
-            vector = next((int(p[1:]) for p in i.parts if re.fullmatch(r"v\d", p)), 1)
-            size = TYPE_BYTES.get(i.parts[-1], 1) * vector
-            if not any(p.startswith("shared") for p in i.parts):
-                memory = min(memory, size)
-            if "global" in i.parts:
-                continue
-        elif i.root == "cp" and i.parts[2] in ("ca", "cg"):
-            size = int(i.args[2], 0)
-            memory = min(memory, size)
-        elif i.root == "cp" and "tensor" in i.parts:
-            memory = min(memory, 4)  # boxes may be clipped anywhere; where that divides a granule it counts as whole
-        elif i.root == "tcgen05" and i.parts[1] == "alloc":
-            size = 4
-        shared = min(shared, size)
-    return shared, memory
 
 
 class LaunchHistory:
     """What the waves of one launch share: global memory's shadow, the numbers of PTX lines, names."""
 
     def __init__(self, program):
-        self.sites = Sites(program)
-        self.shared_granule, granule = granules(program)
-        self.memory = GlobalShadow(granule)
+        self.sites = Sites.of(program)
+        self.memory = GlobalShadow(self.sites.global_granule)
         self.names = {}  # home -> function from an agent to its name
 
 
@@ -88,7 +48,7 @@ class Detector:
         for kind in (WGMMA, BULK_READ, TCGEN05):
             if kind in clocks.first:
                 readers += [(kind, n) for n in range(0, machine.wpc, 4 if kind == WGMMA else 1)]
-        self.shared = SharedShadow(clocks, launch.shared_granule, readers)
+        self.shared = SharedShadow(clocks, launch.sites.shared_granule, readers)
         self.barriers = _Barriers(self)
         self.tensor = TensorRaces(self) if clocks.sections > TENSOR else None
         self.named = {}  # (CTA, barrier) -> (limits of who arrived, warps that wait)
@@ -405,12 +365,12 @@ class Detector:
     def bar_together(self, w, cta, waits):
         """All warps of whole CTAs arrive at a named barrier in one step."""
         rows = self.clocks.publish(w)
-        ctas, which = np.unique(cta, return_inverse=True)
-        limits = np.zeros((len(ctas), *rows.shape[1:]), rows.dtype)
-        for n in range(len(ctas)):
-            np.max(rows[which == n], axis=0, out=limits[n])
-        if waits:
-            self.clocks.acquire(w, limits[which])
+        if not waits:
+            return
+        order = np.argsort(cta, kind="stable")
+        first = np.flatnonzero(np.diff(cta[order], prepend=-1))
+        limits = np.maximum.reduceat(rows[order], first)
+        self.clocks.acquire(w[order], np.repeat(limits, np.diff(first, append=len(order)), axis=0))
 
     def cluster_arrive(self, w, cluster, relaxed):
         """barrier.cluster.arrive; .relaxed publishes only what fences have."""
@@ -447,7 +407,7 @@ class Detector:
         self.clocks.tick(w)
 
     def fence_memory(self, w, M, scope):
-        """fence.acq_rel, fence.sc or membar of a scope of ``release_acquire``."""
+        """fence.acq_rel, fence.sc or membar of a scope of ``ptxsim.sites``."""
         self.atomics.fence(w if M is None else w[M.any(1)], scope)
 
     def fence_tensormap(self, w, address, M):

@@ -9,21 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .sites import CLUSTER, CTA, GPU
 from .warps import full_width
-
-CTA, CLUSTER, GPU = range(3)  # scopes; the same numbers say how far apart two threads are
-_SCOPES = {"cta": CTA, "cluster": CLUSTER, "gpu": GPU, "sys": GPU, "gl": GPU}
-
-
-def scope_of(opcode):
-    """Scope that an opcode names; without one that of atom and red."""
-    return next((_SCOPES[part] for part in opcode.split(".") if part in _SCOPES), GPU)
-
-
-def has_memory_fences(program):
-    """Whether relaxed accesses of a program may synchronise."""
-    return any(i.root == "membar" or (i.root == "fence" and i.parts[1] not in ("proxy", "mbarrier_init"))
-               for i in program.body)  # fmt: skip
 
 
 class ReleaseAcquire:
@@ -34,12 +21,12 @@ class ReleaseAcquire:
         self.published = {}  # (space, address) -> {(scope, CTA that released): limits}
         self.fenced = {}  # warp -> {scope: limits at its latest fence of that scope or more}
         self.pending = {}  # warp -> {distance: limits that relaxed reads saw}, which the next fence may acquire
-        self.has_fences = has_memory_fences(self.machine.prog)
+        self.has_fences = clocks.sites.memory_fences
 
-    def distance(self, one, other):
-        """How far apart two CTAs are, as a scope."""
+    def distance(self, ctas, other):
+        """How far apart CTAs [n] and another one are, as scopes."""
         size = self.machine.cluster_size
-        return CTA if one == other else CLUSTER if one // size == other // size else GPU
+        return np.where(ctas == other, CTA, np.where(ctas // size == other // size, CLUSTER, GPU))
 
     def fence(self, w, scope):
         """fence.acq_rel, fence.sc or membar of the warps."""
@@ -59,36 +46,49 @@ class ReleaseAcquire:
 
     def access(self, w, address, space, how, M):
         """An access that is not weak; ``how``: (acquires, releases, reads, writes, scope)."""
-        acquires, releases, *_ = how
+        acquires, releases, reads, writes, scope = how
         if not (acquires or releases or self.has_fences):
             return
         index = full_width(address, len(w))
         if space == "shared":
             index = self.machine.shared_index(w, address, 1, M)
-        places = {(int(w[j]), space, int(index[j, lane])): None for j, lane in self.machine.active_threads(w, M)}
-        for warp, *place in places:
-            self._one(warp, tuple(place), *how)
+        rows, lanes = np.nonzero(np.ones(index.shape, bool) if M is None else M)
+        threads = np.stack([index[rows, lanes].astype(np.int64), w[rows]], -1)
+        changes = np.r_[True, (np.diff(threads, axis=0) != 0).any(1)]
+        places = {}
+        for place, warp in dict.fromkeys(map(tuple, threads[changes].tolist())):
+            places.setdefault((space, place), []).append(warp)
+        for place, warps in places.items():
+            # reads and writes of one instruction come one after the other: a warp may see what the one before released
+            for part in np.array(warps)[:, None] if reads and writes else [np.array(warps)]:
+                if reads:
+                    self._read(part, place, acquires, scope)
+                if writes:
+                    self._write(part, place, releases, scope)
 
-    def _one(self, warp, place, acquires, releases, reads, writes, scope):
-        clocks, one, cta = self.clocks, np.array([warp]), int(self.machine.cta_of[warp])
-        for (reach, other), row in self.published.get(place, {}).items() if reads else ():
-            distance = self.distance(cta, other)
-            if distance > min(reach, scope):
-                continue
-            if acquires:
-                clocks.acquire(one, row)
-            else:
-                self._merge(self.pending.setdefault(warp, {}), distance, row)
-        if not writes:
-            return
+    def _read(self, w, place, acquires, scope):
+        for (reach, other), row in self.published.get(place, {}).items():
+            distance = self.distance(self.machine.cta_of[w], other)
+            seen = distance <= min(reach, scope)
+            if acquires and seen.any():
+                self.clocks.acquire(w[seen], row)
+            elif not acquires:
+                for warp, far in zip(w[seen].tolist(), distance[seen].tolist(), strict=True):
+                    self._merge(self.pending.setdefault(warp, {}), far, row)
+
+    def _write(self, w, place, releases, scope):
+        cta = self.machine.cta_of[w]
         if releases:
-            self._merge(self.published.setdefault(place, {}), (scope, cta), clocks.publish(one)[0])
-        wider = None
-        for reach in range(scope, -1, -1):  # with a fence before it, at each scope
-            row = self.fenced.get(warp, {}).get(reach)
-            if row is not None and row is not wider:
-                self._merge(self.published.setdefault(place, {}), (reach, cta), row)
-            wider = row
+            rows = self.clocks.publish(w)
+            for one in np.unique(cta).tolist():
+                self._merge(self.published.setdefault(place, {}), (scope, one), rows[cta == one].max(0))
+        for warp, one in zip(w.tolist(), cta.tolist(), strict=True) if self.fenced else ():
+            wider = None
+            for reach in range(scope, -1, -1):  # with a fence before it, at each scope
+                row = self.fenced.get(warp, {}).get(reach)
+                if row is not None and row is not wider:
+                    self._merge(self.published.setdefault(place, {}), (reach, one), row)
+                wider = row
 
     def _merge(self, table, key, row):
         old = table.get(key)

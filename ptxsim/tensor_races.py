@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .clocks import ISSUED, ORDERED, TCGEN05, TENSOR, TENSOR_LD, TENSOR_ST
+from .clocks import ORDERED, TENSOR
 from .errors import RaceError, TensorFenceError
+from .sites import ISSUED, TCGEN05, TENSOR_LD, TENSOR_ST
 
 LANES, COLUMNS = 16, 512  # of a cell; of tensor memory
 _CELLS = 128 // LANES * COLUMNS  # of a CTA
@@ -41,8 +42,7 @@ class TensorRaces:
         # readers of a CTA's cells: tcgen05.ld of its warps, then the mma of the warps of its cluster
         self.read = np.zeros((m.wpc * (1 + m.cluster_size), count), np.uint32)
         self.active = []
-        sides = {i.parts[1] for i in m.prog.body if i.root == "tcgen05" and i.parts[1].startswith("fence")}
-        self.fenced = len(sides) == 2  # see above
+        self.fenced = self.clocks.sites.tensor_fences
         self.loaded = np.zeros((m.nwarps, len(self.clocks.sites.lines)), np.int64)  # clock of a warp's latest, by site
         self.patterns = {}  # of loads and stores of registers, see ``registers``
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .accumulate import limited_sum
-from .clocks import WGMMA
 from .errors import SyncError
 from .numerics import f16_to_f32
 from .operands import wgmma_descriptor
+from .sites import WGMMA
 from .warp_mma import a_fragment, pack_f16
 from .warps import full_width
 

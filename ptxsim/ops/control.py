@@ -8,7 +8,7 @@ detector, where it is on, is told of them.
 from __future__ import annotations
 
 from ..clocks import GLOBAL_VISIBLE, INITIALISED, VISIBLE
-from ..release_acquire import scope_of
+from ..sites import scope_of
 from .forms import form, suspending
 
 suspending("setmaxnreg.{action}.sync.aligned.u32", "h_setmaxnreg", action="inc|dec")

@@ -9,7 +9,7 @@ program order.
 from __future__ import annotations
 
 from ..errors import PtxError
-from ..release_acquire import scope_of
+from ..sites import scope_of
 from .forms import KIND, SIZE, as_list, form
 
 _SPACE = "global|local|const|shared|shared::cta|shared::cluster"
