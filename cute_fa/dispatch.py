@@ -232,6 +232,7 @@ TABLE = DispatchTable(
         Entry("fa4_fwd", "fa4", Direction.FORWARD, _BLACKWELL, None, "no fa4_sm100 kernel exists yet", _TCGEN05),
         Entry("fa3_fwd", "fa3", Direction.FORWARD, (SmArch.SM_90A,), "fa3_sm90.forward:Fa3Forward", arch_rule=_WGMMA),
         Entry("fa2_fwd", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.forward:Fa2Forward"),
+        Entry("fa2_split", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.split:Fa2Split"),
         Entry("fa4_bwd", "fa4", Direction.BACKWARD, _BLACKWELL, None, "no fa4_sm100 kernel exists yet", _TCGEN05),
         Entry("fa3_bwd", "fa3", Direction.BACKWARD, (SmArch.SM_90A,), None, "no fa3_sm90 kernel exists yet", _WGMMA),
         Entry("fa2_bwd", "fa2", Direction.BACKWARD, _ALL, "fa2_sm80.backward:Fa2Backward"),

@@ -180,15 +180,15 @@ class AttentionKernel(ABC):
         ``num_sms``: SMs of the device, which a persistent kernel launches its CTAs by."""
 
 
-def forward_objections(problem: AttentionProblem, head_dim_rule: str) -> list[str]:
+def forward_objections(problem: AttentionProblem, head_dim_rule: str, splits: bool = False) -> list[str]:
     """Reasons that all forward kernels share: head_dims beyond 256 or no multiple of 8 (``head_dim_rule`` says why);
-    what none of them computes; limits of the common device code."""
+    what none of them computes; limits of the common device code. ``splits``: whether the kernel splits the keys."""
     reasons = []
     for name in ("head_dim", "head_dim_v"):
         size = getattr(problem, name)
         if size % 8 or not 8 <= size <= 256:
             reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed ({head_dim_rule})")
-    if problem.num_splits > 1:
+    if problem.num_splits > 1 and not splits:
         reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
     if problem.out_dtype is not None and problem.out_dtype is not problem.dtype:
         reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the input's dtype")

@@ -1,0 +1,79 @@
+"""How the split-KV forward is built: a frozen config, and the one heuristic that chooses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cute_fa.kernel import ForwardConfig, padded
+from cute_fa.problem import AttentionProblem
+
+WARPS = 4
+WARP_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Fa2SplitConfig(ForwardConfig):
+    """Everything that shapes the machine code.
+
+    A row is one query of one head; the rows of all query heads of a kv head share tiles, so that each key is read once
+    for all of them. ``row_warps`` warps own 16 rows each, ``key_warps`` share the ``tile_n`` keys of a step;
+    ``stages`` steps are in flight. ``page_size`` None: contiguous keys. ``split``: a CTA computes a part of the keys,
+    and a second kernel merges the parts.
+    """
+
+    row_warps: int
+    tile_n: int
+    stages: int
+    page_size: int | None = None
+    split: bool = False
+
+    @property
+    def key_warps(self) -> int:
+        return WARPS // self.row_warps
+
+    @property
+    def tile_m(self) -> int:
+        return WARP_ROWS * self.row_warps
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * WARPS
+
+    @property
+    def merge_bytes(self) -> int:
+        """O and LSE of the rows of each of the warps that share them, fp32."""
+        return 4 * self.key_warps * self.tile_m * (self.head_dim_v_padded + 1)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Q, and K and V of every stage, whose place the parts of O take."""
+        keys = self.stages * self.tile_n * (self.head_dim_padded + self.head_dim_v_padded) * self.dtype.bytes
+        return self.dtype.bytes * self.tile_m * self.head_dim_padded + max(keys, self.merge_bytes)
+
+    @property
+    def compile_name(self) -> str:
+        return self.named("fa2_split", paged=self.page_size is not None, parts=self.split)
+
+    def build(self):
+        from fa2_sm80.split_kernel import build
+
+        return build(self)
+
+
+def split_config(problem: AttentionProblem) -> Fa2SplitConfig:
+    """As few rows a tile as hold the queries: one warp's 16 rows with the keys shared by four warps for decoding, up to
+    64 rows for chunks of a prompt. 64 keys a step, and as many steps in flight, up to four, as shared memory has room
+    for: decoding waits for memory alone."""
+    rows = problem.seqlen_q * problem.gqa_ratio
+    row_warps = 1 if rows <= WARP_ROWS else 2 if rows <= 2 * WARP_ROWS else 4
+    tile_n = 64
+    widths = padded(problem.head_dim) + padded(problem.head_dim_v)
+    room = problem.arch.smem_bytes - problem.dtype.bytes * WARP_ROWS * row_warps * padded(problem.head_dim)
+    return Fa2SplitConfig(
+        **ForwardConfig.features(problem),
+        row_warps=row_warps,
+        tile_n=tile_n,
+        stages=max(1, min(4, room // (problem.dtype.bytes * tile_n * widths))),
+        page_size=problem.page_size,
+        split=problem.num_splits > 1,
+    )
