@@ -88,7 +88,7 @@ def _attention_backward(dout, dlse, out, lse, *arguments):
     plan = _plan(dout, dlse, out, lse, call, slopes_gradient)
     if ops.CHECK_VALUES or simulated_arch() is not None:
         check_values(plan.problem, call.q, call.k, *call[3:8])
-    grads = _empty_gradients(call, slopes_gradient)
+    grads = _new_gradients(call, slopes_gradient)
     if not plan.launches:
         _without_keys(grads, dlse, lse)
         return grads
@@ -136,11 +136,13 @@ def _wanted(call: ops.Call, slopes_gradient: bool) -> tuple[bool, bool]:
     return slopes_gradient, call.learnable_sink is not None
 
 
-def _empty_gradients(call: ops.Call, slopes_gradient: bool) -> tuple[torch.Tensor, ...]:
-    """dq, dk, dv, dalibi, dsink, contiguous; an operator returns no None: empty ones stand for those not wanted."""
+def _new_gradients(call: ops.Call, slopes_gradient: bool) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv, dalibi, dsink, contiguous; an operator returns no None: empty ones stand for those not wanted. Packed
+    tensors may have rows after the last sequence, where only the device knows: these are 0 beforehand."""
+    packed = (call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_k)
     small = zip((call.alibi_slopes, call.learnable_sink), _wanted(call, slopes_gradient), strict=True)
     return (
-        *(t.new_empty(t.shape) for t in call[:3]),
+        *(t.new_empty(t.shape) if cu is None else t.new_zeros(t.shape) for t, cu in zip(call[:3], packed, strict=True)),
         *(call.q.new_empty(t.shape if wanted else (0,), dtype=torch.float32) for t, wanted in small),
     )
 
@@ -164,7 +166,7 @@ def _fake(dout, dlse, out, lse, *arguments):
     call = ops.Call._make(arguments[:-1])
     named = dict(zip(ops.Call._fields, arguments[: ops.NUM_TENSORS], strict=False))
     check_devices(named | {"dout": dout, "dlse": dlse, "out": out, "lse": lse})
-    return _empty_gradients(call, arguments[-1])
+    return _new_gradients(call, arguments[-1])
 
 
 ops.LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")

@@ -31,6 +31,8 @@ from cute_fa.reference import Gradients
 from cute_fa.requests import CumulativeSeqlens, Fa2BwdRequest
 from cute_fa.types import Direction, MaskKind, PositionBias, SmArch
 from tests.testing.cases import spec_name
+from tests.testing.gradients import call_of
+from tests.testing.simulated import unwritten_is_nan
 
 DENSE = InputSpec(batch=2, seqlen_q=20, seqlen_k=36, heads=4, heads_kv=2, head_dim=32, causal=True)
 PACKED = dataclasses.replace(DENSE, batch=3, varlen_q=True, varlen_k=True)
@@ -72,15 +74,9 @@ def last_problem():
 def backward_call(inputs: Inputs, **changes) -> tuple:
     """Arguments of the operator: dout and dlse, results of the reference in the forward's place, the call."""
     out, lse = reference.attention(inputs.q, inputs.k, inputs.v, **inputs.options())
-    call = ops.Call(
-        *(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqused_q, inputs.seqused_k),
-        *(inputs.page_table, inputs.alibi_slopes, inputs.learnable_sink),
-        *((inputs.spec.seqlen_q, inputs.spec.seqlen_k) if inputs.cu_seqlens_q is not None else (None, None)),
-        *(None, None, 0, 0, 0.0, 1, None, None, "auto", False),
-    )
     given = {"out": out.to(inputs.q.dtype), "lse": lse, **changes}
     dout, dlse = output_gradients(inputs, seed=1)
-    return given.get("dout", dout), given.get("dlse", dlse), given["out"], given["lse"], *call
+    return given.get("dout", dout), given.get("dlse", dlse), given["out"], given["lse"], *call_of(inputs)
 
 
 def test_schema_and_call_agree():
@@ -426,6 +422,21 @@ def test_no_keys_at_all(simulated, spec):
     counted = dlse.nan_to_num().transpose(0, -2).reshape(4, -1).sum(-1)
     torch.testing.assert_close(dsink, counted)
     assert not torch.autograd.grad(out, leaves, dout)[-1].any()
+
+
+def test_rows_after_the_last_sequence(simulated):
+    """They hold anything and have gradients of 0."""
+    inputs = make_inputs(PACKED)
+    plain = {name: getattr(inputs, name) for name in "qkv"}
+    inputs = dataclasses.replace(
+        inputs, **{n: torch.cat([t, torch.full_like(t[:9], math.nan)]) for n, t in plain.items()}
+    )
+    dout, dlse, out, lse, *call = backward_call(inputs)
+    out[-9:] = math.nan
+    with unwritten_is_nan():
+        grads = torch.ops.cute_fa.attention_backward(dout, dlse, out, lse, *call, False)[:3]
+    assert not any(grad[-9:].any() for grad in grads)
+    check(inputs, grads, dout, dlse)
 
 
 def test_no_queries_at_all(simulated):
