@@ -238,7 +238,7 @@ class ObservedMachine(Machine):
         super().h_bulk_wait(i, block, group)
 
     # ---- matrix instructions ----------------------------------------------------------------------
-    def wgmma(self, w, spec, a, b, c, scale_d):
+    def wgmma(self, w, spec, a, b, c, scale_d, *metadata):
         numbers = self.open_products[w]
         if numbers.min() >= 0 and numbers[0] in self.history.events:
             for number in {*numbers.tolist()}:
@@ -247,7 +247,7 @@ class ObservedMachine(Machine):
         else:
             text = _Products(f"wgmma m64n{spec.n}k{spec.k}")
             self.open_products[w] = self.history.add(Event(self.steps, self.line, w, text))
-        return super().wgmma(w, spec, a, b, c, scale_d)
+        return super().wgmma(w, spec, a, b, c, scale_d, *metadata)
 
     def wgmma_commit(self, w):
         self.open_products[w] = -1

@@ -342,10 +342,10 @@ class TracedMachine(ObservedMachine):
     def _leaders(self, w):
         return w[self.warp_in_cta[w] % _WARPGROUP == 0]
 
-    def wgmma(self, w, spec, a, b, c, scale_d):
+    def wgmma(self, w, spec, a, b, c, scale_d, *metadata):
         for warp in self._leaders(w).tolist():
             self._operation("wgmma group", warp, f"wgmma m64n{spec.n}k{spec.k}")
-        return super().wgmma(w, spec, a, b, c, scale_d)
+        return super().wgmma(w, spec, a, b, c, scale_d, *metadata)
 
     def wgmma_commit(self, w):
         super().wgmma_commit(w)

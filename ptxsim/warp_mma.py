@@ -61,7 +61,7 @@ def pack_f16(low, high):
     return low | (high << _u4(16))
 
 
-def _metadata(element, words, selector):
+def sparse_metadata(element, words, selector):
     """Sparsity metadata of 16 rows, 4 bits a chunk [n, 16, chunks], from one register [n, 32].
 
     16-bit types and tf32: threads 2 s and 2 s + 1 of four hold the halves of K for selector s; the lower half of a
@@ -140,7 +140,7 @@ class WarpMmaMixin:
         right = self.b_fragments.get(b_fragment, b, n, spec.b)  # n, K, 8
         if spec.sparse:
             words, selector = more.pop(0), more.pop(0)
-            left = expand(left, _metadata(spec.a, full_width(words, n), selector), spec.a, spec.ordered)
+            left = expand(left, sparse_metadata(spec.a, full_width(words, n), selector), spec.a, spec.ordered)
         if spec.vector:
             product = block_scaled(
                 left, right, self._row_scales(n, spec, *more[:3]), self._column_scales(n, spec, *more[3:])

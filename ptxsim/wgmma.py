@@ -17,7 +17,8 @@ from .errors import SyncError
 from .numerics import f16_to_f32
 from .operands import wgmma_descriptor
 from .sites import WGMMA
-from .warp_mma import a_fragment, pack_f16
+from .sparsity import expand
+from .warp_mma import a_fragment, pack_f16, sparse_metadata
 from .warps import full_width
 
 _u4, _f4 = np.uint32, np.float32
@@ -37,6 +38,17 @@ class WgmmaSpec:
     negate: bool  # the product's sign: that of scale-a times scale-b
     transpose_a: bool  # M-major, in shared memory
     transpose_b: bool  # N-major
+    clamp: bool = False  # satfinite
+    selector: int | None = None  # of the metadata of a sparse A, None for a dense one
+
+    @property
+    def a_depth(self):
+        """Raw elements of A along K: half of a sparse one is stored, eight single bits are a byte."""
+        return self.k // 2 if self.selector is not None else self.b_depth
+
+    @property
+    def b_depth(self):
+        return self.k // 8 if self.b_type == "b1" else self.k
 
 
 class _InFlight:
@@ -74,19 +86,19 @@ class WgmmaMixin:
     def _wgmma_tile(self, cta, descriptor, mn_major, rows, depth, element):
         return self.operand_tile(cta, wgmma_descriptor(descriptor), mn_major, rows, depth, element)
 
-    def wgmma(self, w, spec, a, b, c, scale_d):
+    def wgmma(self, w, spec, a, b, c, scale_d, metadata=None):
         """Registers of D; ``a`` is a descriptor or a tuple of four registers, ``c`` the registers of the
-        accumulator."""
+        accumulator, ``metadata`` the register of a sparse A."""
         if self.races is not None:
             self._note_operands(w, spec, a, b)
         if not self.lazy:
-            return self._wgmma_now(w, spec, a, b, c, scale_d)
+            return self._wgmma_now(w, spec, a, b, c, scale_d, metadata)
         n = len(w)
         ctas = self.cta_of[w].tolist()
-        tile = (spec.transpose_b, spec.n, spec.k, spec.b_type)
+        tile = (spec.transpose_b, spec.n, spec.b_depth, spec.b_type)
         keys = [[(cta, d, *tile)] for cta, d in zip(ctas, full_width(b, n)[:, 0].tolist(), strict=True)]
         if not isinstance(a, tuple):
-            tile = (spec.transpose_a, 64, spec.k, spec.a_type)
+            tile = (spec.transpose_a, 64, spec.a_depth, spec.a_type)
             for mine, cta, d in zip(keys, ctas, full_width(a, n)[:, 0].tolist(), strict=True):
                 mine.append((cta, d, *tile))
 
@@ -94,17 +106,18 @@ class WgmmaMixin:
             return tuple(keep(x) for x in v) if isinstance(v, tuple) else np.array(v) if np.ndim(v) == 2 else v
 
         accumulators = np.stack([full_width(x, n) for x in c])
-        return self._wgmma_issue(w, accumulators, (spec, keep(a), keep(b), keep(scale_d)), keys)
+        return self._wgmma_issue(w, accumulators, (spec, keep(a), keep(b), keep(scale_d), keep(metadata)), keys)
 
     def _note_operands(self, w, spec, a, b):
         """Tell the race detector which shared memory a wgmma reads."""
 
         def of_b(descriptor):
             layout = wgmma_descriptor(descriptor)
-            return self.operand_chunks(layout, spec.transpose_b, spec.n, spec.k, spec.b_type).reshape(1, -1)
+            return self.operand_chunks(layout, spec.transpose_b, spec.n, spec.b_depth, spec.b_type).reshape(1, -1)
 
         def of_a(descriptor):
-            chunks = self.operand_chunks(wgmma_descriptor(descriptor), spec.transpose_a, 64, spec.k, spec.a_type)
+            layout = wgmma_descriptor(descriptor)
+            chunks = self.operand_chunks(layout, spec.transpose_a, 64, spec.a_depth, spec.a_type)
             if spec.transpose_a:  # lines run along the 64 rows
                 chunks = np.ascontiguousarray(chunks.reshape(len(chunks), 4, -1).swapaxes(0, 1))
             return chunks.reshape(4, -1)
@@ -216,21 +229,26 @@ class WgmmaMixin:
         def pick(v):
             return tuple(pick(x) for x in v) if isinstance(v, tuple) else v[rows] if np.ndim(v) == 2 else v
 
-        spec, a, b, scale_d = op.args
+        spec, a, b, scale_d, metadata = op.args
         accumulators = self._replace_tags(op.accumulators[:, rows], warps, True)
-        op.result[:, rows] = self._wgmma_now(warps, spec, pick(a), pick(b), tuple(accumulators), pick(scale_d))
+        op.result[:, rows] = self._wgmma_now(
+            warps, spec, pick(a), pick(b), tuple(accumulators), pick(scale_d), pick(metadata)
+        )
         op.done[rows] = True
 
     # ---- the product ------------------------------------------------------------------------------
-    def _wgmma_now(self, w, spec, a, b, c, scale_d):
+    def _wgmma_now(self, w, spec, a, b, c, scale_d, metadata):
         n, N, K = len(w), spec.n, spec.k
-        tiles, tile_of = self._tiles(w, b, spec.transpose_b, N, K, spec.b_type)
+        tiles, tile_of = self._tiles(w, b, spec.transpose_b, N, spec.b_depth, spec.b_type)
         if isinstance(a, tuple):
             left = a_fragment(a, n, spec.a_type)
         else:
-            a_tiles, a_tile_of = self._tiles(w, a, spec.transpose_a, 64, K, spec.a_type)
+            a_tiles, a_tile_of = self._tiles(w, a, spec.transpose_a, 64, spec.a_depth, spec.a_type)
             quarter = self.warp_in_cta[w] & 3
-            left = np.stack(a_tiles).reshape(len(a_tiles), 4, 16, K)[a_tile_of, quarter]
+            left = np.stack(a_tiles).reshape(len(a_tiles), 4, 16, -1)[a_tile_of, quarter]
+        if metadata is not None:
+            codes = sparse_metadata(spec.a_type, full_width(metadata, n), spec.selector)
+            left = expand(left, codes, spec.a_type)
         if spec.negate:
             left = -left
         limited = self.fp8_bits is not None and spec.a_type in ("e4m3", "e5m2")
@@ -254,6 +272,11 @@ class WgmmaMixin:
             low = product[0::2] + np.where(use, f16_to_f32(accumulator & _u4(0xFFFF)), _f4(0))
             high = product[1::2] + np.where(use, f16_to_f32(accumulator >> _u4(16)), _f4(0))
             return pack_f16(low, high)
+        if spec.clamp:
+            total = product.astype(np.int64)
+            for j, x in enumerate(c):
+                total[j] += np.where(use, full_width(x, n).view(np.int32), 0)
+            return np.clip(total, -0x80000000, 0x7FFFFFFF).astype(np.int32).view(_u4)
         kind = np.int32 if spec.result == "s32" else _f4
         product = product.astype(kind, copy=False)
         if use.any():

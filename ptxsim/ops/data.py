@@ -67,10 +67,17 @@ def _count(mods) -> int:
     return int(mods.vec[1]) if mods.vec else 1
 
 
-@form("ld.{space}[.{vec}].{type}", space="param|param::entry", vec="v2|v4", type=_TYPE)
+@form("ld.{space}[.{vec}].{type}", effect=True, space="param|param::entry", vec="v2|v4", type=_TYPE)
 def load_parameter(gen, args, mods):
+    """Of a parameter, or of an address in a register that ``mov`` took of one: that of the bytes on the host."""
     memory, kind = args[1], KIND[mods.type]
     parameters = gen.kernel.params
+    if gen.kernel.regtype(memory.base) is not None:
+        count = len(as_list(args[0]))
+        values = gen.temp(f"X.ld_global(w, {gen.address(memory)}, {kind}, {count}, {gen.mask()})")
+        for j, register in enumerate(as_list(args[0])):
+            gen.write(register, f"{values}[{j}]", kind)
+        return
     if memory.base not in parameters:
         raise PtxError(f"{memory.base} is not a kernel parameter")
     offset = parameters[memory.base][0] + memory.off

@@ -79,25 +79,39 @@ _WGMMA_RESULTS = {
     "e5m2": ("f16", "f32"),
     "s8": ("s32",),
     "u8": ("s32",),
+    "b1": ("s32",),
 }
-_WGMMA_K = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "s8": 32, "u8": 32}
+_WGMMA_K = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "s8": 32, "u8": 32, "b1": 256}
 _ALL_N = "|".join(str(n) for n in range(8, 257, 8))
 
 
-@form("wgmma.mma_async.sync.aligned.m64n{n}k{k}.{d}.{a}.{b}", effect=True, reads_first=True, n=_ALL_N, k="8|16|32",
-      d="f16|f32|s32", a="f16|bf16|tf32|e4m3|e5m2|s8|u8", b="f16|bf16|tf32|e4m3|e5m2|s8|u8")  # fmt: skip
+@form("wgmma.mma_async[.{sparse}].sync.aligned.m64n{n}k{k}[.{satfinite}].{d}.{a}.{b}", effect=True, reads_first=True,
+      sparse="sp", n=_ALL_N, k="8|16|32|64", satfinite="satfinite", d="f16|f32|s32",
+      a="f16|bf16|tf32|e4m3|e5m2|s8|u8", b="f16|bf16|tf32|e4m3|e5m2|s8|u8")  # fmt: skip
+@form("wgmma.mma_async.sync.aligned.m64n{n}k{k}.{d}.{a}.{b}.and.popc", effect=True, reads_first=True, n=_ALL_N,
+      k="256", d="s32", a="b1", b="b1")  # fmt: skip
 def warpgroup_mma(gen, args, mods):
-    """d, a (descriptor or four registers), b descriptor, scale-d, and immediates: scale-a, scale-b (floats), then
-    transposition of A (descriptor form) and B (16-bit types)."""
-    if mods.d not in _WGMMA_RESULTS[mods.a] or int(mods.k) != _WGMMA_K[mods.a] or not _same_family(mods.a, mods.b):
+    """d, a (descriptor or four registers), b descriptor {, metadata, selector}, scale-d, and immediates: scale-a,
+    scale-b (floats), then transposition of A (descriptor form) and B (16-bit types)."""
+    sparse, clamp = bool(getattr(mods, "sparse", None)), bool(getattr(mods, "satfinite", None))
+    depth = _WGMMA_K[mods.a] * (2 if sparse else 1)
+    if mods.d not in _WGMMA_RESULTS[mods.a] or int(mods.k) != depth or not _same_family(mods.a, mods.b):
         raise PtxError(f"wgmma k{mods.k} of {mods.a} and {mods.b} to {mods.d} is not simulated")
     if mods.d == "s32" and int(mods.n) > 24 and int(mods.n) % 16:
         raise PtxError(f"wgmma m64n{mods.n} of integers: beyond 24, n is a multiple of 16")
+    if clamp and mods.d != "s32":
+        raise PtxError("satfinite exists for integer types only")
     accumulators, from_registers = args[0], isinstance(args[1], list)
     expected = int(mods.n) // (4 if mods.d == "f16" else 2)
     if len(accumulators) != expected:
         raise PtxError(f"{len(accumulators)} accumulator registers where {expected} are needed")
-    immediates = [int(x, 0) for x in args[4:]]
+    rest, metadata, selector = list(args[3:]), "", None
+    if sparse:
+        metadata, selector = f", {gen.read(rest.pop(0), 'u4')}", int(rest.pop(0), 0)
+        if selector > (1 if mods.a in (*_F16_TYPES, "tf32") else 0):
+            raise PtxError(f"sparsity selector {selector} for {mods.a}")
+    scale_d = rest.pop(0)
+    immediates = [int(x, 0) for x in rest]
     scale_a = scale_b = 1
     if mods.d != "s32":
         scale_a, scale_b, *immediates = immediates
@@ -110,11 +124,12 @@ def warpgroup_mma(gen, args, mods):
         raise PtxError(f"unexpected operands {immediates}")
     a = "(" + ", ".join(gen.read(x, "u4") for x in args[1]) + ",)" if from_registers else gen.read(args[1], "u8")
     c = ", ".join(gen.read(x, "u4") for x in accumulators)
-    scale_d = f"np.bool_({int(args[3], 0) != 0})" if args[3].lstrip("-").isdigit() else gen.predicate(args[3])
+    scale_d = f"np.bool_({int(scale_d, 0) != 0})" if scale_d.lstrip("-").isdigit() else gen.predicate(scale_d)
     spec = WgmmaSpec(
-        int(mods.n), int(mods.k), mods.d, mods.a, mods.b, scale_a * scale_b < 0, bool(transpose_a), bool(transpose_b)
-    )
-    result = gen.temp(f"X.wgmma(w, {gen.fn(spec)}, {a}, {gen.read(args[2], 'u8')}, ({c},), {scale_d})")
+        int(mods.n), int(mods.k), mods.d, mods.a, mods.b, scale_a * scale_b < 0, bool(transpose_a), bool(transpose_b),
+        clamp, selector,
+    )  # fmt: skip
+    result = gen.temp(f"X.wgmma(w, {gen.fn(spec)}, {a}, {gen.read(args[2], 'u8')}, ({c},), {scale_d}{metadata})")
     for j, register in enumerate(accumulators):
         gen.write(register, f"{result}[{j}]", "u4")
 

@@ -82,6 +82,14 @@ def test_local_memory():
     np.testing.assert_array_equal(out, np.stack([np.arange(64) * 3] + [np.full(64, v) for v in (1, 0, 1)], 1))
 
 
+def test_parameters_by_their_address():
+    x = np.arange(32, dtype=np.uint32)
+    body = """mov.b64 %rd5, p_in0; add.s64 %rd6, %rd5, 4; ld.param.v2.u64 {%rd1, %rd2}, [%rd5];
+    ld.param.u32 %r9, [%rd6+4]; mad.wide.u32 %rd3, %t, 4, %rd1; ld.global.u32 %r1, [%rd3]; cvt.u32.u64 %r8, %rd2;
+    sub.u32 %r8, %r8, %r9; add.u32 %r1, %r1, %r8; mad.wide.u32 %rd4, %t, 4, %rd2; st.global.u32 [%rd4], %r1;"""
+    np.testing.assert_array_equal(run(body, [x], [np.zeros_like(x)]), x)
+
+
 def test_constants_of_the_module():
     table = ".const .align 4 .b32 table[4] = {7, 0x10, -1, 42};"
     body = "ld.param.u64 %rd1, [p_out0];"
