@@ -201,12 +201,12 @@ class WarpMmaMixin:
             return f16_to_f32(np.ascontiguousarray(words).view(np.uint16))  # n, lane, element
 
         left, right, total = np.zeros((n, 4, 8, 4), _f4), np.zeros((n, 4, 4, 8), _f4), np.zeros((n, 4, 8, 8), _f4)
-        left[:, _PRODUCT, *_A_PLACES[layouts[0]]] = halves(a)
-        right[:, _PRODUCT, *_B_PLACES[layouts[1]]] = halves(b)
+        left[(slice(None), _PRODUCT, *_A_PLACES[layouts[0]])] = halves(a)
+        right[(slice(None), _PRODUCT, *_B_PLACES[layouts[1]])] = halves(b)
         values = halves(c) if c_type == "f16" else np.stack([full_width(x, n) for x in c], axis=-1).view(_f4)
-        total[:, _PRODUCT, *_C_PLACES[c_type]] = values
+        total[(slice(None), _PRODUCT, *_C_PLACES[c_type])] = values
         total += np.matmul(left, right)
-        mine = total[:, _PRODUCT, *_C_PLACES[d_type]]  # n, lane, element
+        mine = total[(slice(None), _PRODUCT, *_C_PLACES[d_type])]  # n, lane, element
         if d_type == "f32":
             return list(np.ascontiguousarray(mine.transpose(2, 0, 1)).view(_u4))
         return [pack_f16(mine[..., 2 * j], mine[..., 2 * j + 1]) for j in range(4)]
