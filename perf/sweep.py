@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,6 +163,7 @@ class Sweep:
             warnings.simplefilter("always")
             try:
                 attention = self.providers[name].prepare(peaked)
+                _poison(peaked)
                 outputs = call_of(attention, Tensors(peaked.q, peaked.k, peaked.v, dout))()
                 found = check([attention.layout.restore(output) for output in outputs])
             except RuntimeError as error:
@@ -225,6 +227,14 @@ def call_of(attention: Attention, tensors: Tensors) -> Callable[[], Sequence[tor
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     out, dout = attention.forward(*leaves), attention.layout.adapt(tensors.dout)
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+def _poison(inputs: Inputs) -> None:
+    """NaN in the memory that torch's allocator hands out next for outputs of these sizes: what a kernel does not write
+    must not be what a right one has left there."""
+    shapes = [(*inputs.q.shape[:-1], inputs.v.shape[-1]), inputs.q.shape, inputs.k.shape, inputs.v.shape]
+    held = [torch.full(shape, math.nan, dtype=torch.bfloat16, device=inputs.q.device) for shape in 2 * shapes]
+    held.clear()
 
 
 def _random(workload: Workload, inputs: Inputs) -> Tensors:

@@ -85,6 +85,19 @@ def test_rows_of_a_workload(tmp_path):
     assert [row["status"] for row in rows] == ["ok", "ok", "wrong", "skipped", "skipped"]
 
 
+def test_unwritten_outputs_do_not_pass_as_those_of_a_right_provider(tmp_path):
+    device = FakeDevice()
+
+    class Unwritten(Reference):
+        def prepare(self, inputs):
+            return Attention(lambda q, k, v: torch.empty_like(q))
+
+    workload = Workload(**SMALL)
+    run(tmp_path / "a.csv", device, Reference("right", device), Unwritten("none", device), workloads=[workload])
+    table = read_results(tmp_path / "a.csv").set_index("provider")
+    assert (table.loc["right"].status, table.loc["none"].status) == ("ok", "wrong")
+
+
 def test_wrong_providers_are_never_timed_and_others_rotate_over_random_buffers(tmp_path):
     device = FakeDevice()
     right, wrong = Reference("right", device), Reference("wrong", device, wrong=1.0)
