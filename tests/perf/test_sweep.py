@@ -85,17 +85,28 @@ def test_rows_of_a_workload(tmp_path):
     assert [row["status"] for row in rows] == ["ok", "ok", "wrong", "skipped", "skipped"]
 
 
-def test_unwritten_outputs_do_not_pass_as_those_of_a_right_provider(tmp_path):
-    device = FakeDevice()
+def test_unwritten_outputs_do_not_pass_as_those_of_a_right_provider(tmp_path, monkeypatch):
+    """With an allocator that hands out again what was freed last."""
+    device, freed, full = FakeDevice(), [], torch.full
+
+    def allocated(*arguments, **options) -> torch.Tensor:
+        freed.append(full(*arguments, **options))
+        return freed[-1]
+
+    class Freeing(Reference):
+        def prepare(self, inputs):
+            attention = super().prepare(inputs)
+            return Attention(lambda *tensors: freed.append(attention.forward(*tensors)) or freed[-1])
 
     class Unwritten(Reference):
         def prepare(self, inputs):
-            return Attention(lambda q, k, v: torch.empty_like(q))
+            return Attention(lambda q, k, v: next(memory for memory in reversed(freed) if memory.shape == q.shape))
 
-    workload = Workload(**SMALL)
-    run(tmp_path / "a.csv", device, Reference("right", device), Unwritten("none", device), workloads=[workload])
+    monkeypatch.setattr(torch, "full", allocated)
+    run(tmp_path / "a.csv", device, Freeing("right", device), Unwritten("none", device))
     table = read_results(tmp_path / "a.csv").set_index("provider")
     assert (table.loc["right"].status, table.loc["none"].status) == ("ok", "wrong")
+    assert math.isinf(table.loc["none"].error)
 
 
 def test_wrong_providers_are_never_timed_and_others_rotate_over_random_buffers(tmp_path):
