@@ -189,6 +189,8 @@ class Detector:
         rows, warps, first = self._lanes(w, index, M)
         if not first.size:
             return
+        if not writes and M is None and (first[:, 1:] == first[:, :1]).all():
+            first = first[:, :1]  # all lanes read the same
         agents = (self.clocks.agent(GENERIC, w) if agents is None else agents)[rows]
         stamps = (self.clocks.stamps(w) if stamps is None else stamps)[rows]
         now = "write" if writes else "read"

@@ -1,9 +1,10 @@
 """Shadow memory of the race detector: who read and wrote each granule of shared and global memory last.
 
 A granule is as small as the smallest access of the program, so that every access covers whole granules and neighbours
-are never confused. Shared memory keeps the last write and the last read of *every* agent of its CTA (exact). Reads by
-other CTAs of a cluster, and reads of global memory, are kept in one and two places: a write that is ordered after
-those and races with a third goes unnoticed.
+are never confused. Shared memory keeps the last write and the last read of *every* agent of its CTA (exact). Of reads
+by other CTAs of a cluster it keeps one: a write that is ordered after that and races with another goes unnoticed.
+Global memory keeps the last write and every read that no later one supersedes, but only four where CTAs synchronise
+through it.
 
 Arrays are broadcast together: ``warps`` (whose limits decide), ``first`` (first byte of each access) and ``stamps``;
 the granules of an access become a last axis.
@@ -12,6 +13,7 @@ the granules of an access become a last axis.
 from __future__ import annotations
 
 import bisect
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +25,16 @@ _PAGE = 1 << 20  # bytes of a segment where any mapped memory is legal
 _ALIGNMENT = 128  # of segments; a multiple of the largest access
 _AGENT_BITS = 20  # of an agent in its domain; above them the domain, above that the wave
 _DOMAIN_BITS = 20
+_SMALL = 1 << 16  # bytes that cost less to clear than to map
+_WIDE_READS = 4  # of a granule that are remembered where CTAs synchronise through global memory
+
+
+def blank(shape, dtype):
+    """Zeros, of which only the pages that are touched cost time: NumPy's are cleared where memory is used again."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size < _SMALL:
+        return np.zeros(shape, dtype)
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
 
 
 @dataclass
@@ -63,10 +75,10 @@ class SharedShadow:
     def __init__(self, clocks, granule, readers):
         self.clocks, self.granule, self.machine = clocks, granule, clocks.machine
         count = len(self.machine.S1) // granule
-        self.writer, self.written = np.zeros(count, np.int32), np.zeros(count, np.uint32)
+        self.writer, self.written = blank(count, np.int32), blank(count, np.uint32)
         self.readers = readers
         self.slot = {reader: n for n, reader in enumerate(readers)}
-        self.read = np.zeros((len(readers), count), np.uint32)  # stamps; pages that nobody touches cost nothing
+        self.read = blank((len(readers), count), np.uint32)  # stamps
         self.active = []  # slots in use
         self.remote = None  # (agents, stamps) of reads by other CTAs
 
@@ -117,7 +129,7 @@ class SharedShadow:
     def note_remote_read(self, first, size, agents, stamps):
         """Reads by agents of another CTA of the cluster, or by bulk loads."""
         if self.remote is None:
-            self.remote = np.zeros_like(self.writer), np.zeros_like(self.written)
+            self.remote = blank(self.writer.shape, np.int32), blank(self.written.shape, np.uint32)
         for table, value in zip(self.remote, (agents, stamps), strict=True):
             table.reshape(-1, size // self.granule)[first // size] = np.asarray(value)[..., None]
 
@@ -139,7 +151,7 @@ class SharedShadow:
 
 
 class _Segment:
-    """Shadow of a legal range of global memory: agents (with wave and domain) and stamps of the last write and two
+    """Shadow of a legal range of global memory: agents (with wave and domain) and stamps of the last write and of
     reads."""
 
     def __init__(self, start, size, granule):
@@ -151,9 +163,9 @@ class _Segment:
         return name in self.tables
 
     def __getitem__(self, name):
-        """(agents, stamps) of "write", "read" or "other read"; empty at first."""
+        """(agents, stamps) of "write", of reads 0, 1, … or of reads "elsewhere"; empty at first."""
         if name not in self.tables:
-            self.tables[name] = np.zeros(self.count, np.int64), np.zeros(self.count, np.uint32)
+            self.tables[name] = blank(self.count, np.int64), blank(self.count, np.uint32)
         return self.tables[name]
 
 
@@ -256,22 +268,45 @@ class GlobalShadow:
                 if suspects is not None:
                     yield suspects
             agent = (agent | self.home[w] << _AGENT_BITS)[..., None]
-            stamp = stamp[..., None]
-            if "read" in segment:
-                ordered, *_ = self.ordered(w, segment["read"], rows, unit)
-                if not ordered.all():
-                    places = rows[..., None] * unit + np.arange(unit)
-                    for name, select in (("read", ordered), ("other read", ~ordered)):
-                        for table, value in zip(segment[name], (agent, stamp), strict=True):
-                            table[places[select]] = np.broadcast_to(value, places.shape)[select]
+            whole = 0
+            if 0 in segment:  # the two common cases, then the general one
+                ordered, home, *_ = self.ordered(w, segment[0], rows, unit)
+                fits = ordered | (segment[0][0].reshape(-1, unit)[rows] == agent)
+                if not fits.all():
+                    foreign = ~fits & (home != self.home[w][..., None]) & (not self.clocks.wide)
+                    whole = "elsewhere" if foreign.all() else None
+            if whole is not None:
+                for table, value in zip(segment[whole], (agent, stamp[..., None]), strict=True):
+                    table.reshape(-1, unit)[rows] = value
+                if whole == "elsewhere":
                     continue
-            for table, value in zip(segment["read"], (agent, stamp), strict=True):
-                table.reshape(-1, unit)[rows] = value
-            lost = segment["read"][0].reshape(-1, unit)[rows] != agent  # several agents read in one instruction
-            if lost.any():
-                places = (rows[..., None] * unit + np.arange(unit))[lost]
-                for table, value in zip(segment["other read"], (agent, stamp), strict=True):
-                    table[places] = np.broadcast_to(value, lost.shape)[lost]
+                fits = segment[0][0].reshape(-1, unit)[rows] == agent  # several agents may read in one instruction
+            if not fits.all():
+                places = rows[..., None] * unit + np.arange(unit)
+                each = (np.broadcast_to(x, places.shape)[~fits] for x in (w[..., None], agent, stamp[..., None]))
+                self._first_fit(segment, places[~fits], *each)
+
+    def _first_fit(self, segment, places, warps, agents, stamps):
+        """Note reads [n] of granules, each in the first table whose entry it supersedes: ordered before, or its own.
+
+        Reads by another domain than that of the first table's entry are kept apart, and the last one is enough: whoever
+        writes races with one of the two.
+        """
+        n = 0
+        while len(places):
+            held, when = segment[n]
+            ordered, home, *_ = (x[..., 0] for x in self.ordered(warps, segment[n], places, 1))
+            fits = ordered | (held[places] == agents) | (self.clocks.wide and n + 1 == _WIDE_READS)
+            foreign = ~fits & (home != self.home[warps]) & (not self.clocks.wide)
+            held[places[fits]], when[places[fits]] = agents[fits], stamps[fits]
+            if foreign.any():
+                other = segment["elsewhere"]
+                other[0][places[foreign]], other[1][places[foreign]] = agents[foreign], stamps[foreign]
+            left = ~fits & ~foreign | fits & (held[places] != agents)
+            places, warps, agents, stamps = places[left], warps[left], agents[left], stamps[left]
+            n += 1
+            if self.clocks.wide and n == _WIDE_READS:
+                return
 
     def write(self, warps, first, size, agents, stamps):
         """Note writes; gives Suspects."""

@@ -25,6 +25,7 @@ import numpy as np
 
 from .clocks import ORDERED, TENSOR
 from .errors import RaceError, TensorFenceError
+from .shadow import blank
 from .sites import ISSUED, TCGEN05, TENSOR_LD, TENSOR_ST
 
 LANES, COLUMNS = 16, 512  # of a cell; of tensor memory
@@ -38,9 +39,9 @@ class TensorRaces:
         self.detector, self.clocks, self.machine = detector, detector.clocks, detector.machine
         m = self.machine
         count = m.nctas * _CELLS
-        self.writer, self.written = np.zeros(count, np.int32), np.zeros(count, np.uint32)
+        self.writer, self.written = blank(count, np.int32), blank(count, np.uint32)
         # readers of a CTA's cells: tcgen05.ld of its warps, then the mma of the warps of its cluster
-        self.read = np.zeros((m.wpc * (1 + m.cluster_size), count), np.uint32)
+        self.read = blank((m.wpc * (1 + m.cluster_size), count), np.uint32)
         self.active = []
         self.fenced = self.clocks.sites.tensor_fences
         self.loaded = np.zeros((m.nwarps, len(self.clocks.sites.lines)), np.int64)  # clock of a warp's latest, by site

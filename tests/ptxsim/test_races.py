@@ -340,6 +340,29 @@ def test_two_reads_then_a_write():
         reported(body.replace("WHO", who), match="write of global memory", grid=2, threads=32)
 
 
+def test_many_reads_then_a_write():
+    """Warps 0 to 5 read; warp 6 has waited for all but one of them before it writes, then for all."""
+    body = """mad.wide.u32 %rd1, %r61, 4, %out0; setp.lt.u32 %p2, %r60, 6; @%p2 ld.global.u32 %r2, [%rd1];
+      setp.ne.u32 %p3, %r60, WHO; @%p3 bar.sync 1, THREADS; setp.eq.u32 %p4, %r60, 6; @%p4 st.global.u32 [%rd1], %r1;"""
+    run(body.replace("WHO", "7").replace("THREADS", "224"), threads=224)
+    for who in range(6):
+        error = reported(body.replace("WHO", str(who)).replace("THREADS", "192"), threads=224, match="after the read")
+        assert error.other[2] == f"cta(0,0,0).w{who}" and error.where == "cta(0,0,0).w6"
+
+
+def test_reads_by_several_ctas_then_a_write():
+    """A CTA orders its own six readers before its writer; the read by the other CTA still races, whenever it came."""
+    body = """mad.wide.u32 %rd1, %r61, 4, %out0; setp.ne.u32 %p2, %c, WRITER; setp.eq.and.u32 %p3, %r60, 0, %p2;
+      setp.lt.and.u32 %p4, %r60, 6, !%p2; or.pred %p5, %p3, %p4; @%p5 ld.global.u32 %r2, [%rd1]; bar.sync 1;
+      setp.eq.u32 %p6, %r60, 6; @!%p2 bra MINE; bra END; MINE: @%p6 st.global.u32 [%rd1], %r1; END:"""
+    for writer, other in (("0", "1"), ("1", "0")):
+        for waves in (1, 2):
+            error = reported(
+                body.replace("WRITER", writer), grid=2, threads=224, waves=waves, match="not ordered after"
+            )
+            assert f"cta({other},0,0).w0" in str(error) and f"cta({writer},0,0).w6" in str(error)
+
+
 FLAG = """setp.eq.u32 %p2, %c, 0; @!%p2 bra READER; mad.wide.u32 %rd1, %t, 4, %out0; st.global.u32 [%rd1], %r1;
   bar.sync 0; WRITE bra END; READER: add.s64 %rd2, %out0, 1024; W: READ setp.eq.u32 %p3, %r5, 0; @%p3 bra W; bar.sync 0;
   mad.wide.u32 %rd1, %t, 4, %out0; ld.global.u32 %r6, [%rd1]; END:"""
