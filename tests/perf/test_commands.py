@@ -75,6 +75,23 @@ def test_retry_measures_again_what_was_not_measured(device, tmp_path, monkeypatc
     assert read_results(file).status.eq("ok").sum() == 6
 
 
+def test_an_interrupted_sweep_keeps_what_it_has(device, tmp_path, monkeypatch):
+    file = tmp_path / "mine.csv"
+
+    class Interrupted(Reference):
+        def prepare(self, inputs):
+            if inputs.spec.seqlen_k == 24:
+                raise KeyboardInterrupt
+            return super().prepare(inputs)
+
+    monkeypatch.setattr(command_line, "PROVIDERS", {"cute-fa": Interrupted("cute-fa", device)})
+    done = invoke("sweep", *GRID, "--mask", "full", "--out", str(file))
+    assert done.exit_code == 1
+    for kept in (file, file.with_suffix(".parquet")):
+        assert read_results(kept).seqlen_k.tolist() == [8]
+    assert f"{file} and mine.parquet" in done.stderr.replace("\n", "")
+
+
 def test_a_wrong_kernel_of_ours_fails_and_of_a_peer_does_not(device, tmp_path, monkeypatch):
     for wrong, exit_code in (("FA2", 0), ("cute-fa", 1)):
         providers = {name: Reference(name, device, wrong=float(name == wrong)) for name in ("cute-fa", "FA2")}
