@@ -3,6 +3,7 @@
 #   make run        the tour: real model layers against the reference
 #   make test       the test suite (tests that need a GPU only where there is one)
 #   make lint       ruff
+#   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (an hour)
 #   make gpu-check  GPU tests, compute-sanitizer, a short sweep; without a GPU the static checks
 #
 # Variables: PY=python3 uses an interpreter that already has everything instead of making .venv.
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
-.PHONY: run test lint gpu-check clean
+.PHONY: run test lint mutations gpu-check clean
 
 # The major version of CUDA that the driver supports; empty without a GPU.
 CUDA_MAJOR := $(shell $(if $(filter undefined,$(origin PY)),python3,$(PY)) perf/cuda_driver.py 2>/dev/null)
@@ -34,6 +35,9 @@ test: $(ENVIRONMENT)
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+mutations: $(ENVIRONMENT)
+	$(PY) -m tests.testing.mutations $(ARGS)
 
 gpu-check: $(ENVIRONMENT)
 	$(PY) -m perf gpu-check -- $(ARGS)

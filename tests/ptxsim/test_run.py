@@ -87,6 +87,15 @@ def test_fa4_forward_and_its_trace(tmp_path):
     assert place["source"].split(":")[0].endswith(".py") and "cp.async.bulk.tensor" in place["PTX"]
 
 
+def test_fa3_forward():
+    """This project's own example, which also gives the figure of docs/sanitizer.md."""
+    code, output = run("examples/fa3_forward.py", "--arch", "sm_90a", "--race", "--sms", "1")
+    assert code == 0, output
+    ((_, kernel, grid, *_, result),) = rows(output)
+    assert (kernel, grid, result) == ("fa3_sm90forward_kernelFa3ForwardKernel", "1×1×1", "clean")
+    assert "attention of (1, 384, 1, 128) on cuda:0: largest error" in output
+
+
 def test_race_is_reported_with_source_lines(tmp_path):
     script = tmp_path / "neighbour.py"
     script.write_text(NEIGHBOUR.replace("BARRIER", "cute.arch.barrier()"))

@@ -1,0 +1,189 @@
+"""Writes docs/mutations.md: ``python -m tests.testing.mutations [--jobs N] [--again] [NAME …]``, ``make mutations``.
+
+Runs ``python -m ptxsim mutate tests/testing/attention.py`` on the kernels below, or those whose names contain a NAME.
+What is known stays in build/mutations/, so that an interrupted run goes on; after a change of the simulator remove that
+folder, or pass ``--again`` to try once more what escaped. The page has every kernel that something is known of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from ptxsim.equivalence import CLASSES
+from ptxsim.mutants import KINDS
+from ptxsim.mutate import CAUGHT, EQUIVALENT, ESCAPED, Record, read
+from ptxsim.mutation_table import counts
+
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "build" / "mutations"
+PAGE = ROOT / "docs" / "mutations.md"
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A forward kernel of one architecture; ``whose`` is an argument of attention.py."""
+
+    family: str
+    whose: str
+    arch: str
+    head_dim: int
+    mask: str
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.arch}-d{self.head_dim}-{self.mask}"
+
+    @property
+    def file(self) -> Path:
+        return KEPT / f"{self}.jsonl"
+
+    def command(self) -> list[str]:
+        script = ["tests/testing/attention.py", "--arch", self.arch, "--sms", "1", "--out", str(self.file)]
+        return [sys.executable, "-W", "ignore", "-m", "ptxsim", "mutate", *script]
+
+    def run(self, options: list[str]) -> bool:
+        """Whether all mutants of the kernel are known then."""
+        arguments = ["--", self.whose, str(self.head_dim), self.mask]
+        command = [*self.command(), *options, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return done.returncode < 2 and self.file.exists()
+
+
+FAMILIES = (
+    ("FA2", "cute-fa", "sm_80"),
+    ("FA3", "cute-fa", "sm_90a"),
+    ("FA4", "fa4", "sm_80"),
+    ("FA4", "fa4", "sm_90a"),
+    ("FA4", "fa4", "sm_100a"),
+)
+VICTIMS = [
+    Victim(*family, head_dim, mask)
+    for family, head_dim, mask in itertools.product(FAMILIES, (64, 128), ("full", "causal", "varlen"))
+]
+
+
+# What escapes are: family, source line, instruction, and what it does there.
+NOTES = (
+    ("FA2", r"fa2_sm80/forward_kernel", "cp.async.wait_group",
+     "waits for the queries of a tile without keys, after the loop: nothing else is in flight there, a dense problem "
+     "without a mask has no such tile, and where the latest group is empty one more may be pending"),
+    ("FA2", r"fa2_sm80/forward_kernel", "bar.sync",
+     "before O takes the queries' memory: each warp writes the rows that it alone has read, so this orders only copies "
+     "still in flight in a tile without keys, which a dense problem without a mask does not have"),
+    ("FA3", r"fa3_sm90/", "wgmma.fence",
+     "P·V follows Q·Kᵀ without a wait: the fence before Q·Kᵀ has covered its registers"),
+    ("FA4", r"flash_fwd_sm90.py", "wgmma.fence",
+     "P·V follows Q·Kᵀ without a wait: the fence before Q·Kᵀ has covered its registers"),
+    ("FA4", r"flash_fwd_sm90.py", "mbarrier.try_wait",
+     "producer_tail: by its own comment useful in clusters only, so that no CTA exits early"),
+    ("FA4", r"flash_fwd.py", "cp.async.commit_group",
+     "closes the group of the queries: the loop waits for the group of the first keys, which then has both"),
+    ("FA4", r"flash_fwd.py", "cp.async.wait_group",
+     "waits for the queries before the loop, which waits itself before it reads them (Q_in_regs off)"),
+    ("FA4", r"flash_fwd.py", "bar.sync",
+     "before O takes the queries' memory: each warp writes the rows that it alone has read"),
+)  # fmt: skip
+
+
+def note(family: str, record: Record) -> str:
+    found = (text for name, source, op, text in NOTES
+             if name == family and re.search(source, record.source) and op in record.text)  # fmt: skip
+    return next(found, "not explained")
+
+
+def place(source: str) -> str:
+    """A source line without the folder that the project or a package lies in."""
+    return source.split("site-packages/")[-1].replace(f"{ROOT}/", "")
+
+
+def page(known: dict[Victim, list[Record]]) -> str:
+    """The text of docs/mutations.md."""
+    records = [record for mine in known.values() for record in mine]
+    total = Counter(record.outcome for record in records)
+    kernels = [("kernel", "instructions", "mutants", "caught", "equivalent", "escaped", "caught of the others")]
+    kinds = [("kernels", "kind", "instructions", "mutants", "caught", "equivalent", "escaped")]
+    families = defaultdict(list)
+    for victim, mine in known.items():
+        sites, mutants, *_ = counts(mine)
+        outcomes = Counter(record.outcome for record in mine)
+        row = (outcomes[CAUGHT], outcomes[EQUIVALENT], outcomes[ESCAPED], _share(outcomes))
+        kernels.append((str(victim), sites, mutants, *map(str, row)))
+        families[f"{victim.family} {victim.arch}"] += mine
+    for family, mine in families.items():
+        for kind in KINDS:
+            if some := [record for record in mine if record.kind == kind]:
+                kinds.append((family, kind, *counts(some)))
+    escapes = defaultdict(list)  # what escaped -> where
+    for victim, mine in known.items():
+        for record in mine:
+            if record.outcome == ESCAPED:
+                what = note(victim.family, record) if not record.by else record.by
+                row = (f"{victim.family} {victim.arch}", place(record.source), f"`{_operation(record.text)}`")
+                escapes[(*row, record.change, what)].append(f"d{victim.head_dim}-{victim.mask}: {record.line}")
+    listed = [("kernels", "source", "instruction", "change", "what it is", "PTX lines")]
+    listed += [(*row, ", ".join(where)) for row, where in escapes.items()]
+    sites = len({(record.ptx, record.line) for record in records})
+    versions = ", ".join(f"{name} {version(name)}" for name in ("nvidia-cutlass-dsl", "flash-attn-4", "numpy"))
+    parts = [
+        "# Mutations: synchronisation damaged, one instruction at a time",
+        f"Made on {datetime.date.today()} by `make mutations` ({versions}); each kernel by\n"
+        "`python -m ptxsim mutate tests/testing/attention.py --arch ARCH --sms 1 -- (cute-fa|fa4) HEAD_DIM MASK`.\n"
+        "What is damaged, which mutants count as equivalent, and by which rules: [sanitizer.md](sanitizer.md).",
+        f"**{len(records)} mutants of {sites} instructions in {len(known)} forward kernels: {total[CAUGHT]} caught, "
+        f"{total[EQUIVALENT]} equivalent, {total[ESCAPED]} escaped. Caught of those that are not equivalent: "
+        f"{_share(total)}.**",
+        "FA2 and FA3 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package index. bf16;\n"
+        "*varlen* is packed sequences with a window.",
+        _table(kernels),
+        "By kind of instruction, with the errors that caught the mutants and the classes of the equivalent ones\n"
+        f"({', '.join(CLASSES)}):",
+        _table(kinds),
+        "## Escapes",
+        "Every one, with its PTX line in the build of each kernel. What it is was written by hand, from the code.",
+        _table(listed) if escapes else "None.",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _share(outcomes: Counter) -> str:
+    """Caught mutants of those that are not equivalent."""
+    others = outcomes[CAUGHT] + outcomes[ESCAPED]
+    return f"{100 * outcomes[CAUGHT] / others:.1f} %" if others else "–"
+
+
+def _operation(text: str) -> str:
+    """An instruction without registers and guard."""
+    return re.sub(r"^@\S+ ", "", text).split(" ")[0].rstrip(";")
+
+
+def _table(lines: list[tuple[str, ...]]) -> str:
+    head, *rest = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *rest])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--jobs", default="2")
+    parser.add_argument("--again", action="store_true")
+    chosen = parser.parse_args()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for victim in VICTIMS:
+        if not chosen.names or any(name in str(victim) for name in chosen.names):
+            print(victim, flush=True)
+            if not victim.run(["--jobs", chosen.jobs, *["--again"] * chosen.again]):
+                sys.exit(f"{victim}: nothing is known of this kernel")
+    PAGE.write_text(page({victim: read(victim.file) for victim in VICTIMS if victim.file.exists()}))
+
+
+if __name__ == "__main__":
+    main()
