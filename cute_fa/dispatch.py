@@ -188,8 +188,8 @@ class DispatchTable:
         for arch in SmArch:
             for direction in Direction:
                 for feature, changes in FEATURES.items():
-                    if direction is Direction.BACKWARD:
-                        changes = {name: value for name, value in changes.items() if name not in _OF_THE_FORWARD}
+                    others = _OF_THE_FORWARD if direction is Direction.BACKWARD else _OF_THE_BACKWARD
+                    changes = {name: value for name, value in changes.items() if name not in others}
                     of_key = {name: value for name, value in changes.items() if name not in _CHOICES}
                     choices = {name: value for name, value in changes.items() if name in _CHOICES}
                     key = DispatchKey(**{"arch": arch, "direction": direction, **_BASE, **of_key})
@@ -240,10 +240,12 @@ TABLE = DispatchTable(
 )
 
 # What the support table asks about, each as a change to full attention of this kind. Choices of how to compute are
-# fields of the problem, the others of the key. The backward of a call is not asked for what that chose for its forward.
+# fields of the problem, the others of the key. The backward of a call is not asked for what that chose for its forward,
+# nor the forward for what it chose for its backward.
 _BASE = {"dtype": DType.BF16, "head_dim": 128}
-_CHOICES = ("pack_gqa", "persistent")
-_OF_THE_FORWARD = (*_CHOICES, "splits")
+_OF_THE_FORWARD = ("pack_gqa", "persistent", "splits")
+_OF_THE_BACKWARD = ("deterministic", "lse_gradient", "slopes_gradient")
+_CHOICES = ("pack_gqa", "persistent", *_OF_THE_BACKWARD)
 FEATURES: dict[str, dict] = {
     "bf16": {},
     "fp16": {"dtype": DType.FP16},
@@ -263,4 +265,7 @@ FEATURES: dict[str, dict] = {
     "paged KV": {"varlen": True, "paged": True, "page_size": 64},
     "split-KV": {"splits": 4},
     "persistent": {"persistent": PersistentMode.ON},
+    "gradient of the LSE": {"lse_gradient": True},
+    "gradient of the ALiBi slopes": {"alibi": True, "slopes_gradient": True},
+    "deterministic gradients": {"deterministic": True},
 }
