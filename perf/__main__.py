@@ -29,6 +29,7 @@ from perf.workload import LENGTHS, Workload, grid
 _ARCHS = [arch.value for arch in SmArch]
 # The architectures that have a kernel of their own.
 _KERNEL_ARCHS = [SmArch.SM_80.value, SmArch.SM_90A.value]
+_DIRECTIONS = [direction.value for direction in Direction]
 
 
 class _Pair(click.ParamType):
@@ -72,31 +73,67 @@ def main() -> None:
     "--arch", "archs", multiple=True, type=click.Choice(_ARCHS), default=["sm_80", "sm_90a"], show_default=True
 )
 @click.option("--head-dim", "head_dims", multiple=True, type=int, default=[64, 128, 256], show_default=True)
+@click.option(
+    "--direction", "directions", multiple=True, type=click.Choice(_DIRECTIONS), default=_DIRECTIONS, show_default=True
+)
 @click.option("--fa4/--no-fa4", default=None, help="Compile FlashAttention-4 too.  [default: if it is installed]")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Also write the table to this file.")
 @click.option("--markdown", is_flag=True, help="Print Markdown instead of a terminal table.")
-def static(archs, head_dims, fa4: bool | None, csv: Path | None, markdown: bool) -> None:
-    """Static figures of our forward kernels (bf16, full and causal) beside the peers'. Needs no GPU.
+@click.option(
+    "--gate", is_flag=True, help="Hold the main loops to perf/budgets.toml instead; exits with 1 if one fails."
+)
+def static(archs, head_dims, directions, fa4: bool | None, csv: Path | None, markdown: bool, gate: bool) -> None:
+    """Static figures of our kernels (bf16, full and causal) beside the peers'. Needs no GPU.
 
     per_score: non-tensor instructions per thread and score element in the steady-state loop, without conditional
     blocks; cond_per_score: those of conditional blocks, copy_per_score of the ones among them that copy the next tiles;
     setmaxnreg: registers of the producers (-) and of the consumers (+); spills: LDL/STL of the whole kernel, then those
     in its loops; serialised: ptxas has every wgmma waited for before the next; stall: sum of the fixed stall counts,
     cond_stall of those in conditional blocks; tc, mufu, alu, smem: cycles of the bound model for one iteration of four
-    warps.
+    warps. Of a backward, which launches several kernels, they are those of the one that does most of the products.
     """
     from perf.static import StaticKey, fa4_installed, static_table
 
     notes = Console(stderr=True)
+    if gate:
+        _gate(archs, head_dims, directions, notes)
+        return
     if fa4 is None:
         fa4 = fa4_installed()
         if not fa4:
             notes.print("FlashAttention-4 is not installed: its figures are the recorded ones alone.")
-    keys = [StaticKey(SmArch(a), d, causal) for a in archs for d in head_dims for causal in (False, True)]
+    keys = [
+        StaticKey(SmArch(arch), head_dim, causal, Direction(direction))
+        for direction in directions
+        for arch in archs
+        for head_dim in head_dims
+        for causal in (False, True)
+    ]
     table = static_table(keys, fa4=fa4, progress=notes.print)
     if csv:
         table.to_csv(csv, index=False)
     _print(table, markdown)
+
+
+def _gate(archs: tuple[str, ...], head_dims: tuple[int, ...], directions: tuple[str, ...], notes: Console) -> None:
+    """Compiles each kernel that has a budget among these, and exits with 1 if one breaks it, or none has any."""
+    from perf.budgets import FILE, load
+    from perf.static import our_report
+
+    held = failed = 0
+    for budget in load():
+        key = budget.key
+        if key.arch.value not in archs or key.head_dim not in head_dims or key.direction.value not in directions:
+            continue
+        held += 1
+        breaches = budget.breaches(our_report(key))
+        failed += bool(breaches)
+        notes.print(f"{key}: {'; '.join(breaches) or 'within its budget'}", highlight=False)
+    if not held:
+        raise click.UsageError(f"{FILE.name} has no budget for these kernels")
+    click.echo(f"{held - failed} of {held} main loops within their budgets")
+    if failed:
+        sys.exit(1)
 
 
 @main.command()

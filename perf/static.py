@@ -21,7 +21,7 @@ from cute_fa.dispatch import TABLE
 from cute_fa.inputs import InputSpec
 from cute_fa.problem import AttentionProblem
 from cute_fa.trial import problem_of_spec
-from cute_fa.types import DType, SmArch
+from cute_fa.types import Direction, DType, SmArch
 from perf.sass import KernelReport, add_per_score, report_cubin
 
 COLUMNS = (
@@ -33,33 +33,50 @@ _PEER_FIGURES = Path(__file__).with_name("peer_figures.csv")
 
 @dataclass(frozen=True)
 class StaticKey:
-    """One kernel to compile: a bf16 forward with head_dim_v = head_dim, dense, MHA."""
+    """One kernel to compile: bf16 with head_dim_v = head_dim, dense, MHA."""
 
     arch: SmArch
     head_dim: int
     causal: bool
+    direction: Direction = Direction.FORWARD
 
     def __str__(self) -> str:
-        return f"{self.arch.value} d{self.head_dim} {'causal' if self.causal else 'full'}"
+        return f"{self.arch.value} {self.direction.value} {self.shape}"
+
+    @property
+    def shape(self) -> str:
+        """Head dim and mask, "d64 causal"."""
+        return f"d{self.head_dim} {'causal' if self.causal else 'full'}"
+
+    @property
+    def columns(self) -> tuple[str, str, int, bool]:
+        """arch, direction, head_dim and causal, as tables hold them."""
+        return self.arch.value, self.direction.value, self.head_dim, self.causal
 
     def problem(self) -> AttentionProblem:
         spec = InputSpec(1, 1024, 1024, 8, 8, self.head_dim, dtype=DType.BF16, causal=self.causal)
-        return problem_of_spec(spec, self.arch)
+        return problem_of_spec(spec, self.arch, direction=self.direction)
 
 
 def our_report(key: StaticKey) -> KernelReport:
     """The report of the kernel that the dispatch table gives the key."""
     problem = key.problem()
     _, cubin = compile_artifacts(TABLE.lookup(problem).configure(problem))
-    return _single_report(cubin, key)
+    return _main_report([cubin], key)
+
+
+def fa4_serves(key: StaticKey) -> bool:
+    """Whether FlashAttention-4 has a kernel for the key: its interface offers no backward before sm_90."""
+    return key.direction is Direction.FORWARD or key.arch.number >= 90
 
 
 def fa4_reports(keys: list[StaticKey]) -> dict[StaticKey, KernelReport]:
-    """FlashAttention-4's kernels for the same keys, compiled in a process of their own for each arch, since FA4 takes
-    its target from the environment."""
+    """FlashAttention-4's kernels for the same keys, as far as it has them, compiled in a process of their own for each
+    arch, since FA4 takes its target from the environment."""
     reports = {}
-    for arch in {key.arch for key in keys}:
-        mine = [key for key in keys if key.arch is arch]
+    served = [key for key in keys if fa4_serves(key)]
+    for arch in {key.arch for key in served}:
+        mine = [key for key in served if key.arch is arch]
         with tempfile.TemporaryDirectory() as folder:
             environment = os.environ | {
                 "FLASH_ATTENTION_ARCH": arch.value.rstrip("a"),
@@ -68,14 +85,14 @@ def fa4_reports(keys: list[StaticKey]) -> dict[StaticKey, KernelReport]:
                 "CUTE_DSL_KEEP": "cubin",
                 "CUTE_DSL_DUMP_DIR": folder,
             }
-            keywords = [f"{key.head_dim}:{int(key.causal)}" for key in mine]
+            keywords = [f"{key.direction.value}:{key.head_dim}:{int(key.causal)}" for key in mine]
             command = [sys.executable, "-W", "ignore", "-m", "perf.compile_fa4", folder, *keywords]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"compiling FlashAttention-4 for {arch.value} failed:\n{done.stderr[-2000:]}")
             for key, keyword in zip(mine, keywords, strict=True):
-                cubin = Path(folder, f"{keyword}.kept").read_bytes()
-                reports[key] = _single_report(cubin, key)
+                cubins = [path.read_bytes() for path in sorted(Path(folder).glob(f"{keyword}:*.kept"))]
+                reports[key] = _main_report(cubins, key)
     return reports
 
 
@@ -95,34 +112,31 @@ def static_table(keys: list[StaticKey], *, fa4: bool, progress=lambda step: None
         progress("compiling FlashAttention-4")
         source = f"FA4 {importlib.metadata.version('flash-attn-4')}, here"
         rows += [_row(key, source, report) for key, report in fa4_reports(keys).items()]
-    wanted = {(key.arch.value, key.head_dim, key.causal) for key in keys}
-    recorded = pd.read_csv(_PEER_FIGURES).query("direction == 'fwd'")
-    known = [(row.arch, row.head_dim, row.causal) in wanted for row in recorded.itertuples()]
+    rank = {key.columns: position for position, key in enumerate(keys)}
+    recorded = pd.read_csv(_PEER_FIGURES)
+    known = [(row.arch, row.direction, row.head_dim, row.causal) in rank for row in recorded.itertuples()]
     recorded = recorded[known].reindex(columns=COLUMNS)  # nothing was recorded of some figures
     table = pd.concat([pd.DataFrame(rows, columns=COLUMNS), recorded], ignore_index=True)
-    order = {(key.arch.value, key.head_dim, key.causal): position for position, key in enumerate(keys)}
-    rank = [order[row.arch, row.head_dim, row.causal] for row in table.itertuples()]
-    return table.assign(rank=rank).sort_values("rank", kind="stable").drop(columns="rank").reset_index(drop=True)
+    order = [rank[row.arch, row.direction, row.head_dim, row.causal] for row in table.itertuples()]
+    return table.assign(rank=order).sort_values("rank", kind="stable").drop(columns="rank").reset_index(drop=True)
 
 
-def _single_report(cubin: bytes, key: StaticKey) -> KernelReport:
-    reports = report_cubin(cubin)
-    if len(reports) != 1:
-        raise ValueError(f"{key}: expected one kernel in the cubin, found {[report.kernel for report in reports]}")
-    add_per_score(reports[0], key.head_dim)
-    return reports[0]
+def _main_report(cubins: list[bytes], key: StaticKey) -> KernelReport:
+    """Of the kernels that one call launches, the one whose main loop does most of the tensor work: before and after a
+    backward's run smaller ones."""
+    reports = [report for cubin in cubins for report in report_cubin(cubin) if report.main_loop]
+    if not reports:
+        raise ValueError(f"{key}: no loop with tensor-core instructions")
+    report = max(reports, key=lambda report: report.main_loop.flops)
+    add_per_score(report, key.head_dim, backward=key.direction is Direction.BACKWARD)
+    return report
 
 
 def _row(key: StaticKey, source: str, report: KernelReport) -> dict:
     loop = report.main_loop
-    if loop is None:
-        raise ValueError(f"{key}: no loop with tensor-core instructions in {report.kernel}")
     kernel, figures = report.row(), loop.row()
     return {
-        "arch": key.arch.value,
-        "direction": "fwd",
-        "head_dim": key.head_dim,
-        "causal": key.causal,
+        **dict(zip(COLUMNS, key.columns, strict=False)),
         "source": source,
         "per_score": loop.per_score,
         "copy_per_score": loop.copy_per_score,

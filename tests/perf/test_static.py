@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from cute_fa.compiler import compile_artifacts
-from cute_fa.types import SmArch
+from cute_fa.types import Direction, SmArch
 from fa2_sm80.forward import Fa2Forward
 from fa3_sm90.forward import Fa3Forward
 from perf.sass import report_cubin
@@ -126,6 +126,26 @@ def test_flash_attention_4_on_sm90():
     for report in (full, causal):
         assert (report.wgmma_serialised, report.setmaxnreg) == (False, "-24 +240")
         assert report.main_loop.shapes == {"HGMMA.64x128x16.F32.BF16.SS": 8, "HGMMA.64x128x16.F32.BF16.RS": 8}
+
+
+def test_backward_is_reported_by_the_kernel_that_does_the_products():
+    key = StaticKey(SmArch.SM_90A, 64, False, Direction.BACKWARD)
+    table = static_table([key], fa4=True)
+    assert table.direction.tolist() == ["bwd"] * 3
+    ours, theirs, recorded = table.itertuples()
+    assert (ours.source, recorded.source) == ("cute-fa", "FA4 0251105a")
+    assert (theirs.per_score, theirs.instr, theirs.tc) == (recorded.per_score, recorded.instr, recorded.tc)
+    report = our_report(key)
+    assert "KeyGradientKernel" in report.kernel
+    assert ours.per_score == report.main_loop.per_score
+    # five products of 64: as many non-tensor instructions an element of S as that name says
+    elements = report.main_loop.flops / (5 * 2 * 64) / 128
+    plain = report.main_loop.instructions - report.main_loop.counts["tensor"] - report.main_loop.conditional
+    assert ours.per_score == pytest.approx(plain / elements, abs=0.01)
+
+
+def test_flash_attention_4_has_no_backward_before_sm90():
+    assert fa4_reports([StaticKey(SmArch.SM_80, 64, False, Direction.BACKWARD)]) == {}
 
 
 @pytest.mark.parametrize(

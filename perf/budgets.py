@@ -1,0 +1,62 @@
+"""What the main loops of our kernels may cost: ``budgets.toml``, which the gate of ``python -m perf static`` holds them
+to, so that a change that makes one longer is seen where it is made."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cute_fa.types import Direction, SmArch
+from perf.sass import KernelReport
+from perf.static import StaticKey
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILE = Path(__file__).with_name("budgets.toml")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Most non-tensor instructions per thread and score element of a kernel's main loop: ``per_score`` of what every
+    iteration runs, ``cond_per_score`` of its conditional blocks."""
+
+    key: StaticKey
+    per_score: float
+    cond_per_score: float
+
+    def breaches(self, report: KernelReport) -> list[str]:
+        """What the report breaks, in words; empty if nothing. Spills in the main loop and serialised wgmma always
+        do."""
+        loop, found = report.main_loop, []
+        if loop.counts["local"]:
+            found.append(f"{loop.counts['local']} spilled accesses in the main loop")
+        if report.wgmma_serialised:
+            found.append("every wgmma is waited for before the next")
+        for name in ("per_score", "cond_per_score"):
+            measured, allowed = getattr(loop, name), getattr(self, name)
+            if measured > allowed:
+                found.append(f"{name} {measured:g}, budget {allowed:g}")
+        return found
+
+
+def load(path: Path = FILE) -> list[Budget]:
+    """The budgets of a file, in its order: a table for each arch and direction, a line for each head dim and mask."""
+    tables = tomllib.loads(path.read_text())
+    return [
+        Budget(_key(SmArch(arch), Direction(direction), shape), **figures)
+        for arch, directions in tables.items()
+        for direction, shapes in directions.items()
+        for shape, figures in shapes.items()
+    ]
+
+
+def _key(arch: SmArch, direction: Direction, shape: str) -> StaticKey:
+    head_dim, mask = shape.split()
+    key = StaticKey(arch, int(head_dim.removeprefix("d")), mask == "causal", direction)
+    if key.shape != shape:
+        raise ValueError(f"budget of {shape!r}: a head dim and a mask as in {key.shape!r} are needed")
+    return key

@@ -1,0 +1,80 @@
+"""The gate over main loops: our kernels within their budgets, and what breaks one."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import pytest
+from click.testing import CliRunner
+
+from cute_fa.types import Direction, SmArch
+from perf import static as static_module
+from perf.__main__ import main
+from perf.budgets import Budget, load
+from perf.static import StaticKey, our_report
+
+BUDGETS = load()
+KEY = StaticKey(SmArch.SM_80, 64, False)
+report_of = cache(our_report)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: str(budget.key))
+def test_our_main_loops_are_within_their_budgets(budget):
+    assert budget.breaches(report_of(budget.key)) == []
+
+
+def test_every_kernel_has_a_budget():
+    kernels = [
+        (SmArch.SM_80, Direction.FORWARD),
+        (SmArch.SM_90A, Direction.FORWARD),
+        (SmArch.SM_80, Direction.BACKWARD),
+    ]
+    wanted = {
+        StaticKey(arch, d, causal, direction)
+        for arch, direction in kernels
+        for d in (64, 128, 256)
+        for causal in (False, True)
+    }
+    assert {budget.key for budget in BUDGETS} == wanted
+
+
+def test_what_breaks_a_budget():
+    report = report_of(KEY)
+    loop = report.main_loop
+    exact = Budget(KEY, loop.per_score, loop.cond_per_score)
+    assert exact.breaches(report) == []
+    less = Budget(KEY, loop.per_score - 0.01, loop.cond_per_score - 0.01)
+    assert less.breaches(report) == [
+        f"per_score {loop.per_score:g}, budget {less.per_score:g}",
+        f"cond_per_score {loop.cond_per_score:g}, budget {less.cond_per_score:g}",
+    ]
+    spilling = dataclasses.replace(loop, counts=loop.counts + type(loop.counts)(local=2))
+    others = [other for other in report.loops if other is not loop]
+    assert exact.breaches(dataclasses.replace(report, loops=[*others, spilling])) == [
+        "2 spilled accesses in the main loop"
+    ]
+    assert exact.breaches(dataclasses.replace(report, wgmma_serialised=True)) == [
+        "every wgmma is waited for before the next"
+    ]
+
+
+def test_the_command_fails_where_a_budget_is_broken(monkeypatch):
+    arguments = "static --gate --arch sm_80 --head-dim 64 --direction fwd".split()
+    monkeypatch.setattr(static_module, "our_report", report_of)
+    done = CliRunner().invoke(main, arguments)
+    assert (done.exit_code, done.stdout) == (0, "2 of 2 main loops within their budgets\n")
+    tight = [dataclasses.replace(budget, per_score=budget.per_score - 0.1 * budget.key.causal) for budget in BUDGETS]
+    monkeypatch.setattr("perf.budgets.load", lambda: tight)
+    done = CliRunner().invoke(main, arguments)
+    assert (done.exit_code, done.stdout) == (1, "1 of 2 main loops within their budgets\n")
+    assert "sm_80 fwd d64 causal: per_score 5." in done.stderr
+    assert "sm_80 fwd d64 full: within its budget" in done.stderr
+    assert CliRunner().invoke(main, "static --gate --head-dim 32".split()).exit_code == 2
+
+
+def test_a_misspelt_kernel_is_no_budget(tmp_path):
+    file = tmp_path / "budgets.toml"
+    file.write_text('[sm_80.fwd]\n"d64 casual" = { per_score = 5.6, cond_per_score = 2.5 }\n')
+    with pytest.raises(ValueError, match="'d64 casual': a head dim and a mask as in 'd64 full'"):
+        load(file)
