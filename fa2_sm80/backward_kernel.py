@@ -149,21 +149,21 @@ class KeyGradientKernel:
         c = self.config
         allocator = SmemAllocator()
 
-        def allocate(rows: int, columns: int, stages: int = 1, warps: int = 1) -> SmemTile:
+        def allocate(rows: int, columns: int, stages: int, *shares: int) -> SmemTile:
             layout = cute.make_layout(stages * rows * columns)
             pointer = allocator.allocate_tensor(self.dtype, layout, SMEM_ALIGNMENT).iterator
-            return SmemTile(pointer, rows, columns, warps)
+            return SmemTile(pointer, rows, columns, *shares)
 
-        warps = max(c.keys.columns, c.queries.columns)
-        p = None if c.p_in_registers else allocate(c.tile_n, c.tile_m)
-        ds = allocate(c.tile_n, c.tile_m) if c.ds_in_smem else None
+        p = None if c.p_in_registers else allocate(c.tile_n, c.tile_m, 1)
+        ds = allocate(c.tile_n, c.tile_m, 1) if c.ds_in_smem else None
+        shares = c.keys.columns
         return BackwardTiles(
             p=p,
             ds=ds,
-            k=allocate(c.tile_n, c.head_dim_padded, 1, warps),
-            v=allocate(c.tile_n, c.head_dim_v_padded, 1, warps),
-            q=allocate(c.tile_m, c.head_dim_padded, c.stages, warps),
-            dout=allocate(c.tile_m, c.head_dim_v_padded, c.stages, warps),
+            k=allocate(c.tile_n, c.head_dim_padded, 1, shares, c.queries.columns),
+            v=allocate(c.tile_n, c.head_dim_v_padded, 1, shares),
+            q=allocate(c.tile_m, c.head_dim_padded, c.stages, shares),
+            dout=allocate(c.tile_m, c.head_dim_v_padded, c.stages, shares),
             stats=allocator.allocate_tensor(Float32, cute.make_layout(2 * c.tile_m * c.stages), 16).iterator,
         )
 

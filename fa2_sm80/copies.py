@@ -22,6 +22,17 @@ CHUNK = CHUNK_BYTES // ELEMENT_BYTES
 SMEM_ALIGNMENT = 128
 
 
+def panel_width(columns: int, *shares: int) -> int:
+    """Width of a tile's panels: the widest that divides the columns and, for each of ``shares`` warps that share them,
+    a warp's part, or is divided by it."""
+    parts = [columns // share for share in shares]
+    return next(
+        width
+        for width in (64, 32, 16)
+        if columns % width == 0 and not any(part % width and width % part for part in parts)
+    )
+
+
 class SmemTile:
     """Swizzled row-major tiles (rows, columns), one per stage.
 
@@ -29,14 +40,11 @@ class SmemTile:
     and XORs the 16-byte chunks of a row with the row, so that the 8 rows of an ldmatrix matrix fall in different banks.
     """
 
-    def __init__(self, pointer: cute.Pointer, rows: int, columns: int, warps: int = 1):
+    def __init__(self, pointer: cute.Pointer, rows: int, columns: int, *shares: int):
         """``pointer``: aligned to ``SMEM_ALIGNMENT``, with room for all stages; ``columns``: a multiple of 16.
-        ``warps`` share the columns: a part then begins at a panel, or a panel holds whole parts."""
+        ``shares``: numbers of warps that share the columns, one for each product."""
         self.pointer, self.rows, self.columns = pointer, rows, columns
-        part = columns // warps
-        self.panel = next(
-            width for width in (64, 32, 16) if columns % width == 0 and not (part % width and width % part)
-        )
+        self.panel = panel_width(columns, *shares)
         self.panels = columns // self.panel
         self.row_bytes = self.panel * ELEMENT_BYTES
         self.panel_bytes = rows * self.row_bytes
@@ -90,27 +98,27 @@ class TileLoader:
     @cute.jit
     def load_from(self, source: Int64, stage: Int32, rows_left: Optional[Int32]):
         """The same for the tile whose copies by this thread begin at address ``source``."""
-        if const_expr(self.rows_per_pass > self.smem.rows):
-            # few chunks to a row: one pass of all threads covers more rows than the tile has
-            if self.row < self.smem.rows:
-                self._load(source, stage, rows_left)
-        else:
-            self._load(source, stage, rows_left)
+        for first_row in cutlass.range_constexpr(0, self.smem.rows, self.rows_per_pass):
+            if const_expr(first_row + self.rows_per_pass > self.smem.rows):
+                # a pass of all threads covers more rows than are left
+                if self.row + first_row < self.smem.rows:
+                    self._load_row(source, first_row, stage, rows_left)
+            else:
+                self._load_row(source, first_row, stage, rows_left)
+            source = source + self.pass_bytes
 
-    def _load(self, source: Int64, stage: Int32, rows_left: Optional[Int32]):
+    def _load_row(self, source: Int64, first_row: int, stage: Int32, rows_left: Optional[Int32]):
         smem = self.smem
         target = self.target + stage * smem.stage_bytes
-        for first_row in range(0, smem.rows, self.rows_per_pass):
-            for panel in range(smem.panels):
-                inside = None
-                if rows_left is not None:
-                    inside = self.row + first_row < rows_left
-                if (panel + 1) * smem.panel > self.head_dim:
-                    column_inside = self.chunk * CHUNK < self.head_dim - panel * smem.panel
-                    inside = column_inside if inside is None else inside & column_inside
-                offset = first_row * smem.row_bytes + panel * smem.panel_bytes
-                copy_async(target, offset, source, panel * smem.row_bytes, inside)
-            source = source + self.pass_bytes
+        for panel in range(smem.panels):
+            inside = None
+            if rows_left is not None:
+                inside = self.row + first_row < rows_left
+            if (panel + 1) * smem.panel > self.head_dim:
+                column_inside = self.chunk * CHUNK < self.head_dim - panel * smem.panel
+                inside = column_inside if inside is None else inside & column_inside
+            offset = first_row * smem.row_bytes + panel * smem.panel_bytes
+            copy_async(target, offset, source, panel * smem.row_bytes, inside)
 
 
 @cute.jit

@@ -54,7 +54,7 @@ class KeyTile:
         self.scores = WarpProduct(dtype, rows, columns, c.head_dim_padded)
         self.dprobabilities = WarpProduct(dtype, rows, columns, c.head_dim_v_padded)
         first_query = place.first_column if const_expr(c.scores.columns > 1) else 0
-        tiles = (smem.k, smem.v) if const_expr(smem.ds is None) else (smem.k, smem.v, smem.ds)
+        tiles = [tile for tile in smem[:-1] if tile is not None]
         row_lanes = {tile.panel: lane_offset(tile, rows_first=True) for tile in tiles}
         column_lanes = {tile.panel: lane_offset(tile, rows_first=False) for tile in tiles}
         self.load_k = FragmentLoader(smem.k, row_lanes[smem.k.panel], place.first_row)

@@ -292,10 +292,10 @@ class TestCompat:
         lengths = (packed.cu_seqlens_q, packed.cu_seqlens_k, 40, 72)
         result = fa2.flash_attn_varlen_func(packed.q, packed.k, packed.v, *lengths, 0.0, 0.3, False)
         close(result, packed, softmax_scale=0.3)
-        pages = torch.zeros(4, 16, 2, 64, dtype=torch.bfloat16)
-        table = torch.zeros(3, 5, dtype=torch.int32)
-        with pytest.raises(UnsupportedKeyError, match="page_size 16"):
-            fa2.flash_attn_varlen_func(packed.q, pages, pages, *lengths, block_table=table)
+        paged = make_inputs(InputSpec(**{**vars(PACKED), "varlen_k": False, "page_size": 16}))
+        ends = torch.nn.functional.pad(paged.seqused_k.cumsum(0, dtype=torch.int32), (1, 0))
+        lengths = (paged.cu_seqlens_q, ends, 40, 72)
+        close(fa2.flash_attn_varlen_func(paged.q, paged.k, paged.v, *lengths, block_table=paged.page_table), paged)
 
     def test_fa3(self):
         inputs = make_inputs(DENSE)
@@ -303,8 +303,7 @@ class TestCompat:
         close(fa3.flash_attn_func(*tensors, 0.3, True), inputs, softmax_scale=0.3, causal=True)
         everything = (None, True, None, None, None, None, (-1, -1), 0, 0.0, 1, None, False, 0, True)
         close(fa3.flash_attn_func(*tensors, *everything), inputs, causal=True)
-        with pytest.raises(UnsupportedKeyError, match="pack_gqa"):
-            fa3.flash_attn_func(*tensors, pack_gqa=True)
+        close(fa3.flash_attn_func(*tensors, pack_gqa=True, num_splits=2), inputs)
         packed = make_inputs(InputSpec(**{**vars(PACKED), "seqused_q": True, "seqused_k": True}))
         lengths = (packed.cu_seqlens_q, packed.cu_seqlens_k, 40, 72, packed.seqused_q, packed.seqused_k)
         close(fa3.flash_attn_varlen_func(packed.q, packed.k, packed.v, *lengths), packed)
@@ -316,8 +315,7 @@ class TestCompat:
         close(out, inputs, softmax_scale=0.3, causal=True)
         assert lse is None
         close(fa4.flash_attn_func(*tensors, causal=True, return_lse=True), inputs, causal=True)
-        with pytest.raises(UnsupportedKeyError, match="pack_gqa"):
-            fa4.flash_attn_func(*tensors, pack_gqa=True)
+        close(fa4.flash_attn_func(*tensors, pack_gqa=True)[0], inputs)
         assert fa4.flash_attn_func(inputs.q.clone().requires_grad_(), *tensors[1:])[1] is not None
         packed = make_inputs(PACKED)
         lengths = (None, packed.cu_seqlens_q, packed.cu_seqlens_k, 40, 72)

@@ -91,13 +91,13 @@ def test_every_arch_has_a_forward_and_a_backward(arch):
 
 def test_reasons_are_the_kernels_own():
     key = dataclasses.replace(KEY, head_dim=100, head_dim_v=None, splits=3)
-    reasons = TABLE.explain(key)["fa2_fwd"]
-    assert reasons == TABLE.lookup(KEY).supports(key.problem())
-    assert len(reasons) == 3
+    reasons = TABLE.explain(key)
+    assert reasons["fa2_fwd"] == TABLE.lookup(KEY).supports(key.problem())
+    assert {name: len(why) for name, why in reasons.items()} == {"fa2_fwd": 3, "fa2_split": 2}
     with pytest.raises(UnsupportedKeyError) as caught:
         TABLE.lookup(key)
     assert caught.value.key == key
-    assert caught.value.reasons == {"fa2_fwd": reasons}
+    assert caught.value.reasons == reasons
     assert "fwd_sm80_bf16_hd100_split3" in str(caught.value)
     assert "head_dim 100" in str(caught.value)
 
@@ -106,11 +106,16 @@ def test_choices_that_fa2_cannot_make_are_refused():
     problem = dataclasses.replace(KEY, gqa_ratio=4).problem()
     packed = dataclasses.replace(problem, pack_gqa=True)
     persistent = dataclasses.replace(problem, persistent=PersistentMode.ON)
-    assert TABLE.explain(packed) == {"fa2_fwd": ["pack_gqa: this kernel's tiles hold the queries of one head"]}
-    assert TABLE.explain(persistent) == {"fa2_fwd": ["persistent: this kernel launches one CTA for each tile"]}
-    for refused, reason in ((packed, "pack_gqa"), (persistent, "persistent")):
-        with pytest.raises(UnsupportedKeyError, match=f"fa2_fwd: {reason}: this kernel"):
-            TABLE.lookup(refused)
+    assert TABLE.explain(packed) == {
+        "fa2_fwd": ["pack_gqa: this kernel's tiles hold the queries of one head"],
+        "fa2_split": [],
+    }
+    assert TABLE.explain(persistent) == {
+        "fa2_fwd": ["persistent: this kernel launches one CTA for each tile"],
+        "fa2_split": ["persistent: this kernel launches one CTA for each tile and split"],
+    }
+    with pytest.raises(UnsupportedKeyError, match="fa2_fwd: persistent: this kernel"):
+        TABLE.lookup(persistent)
     one_head = dataclasses.replace(packed, num_heads_kv=packed.num_heads)
     without = dataclasses.replace(problem, pack_gqa=False, persistent=PersistentMode.OFF)
     for served in (one_head, without):
@@ -139,7 +144,7 @@ def test_families():
     on_hopper = dataclasses.replace(KEY, arch=SmArch.SM_90A)
     assert TABLE.lookup(on_hopper, family="fa2").family == "fa2"
     assert TABLE.lookup(on_hopper, family="fa3") is TABLE.lookup(on_hopper)
-    assert list(TABLE.explain(on_hopper)) == ["fa3_fwd", "fa2_fwd"]
+    assert list(TABLE.explain(on_hopper)) == ["fa3_fwd", "fa2_fwd", "fa2_split"]
     split = dataclasses.replace(on_hopper, splits=2)
     with pytest.raises(UnsupportedKeyError, match="fa3_fwd: num_splits 2") as caught:
         TABLE.lookup(split, family="fa3")
@@ -155,7 +160,7 @@ def test_families():
     }
     with pytest.raises(UnsupportedKeyError, match="WGMMA exists on sm_90a alone"):
         TABLE.lookup(on_blackwell, family="fa3")
-    assert list(TABLE.explain(on_blackwell)) == ["fa4_fwd", "fa2_fwd"]
+    assert list(TABLE.explain(on_blackwell)) == ["fa4_fwd", "fa2_fwd", "fa2_split"]
     with pytest.raises(ArgumentError, match="family='fa5': one of fa2, fa3, fa4"):
         TABLE.lookup(KEY, family="fa5")
 
@@ -167,8 +172,9 @@ def test_more_heads_than_a_tile_has_rows_cannot_be_packed():
     explained = TABLE.explain(packed)
     assert explained["fa3_fwd"] == TABLE.lookup(problem).supports(packed)
     assert "gqa_ratio 128" in explained["fa3_fwd"][0]
+    assert TABLE.lookup(packed).__name__ == "Fa2Split"
     with pytest.raises(UnsupportedKeyError, match="fa3_fwd: pack_gqa with gqa_ratio 128"):
-        TABLE.lookup(packed)
+        TABLE.lookup(packed, "fa3")
 
 
 class Picky(AttentionKernel):
@@ -203,13 +209,14 @@ def test_rows():
     cells = {(row.arch, row.direction, row.feature): row for row in rows}
     for row in rows:
         preferred = {"sm_90a": "fa3", "sm_100a": "fa4", "sm_103a": "fa4"}.get(row.arch, "fa2")
-        served_by_it = (row.kernel or "").startswith(preferred)
-        assert bool(row.reasons) != served_by_it
+        assert bool(row.reasons) != (row.kernel == f"{preferred}_{row.direction}")
     assert cells["sm_80", "fwd", "causal"].kernel == "fa2_fwd"
     assert cells["sm_90a", "fwd", "head_dim 256"].kernel == "fa3_fwd"
     assert cells["sm_80", "fwd", "varlen"].kernel == "fa2_fwd"
     assert cells["sm_100a", "fwd", "varlen"][3:] == ("fa2_fwd", ("fa4_fwd: no fa4_sm100 kernel exists yet",))
+    assert cells["sm_80", "fwd", "paged KV"][3] == "fa2_split"
     assert "page_size 64" in cells["sm_80", "fwd", "paged KV"].reasons[0]
+    assert all(cells[arch.value, "fwd", "split-KV"].kernel == "fa2_split" for arch in SmArch)
     assert cells["sm_90a", "fwd", "paged KV"].kernel == "fa3_fwd"
     assert "fa3_fwd: dtype e4m3" in cells["sm_90a", "fwd", "fp8 e4m3"].reasons[0]
     assert "fa2_fwd: dtype e4m3" in cells["sm_90a", "fwd", "fp8 e4m3"].reasons[1]

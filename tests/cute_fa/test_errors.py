@@ -112,12 +112,12 @@ DENSE = [
     ({"sink_tokens": 4.0}, ArgumentError, "sink_tokens=4.0: an int"),
     ({"sink_tokens": True}, ArgumentError, "sink_tokens=True: an int"),
     ({"num_splits": -1}, ArgumentError, "num_splits=-1"),
-    ({"num_splits": 2}, UnsupportedKeyError, r"split2[\s\S]*fa2_fwd: num_splits 2"),
+    ({"num_splits": 2, "softcap": 9e3}, UnsupportedKeyError, r"split2[\s\S]*fa2_fwd: num_splits 2"),
     ({"family": "fa1"}, ArgumentError, "family='fa1': one of fa2, fa3, fa4"),
     ({"family": 3}, ArgumentError, "family=3"),
     ({"family": "fa3"}, Fa3ArchError, "FA3 kernels on sm_80"),
     ({"family": "fa4"}, UnsupportedKeyError, "fa4_fwd: tcgen05 exists on"),
-    ({"pack_gqa": True}, UnsupportedKeyError, r"gqa2[\s\S]*fa2_fwd: pack_gqa: this kernel's tiles hold"),
+    ({"pack_gqa": True, "softcap": 9e3}, UnsupportedKeyError, r"gqa2[\s\S]*fa2_fwd: softcap 9000.*; pack_gqa: this"),
     ({"pack_gqa": 1}, ArgumentError, "pack_gqa=1: True or False"),
     ({"persistent": "on"}, UnsupportedKeyError, "fa2_fwd: persistent: this kernel launches one CTA"),
     ({"persistent": PersistentMode.ON}, UnsupportedKeyError, "fa2_fwd: persistent"),
@@ -165,7 +165,7 @@ VARLEN = [
     ({"max_seqlen_q": 2**31}, ArgumentError, "max_seqlen_q=2147483648"),
     ({"max_seqlen_k": 50.0}, ArgumentError, "max_seqlen_k=50.0"),
     ({"max_seqlen_k": torch.tensor(50)}, ArgumentError, r"max_seqlen_k=tensor\(50\): an int"),
-    ({"pack_gqa": True}, UnsupportedKeyError, r"varlen_gqa2[\s\S]*fa2_fwd: pack_gqa"),
+    ({"softcap": 9e3}, UnsupportedKeyError, r"varlen[\s\S]*fa2_split: softcap 9000"),
     ({"persistent": "on"}, UnsupportedKeyError, "fa2_fwd: persistent"),
     ({"page_table": TABLE, "block_table": TABLE}, ArgumentError, "page_table and block_table"),
     # values on the device
@@ -208,7 +208,7 @@ PAGED = [
     ({"page_table": TABLE[:1]}, ShapeError, r"page_table \(1, 3\): one row for each of 2 sequences"),
     ({"page_table": TABLE.long()}, DTypeError, "page_table is int64: int32"),
     ({"page_table": TABLE.T.contiguous().T}, StrideError, "page_table has strides"),
-    ({}, UnsupportedKeyError, r"page16_gqa2[\s\S]*fa2_fwd: page_size 16"),
+    ({"softcap": 9e3}, UnsupportedKeyError, r"page16[\s\S]*fa2_fwd: softcap 9000.*; page_size 16"),
 ]
 
 

@@ -79,6 +79,13 @@ def test_other_head_dims(head_dim):
     assert_right(InputSpec(1, 70, 130, 1, 1, head_dim, causal=True), "peaked")
 
 
+@pytest.mark.parametrize("head_dims", [(128, 24), (96, 104)], ids=str)
+def test_key_blocks_that_are_no_multiple_of_a_pass(head_dims):
+    """48 keys a step beside panels of 32 columns, of which a pass of all threads loads 32 rows."""
+    head_dim, head_dim_v = head_dims
+    assert_right(InputSpec(1, 70, 130, 1, 1, head_dim, head_dim_v=head_dim_v, causal=True), "peaked")
+
+
 # tile_n is 64 at head_dim 64; the tile of queries starts at key 320 − 192 = 128, so its window of 100 at block 0
 @pytest.mark.parametrize("sink_tokens", [1, 27, 28, 29, 63, 64, 65, 128, 200, 320, 10_000])
 def test_sink_inside_touching_and_beyond_the_window(sink_tokens):
