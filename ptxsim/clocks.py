@@ -104,7 +104,11 @@ class Clocks:
 
     def widened(self, rows):
         """Published limits, as wide as the present ones."""
-        return np.pad(rows, ((0, 0),) * (rows.ndim - 1) + ((0, self.columns - rows.shape[-1]),))
+        if rows.shape[-1] == self.columns:
+            return rows
+        wider = np.zeros((*rows.shape[:-1], self.columns), rows.dtype)
+        wider[..., : rows.shape[-1]] = rows
+        return wider
 
     # ---- program order ----------------------------------------------------------------------------
     def _renew(self, w):

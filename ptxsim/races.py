@@ -557,7 +557,7 @@ class _Barriers:
             return
         clocks = self.clocks
         row = self.arrived[number]
-        row = np.zeros(clocks.known.shape[1:], np.uint32) if row is None else clocks.widened(row)
+        row = np.zeros(clocks.known.shape[1:], np.uint32) if row is None else clocks.widened(row).copy()
         if self.done[number] is not None:
             row = np.maximum(row, clocks.widened(self.done[number]))
         row[ORDERED, self.agents[number]] = clocks.limit(self.phase[number])
