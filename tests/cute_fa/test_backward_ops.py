@@ -44,6 +44,8 @@ def simulated():
     autograd._plans.clear()
     with cute_fa.simulate("sm_80") as simulation:
         yield simulation
+    for plans in (ops._plans, autograd._plans):
+        plans.clear()  # a test may have put something else in the place of their kernels
 
 
 def variables(inputs: Inputs) -> tuple[Inputs, list[torch.Tensor]]:
@@ -152,6 +154,15 @@ def test_deterministic_is_the_callers_and_torchs(simulated, monkeypatch):
         assert asked(flash_attn_func(q, k, v))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_splits_are_the_forwards(simulated, monkeypatch):
+    for module in (ops, autograd):
+        monkeypatch.setattr(module, "compiled", without_a_kernel)
+    inputs, _ = variables(make_inputs(DENSE))
+    flash_attn_func(inputs.q, inputs.k, inputs.v, num_splits=2).sum().backward()
+    assert list(ops._plans.values())[-1].problem.num_splits == 2
+    assert last_problem().num_splits == 1
 
 
 def test_deterministic_gradients_are_bit_identical():
