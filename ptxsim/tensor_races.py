@@ -12,8 +12,7 @@ factors under an mma. And it asks for tcgen05.wait::ld although the registers ha
 P of them, stores it over S and hands it on. Here that is a wait for this load and for those before it.
 
 A program that lacks either of the fences altogether is checked as if it had both around everything that synchronises:
-CUTLASS, FlashAttention-4 and quack leave them out, and ptxas keeps tcgen05 instructions in place there. Completion is
-asked of every program.
+FlashAttention-4 and quack leave them out, and are right on hardware. Completion is asked of every program.
 
 A cell is 16 lanes of a column, as much as the narrowest access. The last write and the last read of every agent are
 kept.
