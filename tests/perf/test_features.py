@@ -37,9 +37,9 @@ def test_features_that_set_one_field():
 
 
 def test_what_no_kernel_serves_is_left_out():
-    """FA2's kernel reads no pages and packs no heads."""
-    chosen = {name for key in feature_keys(SmArch.SM_80, [(64, 64)]) for name in key.features}
-    assert chosen == set(FEATURES) - {"pack_gqa", "paged"}
+    keys = feature_keys(SmArch.SM_80, [(64, 64), (512, 512)])
+    assert {key.head_dim for key in keys} == {64}
+    assert {name for key in keys for name in key.features} == set(FEATURES)
 
 
 def test_rows_are_the_figures_of_the_kernel():
