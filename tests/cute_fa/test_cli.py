@@ -228,7 +228,7 @@ def test_a_wrong_gradient_exits_with_one(monkeypatch):
         ("--lse-gradient", "--lse-gradient without --backward"),
         ("--backward --page-size 64", "page_size 64: "),
         ("--deterministic", "--deterministic without --backward"),
-        ("--page-size 64", "page"),
+        ("--page-size 64 --persistent on", "page"),
         ("--page-size 24", "page_size=24"),
         ("--dtype e4m3", "fp8"),
         ("--head-dim 12", "12"),
@@ -239,7 +239,7 @@ def test_a_wrong_gradient_exits_with_one(monkeypatch):
         ("--window -5 0", "left=-5"),
         ("--sink -1", "sink_tokens=-1"),
         ("--softcap nan", "softcap=nan"),
-        ("--heads-kv 1 --pack-gqa", "pack_gqa: this kernel's tiles"),
+        ("--heads-kv 1 --pack-gqa --persistent on", "pack_gqa: this kernel's tiles"),
         ("--persistent on", "persistent: this kernel launches"),
     ],
 )
@@ -320,7 +320,7 @@ def test_readme_has_the_present_table():
 def test_every_note_of_the_table_is_used():
     markdown = support.to_markdown(TABLE.rows())
     notes = [line for line in markdown.splitlines() if line[:1].isdigit()]
-    used = {number for cell in re.findall(r"(?:no|_fwd|_bwd) \(([^)]*)\)", markdown) for number in cell.split(", ")}
+    used = {number for cell in re.findall(r"(?:no|fa._[a-z]+) \(([^)]*)\)", markdown) for number in cell.split(", ")}
     assert used == {str(number) for number in range(1, len(notes) + 1)}
     header = markdown.splitlines()[0]
     assert all(header.count(f"{arch.value}") == 2 for arch in SmArch)
