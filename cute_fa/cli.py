@@ -16,10 +16,11 @@ import click
 import torch
 from click.core import ParameterSource
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import ptxsim
-from cute_fa import support
+from cute_fa import cache, support
 from cute_fa.compiler import compile_artifacts
 from cute_fa.dispatch import TABLE
 from cute_fa.errors import ArgumentError, CuteFaError
@@ -39,6 +40,7 @@ from cute_fa.trial import (
     run_trial,
 )
 from cute_fa.types import Direction, DType, PersistentMode, SmArch
+from cute_fa.warm import read_keys, warm
 
 _PIPE_WIDTH = 140  # columns of a table that goes to a pipe or file, which have no width of their own
 
@@ -237,15 +239,32 @@ def _run_all(as_json: bool) -> None:
 
 @main.command("compile")
 @_problem_options
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option(
+    "--keys",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Compile the problems of this file into the cache instead; a line holds the options of one.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, for --keys.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def compile_command(out: Path, as_json: bool, **given) -> None:
-    """Write the kernel that serves the problem as PTX and cubin, named by its compile name. Needs no GPU."""
-    options = Options(**given)
+@click.pass_context
+def compile_command(
+    context: click.Context, out: Path | None, keys: Path | None, jobs: int, as_json: bool, **given
+) -> None:
+    """Write the kernel that serves the problem as PTX and cubin, named by its compile name. Needs no GPU.
+
+    With --keys, fill the cache ahead of time: CUTE_FA_CACHE_DIR=DIR names a folder that can be shipped to machines with
+    the same kind of CPU and used there as their cache, without compiling anything.
+    """
+    chosen = [name for name in given if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    if (out is None) == (keys is None) or (keys and chosen):
+        raise click.UsageError("--out DIR with the options of one problem, or --keys FILE alone")
     with _errors(as_json):
-        problem = options.backward_problem if options.backward else options.forward_problem
-        if options.backward and options.choices != {"pack_gqa": None, "persistent": PersistentMode.AUTO}:
-            raise ArgumentError("--pack-gqa or --persistent of a backward: they choose how a forward is computed")
+        if keys is not None:
+            _warm(keys, jobs, as_json)
+            return
+        options = Options(**given)
+        problem = _compiled_problem(options)
         kernel = TABLE.lookup(problem)
         config = kernel.configure(problem)
         ptx, cubin = compile_artifacts(config)
@@ -263,6 +282,44 @@ def compile_command(out: Path, as_json: bool, **given) -> None:
             click.echo(f"config          {_shown(config)}")
             for path in written.values():
                 click.echo(f"wrote           {path}")
+
+
+def _compiled_problem(options: Options) -> AttentionProblem:
+    if not options.backward:
+        return options.forward_problem
+    if options.choices != {"pack_gqa": None, "persistent": PersistentMode.AUTO}:
+        raise ArgumentError("--pack-gqa or --persistent of a backward: they choose how a forward is computed")
+    return options.backward_problem
+
+
+@click.command(add_help_option=False)
+@_problem_options
+def _one_problem(**given) -> Options:
+    """A line of ``--keys``."""
+    return Options(**given)
+
+
+def _config_of(options: list[str]) -> KernelConfig:
+    try:
+        problem = _compiled_problem(_one_problem.main(options, standalone_mode=False))
+    except click.ClickException as error:
+        raise ArgumentError(error.format_message()) from None
+    return TABLE.lookup(problem).configure(problem)
+
+
+def _warm(keys: Path, jobs: int, as_json: bool) -> None:
+    configs = read_keys(keys, _config_of)
+    notes = Console(stderr=True, highlight=False)
+    done = []
+    for kernel in track(warm(configs, jobs), "compiling", len(configs), console=notes):
+        notes.print(f"{kernel.name}: " + (f"compiled in {kernel.seconds:.1f} s" if kernel.compiled else "in the cache"))
+        done.append(kernel)
+    compiled = sum(kernel.compiled for kernel in done)
+    if as_json:
+        kernels = [kernel._asdict() for kernel in done]
+        click.echo(json.dumps({"ok": True, "directory": str(cache.directory()), "kernels": kernels}))
+    else:
+        click.echo(f"{compiled} compiled, {len(done) - compiled} there already, in {cache.directory()}")
 
 
 @main.command()
