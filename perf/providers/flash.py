@@ -60,6 +60,9 @@ class FlashAttention4(_Flash):
 
     def prepare(self, inputs: Inputs) -> Attention:
         module, masks, spec = self.module(), _masks(inputs), inputs.spec
+        # it splits keys on Blackwell alone, as it chooses for 0; elsewhere it refuses what it has chosen
+        if spec.seqlen_q == 1 and inputs.q.is_cuda and torch.cuda.get_device_capability(inputs.q.device)[0] in (10, 11):
+            masks["num_splits"] = 0
         names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
         lengths = {name: getattr(inputs, name) for name in names}
         if all(tensor is None for tensor in lengths.values()):
@@ -69,7 +72,8 @@ class FlashAttention4(_Flash):
 
 
 class FlashAttention3(_Flash):
-    """The C++ kernels for sm_90: cached keys through the function for caches, which is the one that takes pages."""
+    """The C++ kernels for sm_90: decoding, and keys with lengths or pages, through the function for caches, which takes
+    pages and splits the keys as it chooses."""
 
     name = "FA3"
     modules = ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
@@ -77,7 +81,7 @@ class FlashAttention3(_Flash):
 
     def prepare(self, inputs: Inputs) -> Attention:
         module, masks, spec = self.module(), _masks(inputs), inputs.spec
-        if inputs.seqused_k is not None:
+        if inputs.seqused_k is not None or spec.seqlen_q == 1:
             cache = {"cache_seqlens": inputs.seqused_k, "page_table": inputs.page_table, **masks}
             if inputs.cu_seqlens_q is not None:
                 cache |= {"cu_seqlens_q": inputs.cu_seqlens_q, "max_seqlen_q": spec.seqlen_q}

@@ -3,6 +3,7 @@ reference behind the signatures of what needs a GPU."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 import types
@@ -82,14 +83,36 @@ def test_flash_attention_4(case, monkeypatch):
     assert agrees("FA4", WORKLOADS[case])
 
 
+@pytest.mark.parametrize(
+    ("capability", "case", "splits"),
+    [((10, 0), "decode", 0), ((9, 0), "decode", None), ((12, 0), "decode", None), ((10, 0), "dense", None)],
+)
+def test_flash_attention_4_splits_keys_where_it_can(capability, case, splits, monkeypatch):
+    given = make_inputs(WORKLOADS[case].spec())
+    asked = []
+    module = types.SimpleNamespace(flash_attn_func=lambda q, k, v, **options: asked.append(options))
+    monkeypatch.setattr(PROVIDERS["FA4"], "module", lambda: module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query = types.SimpleNamespace(is_cuda=True, device="cuda")
+    PROVIDERS["FA4"].prepare(dataclasses.replace(given, q=query)).forward(given.q, given.k, given.v)
+    assert asked[0].get("num_splits") == splits
+
+
 @pytest.mark.parametrize("case", WORKLOADS)
 def test_flash_attention_3(case, monkeypatch):
-    """Whether it returns out alone, as lately, or with LSE."""
+    """Returns out alone, as lately, or with LSE; decodes through the function that splits keys by itself."""
+    called = []
+
+    def with_kvcache(*arguments, **options):
+        called.append("cache")
+        return flash_attn(*arguments, **options)[0]
+
     names = ("flash_attn_func", "flash_attn_varlen_func")
     functions = {name: with_signature(flash_attn, getattr(fa3, name)) for name in names}
-    module = types.SimpleNamespace(**functions, flash_attn_with_kvcache=lambda *a, **o: flash_attn(*a, **o)[0])
+    module = types.SimpleNamespace(**functions, flash_attn_with_kvcache=with_kvcache)
     monkeypatch.setattr(PROVIDERS["FA3"], "module", lambda: module)
     assert agrees("FA3", WORKLOADS[case])
+    assert bool(called) == ("decode" in case or "paged" in case)
 
 
 @pytest.mark.parametrize("case", ["causal", "packed window", "decode paged"])
