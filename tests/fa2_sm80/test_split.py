@@ -1,0 +1,157 @@
+"""The split-KV forward, simulated, against the fp32 reference: features in pairs, splits, pages, what is read."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import cute_fa
+from cute_fa import ops
+from cute_fa.dispatch import DispatchTable, Entry
+from cute_fa.inputs import InputSpec, make_inputs
+from cute_fa.reference import expected
+from cute_fa.types import Direction, DType, SmArch
+from fa2_sm80.split import Fa2Split
+from tests.testing.cases import small_problem, spec_name, spec_of
+from tests.testing.gradients import call_of
+from tests.testing.grid import pairwise
+from tests.testing.simulated import unwritten_is_nan
+
+ONLY_SPLIT = DispatchTable((Entry("fa2_split", "fa2", Direction.FORWARD, tuple(SmArch), "fa2_sm80.split:Fa2Split"),))
+
+FEATURES = {
+    "dtype": [DType.BF16, DType.FP16],
+    "head_dims": [(64, None), (128, None), (8, None), (72, 40), (192, 128), (256, None)],
+    "mask": [
+        {},
+        {"causal": True},
+        {"window": (37, 11)},
+        {"window": (20, 0), "sink_tokens": 5},
+        {"window": (70, None), "sink_tokens": 90},
+        {"window": (None, 9)},
+    ],
+    "alibi": [{}, {"alibi": True}, {"alibi_per_batch": True}],
+    "softcap": [0.0, 15.0],
+    "learnable_sink": [False, True],
+    "lengths": [
+        {"seqused_k": True},
+        {"varlen_q": True, "varlen_k": True},
+        {"seqused_q": True, "page_size": 8},
+        {"varlen_q": True, "page_size": 64},
+        {"varlen_q": True, "seqused_q": True, "page_size": 16},
+    ],
+    "heads": [(2, 2), (8, 2), (3, 1)],
+    "layout": ["contiguous", "padded", "transposed", "expanded"],
+    # 16, 32 or 64 rows a tile, and tiles that end inside a query's group of heads
+    "seqlens": [(1, 300), (5, 211), (40, 77), (16, 150)],
+    "splits": [1, 2, 7],
+    "inputs": ["random", "peaked"],
+    "schedule": [{}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2}],
+}
+
+
+def case_name(case: dict) -> str:
+    return f"{spec_name(spec_of(case))}-{case['splits']}-{case['inputs']}"
+
+
+@pytest.fixture(autouse=True)
+def only_split(monkeypatch):
+    """Problems that other kernels are preferred for, too."""
+    monkeypatch.setattr(ops, "TABLE", ONLY_SPLIT)
+    ops._plans.clear()
+    yield
+    ops._plans.clear()
+
+
+def run(spec: InputSpec, inputs: str = "random", splits: int = 1, arch: str = "sm_80", **simulation):
+    """(out, lse, simulation) of one call, after comparison with the reference."""
+    given = make_inputs(spec, inputs)
+    with cute_fa.simulate(arch, **simulation) as simulated, unwritten_is_nan():
+        out, lse = ops.attention(*call_of(given, num_splits=splits))
+    result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+    assert result.ok, result
+    return out, lse, simulated
+
+
+@pytest.mark.parametrize("case", pairwise(FEATURES, seed=1), ids=case_name)
+def test_features_in_pairs(case):
+    run(spec_of(case), case["inputs"], case["splits"], race=True, **case["schedule"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", pairwise(FEATURES, seed=1), ids=case_name)
+def test_features_in_pairs_on_the_gpu(case):
+    given = make_inputs(spec_of(case), case["inputs"], device="cuda")
+    out, lse = ops.attention(*call_of(given, num_splits=case["splits"]))
+    result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+    assert result.ok, result
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
+def test_page_sizes(page_size):
+    """Pages shorter than, as long as, and longer than a block of 64 keys; unlisted pages and unused slots are NaN."""
+    run(InputSpec(2, 2, 300, 4, 2, 64, page_size=page_size, causal=True), "peaked", 3)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 6, 300])
+def test_splits_without_keys_contribute_nothing(splits):
+    """A second sequence without keys, and more splits than the first has blocks."""
+    spec = InputSpec(2, 1, 330, 4, 1, 64, page_size=16, lengths_k=(330, 0), learnable_sink=True)
+    out, lse, _ = run(spec, "peaked", splits)
+    sink = make_inputs(spec, "peaked").learnable_sink
+    assert (out[1] == 0).all() and torch.allclose(lse[1, :, 0], sink, atol=1e-6)
+    spec = dataclasses.replace(spec, learnable_sink=False)
+    out, lse, _ = run(spec, "peaked", splits)
+    assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
+
+
+def test_a_window_reads_its_keys_and_the_sink_alone():
+    """No work in the gap: as many instructions whether 512 or 1536 keys lie between."""
+    near, far = (
+        run(InputSpec(1, 1, seqlen_k, 4, 1, 64, window=(64, 0), sink_tokens=4))[2].launches[-1].warp_instrs
+        for seqlen_k in (700, 1724)
+    )
+    assert far == near
+
+
+def test_keys_are_read_once_for_all_heads_of_a_group():
+    """Eight query heads of a kv head cost what one costs, but for their own rows."""
+    one, eight = (run(InputSpec(1, 1, 1024, heads, 1, 64))[2].launches[-1].warp_instrs for heads in (1, 8))
+    assert eight < 1.2 * one
+
+
+def test_same_bits_under_every_schedule():
+    spec = InputSpec(2, 3, 300, 4, 2, 64, causal=True, page_size=16)
+    first, first_lse, _ = run(spec, splits=3)
+    for seed in range(2):
+        out, lse, _ = run(spec, splits=3, schedule_seed=seed, late=True)
+        assert torch.equal(out, first) and torch.equal(lse, first_lse)
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90a", "sm_100a", "sm_120a"])
+def test_later_archs_run_the_same_source(arch):
+    run(InputSpec(1, 2, 300, 8, 1, 256, page_size=16, causal=True), "peaked", 2, arch=arch)
+
+
+@pytest.mark.parametrize("arch", SmArch)
+def test_every_pair_of_head_dims_fits_shared_memory(arch):
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            for seqlen_q in (1, 17, 100):
+                sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "seqlen_q": seqlen_q}
+                config = Fa2Split.configure(small_problem(arch, num_heads_kv=1, **sizes))
+                assert config.smem_bytes <= arch.smem_bytes and config.stages >= 1
+                assert config.row_warps * config.key_warps == 4
+                assert config.tile_n % (16 * config.key_warps) == 0
+
+
+def test_reasons_name_the_value():
+    base = small_problem(SmArch.SM_80, page_size=16, seqused_k=True, num_splits=4)
+    assert Fa2Split.supports(base) == []
+    for change, word in (
+        ({"head_dim": 12}, "head_dim 12"),
+        ({"softcap": 9e3}, "softcap 9000"),
+        ({"num_splits": 2**26, "num_heads": 64, "num_heads_kv": 64}, "tiles of queries and splits"),
+    ):
+        reasons = Fa2Split.supports(dataclasses.replace(base, out_dtype=None, **change))
+        assert len(reasons) == 1 and word in reasons[0], reasons
