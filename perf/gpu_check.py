@@ -82,7 +82,6 @@ def run(step: Step, logs: Path) -> Outcome:
     """Run one step with its output in a file."""
     if step.missing:
         return Outcome(step, "not run")
-    logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{step.name.replace(' ', '-')}.log"
     start = time.perf_counter()
     with log.open("w") as output:
@@ -95,13 +94,14 @@ def run(step: Step, logs: Path) -> Outcome:
 
 
 def check(csv: Path, pytest_arguments: tuple[str, ...], tell: Callable[[str], object]) -> list[Outcome]:
-    """Run all steps, also behind one that fails, and write a summary beside the results."""
+    """Run all steps, also behind one that fails, and keep a summary beside the results up to date."""
     logs, outcomes = csv.with_suffix(""), []
+    logs.mkdir(parents=True, exist_ok=True)
     for step in steps(csv, pytest_arguments):
         tell(f"{step.name}: {' '.join(step.command)}")
         outcomes.append(run(step, logs))
         tell(f"{step.name}: {_told(outcomes[-1])}")
-    csv.with_suffix(".md").write_text(summary(outcomes), encoding="utf-8")
+        csv.with_suffix(".md").write_text(summary(outcomes), encoding="utf-8")
     return outcomes
 
 

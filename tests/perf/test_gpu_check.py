@@ -141,6 +141,17 @@ def test_every_step_runs_and_the_summary_tells(gpu, tmp_path):
     assert summary.read_text() in done.stdout
 
 
+def test_a_check_cut_short_keeps_its_summary(gpu, tmp_path, monkeypatch):
+    def cut_short(csv, pytest_arguments):
+        yield next(fake_steps(csv, pytest_arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check, "steps", cut_short)
+    assert invoke().exit_code == 1
+    (summary,) = tmp_path.glob("fake-h100/*-check-*.md")
+    assert summary.read_text().splitlines()[-1].startswith("| fine | ok | ")
+
+
 def test_what_is_not_installed_does_not_fail(gpu, monkeypatch):
     chosen = [step for step in fake_steps("unused", ()) if step.name in ("fine", "absent")]
     monkeypatch.setattr(gpu_check, "steps", lambda *arguments: chosen)
