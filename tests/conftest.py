@@ -5,6 +5,8 @@ import torch
 
 import ptxsim
 
+KERNELS = ("fa2_sm80", "fa3_sm90", "cute_fa")  # folders of their tests
+
 
 def pytest_collection_modifyitems(config, items):
     """Deselect what needs a GPU where there is none."""
@@ -12,6 +14,14 @@ def pytest_collection_modifyitems(config, items):
         needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
+
+
+@pytest.fixture(autouse=True)
+def _races(request, monkeypatch):
+    """Every simulation of our kernels looks for races, except in tests marked ``without_races``."""
+    if request.path.parent.name in KERNELS and not request.node.get_closest_marker("without_races"):
+        simulate = ptxsim.simulate
+        monkeypatch.setattr(ptxsim, "simulate", lambda *args, **options: simulate(*args, **{**options, "race": True}))
 
 
 @pytest.fixture(scope="session", autouse=True)

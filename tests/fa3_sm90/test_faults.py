@@ -13,6 +13,8 @@ from ptxsim import runtime
 from tests.testing.faults import Fault, plan
 from tests.testing.simulated import call
 
+pytestmark = pytest.mark.without_races  # what is noticed without the detector; with it: docs/mutations.md
+
 # Late copies show missing waits for copies; seeds without late show what late MMAs would hide: operands that are read
 # before their copy has even been issued. Some faults need the right order of the warps.
 MODES = [
