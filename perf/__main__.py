@@ -137,6 +137,35 @@ def _gate(archs: tuple[str, ...], head_dims: tuple[int, ...], directions: tuple[
 
 
 @main.command()
+@click.option(
+    "--arch", "archs", multiple=True, type=click.Choice(_ARCHS), default=["sm_80", "sm_90a"], show_default=True
+)
+@click.option("--head-dim", type=int, default=128, show_default=True, help="Of the kernel that is compiled.")
+@click.option("--causal/--full", default=True, show_default=True, help="Its mask.")
+@click.option(
+    "--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Fresh processes of each kind."
+)
+@click.option("--markdown", is_flag=True, help="Print Markdown instead of a terminal table.")
+def host(archs: tuple[str, ...], head_dim: int, causal: bool, repetitions: int, markdown: bool) -> None:
+    """What a call costs around its kernel: host time, cold compile, load from the disk cache, import; with targets.
+
+    Needs no GPU: launches go to the stand-in runtime, which accepts them and runs nothing. Each time is the least of
+    several.
+    """
+    from perf.host import call_figures, compile_figures, import_figures
+
+    notes = Console(stderr=True)
+    rows = []
+    for arch in map(SmArch, archs):
+        notes.print(f"{arch.value}: calls, then {repetitions} compiles each")
+        rows += [figure.row() for figure in call_figures(arch)]
+        rows += [figure.row() for figure in compile_figures(arch, head_dim, causal, repetitions)]
+    notes.print("imports")
+    rows += [figure.row() for figure in import_figures(repetitions)]
+    _print(pd.DataFrame(rows), markdown)
+
+
+@main.command()
 @click.option("--arch", type=click.Choice(_ARCHS), default="sm_90a", show_default=True)
 @click.option("--head-dim", "head_dims", multiple=True, type=_HEAD_DIMS, help="[default: 64 … 256, and 192,128]")
 @click.option("--offenders", is_flag=True, help="Only the kernels that spill in a loop or whose wgmma are serialised.")

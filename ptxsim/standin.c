@@ -76,6 +76,9 @@ HIDDEN int ptxsim_not_simulated(int index) { return REPORT(NOT_SIMULATED, U(symb
 PUBLIC void ptxsim_set_callback(callback_t f) { callback = f; }
 PUBLIC void ptxsim_set_message(const char *text) { snprintf(message, sizeof message, "%s", text); }
 
+static int idle; /* whether launches are accepted without running anything */
+PUBLIC void ptxsim_set_idle(int value) { idle = value; }
+
 /* Handles that Python hands out carry this tag in their upper half, so that the worlds can be told apart. */
 #define TAG UINT64_C(0x50545853)
 static int is_simulated(const void *handle) { return U(handle) >> 32 == TAG; }
@@ -142,7 +145,7 @@ typedef struct { /* cudaLaunchConfig_t */
 } launch_config;
 
 static int sim__cudaLaunchKernelEx(const launch_config *config, void *kernel, void **arguments) {
-  return REPORT(LAUNCH, U(config), U(kernel), U(arguments));
+  return idle ? 0 : REPORT(LAUNCH, U(config), U(kernel), U(arguments));
 }
 static int sim__cudaLaunchKernel(void *kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                                  unsigned block_y, unsigned block_z, void **arguments, size_t smem, void *stream) {

@@ -61,6 +61,10 @@ class Standin:
         """Enter the real world: calls go to the DSL's own library."""
         self._library.ptxsim_switch(0)
 
+    def set_idle(self, idle: bool) -> None:
+        """Whether simulated launches succeed at once, unseen by the callback."""
+        self._library.ptxsim_set_idle(int(idle))
+
     def set_message(self, text: str) -> None:
         """What the DSL reports if the current call fails."""
         self._library.ptxsim_set_message(text.encode())

@@ -1,0 +1,156 @@
+"""Costs around a kernel, which need no GPU: the host's side of a call, compiling, loading from the cache, importing.
+
+A call's host time is taken in two parts. What precedes the launch runs as it does on a GPU, on CPU tensors inside a
+simulation whose kernels are never reached. The launch itself is the DSL's own host code, called through TVM-FFI with
+the packed arguments, on the stand-in runtime: launches are accepted and nothing runs. What the CUDA driver takes is in
+neither. Times are the least of several repetitions, since other work on the machine only adds to them.
+
+What belongs to one process (compiling, loading, importing) is measured in fresh ones, ours and the peer's by turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tvm_ffi
+
+import cute_fa
+import ptxsim
+from cute_fa import api, ops
+from cute_fa.types import SmArch
+from perf.static import StaticKey, fa4_installed
+
+CALLS, REPETITIONS = 200, 30
+
+# Targets: µs of an eager call beyond torch's own; compile time against FlashAttention-4's, and in seconds; milliseconds
+# of a load; import time against torch's.
+EAGER_US, COMPILE_RATIO, COMPILE_S, LOAD_MS, IMPORT_RATIO = 5.0, 1.2, 5.0, 20.0, 1.5
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure, and what it should be at most; ``target`` None: nothing is asked."""
+
+    what: str
+    value: float | None
+    unit: str
+    target: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        verdict = "" if self.target is None or self.value is None else "met" if self.value <= self.target else "MISSED"
+        value = "needs a GPU" if self.value is None else f"{self.value:.3g}"
+        return {"what": self.what, "value": value, "unit": self.unit, "target": self.target, "verdict": verdict}
+
+
+def microseconds(function: Callable[[], Any]) -> float:
+    """Least mean time of a call, over ``REPETITIONS`` runs of ``CALLS`` calls."""
+    best = float("inf")
+    for _ in range(REPETITIONS):
+        started = time.perf_counter()
+        for _ in range(CALLS):
+            function()
+        best = min(best, time.perf_counter() - started)
+    return best / CALLS * 1e6
+
+
+class _Reached:
+    """In the place of a compiled kernel: keeps what it would be launched with."""
+
+    def launch(self, arguments: tuple) -> None:
+        self.arguments = arguments
+
+
+def call_figures(arch: SmArch) -> Iterator[Figure]:
+    """Host time of a call of ``flash_attn_func`` (bf16, causal, head_dim 64) on ``arch``."""
+    q, k, v = (torch.randn(1, 128, 4, 64, dtype=torch.bfloat16) for _ in range(3))
+
+    def attention():
+        return cute_fa.flash_attn_func(q, k, v, causal=True)
+
+    def outputs():
+        return q.new_empty(q.shape), q.new_empty((1, 4, 128), dtype=torch.float32)
+
+    with cute_fa.simulate(arch) as simulation, torch.no_grad(), simulation.idle():
+        attention()
+        plan = ops._plan(tuple(api.prepare(q, k, v, causal=True)), None)
+        kernel = plan.compiled
+        plan.compiled = reached = _Reached()
+        checked, ops.check_values = ops.check_values, lambda *_: None  # a simulation alone checks values
+        try:
+            before = microseconds(attention)
+            compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+            compiled()
+            traced = microseconds(compiled)
+        finally:
+            plan.compiled, ops.check_values = kernel, checked
+        arguments = ptxsim.views.map_tensors(lambda t: tvm_ffi.from_dlpack(ptxsim.device_view(t)), reached.arguments)
+        launch = microseconds(lambda: kernel.function(arguments))
+    own = microseconds(outputs)
+    where = f"{arch.value}: "
+    yield Figure(where + "torch allocates the two outputs", own, "µs")
+    yield Figure(where + "eager call up to the launch", before, "µs")
+    yield Figure(where + "the launch's host code, without the driver", launch, "µs")
+    yield Figure(where + "eager call beyond torch's allocations", before + launch - own, "µs", EAGER_US)
+    yield Figure(where + "torch.compile (aot_eager) up to the launch", traced, "µs")
+    yield Figure(where + "CUDA graph, replay", None, "µs")
+
+
+def compile_figures(arch: SmArch, head_dim: int, causal: bool, repetitions: int) -> Iterator[Figure]:
+    """Cold compile of a forward (bf16), FlashAttention-4's for the same key, and the load from the disk cache."""
+    key = [arch.value, str(head_dim), str(int(causal))]
+    what = f"{StaticKey(arch, head_dim, causal)}: "
+    ours, theirs, loads = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        cached = {"CUTE_FA_CACHE_DIR": folder, "CUTE_FA_CACHE": "1"}
+        _process("compile", *key, environment=cached)
+        for _ in range(repetitions):
+            ours.append(_process("compile", *key, environment={"CUTE_FA_CACHE": "0"}))
+            if fa4_installed():
+                target = {"FLASH_ATTENTION_ARCH": arch.value.rstrip("a"), "CUTE_DSL_ARCH": arch.value}
+                sms = {"FLASH_ATTENTION_NUM_SMS": "108" if arch.number < 90 else "132"}
+                off = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}
+                theirs.append(_process("compile-fa4", *key, environment=target | sms | off))
+            loads.append(_process("load", *key, environment=cached))
+    yield Figure(what + "cold compile", min(ours), "s", COMPILE_S)
+    if theirs:
+        yield Figure(what + "cold compile of FlashAttention-4", min(theirs), "s")
+        yield Figure(what + "cold compile, ours to FlashAttention-4's", min(ours) / min(theirs), "×", COMPILE_RATIO)
+    yield Figure(what + "load from the disk cache", min(loads) * 1e3, "ms", LOAD_MS)
+
+
+def import_figures(repetitions: int) -> Iterator[Figure]:
+    """Import times in fresh processes."""
+    times: dict[str, list[float]] = {"torch": [], "cute_fa": []}
+    for _ in range(repetitions):
+        for module, seconds in times.items():
+            seconds.append(_python("-c", f"{_CLOCK}import {module}; {_TOLD}"))
+    best = {module: min(seconds) for module, seconds in times.items()}
+    for module, seconds in best.items():
+        yield Figure(f"import {module}", seconds, "s")
+    yield Figure("import cute_fa, to import torch", best["cute_fa"] / best["torch"], "×", IMPORT_RATIO)
+
+
+_CLOCK = "import json, time; started = time.perf_counter(); "
+_TOLD = "print(json.dumps({'seconds': time.perf_counter() - started}))"
+
+
+def _process(*arguments: str, environment: dict[str, str]) -> float:
+    return _python("-m", "perf.host_process", *arguments, environment=environment)
+
+
+def _python(*arguments: str, environment: dict[str, str] | None = None) -> float:
+    """Seconds that a fresh interpreter prints last."""
+    command = [sys.executable, "-W", "ignore", *arguments]
+    done = subprocess.run(command, env=os.environ | (environment or {}), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["seconds"]
