@@ -8,6 +8,8 @@ program order.
 
 from __future__ import annotations
 
+import itertools
+
 from ..errors import PtxError
 from ..sites import scope_of
 from .forms import KIND, SIZE, as_list, form
@@ -181,8 +183,9 @@ def reduction(gen, args, mods):
     gen.emit(_atomic(gen, args, mods, False))
 
 
-for _op, _types in ATOMIC_TYPES.items():
-    _head = "[.{sem}][.{scope}][.{space}].{op}"
+# ptxas takes scope and space in either order
+_HEADS = ("[.{sem}][.{scope}][.{space}].{op}", "[.{sem}].{space}.{scope}.{op}")
+for (_op, _types), _head in itertools.product(ATOMIC_TYPES.items(), _HEADS):
     _names = dict(sem="relaxed|acquire|release|acq_rel", space=_ATOMIC_SPACE, op=_op, hint="L2::cache_hint")
     for _root, _function, _writes in (("atom", atomic, True), ("red", reduction, False)):
         if _root == "red" and _op in ("exch", "cas"):

@@ -112,6 +112,15 @@ ATOMICS = {
 }
 
 
+@pytest.mark.parametrize("modifiers", ["cta.shared", "shared.cta", "relaxed.cta.shared", "relaxed.shared.cta"])
+def test_scope_and_space_of_an_atomic(modifiers):
+    body = """mov.u32 %r50, place; mov.u32 %r1, 1000; st.shared.u32 [%r50], %r1; bar.sync 0; sub.u32 %r2, 500, %t;
+    atom.MODIFIERS.min.u32 %r3, [%r50], %r2; bar.sync 0; ld.shared.u32 %r4, [%r50];
+    mad.wide.u32 %rd1, %t, 4, %out0; st.global.u32 [%rd1], %r4;""".replace("MODIFIERS", modifiers)
+    out = run(body, [], [np.zeros(32, np.uint32)], declarations=".shared .align 4 .b32 place;")
+    assert (out == 500 - 31).all()
+
+
 @pytest.mark.parametrize("operation", ATOMICS)
 @pytest.mark.parametrize("collide", [True, False])
 def test_atomics(operation, collide):

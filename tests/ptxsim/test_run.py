@@ -112,6 +112,34 @@ def test_race_is_reported_with_source_lines(tmp_path):
     assert "is at the fault" in output and "made the earlier access" in output
 
 
+# One argument is a tensor, the other the bare address of one.
+POINTER = """
+import cutlass, cutlass.cute as cute, torch
+from cutlass.cute.runtime import from_dlpack, make_ptr
+
+@cute.kernel
+def kernel(a: cute.Tensor, b: cute.Tensor):
+    thread, _, _ = cute.arch.thread_idx()
+    b[thread] = a[thread] + 1
+
+@cute.jit
+def launch(a: cute.Pointer, b: cute.Tensor):
+    kernel(cute.make_tensor(a, cute.make_layout(64)), b).launch(grid=(1, 1, 1), block=(64, 1, 1))
+
+a = torch.arange(64, dtype=torch.float32, device="cuda")
+b = torch.empty_like(a)
+launch(make_ptr(cutlass.Float32, a.data_ptr(), cute.AddressSpace.gmem, assumed_align=16), from_dlpack(b))
+assert torch.equal(b, a + 1), b
+"""
+
+
+def test_bare_addresses(tmp_path):
+    script = tmp_path / "pointer.py"
+    script.write_text(POINTER)
+    code, output = run(script, "--arch", "sm_80")
+    assert code == 0 and len(rows(output)) == 1, output
+
+
 def test_script_that_fails_or_launches_nothing(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys\nassert sys.argv[1:] == ['--much', '3'], sys.argv\nsys.exit(5)\n")
