@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -107,8 +108,8 @@ LIBRARY.define(f"attention_out({ARGUMENTS}, Tensor(a!) out) -> Tensor", tags=tor
 @dataclass
 class _Plan:
     """What is known of every call with one description. ``launches``: whether there is any query and any key.
-    ``strides``: canonical strides of q, k, v and out where a dimension of size 1 has odd ones. ``compiled`` is set by
-    the first launch, after all checks."""
+    ``strides``: canonical strides of q, k, v and out where a dimension of size 1 has odd ones. ``compiled``, and
+    ``pack``, which gives the kernel's arguments, are set by the first launch, after all checks."""
 
     problem: AttentionProblem
     kernel: type[AttentionKernel]
@@ -119,6 +120,7 @@ class _Plan:
     lse_shape: tuple[int, ...]
     strides: tuple[tuple[int, ...] | None, ...]
     compiled: CompiledKernel | None = None
+    pack: Callable[[AttentionTensors], tuple] | None = None
 
 
 _plans: dict[tuple, _Plan] = {}
@@ -225,8 +227,49 @@ def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
         q, k, v, out = map(restrided, (q, k, v, out), plan.strides)
     tensors = AttentionTensors(q, k, v, out, lse, *call[3:NUM_TENSORS])
     if plan.compiled is None:
+        plan.pack = _packing(plan, tensors)
         plan.compiled = compiled(plan.kernel.configure(plan.problem))
-    plan.compiled.launch(plan.kernel.arguments(plan.problem, tensors, plan.num_sms))
+    plan.compiled.launch(plan.pack(tensors))
+
+
+def _packing(plan: _Plan, tensors: AttentionTensors) -> Callable[[AttentionTensors], tuple]:
+    """``plan.kernel.arguments`` for tensors of this description. All but the tensors are the same in every call, so it
+    is asked once and only the tensors are put in their places; at every call where it makes tensors itself."""
+
+    def arguments(tensors: AttentionTensors) -> tuple:
+        return plan.kernel.arguments(plan.problem, tensors, plan.num_sms)
+
+    # Objects of their own: one tensor may be q, k and v at once.
+    named = AttentionTensors(*(None if t is None else t.detach() for t in tensors))
+    return packer(arguments(named), named) or arguments
+
+
+def packer(arguments: tuple, tensors: tuple) -> Callable[[tuple], tuple] | None:
+    """A function that gives ``arguments`` with other tensors in the places of ``tensors``; None if they hold tensors of
+    another origin, or are no plain tuples of two and more."""
+    constants, inner, places = [], [], []  # indices into the tensors, the constants, the tuples that hold tensors
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            place = next((i for i, tensor in enumerate(tensors) if tensor is value), None)
+            if place is None:
+                return None
+            places.append(place)
+        elif isinstance(value, tuple) and any(isinstance(v, (torch.Tensor, tuple)) for v in value):
+            pack = packer(value, tensors)
+            if pack is None:
+                return None
+            places.append(-1 - len(inner))
+            inner.append(pack)
+        else:
+            places.append(len(tensors) + len(constants))
+            constants.append(value)
+    if len(places) < 2 or type(arguments) is not tuple:  # of one place itemgetter gives no tuple
+        return None
+    fixed, pick = tuple(constants), itemgetter(*places)
+    if not inner:
+        return lambda tensors: pick((*tensors, *fixed))
+    inner.reverse()
+    return lambda tensors: pick((*tensors, *fixed, *[pack(tensors) for pack in inner]))
 
 
 def _without_keys(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:

@@ -242,7 +242,7 @@ def test_another_arch_makes_another_plan():
 
 
 def test_kernels_are_told_how_many_sms_there_are(monkeypatch):
-    """Those of the simulated GPU, also where a plan of the same call was made for another number."""
+    """Those of the simulated GPU, once for each number: a plan of the same call for another one is not taken."""
     told = []
 
     def remember(cls, problem, tensors, num_sms, arguments=Fa2Forward.arguments):
@@ -250,12 +250,14 @@ def test_kernels_are_told_how_many_sms_there_are(monkeypatch):
         return arguments(problem, tensors, num_sms)
 
     monkeypatch.setattr(Fa2Forward, "arguments", classmethod(remember))
+    monkeypatch.setattr(ops, "_plans", {})
     inputs = make_inputs(DENSE)
     for options in ({}, {"num_sms": 3}, {"num_sms": 7}, {}):
         with cute_fa.simulate("sm_80", **options) as simulation:
             assert simulation.sm_count == num_sms(inputs.q.device)
             inputs.run(family="fa2")
-    assert told == [108, 3, 7, 108]
+    assert told == [108, 3, 7]
+    assert [(target.num_sms, plan.num_sms) for (target, *_), plan in ops._plans.items()] == [(n, n) for n in told]
     defaults = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90a": 132, "sm_100a": 148, "sm_103a": 148, "sm_120a": 188}
     for arch, published in defaults.items():
         with cute_fa.simulate(arch):
