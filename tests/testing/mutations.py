@@ -2,7 +2,7 @@
 
 Runs ``python -m ptxsim mutate tests/testing/attention.py`` on the kernels below, or those whose names contain a NAME.
 What is known stays in build/mutations/, so that an interrupted run goes on; after a change of the simulator remove that
-folder, or pass ``--again`` to try once more what escaped. The page has every kernel that something is known of.
+folder, or pass ``--again`` to try once more what escaped. The page has every kernel that has been run to the end.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Victim:
     def file(self) -> Path:
         return KEPT / f"{self}.jsonl"
 
+    @property
+    def done(self) -> Path:
+        """Is there once the file has every mutant."""
+        return self.file.with_suffix(".done")
+
     def command(self) -> list[str]:
         script = ["tests/testing/attention.py", "--arch", self.arch, "--sms", "1", "--out", str(self.file)]
         return [sys.executable, "-W", "ignore", "-m", "ptxsim", "mutate", *script]
@@ -55,7 +60,9 @@ class Victim:
         arguments = ["--", self.whose, str(self.head_dim), self.mask]
         command = [*self.command(), *options, *arguments]
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return done.returncode < 2 and self.file.exists()
+        if done.returncode < 2 and self.file.exists():
+            self.done.touch()
+        return self.done.exists()
 
 
 FAMILIES = (
@@ -131,6 +138,7 @@ def page(known: dict[Victim, list[Record]]) -> str:
                 escapes[(*row, record.change, what)].append(f"d{victim.head_dim}-{victim.mask}: {record.line}")
     listed = [("kernels", "source", "instruction", "change", "what it is", "PTX lines")]
     listed += [(*row, ", ".join(where)) for row, where in escapes.items()]
+    missing = ", ".join(str(victim) for victim in VICTIMS if victim not in known)
     sites = len({(record.ptx, record.line) for record in records})
     versions = ", ".join(f"{name} {version(name)}" for name in ("nvidia-cutlass-dsl", "flash-attn-4", "numpy"))
     parts = [
@@ -144,6 +152,7 @@ def page(known: dict[Victim, list[Record]]) -> str:
         "FA2 and FA3 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package index. bf16;\n"
         "*varlen* is packed sequences with a window.",
         _table(kernels),
+        f"Not run yet: {missing}." if missing else "",
         "By kind of instruction, with the errors that caught the mutants and the classes of the equivalent ones\n"
         f"({', '.join(CLASSES)}):",
         _table(kinds),
@@ -182,7 +191,7 @@ def main() -> None:
             print(victim, flush=True)
             if not victim.run(["--jobs", chosen.jobs, *["--again"] * chosen.again]):
                 sys.exit(f"{victim}: nothing is known of this kernel")
-    PAGE.write_text(page({victim: read(victim.file) for victim in VICTIMS if victim.file.exists()}))
+    PAGE.write_text(page({victim: read(victim.file) for victim in VICTIMS if victim.done.exists()}))
 
 
 if __name__ == "__main__":
