@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ptxsim import tma
-from ptxsim.errors import MemoryFault, ProxyError, PtxError
+from ptxsim.errors import MemoryFault, ProxyError, PtxError, UninitializedRead
 from tests.testing.ptx import aligned, run
 
 ONE = "setp.ne.u32 %p1, %t, 0; @%p1 bra END; {} END:"
@@ -69,14 +69,15 @@ USE = """
 FENCE = "fence.proxy.tensormap::generic.acquire.gpu [%out1], 128;"
 
 
-def load_through_a_new_map(fence=FENCE, **options):
+def load_through_a_new_map(fence=FENCE, copied="8", **options):
     """The map of one array, changed in shared memory to that of another, copied to global memory, and used."""
     rng = np.random.default_rng(0)
     old, new = aligned(np.zeros((8, 8), np.uint32)), aligned(rng.integers(1, 2**16, (40, 32)).astype(np.uint16))
     numbers = dict(dtype=1, rank=2, address=new.ctypes.data, extents=(32, 40), strides=(64,), box=(16, 16),
                    element_strides=(1, 1), interleave=0, swizzle_mode=0, fill=0)  # fmt: skip
     template = tma.encode(2, 2, old.ctypes.data, (8, 8), (32,), (8, 8), (1, 1), 0, 1, 0)
-    body = COPY + replacements(numbers, "shared::cta", "%r54") + USE.replace("FENCE", fence)
+    copy = COPY.replace("%t, 8;", f"%t, {copied};")  # pieces of 16 bytes
+    body = copy + replacements(numbers, "shared::cta", "%r54") + USE.replace("FENCE", fence)
     outputs = [np.zeros(512, np.uint8), np.zeros(128, np.uint8)]
     got, written = run(
         body, [np.frombuffer(template, np.uint8)], outputs, legal=[old, new], declarations=SHARED, **options
@@ -89,6 +90,14 @@ def load_through_a_new_map(fence=FENCE, **options):
 def test_a_map_made_in_shared_memory(late, seed, race):
     got, expected = load_through_a_new_map(late=late, seed=seed, race=race)
     np.testing.assert_array_equal(got, expected)
+
+
+def test_a_map_of_which_half_is_written():
+    """The DSL's grouped GEMMs copy 64 bytes, which is what the hardware uses; less does not do."""
+    got, expected = load_through_a_new_map(copied="4")
+    np.testing.assert_array_equal(got, expected)
+    with pytest.raises(UninitializedRead):
+        load_through_a_new_map(copied="2")
 
 
 def test_a_map_without_its_fence():
