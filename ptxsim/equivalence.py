@@ -60,7 +60,9 @@ class Facts:
         return None
 
     def ran(self, mutant: Mutant) -> bool:
-        """Whether some warp came to what is damaged, or to the peek before it."""
+        """Whether some warp came to what is damaged, or to the peek before it; an arrival must also have been made."""
+        if mutant.op.startswith("mbarrier.arrive") and mutant.kind == "arrive":
+            return mutant.line in self.awaited
         return mutant.line in self.executed or mutant.peek in self.executed
 
     def order(self, mutant: Mutant, mutants: list[Mutant]) -> list[Mutant]:

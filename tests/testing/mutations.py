@@ -80,6 +80,8 @@ VICTIMS = [
 
 # What escapes are: family, source line, instruction, and what it does there.
 NOTES = (
+    ("FA3", r"fa3_sm90/pipeline", "mbarrier.arrive",
+     "releases V from a loop's third block on: its guard was true in none of these runs, so it was never made"),
     ("FA2", r"fa2_sm80/forward_kernel", "cp.async.wait_group",
      "waits for the queries of a tile without keys, after the loop: nothing else is in flight there, a dense problem "
      "without a mask has no such tile, and where the latest group is empty one more may be pending"),
