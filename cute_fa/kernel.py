@@ -82,8 +82,8 @@ class KernelConfig(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardConfig(KernelConfig):
-    """What every forward's config holds beside its tiles. The flags say which features exist, never their values."""
+class FeatureConfig(KernelConfig):
+    """What every config holds beside its tiles. The flags say which features exist, never their values."""
 
     dtype: DType
     head_dim: int
@@ -180,8 +180,8 @@ class AttentionKernel(ABC):
         ``num_sms``: SMs of the device, which a persistent kernel launches its CTAs by."""
 
 
-def forward_objections(problem: AttentionProblem, head_dim_rule: str, splits: bool = False) -> list[str]:
-    """Reasons that all forward kernels share: head_dims beyond 256 or no multiple of 8 (``head_dim_rule`` says why);
+def common_objections(problem: AttentionProblem, head_dim_rule: str, splits: bool = False) -> list[str]:
+    """Reasons that all kernels share: head_dims beyond 256 or no multiple of 8 (``head_dim_rule`` says why);
     what none of them computes; limits of the common device code. ``splits``: whether the kernel splits the keys."""
     reasons = []
     for name in ("head_dim", "head_dim_v"):
@@ -199,9 +199,9 @@ def forward_objections(problem: AttentionProblem, head_dim_rule: str, splits: bo
     return reasons
 
 
-def forward_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> tuple:
-    """The arguments that all forward kernels begin with, in the order of
-    ``cute_fa.device.fake_arguments.forward_fakes``."""
+def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> tuple:
+    """The arguments that all kernels begin with, in the order of
+    ``cute_fa.device.fake_arguments.common_fakes``."""
     t, slopes = tensors, tensors.alibi_slopes
     if slopes is not None and slopes.dim() == 1:
         slopes = slopes.expand(problem.batch, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cute_fa.kernel import AttentionKernel, BackwardTensors, forward_arguments, forward_objections
+from cute_fa.kernel import AttentionKernel, BackwardTensors, common_arguments, common_objections
 from cute_fa.problem import AttentionProblem
 from cute_fa.tiling import ceil_div
 from cute_fa.types import Direction, DType, PersistentMode
@@ -23,7 +23,7 @@ class Fa2Backward(AttentionKernel):
         reasons = []
         if problem.dtype not in (DType.FP16, DType.BF16):
             reasons.append(f"dtype {problem.dtype.value}: gradients exist for fp16 and bf16 inputs")
-        reasons += forward_objections(problem, "16-byte copies")
+        reasons += common_objections(problem, "16-byte copies")
         if problem.page_size is not None:
             reasons.append(f"page_size {problem.page_size}: gradients exist for contiguous K and V")
         if problem.pack_gqa and problem.gqa_ratio > 1:
@@ -50,7 +50,7 @@ class Fa2Backward(AttentionKernel):
         seqlen_q = problem.seqlen_q if problem.varlen_q else inputs.q.shape[1]
         seqlen_k = problem.seqlen_k if problem.varlen_k else inputs.k.shape[1]
         return (
-            *forward_arguments(problem, inputs),
+            *common_arguments(problem, inputs),
             t.dout,
             t.dlse,
             t.dq,

@@ -7,7 +7,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 
 from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fake_arguments import fake_activations, fake_tensor, fake_vector, forward_fakes, optional
+from cute_fa.device.fake_arguments import common_fakes, fake_activations, fake_tensor, fake_vector, optional
 from cute_fa.device.seqlen import LengthTensors, SeqlenInfo, seqlen_info
 from fa2_sm80.backward_config import Fa2BackwardConfig
 
@@ -96,7 +96,7 @@ def backward_fakes(config: Fa2BackwardConfig) -> BackwardArguments:
         return fake_tensor(Float32, cute.sym_int(), cute.sym_int(), elements, aligned=4)
 
     return BackwardArguments(
-        **forward_fakes(c),
+        **common_fakes(c),
         dout=fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
         dlse=optional(c.lse_gradient, lambda: fake_vector(Float32, 2 if c.cu_seqlens_q else 3)),
         dq=fake_activations(dtype, c.cu_seqlens_q, c.head_dim),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cute_fa.kernel import ForwardConfig, padded
+from cute_fa.kernel import FeatureConfig, padded
 from cute_fa.problem import AttentionProblem
 
 # An mma.sync m16n8k16 has 16 rows; B operands come in pairs, 16 columns at a time.
@@ -37,7 +37,7 @@ class QueryKernelTiles:
 
 
 @dataclass(frozen=True)
-class Fa2BackwardConfig(ForwardConfig):
+class Fa2BackwardConfig(FeatureConfig):
     """Everything that shapes the machine code of the kernels of one backward.
 
     A CTA owns ``tile_n`` keys and meets ``tile_m`` queries a step; ``stages`` steps are in flight. ``scores``,
@@ -135,7 +135,7 @@ def backward_config(problem: AttentionProblem) -> Fa2BackwardConfig:
         scores, keys = WarpGrid(2, 2), WarpGrid(1, 4)
         tile_n, stages = 32, 1
     return Fa2BackwardConfig(
-        **ForwardConfig.features(problem),
+        **FeatureConfig.features(problem),
         tile_m=tile_m,
         tile_n=tile_n,
         stages=stages,

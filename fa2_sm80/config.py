@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cute_fa.kernel import ForwardConfig, padded
+from cute_fa.kernel import FeatureConfig, padded
 from cute_fa.problem import AttentionProblem
 
 
 @dataclass(frozen=True)
-class Fa2ForwardConfig(ForwardConfig):
+class Fa2ForwardConfig(FeatureConfig):
     """Everything that shapes the machine code. ``tile_m`` queries and ``tile_n`` keys a step, each warp owning 16 or 32
     of the queries; ``stages`` key blocks in flight."""
 
@@ -26,6 +26,12 @@ class Fa2ForwardConfig(ForwardConfig):
     def rows_per_thread(self) -> int:
         """Queries of which a thread holds scores: two for each m16n8k16 of its warp."""
         return 2 * (self.tile_m // (16 * self.num_warps))
+
+    @property
+    def may_lack_keys(self) -> bool:
+        """Whether a tile may see no key at all: hidden by the mask, or of an empty sequence."""
+        lengths = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k)
+        return any((self.window_left, self.window_right, *lengths))
 
     @property
     def smem_bytes(self) -> int:
@@ -54,7 +60,7 @@ def forward_config(problem: AttentionProblem) -> Fa2ForwardConfig:
     """
     tile_m, tile_n, num_warps, stages = _tiles(problem)
     return Fa2ForwardConfig(
-        **ForwardConfig.features(problem),
+        **FeatureConfig.features(problem),
         tile_m=tile_m,
         tile_n=tile_n,
         num_warps=num_warps,

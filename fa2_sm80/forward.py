@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cute_fa.kernel import AttentionKernel, AttentionTensors, forward_arguments, forward_objections
+from cute_fa.kernel import AttentionKernel, AttentionTensors, common_arguments, common_objections
 from cute_fa.problem import AttentionProblem
 from cute_fa.types import Direction, DType, PersistentMode
 from fa2_sm80.config import Fa2ForwardConfig, forward_config
@@ -21,7 +21,7 @@ class Fa2Forward(AttentionKernel):
         reasons = []
         if problem.dtype not in (DType.FP16, DType.BF16):
             reasons.append(f"dtype {problem.dtype.value}: sm_80 tensor cores take fp16 and bf16, fp8 has no FA2 kernel")
-        reasons += forward_objections(problem, "16-byte copies")
+        reasons += common_objections(problem, "16-byte copies")
         if problem.page_size is not None:
             reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")
         if problem.pack_gqa and problem.gqa_ratio > 1:
@@ -40,6 +40,6 @@ class Fa2Forward(AttentionKernel):
     @classmethod
     def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
         return (
-            *forward_arguments(problem, tensors),
+            *common_arguments(problem, tensors),
             problem.seqlen_q,
         )

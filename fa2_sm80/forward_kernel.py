@@ -13,7 +13,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.block_range import BlockRange, Window, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fake_arguments import forward_fakes
+from cute_fa.device.fake_arguments import common_fakes
 from cute_fa.device.scores import score_params
 from cute_fa.device.seqlen import LengthTensors, seqlen_info
 from fa2_sm80.config import Fa2ForwardConfig
@@ -92,7 +92,8 @@ class Fa2ForwardKernel:
             load_q.load(m_block, 0, info.seqlen_q - m_start)
             pipeline.prologue()
             self.main_loop(tile, pipeline, blocks)
-            cute.arch.cp_async_wait_group(0)
+            if const_expr(c.may_lack_keys):
+                cute.arch.cp_async_wait_group(0)  # the loop waits for the queries, unless it has no step
 
             # Where the tile lies is read again: kept over the main loop it would cost it 8 registers.
             m_block, head, batch = self.tile(args)
@@ -102,7 +103,9 @@ class Fa2ForwardKernel:
             out = head_matrix(args.out, head, batch, info.offset_q, c.cu_seqlens_q)
             lse_row = head_row(args.lse, head, batch, info.offset_q, c.cu_seqlens_q)
             tile.store_lse(lse, lse_row, info, m_block * c.tile_m)
-            cute.arch.sync_threads()
+            # With panels of one width a warp's rows of O take the place of the rows of Q that it alone has read.
+            if const_expr(c.may_lack_keys or smem.q.panel != smem.out.panel):
+                cute.arch.sync_threads()
             tile.acc_to_smem(smem.out, info, m_block * c.tile_m)
             cute.arch.sync_threads()
             store_tile(smem.out, out, m_block, info.rows_q - m_block * c.tile_m, c.head_dim_v, tidx, c.num_threads)
@@ -168,6 +171,6 @@ def head_row(lse: cute.Tensor, head: Int32, batch: Int32, offset: Int32, packed:
 
 def build(config: Fa2ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
-    arguments = ForwardArguments(**forward_fakes(config), seqlen_q=Int32(0))
+    arguments = ForwardArguments(**common_fakes(config), seqlen_q=Int32(0))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return Fa2ForwardKernel(config), (arguments, stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cute_fa.kernel import AttentionKernel, AttentionTensors, forward_arguments, forward_objections
+from cute_fa.kernel import AttentionKernel, AttentionTensors, common_arguments, common_objections
 from cute_fa.problem import AttentionProblem
 from cute_fa.tiling import ceil_div
 from cute_fa.types import Direction, DType, PersistentMode
@@ -24,7 +24,7 @@ class Fa2Split(AttentionKernel):
         reasons = []
         if problem.dtype not in (DType.FP16, DType.BF16):
             reasons.append(f"dtype {problem.dtype.value}: sm_80 tensor cores take fp16 and bf16, fp8 has no FA2 kernel")
-        reasons += forward_objections(problem, "16-byte copies", splits=True)
+        reasons += common_objections(problem, "16-byte copies", splits=True)
         if problem.persistent is PersistentMode.ON:
             reasons.append("persistent: this kernel launches one CTA for each tile and split")
         config = cls.configure(problem)
@@ -41,7 +41,7 @@ class Fa2Split(AttentionKernel):
     @classmethod
     def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
         return (
-            *forward_arguments(problem, tensors),
+            *common_arguments(problem, tensors),
             tensors.page_table,
             _parts(problem, tensors),
             problem.seqlen_q,

@@ -6,7 +6,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from cute_fa.device.block_range import Window
-from cute_fa.device.fake_arguments import fake_vector, forward_fakes, optional
+from cute_fa.device.fake_arguments import common_fakes, fake_vector, optional
 from cute_fa.device.seqlen import LengthTensors, SeqlenInfo, seqlen_info
 from fa2_sm80.split_config import Fa2SplitConfig
 
@@ -60,7 +60,7 @@ class SplitArguments(NamedTuple):
 def split_fakes(config: Fa2SplitConfig) -> SplitArguments:
     """Arguments for ``cute.compile``."""
     return SplitArguments(
-        **forward_fakes(config),
+        **common_fakes(config),
         page_table=optional(config.page_size is not None, lambda: fake_vector(Int32, 2)),
         parts=optional(config.split, lambda: Parts(fake_vector(Float32, 3), fake_vector(Float32, 2))),
         seqlen_q=Int32(0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cute_fa.kernel import ForwardConfig, padded
+from cute_fa.kernel import FeatureConfig, padded
 from cute_fa.problem import AttentionProblem
 
 WARPS = 4
@@ -12,7 +12,7 @@ WARP_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Fa2SplitConfig(ForwardConfig):
+class Fa2SplitConfig(FeatureConfig):
     """Everything that shapes the machine code.
 
     A row is one query of one head; the rows of all query heads of a kv head share tiles, so that each key is read once
@@ -70,7 +70,7 @@ def split_config(problem: AttentionProblem) -> Fa2SplitConfig:
     widths = padded(problem.head_dim) + padded(problem.head_dim_v)
     room = problem.arch.smem_bytes - problem.dtype.bytes * WARP_ROWS * row_warps * padded(problem.head_dim)
     return Fa2SplitConfig(
-        **ForwardConfig.features(problem),
+        **FeatureConfig.features(problem),
         row_warps=row_warps,
         tile_n=tile_n,
         stages=max(1, min(4, room // (problem.dtype.bytes * tile_n * widths))),

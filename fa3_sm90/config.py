@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cute_fa.kernel import ForwardConfig, padded
+from cute_fa.kernel import FeatureConfig, padded
 from cute_fa.problem import AttentionProblem
 from cute_fa.types import PersistentMode, SmArch
 
@@ -34,7 +34,7 @@ class PipelineSpec:
 
 
 @dataclass(frozen=True)
-class Fa3ForwardConfig(ForwardConfig):
+class Fa3ForwardConfig(FeatureConfig):
     """Everything that shapes the machine code.
 
     ``warpgroups`` consumer warpgroups own 64 rows of Q each and take ``tile_n`` keys a step; ``stages`` blocks of K and
@@ -143,7 +143,7 @@ def forward_config(problem: AttentionProblem) -> Fa3ForwardConfig:
     """The heuristic: tiles by head_dim, registers and shared memory; packing by how full the tiles get."""
     warpgroups, tile_n, stages = _tiles(problem)
     return Fa3ForwardConfig(
-        **ForwardConfig.features(problem),
+        **FeatureConfig.features(problem),
         warpgroups=warpgroups,
         tile_n=tile_n,
         stages=stages,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cute_fa.kernel import AttentionKernel, AttentionTensors, forward_arguments, forward_objections
+from cute_fa.kernel import AttentionKernel, AttentionTensors, common_arguments, common_objections
 from cute_fa.problem import AttentionProblem
 from cute_fa.tiling import MAX_TILES, dense_tiles, head_group, num_ctas, packed_tiles
 from cute_fa.types import Direction, DType
@@ -23,7 +23,7 @@ class Fa3Forward(AttentionKernel):
         reasons = []
         if problem.dtype not in (DType.FP16, DType.BF16):
             reasons.append(f"dtype {problem.dtype.value}: this kernel takes fp16 and bf16")
-        reasons += forward_objections(problem, "16-byte strides of TMA")
+        reasons += common_objections(problem, "16-byte strides of TMA")
         if problem.pack_gqa and problem.gqa_ratio > WGMMA_M:
             reasons.append(f"pack_gqa with gqa_ratio {problem.gqa_ratio}: a warpgroup holds {WGMMA_M} query heads")
         if not reasons:
@@ -49,7 +49,7 @@ class Fa3Forward(AttentionKernel):
         )
         tiles = _tiles(problem, config, tensors.q.shape[0] if problem.varlen_q else problem.batch * problem.seqlen_q)
         return (
-            *forward_arguments(problem, tensors),
+            *common_arguments(problem, tensors),
             tensors.page_table,
             grid,
             num_ctas(tiles, num_sms, config.persistent),

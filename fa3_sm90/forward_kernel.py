@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
-from cute_fa.device.fake_arguments import fake_vector, forward_fakes, optional
+from cute_fa.device.fake_arguments import common_fakes, fake_vector, optional
 from cute_fa.device.tile_scheduler import TileGrid
 from fa3_sm90.arguments import ForwardArguments, TmaTensors, dense_extents
 from fa3_sm90.config import WARPGROUP, Fa3ForwardConfig
@@ -86,7 +86,7 @@ class Fa3ForwardKernel:
 def build(config: Fa3ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
     arguments = ForwardArguments(
-        **forward_fakes(config),
+        **common_fakes(config),
         page_table=optional(config.page_size is not None, lambda: fake_vector(Int32, 2)),
         grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),
         num_ctas=Int32(0),

@@ -8,7 +8,7 @@ from cutlass import Float32, Int32
 from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.seqlen import LengthTensors
-from cute_fa.kernel import ForwardConfig
+from cute_fa.kernel import FeatureConfig
 
 
 def fake_tensor(element, *shape, aligned: int = 1) -> cute.Tensor:
@@ -35,9 +35,9 @@ def optional(wanted: bool, make):
     return make() if wanted else None
 
 
-def forward_fakes(config: ForwardConfig) -> dict[str, Any]:
-    """The arguments that all forward kernels begin with, by name and in order: what
-    ``cute_fa.kernel.forward_arguments`` gives at run time."""
+def common_fakes(config: FeatureConfig) -> dict[str, Any]:
+    """The arguments that all kernels begin with, by name and in order: what
+    ``cute_fa.kernel.common_arguments`` gives at run time."""
     c, dtype = config, CUTE_DTYPE[config.dtype]
     lengths = (c.cu_seqlens_q, c.cu_seqlens_k, c.seqused_q, c.seqused_k)
     bounds = (c.window_left, c.window_right, c.sink_tokens)
