@@ -7,8 +7,8 @@
 #   make gpu-check  GPU tests, compute-sanitizer, a short sweep; without a GPU the static checks
 #
 # Variables: PY=python3 uses an interpreter that already has everything instead of making .venv.
-#            TORCH_INDEX=URL names a package index for torch, e.g. one that has builds for the CPU alone. Where the driver
-#            supports no CUDA beyond 12 it is PyTorch's own, since the build that others offer by default is for CUDA 13.
+#            TORCH_INDEX=URL names a package index for torch: one that has builds for the CPU alone, or, where the driver
+#            supports no CUDA beyond 12, one that has builds for CUDA 12.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -19,7 +19,6 @@ SHELL := /bin/bash
 CUDA_MAJOR := $(shell $(if $(filter undefined,$(origin PY)),python3,$(PY)) perf/cuda_driver.py 2>/dev/null)
 EXTRAS := dev,perf,$(if $(filter-out 12,$(CUDA_MAJOR)),cu13,cu12)
 TORCH := $(if $(CUDA_MAJOR),torch,torch==2.13.0)
-TORCH_INDEX ?= $(if $(filter 12,$(CUDA_MAJOR)),https://download.pytorch.org/whl/cu128)
 
 ifeq ($(origin PY),undefined)
 PY := .venv/bin/python

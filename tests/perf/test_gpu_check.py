@@ -57,14 +57,14 @@ def test_without_a_driver_there_is_no_gpu():
 
 
 @pytest.mark.parametrize(
-    ("version", "extra", "index"), [(12040, "cu12", "whl/cu128"), (13010, "cu13", ""), (None, "cu12", "")]
+    ("version", "extra", "index"), [(12040, "cu12", "an-index"), (13010, "cu13", ""), (None, "cu12", "")]
 )
 def test_make_installs_what_the_driver_supports(tmp_path, version, extra, index):
     """The commands that make would run where the driver is the one made here; None: it has no GPU."""
     fake_driver(tmp_path, **({"version": version} if version else {"gpus": 0}))
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "LD_LIBRARY_PATH": str(tmp_path)}
     done = subprocess.run(
-        ["make", "-nB", "gpu-check"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ["make", "-nB", "gpu-check", f"TORCH_INDEX={index}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     installs = [line for line in done.stdout.splitlines() if "pip install" in line]
     assert f"[dev,perf,{extra}]" in installs[-1]
