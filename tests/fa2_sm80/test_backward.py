@@ -9,33 +9,15 @@ import cute_fa
 from cute_fa import autograd, reference
 from cute_fa.inputs import InputSpec, make_inputs, output_gradients
 from cute_fa.types import DType
-from tests.testing.cases import spec_name, spec_of
+from tests.testing.cases import FA2_FEATURES, FA2_LENGTHS, spec_name, spec_of
 from tests.testing.gradients import assert_right, call_of, gradients_of, same_bits
 from tests.testing.grid import pairwise
 from tests.testing.range_kernel import query_ranges
 
 FEATURES = {
-    "dtype": [DType.BF16, DType.FP16],
-    "head_dims": [(64, None), (128, None), (8, None), (72, 40), (192, 128), (256, None)],
-    "mask": [
-        {},
-        {"causal": True},
-        {"window": (37, 11)},
-        {"window": (20, 0), "sink_tokens": 5},
-        {"window": (70, None), "sink_tokens": 90},
-        {"window": (None, 9)},
-    ],
-    "alibi": [{}, {"alibi": True}, {"alibi_per_batch": True}],
-    "softcap": [0.0, 15.0],
-    "learnable_sink": [False, True],
+    **FA2_FEATURES,
     "lse_gradient": [False, True],
-    "lengths": [
-        {},
-        {"varlen_q": True, "varlen_k": True},
-        {"seqused_q": True, "seqused_k": True},
-        {"varlen_q": True, "seqused_k": True},
-        {"varlen_q": True, "varlen_k": True, "seqused_q": True, "seqused_k": True},
-    ],
+    "lengths": FA2_LENGTHS,
     "heads": [(2, 2), (4, 2), (3, 1)],
     "layout": ["contiguous", "padded", "transposed", "expanded"],
     "seqlens": [(130, 130), (70, 211), (200, 77), (1, 150)],

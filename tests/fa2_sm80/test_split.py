@@ -10,9 +10,9 @@ from cute_fa import ops
 from cute_fa.dispatch import DispatchTable, Entry
 from cute_fa.inputs import InputSpec, make_inputs
 from cute_fa.reference import expected
-from cute_fa.types import Direction, DType, SmArch
+from cute_fa.types import Direction, SmArch
 from fa2_sm80.split import Fa2Split
-from tests.testing.cases import small_problem, spec_name, spec_of
+from tests.testing.cases import FA2_FEATURES, small_problem, spec_name, spec_of
 from tests.testing.gradients import call_of
 from tests.testing.grid import pairwise
 from tests.testing.simulated import unwritten_is_nan
@@ -20,19 +20,7 @@ from tests.testing.simulated import unwritten_is_nan
 ONLY_SPLIT = DispatchTable((Entry("fa2_split", "fa2", Direction.FORWARD, tuple(SmArch), "fa2_sm80.split:Fa2Split"),))
 
 FEATURES = {
-    "dtype": [DType.BF16, DType.FP16],
-    "head_dims": [(64, None), (128, None), (8, None), (72, 40), (192, 128), (256, None)],
-    "mask": [
-        {},
-        {"causal": True},
-        {"window": (37, 11)},
-        {"window": (20, 0), "sink_tokens": 5},
-        {"window": (70, None), "sink_tokens": 90},
-        {"window": (None, 9)},
-    ],
-    "alibi": [{}, {"alibi": True}, {"alibi_per_batch": True}],
-    "softcap": [0.0, 15.0],
-    "learnable_sink": [False, True],
+    **FA2_FEATURES,
     "lengths": [
         {"seqused_k": True},
         {"varlen_q": True, "varlen_k": True},

@@ -64,7 +64,12 @@ def test_make_installs_what_the_driver_supports(tmp_path, version, extra, index)
     fake_driver(tmp_path, **({"version": version} if version else {"gpus": 0}))
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "LD_LIBRARY_PATH": str(tmp_path)}
     done = subprocess.run(
-        ["make", "-nB", "gpu-check", f"TORCH_INDEX={index}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ["make", "-nB", "gpu-check", f"TORCH_INDEX={index}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     installs = [line for line in done.stdout.splitlines() if "pip install" in line]
     assert f"[dev,perf,{extra}]" in installs[-1]

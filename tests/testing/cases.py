@@ -6,6 +6,30 @@ from cute_fa.inputs import InputSpec
 from cute_fa.problem import AttentionProblem
 from cute_fa.types import DType, SmArch
 
+# Levels of what the FA2 kernels' grids vary, as many as shape the code or the control flow differently.
+FA2_FEATURES = {
+    "dtype": [DType.BF16, DType.FP16],
+    "head_dims": [(64, None), (128, None), (8, None), (72, 40), (192, 128), (256, None)],
+    "mask": [
+        {},
+        {"causal": True},
+        {"window": (37, 11)},
+        {"window": (20, 0), "sink_tokens": 5},
+        {"window": (70, None), "sink_tokens": 90},
+        {"window": (None, 9)},
+    ],
+    "alibi": [{}, {"alibi": True}, {"alibi_per_batch": True}],
+    "softcap": [0.0, 15.0],
+    "learnable_sink": [False, True],
+}
+FA2_LENGTHS = [
+    {},
+    {"varlen_q": True, "varlen_k": True},
+    {"seqused_q": True, "seqused_k": True},
+    {"varlen_q": True, "seqused_k": True},
+    {"varlen_q": True, "varlen_k": True, "seqused_q": True, "seqused_k": True},
+]
+
 
 def spec_of(case: dict, scale: int = 1) -> InputSpec:
     """``scale``: factor of the lengths and of the window."""
