@@ -18,8 +18,8 @@ from cute_fa.reference import expected
 
 def problems(head_dim: int, mask: str) -> list[InputSpec]:
     if mask == "varlen":
-        lengths = {"varlen_q": True, "varlen_k": True, "lengths_q": (260, 260, 150), "lengths_k": (800, 30, 250)}
-        return [InputSpec(3, 260, 800, 1, 1, head_dim, window=(500, 20), **lengths)]
+        lengths = {"varlen_q": True, "varlen_k": True, "lengths_q": (260, 600, 150), "lengths_k": (800, 30, 250)}
+        return [InputSpec(3, 600, 800, 1, 1, head_dim, window=(500, 20), **lengths)]
     sizes = [(200, 450, 2), (400, 250, 1), (260, 40, 1)]
     return [InputSpec(1, q, k, heads, heads, head_dim, causal=mask == "causal") for q, k, heads in sizes]
 

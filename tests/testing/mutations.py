@@ -92,7 +92,7 @@ NOTES = (
      "P·V follows Q·Kᵀ without a wait: the fence before Q·Kᵀ has covered its registers"),
     ("FA4", r"flash_fwd_sm90.py", "wgmma.fence",
      "P·V follows Q·Kᵀ without a wait: the fence before Q·Kᵀ has covered its registers"),
-    ("FA4", r"flash_fwd_sm90.py", "mbarrier.try_wait",
+    ("FA4", r"flash_fwd_sm90.py:922", "mbarrier.try_wait",
      "producer_tail: by its own comment useful in clusters only, so that no CTA exits early"),
     ("FA4", r"flash_fwd.py", "cp.async.commit_group",
      "closes the group of the queries: the loop waits for the group of the first keys, which then has both"),
