@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -90,10 +91,10 @@ def test_schema_and_call_agree():
 def test_opcheck(simulated, spec):
     inputs, _ = variables(make_inputs(spec, poison=False))
     dout, dlse, out, lse, *call = backward_call(inputs)
-    torch.library.opcheck(torch.ops.cute_fa.attention.default, tuple(call))
+    library.opcheck(torch.ops.cute_fa.attention.default, tuple(call))
     call = [t.detach() if isinstance(t, torch.Tensor) else t for t in call]
     forward = (dout, dlse, out.detach(), lse.detach())
-    torch.library.opcheck(torch.ops.cute_fa.attention_backward.default, (*forward, *call, spec.alibi))
+    library.opcheck(torch.ops.cute_fa.attention_backward.default, (*forward, *call, spec.alibi))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,9 +54,9 @@ def test_schema_and_call_agree():
 def test_opcheck(simulated, spec):
     inputs = make_inputs(spec)
     call = arguments(inputs)
-    torch.library.opcheck(torch.ops.cute_fa.attention.default, tuple(call))
+    library.opcheck(torch.ops.cute_fa.attention.default, tuple(call))
     out = torch.empty_like(inputs.q)
-    torch.library.opcheck(torch.ops.cute_fa.attention_out.default, (*call, out))
+    library.opcheck(torch.ops.cute_fa.attention_out.default, (*call, out))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_fa
@@ -148,8 +149,8 @@ def test_operators(launches, spec):
     arguments = ops.Call(
         *(inputs.q, inputs.k, inputs.v, *lengths), 20, 50, None, None, 0, 0, 0.0, 1, None, None, "auto", False
     )
-    torch.library.opcheck(torch.ops.cute_fa.attention.default, tuple(arguments))
-    torch.library.opcheck(torch.ops.cute_fa.attention_out.default, (*arguments, torch.empty_like(inputs.q)))
+    library.opcheck(torch.ops.cute_fa.attention.default, tuple(arguments))
+    library.opcheck(torch.ops.cute_fa.attention_out.default, (*arguments, torch.empty_like(inputs.q)))
     torch._dynamo.reset()
     traced = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, traced(inputs), call(inputs)))
