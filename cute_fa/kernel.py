@@ -83,7 +83,8 @@ class KernelConfig(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig(KernelConfig):
-    """What every config holds beside its tiles. The flags say which features exist, never their values."""
+    """What every config holds beside its tiles. The flags say which features exist, never their
+    values; a page's size, None for contiguous keys, is in the code."""
 
     dtype: DType
     head_dim: int
@@ -98,6 +99,7 @@ class FeatureConfig(KernelConfig):
     cu_seqlens_k: bool = False
     seqused_q: bool = False
     seqused_k: bool = False
+    page_size: int | None = None
 
     @staticmethod
     def features(problem: AttentionProblem) -> dict[str, Any]:
@@ -117,6 +119,7 @@ class FeatureConfig(KernelConfig):
             "cu_seqlens_k": problem.varlen_k,
             "seqused_q": problem.seqused_q,
             "seqused_k": problem.seqused_k,
+            "page_size": problem.page_size,
         }
 
     @property
@@ -200,8 +203,7 @@ def common_objections(problem: AttentionProblem, head_dim_rule: str, splits: boo
 
 
 def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> tuple:
-    """The arguments that all kernels begin with, in the order of
-    ``cute_fa.device.fake_arguments.common_fakes``."""
+    """What all kernels take first: ``cute_fa.device.arguments.CommonArguments``."""
     t, slopes = tensors, tensors.alibi_slopes
     if slopes is not None and slopes.dim() == 1:
         slopes = slopes.expand(problem.batch, -1)
@@ -223,4 +225,5 @@ def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> tu
         t.learnable_sink,
         problem.softmax_scale,
         problem.softcap if problem.softcap else None,
+        t.page_table,
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from cute_fa.kernel import AttentionKernel, BackwardTensors, common_arguments, common_objections
+from cute_fa.kernel import AttentionKernel, BackwardTensors, common_arguments
 from cute_fa.problem import AttentionProblem
 from cute_fa.tiling import ceil_div
-from cute_fa.types import Direction, DType, PersistentMode
+from cute_fa.types import Direction
 from fa2_sm80.backward_config import Fa2BackwardConfig, backward_config
-from fa2_sm80.forward import MAX_CTAS
+from fa2_sm80.rules import objections
 
 
 class Fa2Backward(AttentionKernel):
@@ -20,25 +20,12 @@ class Fa2Backward(AttentionKernel):
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
-        reasons = []
-        if problem.dtype not in (DType.FP16, DType.BF16):
-            reasons.append(f"dtype {problem.dtype.value}: gradients exist for fp16 and bf16 inputs")
-        reasons += common_objections(problem, "16-byte copies")
-        if problem.page_size is not None:
-            reasons.append(f"page_size {problem.page_size}: gradients exist for contiguous K and V")
-        if problem.pack_gqa and problem.gqa_ratio > 1:
-            reasons.append("pack_gqa: this kernel's tiles hold the queries of one head")
-        if problem.persistent is PersistentMode.ON:
-            reasons.append("persistent: this kernel launches one CTA for each tile")
         config = cls.configure(problem)
-        tiles = {
-            "queries": ceil_div(problem.seqlen_q, config.tile_m) * problem.num_heads * problem.batch,
-            "keys": ceil_div(problem.seqlen_k, config.tile_n) * problem.num_heads_kv * problem.batch,
+        grids = {
+            "tiles of queries": ceil_div(problem.seqlen_q, config.tile_m) * problem.num_heads * problem.batch,
+            "tiles of keys": ceil_div(problem.seqlen_k, config.tile_n) * problem.num_heads_kv * problem.batch,
         }
-        for name, number in tiles.items():
-            if number > MAX_CTAS:
-                reasons.append(f"{number} tiles of {name}: a grid has at most {MAX_CTAS} CTAs")
-        return reasons
+        return objections(problem, grids)
 
     @classmethod
     def configure(cls, problem: AttentionProblem) -> Fa2BackwardConfig:
@@ -50,7 +37,7 @@ class Fa2Backward(AttentionKernel):
         seqlen_q = problem.seqlen_q if problem.varlen_q else inputs.q.shape[1]
         seqlen_k = problem.seqlen_k if problem.varlen_k else inputs.k.shape[1]
         return (
-            *common_arguments(problem, inputs),
+            common_arguments(problem, inputs),
             t.dout,
             t.dlse,
             t.dq,

@@ -5,10 +5,10 @@ from typing import NamedTuple, Optional
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
-from cute_fa.device.block_range import Window
+from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fake_arguments import common_fakes, fake_activations, fake_tensor, fake_vector, optional
-from cute_fa.device.seqlen import LengthTensors, SeqlenInfo, seqlen_info
+from cute_fa.device.seqlen import SeqlenInfo
 from fa2_sm80.backward_config import Fa2BackwardConfig
 
 
@@ -27,21 +27,10 @@ class Scratch(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """Shapes of q, k, v, out, lse, lengths, window, alibi_slopes and learnable_sink as in the forward. dout like out,
-    dlse like lse; dq, dk, dv like q, k, v; dalibi (1 or batch, heads), dsink (1, heads). ``seqlen_*``: the longest,
-    which size the grids where sequences are packed."""
+    """dout like out, dlse like lse; dq, dk, dv like q, k, v; dalibi (1 or batch, heads), dsink (1, heads).
+    ``seqlen_*``: the longest, which size the grids where sequences are packed."""
 
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
-    lengths: LengthTensors
-    window: Window
-    alibi_slopes: Optional[cute.Tensor]
-    learnable_sink: Optional[cute.Tensor]
-    softmax_scale: Float32
-    softcap: Optional[Float32]
+    common: CommonArguments
     dout: cute.Tensor
     dlse: Optional[cute.Tensor]
     dq: cute.Tensor
@@ -53,23 +42,6 @@ class BackwardArguments(NamedTuple):
     seqlen_q: Int32
     seqlen_k: Int32
 
-    @property
-    def batches(self):
-        """Sequences of the batch."""
-        packed = self.lengths.cu_seqlens_q
-        return self.q.shape[0] if const_expr(packed is None) else packed.shape[0] - 1
-
-    def info(self, batch: Int32) -> SeqlenInfo:
-        """Where sequence ``batch`` lies."""
-        return seqlen_info(self.lengths, batch, *self.dense)
-
-    @property
-    def dense(self):
-        """Rows of q and of k for each sequence; 0 where packed."""
-        dense_q = self.q.shape[1] if const_expr(self.lengths.cu_seqlens_q is None) else 0
-        dense_k = self.k.shape[1] if const_expr(self.lengths.cu_seqlens_k is None) else 0
-        return dense_q, dense_k
-
     def m_blocks(self, tile_m: int):
         """Most query blocks of a sequence."""
         return cute.ceil_div(self.seqlen_q, tile_m)
@@ -77,7 +49,7 @@ class BackwardArguments(NamedTuple):
     def first_tile(self, info: SeqlenInfo, batch: Int32, tile_m: int) -> Int32:
         """Where the tiles of a sequence begin. Packed: offset // tile_m + batch, since ⌈l / t⌉ never exceeds
         ⌊(o + l) / t⌋ − ⌊o / t⌋ + 1."""
-        if const_expr(self.lengths.cu_seqlens_q is None):
+        if const_expr(self.common.lengths.cu_seqlens_q is None):
             return batch * self.m_blocks(tile_m)
         return info.offset_q // tile_m + batch
 
@@ -96,7 +68,7 @@ def backward_fakes(config: Fa2BackwardConfig) -> BackwardArguments:
         return fake_tensor(Float32, cute.sym_int(), cute.sym_int(), elements, aligned=4)
 
     return BackwardArguments(
-        **common_fakes(c),
+        common=common_fakes(c),
         dout=fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
         dlse=optional(c.lse_gradient, lambda: fake_vector(Float32, 2 if c.cu_seqlens_q else 3)),
         dq=fake_activations(dtype, c.cu_seqlens_q, c.head_dim),

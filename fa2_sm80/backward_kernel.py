@@ -33,16 +33,16 @@ class KeyGradientKernel:
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         n_block, head_kv, batch = self.tile(args)
-        info = args.info(batch)
+        info = args.common.info(batch)
         n_start = n_block * c.tile_n
-        gqa_ratio = args.q.shape[-2] // args.k.shape[-2]
-        if n_start < key_rows(args.lengths, batch, args.dense[1]):
+        gqa_ratio = args.common.q.shape[-2] // args.common.k.shape[-2]
+        if n_start < key_rows(args.common.lengths, batch, args.common.dense[1]):
             head = head_kv * gqa_ratio
-            blocks = query_range(args.window, info.seqlen_q, info.seqlen_k, n_start, c.tile_m, c.tile_n)
-            q = head_matrix(args.q, head, batch, info.offset_q, c.cu_seqlens_q)
+            blocks = query_range(args.common.window, info.seqlen_q, info.seqlen_k, n_start, c.tile_m, c.tile_n)
+            q = head_matrix(args.common.q, head, batch, info.offset_q, c.cu_seqlens_q)
             dout = head_matrix(args.dout, head, batch, info.offset_q, c.cu_seqlens_q)
-            k = head_matrix(args.k, head_kv, batch, info.offset_k, c.cu_seqlens_k)
-            v = head_matrix(args.v, head_kv, batch, info.offset_k, c.cu_seqlens_k)
+            k = head_matrix(args.common.k, head_kv, batch, info.offset_k, c.cu_seqlens_k)
+            v = head_matrix(args.common.v, head_kv, batch, info.offset_k, c.cu_seqlens_k)
 
             smem = self.smem_tiles()
             first_tile = args.first_tile(info, batch, c.tile_m)
@@ -52,7 +52,7 @@ class KeyGradientKernel:
                 TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads),
                 TileLoader(dout, smem.dout, c.head_dim_v, tidx, c.num_threads),
                 StatsLoader(stats, first_tile, head, smem.stats, c.tile_m, tidx),
-                head_strides(args.q, args.dout, stats),
+                head_strides(args.common.q, args.dout, stats),
                 blocks,
                 gqa_ratio,
                 info.seqlen_q,
@@ -62,17 +62,17 @@ class KeyGradientKernel:
             TileLoader(k, smem.k, c.head_dim, tidx, c.num_threads).load(n_block, 0, keys_left)
             TileLoader(v, smem.v, c.head_dim_v, tidx, c.num_threads).load(n_block, 0, keys_left)
             pipeline.prologue()
-            params = score_params(args.softmax_scale, args.softcap, None)
-            tile = KeyTile(c, smem, info, n_start, args.window, params)
+            params = score_params(args.common.softmax_scale, args.common.softcap, None)
+            tile = KeyTile(c, smem, info, n_start, args.common.window, params)
             for index in cutlass.range(gqa_ratio, unroll=1):
                 self.head(args, tile, pipeline, blocks, index, head + index, batch, first_tile, n_block)
             cute.arch.cp_async_wait_group(0)
 
             n_block, head_kv, batch = self.tile(args)
-            info = args.info(batch)
-            rows_left = key_rows(args.lengths, batch, args.dense[1]) - n_block * c.tile_n
+            info = args.common.info(batch)
+            rows_left = key_rows(args.common.lengths, batch, args.common.dense[1]) - n_block * c.tile_n
             cute.arch.sync_threads()
-            tile.to_smem(args.softmax_scale)
+            tile.to_smem(args.common.softmax_scale)
             cute.arch.sync_threads()
             dk = head_matrix(args.dk, head_kv, batch, info.offset_k, c.cu_seqlens_k)
             dv = head_matrix(args.dv, head_kv, batch, info.offset_k, c.cu_seqlens_k)
@@ -100,8 +100,8 @@ class KeyGradientKernel:
         step = self.step
         slope = None
         if const_expr(c.alibi):
-            slopes = (args.alibi_slopes[batch, head],)
-            slope = score_params(args.softmax_scale, args.softcap, slopes).slopes[0]
+            slopes = (args.common.alibi_slopes[batch, head],)
+            slope = score_params(args.common.softmax_scale, args.common.softcap, slopes).slopes[0]
         if const_expr(not c.deterministic):
             last_tile = first_tile + blocks.last_block
             tile.dq_address[0] = scratch_address(args.scratch.dq, last_tile, head)
@@ -172,5 +172,5 @@ class KeyGradientKernel:
         """(n_block, head_kv, batch) of this CTA. The key tiles of a head are neighbours, for its Q and dO in L2;
         under a right bound the first one has the most queries and goes first."""
         index, _, _ = cute.arch.block_idx()
-        n_blocks, heads_kv = cute.ceil_div(args.seqlen_k, self.config.tile_n), args.k.shape[-2]
+        n_blocks, heads_kv = cute.ceil_div(args.seqlen_k, self.config.tile_n), args.common.k.shape[-2]
         return index % n_blocks, index // n_blocks % heads_kv, index // n_blocks // heads_kv

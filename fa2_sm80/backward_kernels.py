@@ -20,7 +20,7 @@ class Fa2BackwardKernels:
     @cute.jit
     def __call__(self, args: BackwardArguments, stream):
         c = self.config
-        heads, heads_kv, batches = args.q.shape[-2], args.k.shape[-2], args.batches
+        heads, heads_kv, batches = args.common.q.shape[-2], args.common.k.shape[-2], args.common.batches
         query_tiles = (args.m_blocks(c.tile_m) * heads * batches, 1, 1)
         key_tiles = (cute.ceil_div(args.seqlen_k, c.tile_n) * heads_kv * batches, 1, 1)
         preprocess, main = PreprocessKernel(c), KeyGradientKernel(c)

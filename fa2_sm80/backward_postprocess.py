@@ -33,9 +33,9 @@ class QueryGradientConversion:
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         index, _, _ = cute.arch.block_idx()
-        m_blocks, heads = args.m_blocks(c.tile_m), args.q.shape[-2]
+        m_blocks, heads = args.m_blocks(c.tile_m), args.common.q.shape[-2]
         m_block, head, batch = index % m_blocks, index // m_blocks % heads, index // m_blocks // heads
-        info = args.info(batch)
+        info = args.common.info(batch)
         if m_block * c.tile_m < info.rows_q:
             elements = c.tile_m * c.head_dim_padded
             pointer = SmemAllocator().allocate_tensor(self.dtype, cute.make_layout(elements), SMEM_ALIGNMENT).iterator
@@ -44,7 +44,7 @@ class QueryGradientConversion:
             acc = WarpProduct(self.dtype, rows, columns, 0).accumulator()
             tile = args.first_tile(info, batch, c.tile_m) + m_block
             self.load(acc, scratch_address(args.scratch.dq, tile, head) + tidx * 4)
-            scale = args.softmax_scale * SOFTCAP_FACTOR if const_expr(c.softcap) else args.softmax_scale
+            scale = args.common.softmax_scale * SOFTCAP_FACTOR if const_expr(c.softcap) else args.common.softmax_scale
             acc.store(acc.load() * scale)
             narrowed = cute.make_rmem_tensor_like(acc, self.dtype)
             narrow(acc, narrowed)

@@ -33,9 +33,9 @@ class PreprocessKernel:
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         index, _, _ = cute.arch.block_idx()
-        m_blocks, heads = args.m_blocks(c.tile_m), args.q.shape[-2]
+        m_blocks, heads = args.m_blocks(c.tile_m), args.common.q.shape[-2]
         m_block, head, batch = index % m_blocks, index // m_blocks % heads, index // m_blocks // heads
-        info = args.info(batch)
+        info = args.common.info(batch)
         dsink = Float32(0.0)
         if m_block * c.tile_m < info.rows_q:
             tile = args.first_tile(info, batch, c.tile_m) + m_block
@@ -52,11 +52,11 @@ class PreprocessKernel:
         """Write the tile's stats; this thread's part of the sink's gradient."""
         c = self.config
         packed = c.cu_seqlens_q
-        out = head_matrix(args.out, head, batch, info.offset_q, packed)
+        out = head_matrix(args.common.out, head, batch, info.offset_q, packed)
         dout = head_matrix(args.dout, head, batch, info.offset_q, packed)
-        lse = head_row(args.lse, head, batch, info.offset_q, packed)
+        lse = head_row(args.common.lse, head, batch, info.offset_q, packed)
         stats = args.scratch.stats[tile, head, None]
-        offset = args.softcap * LOG2_E if const_expr(c.softcap) else Float32(0.0)
+        offset = args.common.softcap * LOG2_E if const_expr(c.softcap) else Float32(0.0)
         dsink = Float32(0.0)
         rows_per_pass = self.num_threads // self.lanes
         for first in cutlass.range(0, c.tile_m, rows_per_pass, unroll=1):
@@ -78,7 +78,7 @@ class PreprocessKernel:
                 stats[c.tile_m + place] = delta
                 if const_expr(c.learnable_sink):
                     if row < info.seqlen_q:
-                        weight = cute.math.exp2((args.learnable_sink[head] - row_lse) * LOG2_E, fastmath=True)
+                        weight = cute.math.exp2((args.common.learnable_sink[head] - row_lse) * LOG2_E, fastmath=True)
                         dsink = dsink - weight * delta
         return dsink
 

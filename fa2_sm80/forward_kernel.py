@@ -4,18 +4,18 @@ Each warp owns 16 or 32 queries for the whole kernel, Q·Kᵀ and P·V run on mm
 V blocks flow through shared memory by cp.async in a ring of ``stages`` blocks each.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32, const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_fa.device.block_range import BlockRange, Window, block_range
+from cute_fa.device.arguments import CommonArguments
+from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fake_arguments import common_fakes
 from cute_fa.device.scores import score_params
-from cute_fa.device.seqlen import LengthTensors, seqlen_info
 from fa2_sm80.config import Fa2ForwardConfig
 from fa2_sm80.copies import SMEM_ALIGNMENT, SmemTile, SmemTiles, TileLoader, store_tile
 from fa2_sm80.key_value_pipeline import KeyValuePipeline
@@ -23,21 +23,9 @@ from fa2_sm80.query_tile import QueryTile
 
 
 class ForwardArguments(NamedTuple):
-    """What the compiled kernel takes. Dense q, out (batch, seqlen_q, heads, d), k, v (batch, seqlen_k, heads_kv, d),
-    lse fp32 (batch, heads, seqlen_q); packed without the batch dimension, lse (heads, total_q). alibi_slopes fp32
-    (batch or stride 0, heads), learnable_sink fp32 (heads). ``seqlen_q``: the longest, which sizes the grid."""
+    """``seqlen_q``: the longest, which sizes the grid."""
 
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
-    lengths: LengthTensors
-    window: Window
-    alibi_slopes: Optional[cute.Tensor]
-    learnable_sink: Optional[cute.Tensor]
-    softmax_scale: Float32
-    softcap: Optional[Float32]
+    common: CommonArguments
     seqlen_q: Int32
 
 
@@ -51,10 +39,7 @@ class Fa2ForwardKernel:
     @cute.jit
     def __call__(self, args: ForwardArguments, stream):
         c = self.config
-        heads = args.q.shape[-2]
-        batches = args.q.shape[0]
-        if const_expr(c.cu_seqlens_q):
-            batches = args.lengths.cu_seqlens_q.shape[0] - 1
+        heads, batches = args.common.q.shape[-2], args.common.batches
         m_blocks = cute.ceil_div(args.seqlen_q, c.tile_m)
         # one-dimensional: grid.y and grid.z end at 65535, and a batch of short sequences does not
         self.kernel(args).launch(
@@ -67,28 +52,26 @@ class Fa2ForwardKernel:
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         m_block, head, batch = self.tile(args)
-        heads, heads_kv = args.q.shape[-2], args.k.shape[-2]
+        heads, heads_kv = args.common.q.shape[-2], args.common.k.shape[-2]
         head_kv = head // (heads // heads_kv)
-        dense_q = args.q.shape[1] if const_expr(not c.cu_seqlens_q) else 0
-        dense_k = args.k.shape[1] if const_expr(not c.cu_seqlens_k) else 0
-        info = seqlen_info(args.lengths, batch, dense_q, dense_k)
+        info = args.common.info(batch)
         m_start = m_block * c.tile_m
 
         if m_start < info.rows_q:
-            blocks = block_range(args.window, info.seqlen_q, info.seqlen_k, m_start, c.tile_m, c.tile_n)
-            q = head_matrix(args.q, head, batch, info.offset_q, c.cu_seqlens_q)
-            k = head_matrix(args.k, head_kv, batch, info.offset_k, c.cu_seqlens_k)
-            v = head_matrix(args.v, head_kv, batch, info.offset_k, c.cu_seqlens_k)
+            blocks = block_range(args.common.window, info.seqlen_q, info.seqlen_k, m_start, c.tile_m, c.tile_n)
+            q = head_matrix(args.common.q, head, batch, info.offset_q, c.cu_seqlens_q)
+            k = head_matrix(args.common.k, head_kv, batch, info.offset_k, c.cu_seqlens_k)
+            v = head_matrix(args.common.v, head_kv, batch, info.offset_k, c.cu_seqlens_k)
 
             smem = self.smem_tiles()
             load_q = TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads)
             load_k = TileLoader(k, smem.k, c.head_dim, tidx, c.num_threads)
             load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, c.num_threads)
-            slopes = (args.alibi_slopes[batch, head],) * c.rows_per_thread if const_expr(c.alibi) else None
-            scores = score_params(args.softmax_scale, args.softcap, slopes)
+            slopes = (args.common.alibi_slopes[batch, head],) * c.rows_per_thread if const_expr(c.alibi) else None
+            scores = score_params(args.common.softmax_scale, args.common.softcap, slopes)
 
-            tile = QueryTile(c, tidx, smem, info, m_start, args.window, scores)
-            pipeline = KeyValuePipeline(c.stages, load_k, load_v, blocks, args.window, info.seqlen_k, c.tile_n)
+            tile = QueryTile(c, tidx, smem, info, m_start, args.common.window, scores)
+            pipeline = KeyValuePipeline(c.stages, load_k, load_v, blocks, args.common.window, info.seqlen_k, c.tile_n)
             load_q.load(m_block, 0, info.seqlen_q - m_start)
             pipeline.prologue()
             self.main_loop(tile, pipeline, blocks)
@@ -97,11 +80,13 @@ class Fa2ForwardKernel:
 
             # Where the tile lies is read again: kept over the main loop it would cost it 8 registers.
             m_block, head, batch = self.tile(args)
-            info = seqlen_info(args.lengths, batch, dense_q, dense_k)
-            sink_logits = (args.learnable_sink[head],) * c.rows_per_thread if const_expr(c.learnable_sink) else None
+            info = args.common.info(batch)
+            sink_logits = (
+                (args.common.learnable_sink[head],) * c.rows_per_thread if const_expr(c.learnable_sink) else None
+            )
             lse = tile.softmax.finalize(tile.acc_rows, scores.offset_log2, sink_logits)
-            out = head_matrix(args.out, head, batch, info.offset_q, c.cu_seqlens_q)
-            lse_row = head_row(args.lse, head, batch, info.offset_q, c.cu_seqlens_q)
+            out = head_matrix(args.common.out, head, batch, info.offset_q, c.cu_seqlens_q)
+            lse_row = head_row(args.common.lse, head, batch, info.offset_q, c.cu_seqlens_q)
             tile.store_lse(lse, lse_row, info, m_block * c.tile_m)
             # With panels of one width a warp's rows of O take the place of the rows of Q that it alone has read.
             if const_expr(c.may_lack_keys or smem.q.panel != smem.out.panel):
@@ -148,7 +133,7 @@ class Fa2ForwardKernel:
         c = self.config
         index, _, _ = cute.arch.block_idx()
         m_blocks = cute.ceil_div(args.seqlen_q, c.tile_m)
-        heads = args.q.shape[-2]
+        heads = args.common.q.shape[-2]
         m_block = index % m_blocks
         if const_expr(c.window_right):
             m_block = m_blocks - 1 - m_block
@@ -171,6 +156,6 @@ def head_row(lse: cute.Tensor, head: Int32, batch: Int32, offset: Int32, packed:
 
 def build(config: Fa2ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
-    arguments = ForwardArguments(**common_fakes(config), seqlen_q=Int32(0))
+    arguments = ForwardArguments(common_fakes(config), seqlen_q=Int32(0))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return Fa2ForwardKernel(config), (arguments, stream)

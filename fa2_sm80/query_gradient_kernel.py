@@ -86,7 +86,10 @@ class QueryGradientTile:
     def __init__(self, config: Fa2BackwardConfig, smem: QueryGradientTiles, info: SeqlenInfo, m_start: Int32, args):
         c, tiles, dtype = config, config.query_kernel, CUTE_DTYPE[config.dtype]
         self.config, self.dtype, self.info, self.m_start = c, dtype, info, m_start
-        self.window, self.params = args.window, score_params(args.softmax_scale, args.softcap, None)
+        self.window, self.params = (
+            args.common.window,
+            score_params(args.common.softmax_scale, args.common.softcap, None),
+        )
         rows = tiles.tile_m // tiles.num_warps
         self.place = WarpPlace(WarpGrid(tiles.num_warps), rows, 0)
         self.scores = WarpProduct(dtype, rows, tiles.tile_n, c.head_dim_padded)
@@ -181,36 +184,36 @@ class QueryGradientKernel:
         c, tiles = self.config, self.tiles
         tidx, _, _ = cute.arch.thread_idx()
         m_block, head, batch = self.tile(args)
-        info = args.info(batch)
+        info = args.common.info(batch)
         m_start = m_block * tiles.tile_m
         if m_start < info.rows_q:
-            blocks = block_range(args.window, info.seqlen_q, info.seqlen_k, m_start, tiles.tile_m, tiles.tile_n)
-            head_kv = head // (args.q.shape[-2] // args.k.shape[-2])
-            q = head_matrix(args.q, head, batch, info.offset_q, c.cu_seqlens_q)
+            blocks = block_range(args.common.window, info.seqlen_q, info.seqlen_k, m_start, tiles.tile_m, tiles.tile_n)
+            head_kv = head // (args.common.q.shape[-2] // args.common.k.shape[-2])
+            q = head_matrix(args.common.q, head, batch, info.offset_q, c.cu_seqlens_q)
             dout = head_matrix(args.dout, head, batch, info.offset_q, c.cu_seqlens_q)
-            k = head_matrix(args.k, head_kv, batch, info.offset_k, c.cu_seqlens_k)
-            v = head_matrix(args.v, head_kv, batch, info.offset_k, c.cu_seqlens_k)
+            k = head_matrix(args.common.k, head_kv, batch, info.offset_k, c.cu_seqlens_k)
+            v = head_matrix(args.common.v, head_kv, batch, info.offset_k, c.cu_seqlens_k)
             smem = self.smem_tiles()
             rows_left = info.seqlen_q - m_start
             TileLoader(q, smem.q, c.head_dim, tidx, tiles.num_threads).load(m_block, 0, rows_left)
             TileLoader(dout, smem.dout, c.head_dim_v, tidx, tiles.num_threads).load(m_block, 0, rows_left)
             load_k = TileLoader(k, smem.k, c.head_dim, tidx, tiles.num_threads)
             load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, tiles.num_threads)
-            steps = KeyValueSteps(tiles.stages, load_k, load_v, blocks, args.window)
-            steps.prologue(info.seqlen_k - blocks.block(Int32(0), args.window) * tiles.tile_n)
+            steps = KeyValueSteps(tiles.stages, load_k, load_v, blocks, args.common.window)
+            steps.prologue(info.seqlen_k - blocks.block(Int32(0), args.common.window) * tiles.tile_n)
             slope = None
             if const_expr(c.alibi):
-                slopes = (args.alibi_slopes[batch, head],)
-                slope = score_params(args.softmax_scale, args.softcap, slopes).slopes[0]
+                slopes = (args.common.alibi_slopes[batch, head],)
+                slope = score_params(args.common.softmax_scale, args.common.softcap, slopes).slopes[0]
             tile = QueryGradientTile(c, smem, info, m_start, args)
             tile.load_statistics(args.scratch.stats, args.first_tile(info, batch, c.tile_m), head)
             self.main_loop(tile, steps, blocks, slope)
             cute.arch.cp_async_wait_group(0)
 
             m_block, head, batch = self.tile(args)
-            info = args.info(batch)
+            info = args.common.info(batch)
             cute.arch.sync_threads()
-            scale = args.softmax_scale * SOFTCAP_FACTOR if const_expr(c.softcap) else args.softmax_scale
+            scale = args.common.softmax_scale * SOFTCAP_FACTOR if const_expr(c.softcap) else args.common.softmax_scale
             tile.acc.store(tile.acc.load() * scale)
             narrowed = cute.make_rmem_tensor_like(tile.acc, self.dtype)
             narrow(tile.acc, narrowed)
@@ -264,7 +267,7 @@ class QueryGradientKernel:
     def tile(self, args: BackwardArguments):
         """(m_block, head, batch) of this CTA, as the forward orders them."""
         index, _, _ = cute.arch.block_idx()
-        m_blocks, heads = args.m_blocks(self.tiles.tile_m), args.q.shape[-2]
+        m_blocks, heads = args.m_blocks(self.tiles.tile_m), args.common.q.shape[-2]
         m_block = index % m_blocks
         if const_expr(self.config.window_right):
             m_block = m_blocks - 1 - m_block

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from cute_fa.kernel import AttentionKernel, AttentionTensors, common_arguments, common_objections
+from cute_fa.kernel import AttentionKernel, AttentionTensors, common_arguments
 from cute_fa.problem import AttentionProblem
 from cute_fa.tiling import ceil_div
-from cute_fa.types import Direction, DType, PersistentMode
-from fa2_sm80.forward import MAX_CTAS
+from cute_fa.types import Direction
+from fa2_sm80.rules import objections
 from fa2_sm80.split_config import Fa2SplitConfig, split_config
 
 
@@ -21,18 +21,9 @@ class Fa2Split(AttentionKernel):
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
-        reasons = []
-        if problem.dtype not in (DType.FP16, DType.BF16):
-            reasons.append(f"dtype {problem.dtype.value}: sm_80 tensor cores take fp16 and bf16, fp8 has no FA2 kernel")
-        reasons += common_objections(problem, "16-byte copies", splits=True)
-        if problem.persistent is PersistentMode.ON:
-            reasons.append("persistent: this kernel launches one CTA for each tile and split")
-        config = cls.configure(problem)
         rows = problem.seqlen_q * problem.gqa_ratio
-        ctas = ceil_div(rows, config.tile_m) * problem.num_heads_kv * problem.batch * problem.num_splits
-        if ctas > MAX_CTAS:
-            reasons.append(f"{ctas} tiles of queries and splits: a grid has at most {MAX_CTAS} CTAs")
-        return reasons
+        tiles = ceil_div(rows, cls.configure(problem).tile_m) * problem.num_heads_kv * problem.batch
+        return objections(problem, {"tiles of queries and splits": tiles * problem.num_splits}, rows_of_any_head=True)
 
     @classmethod
     def configure(cls, problem: AttentionProblem) -> Fa2SplitConfig:
@@ -41,8 +32,7 @@ class Fa2Split(AttentionKernel):
     @classmethod
     def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
         return (
-            *common_arguments(problem, tensors),
-            tensors.page_table,
+            common_arguments(problem, tensors),
             _parts(problem, tensors),
             problem.seqlen_q,
             problem.num_splits,

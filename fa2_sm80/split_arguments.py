@@ -3,11 +3,10 @@
 from typing import NamedTuple, Optional
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32
 
-from cute_fa.device.block_range import Window
+from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.fake_arguments import common_fakes, fake_vector, optional
-from cute_fa.device.seqlen import LengthTensors, SeqlenInfo, seqlen_info
 from fa2_sm80.split_config import Fa2SplitConfig
 
 
@@ -21,47 +20,18 @@ class Parts(NamedTuple):
 
 
 class SplitArguments(NamedTuple):
-    """Dense q, out (batch, seqlen_q, heads, d), k, v (batch, seqlen_k, heads_kv, d) or, paged, (num_pages, page_size,
-    heads_kv, d), lse fp32 (batch, heads, seqlen_q), contiguous; packed without the batch dimension, lse (heads,
-    total_q). page_table int32 (batch, max_pages), alibi_slopes fp32 (batch or stride 0, heads), learnable_sink fp32
-    (heads). ``seqlen_q``: the longest, which sizes the grid."""
+    """``parts``: None unless the keys are split; ``seqlen_q``: the longest, which sizes the grid."""
 
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
-    lengths: LengthTensors
-    window: Window
-    alibi_slopes: Optional[cute.Tensor]
-    learnable_sink: Optional[cute.Tensor]
-    softmax_scale: Float32
-    softcap: Optional[Float32]
-    page_table: Optional[cute.Tensor]
+    common: CommonArguments
     parts: Optional[Parts]
     seqlen_q: Int32
     num_splits: Int32
-
-    @property
-    def batches(self):
-        """Sequences of the batch."""
-        packed = self.lengths.cu_seqlens_q
-        return self.q.shape[0] if const_expr(packed is None) else packed.shape[0] - 1
-
-    def info(self, batch: Int32) -> SeqlenInfo:
-        """Where sequence ``batch`` lies."""
-        dense_q = self.q.shape[1] if const_expr(self.lengths.cu_seqlens_q is None) else 0
-        dense_k = self.k.shape[1] if const_expr(self.lengths.cu_seqlens_k is None) else 0
-        if const_expr(self.page_table is not None):
-            dense_k = self.page_table.shape[1] * self.k.shape[1]
-        return seqlen_info(self.lengths, batch, dense_q, dense_k)
 
 
 def split_fakes(config: Fa2SplitConfig) -> SplitArguments:
     """Arguments for ``cute.compile``."""
     return SplitArguments(
-        **common_fakes(config),
-        page_table=optional(config.page_size is not None, lambda: fake_vector(Int32, 2)),
+        common=common_fakes(config),
         parts=optional(config.split, lambda: Parts(fake_vector(Float32, 3), fake_vector(Float32, 2))),
         seqlen_q=Int32(0),
         num_splits=Int32(0),

@@ -17,14 +17,13 @@ class Fa2SplitConfig(FeatureConfig):
 
     A row is one query of one head; the rows of all query heads of a kv head share tiles, so that each key is read once
     for all of them. ``row_warps`` warps own 16 rows each, ``key_warps`` share the ``tile_n`` keys of a step;
-    ``stages`` steps are in flight. ``page_size`` None: contiguous keys. ``split``: a CTA computes a part of the keys,
+    ``stages`` steps are in flight. ``split``: a CTA computes a part of the keys,
     and a second kernel merges the parts.
     """
 
     row_warps: int
     tile_n: int
     stages: int
-    page_size: int | None = None
     split: bool = False
 
     @property
@@ -74,6 +73,5 @@ def split_config(problem: AttentionProblem) -> Fa2SplitConfig:
         row_warps=row_warps,
         tile_n=tile_n,
         stages=max(1, min(4, room // (problem.dtype.bytes * tile_n * widths))),
-        page_size=problem.page_size,
         split=problem.num_splits > 1,
     )

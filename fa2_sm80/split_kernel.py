@@ -32,8 +32,8 @@ class Fa2SplitKernel:
     @cute.jit
     def __call__(self, args: SplitArguments, stream):
         c = self.config
-        heads_kv, batches = args.k.shape[-2], args.batches
-        tiles = cute.ceil_div(args.seqlen_q * (args.q.shape[-2] // heads_kv), c.tile_m)
+        heads_kv, batches = args.common.k.shape[-2], args.common.batches
+        tiles = cute.ceil_div(args.seqlen_q * (args.common.q.shape[-2] // heads_kv), c.tile_m)
         self.kernel(args).launch(
             grid=(tiles * heads_kv * batches * args.num_splits, 1, 1),
             block=(c.num_threads, 1, 1),
@@ -43,7 +43,7 @@ class Fa2SplitKernel:
         if const_expr(c.split):
             combine = CombineKernel(c)
             rows = args.parts.lse.shape[1]
-            combine.kernel(args.parts, args.out, args.lse, args.learnable_sink).launch(
+            combine.kernel(args.parts, args.common.out, args.common.lse, args.common.learnable_sink).launch(
                 grid=(cute.ceil_div(rows, combine.rows), 1, 1), block=(combine.num_threads, 1, 1), stream=stream
             )
 
@@ -53,18 +53,18 @@ class Fa2SplitKernel:
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         index, _, _ = cute.arch.block_idx()
-        heads_kv = args.k.shape[-2]
-        gqa_ratio = args.q.shape[-2] // heads_kv
+        heads_kv = args.common.k.shape[-2]
+        gqa_ratio = args.common.q.shape[-2] // heads_kv
         split, index = index % args.num_splits, index // args.num_splits
         head_kv, index = index % heads_kv, index // heads_kv
         tiles = cute.ceil_div(args.seqlen_q * gqa_ratio, c.tile_m)
         first_row, batch = index % tiles * c.tile_m, index // tiles
-        info = args.info(batch)
+        info = args.common.info(batch)
         if first_row < info.rows_q * gqa_ratio:
             smem = self.smem_tiles()
             first_query, last_query = first_row // gqa_ratio, (first_row + c.tile_m - 1) // gqa_ratio
             queries = last_query - first_query + 1
-            blocks = block_range(args.window, info.seqlen_q, info.seqlen_k, first_query, queries, c.tile_n)
+            blocks = block_range(args.common.window, info.seqlen_q, info.seqlen_k, first_query, queries, c.tile_n)
             steps = cute.ceil_div(blocks.total, args.num_splits)
             start = cutlass.min(split * steps, blocks.total)
             stop = cutlass.min(start + steps, blocks.total)
@@ -73,8 +73,8 @@ class Fa2SplitKernel:
                 self.query_rows(args, info, batch, head_kv, gqa_ratio, first_row), 0
             )
             keys = tuple(
-                KeyRows(tensor, head_kv, batch, info.offset_k, c.cu_seqlens_k, args.page_table)
-                for tensor in (args.k, args.v)
+                KeyRows(tensor, head_kv, batch, info.offset_k, c.cu_seqlens_k, args.common.page_table)
+                for tensor in (args.common.k, args.common.v)
             )
             ring = KeyValueRing(
                 c.stages,
@@ -83,7 +83,7 @@ class Fa2SplitKernel:
                 keys,
                 c.page_size,
                 blocks,
-                args.window,
+                args.common.window,
                 info.seqlen_k,
                 stop,
             )
@@ -103,17 +103,17 @@ class Fa2SplitKernel:
     def row_tile(self, args: SplitArguments, smem: SplitTiles, info, batch, head_kv, gqa_ratio, first_row) -> RowTile:
         """The registers of this warp, with the slopes of its rows' heads."""
         c = self.config
-        params = score_params(args.softmax_scale, args.softcap, None)
-        tile = RowTile(c, smem, info, first_row, gqa_ratio, args.window, params)
+        params = score_params(args.common.softmax_scale, args.common.softcap, None)
+        tile = RowTile(c, smem, info, first_row, gqa_ratio, args.common.window, params)
         if const_expr(c.alibi):
             heads = [head_kv * gqa_ratio + row % gqa_ratio for row in tile.rows]
-            slopes = tuple(args.alibi_slopes[batch, head] for head in heads)
-            tile.params = score_params(args.softmax_scale, args.softcap, slopes)
+            slopes = tuple(args.common.alibi_slopes[batch, head] for head in heads)
+            tile.params = score_params(args.common.softmax_scale, args.common.softcap, slopes)
         return tile
 
     def query_rows(self, args: SplitArguments, info, batch, head_kv, gqa_ratio, first_row):
         """Where the rows of Q lie, for :meth:`RowLoader.load`."""
-        q, packed = args.q, self.config.cu_seqlens_q
+        q, packed = args.common.q, self.config.cu_seqlens_q
         token_bytes = Int64(q.stride[0] if const_expr(packed) else q.stride[1]) * ELEMENT_BYTES
         head_bytes = Int64(q.stride[-2]) * ELEMENT_BYTES
         start = q.iterator.toint() + head_bytes * (head_kv * gqa_ratio)
@@ -150,7 +150,7 @@ class Fa2SplitKernel:
             row, column = i // chunks, i % chunks * COLUMNS
             query, head = (first_row + row) // gqa_ratio, head_kv * gqa_ratio + (first_row + row) % gqa_ratio
             if query < info.rows_q:
-                sink = args.learnable_sink[head] if const_expr(c.learnable_sink and not c.split) else None
+                sink = args.common.learnable_sink[head] if const_expr(c.learnable_sink and not c.split) else None
                 lse = merged_lse(lses, row, c.tile_m, c.key_warps, sink)
                 merged = merge_parts(out, lses, row, c.tile_m, c.key_warps, lse, column)
                 if query >= info.seqlen_q:
@@ -165,9 +165,9 @@ class Fa2SplitKernel:
     def store_part(self, args: SplitArguments, info, merged, lse, split, batch, head, query, column):
         """One row's chunk of this CTA's part; O only where there is any."""
         c, parts = self.config, args.parts
-        row = (batch * args.q.shape[-2] + head) * args.q.shape[1] + query
+        row = (batch * args.common.q.shape[-2] + head) * args.common.q.shape[1] + query
         if const_expr(c.cu_seqlens_q):
-            row = head * args.q.shape[0] + info.offset_q + query
+            row = head * args.common.q.shape[0] + info.offset_q + query
         if column == 0:
             parts.lse[split, row] = lse if query < info.seqlen_q else Float32.inf
         if lse != -Float32.inf and column < c.head_dim_v:
@@ -178,12 +178,12 @@ class Fa2SplitKernel:
     def store_out(self, args: SplitArguments, info, merged, lse, batch, head, query, column):
         """One row's chunk of O, and its LSE."""
         c = self.config
-        lse_row = head_row(args.lse, head, batch, info.offset_q, c.cu_seqlens_q)
+        lse_row = head_row(args.common.lse, head, batch, info.offset_q, c.cu_seqlens_q)
         if column == 0:
             lse_row[query] = lse
-        target = args.out[batch, query, head, None] if const_expr(not c.cu_seqlens_q) else None
+        target = args.common.out[batch, query, head, None] if const_expr(not c.cu_seqlens_q) else None
         if const_expr(c.cu_seqlens_q):
-            target = args.out[info.offset_q + query, head, None]
+            target = args.common.out[info.offset_q + query, head, None]
         if column < c.head_dim_v:
             store_chunk(merged, target, column, self.dtype)
 

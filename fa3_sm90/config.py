@@ -38,8 +38,8 @@ class Fa3ForwardConfig(FeatureConfig):
     """Everything that shapes the machine code.
 
     ``warpgroups`` consumer warpgroups own 64 rows of Q each and take ``tile_n`` keys a step; ``stages`` blocks of K and
-    of V are in flight. ``pack_gqa`` query heads of one kv head share a tile (1: none). ``page_size`` None: contiguous
-    keys. ``persistent``: CTAs walk over tiles.
+    of V are in flight. ``pack_gqa`` query heads of one kv head share a tile (1: none). ``persistent``: CTAs walk over
+    tiles.
     """
 
     warpgroups: int
@@ -47,7 +47,6 @@ class Fa3ForwardConfig(FeatureConfig):
     stages: int
     pack_gqa: int = 1
     persistent: bool = True
-    page_size: int | None = None
 
     @property
     def num_threads(self) -> int:
@@ -149,7 +148,6 @@ def forward_config(problem: AttentionProblem) -> Fa3ForwardConfig:
         stages=stages,
         pack_gqa=problem.gqa_ratio if packs(problem, warpgroups) else 1,
         persistent=problem.persistent is not PersistentMode.OFF,
-        page_size=problem.page_size,
     )
 
 

@@ -78,7 +78,7 @@ class Consumer:
         # Where the tile lies is read again instead of being kept in registers over the main loop.
         work = tile_work(args, config, self.extents, scheduler.tile(state))
         head = work.tile.head * config.pack_gqa
-        lse = softmax.finalize(self.output, params.offset_log2, self.rows.per_head(args.learnable_sink, head))
+        lse = softmax.finalize(self.output, params.offset_log2, self.rows.per_head(args.common.learnable_sink, head))
         self.epilogue.store(self.products.acc_o, lse, work, queries)
         return keys
 
@@ -88,8 +88,8 @@ class Consumer:
         slopes = None
         if const_expr(self.config.alibi):
             head = work.tile.head * self.config.pack_gqa
-            slopes = self.rows.per_head(self.args.alibi_slopes[work.tile.batch, None], head)
-        return score_params(self.args.softmax_scale, self.args.softcap, slopes)
+            slopes = self.rows.per_head(self.args.common.alibi_slopes[work.tile.batch, None], head)
+        return score_params(self.args.common.softmax_scale, self.args.common.softcap, slopes)
 
     @cute.jit
     def walk(
@@ -210,7 +210,7 @@ class Consumer:
         c, rows, info = self.config, self.rows, work.info
         masked = right_edge or left_edge
         if const_expr(masked or c.alibi):
-            first_key = work.blocks.block(iteration, self.args.window) * c.tile_n + rows.column
+            first_key = work.blocks.block(iteration, self.args.common.window) * c.tile_n + rows.column
             first_token = work.first_token + self.index * c.tokens
             diagonal = info.seqlen_k - info.seqlen_q + first_token - first_key
             diagonals = [diagonal + token for token in rows.tokens]
@@ -220,5 +220,12 @@ class Consumer:
         if const_expr(masked):
             keys_left = info.seqlen_k - first_key
             mask_scores(
-                self.scores, self.columns, diagonals, keys_left, self.args.window, first_key, right_edge, left_edge
+                self.scores,
+                self.columns,
+                diagonals,
+                keys_left,
+                self.args.common.window,
+                first_key,
+                right_edge,
+                left_edge,
             )

@@ -83,7 +83,7 @@ class Epilogue:
     @cute.jit
     def store_lse(self, lse: cute.Tensor, work: TileWork, first_token: Int32):
         """Rows that do not count get −inf."""
-        target, info = self.args.lse, work.info
+        target, info = self.args.common.lse, work.info
         for r in cutlass.range_constexpr(ROWS):
             token = first_token + self.rows.tokens[r]
             head = work.tile.head * self.config.pack_gqa + self.rows.heads[r]

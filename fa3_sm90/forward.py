@@ -49,8 +49,7 @@ class Fa3Forward(AttentionKernel):
         )
         tiles = _tiles(problem, config, tensors.q.shape[0] if problem.varlen_q else problem.batch * problem.seqlen_q)
         return (
-            *common_arguments(problem, tensors),
-            tensors.page_table,
+            common_arguments(problem, tensors),
             grid,
             num_ctas(tiles, num_sms, config.persistent),
         )

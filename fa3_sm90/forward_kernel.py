@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
-from cute_fa.device.fake_arguments import common_fakes, fake_vector, optional
+from cute_fa.device.fake_arguments import common_fakes
 from cute_fa.device.tile_scheduler import TileGrid
 from fa3_sm90.arguments import ForwardArguments, TmaTensors, dense_extents
 from fa3_sm90.config import WARPGROUP, Fa3ForwardConfig
@@ -28,10 +28,10 @@ class Fa3ForwardKernel:
         boxes = Boxes.of(c)
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         tma = TmaTensors(
-            q=tma_tensor(load, args.q, boxes.q, c.cu_seqlens_q),
-            k=tma_tensor(load, args.k, boxes.k, c.cu_seqlens_k),
-            v=tma_tensor(load, args.v, boxes.v, c.cu_seqlens_k),
-            out=tma_tensor(store, args.out, boxes.out, c.cu_seqlens_q),
+            q=tma_tensor(load, args.common.q, boxes.q, c.cu_seqlens_q),
+            k=tma_tensor(load, args.common.k, boxes.k, c.cu_seqlens_k),
+            v=tma_tensor(load, args.common.v, boxes.v, c.cu_seqlens_k),
+            out=tma_tensor(store, args.common.out, boxes.out, c.cu_seqlens_q),
         )
         self.kernel(args, tma).launch(
             grid=(args.num_ctas, 1, 1),
@@ -73,21 +73,20 @@ class Fa3ForwardKernel:
 
     def load(self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
         """The producer warp."""
-        Loader(self.config, args, tma, dense_extents(args, self.config), storage, pipelines).run()
+        Loader(self.config, args, tma, dense_extents(args), storage, pipelines).run()
 
     def consume(self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
         """A consumer warpgroup."""
         tidx, _, _ = cute.arch.thread_idx()
         index = cute.arch.make_warp_uniform(tidx // WARPGROUP) - 1
-        extents = dense_extents(args, self.config)
+        extents = dense_extents(args)
         Consumer(self.config, args, tma, extents, storage, pipelines, index, tidx % WARPGROUP).run()
 
 
 def build(config: Fa3ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
     arguments = ForwardArguments(
-        **common_fakes(config),
-        page_table=optional(config.page_size is not None, lambda: fake_vector(Int32, 2)),
+        common_fakes(config),
         grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),
         num_ctas=Int32(0),
     )

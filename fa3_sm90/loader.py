@@ -84,7 +84,7 @@ class Loader:
         head = work.tile.head if const_expr(c.pack_gqa > 1) else work.tile.head // self.heads_per_kv()
         barrier = self.rings[name].acquire(state)
         target = getattr(self.storage, name) + state.stage * (c.tile_n * columns)
-        first_key = work.blocks.block(iteration, self.args.window) * c.tile_n
+        first_key = work.blocks.block(iteration, self.args.common.window) * c.tile_n
         if const_expr(c.page_size is None):
             outer = () if const_expr(c.cu_seqlens_k) else (work.tile.batch,)
             copy = BoxCopy(tma, box, c.tile_n, head, outer)
@@ -103,7 +103,7 @@ class Loader:
         own = first_key + lane * c.key_rows
         page = Int32(0)
         if lane < pieces and own < seqlen_k:
-            page = self.args.page_table[work.tile.batch, own // c.page_size]
+            page = self.args.common.page_table[work.tile.batch, own // c.page_size]
         for piece in cutlass.range_constexpr(pieces):
             key = first_key + piece * c.key_rows
             listed = cute.arch.shuffle_sync(page, piece)
@@ -112,4 +112,4 @@ class Loader:
 
     def heads_per_kv(self) -> Int32:
         """Query heads that share a kv head."""
-        return self.args.q.shape[-2] // self.args.k.shape[-2]
+        return self.args.common.q.shape[-2] // self.args.common.k.shape[-2]

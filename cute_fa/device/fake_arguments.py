@@ -1,10 +1,9 @@
 """Arguments for ``cute.compile``: tensors of unknown sizes and strides, and None for what a config does not have."""
 
-from typing import Any
-
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.seqlen import LengthTensors
@@ -35,22 +34,22 @@ def optional(wanted: bool, make):
     return make() if wanted else None
 
 
-def common_fakes(config: FeatureConfig) -> dict[str, Any]:
-    """The arguments that all kernels begin with, by name and in order: what
-    ``cute_fa.kernel.common_arguments`` gives at run time."""
+def common_fakes(config: FeatureConfig) -> CommonArguments:
+    """What ``cute_fa.kernel.common_arguments`` gives at run time."""
     c, dtype = config, CUTE_DTYPE[config.dtype]
     lengths = (c.cu_seqlens_q, c.cu_seqlens_k, c.seqused_q, c.seqused_k)
     bounds = (c.window_left, c.window_right, c.sink_tokens)
-    return {
-        "q": fake_activations(dtype, c.cu_seqlens_q, c.head_dim),
-        "k": fake_activations(dtype, c.cu_seqlens_k, c.head_dim),
-        "v": fake_activations(dtype, c.cu_seqlens_k, c.head_dim_v),
-        "out": fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
-        "lse": fake_vector(Float32, 2 if c.cu_seqlens_q else 3),
-        "lengths": LengthTensors(*(optional(given, lambda: fake_vector(Int32)) for given in lengths)),
-        "window": Window(*(optional(given, lambda: Int32(0)) for given in bounds)),
-        "alibi_slopes": optional(c.alibi, lambda: fake_vector(Float32, 2)),
-        "learnable_sink": optional(c.learnable_sink, lambda: fake_vector(Float32)),
-        "softmax_scale": Float32(0.0),
-        "softcap": optional(c.softcap, lambda: Float32(0.0)),
-    }
+    return CommonArguments(
+        q=fake_activations(dtype, c.cu_seqlens_q, c.head_dim),
+        k=fake_activations(dtype, c.cu_seqlens_k, c.head_dim),
+        v=fake_activations(dtype, c.cu_seqlens_k, c.head_dim_v),
+        out=fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
+        lse=fake_vector(Float32, 2 if c.cu_seqlens_q else 3),
+        lengths=LengthTensors(*(optional(given, lambda: fake_vector(Int32)) for given in lengths)),
+        window=Window(*(optional(given, lambda: Int32(0)) for given in bounds)),
+        alibi_slopes=optional(c.alibi, lambda: fake_vector(Float32, 2)),
+        learnable_sink=optional(c.learnable_sink, lambda: fake_vector(Float32)),
+        softmax_scale=Float32(0.0),
+        softcap=optional(c.softcap, lambda: Float32(0.0)),
+        page_table=optional(c.page_size is not None, lambda: fake_vector(Int32, 2)),
+    )

@@ -112,7 +112,7 @@ def test_choices_that_fa2_cannot_make_are_refused():
     }
     assert TABLE.explain(persistent) == {
         "fa2_fwd": ["persistent: this kernel launches one CTA for each tile"],
-        "fa2_split": ["persistent: this kernel launches one CTA for each tile and split"],
+        "fa2_split": ["persistent: this kernel launches one CTA for each tile"],
     }
     with pytest.raises(UnsupportedKeyError, match="fa2_fwd: persistent: this kernel"):
         TABLE.lookup(persistent)

@@ -1,47 +1,15 @@
 """``python -m ptxsim mutate``: what is noticed of a script's kernel, what is kept between runs, and the exit codes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 from ptxsim.equivalence import FOR_SPEED
 from ptxsim.mutants import KINDS
-
-ROOT = Path(__file__).parents[2]
-
-# Every thread reads what the neighbouring warp wrote; SECOND orders nothing that the first barrier does not.
-NEIGHBOUR = """
-import cutlass, cutlass.cute as cute, torch
-from cutlass.cute.runtime import from_dlpack
-
-@cute.kernel
-def kernel(a: cute.Tensor, b: cute.Tensor):
-    thread, _, _ = cute.arch.thread_idx()
-    smem = cutlass.utils.SmemAllocator()
-    shared = smem.allocate_tensor(cutlass.Float32, cute.make_layout(64), byte_alignment=16)
-    shared[thread] = a[thread]
-    cute.arch.barrier()
-    SECOND
-    b[thread] = shared[thread ^ 32]
-
-@cute.jit
-def launch(a: cute.Tensor, b: cute.Tensor):
-    kernel(a, b).launch(grid=(1, 1, 1), block=(64, 1, 1))
-
-a = torch.arange(64, dtype=torch.float32, device="cuda")
-b = torch.empty_like(a)
-launch(from_dlpack(a), from_dlpack(b))
-assert torch.equal(b.cpu(), a.cpu().roll(32)), b
-"""
+from tests.testing.commands import neighbour, run_ptxsim
 
 
 def mutate(script, *options):
     """(exit code, output) of the command."""
-    command = [sys.executable, "-W", "ignore", "-m", "ptxsim", "mutate", str(script), *options]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    return run_ptxsim("mutate", script, *options)
 
 
 def records(path):
@@ -51,10 +19,10 @@ def records(path):
 def test_noticed_and_escaped(tmp_path):
     """A barrier that is needed; two of which either would do, and a second run that asks only what it is told to."""
     script, out = tmp_path / "neighbour.py", tmp_path / "records.jsonl"
-    script.write_text(NEIGHBOUR.replace("    SECOND\n", ""))
+    script.write_text(neighbour("cute.arch.barrier()"))
     code, output = mutate(script, "--arch", "sm_90a")
     assert code == 0 and "1 (1 RaceError)" in output, output
-    script.write_text(NEIGHBOUR.replace("SECOND", "cute.arch.barrier(barrier_id=1, number_of_threads=64)"))
+    script.write_text(neighbour("cute.arch.barrier()", "cute.arch.barrier(barrier_id=1, number_of_threads=64)"))
     code, output = mutate(script, "--arch", "sm_90a", "--out", str(out), "--jobs", "2")
     assert code == 1 and output.count("escaped: deleted: PTX line") == 2, output
     line = 1 + next(i for i, x in enumerate(script.read_text().splitlines()) if "barrier_id=1" in x)
@@ -69,7 +37,7 @@ def test_noticed_and_escaped(tmp_path):
 def test_what_cannot_be_studied(tmp_path):
     """A kernel that fails undamaged, and a script that launches nothing."""
     script = tmp_path / "script.py"
-    script.write_text(NEIGHBOUR.replace("    SECOND\n", "").replace("    cute.arch.barrier()\n", ""))
+    script.write_text(neighbour())
     code, output = mutate(script, "--arch", "sm_90a")
     assert code == 1 and "the undamaged kernel fails in the run 'default': RaceError" in output
     script.write_text("import torch\n")

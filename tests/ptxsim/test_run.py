@@ -1,51 +1,19 @@
 """``python -m ptxsim run``: the examples as third parties run them, a script with a fault, and the exit codes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from ptxsim.cli import Mode, _modes, _with_mode, main
+from tests.testing.commands import neighbour, run_ptxsim
 from tests.testing.traces import check_trace
-
-ROOT = Path(__file__).parents[2]
-
-# Every thread reads what the neighbouring warp wrote; with BARRIER that is ordered.
-NEIGHBOUR = """
-import cutlass, cutlass.cute as cute, torch
-from cutlass.cute.runtime import from_dlpack
-
-@cute.kernel
-def kernel(a: cute.Tensor, b: cute.Tensor):
-    thread, _, _ = cute.arch.thread_idx()
-    smem = cutlass.utils.SmemAllocator()
-    shared = smem.allocate_tensor(cutlass.Float32, cute.make_layout(64), byte_alignment=16)
-    shared[thread] = a[thread]
-    BARRIER
-    b[thread] = shared[thread ^ 32]
-
-@cute.jit
-def launch(a: cute.Tensor, b: cute.Tensor):
-    kernel(a, b).launch(grid=(1, 1, 1), block=(64, 1, 1))
-
-a = torch.arange(64, dtype=torch.float32, device="cuda")
-b = torch.empty_like(a)
-launch(from_dlpack(a), from_dlpack(b))
-torch.cuda.synchronize()
-assert b.device.type == "cuda" and b.is_cuda
-assert torch.equal(b.cpu(), a.cpu().roll(32)), b
-"""
 
 
 def run(script, *options):
-    """(exit code, output) of the command, as a user starts it."""
-    command = [sys.executable, "-W", "ignore", "-m", "ptxsim", "run", str(script), *options]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    """(exit code, output) of the command."""
+    return run_ptxsim("run", script, *options)
 
 
 def rows(output):
@@ -98,10 +66,10 @@ def test_fa3_forward():
 
 def test_race_is_reported_with_source_lines(tmp_path):
     script = tmp_path / "neighbour.py"
-    script.write_text(NEIGHBOUR.replace("BARRIER", "cute.arch.barrier()"))
+    script.write_text(neighbour("cute.arch.barrier()"))
     code, output = run(script, "--arch", "sm_90a", "--race")
     assert code == 0 and len(rows(output)) == 1, output
-    script.write_text(NEIGHBOUR.replace("    BARRIER\n", ""))
+    script.write_text(neighbour())
     lines = script.read_text().splitlines()
     write, read = (
         1 + next(i for i, x in enumerate(lines) if text in x) for text in ("shared[thread] =", "thread ^ 32")
