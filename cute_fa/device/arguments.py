@@ -1,0 +1,47 @@
+"""What every compiled kernel takes first, and where one sequence of the batch lies in it."""
+
+from typing import NamedTuple, Optional
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from cute_fa.device.block_range import Window
+from cute_fa.device.seqlen import LengthTensors, SeqlenInfo, seqlen_info
+
+
+class CommonArguments(NamedTuple):
+    """Dense q, out (batch, seqlen_q, heads, d), k, v (batch, seqlen_k, heads_kv, d) or, paged, (num_pages, page_size,
+    heads_kv, d), lse fp32 (batch, heads, seqlen_q); packed without the batch dimension, lse (heads, total_q).
+    alibi_slopes fp32 (batch or stride 0, heads), learnable_sink fp32 (heads), page_table int32 (batch, max_pages)."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    lengths: LengthTensors
+    window: Window
+    alibi_slopes: Optional[cute.Tensor]
+    learnable_sink: Optional[cute.Tensor]
+    softmax_scale: Float32
+    softcap: Optional[Float32]
+    page_table: Optional[cute.Tensor]
+
+    @property
+    def batches(self):
+        """Sequences of the batch."""
+        packed = self.lengths.cu_seqlens_q
+        return self.q.shape[0] if const_expr(packed is None) else packed.shape[0] - 1
+
+    @property
+    def dense(self):
+        """Rows of q, and of k or its pages, that each sequence has; 0 where packed."""
+        dense_q = self.q.shape[1] if const_expr(self.lengths.cu_seqlens_q is None) else 0
+        dense_k = self.k.shape[1] if const_expr(self.lengths.cu_seqlens_k is None) else 0
+        if const_expr(self.page_table is not None):
+            dense_k = self.page_table.shape[1] * self.k.shape[1]
+        return dense_q, dense_k
+
+    def info(self, batch: Int32) -> SeqlenInfo:
+        """Where sequence ``batch`` lies."""
+        return seqlen_info(self.lengths, batch, *self.dense)
