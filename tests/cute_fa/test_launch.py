@@ -29,7 +29,7 @@ def test_tensors_of_another_origin_are_not_kept(nested):
 
 
 def test_arguments_are_those_of_the_kernel_in_every_call(monkeypatch):
-    """Packed lengths and per-batch slopes: tensors at both levels of the arguments."""
+    """Packed lengths and per-batch slopes: tensors at all levels of the arguments."""
     launched, asked = [], []
     arguments = Fa2Forward.arguments
 
@@ -55,15 +55,15 @@ def test_arguments_are_those_of_the_kernel_in_every_call(monkeypatch):
             yield AttentionTensors(q, k, v, out, lse, offsets, None, None, None, None, slopes, None), launched[-1]
 
     with cute_fa.simulate("sm_80", num_sms=7):
-        for given, args in call((2, 2)):
-            assert [args[i] is given[i] for i in range(5)] == [True] * 5
-            assert args[5][0] is offsets and args[7] is given.alibi_slopes
-            assert args[10:] == (2.0, 5)
+        for given, (common, seqlen_q) in call((2, 2)):
+            assert [common[i] is given[i] for i in range(5)] == [True] * 5
+            assert common[5][0] is offsets and common[7] is given.alibi_slopes
+            assert common[10:] == (2.0, None) and seqlen_q == 5
         assert asked == [7]
         # Slopes of all sequences alike are expanded, into a tensor of each call's own.
-        for given, args in call((2,)):
-            assert args[7].data_ptr() == given.alibi_slopes.data_ptr()
-            assert args[0] is given.q and args[1] is given.k
+        for given, (common, _) in call((2,)):
+            assert common[7].data_ptr() == given.alibi_slopes.data_ptr()
+            assert common[0] is given.q and common[1] is given.k
         assert len(asked) == 1 + 1 + 2
 
 
