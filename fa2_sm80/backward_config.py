@@ -6,19 +6,10 @@ from dataclasses import dataclass
 
 from cute_fa.kernel import FeatureConfig, padded
 from cute_fa.problem import AttentionProblem
+from fa2_sm80.warp_grid import WarpGrid
 
 # An mma.sync m16n8k16 has 16 rows; B operands come in pairs, 16 columns at a time.
 MMA_ROWS = 16
-
-
-@dataclass(frozen=True)
-class WarpGrid:
-    """How the warps of a CTA share a product: ``rows`` × ``columns`` of them over its rows and columns, ``depth`` over
-    what is summed."""
-
-    rows: int
-    columns: int = 1
-    depth: int = 1
 
 
 @dataclass(frozen=True)

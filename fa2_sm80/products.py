@@ -60,7 +60,7 @@ class WarpProduct:
 
 
 class WarpPlace:
-    """Where a warp stands in a :class:`~fa2_sm80.backward_config.WarpGrid`, and where a thread of it stands in the
+    """Where a warp stands in a :class:`~fa2_sm80.warp_grid.WarpGrid`, and where a thread of it stands in the
     warp's part of an accumulator: ``row`` and ``column`` of its first register. ``part``: the warp's columns, None if
     it has them all."""
 

@@ -20,10 +20,12 @@ from cute_fa.device.score_gradients import SOFTCAP_FACTOR, probabilities, score_
 from cute_fa.device.scores import score_params
 from cute_fa.device.seqlen import SeqlenInfo
 from fa2_sm80.backward_arguments import BackwardArguments
-from fa2_sm80.backward_config import Fa2BackwardConfig, WarpGrid
+from fa2_sm80.backward_config import Fa2BackwardConfig
+from fa2_sm80.block_ring import BlockRing
 from fa2_sm80.copies import SMEM_ALIGNMENT, FragmentLoader, FragmentStore, SmemTile, TileLoader, lane_offset, store_tile
 from fa2_sm80.forward_kernel import head_matrix
 from fa2_sm80.products import WarpPlace, WarpProduct, register_column, register_row
+from fa2_sm80.warp_grid import WarpGrid
 
 
 class QueryGradientTiles(NamedTuple):
@@ -35,49 +37,20 @@ class QueryGradientTiles(NamedTuple):
     v: SmemTile
 
 
-class KeyValueSteps:
-    """cp.async of one key block a step, K and V in one group; the next step is issued as soon as its stage is free."""
+class TileRing(BlockRing):
+    """K and V by whole tiles."""
 
-    def __init__(self, stages: int, load_k: TileLoader, load_v: TileLoader, blocks: BlockRange, window: Window):
-        self.stages, self.blocks, self.window = stages, blocks, window
-        self.load_k, self.load_v = load_k.load, load_v.load
+    def __init__(
+        self, stages: int, load_k: TileLoader, load_v: TileLoader, blocks: BlockRange, window: Window, seqlen_k: Int32
+    ):
+        super().__init__(stages, blocks, window, blocks.total)
+        self.loads, self.seqlen_k, self.tile_n = (load_k.load, load_v.load), seqlen_k, load_k.smem.rows
 
-    def stage(self, iteration: Int32):
-        return 0 if const_expr(self.stages == 1) else iteration % self.stages
-
-    @cute.jit
-    def prologue(self, rows_left: Int32):
-        """The first block, the only one that can reach beyond the keys: ``rows_left`` from its first one on."""
-        if self.blocks.total > 0:
-            self._load(Int32(0), rows_left)
-        cute.arch.cp_async_commit_group()
-
-    @cute.jit
-    def wait(self, iteration: Int32):
-        """This step's K and V are in shared memory, and the previous step is over for all warps."""
-        cute.arch.cp_async_wait_group(0)
-        cute.arch.sync_threads()
-        if const_expr(self.stages > 1):
-            self._issue(iteration + 1)
-
-    @cute.jit
-    def release(self, iteration: Int32):
-        """With one stage: once all warps are done with it, the next step's K and V take its place."""
-        if const_expr(self.stages == 1):
-            cute.arch.sync_threads()
-            self._issue(iteration + 1)
-
-    @cute.jit
-    def _issue(self, iteration: Int32):
-        load = self._load
-        if iteration < self.blocks.total:
-            load(iteration, None)
-        cute.arch.cp_async_commit_group()
-
-    def _load(self, iteration: Int32, rows_left):
-        block, stage = self.blocks.block(iteration, self.window), self.stage(iteration)
-        self.load_k(block, stage, rows_left)
-        self.load_v(block, stage, rows_left)
+    def load(self, block: Int32, stage: Int32, first: bool):
+        """Only the first block can reach beyond the keys."""
+        rows_left = self.seqlen_k - block * self.tile_n if first else None
+        for load in self.loads:
+            load(block, stage, rows_left)
 
 
 class QueryGradientTile:
@@ -199,15 +172,15 @@ class QueryGradientKernel:
             TileLoader(dout, smem.dout, c.head_dim_v, tidx, tiles.num_threads).load(m_block, 0, rows_left)
             load_k = TileLoader(k, smem.k, c.head_dim, tidx, tiles.num_threads)
             load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, tiles.num_threads)
-            steps = KeyValueSteps(tiles.stages, load_k, load_v, blocks, args.common.window)
-            steps.prologue(info.seqlen_k - blocks.block(Int32(0), args.common.window) * tiles.tile_n)
+            ring = TileRing(tiles.stages, load_k, load_v, blocks, args.common.window, info.seqlen_k)
+            ring.prologue(Int32(0))
             slope = None
             if const_expr(c.alibi):
                 slopes = (args.common.alibi_slopes[batch, head],)
                 slope = score_params(args.common.softmax_scale, args.common.softcap, slopes).slopes[0]
             tile = QueryGradientTile(c, smem, info, m_start, args)
             tile.load_statistics(args.scratch.stats, args.first_tile(info, batch, c.tile_m), head)
-            self.main_loop(tile, steps, blocks, slope)
+            self.main_loop(tile, ring, blocks, slope)
             cute.arch.cp_async_wait_group(0)
 
             m_block, head, batch = self.tile(args)
@@ -223,31 +196,31 @@ class QueryGradientKernel:
             store_tile(smem.q, dq, m_block, info.rows_q - m_block * tiles.tile_m, c.head_dim, tidx, tiles.num_threads)
 
     @cute.jit
-    def main_loop(self, tile: QueryGradientTile, steps: KeyValueSteps, blocks: BlockRange, slope):
+    def main_loop(self, tile: QueryGradientTile, ring: TileRing, blocks: BlockRange, slope):
         """The ranges of the tile in turn, each with just the mask it needs."""
         step = self.step
         for iteration in cutlass.range(blocks.right_end, unroll=1):
-            step(tile, steps, iteration, slope, True, self.config.window_left)
+            step(tile, ring, iteration, slope, True, self.config.window_left)
         for iteration in cutlass.range(blocks.right_end, blocks.full_end, unroll=1):
-            step(tile, steps, iteration, slope, False, False)
+            step(tile, ring, iteration, slope, False, False)
         if const_expr(self.config.window_left):
             for iteration in cutlass.range(blocks.full_end, blocks.total, unroll=1):
-                step(tile, steps, iteration, slope, False, True)
+                step(tile, ring, iteration, slope, False, True)
 
     @cute.jit
     def step(
         self,
         tile: QueryGradientTile,
-        steps: KeyValueSteps,
+        ring: TileRing,
         iteration: Int32,
         slope,
         right_edge: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
     ):
         """Wait for one key block, and add what it gives."""
-        steps.wait(iteration)
-        tile.step(steps.blocks.block(iteration, steps.window), steps.stage(iteration), slope, right_edge, left_edge)
-        steps.release(iteration)
+        ring.wait(iteration)
+        tile.step(ring.blocks.block(iteration, ring.window), ring.stage(iteration), slope, right_edge, left_edge)
+        ring.release(iteration)
 
     def smem_tiles(self) -> QueryGradientTiles:
         c, tiles, allocator = self.config, self.tiles, SmemAllocator()

@@ -13,10 +13,10 @@ from cute_fa.device.registers import narrow
 from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
-from fa2_sm80.backward_config import WarpGrid
 from fa2_sm80.copies import FragmentLoader, SmemTile, lane_offset
 from fa2_sm80.products import WarpPlace, WarpProduct, register_row
 from fa2_sm80.split_config import WARP_ROWS, Fa2SplitConfig
+from fa2_sm80.warp_grid import WarpGrid
 
 
 class SplitTiles(NamedTuple):

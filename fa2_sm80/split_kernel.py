@@ -19,7 +19,7 @@ from fa2_sm80.forward_kernel import head_row
 from fa2_sm80.row_tile import RowTile, SplitTiles, merged_parts
 from fa2_sm80.split_arguments import SplitArguments, split_fakes
 from fa2_sm80.split_config import Fa2SplitConfig
-from fa2_sm80.split_loader import KeyRows, KeyValueRing, RowLoader
+from fa2_sm80.split_loader import KeyRows, RowLoader, RowRing
 
 
 class Fa2SplitKernel:
@@ -76,10 +76,12 @@ class Fa2SplitKernel:
                 KeyRows(tensor, head_kv, batch, info.offset_k, c.cu_seqlens_k, args.common.page_table)
                 for tensor in (args.common.k, args.common.v)
             )
-            ring = KeyValueRing(
+            ring = RowRing(
                 c.stages,
-                RowLoader(smem.k, c.head_dim, tidx, c.num_threads),
-                RowLoader(smem.v, c.head_dim_v, tidx, c.num_threads),
+                (
+                    RowLoader(smem.k, c.head_dim, tidx, c.num_threads),
+                    RowLoader(smem.v, c.head_dim_v, tidx, c.num_threads),
+                ),
                 keys,
                 c.page_size,
                 blocks,

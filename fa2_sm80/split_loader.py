@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from cute_fa.device.block_range import BlockRange, Window
+from fa2_sm80.block_ring import BlockRing
 from fa2_sm80.copies import CHUNK, CHUNK_BYTES, ELEMENT_BYTES, SmemTile, copy_async
 
 
@@ -76,14 +77,13 @@ class KeyRows:
         return self.start + self.page_bytes * page + self.row_bytes * (key % page_size)
 
 
-class KeyValueRing:
-    """``stages`` key blocks in flight, K and V of one in one cp.async group, over a part of a tile's block range."""
+class RowRing(BlockRing):
+    """K and V by rows, paged or not."""
 
     def __init__(
         self,
         stages: int,
-        load_k: RowLoader,
-        load_v: RowLoader,
+        loaders: tuple[RowLoader, RowLoader],
         rows: tuple[KeyRows, KeyRows],
         page_size: Optional[int],
         blocks: BlockRange,
@@ -91,49 +91,17 @@ class KeyValueRing:
         seqlen_k: Int32,
         stop: Int32,
     ):
-        """``rows``: of K and V; ``stop``: the first iteration that is not this CTA's."""
-        self.stages, self.load_k, self.load_v = stages, load_k, load_v
-        self.rows, self.page_size = rows, page_size
-        self.blocks, self.window, self.seqlen_k, self.stop = blocks, window, seqlen_k, stop
-        self.tile_n = load_k.smem.rows
+        """``loaders``, ``rows``: of K and V."""
+        super().__init__(stages, blocks, window, stop)
+        self.loaders, self.rows, self.page_size, self.seqlen_k = loaders, rows, page_size, seqlen_k
+        self.tile_n = loaders[0].smem.rows
 
-    def stage(self, iteration: Int32):
-        return 0 if const_expr(self.stages == 1) else iteration % self.stages
-
-    @cute.jit
-    def prologue(self, start: Int32):
-        """The first blocks, one fewer than there are stages, or the only one; Q's copies join the first group."""
-        for i in cutlass.range_constexpr(max(self.stages - 1, 1)):
-            self._issue(start + i)
-
-    @cute.jit
-    def wait(self, iteration: Int32):
-        """This iteration's K and V are in shared memory, and the previous one is over for all warps."""
-        cute.arch.cp_async_wait_group(max(self.stages - 2, 0))
-        cute.arch.sync_threads()
-        if const_expr(self.stages > 1):
-            self._issue(iteration + self.stages - 1)
-
-    @cute.jit
-    def release(self, iteration: Int32):
-        """With one stage: once all warps are done with it, the next block takes its place."""
-        if const_expr(self.stages == 1):
-            cute.arch.sync_threads()
-            self._issue(iteration + 1)
-
-    @cute.jit
-    def _issue(self, iteration: Int32):
-        load = self._load
-        if iteration < self.stop:
-            load(iteration)
-        cute.arch.cp_async_commit_group()
-
-    def _load(self, iteration: Int32):
-        first_key, stage = self.blocks.block(iteration, self.window) * self.tile_n, self.stage(iteration)
-        for loader, rows in zip((self.load_k, self.load_v), self.rows, strict=True):
+    def load(self, block: Int32, stage: Int32, first: bool):
+        """Every block is checked against the sequence's end: decoding waits for memory."""
+        for loader, rows in zip(self.loaders, self.rows, strict=True):
 
             def address(row, rows=rows):
-                key = first_key + row
+                key = block * self.tile_n + row
                 inside = key < self.seqlen_k
                 return rows.address(key, inside, self.page_size), inside
 
