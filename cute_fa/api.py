@@ -208,6 +208,7 @@ def prepare(
     seqused_q: Any = None,
     seqused_k: Any = None,
     page_table: Any = None,
+    cache_batch_idx: Any = None,
     alibi_slopes: Any = None,
     learnable_sink: Any = None,
     max_seqlen_q: Any = None,
@@ -229,7 +230,8 @@ def prepare(
     _check_flag("deterministic", deterministic)
     if pack_gqa is not None:
         _check_flag("pack_gqa", pack_gqa)
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, alibi_slopes, learnable_sink)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    tensors = (q, k, v, *lengths, page_table, cache_batch_idx, alibi_slopes, learnable_sink)
     for name, tensor in zip(ops.Call._fields, tensors, strict=False):
         if tensor is not None or name in "qkv":
             _check_tensor(name, tensor)
@@ -248,7 +250,7 @@ def prepare(
         *normalize_window(window_size, causal),
         _integer("sink_tokens", sink_tokens),
         _float("softcap", softcap),
-        _integer("num_splits", num_splits) or 1,
+        _integer("num_splits", num_splits),
         family,
         pack_gqa,
         persistent,

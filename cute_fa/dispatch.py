@@ -177,6 +177,19 @@ class DispatchTable:
             raise Fp8Error(f"{problem.dtype.value} input on {problem.arch.value}: no kernel offers fp8 here ({listed})")
         raise UnsupportedKeyError(DispatchKey.of(problem), reasons)
 
+    def choose(
+        self, problem: AttentionProblem, family: str | None, num_sms: int
+    ) -> tuple[AttentionProblem, type[AttentionKernel]]:
+        """The problem with a number of splits, and the kernel that serves it, where the caller leaves the number open:
+        those of the first kernel that wants the problem for itself (``AttentionKernel.num_splits``), else one split and
+        :meth:`lookup`."""
+        for entry in self._candidates(problem, family):
+            if not entry.reasons(problem):
+                splits = entry.kernel().num_splits(problem, num_sms)
+                if splits is not None:
+                    return replace(problem, num_splits=splits), entry.kernel()
+        return problem, self.lookup(problem, family)
+
     def explain(self, problem: AttentionProblem | DispatchKey, family: str | None = None) -> dict[str, list[str]]:
         """Reasons of every candidate, by name; an empty list means that it serves the problem."""
         if isinstance(problem, DispatchKey):

@@ -101,6 +101,10 @@ class PageTableError(CuteFaError):
     """A page number outside the cache."""
 
 
+class CacheIndexError(CuteFaError):
+    """An index of a sequence outside the cache."""
+
+
 class Fa3ArchError(CuteFaError):
     """FA3 kernels asked for on an architecture without WGMMA."""
 

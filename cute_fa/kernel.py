@@ -32,6 +32,7 @@ class AttentionTensors(NamedTuple):
     (batch, seqlen_q, heads, head_dim_v), lse fp32 (batch, heads, seqlen_q). With ``cu_seqlens_q`` q and out are
     (total_q, heads, …) and lse is (heads, total_q); with ``cu_seqlens_k`` k and v are (total_k, heads_kv, …).
     ``cu_seqlens_*`` int32 (batch + 1), ``seqused_*`` int32 (batch), ``page_table`` int32 (batch, max_pages),
+    ``cache_batch_idx`` int32 (batch): which sequence of k and v each one of the batch reads,
     ``alibi_slopes`` fp32 (heads) or (batch, heads), ``learnable_sink`` fp32 (heads).
     """
 
@@ -45,6 +46,7 @@ class AttentionTensors(NamedTuple):
     seqused_q: torch.Tensor | None
     seqused_k: torch.Tensor | None
     page_table: torch.Tensor | None
+    cache_batch_idx: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
     learnable_sink: torch.Tensor | None
 
@@ -100,6 +102,7 @@ class FeatureConfig(KernelConfig):
     seqused_q: bool = False
     seqused_k: bool = False
     page_size: int | None = None
+    cache_batch_idx: bool = False
 
     @staticmethod
     def features(problem: AttentionProblem) -> dict[str, Any]:
@@ -120,6 +123,7 @@ class FeatureConfig(KernelConfig):
             "seqused_q": problem.seqused_q,
             "seqused_k": problem.seqused_k,
             "page_size": problem.page_size,
+            "cache_batch_idx": problem.cache_batch_idx,
         }
 
     @property
@@ -147,6 +151,7 @@ class FeatureConfig(KernelConfig):
             "cuk": self.cu_seqlens_k,
             "usedq": self.seqused_q,
             "usedk": self.seqused_k,
+            "index": self.cache_batch_idx,
             **choices,
         }
         tokens = (token for token, on in flags.items() if on)
@@ -173,6 +178,12 @@ class AttentionKernel(ABC):
     @abstractmethod
     def configure(cls, problem: AttentionProblem) -> KernelConfig:
         """The heuristic: which tiles, stages and flags serve this problem."""
+
+    @classmethod
+    def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:
+        """Into how many parts to split the keys of a problem that this kernel serves, where the caller leaves it open;
+        None if the problem is better served in the table's order, with one."""
+        return None
 
     @classmethod
     @abstractmethod
@@ -226,4 +237,5 @@ def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> tu
         problem.softmax_scale,
         problem.softcap if problem.softcap else None,
         t.page_table,
+        t.cache_batch_idx,
     )

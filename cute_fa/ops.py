@@ -75,6 +75,7 @@ class Call(NamedTuple):
     seqused_q: torch.Tensor | None
     seqused_k: torch.Tensor | None
     page_table: torch.Tensor | None
+    cache_batch_idx: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
     learnable_sink: torch.Tensor | None
     max_seqlen_q: int | None
@@ -91,14 +92,14 @@ class Call(NamedTuple):
     deterministic: bool
 
 
-NUM_TENSORS = 10
+NUM_TENSORS = 11
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
-    "Tensor? page_table, Tensor? alibi_slopes, Tensor? learnable_sink, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "float? softmax_scale, SymInt? window_left, SymInt? window_right, SymInt sink_tokens, float softcap, "
-    "SymInt num_splits, str? family, bool? pack_gqa, str persistent, bool deterministic"
+    "Tensor? page_table, Tensor? cache_batch_idx, Tensor? alibi_slopes, Tensor? learnable_sink, SymInt? max_seqlen_q, "
+    "SymInt? max_seqlen_k, float? softmax_scale, SymInt? window_left, SymInt? window_right, SymInt sink_tokens, "
+    "float softcap, SymInt num_splits, str? family, bool? pack_gqa, str persistent, bool deterministic"
 )
 LIBRARY = library.Library("cute_fa", "DEF")
 LIBRARY.define(f"attention({ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
@@ -173,6 +174,7 @@ def problem_of_call(arch: SmArch, call: Call, out: torch.Tensor | None = None, *
     """The validated problem of a call. ``backward``: fields of one that is of a backward."""
     options = call._asdict()
     del options["family"], options["deterministic"]
+    options["num_splits"] = call.num_splits or 1  # 0 is for the table to choose
     window = options.pop("window_left"), options.pop("window_right")
     persistent = PersistentMode.named(options.pop("persistent"))
     return problem_of(arch, **options, window_size=window, persistent=persistent, out=out, **backward)
@@ -180,7 +182,10 @@ def problem_of_call(arch: SmArch, call: Call, out: torch.Tensor | None = None, *
 
 def _make_plan(target: Target, call: Call, out: torch.Tensor | None) -> _Plan:
     problem = problem_of_call(target.arch, call, out)
-    kernel = TABLE.lookup(problem, call.family)
+    if call.num_splits == 0:
+        problem, kernel = TABLE.choose(problem, call.family, target.num_sms)
+    else:
+        kernel = TABLE.lookup(problem, call.family)
     q, k, v = call.q, call.k, call.v
     return _Plan(
         problem=problem,
@@ -217,7 +222,7 @@ def restrided(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Te
 def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
     q, k, v = call.q, call.k, call.v
     if CHECK_VALUES or simulated_arch() is not None:
-        check_values(plan.problem, q, k, *call[3:8])
+        check_values(plan.problem, q, k, *call[3:9])
     if not plan.launches:
         _without_keys(call, out, lse)
         return

@@ -13,6 +13,7 @@ import torch
 from cute_fa.errors import (
     AlignmentError,
     ArgumentError,
+    CacheIndexError,
     CumulativeSeqlensError,
     DeviceError,
     DTypeError,
@@ -54,6 +55,7 @@ def problem_of(
     seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -78,7 +80,7 @@ def problem_of(
     """
     dtype = _dtype(q, k, v)
     batch, rows_q = _queries(q, cu_seqlens_q)
-    rows_k, page_size = _keys(q, k, v, batch, cu_seqlens_k, page_table)
+    rows_k, page_size = _keys(q, k, v, batch, cu_seqlens_k, page_table, cache_batch_idx)
     tensors = {"q": q, "k": k, "v": v}
     if out is not None:
         _output(out, tensors)
@@ -95,7 +97,8 @@ def problem_of(
         _vector("alibi_slopes", alibi_slopes, torch.float32, heads, batch)
     if learnable_sink is not None:
         _vector("learnable_sink", learnable_sink, torch.float32, heads)
-    extras = {**lengths, "page_table": page_table, "alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
+    extras = {**lengths, "page_table": page_table, "cache_batch_idx": cache_batch_idx}
+    extras |= {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
     check_devices(tensors | extras)
     for name, cu_seqlens, rows in (("cu_seqlens_q", cu_seqlens_q, rows_q), ("cu_seqlens_k", cu_seqlens_k, rows_k)):
         if cu_seqlens is not None and rows > INT32_MAX:
@@ -123,6 +126,7 @@ def problem_of(
         seqused_q=seqused_q is not None,
         seqused_k=seqused_k is not None,
         page_size=page_size,
+        cache_batch_idx=cache_batch_idx is not None,
         num_splits=num_splits,
         direction=direction,
         pack_gqa=pack_gqa,
@@ -196,10 +200,11 @@ def check_values(
     seqused_q: torch.Tensor | None,
     seqused_k: torch.Tensor | None,
     page_table: torch.Tensor | None,
+    cache_batch_idx: torch.Tensor | None,
 ) -> None:
-    """Check the numbers in the length tensors and the page table: one host synchronisation each.
+    """Check the numbers in the length tensors, the page table and the cache's index: one host synchronisation each.
 
-    Raises CumulativeSeqlensError, LengthError or PageTableError.
+    Raises CumulativeSeqlensError, LengthError, PageTableError or CacheIndexError.
     """
     if cu_seqlens_q is not None:
         held_q = _held("cu_seqlens_q", cu_seqlens_q, q)
@@ -219,6 +224,10 @@ def check_values(
             for page in row[: -(-used_k[b] // k.shape[1])]:
                 if not 0 <= page < k.shape[0]:
                     raise PageTableError(f"page_table[{b}] lists page {page}: the cache has {k.shape[0]} pages")
+    if cache_batch_idx is not None:
+        for b, sequence in enumerate(cache_batch_idx.tolist()):
+            if not 0 <= sequence < k.shape[0]:
+                raise CacheIndexError(f"cache_batch_idx[{b}]={sequence}: the cache has {k.shape[0]} sequences")
 
 
 def used_lengths(cu_seqlens_k: torch.Tensor) -> torch.Tensor:
@@ -283,9 +292,12 @@ def _queries(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, i
     return batch, rows
 
 
-def _keys(q, k, v, batch: int, cu_seqlens_k, page_table) -> tuple[int, int | None]:
+def _keys(q, k, v, batch: int, cu_seqlens_k, page_table, cache_batch_idx) -> tuple[int, int | None]:
     """(rows that one sequence, or the packed tensor, can hold; page size or None)."""
     page_size = None
+    if cache_batch_idx is not None and (page_table is not None or cu_seqlens_k is not None):
+        other = "cu_seqlens_k" if page_table is None else "page_table"
+        raise ArgumentError(f"cache_batch_idx with {other}: only contiguous (batch_cache, …) caches take an index")
     if page_table is not None:
         if cu_seqlens_k is not None:
             raise ArgumentError("cu_seqlens_k with page_table: a paged cache takes its lengths from seqused_k")
@@ -304,7 +316,11 @@ def _keys(q, k, v, batch: int, cu_seqlens_k, page_table) -> tuple[int, int | Non
     else:
         _dims("k", k, 4, "(batch, seqlen_k, heads_kv, head_dim)")
         rows = k.shape[1]
-        if k.shape[0] != batch:
+        if cache_batch_idx is not None:
+            _vector("cache_batch_idx", cache_batch_idx, torch.int32, batch)
+            if k.shape[0] == 0:
+                raise EmptyCacheError(f"k {tuple(k.shape)}: the cache has no sequences")
+        elif k.shape[0] != batch:
             raise ShapeError(f"k {tuple(k.shape)}: its first size is the batch, {batch}")
     if v.shape[:-1] != k.shape[:-1]:
         raise ShapeError(f"v {tuple(v.shape)} and k {tuple(k.shape)}: all sizes but the last must be equal")

@@ -60,8 +60,9 @@ class Fa2ForwardKernel:
         if m_start < info.rows_q:
             blocks = block_range(args.common.window, info.seqlen_q, info.seqlen_k, m_start, c.tile_m, c.tile_n)
             q = head_matrix(args.common.q, head, batch, info.offset_q, c.cu_seqlens_q)
-            k = head_matrix(args.common.k, head_kv, batch, info.offset_k, c.cu_seqlens_k)
-            v = head_matrix(args.common.v, head_kv, batch, info.offset_k, c.cu_seqlens_k)
+            key_batch = args.common.key_batch(batch)
+            k = head_matrix(args.common.k, head_kv, key_batch, info.offset_k, c.cu_seqlens_k)
+            v = head_matrix(args.common.v, head_kv, key_batch, info.offset_k, c.cu_seqlens_k)
 
             smem = self.smem_tiles()
             load_q = TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads)

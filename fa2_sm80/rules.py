@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cute_fa.kernel import common_objections
 from cute_fa.problem import AttentionProblem
-from cute_fa.types import DType, PersistentMode
+from cute_fa.types import Direction, DType, PersistentMode
 
 MAX_CTAS = 2**31 - 1  # of a grid in x
 
@@ -24,6 +24,8 @@ def objections(problem: AttentionProblem, grids: dict[str, int], *, rows_of_any_
             reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")
         if problem.pack_gqa and problem.gqa_ratio > 1:
             reasons.append("pack_gqa: this kernel's tiles hold the queries of one head")
+    if problem.cache_batch_idx and problem.direction is Direction.BACKWARD:
+        reasons.append("cache_batch_idx: a cache has no gradient")
     if problem.persistent is PersistentMode.ON:
         reasons.append("persistent: this kernel launches one CTA for each tile")
     for name, ctas in grids.items():

@@ -9,7 +9,7 @@ from cute_fa.problem import AttentionProblem
 from cute_fa.tiling import ceil_div
 from cute_fa.types import Direction
 from fa2_sm80.rules import objections
-from fa2_sm80.split_config import Fa2SplitConfig, split_config
+from fa2_sm80.split_config import Fa2SplitConfig, num_splits, split_config
 
 
 class Fa2Split(AttentionKernel):
@@ -28,6 +28,10 @@ class Fa2Split(AttentionKernel):
     @classmethod
     def configure(cls, problem: AttentionProblem) -> Fa2SplitConfig:
         return split_config(problem)
+
+    @classmethod
+    def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:
+        return num_splits(problem, num_sms)
 
     @classmethod
     def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:

@@ -6,9 +6,18 @@ from dataclasses import dataclass
 
 from cute_fa.kernel import FeatureConfig, padded
 from cute_fa.problem import AttentionProblem
+from cute_fa.tiling import ceil_div
 
 WARPS = 4
 WARP_ROWS = 16
+# Up to as many rows as one tile holds the keys are read once, and more CTAs come from splitting them alone.
+DECODE_ROWS = WARPS * WARP_ROWS
+# What the model of ``num_splits`` counts in key blocks beside the blocks themselves: a CTA's start, with the first
+# copies' latency, and the second kernel. Not yet measured on a GPU.
+_START_BLOCKS = 2
+_COMBINE_BLOCKS = 4
+_MAX_SPLITS = 128
+_MAX_CTAS_PER_SM = 2
 
 
 @dataclass(frozen=True)
@@ -75,3 +84,31 @@ def split_config(problem: AttentionProblem) -> Fa2SplitConfig:
         stages=max(1, min(4, room // (problem.dtype.bytes * tile_n * widths))),
         split=problem.num_splits > 1,
     )
+
+
+def num_splits(problem: AttentionProblem, num_sms: int) -> int | None:
+    """Into how many parts to split the keys: what takes the least time if a CTA's time is its key blocks and a start,
+    CTAs run in waves of as many as fit the GPU, and a second kernel follows where there is more than one part. Lengths
+    on the device are not read: ``seqlen_k`` is the longest that there may be. None for more rows than one tile."""
+    if problem.seqlen_q * problem.gqa_ratio > DECODE_ROWS:
+        return None
+    config = split_config(problem)
+    tiles = problem.num_heads_kv * problem.batch
+    blocks = ceil_div(visible_keys(problem), config.tile_n)
+    ctas = num_sms * max(1, min(_MAX_CTAS_PER_SM, problem.arch.smem_bytes // config.smem_bytes))
+
+    def time(splits: int) -> int:
+        waves = ceil_div(tiles * splits, ctas)
+        return waves * (ceil_div(blocks, splits) + _START_BLOCKS) + (_COMBINE_BLOCKS if splits > 1 else 0)
+
+    return min(range(1, min(_MAX_SPLITS, max(blocks, 1)) + 1), key=time)
+
+
+def visible_keys(problem: AttentionProblem) -> int:
+    """Keys that the queries of one sequence can see at most: those of a window and the sink tokens, or all."""
+    left, right = problem.window_left, problem.window_right
+    if left is None:
+        return problem.seqlen_k
+    if right is None:
+        right = problem.seqlen_k
+    return min(problem.seqlen_k, problem.sink_tokens + left + problem.seqlen_q + right)

@@ -72,8 +72,9 @@ class Fa2SplitKernel:
             RowLoader(smem.q, c.head_dim, tidx, c.num_threads).load(
                 self.query_rows(args, info, batch, head_kv, gqa_ratio, first_row), 0
             )
+            sequence = batch if const_expr(c.page_size is not None) else args.common.key_batch(batch)
             keys = tuple(
-                KeyRows(tensor, head_kv, batch, info.offset_k, c.cu_seqlens_k, args.common.page_table)
+                KeyRows(tensor, head_kv, sequence, info.offset_k, c.cu_seqlens_k, args.common.page_table)
                 for tensor in (args.common.k, args.common.v)
             )
             ring = RowRing(

@@ -52,7 +52,8 @@ class KeyRows:
     """Where the rows of one kv head of one sequence lie in K or V, paged or not."""
 
     def __init__(self, tensor: cute.Tensor, head: Int32, batch: Int32, offset: Int32, packed: bool, page_table):
-        """``tensor``, ``page_table``: as the kernel takes them; ``offset``: first row of the sequence, if packed."""
+        """``tensor``, ``page_table``: as the kernel takes them; ``batch``: the row of the table, or the place
+        in K and V; ``offset``: first row of the sequence, if packed."""
         self.page_size = None if page_table is None else tensor.shape[1]
         self.pages = None if page_table is None else page_table[batch, None]
         row_stride = tensor.stride[0] if const_expr(packed) else tensor.stride[1]

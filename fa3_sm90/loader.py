@@ -86,7 +86,7 @@ class Loader:
         target = getattr(self.storage, name) + state.stage * (c.tile_n * columns)
         first_key = work.blocks.block(iteration, self.args.common.window) * c.tile_n
         if const_expr(c.page_size is None):
-            outer = () if const_expr(c.cu_seqlens_k) else (work.tile.batch,)
+            outer = () if const_expr(c.cu_seqlens_k) else (self.args.common.key_batch(work.tile.batch),)
             copy = BoxCopy(tma, box, c.tile_n, head, outer)
             copy.load(target, 0, info.offset_k + first_key, info.seqlen_k - first_key, barrier)
         else:

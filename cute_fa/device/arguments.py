@@ -12,7 +12,8 @@ from cute_fa.device.seqlen import LengthTensors, SeqlenInfo, seqlen_info
 class CommonArguments(NamedTuple):
     """Dense q, out (batch, seqlen_q, heads, d), k, v (batch, seqlen_k, heads_kv, d) or, paged, (num_pages, page_size,
     heads_kv, d), lse fp32 (batch, heads, seqlen_q); packed without the batch dimension, lse (heads, total_q).
-    alibi_slopes fp32 (batch or stride 0, heads), learnable_sink fp32 (heads), page_table int32 (batch, max_pages)."""
+    alibi_slopes fp32 (batch or stride 0, heads), learnable_sink fp32 (heads), page_table int32 (batch, max_pages),
+    cache_batch_idx int32 (batch), which sequence of k and v is the one of the batch."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -26,6 +27,7 @@ class CommonArguments(NamedTuple):
     softmax_scale: Float32
     softcap: Optional[Float32]
     page_table: Optional[cute.Tensor]
+    cache_batch_idx: Optional[cute.Tensor]
 
     @property
     def batches(self):
@@ -41,6 +43,10 @@ class CommonArguments(NamedTuple):
         if const_expr(self.page_table is not None):
             dense_k = self.page_table.shape[1] * self.k.shape[1]
         return dense_q, dense_k
+
+    def key_batch(self, batch: Int32) -> Int32:
+        """Which sequence of dense k and v is that of sequence ``batch``."""
+        return batch if const_expr(self.cache_batch_idx is None) else self.cache_batch_idx[batch]
 
     def info(self, batch: Int32) -> SeqlenInfo:
         """Where sequence ``batch`` lies."""

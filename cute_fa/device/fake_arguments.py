@@ -52,4 +52,5 @@ def common_fakes(config: FeatureConfig) -> CommonArguments:
         softmax_scale=Float32(0.0),
         softcap=optional(c.softcap, lambda: Float32(0.0)),
         page_table=optional(c.page_size is not None, lambda: fake_vector(Int32, 2)),
+        cache_batch_idx=optional(c.cache_batch_idx, lambda: fake_vector(Int32)),
     )

@@ -34,7 +34,7 @@ def simulated():
 def arguments(inputs, **changes):
     """Arguments of the operator for dense or packed causal inputs."""
     call = ops.Call(
-        *(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, None, None, None, None, None),
+        *(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, *[None] * 6),
         *((40, 72) if inputs.cu_seqlens_q is not None else (None, None)),
         *(None, None, 0, 0, 0.0, 1, None, False, "off", False),
     )
@@ -327,7 +327,7 @@ def test_sizes_of_one_may_have_any_stride(arch, monkeypatch):
     passed = []
 
     def remember(self, args, launch=CompiledKernel.launch):
-        passed.append(args[:4])
+        passed.append(args[0][:4])
         launch(self, args)
 
     monkeypatch.setattr(CompiledKernel, "launch", remember)

@@ -1,0 +1,137 @@
+"""``cache_batch_idx``: which sequences of a contiguous cache a batch reads, in every forward kernel; ``num_splits=0``:
+the table's choice of kernel and splits."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import cute_fa
+from cute_fa import api, errors, ops
+from cute_fa.dispatch import TABLE
+from cute_fa.inputs import InputSpec, make_inputs
+from cute_fa.kernel import AttentionKernel
+from fa2_sm80.forward import Fa2Forward
+from fa2_sm80.split import Fa2Split
+from fa2_sm80.split_config import num_splits, visible_keys
+from fa3_sm90.forward import Fa3Forward
+from tests.testing.cases import small_problem
+
+KERNELS = [("sm_80", "fa2", 1, Fa2Forward), ("sm_90a", "fa3", 1, Fa3Forward), ("sm_80", "fa2", 3, Fa2Split)]
+SPEC = InputSpec(4, 40, 150, 4, 2, 64, seqused_k=True, causal=True)
+
+
+def attention(inputs, **changes):
+    given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "seqused_k": inputs.seqused_k, "causal": True}
+    return ops.attention(*api.prepare(**{**given, **changes}))
+
+
+@pytest.mark.parametrize(("arch", "family", "splits", "kernel"), KERNELS)
+def test_reads_the_sequences_that_the_index_names(arch, family, splits, kernel):
+    """Sequences in another order, one of them twice; those that are not named are NaN."""
+    inputs = make_inputs(SPEC, "peaked")
+    index = torch.tensor([2, 0, 2], dtype=torch.int32)
+    rows = index.long()
+    options = {"q": inputs.q[:3], "seqused_k": inputs.seqused_k[rows], "family": family, "num_splits": splits}
+    k, v = inputs.k.clone(), inputs.v.clone()
+    k[[1, 3]], v[[1, 3]] = torch.nan, torch.nan
+    with cute_fa.simulate(arch, race=True):
+        out, lse = attention(inputs, **options, k=k, v=v, cache_batch_idx=index)
+        problem = list(ops._plans.values())[-1].problem
+        gathered = attention(inputs, **options, k=inputs.k[rows], v=inputs.v[rows])
+    assert TABLE.lookup(problem, family) is kernel
+    assert problem.cache_batch_idx
+    assert torch.equal(out, gathered[0]) and torch.equal(lse, gathered[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"cache_batch_idx": torch.tensor([0, 1, 4, 2], dtype=torch.int32)},
+            errors.CacheIndexError,
+            r"\[2\]=4: .* 4 seq",
+        ),
+        ({"cache_batch_idx": torch.tensor([0, -1, 1, 2], dtype=torch.int32)}, errors.CacheIndexError, r"\[1\]=-1"),
+        ({"cache_batch_idx": torch.tensor([0, 1, 2], dtype=torch.int32)}, errors.ShapeError, r"cache_batch_idx \(3,\)"),
+        ({"cache_batch_idx": torch.tensor([0, 1, 2, 3])}, errors.DTypeError, "cache_batch_idx is int64"),
+    ],
+)
+def test_bad_index(changes, error, message):
+    inputs = make_inputs(SPEC)
+    with cute_fa.simulate("sm_80") as simulation, pytest.raises(error, match=message):
+        attention(inputs, **changes)
+    assert not simulation.launches
+
+
+def test_index_goes_with_contiguous_caches_alone():
+    inputs = make_inputs(dataclasses.replace(SPEC, seqused_k=False, page_size=16))
+    index = torch.zeros(4, dtype=torch.int32)
+    with cute_fa.simulate("sm_80"), pytest.raises(errors.ArgumentError, match="cache_batch_idx with page_table"):
+        attention(inputs, page_table=inputs.page_table, cache_batch_idx=index)
+
+
+def test_the_backward_takes_no_index():
+    problem = small_problem(cute_fa.SmArch.SM_80, direction=cute_fa.Direction.BACKWARD, cache_batch_idx=True)
+    assert [why for reasons in TABLE.explain(problem).values() for why in reasons if "cache has no gradient" in why]
+
+
+def decoding(**changes):
+    return small_problem(
+        cute_fa.SmArch.SM_80,
+        **{
+            "seqlen_q": 1,
+            "seqlen_k": 8192,
+            "num_heads": 8,
+            "num_heads_kv": 1,
+            "head_dim": 128,
+            "head_dim_v": 128,
+            **changes,
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "least", "most"),
+    [
+        ({"batch": 1}, 32, 128),  # one tile for 108 SMs
+        ({"batch": 108}, 1, 1),  # as many tiles as SMs
+        ({"batch": 60}, 5, 20),  # several waves of short CTAs, where one of 60 would leave 48 SMs idle
+        ({"batch": 1, "seqlen_k": 64}, 1, 1),  # one block
+        ({"batch": 1, "seqlen_k": 0}, 1, 1),
+        ({"batch": 1, "window_left": 100, "window_right": 0}, 1, 2),  # two blocks of the window
+    ],
+)
+def test_splits_fill_the_gpu(changes, least, most):
+    assert least <= num_splits(decoding(**changes), 108) <= most
+
+
+def test_many_rows_are_left_to_the_table():
+    assert num_splits(decoding(seqlen_q=8), 108) is not None
+    assert num_splits(decoding(seqlen_q=9), 108) is None
+    assert AttentionKernel.num_splits(decoding(), 108) is None
+
+
+@pytest.mark.parametrize(
+    ("window", "sink_tokens", "visible"),
+    [((None, None), 4, 1000), ((50, 0), 4, 56), ((50, None), 4, 1000), ((50, 30), 0, 82), ((None, 0), 0, 1000)],
+)
+def test_visible_keys(window, sink_tokens, visible):
+    left, right = window
+    problem = decoding(seqlen_k=1000, seqlen_q=2, window_left=left, window_right=right, sink_tokens=sink_tokens)
+    assert visible_keys(problem) == visible
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_open_splits_choose_the_kernel(arch):
+    """Decoding goes to the split kernel although others come first in the table; a prompt does not."""
+    short, long = (InputSpec(1, rows, 400, 8, 1, 64, causal=True) for rows in (2, 60))
+    for spec, splits in ((short, range(2, 8)), (long, [1])):
+        inputs = make_inputs(spec, "peaked")
+        with cute_fa.simulate(arch):
+            out = cute_fa.flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True, num_splits=0)
+        plan = list(ops._plans.values())[-1]
+        assert plan.problem.num_splits in splits
+        assert plan.kernel is (Fa2Split if spec is short else TABLE.lookup(plan.problem))
+        expected = cute_fa.reference.attention(inputs.q, inputs.k, inputs.v, causal=True)[0]
+        torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)
