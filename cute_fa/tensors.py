@@ -80,23 +80,23 @@ def problem_of(
     """
     dtype = _dtype(q, k, v)
     batch, rows_q = _queries(q, cu_seqlens_q)
-    rows_k, page_size = _keys(q, k, v, batch, cu_seqlens_k, page_table, cache_batch_idx)
+    rows_k, page_size = keys_of(q, k, v, batch, cu_seqlens_k, page_table, cache_batch_idx)
     tensors = {"q": q, "k": k, "v": v}
     if out is not None:
         _output(out, tensors)
         tensors["out"] = out
     for name, tensor in tensors.items():
-        _loadable(name, tensor)
+        check_loadable(name, tensor)
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     lengths |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
     for name, tensor in lengths.items():
         if tensor is not None:
-            _vector(name, tensor, torch.int32, batch + name.startswith("cu"))
+            check_vector(name, tensor, torch.int32, batch + name.startswith("cu"))
     heads = q.shape[-2]
     if alibi_slopes is not None:
-        _vector("alibi_slopes", alibi_slopes, torch.float32, heads, batch)
+        check_vector("alibi_slopes", alibi_slopes, torch.float32, heads, batch)
     if learnable_sink is not None:
-        _vector("learnable_sink", learnable_sink, torch.float32, heads)
+        check_vector("learnable_sink", learnable_sink, torch.float32, heads)
     extras = {**lengths, "page_table": page_table, "cache_batch_idx": cache_batch_idx}
     extras |= {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
     check_devices(tensors | extras)
@@ -137,12 +137,14 @@ def problem_of(
     )
 
 
-def check_devices(tensors: dict[str, torch.Tensor | None]) -> None:
-    """Raise DeviceError unless all tensors are where q is."""
-    device = tensors["q"].device
+def check_devices(tensors: dict[str, torch.Tensor | None], first: str = "q") -> None:
+    """Raise DeviceError unless all tensors are where ``first`` is."""
+    device = tensors[first].device
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
-            raise DeviceError(f"{name} is on {tensor.device} and q on {device}: all tensors must be on one device")
+            raise DeviceError(
+                f"{name} is on {tensor.device} and {first} on {device}: all tensors must be on one device"
+            )
 
 
 def check_like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -167,6 +169,15 @@ def load_rule(tensor: torch.Tensor) -> str | None:
     return None
 
 
+def check_writable(name: str, tensor: torch.Tensor) -> None:
+    """Raise StrideError for a tensor of which elements share memory."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise StrideError(name, tensor.stride(), "elements that share memory cannot be written")
+        extent += stride * (size - 1)
+
+
 def check_pointers(**tensors: torch.Tensor) -> None:
     """Raise AlignmentError for a tensor whose first element is not 16-byte aligned."""
     for name, tensor in tensors.items():
@@ -174,13 +185,15 @@ def check_pointers(**tensors: torch.Tensor) -> None:
             raise AlignmentError(name, tensor.data_ptr(), ALIGNMENT)
 
 
-def check_separate(out: torch.Tensor, **inputs: torch.Tensor) -> None:
-    """Raise ArgumentError if the range of addresses that ``out`` spans meets an input's."""
+def check_separate(out: torch.Tensor, written: str = "out", **inputs: torch.Tensor) -> None:
+    """Raise ArgumentError if the range of addresses that ``out`` spans meets an input's; ``written``: its name."""
     start, end = _extent(out)
     for name, tensor in inputs.items():
         first, last = _extent(tensor)
         if first < end and start < last:
-            raise ArgumentError(f"out shares its memory with {name}: a kernel reads {name} while it writes out")
+            raise ArgumentError(
+                f"{written} shares its memory with {name}: a kernel uses {name} while it writes {written}"
+            )
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
@@ -207,21 +220,29 @@ def check_values(
     Raises CumulativeSeqlensError, LengthError, PageTableError or CacheIndexError.
     """
     if cu_seqlens_q is not None:
-        held_q = _held("cu_seqlens_q", cu_seqlens_q, q)
+        held_q = held_lengths("cu_seqlens_q", cu_seqlens_q, q)
     else:
         held_q = [q.shape[1]] * problem.batch
     if cu_seqlens_k is not None:
-        held_k = _held("cu_seqlens_k", cu_seqlens_k, k)
+        held_k = held_lengths("cu_seqlens_k", cu_seqlens_k, k)
     else:
         held_k = [k.shape[1] * (1 if page_table is None else page_table.shape[1])] * problem.batch
-    used_q = _used("seqused_q", seqused_q, held_q)
-    used_k = _used("seqused_k", seqused_k, held_k)
+    used_q = used_within("seqused_q", seqused_q, held_q)
+    used_k = used_within("seqused_k", seqused_k, held_k)
     for name, used, longest in (("q", used_q, problem.seqlen_q), ("k", used_k, problem.seqlen_k)):
         if max(used) > longest:
             raise LengthError(f"max_seqlen_{name}={longest}: a sequence has {max(used)} tokens")
+    check_cache_places(k, used_k, page_table, cache_batch_idx)
+
+
+def check_cache_places(
+    k: torch.Tensor, lengths: list[int], page_table: torch.Tensor | None, cache_batch_idx: torch.Tensor | None
+) -> None:
+    """Check that the cache ``k`` has the pages, or the sequences, in which these lengths are said to lie: one host
+    synchronisation. Raises PageTableError or CacheIndexError."""
     if page_table is not None:
         for b, row in enumerate(page_table.tolist()):
-            for page in row[: -(-used_k[b] // k.shape[1])]:
+            for page in row[: -(-lengths[b] // k.shape[1])]:
                 if not 0 <= page < k.shape[0]:
                     raise PageTableError(f"page_table[{b}] lists page {page}: the cache has {k.shape[0]} pages")
     if cache_batch_idx is not None:
@@ -232,8 +253,8 @@ def check_values(
 
 def used_lengths(cu_seqlens_k: torch.Tensor) -> torch.Tensor:
     """int32 (batch), the lengths between int32 offsets (batch + 1): how FA2's callers pass those of a paged cache."""
-    _integers("cu_seqlens_k", cu_seqlens_k)
-    _dims("cu_seqlens_k", cu_seqlens_k, 1, "(batch + 1)")
+    check_integers("cu_seqlens_k", cu_seqlens_k)
+    check_dims("cu_seqlens_k", cu_seqlens_k, 1, "(batch + 1)")
     return cu_seqlens_k.diff()
 
 
@@ -250,7 +271,7 @@ def lengths_of(name: str, offsets: Sequence[int]) -> list[int]:
     return lengths
 
 
-def _held(name: str, cu_seqlens: torch.Tensor, packed: torch.Tensor) -> list[int]:
+def held_lengths(name: str, cu_seqlens: torch.Tensor, packed: torch.Tensor) -> list[int]:
     """Lengths that the packed tensor must hold."""
     offsets = cu_seqlens.tolist()
     lengths = lengths_of(name, offsets)
@@ -259,7 +280,7 @@ def _held(name: str, cu_seqlens: torch.Tensor, packed: torch.Tensor) -> list[int
     return lengths
 
 
-def _used(name: str, seqused: torch.Tensor | None, held: list[int]) -> list[int]:
+def used_within(name: str, seqused: torch.Tensor | None, held: list[int]) -> list[int]:
     if seqused is None:
         return held
     used = seqused.tolist()
@@ -281,19 +302,19 @@ def _dtype(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> DType:
 def _queries(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, int]:
     """(batch, rows of the tensor)."""
     if cu_seqlens_q is None:
-        _dims("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
+        check_dims("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
         batch, rows = q.shape[:2]
     else:
-        _dims("q", q, 3, "(total_q, heads, head_dim) with cu_seqlens_q")
-        _dims("cu_seqlens_q", cu_seqlens_q, 1, "(batch + 1)")
+        check_dims("q", q, 3, "(total_q, heads, head_dim) with cu_seqlens_q")
+        check_dims("cu_seqlens_q", cu_seqlens_q, 1, "(batch + 1)")
         batch, rows = cu_seqlens_q.shape[0] - 1, q.shape[0]
     if batch < 1:
         raise EmptyBatchError(f"q {tuple(q.shape)} describes {max(batch, 0)} sequences: at least one is needed")
     return batch, rows
 
 
-def _keys(q, k, v, batch: int, cu_seqlens_k, page_table, cache_batch_idx) -> tuple[int, int | None]:
-    """(rows that one sequence, or the packed tensor, can hold; page size or None)."""
+def keys_of(q, k, v, batch: int, cu_seqlens_k, page_table, cache_batch_idx, query: str = "q") -> tuple[int, int | None]:
+    """(rows that one sequence, or the packed tensor, can hold; page size or None). ``query``: q's name in messages."""
     page_size = None
     if cache_batch_idx is not None and (page_table is not None or cu_seqlens_k is not None):
         other = "cu_seqlens_k" if page_table is None else "page_table"
@@ -301,23 +322,23 @@ def _keys(q, k, v, batch: int, cu_seqlens_k, page_table, cache_batch_idx) -> tup
     if page_table is not None:
         if cu_seqlens_k is not None:
             raise ArgumentError("cu_seqlens_k with page_table: a paged cache takes its lengths from seqused_k")
-        _dims("k", k, 4, "(num_pages, page_size, heads_kv, head_dim) with page_table")
-        _integers("page_table", page_table)
-        _dims("page_table", page_table, 2, "(batch, max_pages)")
+        check_dims("k", k, 4, "(num_pages, page_size, heads_kv, head_dim) with page_table")
+        check_integers("page_table", page_table)
+        check_dims("page_table", page_table, 2, "(batch, max_pages)")
         if page_table.shape[0] != batch:
             raise ShapeError(f"page_table {tuple(page_table.shape)}: one row for each of {batch} sequences is needed")
         if k.shape[0] == 0 or page_table.shape[1] == 0:
             raise EmptyCacheError(f"k {tuple(k.shape)}, page_table {tuple(page_table.shape)}: the cache has no pages")
-        _contiguous_rows("page_table", page_table)
+        check_contiguous_rows("page_table", page_table)
         page_size, rows = k.shape[1], page_table.shape[1] * k.shape[1]
     elif cu_seqlens_k is not None:
-        _dims("k", k, 3, "(total_k, heads_kv, head_dim) with cu_seqlens_k")
+        check_dims("k", k, 3, "(total_k, heads_kv, head_dim) with cu_seqlens_k")
         rows = k.shape[0]
     else:
-        _dims("k", k, 4, "(batch, seqlen_k, heads_kv, head_dim)")
+        check_dims("k", k, 4, "(batch, seqlen_k, heads_kv, head_dim)")
         rows = k.shape[1]
         if cache_batch_idx is not None:
-            _vector("cache_batch_idx", cache_batch_idx, torch.int32, batch)
+            check_vector("cache_batch_idx", cache_batch_idx, torch.int32, batch)
             if k.shape[0] == 0:
                 raise EmptyCacheError(f"k {tuple(k.shape)}: the cache has no sequences")
         elif k.shape[0] != batch:
@@ -325,7 +346,7 @@ def _keys(q, k, v, batch: int, cu_seqlens_k, page_table, cache_batch_idx) -> tup
     if v.shape[:-1] != k.shape[:-1]:
         raise ShapeError(f"v {tuple(v.shape)} and k {tuple(k.shape)}: all sizes but the last must be equal")
     if k.shape[-1] != q.shape[-1]:
-        rule = f"k has head_dim {k.shape[-1]} and q {q.shape[-1]}: they must be equal"
+        rule = f"k has head_dim {k.shape[-1]} and {query} {q.shape[-1]}: they must be equal"
         raise PagedHeadDimError(f"paged {rule}") if page_table is not None else ShapeError(rule)
     return rows, page_size
 
@@ -338,40 +359,36 @@ def _output(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
     expected_dtype = torch.bfloat16 if DTYPES[q.dtype].is_fp8 else q.dtype
     if out.dtype != expected_dtype:
         raise DTypeError("out", out.dtype, f"{str(expected_dtype).removeprefix('torch.')} is needed")
-    extent = 1
-    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
-        if size > 1 and stride < extent:
-            raise StrideError("out", out.stride(), "elements that share memory cannot be written")
-        extent += stride * (size - 1)
+    check_writable("out", out)
 
 
-def _loadable(name: str, tensor: torch.Tensor) -> None:
+def check_loadable(name: str, tensor: torch.Tensor) -> None:
     rule = load_rule(tensor)
     if rule is not None:
         raise StrideError(name, tensor.stride(), rule)
 
 
-def _vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int, batch: int | None = None) -> None:
+def check_vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int, batch: int | None = None) -> None:
     """A contiguous (size) tensor; also (batch, size) with contiguous rows where ``batch`` is given."""
     if tensor.dtype != dtype:
         raise DTypeError(name, tensor.dtype, f"{str(dtype).removeprefix('torch.')} is needed")
     shapes = [(size,)] if batch is None else [(size,), (batch, size)]
     if tuple(tensor.shape) not in shapes:
         raise ShapeError(f"{name} {tuple(tensor.shape)}: {' or '.join(map(str, shapes))} is needed")
-    _contiguous_rows(name, tensor)
+    check_contiguous_rows(name, tensor)
 
 
-def _integers(name: str, tensor: torch.Tensor) -> None:
+def check_integers(name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype != torch.int32:
         raise DTypeError(name, tensor.dtype, "int32 is needed")
 
 
-def _contiguous_rows(name: str, tensor: torch.Tensor) -> None:
+def check_contiguous_rows(name: str, tensor: torch.Tensor) -> None:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise StrideError(name, tensor.stride(), "the last dimension must be contiguous")
 
 
-def _dims(name: str, tensor: torch.Tensor, dims: int, layout: str) -> None:
+def check_dims(name: str, tensor: torch.Tensor, dims: int, layout: str) -> None:
     if tensor.dim() != dims:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: {layout} is needed")
 
