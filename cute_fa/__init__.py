@@ -2,18 +2,22 @@
 
 from cute_fa import compat, errors, reference
 from cute_fa.api import flash_attn_func, flash_attn_varlen_func
+from cute_fa.cache_requests import ChunkedPrefillRequest, ChunkLayout, PagedAttentionRequest, PagedKvCache
 from cute_fa.dispatch import TABLE, DispatchKey, DispatchTable
 from cute_fa.errors import CuteFaError
+from cute_fa.merge import merge_states
 from cute_fa.problem import AttentionProblem
 from cute_fa.requests import CumulativeSeqlens, Fa2BwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest
 from cute_fa.simulation import simulate
-from cute_fa.types import Direction, DType, MaskKind, PersistentMode, PositionBias, SmArch
+from cute_fa.types import Direction, DType, KvLayout, MaskKind, PersistentMode, PositionBias, SmArch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "TABLE",
     "AttentionProblem",
+    "ChunkLayout",
+    "ChunkedPrefillRequest",
     "CumulativeSeqlens",
     "CuteFaError",
     "DType",
@@ -23,7 +27,10 @@ __all__ = [
     "Fa2BwdRequest",
     "Fa2FwdRequest",
     "Fa3FwdRequest",
+    "KvLayout",
     "MaskKind",
+    "PagedAttentionRequest",
+    "PagedKvCache",
     "PersistentMode",
     "PositionBias",
     "SmArch",
@@ -32,6 +39,7 @@ __all__ = [
     "errors",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "merge_states",
     "reference",
     "simulate",
 ]

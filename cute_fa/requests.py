@@ -25,6 +25,7 @@ from cute_fa.errors import (
     WindowError,
     ZeroLengthError,
 )
+from cute_fa.names import canonical_name
 from cute_fa.problem import INT32_MAX, normalize_window
 from cute_fa.simulation import arch_of
 from cute_fa.tensors import lengths_of
@@ -100,8 +101,9 @@ class CumulativeSeqlens:
 
 
 @dataclass(frozen=True, eq=False)
-class _Request:
-    """What the requests share. Tensors as for ``cute_fa.flash_attn_func`` or, packed, ``flash_attn_varlen_func``.
+class Request:
+    """What the requests share. Tensors as for ``cute_fa.flash_attn_func`` or, packed, ``flash_attn_varlen_func``;
+    keys and values are what a request calls ``k`` and ``v``.
 
     ``mask`` and ``window`` go together: NONE and CAUSAL take no window, SLIDING takes (left, right) with one bound
     finite, SLIDING_CAUSAL takes (left, 0) or (left, None). ``position_bias`` ALIBI needs ``alibi_slopes``. ``arch`` is
@@ -109,8 +111,6 @@ class _Request:
     """
 
     q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
     _: KW_ONLY
     mask: MaskKind = MaskKind.NONE
     window: tuple[int | None, int | None] = (None, None)
@@ -125,7 +125,7 @@ class _Request:
     family: ClassVar[str | None] = None
 
     def __post_init__(self):
-        _check_kinds(self, mask=MaskKind, position_bias=PositionBias)
+        check_kinds(self, mask=MaskKind, position_bias=PositionBias)
         self._check_window()
         if (self.position_bias is PositionBias.ALIBI) != (self.alibi_slopes is not None):
             given = "given" if self.alibi_slopes is not None else "missing"
@@ -133,7 +133,7 @@ class _Request:
         call = self._call  # q is known to be a tensor from here on
         if self.arch is None:
             object.__setattr__(self, "arch", arch_of(call.q.device))
-        _check_kinds(self, arch=SmArch)
+        check_kinds(self, arch=SmArch)
         self.problem()
 
     def problem(self) -> AttentionProblem:
@@ -146,7 +146,15 @@ class _Request:
 
     def kernel(self) -> type[AttentionKernel]:
         """The kernel that serves the request; raises UnsupportedKeyError if there is none."""
-        return TABLE.lookup(self.problem(), self.family)
+        return self._choose()[1]
+
+    def kernel_name(self) -> str:
+        """The canonical name of that kernel with this problem (``cute_fa.names``)."""
+        problem, kernel = self._choose()
+        return canonical_name(kernel, problem)
+
+    def _choose(self) -> tuple[AttentionProblem, type[AttentionKernel]]:
+        return self.problem(), TABLE.lookup(self.problem(), self.family)
 
     def _check_device(self) -> None:
         actual = arch_of(self.q.device)
@@ -186,7 +194,9 @@ class _Request:
 
 
 @dataclass(frozen=True, eq=False)
-class _ForwardRequest(_Request):
+class ForwardRequest(Request):
+    """A request whose result is attention itself."""
+
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse), on the device of the tensors, whose architecture must be the request's."""
         self._check_device()
@@ -194,14 +204,20 @@ class _ForwardRequest(_Request):
 
 
 @dataclass(frozen=True, eq=False)
-class Fa2FwdRequest(_ForwardRequest):
+class _ContiguousForward(ForwardRequest):
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Fa2FwdRequest(_ContiguousForward):
     """A forward by FA2-style kernels, which run on every architecture from sm_80 on."""
 
     family = "fa2"
 
 
 @dataclass(frozen=True, eq=False)
-class Fa3FwdRequest(_ForwardRequest):
+class Fa3FwdRequest(_ContiguousForward):
     """A forward by FA3-style kernels; ``persistent`` and ``pack_gqa`` as for ``cute_fa.flash_attn_func``. Raises
     Fa3ArchError when made for an architecture before sm_90a."""
 
@@ -211,7 +227,7 @@ class Fa3FwdRequest(_ForwardRequest):
     pack_gqa: bool | None = None
 
     def __post_init__(self):
-        _check_kinds(self, persistent=PersistentMode)
+        check_kinds(self, persistent=PersistentMode)
         super().__post_init__()
         TABLE.explain(self.problem(), self.family)  # raises Fa3ArchError
 
@@ -220,23 +236,23 @@ class Fa3FwdRequest(_ForwardRequest):
 
 
 @dataclass(frozen=True, eq=False)
-class VarlenFwdRequest(_ForwardRequest):
+class VarlenFwdRequest(_ContiguousForward):
     """A forward over packed sequences, q (total_q, heads, head_dim), by the best kernel there is."""
 
     cu_seqlens_q: CumulativeSeqlens
     cu_seqlens_k: CumulativeSeqlens
 
     def __post_init__(self):
-        _check_kinds(self, q=torch.Tensor, cu_seqlens_q=CumulativeSeqlens, cu_seqlens_k=CumulativeSeqlens)
+        check_kinds(self, q=torch.Tensor, cu_seqlens_q=CumulativeSeqlens, cu_seqlens_k=CumulativeSeqlens)
         super().__post_init__()
-        _check_packed(self)
+        check_packed(self, "q", "k")
 
     def _options(self) -> dict[str, Any]:
-        return {**super()._options(), **_packed(self)}
+        return {**super()._options(), **packed(self, "q", "k")}
 
 
 @dataclass(frozen=True, eq=False)
-class Fa2BwdRequest(_Request):
+class Fa2BwdRequest(Request):
     """A backward by FA2-style kernels: the gradients of q, k, v and, where present, the learnable sink, for those of
     ``out`` and ``lse`` (``dout``; ``dlse``, None for zero), which a forward with the same choices gave.
 
@@ -244,6 +260,8 @@ class Fa2BwdRequest(_Request):
     between runs. ``cu_seqlens_q`` and ``cu_seqlens_k`` go together: packed sequences, q (total_q, heads, head_dim).
     """
 
+    k: torch.Tensor
+    v: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
     dout: torch.Tensor
@@ -257,16 +275,16 @@ class Fa2BwdRequest(_Request):
     family = "fa2"
 
     def __post_init__(self):
-        _check_kinds(self, out=torch.Tensor, lse=torch.Tensor, dout=torch.Tensor, slopes_gradient=bool)
+        check_kinds(self, out=torch.Tensor, lse=torch.Tensor, dout=torch.Tensor, slopes_gradient=bool)
         if self.dlse is not None:
-            _check_kinds(self, dlse=torch.Tensor)
+            check_kinds(self, dlse=torch.Tensor)
         if (self.cu_seqlens_q is None) != (self.cu_seqlens_k is None):
             raise ArgumentError("cu_seqlens_q and cu_seqlens_k: give both or neither")
         if self._is_packed:
-            _check_kinds(self, q=torch.Tensor, cu_seqlens_q=CumulativeSeqlens, cu_seqlens_k=CumulativeSeqlens)
+            check_kinds(self, q=torch.Tensor, cu_seqlens_q=CumulativeSeqlens, cu_seqlens_k=CumulativeSeqlens)
         super().__post_init__()
         if self._is_packed:
-            _check_packed(self)
+            check_packed(self, "q", "k")
 
     def run(self) -> Gradients:
         """The gradients, on the device of the tensors, whose architecture must be the request's."""
@@ -286,31 +304,32 @@ class Fa2BwdRequest(_Request):
         return autograd.problem_of_backward(self.arch, *self._given, self._call, self.slopes_gradient)
 
     def _options(self) -> dict[str, Any]:
-        packed = _packed(self) if self._is_packed else {}
-        return {**super()._options(), **packed, "deterministic": self.deterministic}
+        offsets = packed(self, "q", "k") if self._is_packed else {}
+        return {**super()._options(), **offsets, "deterministic": self.deterministic}
 
 
-def _check_packed(request: VarlenFwdRequest | Fa2BwdRequest) -> None:
-    for name in ("q", "k"):
+def check_kinds(request: Any, **kinds: type) -> None:
+    """Raise ArgumentError for a field that is of another type."""
+    for name, kind in kinds.items():
+        value = getattr(request, name)
+        if not isinstance(value, kind):
+            raise ArgumentError(f"{name} is {type(value).__name__}: a {kind.__name__} is needed")
+
+
+def check_packed(request: Request, *names: str) -> None:
+    """Raise CumulativeSeqlensError if the offsets of q or k end beyond the tensor."""
+    for name in names:
         offsets, rows = getattr(request, f"cu_seqlens_{name}"), getattr(request, name).shape[0]
         if offsets.total > rows:
             raise CumulativeSeqlensError(f"cu_seqlens_{name} ends at {offsets.total}: {name} has {rows} rows")
 
 
-def _packed(request: VarlenFwdRequest | Fa2BwdRequest) -> dict[str, Any]:
-    """Keyword arguments of the public functions that say where packed sequences lie."""
-    device = request.q.device
-    return {
-        "cu_seqlens_q": request.cu_seqlens_q.tensor(device),
-        "cu_seqlens_k": request.cu_seqlens_k.tensor(device),
+def packed(request: Request, *names: str) -> dict[str, Any]:
+    """Keyword arguments of the public functions that say where the packed sequences of q or k lie."""
+    options = {}
+    for name in names:
+        offsets = getattr(request, f"cu_seqlens_{name}")
+        options[f"cu_seqlens_{name}"] = offsets.tensor(request.q.device)
         # a batch of empty sequences only is legal; a longest length of 0 is not
-        "max_seqlen_q": max(request.cu_seqlens_q.max_seqlen, 1),
-        "max_seqlen_k": max(request.cu_seqlens_k.max_seqlen, 1),
-    }
-
-
-def _check_kinds(request: _Request, **kinds: type) -> None:
-    for name, kind in kinds.items():
-        value = getattr(request, name)
-        if not isinstance(value, kind):
-            raise ArgumentError(f"{name} is {type(value).__name__}: a {kind.__name__} is needed")
+        options[f"max_seqlen_{name}"] = max(offsets.max_seqlen, 1)
+    return options

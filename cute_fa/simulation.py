@@ -107,6 +107,15 @@ def target_of(device: torch.device) -> Target:
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def described(arch: SmArch, device: torch.device) -> Target:
+    """What kernels for ``arch`` run on: whatever ``device`` names if that is one, else a published GPU."""
+    try:
+        target = target_of(device)
+    except (NoDeviceError, DeviceError):
+        target = None
+    return target if target is not None and target.arch is arch else Target(arch, _PUBLISHED_SMS[arch.number])
+
+
 @cache
 def _gpu(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)

@@ -98,6 +98,13 @@ class PositionBias(Enum):
     ALIBI = "alibi"
 
 
+class KvLayout(Enum):
+    """Order of the dimensions of a page in memory: N tokens, H kv heads, D head_dim."""
+
+    NHD = "nhd"
+    HND = "hnd"
+
+
 class PersistentMode(Enum):
     """How a kernel's CTAs get their tiles: as its heuristic chooses, one tile each, or a persistent loop."""
 
