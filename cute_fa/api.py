@@ -96,7 +96,7 @@ def flash_attn_func(
     natural logarithm, −inf where nothing is visible. Raises a subclass of ``cute_fa.errors.CuteFaError`` for whatever
     breaks a rule, before anything runs.
     """
-    _check_peers(peers)
+    check_peers(peers)
     call = prepare(
         q,
         k,
@@ -163,7 +163,7 @@ def flash_attn_varlen_func(
     :func:`flash_attn_func`. Rows of q after the last sequence are not written. What lies outside the lengths may hold
     anything, NaN included. Values in device tensors are checked with ``CUTE_FA_CHECK=1`` and when simulating.
     """
-    _check_peers(peers)
+    check_peers(peers)
     if page_table is not None and block_table is not None:
         raise ArgumentError("page_table and block_table: two names of one argument, give one")
     page_table = page_table if page_table is not None else block_table
@@ -226,15 +226,15 @@ def prepare(
 ) -> ops.Call:
     """Arguments of ``ops.attention`` from those of the public functions: kinds checked, since the dispatcher's own
     complaints name no rule, and choices normalised."""
-    _check_flag("causal", causal)
-    _check_flag("deterministic", deterministic)
+    check_flag("causal", causal)
+    check_flag("deterministic", deterministic)
     if pack_gqa is not None:
-        _check_flag("pack_gqa", pack_gqa)
+        check_flag("pack_gqa", pack_gqa)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     tensors = (q, k, v, *lengths, page_table, cache_batch_idx, alibi_slopes, learnable_sink)
     for name, tensor in zip(ops.Call._fields, tensors, strict=False):
         if tensor is not None or name in "qkv":
-            _check_tensor(name, tensor)
+            check_tensor(name, tensor)
     if learnable_sink is not None and learnable_sink.dtype in (torch.float16, torch.bfloat16):
         learnable_sink = learnable_sink.float()
     if family is not None and not isinstance(family, str):
@@ -265,20 +265,20 @@ def _attention(
     return_attn_probs: Any,
     return_softmax_lse: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    _check_flag("return_lse", return_lse)
-    _check_flag("return_attn_probs", return_attn_probs)
-    _check_flag("return_softmax_lse", return_softmax_lse)
+    check_flag("return_lse", return_lse)
+    check_flag("return_attn_probs", return_attn_probs)
+    check_flag("return_softmax_lse", return_softmax_lse)
     if out is None:
         out, lse = ops.attention(*call)
     else:
-        _check_tensor("out", out)
+        check_tensor("out", out)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*call[: ops.NUM_TENSORS], out) if t is not None):
             raise ArgumentError("out= with a tensor that requires a gradient: a result written in place has none")
         lse = ops.attention_out(*call, out)
     return (out, lse) if return_lse or return_attn_probs or return_softmax_lse else out
 
 
-def _check_peers(peers: dict[str, Any]) -> None:
+def check_peers(peers: dict[str, Any]) -> None:
     for name, value in peers.items():
         if name not in _NOT_IMPLEMENTED:
             raise ArgumentError(f"{name}: no such argument")
@@ -286,12 +286,12 @@ def _check_peers(peers: dict[str, Any]) -> None:
             raise UnsupportedArgumentError(name, value)
 
 
-def _check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ArgumentError(f"{name}={value!r}: True or False")
 
 
-def _check_tensor(name: str, tensor: Any) -> None:
+def check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
     if tensor.layout is not torch.strided:

@@ -158,6 +158,13 @@ def _plan(arguments: tuple, out: torch.Tensor | None) -> _Plan:
     return plan
 
 
+def validate(call: Call) -> None:
+    """Raise what the operator would raise for these arguments; nothing runs."""
+    plan = _plan(tuple(call), None)
+    if CHECK_VALUES or simulated_arch() is not None:
+        check_values(plan.problem, call.q, call.k, *call[3:9])
+
+
 def signatures(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
     """What a plan knows of its tensors."""
     return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
