@@ -24,6 +24,7 @@ def call_of(given: Inputs, **choices: Any) -> ops.Call:
         q=given.q,
         k=given.k,
         v=given.v,
+        cache_batch_idx=None,
         max_seqlen_q=given.spec.seqlen_q,
         max_seqlen_k=given.spec.seqlen_k,
         window_left=left,
