@@ -2,9 +2,11 @@
 
 from cute_fa import compat, errors, reference
 from cute_fa.api import flash_attn_func, flash_attn_varlen_func
+from cute_fa.append import append_kv
 from cute_fa.cache_requests import ChunkedPrefillRequest, ChunkLayout, PagedAttentionRequest, PagedKvCache
 from cute_fa.dispatch import TABLE, DispatchKey, DispatchTable
 from cute_fa.errors import CuteFaError
+from cute_fa.kvcache import flash_attn_with_kvcache
 from cute_fa.merge import merge_states
 from cute_fa.problem import AttentionProblem
 from cute_fa.requests import CumulativeSeqlens, Fa2BwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest
@@ -35,10 +37,12 @@ __all__ = [
     "PositionBias",
     "SmArch",
     "VarlenFwdRequest",
+    "append_kv",
     "compat",
     "errors",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "merge_states",
     "reference",
     "simulate",

@@ -37,6 +37,7 @@ _NOT_IMPLEMENTED: dict[str, tuple] = {
     "gather_bwd_token_chunk": (None,),
     "min_seqlen_k": (None,),
     "leftpad_k": (None,),
+    "cache_leftpad": (None,),
     "scheduler_metadata": (None,),
     "seqlen_k_per_split": (None,),
     "disable_scheduler_metadata": (False,),

@@ -158,9 +158,11 @@ def _plan(arguments: tuple, out: torch.Tensor | None) -> _Plan:
     return plan
 
 
-def validate(call: Call) -> None:
+def validate(call: Call, out: torch.Tensor | None = None) -> None:
     """Raise what the operator would raise for these arguments; nothing runs."""
-    plan = _plan(tuple(call), None)
+    plan = _plan(tuple(call), out)
+    if out is not None:
+        check_separate(out, q=call.q, k=call.k, v=call.v)
     if CHECK_VALUES or simulated_arch() is not None:
         check_values(plan.problem, call.q, call.k, *call[3:9])
 
