@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ _ANSWERS = {
     torch.Tensor.is_cpu.__get__: False,
     torch.Tensor.get_device: 0,
 }
+# Dispatch keys under which operators are registered that compute something.
+_COMPUTING = ("CPU", "CUDA", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 _SAME = (torch.Tensor.cuda, torch.Tensor.pin_memory)
 
 
@@ -85,6 +88,7 @@ def posing(simulation: Simulation) -> Iterator[None]:
         for name, answer in answers.items():
             replace(torch.cuda, name, answer)
         replace(library, "custom_op", _also_on_cpu(library.custom_op))
+        replace(library.Library, "impl", _posing_inside(library.Library.impl))
         replace(tvm_ffi, "from_dlpack", _of_view(tvm_ffi.from_dlpack))
         replace(cutlass.cute.runtime, "from_dlpack", _of_view(cutlass.cute.runtime.from_dlpack))
         for compiled in (TVMFFIJitCompiledFunction, TVMFFIJitCompiledFunctionWithKwargs):
@@ -112,6 +116,22 @@ def _also_on_cpu(custom_op: Any) -> Any:
         if listed is not None and "cuda" in listed:
             device_types = [*listed, "cpu"]
         return custom_op(*args, device_types=device_types, **options)
+
+    return register
+
+
+def _posing_inside(impl: Any) -> Any:
+    """``Library.impl`` whose operators see tensors that pose, too: torch leaves a mode before it calls an operator.
+
+    They stay registered, so that outside of a simulation they do what they always did."""
+
+    def register(self: Any, name: Any, function: Any, key: str = "", **options: Any) -> Any:
+        @wraps(function)
+        def operator(*args: Any, **inner: Any) -> Any:
+            with _HostMemory() if current() is not None else nullcontext():
+                return function(*args, **inner)
+
+        return impl(self, name, operator if key in _COMPUTING else function, key, **options)
 
     return register
 

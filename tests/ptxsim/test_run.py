@@ -108,6 +108,42 @@ def test_bare_addresses(tmp_path):
     assert code == 0 and len(rows(output)) == 1, output
 
 
+# An operator that asks what its tensors are on; also called where torch has left its modes, in a backward.
+OPERATOR = """
+import torch
+from torch import library
+
+seen = []
+LIBRARY = library.Library("posed", "DEF")
+LIBRARY.define("copy(Tensor a) -> Tensor")
+
+def copied(a):
+    seen.append((a.device.type, torch.empty(1, device="cuda").is_cuda))
+    b = torch.empty_like(a)
+    launch(from_dlpack(a), from_dlpack(b))
+    return b
+
+LIBRARY.impl("copy", copied, "CompositeExplicitAutograd")
+library.register_autograd("posed::copy", lambda ctx, g: torch.ops.posed.copy(g.contiguous()), lib=LIBRARY)
+a = torch.arange(64, dtype=torch.float32, device="cuda").requires_grad_()
+b = torch.ops.posed.copy(a)
+b.sum().backward()
+assert torch.equal(b, a) and torch.equal(a.grad, torch.ones(64, device="cuda")), (b, a.grad)
+assert seen == [("cuda", True)] * 2, seen
+"""
+
+
+def test_operators_see_tensors_that_pose(tmp_path):
+    script = tmp_path / "operator.py"
+    kernel = POINTER[: POINTER.index("a = torch")].replace("a[thread] + 1", "a[thread]")
+    kernel = kernel.replace("a: cute.Pointer", "a: cute.Tensor").replace(
+        "cute.make_tensor(a, cute.make_layout(64))", "a"
+    )
+    script.write_text(kernel + OPERATOR)
+    code, output = run(script, "--arch", "sm_80")
+    assert code == 0 and len(rows(output)) == 2, output
+
+
 def test_script_that_fails_or_launches_nothing(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys\nassert sys.argv[1:] == ['--much', '3'], sys.argv\nsys.exit(5)\n")

@@ -1,8 +1,9 @@
-"""A forward kernel on several problems, each checked against the reference: a script for ``python -m ptxsim``.
+"""An attention kernel on several problems, each checked against the reference: a script for ``python -m ptxsim``.
 
-Arguments: whose kernel (cute-fa or fa4), head_dim, mask (full, causal, or varlen: packed sequences and a window). The
-problems are small, and made so that waits and barriers matter: tiles of queries without keys, with one block of keys,
-two and many, and more tiles than SMs.
+Arguments: whose kernel (cute-fa or fa4), head_dim, mask (full, causal, varlen: packed sequences and a window; paged),
+and what (forward by default; split: its keys in three parts; backward; deterministic: the backward without atomic
+additions). The problems are small, and made so that waits and barriers matter: tiles of queries without keys, with one
+block of keys, two and many, and more tiles than SMs.
 """
 
 import os
@@ -12,19 +13,35 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "0")  # its cach
 
 import torch
 
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.reference import expected
+from cute_fa import autograd, reference
+from cute_fa.inputs import Inputs, InputSpec, make_inputs, output_gradients
+from tests.testing.gradients import call_of
 
 
-def problems(head_dim: int, mask: str) -> list[InputSpec]:
+def problems(head_dim: int, mask: str, what: str) -> list[InputSpec]:
+    if what == "split":
+        return decoding(head_dim, mask)
     if mask == "varlen":
-        lengths = {"varlen_q": True, "varlen_k": True, "lengths_q": (260, 600, 150), "lengths_k": (800, 30, 250)}
+        lengths = {"varlen_q": True, "varlen_k": True, "lengths_q": (260, 300, 600), "lengths_k": (800, 250, 30)}
         return [InputSpec(3, 600, 800, 1, 1, head_dim, window=(500, 20), **lengths)]
     sizes = [(200, 450, 2), (400, 250, 1), (260, 40, 1)]
-    return [InputSpec(1, q, k, heads, heads, head_dim, causal=mask == "causal") for q, k, heads in sizes]
+    return [InputSpec(1, q, k, heads, 1 if what != "forward" else heads, head_dim, causal=mask == "causal")
+            for q, k, heads in sizes]  # fmt: skip
 
 
-def fa4(given):
+def decoding(head_dim: int, mask: str) -> list[InputSpec]:
+    """Few queries of several heads that share keys: of one sequence with keys for all parts, of one with keys for the
+    first part alone."""
+    lengths = {
+        "full": {"seqused_k": True},
+        "causal": {"seqused_k": True, "causal": True},
+        "varlen": {"varlen_q": True, "varlen_k": True, "window": (500, 20)},
+        "paged": {"page_size": 16, "causal": True},
+    }[mask]
+    return [InputSpec(2, 3, 1100, 4, 1, head_dim, lengths_k=(1100, 50), **lengths)]
+
+
+def fa4(given: Inputs):
     """(out, lse) of FlashAttention-4."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
@@ -37,13 +54,31 @@ def fa4(given):
     return flash_attn_varlen_func(given.q, given.k, given.v, window_size=spec.window, **packed, **lengths, **options)
 
 
-def main(whose: str, head_dim: str, mask: str) -> None:
-    for spec in problems(int(head_dim), mask):
+def check_forward(given: Inputs, whose: str, splits: int) -> None:
+    persistent = {"persistent": "on"} if torch.cuda.get_device_capability() == (9, 0) else {}
+    out, lse = fa4(given) if whose == "fa4" else given.run(return_lse=True, num_splits=splits, **persistent)
+    result = reference.expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+    assert result.ok, f"{given.spec}: {result}"
+
+
+def check_backward(given: Inputs, deterministic: bool) -> None:
+    """After the reference's forward."""
+    tensors = given.q, given.k, given.v
+    out, lse = reference.attention(*tensors, **given.options())
+    dout, dlse = output_gradients(given, seed=1)
+    call = call_of(given, deterministic=deterministic)
+    grads = autograd.attention_backward(dout, dlse, out.to(given.q.dtype), lse, call)
+    errors = reference.expected_gradients(*tensors, dout, dlse, **given.options()).check(grads)
+    assert all(error.ok for error in errors.values()), f"{given.spec}: {errors}"
+
+
+def main(whose: str, head_dim: str, mask: str, what: str = "forward") -> None:
+    for spec in problems(int(head_dim), mask, what):
         given = make_inputs(spec, "peaked", device="cuda")
-        persistent = {"persistent": "on"} if torch.cuda.get_device_capability() == (9, 0) else {}
-        out, lse = fa4(given) if whose == "fa4" else given.run(return_lse=True, **persistent)
-        result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
-        assert result.ok, f"{spec}: {result}"
+        if what in ("forward", "split"):
+            check_forward(given, whose, splits=1 if what == "forward" else 3)
+        else:
+            check_backward(given, deterministic=what == "deterministic")
 
 
 main(*sys.argv[1:])
