@@ -24,13 +24,12 @@ from cute_fa.errors import (
     LengthError,
     PageSizeError,
     ShapeError,
-    StrideError,
     ZeroLengthError,
 )
 from cute_fa.problem import PAGE_SIZES
 from cute_fa.requests import CumulativeSeqlens, ForwardRequest, VarlenFwdRequest, check_kinds, check_packed, packed
 from cute_fa.simulation import described, simulated_arch
-from cute_fa.tensors import DTYPES, check_devices, check_like, load_rule
+from cute_fa.tensors import DTYPES, check_devices, check_dims, check_like, check_loadable
 from cute_fa.types import DType, KvLayout
 
 if TYPE_CHECKING:
@@ -54,22 +53,17 @@ class PagedKvCache:
 
     def __post_init__(self):
         check_kinds(self, k_pages=torch.Tensor, v_pages=torch.Tensor, layout=KvLayout)
-        tensors = {"k_pages": self.k_pages, "v_pages": self.v_pages}
+        k, v = self.k_pages, self.v_pages
         order = {KvLayout.NHD: "page_size, kv_heads", KvLayout.HND: "kv_heads, page_size"}[self.layout]
-        for name, tensor in tensors.items():
-            if tensor.dim() != 4:
-                rule = f"(num_pages, {order}, head_dim) is needed"
-                raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: {rule}")
-        k, v = tensors.values()
+        for name, tensor in (("k_pages", k), ("v_pages", v)):
+            check_dims(name, tensor, 4, f"(num_pages, {order}, head_dim)")
         if v.shape[:-1] != k.shape[:-1]:
             raise ShapeError(f"v_pages {tuple(v.shape)} and k_pages {tuple(k.shape)}: all sizes but the last are equal")
         if k.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise DTypeError("k_pages", k.dtype, f"one of {names} is needed")
         if v.dtype != k.dtype:
-            raise DTypeError(
-                "v_pages", v.dtype, f"k_pages are {str(k.dtype).removeprefix('torch.')}, v_pages must be too"
-            )
+            raise DTypeError("v_pages", v.dtype, f"{str(k.dtype).removeprefix('torch.')} is needed, as k_pages are")
         if v.device != k.device:
             raise DeviceError(f"v_pages are on {v.device} and k_pages on {k.device}: they must be on one device")
         if self.num_pages == 0:
@@ -79,10 +73,8 @@ class PagedKvCache:
         for name, size in (("kv_heads", self.kv_heads), ("head_dim", self.head_dim), ("head_dim_v", self.head_dim_v)):
             if size < 1:
                 raise ShapeError(f"{name}={size}: at least 1 is needed")
-        for name, tensor in tensors.items():
-            rule = load_rule(tensor)
-            if rule is not None:
-                raise StrideError(name, tensor.stride(), rule)
+        check_loadable("k_pages", k)
+        check_loadable("v_pages", v)
 
     @classmethod
     def empty(
