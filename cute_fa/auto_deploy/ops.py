@@ -1,0 +1,351 @@
+"""The serving operators of TensorRT-LLM's auto_deploy, with its argument order, as ``torch.ops.cute_fa.*``.
+
+They append the new tokens' keys and values to a cache, rotated, and attend to what is then in the cache, causally: the
+new tokens are the last ones of each sequence.
+
+q (b, s, heads · head_dim), k (b, s, heads_kv · head_dim) and v (b, s, heads_kv · head_dim_v) come as the projections
+make them; the caches say how many heads there are: k_cache (…, heads_kv, head_dim), v_cache (…, heads_kv, head_dim_v).
+The result is (b, s, heads · head_dim_v). With s == 1 the batch is generate-only: sequence i has the token q[i, 0]. Else
+the b · s tokens are one flattened row, in which the ``seq_len[i]`` tokens of sequence i start at ``seq_start[i]``.
+
+    input_pos int32 (batch): tokens that a sequence has in the cache already, and so the position of its first new one
+    seq_len int32 (batch): its new tokens; 0 for what fills up a batch, which writes nothing
+    seq_start int32 (batch): where they start in the flattened row: from 0, never decreasing
+    cache_loc int32 (batch): where a sequence lies in the cache: its index in a contiguous cache, (batch_cache,
+        max_seq_len, heads_kv, …), or its row of ``page_table`` for pages (num_pages, page_size, heads_kv, …)
+    freqs_cis (positions, rotary_dim / 2, 2): pairs (cos, sin), fp16, bf16 or fp32; element i of a head rotates with
+        element i + rotary_dim / 2. None or an empty tensor: nothing rotates
+
+Where the original is wrong:
+
+- It declares its caches unchanged. Here they are mutated arguments.
+- It reads lengths on the host (``max(seq_len)``), which no CUDA graph can hold. Here longest lengths come from shapes.
+- Generate-only it ignores ``seq_len``, and what fills up a batch writes into the cache. Here its length is 0.
+- ``fused_mha_with_cache`` ignores ``input_pos`` for more than one token. Here they follow what is in the cache.
+- Rows of the flattened row that belong to no sequence are left as they are in memory. Here they are 0.
+- The operators return q's shape whatever v's head_dim is. Here it is that of the values.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import library
+from torch.nn.functional import pad
+
+from cute_fa import ops
+from cute_fa.api import prepare
+from cute_fa.append import append_kv
+from cute_fa.errors import (
+    CacheIndexError,
+    EmptyBatchError,
+    EmptyCacheError,
+    NoBackwardError,
+    ShapeError,
+    UnsupportedArgumentError,
+    ZeroLengthError,
+)
+from cute_fa.simulation import simulated_arch
+from cute_fa.tensors import check_dims, check_like
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_CACHES = ("k_cache", "v_cache")
+_CACHE = "(batch_cache, max_seq_len, heads_kv, head_dim) or (num_pages, page_size, heads_kv, head_dim)"
+
+
+def _operator(*, mutates: tuple[str, ...] = (), fake: Callable | None = None) -> Callable[[Callable], Callable]:
+    """Makes a function the operator ``cute_fa::`` of its name, and gives a function that calls that. What depends on
+    shapes alone is its own fake."""
+
+    def register(function: Callable) -> Callable:
+        name = function.__name__
+        schema = library.infer_schema(function, mutates_args=mutates)
+        ops.LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        ops.LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        library.register_fake(f"cute_fa::{name}", fake or function, lib=ops.LIBRARY)
+        operator = getattr(torch.ops.cute_fa, name).default
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            return operator(*args, **kwargs)
+
+        return call
+
+    return register
+
+
+@_operator(mutates=_CACHES)
+def fused_mha_with_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    input_pos: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    freqs_cis: torch.Tensor | None,
+) -> torch.Tensor:
+    """b sequences with s new tokens each, of which number i is number i of the contiguous cache."""
+    if k_cache.shape[0] < q.shape[0]:
+        raise ShapeError(f"k_cache {tuple(k_cache.shape)}: a place for each of {q.shape[0]} sequences is needed")
+    return _attend(q, k, v, k_cache[: q.shape[0]], v_cache[: q.shape[0]], input_pos, freqs_cis)
+
+
+@_operator(mutates=_CACHES)
+def fused_flattened_mha_with_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_len: torch.Tensor,
+    input_pos: torch.Tensor,
+    cache_loc: torch.Tensor,
+    seq_start: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    freqs_cis: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sequences of any lengths in a contiguous cache; ``cache_loc``: the index of each in it."""
+    _check_batch(input_pos, seq_len=seq_len, cache_loc=cache_loc, seq_start=seq_start)
+    return _attend(q, k, v, k_cache, v_cache, input_pos, freqs_cis, seq_len, seq_start, cache_batch_idx=cache_loc)
+
+
+@_operator(mutates=_CACHES)
+def fused_flattened_mha_with_cache_rope_fusion(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    input_pos: torch.Tensor,
+    cache_loc: torch.Tensor,
+    seq_len: torch.Tensor,
+    seq_start: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    freqs_cis: torch.Tensor | None,
+) -> torch.Tensor:
+    """:func:`fused_flattened_mha_with_cache` in another order of arguments: there, too, one kernel rotates and appends.
+    Without ``freqs_cis`` the original hands these arguments on in the wrong order."""
+    _check_batch(input_pos, seq_len=seq_len, cache_loc=cache_loc, seq_start=seq_start)
+    return _attend(q, k, v, k_cache, v_cache, input_pos, freqs_cis, seq_len, seq_start, cache_batch_idx=cache_loc)
+
+
+@_operator(mutates=_CACHES)
+def fused_mha_with_paged_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    input_pos: torch.Tensor,
+    cache_loc: torch.Tensor,
+    seq_len: torch.Tensor,
+    seq_start: torch.Tensor,
+    page_table: torch.Tensor,
+    max_seq_len: int,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    freqs_cis: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sequences of any lengths in pages of 8, 16, 32, 64, 128 or 256 tokens.
+
+    ``page_table`` int32 (rows, max_pages): the pages of a sequence in order; ``cache_loc``: the row of each sequence.
+    ``max_seq_len``: at least the most tokens that a sequence has afterwards: no page beyond is looked at.
+    """
+    _check_batch(input_pos, seq_len=seq_len, cache_loc=cache_loc, seq_start=seq_start)
+    check_dims("k_cache", k_cache, 4, _CACHE)
+    check_dims("page_table", page_table, 2, "(rows, max_pages)")
+    if max_seq_len < 1:
+        raise ZeroLengthError(f"max_seq_len={max_seq_len}: the longest sequence has at least 1 token")
+    if k_cache.numel() == 0:
+        raise EmptyCacheError(f"k_cache {tuple(k_cache.shape)}: the cache has no pages")
+    if _has_values(cache_loc) and (ops.CHECK_VALUES or simulated_arch() is not None):
+        for b, row in enumerate(cache_loc.tolist()):
+            if not 0 <= row < page_table.shape[0]:
+                raise CacheIndexError(f"cache_loc[{b}]={row}: page_table has {page_table.shape[0]} rows")
+    pages = page_table[:, : -(-max_seq_len // k_cache.shape[1])].index_select(0, cache_loc)
+    return _attend(q, k, v, k_cache, v_cache, input_pos, freqs_cis, seq_len, seq_start, page_table=pages)
+
+
+@_operator()
+def prepare_fused_mha_metadata(
+    input_ids: torch.Tensor,
+    seq_len: torch.Tensor,
+    input_pos: torch.Tensor,
+    cache_loc: torch.Tensor,
+    pages_per_seq: torch.Tensor,
+    page_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(seq_len, input_pos, cache_loc, seq_start), as :func:`fused_flattened_mha_with_cache` takes them, from
+    ``SequenceInfo.args``, whose ``cache_loc`` lists one place in the cache for each sequence.
+
+    Of a generate-only batch (input_ids (b, 1)) they have b sequences, of others all that ``seq_len`` has, with
+    ``seq_len`` and ``input_pos`` 0 for those that are none: how many there are only the device knows, where the
+    original has the host wait for it.
+    """
+    batch, seq_len, input_pos, seq_start = _sequences(input_ids, seq_len, input_pos)
+    if cache_loc.shape[0] < batch:
+        raise ShapeError(f"cache_loc {tuple(cache_loc.shape)}: a place for each of {batch} sequences is needed")
+    return seq_len, input_pos, cache_loc[:batch].clone(), seq_start
+
+
+@_operator()
+def prepare_paged_mha_metadata(
+    input_ids: torch.Tensor,
+    seq_len: torch.Tensor,
+    input_pos: torch.Tensor,
+    cache_loc: torch.Tensor,
+    pages_per_seq: torch.Tensor,
+    page_size: int,
+    max_seq_len: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """(input_pos, cache_loc, seq_len, seq_start, page_table, max_seq_len), as :func:`fused_mha_with_paged_cache` takes
+    them, from ``SequenceInfo.args``, whose ``cache_loc`` lists the pages of all sequences; the original has no such
+    operator. Sequences as for :func:`prepare_fused_mha_metadata`.
+
+    Row b of the table is that of sequence b: as many pages as ``max_seq_len`` needs (None: as ``cache_loc`` has), −1
+    behind the last one, so that a sequence which outgrows its pages is noticed where values are checked.
+    """
+    batch, seq_len, input_pos, seq_start = _sequences(input_ids, seq_len, input_pos)
+    width = cache_loc.shape[0]
+    if width == 0:
+        raise EmptyCacheError(f"cache_loc {tuple(cache_loc.shape)}: the cache has no pages")
+    if max_seq_len is not None:
+        width = min(width, -(-max_seq_len // page_size))
+    counts = pages_per_seq[:batch, None]
+    slot = torch.arange(width, dtype=torch.int32, device=cache_loc.device)
+    place = counts.cumsum(0, dtype=torch.int32) - counts + slot
+    pages = cache_loc[place.clamp(max=cache_loc.shape[0] - 1)]
+    page_table = torch.where(slot < counts, pages, -1)
+    rows = torch.arange(batch, dtype=torch.int32, device=cache_loc.device)
+    return input_pos, rows, seq_len, seq_start, page_table, width * page_size
+
+
+def _fake_sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    batch, heads, seqlen = query.shape[:3]
+    return query.new_empty((batch, seqlen, heads, value.shape[-1])).transpose(1, 2)
+
+
+@_operator(fake=_fake_sdpa)
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """torch's function of this name as an operator, by the kernels of this package: query (batch, heads, seqlen_q,
+    head_dim), key and value (batch, heads_kv, seqlen_k, …).
+
+    ``is_causal``: query i sees keys up to i, also where the lengths differ, as torch has it and ``flash_attn_func`` has
+    not. Raises UnsupportedArgumentError for ``attn_mask`` and ``dropout_p``.
+    """
+    if attn_mask is not None:
+        raise UnsupportedArgumentError("attn_mask", attn_mask)
+    if dropout_p != 0.0:
+        raise UnsupportedArgumentError("dropout_p", dropout_p)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_dims(name, tensor, 4, "(batch, heads, seqlen, head_dim)")
+    _check_no_gradient(query, key, value)
+    window = (None, None)
+    if is_causal:
+        # keys behind the last query are visible to none; without them the diagonal of the kernels is never negative
+        key, value = (t[:, :, : query.shape[2]] for t in (key, value))
+        window = (None, query.shape[2] - key.shape[2])
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    out, _ = ops.attention(*prepare(q, k, v, window_size=window, softmax_scale=scale))
+    return out.transpose(1, 2)
+
+
+def _with_heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v as (b, s, heads, head_dim)."""
+    _check_no_gradient(q, k, v, k_cache, v_cache)
+    check_dims("q", q, 3, "(b, s, heads · head_dim)")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_dims(name, cache, 4, _CACHE)
+    if q.shape[0] == 0:
+        raise EmptyBatchError(f"q {tuple(q.shape)}: at least one sequence is needed")
+    heads_kv, head_dim = k_cache.shape[2:]
+    if heads_kv == 0 or head_dim == 0 or q.shape[2] == 0 or q.shape[2] % (heads_kv * head_dim):
+        raise ShapeError(
+            f"q {tuple(q.shape)}: its rows are a multiple of k_cache's {heads_kv} heads of {head_dim} elements"
+        )
+    for name, tensor, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        check_like(name, tensor, (*q.shape[:2], heads_kv * cache.shape[3]), cache.dtype)
+    k, v = (tensor.unflatten(2, cache.shape[2:]) for tensor, cache in ((k, k_cache), (v, v_cache)))
+    return q.unflatten(2, (-1, head_dim)), k, v
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    input_pos: torch.Tensor,
+    freqs_cis: torch.Tensor | None,
+    seq_len: torch.Tensor | None = None,
+    seq_start: torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Appends and attends; generate-only or without ``seq_start`` the tokens of a sequence are a row of q."""
+    q, k, v = _with_heads(q, k, v, k_cache, v_cache)
+    b, s = q.shape[:2]
+    cu_seqlens = None
+    if seq_start is not None and s != 1:
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        # the last sequence owns the rows behind it, beyond its length: they are 0, and no length has to be read
+        cu_seqlens = pad(seq_start, (0, 1), value=b * s)
+    cos, sin = None, None
+    if freqs_cis is not None and freqs_cis.numel() > 0:
+        check_dims("freqs_cis", freqs_cis, 3, "(positions, rotary_dim / 2, 2)")
+        if freqs_cis.shape[2] != 2:
+            raise ShapeError(f"freqs_cis {tuple(freqs_cis.shape)}: (positions, rotary_dim / 2, 2) is needed")
+        cos, sin = freqs_cis.unbind(2)
+    places = {"page_table": page_table, "cache_batch_idx": cache_batch_idx}
+    queries = {"cu_seqlens_q": cu_seqlens, "seqused_q": seq_len}
+    new = {"cu_seqlens_k_new": cu_seqlens, "seqused_k_new": seq_len, "rotary_cos": cos, "rotary_sin": sin}
+    call = prepare(q, k_cache, v_cache, seqused_k=input_pos, **queries, **places, causal=True, num_splits=0)
+    if _has_values(q):
+        ops.validate(call)  # nothing is written for attention that cannot be
+    q, seqused_k = append_kv(k, v, k_cache, v_cache, input_pos, q=q, **queries, **new, **places)
+    out, _ = ops.attention(*call._replace(q=q, seqused_k=seqused_k))
+    return out.reshape(b, s, -1)
+
+
+def _sequences(
+    input_ids: torch.Tensor, seq_len: torch.Tensor, input_pos: torch.Tensor
+) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(batch, seq_len, input_pos, seq_start)."""
+    check_dims("seq_len", seq_len, 1, "(batch)")
+    batch = seq_len.shape[0]
+    if input_ids.shape[1] == 1:
+        batch = input_ids.shape[0]
+        if batch > seq_len.shape[0]:
+            raise ShapeError(f"seq_len {tuple(seq_len.shape)}: a length for each of {batch} sequences is needed")
+    seq_len = seq_len[:batch].clone()
+    seq_start = seq_len.cumsum(0, dtype=torch.int32) - seq_len
+    return batch, seq_len, torch.where(seq_len > 0, input_pos[:batch], 0), seq_start
+
+
+def _check_batch(input_pos: torch.Tensor, **metadata: torch.Tensor) -> None:
+    """Raise DTypeError or ShapeError unless all are int32 (batch)."""
+    check_dims("input_pos", input_pos, 1, "(batch)")
+    for name, tensor in metadata.items():
+        check_like(name, tensor, input_pos.shape, torch.int32)
+
+
+def _check_no_gradient(*tensors: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise NoBackwardError(
+            "an operator for serving with a tensor that requires a gradient: call under torch.no_grad()"
+        )
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Whether this is no tensor of a fake, which has a shape alone."""
+    return type(tensor) is torch.Tensor and not tensor.is_meta
