@@ -37,7 +37,6 @@ _NOT_IMPLEMENTED: dict[str, tuple] = {
     "gather_bwd_token_chunk": (None,),
     "min_seqlen_k": (None,),
     "leftpad_k": (None,),
-    "cache_leftpad": (None,),
     "scheduler_metadata": (None,),
     "seqlen_k_per_split": (None,),
     "disable_scheduler_metadata": (False,),
@@ -210,6 +209,7 @@ def prepare(
     seqused_k: Any = None,
     page_table: Any = None,
     cache_batch_idx: Any = None,
+    cache_leftpad: Any = None,
     alibi_slopes: Any = None,
     learnable_sink: Any = None,
     max_seqlen_q: Any = None,
@@ -232,7 +232,7 @@ def prepare(
     if pack_gqa is not None:
         check_flag("pack_gqa", pack_gqa)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    tensors = (q, k, v, *lengths, page_table, cache_batch_idx, alibi_slopes, learnable_sink)
+    tensors = (q, k, v, *lengths, page_table, cache_batch_idx, cache_leftpad, alibi_slopes, learnable_sink)
     for name, tensor in zip(ops.Call._fields, tensors, strict=False):
         if tensor is not None or name in "qkv":
             check_tensor(name, tensor)

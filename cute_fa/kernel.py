@@ -32,8 +32,9 @@ class AttentionTensors(NamedTuple):
     (batch, seqlen_q, heads, head_dim_v), lse fp32 (batch, heads, seqlen_q). With ``cu_seqlens_q`` q and out are
     (total_q, heads, …) and lse is (heads, total_q); with ``cu_seqlens_k`` k and v are (total_k, heads_kv, …).
     ``cu_seqlens_*`` int32 (batch + 1), ``seqused_*`` int32 (batch), ``page_table`` int32 (batch, max_pages),
-    ``cache_batch_idx`` int32 (batch): which sequence of k and v each one of the batch reads,
-    ``alibi_slopes`` fp32 (heads) or (batch, heads), ``learnable_sink`` fp32 (heads).
+    ``cache_batch_idx`` int32 (batch): which sequence of k and v each one of the batch reads, ``cache_leftpad`` int32
+    (batch): rows of k and v before its first key, ``alibi_slopes`` fp32 (heads) or (batch, heads), ``learnable_sink``
+    fp32 (heads).
     """
 
     q: torch.Tensor
@@ -47,6 +48,7 @@ class AttentionTensors(NamedTuple):
     seqused_k: torch.Tensor | None
     page_table: torch.Tensor | None
     cache_batch_idx: torch.Tensor | None
+    cache_leftpad: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
     learnable_sink: torch.Tensor | None
 
@@ -103,6 +105,7 @@ class FeatureConfig(KernelConfig):
     seqused_k: bool = False
     page_size: int | None = None
     cache_batch_idx: bool = False
+    cache_leftpad: bool = False
 
     @staticmethod
     def features(problem: AttentionProblem) -> dict[str, Any]:
@@ -124,6 +127,7 @@ class FeatureConfig(KernelConfig):
             "seqused_k": problem.seqused_k,
             "page_size": problem.page_size,
             "cache_batch_idx": problem.cache_batch_idx,
+            "cache_leftpad": problem.cache_leftpad,
         }
 
     @property
@@ -152,6 +156,7 @@ class FeatureConfig(KernelConfig):
             "usedq": self.seqused_q,
             "usedk": self.seqused_k,
             "index": self.cache_batch_idx,
+            "leftpad": self.cache_leftpad,
             **choices,
         }
         tokens = (token for token, on in flags.items() if on)
@@ -230,7 +235,7 @@ def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> tu
         t.v,
         t.out,
         t.lse,
-        (t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k),
+        (t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k, t.cache_leftpad),
         window,
         slopes,
         t.learnable_sink,

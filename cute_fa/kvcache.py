@@ -22,6 +22,7 @@ def flash_attn_with_kvcache(
     rotary_sin: torch.Tensor | None = None,
     cache_seqlens: int | torch.Tensor | None = None,
     cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
@@ -59,6 +60,8 @@ def flash_attn_with_kvcache(
     to the cache, in place, behind the ``cache_seqlens`` tokens that each sequence has there.
     cache_seqlens: int32 (batch) or one int: tokens in the cache, before new ones are written; all there is room for by
     default, where nothing is written.
+    cache_leftpad: int32 (batch), rows of the cache before a sequence's first key, which cache_seqlens and the places of
+    tokens count and attention leaves out.
     rotary_cos, rotary_sin: (positions, rotary_dim / 2), with new k alone: rotates the new keys by their place in the
     cache, and q: row t by cache_seqlens[b] + t if causal or with a window, else all rows by cache_seqlens[b].
     ``rotary_seqlens`` int32 (batch) takes the place of cache_seqlens there. ``rotary_interleaved``: neighbours are
@@ -92,6 +95,7 @@ def flash_attn_with_kvcache(
         seqused_k=_lengths(cache_seqlens, q, cu_seqlens_q),
         page_table=page_table if page_table is not None else block_table,
         cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
         max_seqlen_q=max_seqlen_q,
         softmax_scale=softmax_scale,
         causal=causal,

@@ -76,6 +76,7 @@ class Call(NamedTuple):
     seqused_k: torch.Tensor | None
     page_table: torch.Tensor | None
     cache_batch_idx: torch.Tensor | None
+    cache_leftpad: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
     learnable_sink: torch.Tensor | None
     max_seqlen_q: int | None
@@ -92,14 +93,15 @@ class Call(NamedTuple):
     deterministic: bool
 
 
-NUM_TENSORS = 11
+NUM_TENSORS = 12
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
-    "Tensor? page_table, Tensor? cache_batch_idx, Tensor? alibi_slopes, Tensor? learnable_sink, SymInt? max_seqlen_q, "
-    "SymInt? max_seqlen_k, float? softmax_scale, SymInt? window_left, SymInt? window_right, SymInt sink_tokens, "
-    "float softcap, SymInt num_splits, str? family, bool? pack_gqa, str persistent, bool deterministic"
+    "Tensor? page_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? alibi_slopes, Tensor? learnable_sink, "
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? softmax_scale, SymInt? window_left, SymInt? window_right, "
+    "SymInt sink_tokens, float softcap, SymInt num_splits, str? family, bool? pack_gqa, str persistent, "
+    "bool deterministic"
 )
 LIBRARY = library.Library("cute_fa", "DEF")
 LIBRARY.define(f"attention({ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
@@ -164,7 +166,7 @@ def validate(call: Call, out: torch.Tensor | None = None) -> None:
     if out is not None:
         check_separate(out, q=call.q, k=call.k, v=call.v)
     if CHECK_VALUES or simulated_arch() is not None:
-        check_values(plan.problem, call.q, call.k, *call[3:9])
+        check_values(plan.problem, call.q, call.k, *call[3:10])
 
 
 def signatures(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
@@ -231,7 +233,7 @@ def restrided(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Te
 def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
     q, k, v = call.q, call.k, call.v
     if CHECK_VALUES or simulated_arch() is not None:
-        check_values(plan.problem, q, k, *call[3:9])
+        check_values(plan.problem, q, k, *call[3:10])
     if not plan.launches:
         _without_keys(call, out, lse)
         return

@@ -60,8 +60,8 @@ class AttentionProblem:
     ``window_left`` and ``window_right`` are None where infinite, and causal is folded in (``window_right == 0``).
     ``seqlen_q`` and ``seqlen_k`` are the longest lengths: ``max_seqlen_*`` for varlen. ``varlen_*``: the tensor is
     packed, with cu_seqlens; ``seqused_*``: lengths shorter than what the tensor holds are given. ``page_size``: k and v
-    are pages; ``cache_batch_idx``: an index says which sequences of k and v are the batch's. ``out_dtype`` is q's by
-    default, bf16 for fp8.
+    are pages; ``cache_batch_idx``: an index says which sequences of k and v are the batch's; ``cache_leftpad``: they
+    begin behind rows that do not count. ``out_dtype`` is q's by default, bf16 for fp8.
 
     ``persistent`` and ``pack_gqa`` (query heads of one kv head share a tile; None: the kernel chooses) change how a
     kernel computes, never what. They are here because a kernel must be able to refuse them.
@@ -95,6 +95,7 @@ class AttentionProblem:
     seqused_k: bool = False
     page_size: int | None = None
     cache_batch_idx: bool = False
+    cache_leftpad: bool = False
     num_splits: int = 1
     direction: Direction = Direction.FORWARD
     out_dtype: DType | None = None
@@ -167,7 +168,7 @@ class AttentionProblem:
     @property
     def varlen(self) -> bool:
         """Whether sequences of the batch may differ in length."""
-        return self.varlen_q or self.varlen_k or self.seqused_q or self.seqused_k
+        return self.varlen_q or self.varlen_k or self.seqused_q or self.seqused_k or self.cache_leftpad
 
     @property
     def gqa_ratio(self) -> int:

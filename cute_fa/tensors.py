@@ -56,6 +56,7 @@ def problem_of(
     seqused_k: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
     cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -92,12 +93,17 @@ def problem_of(
     for name, tensor in lengths.items():
         if tensor is not None:
             check_vector(name, tensor, torch.int32, batch + name.startswith("cu"))
+    if cache_leftpad is not None:
+        if cu_seqlens_k is not None:
+            raise ArgumentError("cache_leftpad with cu_seqlens_k: a packed sequence starts where its offset says")
+        check_vector("cache_leftpad", cache_leftpad, torch.int32, batch)
     heads = q.shape[-2]
     if alibi_slopes is not None:
         check_vector("alibi_slopes", alibi_slopes, torch.float32, heads, batch)
     if learnable_sink is not None:
         check_vector("learnable_sink", learnable_sink, torch.float32, heads)
     extras = {**lengths, "page_table": page_table, "cache_batch_idx": cache_batch_idx}
+    extras["cache_leftpad"] = cache_leftpad
     extras |= {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
     check_devices(tensors | extras)
     for name, cu_seqlens, rows in (("cu_seqlens_q", cu_seqlens_q, rows_q), ("cu_seqlens_k", cu_seqlens_k, rows_k)):
@@ -127,6 +133,7 @@ def problem_of(
         seqused_k=seqused_k is not None,
         page_size=page_size,
         cache_batch_idx=cache_batch_idx is not None,
+        cache_leftpad=cache_leftpad is not None,
         num_splits=num_splits,
         direction=direction,
         pack_gqa=pack_gqa,
@@ -214,6 +221,7 @@ def check_values(
     seqused_k: torch.Tensor | None,
     page_table: torch.Tensor | None,
     cache_batch_idx: torch.Tensor | None,
+    cache_leftpad: torch.Tensor | None,
 ) -> None:
     """Check the numbers in the length tensors, the page table and the cache's index: one host synchronisation each.
 
@@ -229,6 +237,8 @@ def check_values(
         held_k = [k.shape[1] * (1 if page_table is None else page_table.shape[1])] * problem.batch
     used_q = used_within("seqused_q", seqused_q, held_q)
     used_k = used_within("seqused_k", seqused_k, held_k)
+    if cache_leftpad is not None:
+        used_within("cache_leftpad", cache_leftpad, used_k)
     for name, used, longest in (("q", used_q, problem.seqlen_q), ("k", used_k, problem.seqlen_k)):
         if max(used) > longest:
             raise LengthError(f"max_seqlen_{name}={longest}: a sequence has {max(used)} tokens")

@@ -30,7 +30,7 @@ class Fa2ForwardConfig(FeatureConfig):
     @property
     def may_lack_keys(self) -> bool:
         """Whether a tile may see no key at all: hidden by the mask, or of an empty sequence."""
-        lengths = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k)
+        lengths = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k, self.cache_leftpad)
         return any((self.window_left, self.window_right, *lengths))
 
     @property

@@ -61,8 +61,10 @@ class Fa2ForwardKernel:
             blocks = block_range(args.common.window, info.seqlen_q, info.seqlen_k, m_start, c.tile_m, c.tile_n)
             q = head_matrix(args.common.q, head, batch, info.offset_q, c.cu_seqlens_q)
             key_batch = args.common.key_batch(batch)
-            k = head_matrix(args.common.k, head_kv, key_batch, info.offset_k, c.cu_seqlens_k)
-            v = head_matrix(args.common.v, head_kv, key_batch, info.offset_k, c.cu_seqlens_k)
+            k, v = (
+                head_matrix(tensor, head_kv, key_batch, info.offset_k, c.cu_seqlens_k, c.cache_leftpad)
+                for tensor in (args.common.k, args.common.v)
+            )
 
             smem = self.smem_tiles()
             load_q = TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads)
@@ -141,11 +143,12 @@ class Fa2ForwardKernel:
         return m_block, index // m_blocks % heads, index // m_blocks // heads
 
 
-def head_matrix(tensor: cute.Tensor, head: Int32, batch: Int32, offset: Int32, packed: bool) -> cute.Tensor:
-    """(rows, head_dim) of one head of one sequence."""
-    if const_expr(packed):
-        return cute.domain_offset((offset, 0), tensor[None, head, None])
-    return tensor[batch, None, head, None]
+def head_matrix(
+    tensor: cute.Tensor, head: Int32, batch: Int32, offset: Int32, packed: bool, padded: bool = False
+) -> cute.Tensor:
+    """(rows, head_dim) of one head of one sequence; ``padded``: ``offset`` rows of a dense one do not count."""
+    matrix = tensor[None, head, None] if const_expr(packed) else tensor[batch, None, head, None]
+    return cute.domain_offset((offset, 0), matrix) if const_expr(packed or padded) else matrix
 
 
 def head_row(lse: cute.Tensor, head: Int32, batch: Int32, offset: Int32, packed: bool) -> cute.Tensor:

@@ -24,8 +24,9 @@ def objections(problem: AttentionProblem, grids: dict[str, int], *, rows_of_any_
             reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")
         if problem.pack_gqa and problem.gqa_ratio > 1:
             reasons.append("pack_gqa: this kernel's tiles hold the queries of one head")
-    if problem.cache_batch_idx and problem.direction is Direction.BACKWARD:
-        reasons.append("cache_batch_idx: a cache has no gradient")
+    if problem.direction is Direction.BACKWARD:
+        indexed = {"cache_batch_idx": problem.cache_batch_idx, "cache_leftpad": problem.cache_leftpad}
+        reasons += [f"{name}: a cache has no gradient" for name, given in indexed.items() if given]
     if problem.persistent is PersistentMode.ON:
         reasons.append("persistent: this kernel launches one CTA for each tile")
     for name, ctas in grids.items():

@@ -18,6 +18,7 @@ _START_BLOCKS = 2
 _COMBINE_BLOCKS = 4
 _MAX_SPLITS = 128
 _MAX_CTAS_PER_SM = 2
+_RESERVED_BYTES = 1024  # of shared memory, by the system for each CTA
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,20 @@ class Fa2SplitConfig(FeatureConfig):
 
 def split_config(problem: AttentionProblem) -> Fa2SplitConfig:
     """As few rows a tile as hold the queries: one warp's 16 rows with the keys shared by four warps for decoding, up to
-    64 rows for chunks of a prompt. 64 keys a step, and as many steps in flight, up to four, as shared memory has room
-    for: decoding waits for memory alone."""
+    64 rows for chunks of a prompt. 64 keys a step, and as many steps in flight, up to four, as two CTAs find room for,
+    so that one computes while the other waits for memory; one CTA where that leaves it a single step."""
     rows = problem.seqlen_q * problem.gqa_ratio
     row_warps = 1 if rows <= WARP_ROWS else 2 if rows <= 2 * WARP_ROWS else 4
     tile_n = 64
-    widths = padded(problem.head_dim) + padded(problem.head_dim_v)
-    room = problem.arch.smem_bytes - problem.dtype.bytes * WARP_ROWS * row_warps * padded(problem.head_dim)
+    step_bytes = problem.dtype.bytes * tile_n * (padded(problem.head_dim) + padded(problem.head_dim_v))
+    q_bytes = problem.dtype.bytes * WARP_ROWS * row_warps * padded(problem.head_dim)
+    whole = (problem.arch.smem_bytes - q_bytes) // step_bytes
+    half = (problem.arch.smem_bytes // 2 - _RESERVED_BYTES - q_bytes) // step_bytes
     return Fa2SplitConfig(
         **FeatureConfig.features(problem),
         row_warps=row_warps,
         tile_n=tile_n,
-        stages=max(1, min(4, room // (problem.dtype.bytes * tile_n * widths))),
+        stages=max(1, min(4, half if half > 1 else whole)),
         split=problem.num_splits > 1,
     )
 

@@ -69,12 +69,13 @@ class Fa2SplitKernel:
             start = cutlass.min(split * steps, blocks.total)
             stop = cutlass.min(start + steps, blocks.total)
 
-            RowLoader(smem.q, c.head_dim, tidx, c.num_threads).load(
-                self.query_rows(args, info, batch, head_kv, gqa_ratio, first_row), 0
-            )
-            sequence = batch if const_expr(c.page_size is not None) else args.common.key_batch(batch)
+            place = self.query_places(args, info, batch, head_kv, gqa_ratio, first_row)
+            load_q = RowLoader(smem.q, c.head_dim, tidx, c.num_threads)
+            load_q.load([place(row) for row in load_q.rows()], 0)
+            paged = c.page_size is not None
+            sequence = batch if const_expr(paged) else args.common.key_batch(batch)
             keys = tuple(
-                KeyRows(tensor, head_kv, sequence, info.offset_k, c.cu_seqlens_k, args.common.page_table)
+                KeyRows(tensor, head_kv, sequence, info.offset_k, c.cu_seqlens_k, paged)
                 for tensor in (args.common.k, args.common.v)
             )
             ring = RowRing(
@@ -84,7 +85,9 @@ class Fa2SplitKernel:
                     RowLoader(smem.v, c.head_dim_v, tidx, c.num_threads),
                 ),
                 keys,
+                args.common.page_table[batch, None] if const_expr(paged) else None,
                 c.page_size,
+                info.offset_k,
                 blocks,
                 args.common.window,
                 info.seqlen_k,
@@ -114,8 +117,8 @@ class Fa2SplitKernel:
             tile.params = score_params(args.common.softmax_scale, args.common.softcap, slopes)
         return tile
 
-    def query_rows(self, args: SplitArguments, info, batch, head_kv, gqa_ratio, first_row):
-        """Where the rows of Q lie, for :meth:`RowLoader.load`."""
+    def query_places(self, args: SplitArguments, info, batch, head_kv, gqa_ratio, first_row):
+        """A function that says where a row of Q lies, for :meth:`RowLoader.load`."""
         q, packed = args.common.q, self.config.cu_seqlens_q
         token_bytes = Int64(q.stride[0] if const_expr(packed) else q.stride[1]) * ELEMENT_BYTES
         head_bytes = Int64(q.stride[-2]) * ELEMENT_BYTES

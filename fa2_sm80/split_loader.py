@@ -21,24 +21,26 @@ class RowLoader:
         self.rows_per_pass = num_threads // chunks_per_row
         self.target = smem.pointer.toint() + smem.offset(self.row, self.chunk)
 
-    def load(self, address, stage: Int32):
-        """``address(row)``: (byte address of a row of the tile, whether it counts); outside nothing is read."""
-        for first_row in range(0, self.smem.rows, self.rows_per_pass):
-            self._load_row(address, first_row, stage)
+    def rows(self) -> list[Int32]:
+        """The rows that this thread copies a part of, one a pass; of a small tile, rows beyond it too."""
+        return [self.row + first_row for first_row in range(0, self.smem.rows, self.rows_per_pass)]
+
+    def load(self, places: list, stage: Int32):
+        """``places``: (byte address, whether the row counts) of each of :meth:`rows`; of others nothing is read."""
+        for i, (start, inside) in enumerate(places):
+            self._load_row(start, inside, i * self.rows_per_pass, stage)
 
     @cute.jit
-    def _load_row(self, address: cutlass.Constexpr, first_row: cutlass.Constexpr[int], stage: Int32):
+    def _load_row(self, start: Int64, inside, first_row: cutlass.Constexpr[int], stage: Int32):
         smem = self.smem
-        row = self.row + first_row
         if const_expr(first_row + self.rows_per_pass > smem.rows):
-            if row < smem.rows:
-                self._load_panels(address, first_row, stage)
+            if self.row + first_row < smem.rows:
+                self._load_panels(start, inside, first_row, stage)
         else:
-            self._load_panels(address, first_row, stage)
+            self._load_panels(start, inside, first_row, stage)
 
-    def _load_panels(self, address, first_row: int, stage: Int32):
+    def _load_panels(self, start: Int64, inside, first_row: int, stage: Int32):
         smem = self.smem
-        start, inside = address(self.row + first_row)
         start = start + self.chunk * CHUNK_BYTES
         for panel in range(smem.panels):
             copied = inside
@@ -49,33 +51,25 @@ class RowLoader:
 
 
 class KeyRows:
-    """Where the rows of one kv head of one sequence lie in K or V, paged or not."""
+    """Where the rows of one kv head of one sequence lie in K or V."""
 
-    def __init__(self, tensor: cute.Tensor, head: Int32, batch: Int32, offset: Int32, packed: bool, page_table):
-        """``tensor``, ``page_table``: as the kernel takes them; ``batch``: the row of the table, or the place
-        in K and V; ``offset``: first row of the sequence, if packed."""
-        self.page_size = None if page_table is None else tensor.shape[1]
-        self.pages = None if page_table is None else page_table[batch, None]
+    def __init__(self, tensor: cute.Tensor, head: Int32, sequence: Int32, offset: Int32, packed: bool, paged: bool):
+        """``tensor``: as the kernel takes it; ``sequence``: its place in a dense one; ``offset``: first row of the
+        sequence, counted from there or in a packed one, but for pages."""
         row_stride = tensor.stride[0] if const_expr(packed) else tensor.stride[1]
         self.row_bytes = Int64(row_stride) * ELEMENT_BYTES
+        self.page_bytes = Int64(tensor.stride[0]) * ELEMENT_BYTES if const_expr(paged) else None
         start = tensor.iterator.toint() + Int64(head) * (Int64(tensor.stride[-2]) * ELEMENT_BYTES)
-        if const_expr(packed):
+        if const_expr(not paged):
             start = start + self.row_bytes * offset
-        elif const_expr(page_table is None):
-            start = start + Int64(batch) * (Int64(tensor.stride[0]) * ELEMENT_BYTES)
-        else:
-            self.page_bytes = Int64(tensor.stride[0]) * ELEMENT_BYTES
+            if const_expr(not packed):
+                start = start + Int64(sequence) * (Int64(tensor.stride[0]) * ELEMENT_BYTES)
         self.start = start
 
-    @cute.jit
-    def address(self, key: Int32, inside, page_size: cutlass.Constexpr):
-        """Byte address of a key's row; a page is looked up only for keys ``inside`` the sequence."""
-        if const_expr(page_size is None):
-            return self.start + self.row_bytes * key
-        page, pages = Int32(0), self.pages
-        if inside:
-            page = pages[key // page_size]
-        return self.start + self.page_bytes * page + self.row_bytes * (key % page_size)
+    def address(self, page: Optional[Int32], row: Int32) -> Int64:
+        """Byte address of a row, of a page where there are pages."""
+        start = self.start if const_expr(page is None) else self.start + self.page_bytes * page
+        return start + self.row_bytes * row
 
 
 class RowRing(BlockRing):
@@ -86,24 +80,39 @@ class RowRing(BlockRing):
         stages: int,
         loaders: tuple[RowLoader, RowLoader],
         rows: tuple[KeyRows, KeyRows],
+        pages: Optional[cute.Tensor],
         page_size: Optional[int],
+        first_key: Int32,
         blocks: BlockRange,
         window: Window,
         seqlen_k: Int32,
         stop: Int32,
     ):
-        """``loaders``, ``rows``: of K and V."""
+        """``loaders``, ``rows``: of K and V; ``pages``: the sequence's row of the page table, whose row
+        ``first_key`` holds its first key."""
         super().__init__(stages, blocks, window, stop)
-        self.loaders, self.rows, self.page_size, self.seqlen_k = loaders, rows, page_size, seqlen_k
+        self.loaders, self.rows, self.seqlen_k = loaders, rows, seqlen_k
+        self.pages, self.page_size, self.first_key = pages, page_size, first_key
         self.tile_n = loaders[0].smem.rows
 
     def load(self, block: Int32, stage: Int32, first: bool):
-        """Every block is checked against the sequence's end: decoding waits for memory."""
+        """Every block is checked against the sequence's end: decoding waits for memory. A thread copies the same rows
+        of K and V if these are equally wide, and looks their pages up once."""
+        slots = {}
         for loader, rows in zip(self.loaders, self.rows, strict=True):
+            if loader.rows_per_pass not in slots:
+                slots[loader.rows_per_pass] = [self.slot(block * self.tile_n + row) for row in loader.rows()]
+            places = [(rows.address(page, row), inside) for page, row, inside in slots[loader.rows_per_pass]]
+            loader.load(places, stage)
 
-            def address(row, rows=rows):
-                key = block * self.tile_n + row
-                inside = key < self.seqlen_k
-                return rows.address(key, inside, self.page_size), inside
-
-            loader.load(address, stage)
+    @cute.jit
+    def slot(self, key: Int32):
+        """(page or None, row, whether the key counts); pages are looked up only for keys inside the sequence."""
+        inside = key < self.seqlen_k
+        if const_expr(self.page_size is None):
+            return None, key, inside
+        page, pages = Int32(0), self.pages
+        row = self.first_key + key
+        if inside:
+            page = pages[row // self.page_size]
+        return page, row % self.page_size, inside

@@ -76,7 +76,7 @@ class Fa3ForwardConfig(FeatureConfig):
     @property
     def ragged_keys(self) -> bool:
         """Whether a sequence's keys may end before the rows of the tensor, or of the page, do."""
-        return self.cu_seqlens_k or self.seqused_k or self.page_size is not None
+        return self.cu_seqlens_k or self.seqused_k or self.cache_leftpad or self.page_size is not None
 
     @property
     def q_bytes(self) -> int:

@@ -24,6 +24,8 @@ class Fa3Forward(AttentionKernel):
         if problem.dtype not in (DType.FP16, DType.BF16):
             reasons.append(f"dtype {problem.dtype.value}: this kernel takes fp16 and bf16")
         reasons += common_objections(problem, "16-byte strides of TMA")
+        if problem.cache_leftpad and problem.page_size is not None:
+            reasons.append(f"cache_leftpad with page_size {problem.page_size}: blocks of keys start where pages do")
         if problem.pack_gqa and problem.gqa_ratio > WGMMA_M:
             reasons.append(f"pack_gqa with gqa_ratio {problem.gqa_ratio}: a warpgroup holds {WGMMA_M} query heads")
         if not reasons:

@@ -37,7 +37,7 @@ def optional(wanted: bool, make):
 def common_fakes(config: FeatureConfig) -> CommonArguments:
     """What ``cute_fa.kernel.common_arguments`` gives at run time."""
     c, dtype = config, CUTE_DTYPE[config.dtype]
-    lengths = (c.cu_seqlens_q, c.cu_seqlens_k, c.seqused_q, c.seqused_k)
+    lengths = (c.cu_seqlens_q, c.cu_seqlens_k, c.seqused_q, c.seqused_k, c.cache_leftpad)
     bounds = (c.window_left, c.window_right, c.sink_tokens)
     return CommonArguments(
         q=fake_activations(dtype, c.cu_seqlens_q, c.head_dim),

@@ -7,17 +7,19 @@ from cutlass import Int32, const_expr
 
 
 class LengthTensors(NamedTuple):
-    """Run-time lengths, all int32 on the device or absent: cu_seqlens (batch + 1), seqused (batch)."""
+    """Run-time lengths, all int32 on the device or absent: cu_seqlens (batch + 1), seqused (batch), leftpad (batch):
+    rows of dense keys before a sequence's first one, which seqused counts."""
 
     cu_seqlens_q: Optional[cute.Tensor]
     cu_seqlens_k: Optional[cute.Tensor]
     seqused_q: Optional[cute.Tensor]
     seqused_k: Optional[cute.Tensor]
+    leftpad_k: Optional[cute.Tensor]
 
 
 class SeqlenInfo(NamedTuple):
-    """``offset_*``: first row in a packed tensor (0 if dense). ``rows_q``: rows of q and out that belong to the
-    sequence, of which the first ``seqlen_q`` count; ``seqlen_k``: keys that count."""
+    """``offset_*``: first row in a packed tensor, or behind the left padding of a dense one. ``rows_q``: rows of q and
+    out that belong to the sequence, of which the first ``seqlen_q`` count; ``seqlen_k``: keys that count."""
 
     offset_q: Int32
     offset_k: Int32
@@ -35,6 +37,9 @@ def seqlen_info(lengths: LengthTensors, batch: Int32, dense_q: Int32, dense_k: I
         seqlen_q = lengths.seqused_q[batch]
     if const_expr(lengths.seqused_k is not None):
         seqlen_k = lengths.seqused_k[batch]
+    if const_expr(lengths.leftpad_k is not None):
+        offset_k = lengths.leftpad_k[batch]
+        seqlen_k = seqlen_k - offset_k
     return SeqlenInfo(offset_q, offset_k, rows_q, seqlen_q, seqlen_k)
 
 

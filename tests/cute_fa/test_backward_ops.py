@@ -350,7 +350,7 @@ def test_mapped_calls_have_gradients(simulated):
 def test_what_no_kernel_differentiates(simulated):
     fp8 = torch.zeros(1, 16, 1, 64).to(torch.float8_e4m3fn)
     out, lse = torch.zeros(1, 16, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 16)
-    call = ops.Call(fp8, fp8, fp8, *[None] * 8, *[None] * 5, 0, 0.0, 1, None, None, "auto", False)
+    call = ops.Call(fp8, fp8, fp8, *[None] * 9, *[None] * 5, 0, 0.0, 1, None, None, "auto", False)
     with pytest.raises(Fp8Error, match="e4m3 input on sm_80: no kernel offers fp8 here"):
         autograd.attention_backward(out, None, out, lse, call)
     paged = backward_call(make_inputs(InputSpec(page_size=16)))

@@ -11,6 +11,7 @@ from cute_fa import api, errors, ops
 from cute_fa.dispatch import TABLE
 from cute_fa.inputs import InputSpec, make_inputs
 from cute_fa.kernel import AttentionKernel
+from cute_fa.reference import expected
 from fa2_sm80.forward import Fa2Forward
 from fa2_sm80.split import Fa2Split
 from fa2_sm80.split_config import num_splits, visible_keys
@@ -44,6 +45,24 @@ def test_reads_the_sequences_that_the_index_names(arch, family, splits, kernel):
     assert torch.equal(out, gathered[0]) and torch.equal(lse, gathered[1])
 
 
+@pytest.mark.parametrize(("arch", "family", "splits", "kernel"), KERNELS)
+def test_left_padding_is_no_key(arch, family, splits, kernel):
+    """In front of the sequences, NaN; one is empty behind it."""
+    inputs = make_inputs(dataclasses.replace(SPEC, lengths_k=(150, 41, 100, 77)), "peaked")
+    pads = torch.tensor([33, 41, 0, 76], dtype=torch.int32)
+    k, v = inputs.k.clone(), inputs.v.clone()
+    for b, pad in enumerate(pads.tolist()):
+        k[b, :pad], v[b, :pad] = torch.nan, torch.nan
+    with cute_fa.simulate(arch, race=True):
+        out, lse = attention(inputs, k=k, v=v, cache_leftpad=pads, family=family, num_splits=splits)
+    plan = list(ops._plans.values())[-1]
+    assert plan.kernel is kernel and plan.problem.varlen
+    for b, (pad, end) in enumerate(zip(pads.tolist(), inputs.seqused_k.tolist(), strict=True)):
+        one = slice(b, b + 1)
+        result = expected(inputs.q[one], k[one, pad:end], v[one, pad:end], causal=True).check(out[one], lse[one])
+        assert result.ok, result
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -72,8 +91,18 @@ def test_index_goes_with_contiguous_caches_alone():
 
 
 def test_the_backward_takes_no_index():
-    problem = small_problem(cute_fa.SmArch.SM_80, direction=cute_fa.Direction.BACKWARD, cache_batch_idx=True)
-    assert [why for reasons in TABLE.explain(problem).values() for why in reasons if "cache has no gradient" in why]
+    for name in ("cache_batch_idx", "cache_leftpad"):
+        problem = small_problem(cute_fa.SmArch.SM_80, direction=cute_fa.Direction.BACKWARD, **{name: True})
+        assert TABLE.explain(problem)["fa2_bwd"] == [f"{name}: a cache has no gradient"]
+
+
+def test_padding_inside_pages_is_not_for_fa3():
+    """Its blocks of keys start where pages do; the split kernel serves them."""
+    problem = small_problem(cute_fa.SmArch.SM_90A, cache_leftpad=True, page_size=16)
+    assert TABLE.explain(problem, "fa3") == {
+        "fa3_fwd": ["cache_leftpad with page_size 16: blocks of keys start where pages do"]
+    }
+    assert TABLE.lookup(problem) is Fa2Split
 
 
 def decoding(**changes):
@@ -95,7 +124,7 @@ def decoding(**changes):
     ("changes", "least", "most"),
     [
         ({"batch": 1}, 32, 128),  # one tile for 108 SMs
-        ({"batch": 108}, 1, 1),  # as many tiles as SMs
+        ({"batch": 216}, 1, 1),  # as many tiles as CTAs fit the GPU
         ({"batch": 60}, 5, 20),  # several waves of short CTAs, where one of 60 would leave 48 SMs idle
         ({"batch": 1, "seqlen_k": 64}, 1, 1),  # one block
         ({"batch": 1, "seqlen_k": 0}, 1, 1),

@@ -11,6 +11,7 @@ from cute_fa.compat import fa2, fa3
 from cute_fa.errors import (
     ArgumentError,
     CuteFaError,
+    DTypeError,
     LengthError,
     NoBackwardError,
     PageTableError,
@@ -21,7 +22,7 @@ from cute_fa.inputs import InputSpec, make_inputs
 from cute_fa.reference import expected
 from cute_fa.types import DType
 from fa2_sm80.split import Fa2Split
-from tests.testing.caches import Rotary, after, rotated_queries, take_last
+from tests.testing.caches import Rotary, after, places, rotated_queries, take_last
 from tests.testing.grid import pairwise
 from tests.testing.simulated import unwritten_is_nan
 
@@ -248,6 +249,33 @@ def test_cache_batch_idx_appends_where_it_reads():
     append.check()
 
 
+@pytest.mark.parametrize("page_size", [None, 8])
+def test_cache_leftpad_counts_for_places_alone(page_size):
+    """New keys rotate by their row in the cache; the padding, NaN here, is no key, and sink tokens lie behind it."""
+    spec = InputSpec(2, 3, 60, 4, 2, 64, page_size=page_size, seqused_k=page_size is None, lengths_k=(60, 33))
+    spec = dataclasses.replace(spec, causal=True, window=(12, 0), sink_tokens=2, alibi=True)
+    given = make_inputs(spec, "peaked")
+    pads = [11, 0]
+    rotary = Rotary.random(60, 32, interleaved=True)
+    append = take_last(given, [3, 3], rotary=rotary)
+    append.k_cache[places(given, 0, range(pads[0]))] = append.k_after[places(given, 0, range(pads[0]))] = torch.nan
+    append.v_cache[places(given, 0, range(pads[0]))] = append.v_after[places(given, 0, range(pads[0]))] = torch.nan
+    options = {"cache_seqlens": append.cache_seqlens, "cache_leftpad": torch.tensor(pads, dtype=torch.int32)}
+    masks = {"window_size": (12, 0), "sink_tokens": 2, "alibi_slopes": given.alibi_slopes}
+    with cute_fa.simulate("sm_80", race=True):
+        out, lse = flash_attn_with_kvcache(
+            *(given.q, append.k_cache, append.v_cache, append.k, append.v),
+            **{**options, **masks, **rotary.arguments(), "page_table": given.page_table, "return_lse": True},
+        )
+    append.check()
+    q = rotated_queries(given, rotary, append.cache_seqlens.tolist())
+    for b, (pad, length) in enumerate(zip(pads, given.seqused_k.tolist(), strict=True)):
+        at = places(given, b, range(pad, length))
+        keys, values = (t[at][None] for t in (append.k_after, append.v_after))
+        result = expected(q[b : b + 1], keys, values, **masks).check(out[b : b + 1], lse[b : b + 1])
+        assert result.ok, result
+
+
 def test_out_is_written_in_place():
     given = make_inputs(SPEC, "peaked")
     out = torch.full_like(given.q, torch.nan)
@@ -288,7 +316,8 @@ def test_decoding_splits_the_keys(arch, seqlen_q):
         ({"rotary_cos": torch.zeros(60, 4), "rotary_sin": torch.zeros(60, 4)}, ShapeError, "rotates 8 of 64"),
         ({"rotary_cos": torch.zeros(59, 8), "rotary_sin": torch.zeros(59, 8)}, LengthError, "rotary_cos has 59"),
         ({"rotary_interleaved": 1}, ArgumentError, "rotary_interleaved=1"),
-        ({"cache_leftpad": torch.zeros(2)}, UnsupportedArgumentError, "cache_leftpad"),
+        ({"cache_leftpad": torch.zeros(2)}, DTypeError, "cache_leftpad is float32"),
+        ({"cache_leftpad": torch.tensor([9, 60], dtype=torch.int32)}, LengthError, r"cache_leftpad\[1\]=60: .* 29"),
         ({"qv": torch.zeros(2)}, UnsupportedArgumentError, "qv"),
         ({"nonsense": 1}, ArgumentError, "nonsense: no such argument"),
         ({"window_size": (-3, 0)}, CuteFaError, "window_size left=-3"),

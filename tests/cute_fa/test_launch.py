@@ -52,7 +52,7 @@ def test_arguments_are_those_of_the_kernel_in_every_call(monkeypatch):
             out, lse = cute_fa.flash_attn_varlen_func(
                 q, k, v, offsets, offsets.clone(), alibi_slopes=slopes, return_lse=True, **options
             )
-            yield AttentionTensors(q, k, v, out, lse, offsets, *[None] * 5, slopes, None), launched[-1]
+            yield AttentionTensors(q, k, v, out, lse, offsets, *[None] * 6, slopes, None), launched[-1]
 
     with cute_fa.simulate("sm_80", num_sms=7):
         for given, (common, seqlen_q) in call((2, 2)):

@@ -34,7 +34,7 @@ def simulated():
 def arguments(inputs, **changes):
     """Arguments of the operator for dense or packed causal inputs."""
     call = ops.Call(
-        *(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, *[None] * 6),
+        *(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, *[None] * 7),
         *((40, 72) if inputs.cu_seqlens_q is not None else (None, None)),
         *(None, None, 0, 0, 0.0, 1, None, False, "off", False),
     )

@@ -145,7 +145,7 @@ def test_no_queries_launch_nothing(launches):
 @pytest.mark.parametrize("spec", [SPEC, PACKED], ids=["dense", "packed"])
 def test_operators(launches, spec):
     inputs = make_inputs(spec, seed=5)
-    lengths = (inputs.cu_seqlens_q, None, None, inputs.seqused_k, inputs.page_table, None, None, None)
+    lengths = (inputs.cu_seqlens_q, None, None, inputs.seqused_k, inputs.page_table, *[None] * 4)
     arguments = ops.Call(
         *(inputs.q, inputs.k, inputs.v, *lengths), 20, 50, None, None, 0, 0, 0.0, 1, None, None, "auto", False
     )

@@ -15,6 +15,7 @@ from fa2_sm80.split import Fa2Split
 from tests.testing.cases import FA2_FEATURES, small_problem, spec_name, spec_of
 from tests.testing.gradients import call_of
 from tests.testing.grid import pairwise
+from tests.testing.loads import recorded_copies
 from tests.testing.simulated import unwritten_is_nan
 
 ONLY_SPLIT = DispatchTable((Entry("fa2_split", "fa2", Direction.FORWARD, tuple(SmArch), "fa2_sm80.split:Fa2Split"),))
@@ -100,6 +101,20 @@ def test_a_window_reads_its_keys_and_the_sink_alone():
         for seqlen_k in (700, 1724)
     )
     assert far == near
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_decoding_reads_each_byte_once(page_size):
+    """For sixteen query heads of a kv head and several queries, in pieces of 16 bytes, and no key beyond the length."""
+    spec = InputSpec(1, 2, 330, 16, 2, 64, head_dim_v=32, page_size=page_size, seqused_k=page_size is None)
+    spec = dataclasses.replace(spec, lengths_k=(301,))
+    with recorded_copies() as copies:
+        run(spec, "peaked", 3)
+    assert {size for _, size in copies} == {16}
+    addresses = [address for address, _ in copies]
+    bytes_of_q = 3 * 2 * 16 * 64 * 2  # each split reads the queries
+    assert 16 * len(addresses) == 301 * 2 * (64 + 32) * 2 + bytes_of_q
+    assert 16 * len(set(addresses)) == 301 * 2 * (64 + 32) * 2 + bytes_of_q // 3
 
 
 def test_keys_are_read_once_for_all_heads_of_a_group():

@@ -1,10 +1,13 @@
-"""What TMA loads a simulated kernel issues."""
+"""What a simulated kernel reads asynchronously: boxes of TMA, rows of cp.async."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from ptxsim.copies import CopyMixin
 from ptxsim.tma import TensorCopyMixin
 from ptxsim.warps import full_width
 
@@ -39,3 +42,23 @@ def recorded_loads() -> Iterator[list[Load]]:
         yield loads
     finally:
         TensorCopyMixin.tensor_load = issue
+
+
+@contextmanager
+def recorded_copies() -> Iterator[list[tuple[int, int]]]:
+    """(global address, bytes) of every cp.async of a lane that reads anything inside."""
+    copies = []
+    issue = CopyMixin.cp_async
+
+    def record(self, w, destination, source, size, source_size, M):
+        lanes = np.ones((len(w), 32), bool) if M is None else M
+        addresses = full_width(source, len(w))[lanes]
+        sizes = full_width(size if source_size is None else source_size, len(w))[lanes]
+        copies.extend((int(a), int(s)) for a, s in zip(addresses, sizes, strict=True) if s)
+        issue(self, w, destination, source, size, source_size, M)
+
+    CopyMixin.cp_async = record
+    try:
+        yield copies
+    finally:
+        CopyMixin.cp_async = issue
