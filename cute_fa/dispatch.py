@@ -252,13 +252,13 @@ TABLE = DispatchTable(
     )
 )
 
-# What the support table asks about, each as a change to full attention of this kind. Choices of how to compute are
-# fields of the problem, the others of the key. The backward of a call is not asked for what that chose for its forward,
-# nor the forward for what it chose for its backward.
+# What the support table asks about, each as a change to full attention of this kind. Choices of how to compute, and
+# where the rows of a cache lie, are fields of the problem, the others of the key. The backward of a call is not asked
+# for what that chose for its forward, nor the forward for what it chose for its backward.
 _BASE = {"dtype": DType.BF16, "head_dim": 128}
 _OF_THE_FORWARD = ("pack_gqa", "persistent", "splits")
 _OF_THE_BACKWARD = ("deterministic", "lse_gradient", "slopes_gradient")
-_CHOICES = ("pack_gqa", "persistent", *_OF_THE_BACKWARD)
+_CHOICES = ("pack_gqa", "persistent", "cache_batch_idx", "cache_leftpad", *_OF_THE_BACKWARD)
 FEATURES: dict[str, dict] = {
     "bf16": {},
     "fp16": {"dtype": DType.FP16},
@@ -276,6 +276,9 @@ FEATURES: dict[str, dict] = {
     "GQA": {"gqa_ratio": 8},
     "GQA, query heads packed": {"gqa_ratio": 8, "pack_gqa": True},
     "paged KV": {"varlen": True, "paged": True, "page_size": 64},
+    "paged KV, left padding": {"varlen": True, "paged": True, "page_size": 64, "cache_leftpad": True},
+    "KV cache by index": {"cache_batch_idx": True},
+    "KV cache, left padding": {"cache_leftpad": True},
     "split-KV": {"splits": 4},
     "persistent": {"persistent": PersistentMode.ON},
     "gradient of the LSE": {"lse_gradient": True},
