@@ -302,6 +302,31 @@ def test_decoding_splits_the_keys(arch, seqlen_q):
     assert expected(given.q, given.k, given.v, **given.options()).check(*result).ok
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_caches_beyond_int32(dim):
+    """Pages, rows or heads more than 2^31 elements apart; what lies between is never touched."""
+    given = make_inputs(InputSpec(1, 2, 24, 4, 2, 64, page_size=8, causal=True), "peaked")
+
+    def far(cache):
+        strides = list(cache.contiguous().stride())
+        strides[dim] = (2**31 + 64) // (cache.shape[dim] - 1) // 8 * 8 + 8
+        reach = 1 + sum(s * (n - 1) for s, n in zip(strides, cache.shape, strict=True))
+        assert reach > 2**31
+        return torch.empty(reach, dtype=cache.dtype).as_strided(cache.shape, strides).copy_(cache)
+
+    append = take_last(given, [2])
+    append = dataclasses.replace(append, k_cache=far(append.k_cache), v_cache=far(append.v_cache))
+    with cute_fa.simulate("sm_80"):
+        result = flash_attn_with_kvcache(
+            *(given.q, append.k_cache, append.v_cache, append.k, append.v),
+            cache_seqlens=append.cache_seqlens,
+            page_table=given.page_table,
+            causal=True,
+            return_lse=True,
+        )
+    check(result, given, append)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
