@@ -141,7 +141,7 @@ FLATTENED, PAGED = "fused_flattened_mha_with_cache", "fused_mha_with_paged_cache
 FUSION = "fused_flattened_mha_with_cache_rope_fusion"
 CASES = {
     "flattened": (FLATTENED, {"rotary": HALVES}),
-    "flattened, generate": (FLATTENED, {"sequences": GENERATE, "flattened": False}),
+    "flattened, generate": (FLATTENED, {"rotary": HALVES, "sequences": GENERATE, "flattened": False}),
     "flattened, other head_dim_v, padded": (FLATTENED, {"head_dim_v": 32, "padding": 5}),
     "fusion": (FUSION, {"rotary": HALVES, "padding": 2}),
     "paged": (PAGED, {"page_size": 8, "rotary": HALVES, "padding": 2}),
