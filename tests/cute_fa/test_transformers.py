@@ -1,0 +1,350 @@
+"""Models of Transformers on these kernels, against the same models with eager attention."""
+
+from copy import deepcopy
+from functools import cache
+
+import pytest
+import torch
+from torch.nn.functional import pad
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+
+import cute_fa
+from cute_fa.errors import ArgumentError, LengthError, NoBackwardError, ShapeError, UnsupportedArgumentError
+from cute_fa.integrations import transformers as integration
+from cute_fa.integrations.transformers import PagedCache, register
+
+VOCABULARY, LAYERS, STEPS, PAGE_SIZE, CHUNK = 96, 2, 9, 8, 10
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+
+register()
+
+
+def make(model_class, config_class, **changes):
+    torch.manual_seed(0)
+    config = config_class(**{**SIZES, **changes}, attn_implementation="eager")
+    return model_class(config).to(torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make(LlamaForCausalLM, LlamaConfig)
+
+
+def with_attention(model, name: str):
+    model.set_attn_implementation(name)
+    return model
+
+
+def generate(model, prompts, mask=None, **options):
+    return model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts) if mask is None else mask,
+        do_sample=False,
+        max_new_tokens=STEPS,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+
+
+def margins(logits) -> torch.Tensor:
+    """(batch): by how much the best token beats the next, in the closest of all steps."""
+    best = torch.stack(logits).float().topk(2, -1).values
+    return (best[..., 0] - best[..., 1]).amin(0)
+
+
+@cache
+def decided(model, length: int) -> torch.Tensor:
+    """(2, length), of random prompts whose continuation is varied those that rounding is least likely to change."""
+    prompts = torch.randint(1, VOCABULARY, (256, length), generator=torch.Generator().manual_seed(0))
+    result = generate(with_attention(model, "eager"), prompts)
+    varied = torch.tensor([len(row.unique()) >= STEPS - 2 for row in result.sequences[:, length:]])
+    return prompts[margins(result.logits).where(varied, torch.tensor(0.0)).topk(2).indices]
+
+
+def paged(model, batch: int, max_length: int) -> PagedCache:
+    """A cache whose pages are in no order."""
+    cache = PagedCache(model.config, batch, max_length, page_size=PAGE_SIZE, device="cpu")
+    shuffled = torch.randperm(cache.page_table.numel(), generator=torch.Generator().manual_seed(1))
+    cache.page_table.copy_(shuffled.view_as(cache.page_table))
+    return cache
+
+
+@pytest.mark.parametrize(("arch", "lengths"), [("sm_80", (21, 21)), ("sm_90a", (21, 21)), ("sm_90a", (21, 6))], ids=str)
+def test_generates_eagers_tokens_from_a_paged_cache(llama, arch, lengths):
+    """Prefill in chunks, of which the first is padding alone in the shorter sequence, then decoding."""
+    longest = max(lengths)
+    rows = [decided(llama, length)[b] for b, length in enumerate(lengths)]
+    prompts = torch.stack([pad(row, (longest - len(row), 0)) for row in rows])
+    mask = (prompts != 0).long()
+    eager = generate(with_attention(llama, "eager"), prompts, mask)
+    cache = paged(llama, 2, longest + STEPS)
+    with cute_fa.simulate(arch) as simulation:
+        ours = generate(
+            with_attention(llama, "cute_fa"), prompts, mask, past_key_values=cache, prefill_chunk_size=CHUNK
+        )
+    forwards = -(-longest // CHUNK) + STEPS - 1
+    names = [launch.name for launch in simulation.launches]
+    assert sum("AppendKernel" in name for name in names) == forwards * LAYERS
+    assert sum("AppendKernel" not in name for name in names) >= forwards * LAYERS
+    difference = (torch.stack(ours.logits) - torch.stack(eager.logits)).abs().max()
+    assert margins(eager.logits).min() > 3 * difference  # twice would do
+    assert torch.equal(ours.sequences, eager.sequences)
+    check_pages(cache, eager.past_key_values, lengths)
+
+
+def check_pages(cache: PagedCache, kept: DynamicCache, lengths) -> None:
+    """The pages hold what a cache of Transformers holds, without the padding."""
+    for layer, theirs in zip(cache.layers, kept.layers, strict=True):
+        assert layer.seqlens.tolist() == [0, *(length + STEPS - 1 for length in lengths)]
+        for b, used in enumerate(layer.seqlens[1:].tolist()):
+            for pages, rows in ((layer.pages.k, theirs.keys), (layer.pages.v, theirs.values)):
+                found = pages[cache.page_table[b].long()].flatten(0, 1)[:used]
+                torch.testing.assert_close(found, rows[b, :, -used:].transpose(0, 1), atol=0.05, rtol=0.02)
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+def logits_of(model, name: str, inputs, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return with_attention(model, name)(inputs, **options).logits.float()
+
+
+def exact(model):
+    """The same weights in fp32, with eager attention."""
+    return with_attention(deepcopy(model).float(), "eager")
+
+
+def as_good(found: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Whether ``found`` is as near to fp32 as eager attention is in bf16."""
+    error, of_eager = ((result - exact).norm() for result in (found, eager))
+    return bool(error < 1.2 * of_eager + 1e-3 * exact.norm())
+
+
+def test_windows_and_softcap_of_gemma():
+    """One layer with a window of 12 tokens and one without; prompt and decoding through pages."""
+    model = make(
+        Gemma2ForCausalLM, Gemma2Config, sliding_window=12, attn_logit_softcapping=2.0, query_pre_attn_scalar=1
+    )
+    inputs, cache = tokens(2, 31), paged(model, 2, 31)
+    eager = logits_of(model, "eager", inputs)
+    with cute_fa.simulate("sm_80") as simulation:
+        parts = [logits_of(model, "cute_fa", part, past_key_values=cache) for part in inputs.split([30, 1], 1)]
+    assert len(simulation.launches) >= 2 * 2 * LAYERS
+    assert as_good(torch.cat(parts, 1), eager, logits_of(exact(model), "eager", inputs))
+
+
+def test_sinks_of_gpt_oss():
+    model = make(
+        *(GptOssForCausalLM, GptOssConfig),
+        layer_types=["sliding_attention"] * LAYERS,
+        sliding_window=12,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        rope_scaling={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, 2.0)
+    inputs = tokens(1, 31)
+    eager = logits_of(model, "eager", inputs)
+    with cute_fa.simulate("sm_80") as simulation:
+        found = logits_of(model, "cute_fa", inputs)
+    assert len(simulation.launches) == LAYERS
+    assert as_good(found, eager, logits_of(exact(model), "eager", inputs))
+
+
+def gradients(model, name: str, inputs, mask, labels) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    with_attention(model, name)(inputs, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+    return {name: p.grad.float().clone() for name, p in model.named_parameters()}
+
+
+PADDED = torch.ones(3, 24, dtype=torch.long)
+PADDED[0, :9], PADDED[1, 20:] = 0, 0
+
+
+def test_gradients_with_padding():
+    """Left, right and none."""
+    model = make(LlamaForCausalLM, LlamaConfig)
+    inputs = tokens(3, 24)
+    labels = inputs.where(PADDED.bool(), -100)
+    labels[0, 9] = -100  # what the last padding would predict
+    eager = gradients(model, "eager", inputs, PADDED, labels)
+    with cute_fa.simulate("sm_80") as simulation:
+        ours = gradients(model, "cute_fa", inputs, PADDED, labels)
+    assert len(simulation.launches) >= 3 * LAYERS
+    for name, gradient in gradients(exact(model), "eager", inputs, PADDED, labels).items():
+        assert as_good(ours[name], eager[name], gradient), name
+
+
+def test_bidirectional_attention_with_padding():
+    torch.manual_seed(0)
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = BertConfig(**sizes, num_attention_heads=2, initializer_range=0.1, attn_implementation="eager")
+    model = BertModel(config, add_pooling_layer=False).to(torch.bfloat16).eval()
+
+    def hidden(model, name: str) -> torch.Tensor:
+        with torch.no_grad():
+            states = with_attention(model, name)(tokens(3, 24), attention_mask=PADDED).last_hidden_state
+        return states[PADDED.bool()].float()
+
+    with cute_fa.simulate("sm_90a") as simulation:
+        found = hidden(model, "cute_fa")
+    assert len(simulation.launches) == LAYERS
+    assert as_good(found, hidden(model, "eager"), hidden(exact(model), "eager"))
+
+
+def test_sequences_packed_in_a_row(llama):
+    lengths = [13, 1, 17]
+    inputs = tokens(1, sum(lengths))
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    places = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 17, "max_length_k": 17}
+    eager, of_fp32 = (
+        torch.cat([logits_of(model, "eager", part) for part in inputs.split(lengths, 1)], 1)
+        for model in (llama, exact(llama))
+    )
+    with cute_fa.simulate("sm_80"):
+        found = logits_of(llama, "cute_fa", inputs, position_ids=places, use_cache=False, **packed)
+    assert as_good(found, eager, of_fp32)
+
+
+@pytest.mark.gpu
+def test_decode_step_in_a_cuda_graph():
+    """One captured step, replayed: it feeds itself the best token, and moves on in the cache."""
+    model = with_attention(make(LlamaForCausalLM, LlamaConfig).cuda(), "cute_fa")
+    prompts = tokens(2, 21).cuda()
+
+    def prefilled() -> tuple[PagedCache, torch.Tensor]:
+        cache = PagedCache(model.config, 2, 64, page_size=PAGE_SIZE)
+        return cache, model(prompts, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+    with torch.no_grad():
+        cache, token = prefilled()
+        expected = []
+        for _ in range(STEPS):
+            expected.append(model(token, past_key_values=cache).logits)
+            token = expected[-1].argmax(-1)
+
+        cache, token = prefilled()
+        place = torch.full((2, 1), 21, device="cuda")
+
+        def step() -> torch.Tensor:
+            logits = model(token, position_ids=place, past_key_values=cache).logits
+            token.copy_(logits.argmax(-1))
+            place.add_(1)
+            return logits
+
+        start = token.clone()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()  # what is compiled and allocated once is before the capture
+        torch.cuda.current_stream().wait_stream(stream)
+        cache.crop(-1)
+        token.copy_(start), place.fill_(21)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        for step_logits in expected:
+            graph.replay()
+            torch.testing.assert_close(logits, step_logits, atol=0, rtol=0)
+        assert cache.layers[0].seqlens.tolist() == [0, 21 + STEPS, 21 + STEPS]
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """Kernels may not be reached."""
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "append_kv"):
+        monkeypatch.setattr(integration, name, None)
+
+
+LEFT = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+HOLE = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 1, 4, 4)}, ArgumentError, r"\(2, 1, 4, 4\) for each query"),
+        ({"attention_mask": LEFT[:, 1:]}, ShapeError, r"attention_mask \(2, 3\): keys 0 to 4"),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1]]), "use_cache": False}, ArgumentError, "position_ids .* again"),
+        ({"past_key_values": "static"}, ArgumentError, "StaticCache"),
+        ({"past_key_values": "paged 1"}, ShapeError, "2 sequences: the PagedCache has 1"),
+        ({"past_key_values": "paged 2", "attn": "sdpa"}, ArgumentError, 'attn_implementation="cute_fa"'),
+        ({"past_key_values": "paged 2", "attn": "eager"}, ArgumentError, 'attn_implementation="cute_fa"'),
+        ({"past_key_values": "paged 2", "cu_seq_lens_q": torch.zeros(2)}, ArgumentError, "cu_seq_lens_q with a Paged"),
+        ({"cu_seq_lens_q": torch.zeros(2)}, ArgumentError, "cu_seq_lens_q, batch 2"),
+        ({"position_bias": torch.zeros(1)}, UnsupportedArgumentError, "position_bias"),
+    ],
+)
+def test_what_is_refused(llama, nothing_runs, options, error, message):
+    options = dict(options)
+    cache = options.get("past_key_values", "")
+    if cache == "static":
+        options["past_key_values"] = StaticCache(llama.config, max_cache_len=16)
+    elif cache:
+        options["past_key_values"] = paged(llama, int(cache[-1]), 16)
+    with pytest.raises(error, match=message), cute_fa.simulate("sm_80"):
+        logits_of(llama, options.pop("attn", "cute_fa"), tokens(2, 4), **options)
+
+
+def test_masks_with_holes_are_refused(llama):
+    with pytest.raises(ArgumentError, match="attention_mask with holes"), cute_fa.simulate("sm_80"):
+        logits_of(llama, "cute_fa", tokens(2, 4), attention_mask=HOLE)
+
+
+def test_padding_with_another_cache_is_refused(llama, monkeypatch):
+    """In decoding; before, the keys are those of the queries. Without padding it works."""
+    cache = DynamicCache(config=llama.config)
+    logits_of(llama, "eager", tokens(2, 3), past_key_values=cache)
+    with pytest.raises(ArgumentError, match="padding with a cache other than"), cute_fa.simulate("sm_80"):
+        logits_of(llama, "cute_fa", tokens(2, 1), attention_mask=LEFT, past_key_values=cache)
+
+
+def test_dropout_is_refused(nothing_runs):
+    model = make(LlamaForCausalLM, LlamaConfig, attention_dropout=0.1).train()
+    with pytest.raises(UnsupportedArgumentError, match=r"dropout=0\.1"):
+        with_attention(model, "cute_fa")(tokens(2, 4))
+
+
+def test_a_paged_cache_is_for_inference_and_has_an_end(llama, nothing_runs):
+    with_attention(llama, "cute_fa")
+    with pytest.raises(NoBackwardError, match="a PagedCache has no gradient"):
+        llama(tokens(2, 4), past_key_values=paged(llama, 2, 16))
+    with pytest.raises(LengthError, match="0 tokens and 17 more: the PagedCache holds 16"):
+        llama(tokens(2, 17), past_key_values=paged(llama, 2, 16))
+    with pytest.raises(UnsupportedArgumentError, match="num_beams=2"):
+        paged(llama, 2, 16).reorder_cache(torch.tensor([0, 1]))
+    with pytest.raises(UnsupportedArgumentError, match="layer_types='linear_attention'"):
+        PagedCache(LlamaConfig(**SIZES, layer_types=["full_attention", "linear_attention"]), 2, 16, device="cpu")
+
+
+def test_registering_twice_changes_nothing():
+    register()
+    assert AttentionInterface()["cute_fa"] is integration.attention
