@@ -24,7 +24,6 @@ def call_of(given: Inputs, **choices: Any) -> ops.Call:
         q=given.q,
         k=given.k,
         v=given.v,
-        cache_batch_idx=None,
         max_seqlen_q=given.spec.seqlen_q,
         max_seqlen_k=given.spec.seqlen_k,
         window_left=left,
@@ -35,7 +34,7 @@ def call_of(given: Inputs, **choices: Any) -> ops.Call:
         persistent="auto",
         deterministic=False,
     )
-    return ops.Call(**{**fields, **options, **choices})
+    return ops.Call(**{**dict.fromkeys(ops.Call._fields), **fields, **options, **choices})
 
 
 def gradients_of(
