@@ -1,7 +1,7 @@
 """The page of mutations: its figures, and its list of what escaped."""
 
 from ptxsim.mutate import CAUGHT, EQUIVALENT, ESCAPED, NOT_EXECUTED, Record
-from tests.testing.mutations import Victim, page
+from tests.testing.mutations import VICTIMS, Victim, page
 
 FA3 = Victim("FA3", "cute-fa", "sm_90a", 64, "full")
 
@@ -18,15 +18,25 @@ def test_figures_and_escapes():
         record(3, ESCAPED),
         record(4, EQUIVALENT, "peek", kind="wait"),
         record(5, ESCAPED, NOT_EXECUTED, kind="barrier", text="bar.sync 0;"),
+        record(6, EQUIVALENT, "last wait", kind="wait"),
     ]
     text = page({FA3: records})
-    # 5 instructions; 3 of the 5 mutants that are not equivalent
-    assert "| FA3-sm_90a-d64-full | 5 | 6 | 3 | 1 | 2 | 60.0 % |" in text
-    assert "**6 mutants of 5 instructions in 1 forward kernels: 3 caught, 1 equivalent, 2 escaped." in text
+    # 6 instructions; 3 of the 5 mutants that are not equivalent
+    assert "| FA3-sm_90a-d64-full | 6 | 7 | 3 | 2 | 2 | 60.0 % |" in text
+    assert "**7 mutants of 6 instructions in 1 kernels: 3 caught, 2 equivalent, 2 escaped." in text
+    assert "60.0 %.** With the 1 last waits as escapes: 50.0 %." in text
     assert "| FA3 sm_90a | fence | 3 | 4 | 3 (2 WgmmaError, 1 Deadlock) | 0 | 1 |" in text
-    assert "| FA3 sm_90a | wait | 1 | 1 | 0 | 1 (1 peek) | 0 |" in text
+    assert "| FA3 sm_90a | wait | 2 | 2 | 0 | 2 (1 last wait, 1 peek) | 0 |" in text
     fence, barrier = text.split("## Escapes")[1].strip().splitlines()[-2:]
     row = "| FA3 sm_90a | fa3_sm90/products.py:7 | `wgmma.fence.sync.aligned` | deleted | P·V"
     assert fence.startswith(row)
     assert fence.endswith("| d64-full: 3 |")
     assert NOT_EXECUTED in barrier and barrier.endswith("| d64-full: 5 |")
+
+
+def test_names_of_victims():
+    """Of files, and in the table by group."""
+    split = Victim("FA2", "cute-fa", "sm_80", 128, "paged", "split")
+    assert (str(FA3), FA3.group) == ("FA3-sm_90a-d64-full", "FA3 sm_90a")
+    assert (str(split), split.group) == ("FA2-split-sm_80-d128-paged", "FA2 split sm_80")
+    assert len({str(victim) for victim in VICTIMS}) == len(VICTIMS)

@@ -143,3 +143,32 @@ def test_dependent_launches():
     """Launches run one after the other: what a launch waits for is there."""
     body = "griddepcontrol.wait; st.global.u32 [%out0], %n; griddepcontrol.launch_dependents;"
     assert run(body, [], [np.zeros(1, np.uint32)])[0] == 32
+
+
+# CTA 1 lets CTA 0 go on and ends; CTA 0 takes its time.
+ENDING = """mov.u32 %r50, buffer; mov.u32 %r52, bar; setp.eq.u32 %p10, %t, 0; @%p10 mbarrier.init.shared.b64 [%r52], 1;
+    st.shared.u32 [%r50], %t; fence.mbarrier_init.release.cluster; barrier.cluster.arrive; barrier.cluster.wait;
+    mov.u32 %r20, %cluster_ctarank; mov.u32 %r21, 1; mapa.shared::cluster.u32 %r22, %r50, %r21;
+    mapa.shared::cluster.u32 %r23, %r52, %r21; setp.eq.u32 %p1, %r20, 1; @%p1 bra END; mov.u32 %r5, 0;
+  AGAIN: add.u32 %r5, %r5, 1; setp.lt.u32 %p2, %r5, 50; @%p2 bra AGAIN;
+    {access}
+  END: {end}"""
+
+
+@pytest.mark.parametrize(
+    "access",
+    [
+        "st.shared::cluster.u32 [%r22], %r5;",
+        "ld.shared::cluster.u32 %r6, [%r22];",
+        "@%p10 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r23];",
+        f"@%p10 st.async.{ASYNC}.u32 [%r22], %r5, [%r23];",
+    ],
+)
+def test_shared_memory_of_a_cta_that_has_ended(access):
+    def launched(end):
+        body = ENDING.format(access=access, end=end)
+        run(body, [], [np.zeros(1, np.uint32)], grid=2, cluster=2, declarations=SHARED)
+
+    launched("barrier.cluster.arrive; barrier.cluster.wait;")
+    with pytest.raises(MemoryFault, match=r"shared memory of cta\(1,0,0\), which has ended"):
+        launched("")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from ptxsim.equivalence import CLASSES
+from ptxsim.equivalence import CLASSES, LAST_WAIT
 from ptxsim.mutants import KINDS
 from ptxsim.mutate import CAUGHT, EQUIVALENT, ESCAPED, Record, read
 from ptxsim.mutation_table import counts
@@ -31,16 +31,27 @@ PAGE = ROOT / "docs" / "mutations.md"
 
 @dataclass(frozen=True)
 class Victim:
-    """A forward kernel of one architecture; ``whose`` is an argument of attention.py."""
+    """What one call of attention launches on one architecture; ``whose`` to ``what`` are arguments of attention.py."""
 
     family: str
     whose: str
     arch: str
     head_dim: int
     mask: str
+    what: str = "forward"
 
     def __str__(self) -> str:
-        return f"{self.family}-{self.arch}-d{self.head_dim}-{self.mask}"
+        return f"{self.group.replace(' ', '-')}-d{self.head_dim}-{self.mask}"
+
+    @property
+    def group(self) -> str:
+        """Those that differ in head_dim and mask alone."""
+        return " ".join([self.family, *[self.what] * (self.what != "forward"), self.arch])
+
+    @property
+    def sms(self) -> int:
+        """FA4 for Blackwell has clusters of two CTAs at head_dim 128."""
+        return 2 if (self.arch, self.head_dim) == ("sm_100a", 128) else 1
 
     @property
     def file(self) -> Path:
@@ -52,12 +63,12 @@ class Victim:
         return self.file.with_suffix(".done")
 
     def command(self) -> list[str]:
-        script = ["tests/testing/attention.py", "--arch", self.arch, "--sms", "1", "--out", str(self.file)]
+        script = ["tests/testing/attention.py", "--arch", self.arch, "--sms", str(self.sms), "--out", str(self.file)]
         return [sys.executable, "-W", "ignore", "-m", "ptxsim", "mutate", *script]
 
     def run(self, options: list[str]) -> bool:
         """Whether all mutants of the kernel are known then."""
-        arguments = ["--", self.whose, str(self.head_dim), self.mask]
+        arguments = ["--", self.whose, str(self.head_dim), self.mask, self.what]
         command = [*self.command(), *options, *arguments]
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode < 2 and self.file.exists():
@@ -76,24 +87,48 @@ VICTIMS = [
     Victim(*family, head_dim, mask)
     for family, head_dim, mask in itertools.product(FAMILIES, (64, 128), ("full", "causal", "varlen"))
 ]
+VICTIMS += [
+    Victim(*FAMILIES[0], head_dim, mask, what)
+    for what, masks in (
+        ("split", ("full", "causal", "varlen", "paged")),
+        ("backward", ("full", "causal", "varlen")),
+        ("deterministic", ("full", "causal", "varlen")),
+    )
+    for head_dim, mask in itertools.product((64, 128), masks)
+]
 
 
 # What escapes are: family, source line, instruction, and what it does there.
 NOTES = (
     ("FA3", r"fa3_sm90/pipeline", "mbarrier.arrive",
-     "releases V from a loop's third block on: its guard was true in none of these runs, so it was never made"),
+     "releases V from the third block at the right edge on: tiles of 128 queries and 128 keys have two at most"),
     ("FA2", r"fa2_sm80/forward_kernel", "cp.async.wait_group",
      "waits for the queries of a tile without keys, after the loop: nothing else is in flight there, a dense problem "
      "without a mask has no such tile, and where the latest group is empty one more may be pending"),
     ("FA2", r"fa2_sm80/forward_kernel", "bar.sync",
      "before O takes the queries' memory: each warp writes the rows that it alone has read, so this orders only copies "
      "still in flight in a tile without keys, which a dense problem without a mask does not have"),
+    ("FA2", r"fa2_sm80/split_kernel", "cp.async.wait_group",
+     "waits for the queries of a part without keys, after the loop: the CTA does not read them, nor use their memory"),
+    ("FA2", r"fa2_sm80/backward_kernel", "cp.async.wait_group",
+     "waits for the keys of a tile without queries, after the loop: a dense problem without a left edge has no such "
+     "tile, and with one query or more nothing else is in flight there"),
+    ("FA2", r"fa2_sm80/query_gradient_kernel", "cp.async.wait_group",
+     "waits for the queries of a tile without keys, after the loop: nothing else is in flight there"),
+    ("FA2", r"fa2_sm80/(backward|query_gradient)_kernel", "bar.sync",
+     "before the gradients take the place of K and V, or of Q: without atomic additions each warp writes the rows that "
+     "it alone has read, so this orders only copies still in flight in a tile that meets nothing"),
     ("FA3", r"fa3_sm90/", "wgmma.fence",
      "P·V follows Q·Kᵀ without a wait: the fence before Q·Kᵀ has covered its registers"),
     ("FA4", r"flash_fwd_sm90.py", "wgmma.fence",
      "P·V follows Q·Kᵀ without a wait: the fence before Q·Kᵀ has covered its registers"),
     ("FA4", r"flash_fwd_sm90.py:922", "mbarrier.try_wait",
      "producer_tail: by its own comment useful in clusters only, so that no CTA exits early"),
+    ("FA4", r"flash_fwd_sm100.py:3443", "mbarrier.try_wait",
+     "before the second stage of Q is loaded: the two stages are released together, and the first was waited for"),
+    ("FA4", r"flash_fwd_sm100.py:2722", "bar.warp.sync",
+     "between tcgen05.wait::st.sync.aligned, at which the warp's lanes meet, and one lane's arrival; lanes are one "
+     "thread to the race detector"),
     ("FA4", r"flash_fwd.py", "cp.async.commit_group",
      "closes the group of the queries: the loop waits for the group of the first keys, which then has both"),
     ("FA4", r"flash_fwd.py", "cp.async.wait_group",
@@ -106,7 +141,7 @@ NOTES = (
 def note(family: str, record: Record) -> str:
     found = (text for name, source, op, text in NOTES
              if name == family and re.search(source, record.source) and op in record.text)  # fmt: skip
-    return next(found, "not explained")
+    return next(found, "")
 
 
 def place(source: str) -> str:
@@ -118,6 +153,8 @@ def page(known: dict[Victim, list[Record]]) -> str:
     """The text of docs/mutations.md."""
     records = [record for mine in known.values() for record in mine]
     total = Counter(record.outcome for record in records)
+    last = Counter(record.outcome for record in records if record.by == LAST_WAIT)
+    others = Counter({ESCAPED: last[EQUIVALENT]})
     kernels = [("kernel", "instructions", "mutants", "caught", "equivalent", "escaped", "caught of the others")]
     kinds = [("kernels", "kind", "instructions", "mutants", "caught", "equivalent", "escaped")]
     families = defaultdict(list)
@@ -126,7 +163,7 @@ def page(known: dict[Victim, list[Record]]) -> str:
         outcomes = Counter(record.outcome for record in mine)
         row = (outcomes[CAUGHT], outcomes[EQUIVALENT], outcomes[ESCAPED], _share(outcomes))
         kernels.append((str(victim), sites, mutants, *map(str, row)))
-        families[f"{victim.family} {victim.arch}"] += mine
+        families[victim.group] += mine
     for family, mine in families.items():
         for kind in KINDS:
             if some := [record for record in mine if record.kind == kind]:
@@ -135,8 +172,8 @@ def page(known: dict[Victim, list[Record]]) -> str:
     for victim, mine in known.items():
         for record in mine:
             if record.outcome == ESCAPED:
-                what = note(victim.family, record) if not record.by else record.by
-                row = (f"{victim.family} {victim.arch}", place(record.source), f"`{_operation(record.text)}`")
+                what = ": ".join(filter(None, (record.by, note(victim.family, record)))) or "not explained"
+                row = (victim.group, place(record.source), f"`{_operation(record.text)}`")
                 escapes[(*row, record.change, what)].append(f"d{victim.head_dim}-{victim.mask}: {record.line}")
     listed = [("kernels", "source", "instruction", "change", "what it is", "PTX lines")]
     listed += [(*row, ", ".join(where)) for row, where in escapes.items()]
@@ -145,14 +182,15 @@ def page(known: dict[Victim, list[Record]]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("nvidia-cutlass-dsl", "flash-attn-4", "numpy"))
     parts = [
         "# Mutations: synchronisation damaged, one instruction at a time",
-        f"Made on {datetime.date.today()} by `make mutations` ({versions}); each kernel by\n"
-        "`python -m ptxsim mutate tests/testing/attention.py --arch ARCH --sms 1 -- (cute-fa|fa4) HEAD_DIM MASK`.\n"
+        f"Made on {datetime.date.today()} by `make mutations` ({versions}); each kernel by `python -m\n"
+        "ptxsim mutate tests/testing/attention.py --arch ARCH --sms 1 -- (cute-fa|fa4) HEAD_DIM MASK [WHAT]`.\n"
         "What is damaged, which mutants count as equivalent, and by which rules: [sanitizer.md](sanitizer.md).",
-        f"**{len(records)} mutants of {sites} instructions in {len(known)} forward kernels: {total[CAUGHT]} caught, "
+        f"**{len(records)} mutants of {sites} instructions in {len(known)} kernels: {total[CAUGHT]} caught, "
         f"{total[EQUIVALENT]} equivalent, {total[ESCAPED]} escaped. Caught of those that are not equivalent: "
-        f"{_share(total)}.**",
-        "FA2 and FA3 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package index. bf16;\n"
-        "*varlen* is packed sequences with a window.",
+        f"{_share(total)}.** With the {last[EQUIVALENT]} last waits as escapes: {_share(total + others)}.",
+        "FA2 and FA3 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package index: forwards\n"
+        "where nothing else is said; *backward* has atomic additions, *deterministic* none, *split* three parts of\n"
+        "the keys; each with the small kernels around it. bf16; *varlen* is packed sequences with a window.",
         _table(kernels),
         f"Not run yet: {missing}." if missing else "",
         "By kind of instruction, with the errors that caught the mutants and the classes of the equivalent ones\n"
