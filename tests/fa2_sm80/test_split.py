@@ -7,11 +7,13 @@ import torch
 
 import cute_fa
 from cute_fa import ops
+from cute_fa.compiler import compile_artifacts
 from cute_fa.dispatch import DispatchTable, Entry
 from cute_fa.inputs import InputSpec, make_inputs
 from cute_fa.reference import expected
 from cute_fa.types import Direction, SmArch
 from fa2_sm80.split import Fa2Split
+from perf.sass import report_cubin
 from tests.testing.cases import FA2_FEATURES, small_problem, spec_name, spec_of
 from tests.testing.gradients import call_of
 from tests.testing.grid import pairwise
@@ -115,6 +117,29 @@ def test_decoding_reads_each_byte_once(page_size):
     bytes_of_q = 3 * 2 * 16 * 64 * 2  # each split reads the queries
     assert 16 * len(addresses) == 301 * 2 * (64 + 32) * 2 + bytes_of_q
     assert 16 * len(set(addresses)) == 301 * 2 * (64 + 32) * 2 + bytes_of_q // 3
+
+
+# Figures of 2026-11-21, nvidia-cutlass-dsl 4.8.1: instructions of a warp for a block of 64 keys.
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "page_size", "most"),
+    [
+        (SmArch.SM_80, 64, 16, 364),
+        (SmArch.SM_80, 128, 16, 438),
+        (SmArch.SM_90A, 128, None, 312),
+        (SmArch.SM_90A, 128, 16, 447),
+        (SmArch.SM_90A, 256, 16, 633),
+    ],
+)
+def test_the_loop_over_keys_neither_spills_nor_grows(arch, head_dim, page_size, most):
+    sizes = {"seqlen_q": 1, "seqlen_k": 8192, "num_heads": 8, "num_heads_kv": 1, "num_splits": 4}
+    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "window_right": 0, "seqused_k": True}
+    config = Fa2Split.configure(small_problem(arch, page_size=page_size, **sizes))
+    reports = report_cubin(compile_artifacts(config)[1])
+    (loop,) = [report.main_loop for report in reports if report.main_loop]
+    assert loop.counts["local"] == 0
+    assert loop.row()["insts"] <= most
+    # 16 bytes a thread: K and V of 64 keys by 128 threads
+    assert loop.counts["ldgsts"] == 2 * 64 * head_dim * 2 // (16 * 128)
 
 
 def test_keys_are_read_once_for_all_heads_of_a_group():
