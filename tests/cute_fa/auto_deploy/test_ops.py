@@ -310,6 +310,7 @@ def test_no_value_is_read(monkeypatch):
         raise AssertionError("a value of a tensor was read")
 
     steps = [(FLATTENED, make_step(rotary=HALVES)), (PAGED, make_step(page_size=8))]
+    steps[1][1].freqs_cis = torch.empty(0)  # how a graph says that nothing rotates
     sequences = auto_deploy.SequenceInfo(32, 4, 8)
     with cute_fa.simulate("sm_80"), monkeypatch.context() as patch:
         for module in (ops, auto_deploy.ops, cute_fa.append):
