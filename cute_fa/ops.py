@@ -163,6 +163,7 @@ def _plan(arguments: tuple, out: torch.Tensor | None) -> _Plan:
 def validate(call: Call, out: torch.Tensor | None = None) -> None:
     """Raise what the operator would raise for these arguments; nothing runs."""
     plan = _plan(tuple(call), out)
+    check_pointers(q=call.q, k=call.k, v=call.v, **({} if out is None else {"out": out}))
     if out is not None:
         check_separate(out, q=call.q, k=call.k, v=call.v)
     if CHECK_VALUES or simulated_arch() is not None:

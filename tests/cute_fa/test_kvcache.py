@@ -9,6 +9,7 @@ import cute_fa
 from cute_fa import flash_attn_with_kvcache, ops
 from cute_fa.compat import fa2, fa3
 from cute_fa.errors import (
+    AlignmentError,
     ArgumentError,
     CuteFaError,
     DTypeError,
@@ -349,6 +350,11 @@ def test_caches_beyond_int32(dim):
         ({"learnable_sink": torch.zeros(5)}, ShapeError, r"learnable_sink \(5,\)"),
         ({"out": torch.zeros(2, 4, 4, 32)}, ShapeError, "out"),
         ({"num_splits": -1}, ArgumentError, "num_splits=-1"),
+        (
+            {"q": torch.zeros(2 * 4 * 4 * 64 + 4, dtype=torch.bfloat16)[4:].view(2, 4, 4, 64)},
+            AlignmentError,
+            "q starts",
+        ),
         ({"block_table": torch.zeros(2, 8, dtype=torch.int32)}, ArgumentError, "two names of one argument"),
     ],
 )
