@@ -3,7 +3,7 @@
 #   make run        the tour: real model layers against the reference
 #   make test       the test suite (tests that need a GPU only where there is one)
 #   make lint       ruff
-#   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (an hour)
+#   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (hours)
 #   make gpu-check  GPU tests, compute-sanitizer, a short sweep; without a GPU the static checks
 #
 # Variables: PY=python3 uses an interpreter that already has everything instead of making .venv.

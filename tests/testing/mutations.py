@@ -126,6 +126,15 @@ NOTES = (
      "producer_tail: by its own comment useful in clusters only, so that no CTA exits early"),
     ("FA4", r"flash_fwd_sm100.py:3443", "mbarrier.try_wait",
      "before the second stage of Q is loaded: the two stages are released together, and the first was waited for"),
+    ("FA4", r"flash_fwd_sm100.py:(2563|3100)", "mbarrier.try_wait",
+     "a producer's tail, as its comment says; behind it is the arrival that lets another warp free tensor memory, which "
+     "this warp's own waits for its loads precede"),
+    ("FA4", r"flash_fwd_sm100.py:1745", "mbarrier.try_wait",
+     "producer_tail: nothing follows in this warp; the wait for the other phase was over at once"),
+    ("FA4", r"flash_fwd_sm100.py:336[69]", "cp.async.bulk",
+     "frees the first stage of O, which no tile takes where a CTA has one; the wait for both stages follows"),
+    ("FA4", r"flash_fwd_sm100.py:2045", "tcgen05.commit",
+     "releases Q, which no tile takes where a CTA has one"),
     ("FA4", r"flash_fwd_sm100.py:2722", "bar.warp.sync",
      "between tcgen05.wait::st.sync.aligned, at which the warp's lanes meet, and one lane's arrival; lanes are one "
      "thread to the race detector"),
