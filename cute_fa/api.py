@@ -6,9 +6,11 @@ What attention means here (masks, biases, LSE, empty rows) is written down in ``
 from __future__ import annotations
 
 import numbers
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from cute_fa import ops
 from cute_fa.errors import ArgumentError, UnsupportedArgumentError, ZeroLengthError
@@ -44,6 +46,7 @@ _NOT_IMPLEMENTED: dict[str, tuple] = {
     "n_block_size": (None,),
     "num_threads": (None,),
 }
+_PAIRS = (tuple, list)
 
 
 def flash_attn_func(
@@ -96,25 +99,26 @@ def flash_attn_func(
     natural logarithm, −inf where nothing is visible. Raises a subclass of ``cute_fa.errors.CuteFaError`` for whatever
     breaks a rule, before anything runs.
     """
-    check_peers(peers)
-    call = prepare(
-        q,
-        k,
-        v,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        sink_tokens=sink_tokens,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        learnable_sink=learnable_sink,
-        num_splits=num_splits,
-        family=family,
-        pack_gqa=pack_gqa,
-        persistent=persistent,
-        deterministic=deterministic,
+    if peers:
+        check_peers(peers)
+    small = ops.NO_TENSORS
+    if alibi_slopes is not None or learnable_sink is not None:
+        small = (*ops.NO_TENSORS[2:], alibi_slopes, learnable_sink)
+    options = _options(
+        window_size,
+        causal,
+        None,
+        None,
+        softmax_scale,
+        sink_tokens,
+        softcap,
+        num_splits,
+        family,
+        pack_gqa,
+        persistent,
+        deterministic,
     )
-    return _attention(call, out, return_lse, return_attn_probs, return_softmax_lse)
+    return _attention(q, k, v, small, options, out, return_lse, return_attn_probs, return_softmax_lse)
 
 
 def flash_attn_varlen_func(
@@ -171,31 +175,12 @@ def flash_attn_varlen_func(
         if seqused_k is None:
             seqused_k = used_lengths(cu_seqlens_k)
         cu_seqlens_k = None
-    call = prepare(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        page_table=page_table,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        sink_tokens=sink_tokens,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        learnable_sink=learnable_sink,
-        num_splits=num_splits,
-        family=family,
-        pack_gqa=pack_gqa,
-        persistent=persistent,
-        deterministic=deterministic,
-    )
-    return _attention(call, out, return_lse, return_attn_probs, return_softmax_lse)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    small = (*lengths, page_table, None, None, alibi_slopes, learnable_sink)
+    longest = (max_seqlen_q, max_seqlen_k)
+    choices = (*longest, softmax_scale, sink_tokens, softcap, num_splits, family, pack_gqa, persistent, deterministic)
+    options = _options(window_size, causal, *choices)
+    return _attention(q, k, v, small, options, out, return_lse, return_attn_probs, return_softmax_lse)
 
 
 def prepare(
@@ -227,24 +212,61 @@ def prepare(
 ) -> ops.Call:
     """Arguments of ``ops.attention`` from those of the public functions: kinds checked, since the dispatcher's own
     complaints name no rule, and choices normalised."""
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    tensors = (q, k, v, *lengths, page_table, cache_batch_idx, cache_leftpad, alibi_slopes, learnable_sink)
+    longest = (max_seqlen_q, max_seqlen_k)
+    choices = (*longest, softmax_scale, sink_tokens, softcap, num_splits, family, pack_gqa, persistent, deterministic)
+    return ops.Call(*_checked(tensors), *_options(window_size, causal, *choices))
+
+
+def _checked(tensors: tuple) -> tuple:
+    """The tensors of :class:`ops.Call`, a sink of lower precision widened."""
+    for name, tensor in zip(ops.Call._fields, tensors, strict=False):
+        if tensor is not None or name in "qkv":
+            check_tensor(name, tensor)
+    *others, sink = tensors
+    return (*others, sink.float()) if sink is not None and sink.dtype in (torch.float16, torch.bfloat16) else tensors
+
+
+def _options(window_size: Any, *choices: Any) -> tuple:
+    """``_normalized``, which is asked once for values that are equal and of the same types."""
+    if not is_dynamo_compiling() and type(window_size) in _PAIRS:
+        try:
+            return _remembered(*window_size, *choices)
+        except TypeError:  # something has no hash, or the window is no pair
+            pass
+    return _normalized(window_size, *choices)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _remembered(left: Any, right: Any, *choices: Any) -> tuple:
+    return _normalized((left, right), *choices)
+
+
+def _normalized(
+    window_size: Any,
+    causal: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    softmax_scale: Any,
+    sink_tokens: Any,
+    softcap: Any,
+    num_splits: Any,
+    family: Any,
+    pack_gqa: Any,
+    persistent: Any,
+    deterministic: Any,
+) -> tuple:
+    """The options of :class:`ops.Call`."""
     check_flag("causal", causal)
     check_flag("deterministic", deterministic)
     if pack_gqa is not None:
         check_flag("pack_gqa", pack_gqa)
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    tensors = (q, k, v, *lengths, page_table, cache_batch_idx, cache_leftpad, alibi_slopes, learnable_sink)
-    for name, tensor in zip(ops.Call._fields, tensors, strict=False):
-        if tensor is not None or name in "qkv":
-            check_tensor(name, tensor)
-    if learnable_sink is not None and learnable_sink.dtype in (torch.float16, torch.bfloat16):
-        learnable_sink = learnable_sink.float()
     if family is not None and not isinstance(family, str):
         raise ArgumentError(f"family={family!r}: a name")
     if not isinstance(persistent, str):
         persistent = PersistentMode.named(persistent).value
-    return ops.Call(
-        *tensors[:-1],
-        learnable_sink,
+    return (
         _length("max_seqlen_q", max_seqlen_q),
         _length("max_seqlen_k", max_seqlen_k),
         None if softmax_scale is None else _float("softmax_scale", softmax_scale),
@@ -260,22 +282,31 @@ def prepare(
 
 
 def _attention(
-    call: ops.Call,
+    q: Any,
+    k: Any,
+    v: Any,
+    small: tuple,
+    options: tuple,
     out: Any,
     return_lse: Any,
     return_attn_probs: Any,
     return_softmax_lse: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    check_flag("return_lse", return_lse)
-    check_flag("return_attn_probs", return_attn_probs)
-    check_flag("return_softmax_lse", return_softmax_lse)
-    if out is None:
-        out, lse = ops.attention(*call)
+    if not (type(return_lse) is type(return_attn_probs) is type(return_softmax_lse) is bool):
+        check_flag("return_lse", return_lse)
+        check_flag("return_attn_probs", return_attn_probs)
+        check_flag("return_softmax_lse", return_softmax_lse)
+    done = ops.again(q, k, v, small, options) if out is None else None
+    if done is not None:
+        out, lse = done
+    elif out is None:
+        out, lse = ops.attention(*_checked((q, k, v, *small)), *options)
     else:
+        tensors = _checked((q, k, v, *small))
         check_tensor("out", out)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*call[: ops.NUM_TENSORS], out) if t is not None):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, out) if t is not None):
             raise ArgumentError("out= with a tensor that requires a gradient: a result written in place has none")
-        lse = ops.attention_out(*call, out)
+        lse = ops.attention_out(*tensors, *options, out)
     return (out, lse) if return_lse or return_attn_probs or return_softmax_lse else out
 
 

@@ -181,8 +181,9 @@ def _load(artifacts: Artifacts, key: cache.Key) -> Any:
 def _device_index(args: tuple) -> int:
     """CUDA device of the first tensor among the arguments, −1 if that is a CPU tensor or there is none."""
     for value in args:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, tuple):  # asked first: what is no tensor takes isinstance(…, torch.Tensor) long
+            if (index := _device_index(value)) >= 0:
+                return index
+        elif isinstance(value, torch.Tensor):
             return value.get_device()
-        if isinstance(value, tuple) and (index := _device_index(value)) >= 0:
-            return index
     return -1

@@ -3,19 +3,19 @@ derivative is in ``cute_fa.autograd``.
 
 A call is described by shapes, strides, dtypes and options. Validation, dispatch and compilation depend on nothing else
 and are done once for each such description: what they find is a ``_Plan``, and a call that has one costs a dictionary
-look-up, the outputs' allocation and the launch.
+look-up, the outputs' allocation and the launch (:func:`again`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import library
-from torch._C import _len_torch_dispatch_stack
+from torch import is_grad_enabled, library
+from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
@@ -25,13 +25,14 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from cute_fa.compiler import compiled
 from cute_fa.dispatch import TABLE
 from cute_fa.environment import switch
 from cute_fa.errors import NoBackwardError
 from cute_fa.kernel import AttentionTensors
-from cute_fa.simulation import simulated_arch, target_of
+from cute_fa.simulation import simulated_arch, simulated_target, target_of
 from cute_fa.tensors import (
     ALIGNMENT,
     TORCH_DTYPES,
@@ -44,14 +45,13 @@ from cute_fa.tensors import (
 from cute_fa.types import PersistentMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch._ops import OpOverload
 
     from cute_fa.compiler import CompiledKernel
     from cute_fa.kernel import AttentionKernel
     from cute_fa.problem import AttentionProblem
-    from cute_fa.simulation import Target
     from cute_fa.types import SmArch
 
 # Whether to check values that live on the device, at the price of host synchronisations.
@@ -94,7 +94,8 @@ class Call(NamedTuple):
 
 
 NUM_TENSORS = 12
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+NO_TENSORS = (None,) * (NUM_TENSORS - 3)  # those after q, k and v, where none is given
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
@@ -111,58 +112,64 @@ LIBRARY.define(f"attention_out({ARGUMENTS}, Tensor(a!) out) -> Tensor", tags=tor
 @dataclass
 class _Plan:
     """What is known of every call with one description. ``launches``: whether there is any query and any key.
-    ``strides``: canonical strides of q, k, v and out where a dimension of size 1 has odd ones. ``compiled``, and
-    ``pack``, which gives the kernel's arguments, are set by the first launch, after all checks."""
+    ``new_out`` and ``new_lse`` allocate on their argument's device. ``strides``: canonical strides of q, k, v and out
+    where a dimension of size 1 has odd ones; None if none has. ``compiled``, and ``pack``, which gives the kernel's
+    arguments, are set by the first launch, after all checks."""
 
     problem: AttentionProblem
     kernel: type[AttentionKernel]
     num_sms: int
     launches: bool
-    out_shape: tuple[int, ...]
-    out_dtype: torch.dtype
-    lse_shape: tuple[int, ...]
-    strides: tuple[tuple[int, ...] | None, ...]
+    new_out: Callable[[torch.Tensor], torch.Tensor]
+    new_lse: Callable[[torch.Tensor], torch.Tensor]
+    strides: tuple[tuple[int, ...] | None, ...] | None
     compiled: CompiledKernel | None = None
-    pack: Callable[[AttentionTensors], tuple] | None = None
+    pack: Callable[..., tuple] | None = None
 
 
 _plans: dict[tuple, _Plan] = {}
 
 
 def _attention(*arguments):
-    call = Call._make(arguments)
-    plan = _plan(arguments, None)
-    q = call.q
-    out = q.new_empty(plan.out_shape, dtype=plan.out_dtype)
-    lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
-    _run(plan, call, out, lse)
-    return out, lse
+    q, k, v = arguments[:3]
+    small, options = arguments[3:NUM_TENSORS], arguments[NUM_TENSORS:]
+    return _run(_plan(q, k, v, small, options), q, k, v, small)
 
 
 def _attention_out(*arguments):
-    *arguments, out = arguments
-    call = Call._make(arguments)
-    plan = _plan(tuple(arguments), out)
-    check_separate(out, q=call.q, k=call.k, v=call.v)
-    lse = call.q.new_empty(plan.lse_shape, dtype=torch.float32)
-    _run(plan, call, out, lse)
-    return lse
+    q, k, v = arguments[:3]
+    small, options, out = arguments[3:NUM_TENSORS], arguments[NUM_TENSORS:-1], arguments[-1]
+    plan = _plan(q, k, v, small, options, out)
+    check_separate(out, q=q, k=k, v=v)
+    return _run(plan, q, k, v, small, out)[1]
 
 
-def _plan(arguments: tuple, out: torch.Tensor | None) -> _Plan:
-    target = target_of(arguments[0].device)
-    # without the last one, deterministic: a forward always is
-    key = (target, signatures(arguments[:NUM_TENSORS]), arguments[NUM_TENSORS:-1], signatures((out,)))
+def _plan(q, k, v, small: tuple, options: tuple, out: torch.Tensor | None = None) -> _Plan:
+    """``small``: the other tensors of :class:`Call`; ``options``: what follows them."""
+    key = _key(q, k, v, small, options, out)
     plan = _plans.get(key)
     if plan is None:
-        plan = _make_plan(target, Call._make(arguments), out)
+        plan = _make_plan(Call(q, k, v, *small, *options), out)
         keep(_plans, key, plan)
     return plan
 
 
+def _key(q, k, v, small: tuple, options: tuple, out: torch.Tensor | None = None) -> tuple:
+    """What a plan is found by; the tensors' devices say which GPU it is of, but not which one is simulated."""
+    return (
+        simulated_target(),
+        options,
+        (q.shape, q.stride(), q.dtype, q.device),
+        (k.shape, k.stride(), k.dtype, k.device),
+        (v.shape, v.stride(), v.dtype, v.device),
+        small if small is NO_TENSORS else signatures(small),
+        None if out is None else signatures((out,)),
+    )
+
+
 def validate(call: Call, out: torch.Tensor | None = None) -> None:
     """Raise what the operator would raise for these arguments; nothing runs."""
-    plan = _plan(tuple(call), out)
+    plan = _plan(*call[:3], call[3:NUM_TENSORS], call[NUM_TENSORS:], out)
     check_pointers(q=call.q, k=call.k, v=call.v, **({} if out is None else {"out": out}))
     if out is not None:
         check_separate(out, q=call.q, k=call.k, v=call.v)
@@ -192,23 +199,31 @@ def problem_of_call(arch: SmArch, call: Call, out: torch.Tensor | None = None, *
     return problem_of(arch, **options, window_size=window, persistent=persistent, out=out, **backward)
 
 
-def _make_plan(target: Target, call: Call, out: torch.Tensor | None) -> _Plan:
+def _make_plan(call: Call, out: torch.Tensor | None) -> _Plan:
+    target = target_of(call.q.device)
     problem = problem_of_call(target.arch, call, out)
     if call.num_splits == 0:
         problem, kernel = TABLE.choose(problem, call.family, target.num_sms)
     else:
         kernel = TABLE.lookup(problem, call.family)
     q, k, v = call.q, call.k, call.v
+    strides = tuple(None if t is None else odd_strides(t) for t in (q, k, v, out))
     return _Plan(
         problem=problem,
         kernel=kernel,
         num_sms=target.num_sms,
         launches=q.numel() > 0 and k.numel() > 0,
-        out_shape=(*q.shape[:-1], v.shape[-1]),
-        out_dtype=TORCH_DTYPES[problem.out_dtype],
-        lse_shape=lse_shape(call),
-        strides=tuple(None if t is None else odd_strides(t) for t in (q, k, v, out)),
+        new_out=new_like((*q.shape[:-1], v.shape[-1]), TORCH_DTYPES[problem.out_dtype]),
+        new_lse=new_like(lse_shape(call), torch.float32),
+        strides=None if strides == (None,) * 4 else strides,
     )
+
+
+def new_like(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that allocates a contiguous tensor on its argument's device. With its strides at hand that takes two
+    thirds of the time."""
+    strides = torch.empty(shape, dtype=dtype, device="meta").stride()
+    return methodcaller("new_empty_strided", shape, strides, dtype=dtype)
 
 
 def lse_shape(call: Call) -> tuple[int, ...]:
@@ -231,82 +246,86 @@ def restrided(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Te
     return tensor if strides is None else tensor.as_strided(tensor.shape, strides)
 
 
-def _run(plan: _Plan, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
-    q, k, v = call.q, call.k, call.v
+def _run(plan: _Plan, q, k, v, small: tuple, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse), the kernel launched; allocates what is to be returned."""
     if CHECK_VALUES or simulated_arch() is not None:
-        check_values(plan.problem, q, k, *call[3:10])
+        check_values(plan.problem, q, k, *small[:-2])
+    lse = plan.new_lse(q)
+    if out is None:
+        out = plan.new_out(q)
     if not plan.launches:
-        _without_keys(call, out, lse)
-        return
+        _without_keys(small, out, lse)
+        return out, lse
     if (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % ALIGNMENT:
         check_pointers(q=q, k=k, v=v, out=out)
-    if plan.strides != (None, None, None, None):
-        q, k, v, out = map(restrided, (q, k, v, out), plan.strides)
-    tensors = AttentionTensors(q, k, v, out, lse, *call[3:NUM_TENSORS])
+    into = out
+    if plan.strides is not None:
+        q, k, v, into = map(restrided, (q, k, v, out), plan.strides)
     if plan.compiled is None:
-        plan.pack = _packing(plan, tensors)
+        plan.pack = _packing(plan, AttentionTensors(q, k, v, into, lse, *small))
         plan.compiled = compiled(plan.kernel.configure(plan.problem))
-    plan.compiled.launch(plan.pack(tensors))
+    plan.compiled.launch(plan.pack(q, k, v, into, lse, *small))
+    return out, lse
 
 
-def _packing(plan: _Plan, tensors: AttentionTensors) -> Callable[[AttentionTensors], tuple]:
-    """``plan.kernel.arguments`` for tensors of this description. All but the tensors are the same in every call, so it
-    is asked once and only the tensors are put in their places; at every call where it makes tensors itself."""
+def _packing(plan: _Plan, tensors: AttentionTensors) -> Callable[..., tuple]:
+    """``plan.kernel.arguments`` as a function of tensors of this description. All but the tensors are the same in every
+    call, so it is asked once and only the tensors are put in their places; at every call where it makes tensors itself.
+    """
 
-    def arguments(tensors: AttentionTensors) -> tuple:
-        return plan.kernel.arguments(plan.problem, tensors, plan.num_sms)
+    def arguments(*tensors: torch.Tensor | None) -> tuple:
+        return plan.kernel.arguments(plan.problem, AttentionTensors(*tensors), plan.num_sms)
 
     # Objects of their own: one tensor may be q, k and v at once.
-    named = AttentionTensors(*(None if t is None else t.detach() for t in tensors))
-    return packer(arguments(named), named) or arguments
+    named = [None if t is None else t.detach() for t in tensors]
+    return packer(arguments(*named), named) or arguments
 
 
-def packer(arguments: tuple, tensors: tuple) -> Callable[[tuple], tuple] | None:
-    """A function that gives ``arguments`` with other tensors in the places of ``tensors``; None if they hold tensors of
-    another origin, or are no plain tuples of two and more."""
-    constants, inner, places = [], [], []  # indices into the tensors, the constants, the tuples that hold tensors
-    for value in arguments:
+def packer(arguments: tuple, tensors: Sequence[torch.Tensor | None]) -> Callable[..., tuple] | None:
+    """A function of as many tensors as ``tensors`` that gives ``arguments`` with them in the places of these; None if
+    there are tensors of another origin."""
+    places = {id(tensor): f"t{i}" for i, tensor in enumerate(tensors)}
+    constants: list[Any] = []
+
+    def source(value: Any) -> str:
         if isinstance(value, torch.Tensor):
-            place = next((i for i, tensor in enumerate(tensors) if tensor is value), None)
-            if place is None:
-                return None
-            places.append(place)
-        elif isinstance(value, tuple) and any(isinstance(v, (torch.Tensor, tuple)) for v in value):
-            pack = packer(value, tensors)
-            if pack is None:
-                return None
-            places.append(-1 - len(inner))
-            inner.append(pack)
-        else:
-            places.append(len(tensors) + len(constants))
-            constants.append(value)
-    if len(places) < 2 or type(arguments) is not tuple:  # of one place itemgetter gives no tuple
+            return places[id(value)]
+        if isinstance(value, tuple) and any(map(_holds_tensors, value)):
+            return f"({''.join(f'{source(item)}, ' for item in value)})"
+        constants.append(value)
+        return f"c{len(constants) - 1}"
+
+    try:
+        body = source(arguments)
+    except KeyError:
         return None
-    fixed, pick = tuple(constants), itemgetter(*places)
-    if not inner:
-        return lambda tensors: pick((*tensors, *fixed))
-    inner.reverse()
-    return lambda tensors: pick((*tensors, *fixed, *[pack(tensors) for pack in inner]))
+    names = ", ".join(f"t{i}" for i in range(len(tensors)))
+    return eval(f"lambda {names}: {body}", {f"c{i}": value for i, value in enumerate(constants)})
 
 
-def _without_keys(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, tuple) and any(map(_holds_tensors, value)))
+
+
+def _without_keys(small: tuple, out: torch.Tensor, lse: torch.Tensor) -> None:
     """The result where no key exists at all: O = 0 and LSE = −inf, or learnable_sink for rows that count."""
+    cu_seqlens_q, _, seqused_q, *_, learnable_sink = small
     out.zero_()
     lse.fill_(-math.inf)
-    if call.learnable_sink is None or lse.numel() == 0:
+    if learnable_sink is None or lse.numel() == 0:
         return
-    sink = call.learnable_sink[:, None]
-    if call.seqused_q is None:
+    sink = learnable_sink[:, None]
+    if seqused_q is None:
         lse.copy_(sink.expand_as(lse))
         return
     row = torch.arange(lse.shape[-1], device=lse.device)
-    if call.cu_seqlens_q is None:
-        counts = (row < call.seqused_q[:, None])[:, None]
+    if cu_seqlens_q is None:
+        counts = (row < seqused_q[:, None])[:, None]
     else:
-        starts = call.cu_seqlens_q[:-1]
-        sequence = torch.searchsorted(call.cu_seqlens_q[1:], row, right=True, out_int32=True)
+        starts = cu_seqlens_q[:-1]
+        sequence = torch.searchsorted(cu_seqlens_q[1:], row, right=True, out_int32=True)
         sequence = sequence.clamp(max=starts.shape[0] - 1)
-        counts = row - starts[sequence] < call.seqused_q[sequence]
+        counts = row - starts[sequence] < seqused_q[sequence]
     lse.copy_(torch.where(counts, sink, lse))
 
 
@@ -350,28 +369,35 @@ for _device in ("cpu", "cuda"):
 
 
 def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) for the arguments of :class:`Call`: the operator ``cute_fa::attention``.
-
-    Where the dispatcher would do nothing but convert 22 arguments back and forth (eager mode, no gradient asked for, no
-    autocast, mode or transform watching, plain tensors) its Python kernel is called directly.
-    """
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
-        return _attention_op(*arguments)
-    if _transformed():
+    """(out, lse) for the arguments of :class:`Call`: the operator ``cute_fa::attention``."""
+    done = again(*arguments[:3], arguments[3:NUM_TENSORS], arguments[NUM_TENSORS:])
+    if done is not None:
+        return done
+    if not is_dynamo_compiling() and _transformed():
         _check_derivatives(arguments)
-        return _attention_op(*arguments)
-    if arguments[0].is_meta:
-        return _attention_op(*arguments)
-    needs_grad = torch.is_grad_enabled()
-    for tensor in arguments[:NUM_TENSORS]:
-        if tensor is not None and (type(tensor) not in _PLAIN or (needs_grad and tensor.requires_grad)):
-            return _attention_op(*arguments)
-    return _attention(*arguments)
+    return _attention_op(*arguments)
+
+
+def again(q: Any, k: Any, v: Any, small: tuple, options: tuple) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What ``attention(q, k, v, *small, *options)`` returns, without the dispatcher, if there is a plan for it and the
+    dispatcher would do nothing but convert 23 arguments back and forth: eager mode, no gradient asked for, no autocast,
+    mode or transform watching, plain tensors. None otherwise, whatever the tensors are."""
+    if is_dynamo_compiling() or _len_torch_dispatch_stack() or _is_any_autocast_enabled() or _transformed():
+        return None
+    needs_grad = is_grad_enabled()
+    for tensor in (q, k, v) if small is NO_TENSORS else (q, k, v, *small):
+        if type(tensor) not in _PLAIN or (needs_grad and tensor is not None and tensor.requires_grad):
+            return None
+    try:
+        plan = _plans.get(_key(q, k, v, small, options))
+    except (AttributeError, RuntimeError):  # None; sparse tensors, which have no strides
+        return None
+    return None if plan is None else _run(plan, q, k, v, small)
 
 
 def attention_out(*arguments) -> torch.Tensor:
     """lse for the arguments of :class:`Call` and the tensor to write: the operator ``cute_fa::attention_out``."""
-    if not torch.compiler.is_compiling() and _transformed():
+    if not is_dynamo_compiling() and _transformed():
         _check_derivatives(arguments)
     return _attention_out_op(*arguments)
 

@@ -79,6 +79,11 @@ def simulated_arch() -> SmArch | None:
     return None if _simulated is None else _simulated.arch
 
 
+def simulated_target() -> Target | None:
+    """What is being simulated, or None."""
+    return _simulated
+
+
 def arch_of(device: torch.device) -> SmArch:
     """The architecture that kernels for tensors on ``device`` are built for."""
     return target_of(device).arch

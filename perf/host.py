@@ -1,9 +1,11 @@
 """Costs around a kernel, which need no GPU: the host's side of a call, compiling, loading from the cache, importing.
 
-A call's host time is taken in two parts. What precedes the launch runs as it does on a GPU, on CPU tensors inside a
-simulation whose kernels are never reached. The launch itself is the DSL's own host code, called through TVM-FFI with
-the packed arguments, on the stand-in runtime: launches are accepted and nothing runs. What the CUDA driver takes is in
-neither. Times are the least of several repetitions, since other work on the machine only adds to them.
+A call's host time is taken in parts. What precedes the launch runs as it does on a GPU, on CPU tensors inside a
+simulation that the call is not told of and whose kernels are never reached. The launch itself is the DSL's own host
+code, called through TVM-FFI with the packed arguments, on the stand-in runtime: launches are accepted and nothing runs.
+It takes tensors that TVM-FFI has converted; what converting torch's takes is measured with a function that does nothing
+else. What the CUDA driver takes, also for naming the current device, is in none of them. Times are the least of several
+repetitions, since other work on the machine only adds to them.
 
 What belongs to one process (compiling, loading, importing) is measured in fresh ones, ours and the peer's by turns.
 """
@@ -17,7 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,11 +28,12 @@ import tvm_ffi
 
 import cute_fa
 import ptxsim
-from cute_fa import api, ops
+from cute_fa import ops
 from cute_fa.types import SmArch
 from perf.static import StaticKey, fa4_installed
 
-CALLS, REPETITIONS = 200, 30
+# Many short runs: other processes interrupt long ones every time.
+CALLS, REPETITIONS = 50, 600
 
 # Targets: µs of an eager call beyond torch's own; compile time against FlashAttention-4's, and in seconds; milliseconds
 # of a load; import time against torch's.
@@ -69,37 +73,50 @@ class _Reached:
         self.arguments = arguments
 
 
+@contextmanager
+def _launching_nothing(run: Callable[[], Any]) -> Iterator[tuple[Any, _Reached]]:
+    """What ``run`` calls is launched without its kernel, and is not told of the simulation, which costs time of its
+    own. Gives the plan of the call, and what stands for its kernel."""
+    reached = _Reached()
+    none = {"check_values": lambda *_: None, "simulated_arch": lambda: None, "simulated_target": lambda: None}
+    saved = {name: getattr(ops, name) for name in ("_plans", *none)}
+    try:
+        ops._plans = {}
+        run()
+        key, plan = ops._plans.popitem()
+        ops._plans[(None, *key[1:])] = replace(plan, compiled=reached)
+        vars(ops).update(none)
+        yield plan, reached
+    finally:
+        vars(ops).update(saved)
+
+
 def call_figures(arch: SmArch) -> Iterator[Figure]:
     """Host time of a call of ``flash_attn_func`` (bf16, causal, head_dim 64) on ``arch``."""
-    q, k, v = (torch.randn(1, 128, 4, 64, dtype=torch.bfloat16) for _ in range(3))
+    # Small: that the CPU's allocator takes longer for large tensors has nothing to do with a GPU.
+    q, k, v = (torch.randn(1, 8, 4, 64, dtype=torch.bfloat16) for _ in range(3))
 
     def attention():
         return cute_fa.flash_attn_func(q, k, v, causal=True)
 
-    def outputs():
-        return q.new_empty(q.shape), q.new_empty((1, 4, 128), dtype=torch.float32)
-
     with cute_fa.simulate(arch) as simulation, torch.no_grad(), simulation.idle():
-        attention()
-        plan = ops._plan(tuple(api.prepare(q, k, v, causal=True)), None)
-        kernel = plan.compiled
-        plan.compiled = reached = _Reached()
-        checked, ops.check_values = ops.check_values, lambda *_: None  # a simulation alone checks values
-        try:
+        with _launching_nothing(attention) as (plan, reached):
             before = microseconds(attention)
             compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
             compiled()
             traced = microseconds(compiled)
-        finally:
-            plan.compiled, ops.check_values = kernel, checked
+        own = microseconds(lambda: (plan.new_out(q), plan.new_lse(q)))
+        convert = tvm_ffi.get_global_func("ffi.Array")
+        ready = ptxsim.views.map_tensors(tvm_ffi.from_dlpack, reached.arguments)
+        converting = microseconds(lambda: convert(reached.arguments)) - microseconds(lambda: convert(ready))
         arguments = ptxsim.views.map_tensors(lambda t: tvm_ffi.from_dlpack(ptxsim.device_view(t)), reached.arguments)
-        launch = microseconds(lambda: kernel.function(arguments))
-    own = microseconds(outputs)
+        launch = microseconds(lambda: plan.compiled.function(arguments))
     where = f"{arch.value}: "
     yield Figure(where + "torch allocates the two outputs", own, "µs")
     yield Figure(where + "eager call up to the launch", before, "µs")
+    yield Figure(where + "TVM-FFI converts torch's tensors", converting, "µs")
     yield Figure(where + "the launch's host code, without the driver", launch, "µs")
-    yield Figure(where + "eager call beyond torch's allocations", before + launch - own, "µs", EAGER_US)
+    yield Figure(where + "eager call beyond torch's allocations", before + converting + launch - own, "µs", EAGER_US)
     yield Figure(where + "torch.compile (aot_eager) up to the launch", traced, "µs")
     yield Figure(where + "CUDA graph, replay", None, "µs")
 
