@@ -50,6 +50,21 @@ class Rows(NamedTuple):
     seqused: torch.Tensor
     longest: int
 
+    @classmethod
+    def block(cls, first: torch.Tensor, used: torch.Tensor, length: int) -> Rows:
+        """Rows first[b] up to first[b] + used[b] of each sequence."""
+        batch = len(first)
+        starts = first + length * torch.arange(batch, device=first.device)
+        # the padding behind one sequence and that before the next belong to the first of them
+        cu_seqlens = pad(pad(starts, (1, 0)), (0, 1), value=batch * length).int()
+        return cls(cu_seqlens, pad(used, (1, 0)).int(), min(2, batch) * length)
+
+    @classmethod
+    def all(cls, batch: int, length: int, device: torch.device) -> Rows:
+        """Every row."""
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        return cls.block(zeros, zeros + length, length)
+
 
 class Padding:
     """A mask of keys, (batch, seqlen_k) bool, in whose rows the tokens that count are one block. One object serves all
@@ -72,16 +87,7 @@ class Padding:
             place = torch.arange(length, device=counts.device) - first[:, None]
             if not torch.equal(counts, (place >= 0) & (place < used[:, None])):
                 raise ArgumentError("attention_mask with holes: the tokens that count must be one block of each row")
-        return rows_from(first, used, length)
-
-
-def rows_from(first: torch.Tensor, used: torch.Tensor, length: int) -> Rows:
-    """Rows ``first[b]`` up to ``first[b] + used[b]`` of each sequence."""
-    batch = len(first)
-    starts = first + length * torch.arange(batch, device=first.device)
-    # the padding behind one sequence and that before the next belong to the first of them
-    cu_seqlens = pad(pad(starts, (1, 0)), (0, 1), value=batch * length).int()
-    return Rows(cu_seqlens, pad(used, (1, 0)).int(), min(2, batch) * length)
+        return Rows.block(first, used, length)
 
 
 class Packed:
@@ -180,21 +186,21 @@ def attention(
         raise ArgumentError(
             "position_ids that start again within a row: give cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k"
         )
-    if attention_mask is None or (causal and q.shape[1] != k.shape[1] and attention_mask.is_none):
+    # those of a causal mask or a window are the last of the keys
+    aligned = causal or sliding_window is not None
+    if attention_mask is not None and aligned and q.shape[1] != k.shape[1]:
+        if not attention_mask.is_none:
+            raise ArgumentError("padding with a cache other than cute_fa.integrations.transformers.PagedCache")
+        attention_mask = None
+    if attention_mask is None:
         return flash_attn_func(q, k, v, **options), None
-    if causal and q.shape[1] != k.shape[1]:
-        raise ArgumentError("padding with a cache other than cute_fa.integrations.transformers.PagedCache")
-    return _padded(q, k, v, attention_mask, options), None
+    rows_k = attention_mask.rows(k.shape[1])
+    rows_q = rows_k if aligned else Rows.all(*q.shape[:2], q.device)
+    return _packed(q, k, v, rows_q, rows_k, options), None
 
 
-def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: Padding, options: dict[str, Any]):
-    """Attention without the padding, which gets 0 where queries are those of the keys: causal or with a window."""
-    batch, seqlen_q, seqlen_k = *q.shape[:2], k.shape[1]
-    rows_k = padding.rows(seqlen_k)
-    rows_q = rows_k
-    if not options["causal"] and options["window_size"] == (None, None):
-        zeros = torch.zeros(batch, dtype=torch.int64, device=q.device)
-        rows_q = rows_from(zeros, zeros + seqlen_q, seqlen_q)
+def _packed(q, k, v, rows_q: Rows, rows_k: Rows, options: dict[str, Any]) -> torch.Tensor:
+    """Attention between the rows that count; others of the result are 0."""
     out = flash_attn_varlen_func(
         *(t.flatten(0, 1) for t in (q, k, v)),
         rows_q.cu_seqlens,
@@ -205,7 +211,7 @@ def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: Padding,
         seqused_k=rows_k.seqused,
         **options,
     )
-    return out.unflatten(0, (batch, seqlen_q))
+    return out.unflatten(0, q.shape[:2])
 
 
 class NewTokens:

@@ -1,11 +1,14 @@
 """Models of Transformers on these kernels, against the same models with eager attention."""
 
+import importlib.util
+import sys
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
     BertConfig,
@@ -23,7 +26,7 @@ from transformers import (
 import cute_fa
 from cute_fa.errors import ArgumentError, LengthError, NoBackwardError, ShapeError, UnsupportedArgumentError
 from cute_fa.integrations import transformers as integration
-from cute_fa.integrations.transformers import PagedCache, register
+from cute_fa.integrations.transformers import Padding, PagedCache, register
 
 VOCABULARY, LAYERS, STEPS, PAGE_SIZE, CHUNK = 96, 2, 9, 8, 10
 SIZES = {
@@ -39,6 +42,8 @@ SIZES = {
     "pad_token_id": 0,
     "eos_token_id": None,
 }
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "generate_llama.py"
 
 register()
 
@@ -220,6 +225,39 @@ def test_bidirectional_attention_with_padding():
     assert as_good(found, hidden(model, "eager"), hidden(exact(model), "eager"))
 
 
+def test_cross_attention_with_padding():
+    """All queries count, the keys that the mask names."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, length, 64, dtype=torch.bfloat16) for length in (7, 24, 24))
+    with cute_fa.simulate("sm_90a"):
+        found, _ = integration.attention(None, q, k, v, Padding(PADDED.bool()), is_causal=False)
+    eager, of_fp32 = (
+        scaled_dot_product_attention(*(t.to(dtype) for t in (q, k, v)), PADDED.bool()[:, None, None]).transpose(1, 2)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert as_good(found, eager, of_fp32)
+
+
+def test_padding_token_by_token(llama):
+    """A single token that is padding is no part of the cache."""
+    inputs, mask, cache = tokens(2, 3), torch.tensor([[0, 1, 1], [1, 1, 1]]), paged(llama, 2, 8)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {"attention_mask": mask, "position_ids": places}
+    eager, of_fp32 = (logits_of(model, "eager", inputs, **given) for model in (llama, exact(llama)))
+    with cute_fa.simulate("sm_90a"):
+        parts = [
+            logits_of(
+                *(llama, "cute_fa", inputs[:, t : t + 1]),
+                attention_mask=mask[:, : t + 1],
+                position_ids=places[:, t : t + 1],
+                past_key_values=cache,
+            )
+            for t in range(3)
+        ]
+    assert as_good(*(logits[mask.bool()] for logits in (torch.cat(parts, 1), eager, of_fp32)))
+    assert cache.layers[1].seqlens.tolist() == [0, 2, 3]
+
+
 def test_sequences_packed_in_a_row(llama):
     lengths = [13, 1, 17]
     inputs = tokens(1, sum(lengths))
@@ -235,46 +273,49 @@ def test_sequences_packed_in_a_row(llama):
     assert as_good(found, eager, of_fp32)
 
 
+def test_example(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("generate_llama", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(sys, "argv", ["generate_llama.py", "--arch", "sm_90a", "--new-tokens", "4"])
+    example.main()  # raises SystemExit if the tokens differ
+    eager, ours, pages = capsys.readouterr().out.splitlines()
+    assert eager.split()[1:] == ours.split()[1:]
+    assert "tokens in the pages: [22, 14]" in pages
+
+
 @pytest.mark.gpu
 def test_decode_step_in_a_cuda_graph():
-    """One captured step, replayed: it feeds itself the best token, and moves on in the cache."""
-    model = with_attention(make(LlamaForCausalLM, LlamaConfig).cuda(), "cute_fa")
-    prompts = tokens(2, 21).cuda()
+    """A captured step moves on by one token with each replay, in the cache and in the angles of RoPE."""
+    model = make(LlamaForCausalLM, LlamaConfig).cuda()
+    inputs, prompt = tokens(2, 21 + STEPS).cuda(), 21
+    eager, of_fp32 = (logits_of(m, "eager", inputs)[:, prompt:] for m in (model, exact(model)))
+    cache = PagedCache(model.config, 2, prompt + STEPS, page_size=PAGE_SIZE)
+    logits_of(model, "cute_fa", inputs[:, :prompt], past_key_values=cache)
+    token, place = inputs[:, prompt : prompt + 1].clone(), torch.full((2, 1), prompt, device="cuda")
 
-    def prefilled() -> tuple[PagedCache, torch.Tensor]:
-        cache = PagedCache(model.config, 2, 64, page_size=PAGE_SIZE)
-        return cache, model(prompts, past_key_values=cache).logits[:, -1:].argmax(-1)
+    def step() -> torch.Tensor:
+        logits = logits_of(model, "cute_fa", token, position_ids=place, past_key_values=cache)
+        place.add_(1)
+        return logits
 
-    with torch.no_grad():
-        cache, token = prefilled()
-        expected = []
-        for _ in range(STEPS):
-            expected.append(model(token, past_key_values=cache).logits)
-            token = expected[-1].argmax(-1)
-
-        cache, token = prefilled()
-        place = torch.full((2, 1), 21, device="cuda")
-
-        def step() -> torch.Tensor:
-            logits = model(token, position_ids=place, past_key_values=cache).logits
-            token.copy_(logits.argmax(-1))
-            place.add_(1)
-            return logits
-
-        start = token.clone()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            step()  # what is compiled and allocated once is before the capture
-        torch.cuda.current_stream().wait_stream(stream)
-        cache.crop(-1)
-        token.copy_(start), place.fill_(21)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = step()
-        for step_logits in expected:
-            graph.replay()
-            torch.testing.assert_close(logits, step_logits, atol=0, rtol=0)
-        assert cache.layers[0].seqlens.tolist() == [0, 21 + STEPS, 21 + STEPS]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles and allocates what a capture may not
+    torch.cuda.current_stream().wait_stream(stream)
+    cache.crop(-1)
+    place.fill_(prompt)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+    found = []
+    for t in range(prompt, prompt + STEPS):
+        token.copy_(inputs[:, t : t + 1])
+        graph.replay()
+        found.append(logits.clone())
+    assert as_good(torch.cat(found, 1), eager, of_fp32)
+    assert cache.layers[0].seqlens.tolist() == [0, prompt + STEPS, prompt + STEPS]
 
 
 @pytest.fixture
