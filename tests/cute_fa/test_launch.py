@@ -162,3 +162,11 @@ def test_calls_keep_no_tensor_alive(launched):
     del q, sink
     gc.collect()
     assert [ref() for ref in kept] == [None] * 4
+
+
+def test_a_gradient_fills_in_no_defaults(launched, monkeypatch):
+    """torch does at 0.5 ms a call, for operators that are given only a formula."""
+    monkeypatch.setattr("torch._library.utils.fill_defaults", None)
+    q, k, v = torch.randn(3, 1, 8, 2, 16, dtype=torch.bfloat16).unbind()
+    assert cute_fa.flash_attn_func(q.requires_grad_(), k, v).requires_grad
+    assert len(launched) == 1
