@@ -252,10 +252,8 @@ def _host() -> str:
     AVX-512), and a home directory may be shared with a machine that has fewer."""
     features = platform.processor()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                features = line
-                break
+        with open("/proc/cpuinfo") as lines:  # one processor's are enough, there may be hundreds
+            features = next((line.rstrip() for line in lines if line.startswith(("flags", "Features"))), features)
     except OSError:
         logger.debug("no /proc/cpuinfo: the processor's name stands for its features")
     return f"{platform.system()} {platform.machine()} {hashlib.sha256(features.encode()).hexdigest()[:16]}"
