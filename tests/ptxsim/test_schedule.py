@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptxsim.errors import RaceError, SyncError, UninitializedRead
+from ptxsim.errors import UninitializedRead
 from tests.testing.ptx import aligned, kernel_text, launch
 
 # every warp adds its mark to a float in global memory: the sum depends on the order of the additions
@@ -78,33 +78,6 @@ def test_try_wait_may_fail_with_a_seed():
     seeds = (None, *range(20))
     assert all(outcome("@!%p3 bra READ;", seed) == 5 for seed in seeds)
     assert "raised" in {outcome("", seed) for seed in seeds} and outcome("", None) == 5
-
-
-# Two copies, each with a barrier of its own. A peek at the second decides whether to wait for it.
-PEEK = """.shared .align 16 .b8 buffer[1024]; .shared .align 8 .b64 bar[2];
-  mov.u32 %r1, buffer; mov.u32 %r2, bar; setp.eq.u32 %p1, %t, 0; setp.ge.u32 %p2, %t, 32;
-  @%p1 mbarrier.init.shared.b64 [%r2], 1; @%p1 mbarrier.init.shared.b64 [%r2+8], 1;
-  fence.mbarrier_init.release.cluster; bar.sync 0; @%p2 bra READ;
-  @%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r2], 512; @%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r2+8], 512;
-  @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%out0], 512, [%r2];
-  @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1+512], [%out0], 512, [%r2+8]; exit;
-READ: mbarrier.try_wait.parity.shared.b64 %p3, [%r2], 0; @!%p3 bra READ;
-  mbarrier.test_wait.parity.shared.b64 %p3, [%r2+8], PHASE; @%p3 bra USE;
-SPIN: mbarrier.try_wait.parity.shared.b64 %p3, [%r2+8], 0; @!%p3 bra SPIN;
-USE: ld.shared.u32 %r3, [%r1+512];"""
-
-
-def test_late_copies_arrive_in_order():
-    """A peek for the wrong phase says yes if its copy has not arrived. While copies arrive at once, that does not
-    happen; nor if the later one came first."""
-
-    def peek(phase, late):
-        text = kernel_text(PEEK.replace("PHASE", phase), 0, 1)
-        launch(text, [aligned(np.zeros(512, np.uint8))], threads=64, late=late, race=True)
-
-    peek("0", False), peek("0", True), peek("1", False)
-    with pytest.raises((SyncError, RaceError), match=r"before the asynchronous copy|not ordered"):
-        peek("1", True)
 
 
 @pytest.mark.parametrize("seed", [None, 3])

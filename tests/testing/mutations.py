@@ -126,10 +126,13 @@ NOTES = (
      "producer_tail: by its own comment useful in clusters only, so that no CTA exits early"),
     ("FA4", r"flash_fwd_sm100.py:3443", "mbarrier.try_wait",
      "before the second stage of Q is loaded: the two stages are released together, and the first was waited for"),
+    ("FA4", r"flash_fwd_sm100.py:3502", "mbarrier.try_wait",
+     "before a tile's first V is loaded: the release of Q, which was waited for, follows all but the last P·V of the "
+     "tile before"),
     ("FA4", r"flash_fwd_sm100.py:(2563|3100)", "mbarrier.try_wait",
-     "a producer's tail, as its comment says; behind it is the arrival that lets another warp free tensor memory, which "
-     "this warp's own waits for its loads precede"),
-    ("FA4", r"flash_fwd_sm100.py:1745", "mbarrier.try_wait",
+     "a producer's tail, as its comment says; behind it is the arrival that lets another warp free tensor memory: "
+     "the waits for this warp's loads precede that"),
+    ("FA4", r"flash_fwd_sm100.py:174[58]", "mbarrier.try_wait",
      "producer_tail: nothing follows in this warp; the wait for the other phase was over at once"),
     ("FA4", r"flash_fwd_sm100.py:336[69]", "cp.async.bulk",
      "frees the first stage of O, which no tile takes where a CTA has one; the wait for both stages follows"),
