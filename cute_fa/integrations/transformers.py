@@ -5,14 +5,15 @@ these kernels, and ``model.generate(…, past_key_values=PagedCache(…))`` appe
 
 Causal and bidirectional masks, sliding windows, softcap and sinks (``s_aux``) are the kernels' own: no 4-D mask is
 made, and one that is given raises. A 2-D ``attention_mask`` becomes lengths on the device: the tokens that count are
-one block of each row, so that left- and right-padded batches are both right, in training and with a ``PagedCache``.
+one block of each row (checked with ``CUTE_FA_CHECK=1`` and when simulating), so that left- and right-padded batches are
+both right, in training and with a ``PagedCache``.
 What raises: padding with another cache, rows of several sequences without ``cu_seq_lens_q``, ``StaticCache``, chunked
 attention beyond one chunk, mask patterns of a model's own, dropout, beams.
 """
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -72,15 +73,20 @@ class Padding:
 
     def __init__(self, mask: torch.Tensor):
         self.mask = mask
-        self.rows = cache(self._rows)
+        self._rows: dict[int, Rows] = {}
 
     @cached_property
     def is_none(self) -> bool:
         """Whether every token counts: a host synchronisation."""
         return bool(self.mask.all())
 
-    def _rows(self, length: int) -> Rows:
-        """Of the last ``length`` tokens."""
+    def rows(self, length: int) -> Rows:
+        """Of the last ``length`` tokens. Raises ArgumentError for holes, where values are checked."""
+        if length not in self._rows:
+            self._rows[length] = self._find_rows(length)
+        return self._rows[length]
+
+    def _find_rows(self, length: int) -> Rows:
         counts = self.mask[:, -length:]
         used, first = counts.sum(-1), counts.int().argmax(-1)
         if ops.CHECK_VALUES or simulated_arch() is not None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ import cute_fa
 from cute_fa.errors import ArgumentError, LengthError, NoBackwardError, ShapeError, UnsupportedArgumentError
 from cute_fa.integrations import transformers as integration
 from cute_fa.integrations.transformers import Padding, PagedCache, register
+from tests.testing.simulated import unwritten_is_nan
 
 VOCABULARY, LAYERS, STEPS, PAGE_SIZE, CHUNK = 96, 2, 9, 8, 10
 SIZES = {
@@ -85,7 +87,7 @@ def margins(logits) -> torch.Tensor:
 @cache
 def decided(model, length: int) -> torch.Tensor:
     """(2, length), of random prompts whose continuation is varied those that rounding is least likely to change."""
-    prompts = torch.randint(1, VOCABULARY, (256, length), generator=torch.Generator().manual_seed(0))
+    prompts = torch.randint(1, VOCABULARY, (128, length), generator=torch.Generator().manual_seed(0))
     result = generate(with_attention(model, "eager"), prompts)
     varied = torch.tensor([len(row.unique()) >= STEPS - 2 for row in result.sequences[:, length:]])
     return prompts[margins(result.logits).where(varied, torch.tensor(0.0)).topk(2).indices]
@@ -99,7 +101,7 @@ def paged(model, batch: int, max_length: int) -> PagedCache:
     return cache
 
 
-@pytest.mark.parametrize(("arch", "lengths"), [("sm_80", (21, 21)), ("sm_90a", (21, 21)), ("sm_90a", (21, 6))], ids=str)
+@pytest.mark.parametrize(("arch", "lengths"), [("sm_80", (21, 6)), ("sm_90a", (21, 21))], ids=str)
 def test_generates_eagers_tokens_from_a_paged_cache(llama, arch, lengths):
     """Prefill in chunks, of which the first is padding alone in the shorter sequence, then decoding."""
     longest = max(lengths)
@@ -191,21 +193,32 @@ def gradients(model, name: str, inputs, mask, labels) -> dict[str, torch.Tensor]
 
 
 PADDED = torch.ones(3, 24, dtype=torch.long)
-PADDED[0, :9], PADDED[1, 20:] = 0, 0
+PADDED[0, 20:], PADDED[1, :9] = 0, 0
 
 
 def test_gradients_with_padding():
-    """Left, right and none."""
-    model = make(LlamaForCausalLM, LlamaConfig)
+    """Right, left and none: behind the first sequence lies the padding of both."""
+    model = make(LlamaForCausalLM, LlamaConfig, num_hidden_layers=1)
     inputs = tokens(3, 24)
     labels = inputs.where(PADDED.bool(), -100)
-    labels[0, 9] = -100  # what the last padding would predict
+    labels[1, 9] = -100  # what the last padding would predict
     eager = gradients(model, "eager", inputs, PADDED, labels)
-    with cute_fa.simulate("sm_80") as simulation:
+    with cute_fa.simulate("sm_80") as simulation, unwritten_is_nan():
         ours = gradients(model, "cute_fa", inputs, PADDED, labels)
-    assert len(simulation.launches) >= 3 * LAYERS
+    assert len(simulation.launches) >= 3
     for name, gradient in gradients(exact(model), "eager", inputs, PADDED, labels).items():
         assert as_good(ours[name], eager[name], gradient), name
+
+
+def test_padding_of_many_tiles_gets_zeros():
+    """A row without padding, then one of a single token."""
+    q, k, v = (torch.ones(2, heads, 150, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    v[1, :, 149] = 3
+    mask = torch.ones(2, 150, dtype=torch.bool)
+    mask[1, :149] = False
+    with cute_fa.simulate("sm_80"), unwritten_is_nan():
+        found, _ = integration.attention(None, q, k, v, Padding(mask))
+    assert (found[0] == 1).all() and (found[1, :149] == 0).all() and (found[1, 149] == 3).all()
 
 
 def test_bidirectional_attention_with_padding():
@@ -244,7 +257,7 @@ def test_padding_token_by_token(llama):
     places = (mask.cumsum(1) - 1).clamp(min=0)
     given = {"attention_mask": mask, "position_ids": places}
     eager, of_fp32 = (logits_of(model, "eager", inputs, **given) for model in (llama, exact(llama)))
-    with cute_fa.simulate("sm_90a"):
+    with cute_fa.simulate("sm_80"):
         parts = [
             logits_of(
                 *(llama, "cute_fa", inputs[:, t : t + 1]),
@@ -277,11 +290,11 @@ def test_example(monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("generate_llama", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    monkeypatch.setattr(sys, "argv", ["generate_llama.py", "--arch", "sm_90a", "--new-tokens", "4"])
+    monkeypatch.setattr(sys, "argv", ["generate_llama.py", "--arch", "sm_80", "--new-tokens", "2"])
     example.main()  # raises SystemExit if the tokens differ
     eager, ours, pages = capsys.readouterr().out.splitlines()
     assert eager.split()[1:] == ours.split()[1:]
-    assert "tokens in the pages: [22, 14]" in pages
+    assert "tokens in the pages: [20, 12]" in pages
 
 
 @pytest.mark.gpu
@@ -360,12 +373,19 @@ def test_masks_with_holes_are_refused(llama):
         logits_of(llama, "cute_fa", tokens(2, 4), attention_mask=HOLE)
 
 
-def test_padding_with_another_cache_is_refused(llama, monkeypatch):
-    """In decoding; before, the keys are those of the queries. Without padding it works."""
-    cache = DynamicCache(config=llama.config)
-    logits_of(llama, "eager", tokens(2, 3), past_key_values=cache)
-    with pytest.raises(ArgumentError, match="padding with a cache other than"), cute_fa.simulate("sm_80"):
-        logits_of(llama, "cute_fa", tokens(2, 1), attention_mask=LEFT, past_key_values=cache)
+def test_another_cache_works_without_padding_alone(llama):
+    """What is padding shows in decoding; before, the keys are those of the queries."""
+    inputs = tokens(2, 4)
+    eager, of_fp32 = (logits_of(model, "eager", inputs)[:, 3:] for model in (llama, exact(llama)))
+    for mask in (torch.ones(2, 4), LEFT):
+        cache = DynamicCache(config=llama.config)
+        logits_of(llama, "eager", inputs[:, :3], past_key_values=cache)
+        refused = (
+            pytest.raises(ArgumentError, match="padding with a cache other than") if mask is LEFT else nullcontext()
+        )
+        with refused, cute_fa.simulate("sm_80"):
+            found = logits_of(llama, "cute_fa", inputs[:, 3:], attention_mask=mask, past_key_values=cache)
+    assert as_good(found, eager, of_fp32)
 
 
 def test_dropout_is_refused(nothing_runs):
