@@ -39,8 +39,8 @@ ops.LIBRARY.define(
 @dataclass
 class _Plan:
     """What is known of every call with one description. ``launches``: whether there is any query and any key.
-    ``strides``: canonical strides of q, k, v and out where a dimension of size 1 has odd ones. ``copies``: whether dout
-    has strides that no kernel can load. ``compiled`` is set by the first launch, after all checks."""
+    ``strides``: canonical strides of q, k, v, out, dout where a dimension of size 1 has odd ones. ``copies``: whether
+    dout has strides that no kernel can load. ``compiled`` is set by the first launch, after all checks."""
 
     problem: AttentionProblem
     kernel: type[AttentionKernel]
@@ -94,11 +94,13 @@ def _attention_backward(dout, dlse, out, lse, *arguments):
         return grads
     q, k, v = call[:3]
     check_pointers(q=q, k=k, v=v, out=out)
+    *strides, strides_dout = plan.strides
+    if any(strides):
+        q, k, v, out = map(ops.restrided, (q, k, v, out), strides)
     if plan.copies or dout.data_ptr() % ALIGNMENT:
         dout = dout.clone(memory_format=torch.contiguous_format)
-    if plan.strides != (None, None, None, None):
-        q, k, v, out = map(ops.restrided, (q, k, v, out), plan.strides)
-    dout = ops.restrided(dout, ops.odd_strides(dout))
+    else:
+        dout = ops.restrided(dout, strides_dout)
     forward = AttentionTensors(q, k, v, out, lse.contiguous(), *call[3 : ops.NUM_TENSORS])
     dlse = None if dlse is None else dlse.contiguous()
     tensors = BackwardTensors(forward, dout, dlse, *_named(grads, call, slopes_gradient))
@@ -126,7 +128,7 @@ def _make_plan(target: Target, dout, dlse, out, lse, call: ops.Call, slopes_grad
         kernel=TABLE.lookup(problem, call.family),
         num_sms=target.num_sms,
         launches=call.q.numel() > 0 and call.k.numel() > 0,
-        strides=tuple(ops.odd_strides(t) for t in (call.q, call.k, call.v, out)),
+        strides=tuple(ops.odd_strides(t) for t in (call.q, call.k, call.v, out, dout)),
         copies=load_rule(dout) is not None,
     )
 
@@ -184,7 +186,10 @@ def attention_backward(
 ) -> Gradients:
     """The operator ``cute_fa::attention_backward``: gradients of the inputs of ``call``, whose forward gave ``out`` and
     ``lse``, from those of these two; ``dlse`` None is zero."""
-    return _named(_attention_backward_op(dout, dlse, out, lse, *call, slopes_gradient), call, slopes_gradient)
+    tensors = (dout, dlse, out, lse, *call[: ops.NUM_TENSORS])
+    direct = ops.unwatched(tensors) and not call.q.is_meta
+    run = _attention_backward if direct else _attention_backward_op
+    return _named(run(*tensors, *call[ops.NUM_TENSORS :], slopes_gradient), call, slopes_gradient)
 
 
 class _Attention(torch.autograd.Function):

@@ -380,19 +380,26 @@ def attention(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
 
 def again(q: Any, k: Any, v: Any, small: tuple, options: tuple) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What ``attention(q, k, v, *small, *options)`` returns, without the dispatcher, if there is a plan for it and the
-    dispatcher would do nothing but convert 23 arguments back and forth: eager mode, no gradient asked for, no autocast,
-    mode or transform watching, plain tensors. None otherwise, whatever the tensors are."""
-    if is_dynamo_compiling() or _len_torch_dispatch_stack() or _is_any_autocast_enabled() or _transformed():
+    tensors are :func:`unwatched`. None otherwise, whatever the tensors are."""
+    if not unwatched((q, k, v) if small is NO_TENSORS else (q, k, v, *small)):
         return None
-    needs_grad = is_grad_enabled()
-    for tensor in (q, k, v) if small is NO_TENSORS else (q, k, v, *small):
-        if type(tensor) not in _PLAIN or (needs_grad and tensor is not None and tensor.requires_grad):
-            return None
     try:
         plan = _plans.get(_key(q, k, v, small, options))
     except (AttributeError, RuntimeError):  # None; sparse tensors, which have no strides
         return None
     return None if plan is None else _run(plan, q, k, v, small)
+
+
+def unwatched(tensors: tuple) -> bool:
+    """Whether the dispatcher would do nothing for them but convert an operator's many arguments back and forth: eager
+    mode, no gradient asked for, no autocast, mode or transform watching, plain tensors or None."""
+    if is_dynamo_compiling() or _len_torch_dispatch_stack() or _is_any_autocast_enabled() or _transformed():
+        return False
+    needs_grad = is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or (needs_grad and tensor is not None and tensor.requires_grad):
+            return False
+    return True
 
 
 def attention_out(*arguments) -> torch.Tensor:
