@@ -282,8 +282,8 @@ ORDERS = {
     "return_softmax_lse",
     fa3.flash_attn_with_kvcache: "q k_cache v_cache k v qv rotary_cos rotary_sin cache_seqlens cache_batch_idx "
     "cache_leftpad page_table cu_seqlens_q cu_seqlens_k_new max_seqlen_q rotary_seqlens q_descale k_descale v_descale "
-    "softmax_scale causal window_size attention_chunk softcap rotary_interleaved scheduler_metadata num_splits pack_gqa "
-    "sm_margin return_softmax_lse",
+    "softmax_scale causal window_size attention_chunk softcap rotary_interleaved scheduler_metadata num_splits "
+    "pack_gqa sm_margin return_softmax_lse",
 }
 
 
@@ -341,7 +341,9 @@ class TestCompat:
         with pytest.raises(ArgumentError, match="50 positional arguments"):
             module.flash_attn_func(*[q] * 50)
 
-    @pytest.mark.parametrize("function", ORDERS, ids=["fa2", "fa2-varlen", "fa3", "fa3-varlen"])
+    @pytest.mark.parametrize(
+        "function", ORDERS, ids=["fa2", "fa2-varlen", "fa3", "fa3-varlen", "fa2-kvcache", "fa3-kvcache"]
+    )
     def test_orders(self, function):
         assert list(inspect.signature(function).parameters) == ORDERS[function].split()
 
