@@ -251,12 +251,15 @@ def _run(plan: _Plan, q, k, v, small: tuple, out: torch.Tensor | None = None) ->
     if CHECK_VALUES or simulated_arch() is not None:
         check_values(plan.problem, q, k, *small[:-2])
     lse = plan.new_lse(q)
+    addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
     if out is None:
-        out = plan.new_out(q)
+        out = plan.new_out(q)  # which is aligned
+    else:
+        addresses |= out.data_ptr()
     if not plan.launches:
         _without_keys(small, out, lse)
         return out, lse
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % ALIGNMENT:
+    if addresses % ALIGNMENT:
         check_pointers(q=q, k=k, v=v, out=out)
     into = out
     if plan.strides is not None:
