@@ -12,6 +12,7 @@ from cute_fa import flash_attn_varlen_func, ops, reference
 from cute_fa.compat import fa2, fa4
 from cute_fa.errors import CumulativeSeqlensError, CuteFaError, DTypeError, LengthError, PageTableError, ShapeError
 from cute_fa.inputs import InputSpec, make_inputs
+from cute_fa.kernel import AttentionTensors
 from fa3_sm90.forward import Fa3Forward
 
 SPEC = InputSpec(batch=3, seqlen_q=20, seqlen_k=50, heads=4, heads_kv=2, page_size=8, causal=True)
@@ -25,10 +26,11 @@ def launches(monkeypatch):
 
     class Kernel:
         def launch(self, arguments):
-            made.append(arguments)
-            problem, tensors = arguments
+            problem, tensors = arguments[0], AttentionTensors(*arguments[1])
+            made.append((problem, tensors))
             given = tensors._asdict()
             out, lse = given.pop("out"), given.pop("lse")
+            assert given.pop("cache_batch_idx") is given.pop("cache_leftpad") is None
             window = problem.window_left, problem.window_right
             result = reference.attention(**given, window_size=window, softmax_scale=problem.softmax_scale)
             for tensor, value in zip((out, lse), result, strict=True):
