@@ -22,6 +22,12 @@ KERNELS = [("sm_80", "fa2", 1, Fa2Forward), ("sm_90a", "fa3", 1, Fa3Forward), ("
 SPEC = InputSpec(4, 40, 150, 4, 2, 64, seqused_k=True, causal=True)
 
 
+@pytest.fixture(autouse=True)
+def fresh_plans(monkeypatch):
+    """Whatever ran before in this process, the last plan is that of the last call."""
+    monkeypatch.setattr(ops, "_plans", {})
+
+
 def attention(inputs, **changes):
     given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "seqused_k": inputs.seqused_k, "causal": True}
     return ops.attention(*api.prepare(**{**given, **changes}))

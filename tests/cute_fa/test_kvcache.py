@@ -47,6 +47,12 @@ FEATURES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fresh_plans(monkeypatch):
+    """Whatever ran before in this process, the last plan is that of the last call."""
+    monkeypatch.setattr(ops, "_plans", {})
+
+
 def case_name(case: dict) -> str:
     cache = f"page{case['page_size']}" if case["page_size"] else "contiguous"
     return f"{case['arch']}-hd{case['head_dim'][0]}-{cache}-new{case['new']}-{case['rotary']}-{case['num_splits']}"
