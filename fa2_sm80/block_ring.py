@@ -1,5 +1,7 @@
 """A ring of key blocks in shared memory, filled by cp.async."""
 
+from abc import ABC, abstractmethod
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
@@ -7,7 +9,7 @@ from cutlass import Int32, const_expr
 from cute_fa.device.block_range import BlockRange, Window
 
 
-class BlockRing:
+class BlockRing(ABC):
     """``stages`` steps in flight, K and V of one in one cp.async group; the next step is issued as soon as its stage is
     free."""
 
@@ -15,9 +17,9 @@ class BlockRing:
         """``stop``: the iteration after the last."""
         self.stages, self.blocks, self.window, self.stop = stages, blocks, window, stop
 
+    @abstractmethod
     def load(self, block: Int32, stage: Int32, first: bool):
         """Issue the copies of one key block; ``first``: whether it may be that of the first step."""
-        raise NotImplementedError
 
     def stage(self, iteration: Int32):
         return 0 if const_expr(self.stages == 1) else iteration % self.stages

@@ -146,6 +146,7 @@ def attention(
     key: torch.Tensor | NewTokens,
     value: torch.Tensor | NewTokens,
     attention_mask: Padding | Packed | None = None,
+    *,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
