@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import PtxError
 from .numerics import DECODE, ELEMENT_BYTES, f16_to_f32, ue4m3_to_f64, ue8m0_to_f64
-from .sparsity import expand, metadata_codes
+from .sparsity import chunk_width, expand, metadata_codes
 from .warps import full_width
 
 _u4, _f4, _f8 = np.uint32, np.float32, np.float64
@@ -61,20 +61,27 @@ def pack_f16(low, high):
     return low | (high << _u4(16))
 
 
-def sparse_metadata(element, words, selector):
-    """Sparsity metadata of 16 rows, 4 bits a chunk [n, 16, chunks], from one register [n, 32].
+def sparse_metadata(element, words, selector, k):
+    """Sparsity metadata of 16 rows, 4 bits a chunk [n, 16, chunks of K], from one register [n, 32].
 
-    16-bit types and tf32: threads 2 s and 2 s + 1 of four hold the halves of K for selector s; the lower half of a
-    register is row g, the upper one row g + 8. 8-bit and 4-bit types: thread t holds row g + 8 (t % 2) and half t / 2
-    of K. That is what CUTLASS's reorder_meta and ELayouts (mma_traits_sm90_gmma_sparse, mma_traits_sm120_sparse) say.
+    As many threads of four as are needed, from ``selector`` times their number on (PTX ISA 9.7.14.6.1). 16-bit types
+    and tf32: each holds 4 chunks of K, of row g in the lower and of row g + 8 in the upper half of its register. 8-bit
+    and 4-bit types: an even thread holds 8 chunks of row g, the odd one after it those of row g + 8. That is what
+    CUTLASS's reorder_meta and ELayouts say (mma_traits_sm90_gmma_sparse, mma_traits_sm120_sparse; for the smaller K
+    the atoms SM80_SPARSE_16x8x{8,16,32,64} of NVIDIA's mma_traits_sm80_sparse, which CUTLASS itself does not contain),
+    and for m16n8k16 of f16 TVM's test_tir_ptx_mma_sp.
     """
-    words = np.ascontiguousarray(words).reshape(-1, 8, 4)
+    threads = metadata_threads(element, k)
+    words = np.ascontiguousarray(words.reshape(-1, 8, 4)[:, :, threads * selector : threads * (selector + 1)])
     if ELEMENT_BYTES[element] > 1:
-        halves = np.ascontiguousarray(words[:, :, 2 * selector : 2 * selector + 2]).view(np.uint16)
-        rows = halves.reshape(-1, 8, 2, 2).transpose(0, 3, 1, 2)  # n, row half, g, k half
-    else:
-        rows = words.reshape(-1, 8, 2, 2).transpose(0, 3, 1, 2)
-    return metadata_codes(np.ascontiguousarray(rows.reshape(-1, 16, 2)))
+        words = words.view(np.uint16)
+    rows = words.reshape(-1, 8, words.shape[-1] // 2, 2).transpose(0, 3, 1, 2)  # n, row half, g, part of K
+    return metadata_codes(np.ascontiguousarray(rows.reshape(-1, 16, rows.shape[-1])))
+
+
+def metadata_threads(element, k):
+    """How many of four threads hold the metadata of their two rows: one for every 4 chunks of K."""
+    return k // chunk_width(element) // 4
 
 
 def block_scaled(left, right, a_scale, b_scale):
@@ -140,7 +147,8 @@ class WarpMmaMixin:
         right = self.b_fragments.get(b_fragment, b, n, spec.b)  # n, K, 8
         if spec.sparse:
             words, selector = more.pop(0), more.pop(0)
-            left = expand(left, sparse_metadata(spec.a, full_width(words, n), selector), spec.a, spec.ordered)
+            codes = sparse_metadata(spec.a, full_width(words, n), selector, spec.k)
+            left = expand(left, codes, spec.a, spec.ordered)
         if spec.vector:
             product = block_scaled(
                 left, right, self._row_scales(n, spec, *more[:3]), self._column_scales(n, spec, *more[3:])

@@ -247,7 +247,7 @@ class WgmmaMixin:
             quarter = self.warp_in_cta[w] & 3
             left = np.stack(a_tiles).reshape(len(a_tiles), 4, 16, -1)[a_tile_of, quarter]
         if metadata is not None:
-            codes = sparse_metadata(spec.a_type, full_width(metadata, n), spec.selector)
+            codes = sparse_metadata(spec.a_type, full_width(metadata, n), spec.selector, spec.k)
             left = expand(left, codes, spec.a_type)
         if spec.negate:
             left = -left

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from ..errors import PtxError
-from ..warp_mma import MmaSpec
+from ..warp_mma import MmaSpec, metadata_threads
 from .forms import TABLE, Form, as_list
 
 _SMALL = ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1")
@@ -35,8 +35,6 @@ _KINDS = {
 # how a byte holds a smaller element; mxf4 has two in a byte
 _STORED = {"e2m1": "e2m1_mid", "e3m2": "e3m2_low", "e2m3": "e2m3_low"}
 _BITS = {"f16": 16, "bf16": 16, "tf32": 32, "s4": 4, "u4": 4, "e2m1x2": 4, "b1": 1}
-# sparse shapes whose metadata only figures of the ISA show
-_NO_LAYOUT = {("f16", 16), ("bf16", 16), ("tf32", 8), ("s8", 32), ("u8", 32), ("s4", 64), ("u4", 64)}
 
 
 def _modifiers(opcode):
@@ -96,8 +94,6 @@ def _spec(opcode, found):
     if not good or found["layouts"] != ["row", "col"] or ("satfinite" in found and (d != "s32" or a == "b1")):
         raise PtxError(f"{opcode} does not exist or is not simulated")
     m, k = int(shape[1 : shape.index("n")]), int(shape.split("k")[1])
-    if sparse and (a, k) in _NO_LAYOUT:
-        raise PtxError(f"{opcode}: where its metadata lies is documented in a figure only")
     if "kind" in found:
         packed = found["kind"] in ("kind::mxf4", "kind::mxf4nvf4")
         a, b = ("e2m1x2" if packed else _STORED.get(x, x) for x in (a, b))
@@ -134,7 +130,7 @@ def translate(gen, args, mods):
         rest, more = list(args[4:]), []
         if spec.sparse:
             metadata, selector = as_list(rest.pop(0))[0], int(rest.pop(0), 0)
-            if selector > (1 if _BITS.get(spec.a, 8) > 8 else 0):
+            if not 0 <= selector < 4 // metadata_threads(spec.a, spec.k):
                 raise PtxError(f"sparsity selector {selector} of {opcode}")
             more += [gen.read(metadata, "u4"), str(selector)]
         for _ in range(2 if spec.vector else 0):

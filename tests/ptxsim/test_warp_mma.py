@@ -203,49 +203,66 @@ def test_block_scaling(kind, suffix, vector, a_kind, b_kind, scale, sparse):
 
 
 # ---- sparse A ------------------------------------------------------------------------------------------------------
-def metadata(codes, bits):
-    """The register of each lane [32]. 16 bits and more: lane 4 g + h holds half h of K of row g in its lower half, of
-    row g + 8 in its upper half (selector 0; 2 is added to the lane for 1). 8 bits and less: lane 4 g + 2 h + r holds
-    half h of row g + 8 r. The other lanes hold nonsense."""
+def metadata(codes, bits, selector=0):
+    """The register of each lane [32] for codes [16, chunks]; lanes that contribute nothing hold nonsense.
+
+    16 bits and more: lane 4 g + t holds four chunks of row g in its lower half, of row g + 8 in its upper half. 8 bits
+    and less: it holds eight chunks of row g if t is even, of row g + 8 otherwise. One lane of four holds 4 chunks a
+    row, two 8, four 16; ``selector`` counts such groups.
+    """
     out = np.random.default_rng(9).integers(0, 2**32, 32, dtype=np.uint32)
-    half = codes.shape[1] // 2
-    for g, h in itertools.product(range(8), range(2)):
-        parts = [
-            sum(int(x) << 4 * i for i, x in enumerate(codes[g + 8 * r, h * half : (h + 1) * half])) for r in range(2)
-        ]
+    lanes = codes.shape[1] // 4
+    for g, t in itertools.product(range(8), range(lanes)):
         if bits > 8:
-            out[4 * g + h] = parts[0] | parts[1] << 16
+            mine = [*codes[g, 4 * t : 4 * t + 4], *codes[g + 8, 4 * t : 4 * t + 4]]
         else:
-            out[4 * g + 2 * h], out[4 * g + 2 * h + 1] = parts
+            mine = codes[g + 8 * (t % 2), 8 * (t // 2) : 8 * (t // 2) + 8]
+        out[4 * g + selector * lanes + t] = sum(int(x) << 4 * i for i, x in enumerate(mine))
     return out
 
 
-SPARSE = [("f16", "f16", 32, "f32", ""), ("f16", "f16", 32, "f16", ""), ("bf16", "bf16", 32, "f32", ""),
-          ("tf32", "tf32", 16, "f32", ""), ("s8", "u8", 64, "s32", ".satfinite"), ("u4", "s4", 128, "s32", ""),
-          ("e4m3", "e5m2", 64, "f32", ""), ("e2m1", "e3m2", 64, "f16", ".kind::f8f6f4")]  # fmt: skip
+# types, K, selectors that exist
+SPARSE = [("f16", "f16", 32, 2, "f32", ""), ("f16", "f16", 32, 2, "f16", ""), ("bf16", "bf16", 32, 2, "f32", ""),
+          ("f16", "f16", 16, 4, "f32", ""), ("f16", "f16", 16, 4, "f16", ""), ("bf16", "bf16", 16, 4, "f32", ""),
+          ("tf32", "tf32", 16, 2, "f32", ""), ("tf32", "tf32", 8, 4, "f32", ""),
+          ("s8", "u8", 64, 1, "s32", ".satfinite"), ("u8", "s8", 32, 2, "s32", ""),
+          ("u4", "s4", 128, 1, "s32", ""), ("s4", "s4", 64, 2, "s32", ".satfinite"),
+          ("e4m3", "e5m2", 64, 1, "f32", ""), ("e2m1", "e3m2", 64, 1, "f16", ".kind::f8f6f4")]  # fmt: skip
+SPARSE = [(variant, *case) for variant in ("sp::ordered_metadata", "sp") for case in SPARSE][:-1]  # no kinds for sp
 
 
-SPARSE = [(variant, *case) for case in SPARSE for variant in ("sp::ordered_metadata", "sp")]
-
-
-@pytest.mark.parametrize(("variant", "a_kind", "b_kind", "k", "result", "extra"), SPARSE[:-1])  # no kinds for sp
-def test_sparse(variant, a_kind, b_kind, k, result, extra):
+@pytest.mark.parametrize(("variant", "a_kind", "b_kind", "k", "selectors", "result", "extra"), SPARSE)
+def test_sparse(variant, a_kind, b_kind, k, selectors, result, extra):
     rng = np.random.default_rng(4)
     bits = BITS.get(a_kind, 8)
-    for selector in (0, 1) if bits > 8 else (0,):
+    opcode = f"mma.{variant}.sync.aligned.m16n8k{k}.row.col{extra}.{result}.{a_kind}.{b_kind}.{result}"
+    for selector in range(selectors):
         whole = []
 
         def more(stored, selector=selector, whole=whole):
             rows, codes = sparse_rows(rng, stored, "packed" if bits == 4 else a_kind)
             whole.append(rows)
-            words = metadata(codes, bits)
-            return [np.roll(words, 2) if selector else words]
+            return [metadata(codes, bits, selector)]
 
-        opcode = f"mma.{variant}.sync.aligned.m16n8k{k}.row.col{extra}.{result}.{a_kind}.{b_kind}.{result}"
         d, c, _, b = product(
             opcode, a_kind, b_kind, 16, k, result, rest=f", %r200, {selector}", more=more, stored=k // 2
         )
         np.testing.assert_allclose(d, whole[0] @ b.T + c, rtol=2.0**-10 if result == "f16" else 1e-6)
+    with pytest.raises(PtxError, match=f"sparsity selector {selectors} of"):
+        product(opcode, a_kind, b_kind, 16, k, result, rest=f", %r200, {selectors}", more=more, stored=k // 2)
+
+
+def test_selected_lane_of_the_isa():
+    """PTX ISA 9.7.14.6.1: the sparsity selector of m16n8k16 names the one lane of four that is read. Here its row g
+    keeps elements 0 and 1 of each four, row g + 8 elements 2 and 3; B is 2^i in row i."""
+    ones = np.full((32, 2), 0x3C003C00, np.uint32)
+    b = fragment(np.tile(2.0 ** (np.arange(16) % 4), (8, 1)).astype(np.float16).view(np.uint8))
+    opcode = "mma.sp::ordered_metadata.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+    for selector in range(4):
+        words = np.where(selector == LANE % 4, np.uint32(0xEEEE4444), np.uint32(0))  # 0 would be an error
+        registers = [ones, b, np.zeros((32, 4), np.float32).view(np.uint32)]
+        d = matrix_of(issue(opcode, registers, 4, f", %r200, {selector}", [words]), 16, np.float32)
+        np.testing.assert_array_equal(d, np.repeat([4 * (1 + 2), 4 * (4 + 8)], 8)[:, None] * np.ones(8))
 
 
 def test_order_of_metadata():
@@ -272,11 +289,7 @@ REFUSED = [
     ("m16n8k16.row.col.fancy.f32.f16.f16.f32", (4, 2, 4, 4), "this form of the instruction is not simulated"),
     ("m16n8k16.row.col.f32.f16.f32", (4, 2, 4, 4), "has 3 types"),
     ("m16n8k8.m16n8k16.row.col.f32.f16.f16.f32", (4, 2, 4, 4), "two modifiers for shape"),
-    (
-        "sp.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
-        (2, 2, 4, 4),
-        "where its metadata lies is documented in a figure only",
-    ),
+    ("sp.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32", (2, 2, 4, 4), "does not exist"),
 ]
 
 
