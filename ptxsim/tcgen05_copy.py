@@ -35,6 +35,8 @@ class Tcgen05CopyMixin:
         for j, lane in self.active_threads(w, M):
             cta, to = int(self.cta_of[w[j]]), int(address[j, lane])
             layout = tcgen05_descriptor(int(descriptor[j, lane]))
+            if layout.absolute or layout.atom != 16:
+                raise PtxError("tcgen05.cp with an absolute leading address or 32-byte atoms is not simulated")
             ctas = [cta & ~1, cta | 1] if pair else [cta]
             if (to >> 16) + int(lanes.max()) > 127:
                 raise PtxError(f"tcgen05.cp.{shape} to lane {to >> 16} goes beyond lane 127")

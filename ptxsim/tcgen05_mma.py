@@ -60,6 +60,7 @@ class Description:
     b_transposed: bool
     saturate: bool = False
     selector: int = 0  # of sparsity metadata
+    vector: int = 0  # scale factors of a row, 0 without scaling
     scale_type: str = ""
     a_scale_id: int = 0
     b_scale_id: int = 0
@@ -87,14 +88,11 @@ def describe(form: MmaForm, bits: int) -> Description:
         scale_type = "ue8m0" if bits >> 23 & 1 else "ue4m3"
         if scale_type == "ue4m3" and (kind != "mxf4nvf4" or form.vector != 4):
             _refuse(bits, f"scale factors of type ue4m3 for kind::{kind} and {form.vector} a row")
-        if bits >> 31:
-            _refuse(bits, "K = 96 is not simulated")
-        m, rest = (
-            (bits >> 27 & 3) << 7,
-            dict(scale_type=scale_type, a_scale_id=bits >> 29 & 3, b_scale_id=bits >> 4 & 3),
-        )
+        m = (bits >> 27 & 3) << 7
+        rest = dict(scale_type=scale_type, a_scale_id=bits >> 29 & 3, b_scale_id=bits >> 4 & 3,
+                    vector=form.vector * 3 // 2 if bits >> 31 else form.vector)  # fmt: skip
         result = "f32"
-        step = {1: 1, 2: 2, 4: 4}[form.vector]
+        step = {1: 1, 2: 2, 4: 4, 3: 1, 6: 2}[rest["vector"]]
         if rest["a_scale_id"] % step or rest["b_scale_id"] % step:
             _refuse(bits, f"scale factor IDs {rest['a_scale_id']} and {rest['b_scale_id']}, not multiples of {step}")
     else:
@@ -116,6 +114,11 @@ def describe(form: MmaForm, bits: int) -> Description:
     n, transposed = (bits >> 17 & 63) << 3, bits >> 15 & 3
     _check_shape(form, bits, m, n, (a_type, b_type), transposed)
     k = _ROW_BYTES // ELEMENT_BYTES.get(a_type, 1) * (2 if a_type == "e2m1x2" else 1) * (2 if form.sparse else 1)
+    if scaled and bits >> 31:
+        k = 96
+        if form.sparse or form.a_in_tmem or n % 16 or (form.pair and m != 256):
+            _refuse(bits, "K = 96 exists for dense operands in shared memory, 128 rows by 1 and 256 by 2 CTAs, and "
+                          "columns in sixteens")  # fmt: skip
     return Description(m, n, k, a_type, b_type, result, (bits >> 13 & 1) != (bits >> 14 & 1), bool(transposed & 1),
                        bool(transposed & 2), **rest)  # fmt: skip
 
@@ -138,6 +141,31 @@ def _check_shape(form, bits, m, n, types, transposed):
         _refuse(bits, f"a transposed B of {types[1]} with n = {n}")
     if form.shift and m < 128:
         _refuse(bits, "ashift exists for m = 128 and 256 only")
+
+
+@functools.lru_cache(maxsize=4096)
+def _operand_layout(descriptor, transposed, element, depth):
+    """``OperandLayout`` of A or B in shared memory; PtxError for what table 54 of PTX ISA 9.7.16.10.3 does not have.
+    K-major operands with atoms of 32 bytes, which it has, are invalid for CUTLASS's make_umma_desc."""
+    layout, size = tcgen05_descriptor(descriptor), ELEMENT_BYTES[element]
+    if (layout.atom == 32) != bool(transposed and size == 4):
+        major = "MN" if transposed else "K"
+        raise PtxError(f"tcgen05 descriptor 0x{descriptor:x} of {major}-major {element}: 128-byte swizzles of 32-byte "
+                       "atoms are for MN-major tf32, which has no others")  # fmt: skip
+    row = depth * size
+    if layout.absolute and row != 48:
+        raise PtxError(f"tcgen05 descriptor 0x{descriptor:x}: an absolute leading address exists for K = 96 only")
+    if row == 48 and not layout.absolute and layout.span and layout.start % layout.span + row > layout.span:
+        raise PtxError(f"tcgen05 descriptor 0x{descriptor:x}: K = 96 goes beyond the {layout.span} bytes of a line; "
+                       "that takes an absolute leading address")  # fmt: skip
+    return layout
+
+
+def _scale_columns(count, number, vector):
+    """Scale factors of ``count`` rows, ``vector`` each from byte ``number`` on: (columns that hold four of each row,
+    columns from those to the next four, how many such fours there are, columns in all)."""
+    columns, step, fours = -(-count // 32), -(-count // 128) * 4, -(-(number + vector) // 4)
+    return columns, step, fours, step * (fours - 1) + columns
 
 
 def accumulator_parts(form, description, lane):
@@ -198,23 +226,28 @@ class Tcgen05MmaMixin:
             else:
                 self.races.tensor_core(warp, c, self.operand_chunks(*self._a_place(form, description, a)))
             # metadata and scale factors: as many columns as any form has
-            for name, columns in (("meta", 2), ("scale_a", 4), ("scale_b", -(-description.n // 32))):
+            columns = {"meta": 2}
+            if form.vector:
+                columns["scale_a"] = _scale_columns(128, description.a_scale_id, description.vector)[-1]
+                columns["scale_b"] = _scale_columns(description.n, description.b_scale_id, description.vector)[-1]
+            for name, count in columns.items():
                 if name in others:
-                    tensor(c, np.arange(128), others[name] & 0xFFFF, columns, False)
+                    tensor(c, np.arange(128), others[name] & 0xFFFF, count, False)
             for lanes, _, columns in accumulator_parts(form, description, d >> 16):
                 tensor(c, lanes, d & 0xFFFF, columns.stop - columns.start, True)
 
     def _a_place(self, form, description, descriptor):
         """Arguments of ``operand_tile`` after the CTA for A of one CTA."""
         element = _SHARED.get(description.a_type, description.a_type)
-        return (tcgen05_descriptor(descriptor), description.a_transposed, description.m // (2 if form.pair else 1),
-                _ROW_BYTES // ELEMENT_BYTES[element], element)  # fmt: skip
+        depth = 48 if description.k == 96 else _ROW_BYTES // ELEMENT_BYTES[element]
+        return (_operand_layout(descriptor, description.a_transposed, element, depth), description.a_transposed,
+                description.m // (2 if form.pair else 1), depth, element)  # fmt: skip
 
     def _b_place(self, form, description, descriptor):
         element = _SHARED.get(description.b_type, description.b_type)
         depth = description.k // (2 if element == "e2m1x2" else 1)
-        return (tcgen05_descriptor(descriptor), description.b_transposed, description.n // (2 if form.pair else 1),
-                depth, element)  # fmt: skip
+        return (_operand_layout(descriptor, description.b_transposed, element, depth), description.b_transposed,
+                description.n // (2 if form.pair else 1), depth, element)  # fmt: skip
 
     def _tc_mma_now(self, form, description, cta, d, a, b, enable, others):
         ctas = self._ctas(cta, form.pair)
@@ -291,10 +324,13 @@ class Tcgen05MmaMixin:
 
     def _scales(self, cta, description, address, number, count, vector, lanes):
         """Scale factors as float64 [count, vector]: row r is in lane r % 32 and column r // 32, and in the same place
-        of each quarter of ``lanes``, which must agree."""
-        first, columns = address & 0xFFFF, -(-count // 32)
-        words = np.ascontiguousarray(self.tensor_words(cta, lanes, first, columns))
-        codes = words.view(np.uint8).reshape(-1, 32, columns, 4)[..., number : number + vector]
+        of each quarter of ``lanes``, which must agree; what does not fit into the word's bytes from ``number`` on is in
+        the next columns (K = 96; tmem_sf_frg, where CUTLASS's SM103 atoms pad N to 128)."""
+        first = address & 0xFFFF
+        columns, step, words_of_row, needed = _scale_columns(count, number, vector)
+        words = self.tensor_words(cta, lanes, first, needed)
+        words = np.stack([words[:, step * i : step * i + columns] for i in range(words_of_row)], axis=-1)
+        codes = words.view(np.uint8).reshape(-1, 32, columns, 4 * words_of_row)[..., number : number + vector]
         rows = codes.transpose(0, 2, 1, 3).reshape(len(codes), -1, vector)[:, :count]
         if (rows != rows[0]).any():
             quarter = int((rows != rows[0]).any((1, 2)).argmax())
@@ -306,7 +342,7 @@ class Tcgen05MmaMixin:
 
     def _scaled_product(self, cta, form, description, left, right, others):
         """(A * scale_A) (B * scale_B) as float32; the blocks' products are exact, their sum is taken in float64."""
-        vector, m, n = form.vector, len(left), description.n
+        vector, m, n = description.vector, len(left), description.n
         scale_a = self._scales(cta, description, others["scale_a"], description.a_scale_id, m, vector, np.arange(128))
         # layout B: the halves of N on lanes 0 to 63 and 64 to 127
         parts = 2 if form.pair and description.m == 128 else 1

@@ -1,7 +1,7 @@
 """Tensor core of the fifth generation: PTX ISA 9.7.16 (tcgen05).
 
-Refused: K = 96 and byte addresses in descriptors (sm_103a), zero-column masks, sparse A for .ws and for 64 rows a CTA,
-tcgen05.shift at other lanes than 0, ld.red of 16x32bx2. Collector buffers and .fill, .use are hints.
+Refused: zero-column masks, sparse A for .ws and for 64 rows a CTA, tcgen05.shift at other lanes than 0, ld.red of
+16x32bx2. Collector buffers and .fill, .use are hints.
 """
 
 from __future__ import annotations

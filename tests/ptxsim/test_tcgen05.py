@@ -22,9 +22,10 @@ ALLOC = """mov.u32 %r50, buffer; mov.u32 %r52, bar; mov.u32 %r53, base; setp.eq.
 FREE = "@!%p9 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r55, COLUMNS;"
 
 
-def tensor_run(body, inputs, outputs, columns=128, **options):
+def tensor_run(body, inputs, outputs, columns=128, shared=16384, **options):
     text = (ALLOC + body + "bar.sync 0;" + FREE).replace("COLUMNS", str(columns))
-    return run(text, inputs, outputs, threads=128, declarations=SHARED, target="sm_100a", **options)
+    declarations = SHARED.replace("16384", str(shared))
+    return run(text, inputs, outputs, threads=128, declarations=declarations, target="sm_103a", **options)
 
 
 def names(first, count):

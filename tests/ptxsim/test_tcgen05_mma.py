@@ -28,36 +28,41 @@ TORCH = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "e
          "e5m2": torch.float8_e5m2, "s8": torch.int8, "u8": torch.uint8}  # fmt: skip
 
 
-def tensor_program(instruction, tmem, shared=None, descriptors=(0, 0), idesc=0, mask=(), late=False):
-    """Fill 128 columns of tensor memory and 16 KB of shared memory, issue instructions. In them columns are immediates,
-    %rd3 and %rd4 the descriptors, %r61 the instruction descriptor, %r62 up the mask; %p2 is true, %p3 false.
-    Returns tensor memory [128, 128]."""
+def tensor_program(instruction, tmem, shared=None, descriptors=(0, 0), idesc=0, mask=(), late=False, race=False):
+    """Fill the columns of ``tmem`` (128 or 256) and shared memory (steps of 2 KB), issue instructions. In them columns
+    are immediates, %rd3 and %rd4 the descriptors, %r61 the instruction descriptor, %r62 up the mask; %p2 is true, %p3
+    false. Returns tensor memory as it is then."""
     image = np.zeros(16384, np.uint8) if shared is None else shared
     instruction = re.sub(r"\[(\w+)\]", r"[%r55+\1]", instruction)  # the allocation begins at 0
-    load = "".join(f"ld.global.u32 %r{100 + j}, [%rd7+{4 * j}];" for j in range(COLUMNS))
-    store = "".join(f"st.global.u32 [%rd8+{4 * j}], %r{100 + j};" for j in range(COLUMNS))
+    columns, load, store = tmem.shape[1], "", ""
+    for at in range(0, columns, COLUMNS):
+        load += "".join(f"ld.global.u32 %r{100 + j}, [%rd7+{4 * (at + j)}];" for j in range(COLUMNS))
+        load += f"tcgen05.st.sync.aligned.32x32b.x128.b32 [%r56+{at}], {names(100, COLUMNS)};"
+        store += f"tcgen05.ld.sync.aligned.32x32b.x128.b32 {names(100, COLUMNS)}, [%r56+{at}];"
+        store += "tcgen05.wait::ld.sync.aligned;"
+        store += "".join(f"st.global.u32 [%rd8+{4 * (at + j)}], %r{100 + j};" for j in range(COLUMNS))
     copy = "".join(
         f"ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%rd2+{2048 * i}];"
         f"st.shared.v4.u32 [%r51+{2048 * i}], {{%r1, %r2, %r3, %r4}};"
-        for i in range(8)
+        for i in range(len(image) // 2048)
     )
     words = "".join(f"mov.b32 %r{62 + j}, 0x{w:x};" for j, w in enumerate(mask))
     body = f"""mul.wide.u32 %rd1, %t, 16; add.s64 %rd2, %in0, %rd1; mad.lo.u32 %r51, %t, 16, %r50; {copy}
-    mad.wide.u32 %rd7, %t, 512, %in2; mad.wide.u32 %rd8, %t, 512, %out0; {load}
-    tcgen05.st.sync.aligned.32x32b.x128.b32 [%r56], {names(100, COLUMNS)}; tcgen05.wait::st.sync.aligned;
+    mad.wide.u32 %rd7, %t, {4 * columns}, %in2; mad.wide.u32 %rd8, %t, {4 * columns}, %out0; {load}
+    tcgen05.wait::st.sync.aligned;
     fence.proxy.async.shared::cta; tcgen05.fence::before_thread_sync; bar.sync 0; tcgen05.fence::after_thread_sync;
     ld.global.u64 %rd3, [%in1]; ld.global.u64 %rd4, [%in1+8]; mov.u32 %r61, 0x{idesc:x}; {words}
     setp.eq.u32 %p2, %r61, %r61; setp.ne.u32 %p3, %r61, %r61; mov.b64 %rd5, 0x8000000000;
     @!%p10 bra WAIT; {instruction}
     tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r52];
   WAIT: mbarrier.try_wait.parity.shared.b64 %p11, [%r52], 0; @!%p11 bra WAIT; tcgen05.fence::after_thread_sync;
-    tcgen05.ld.sync.aligned.32x32b.x128.b32 {names(100, COLUMNS)}, [%r56]; tcgen05.wait::ld.sync.aligned; {store}"""
+    {store}"""
     inputs = [image, np.array(descriptors, np.uint64), np.ascontiguousarray(tmem)]
-    return tensor_run(body, inputs, [np.zeros((128, COLUMNS), np.uint32)], columns=COLUMNS, late=late)
+    return tensor_run(body, inputs, [np.zeros_like(tmem)], columns=columns, shared=len(image), late=late, race=race)
 
 
-def random_words(seed=0):
-    return np.random.default_rng(seed).integers(0, 2**32, (128, COLUMNS), dtype=np.uint32)
+def random_words(seed=0, columns=COLUMNS):
+    return np.random.default_rng(seed).integers(0, 2**32, (128, columns), dtype=np.uint32)
 
 
 def operand(rng, rows, k, kind, stored="shared"):
@@ -441,7 +446,7 @@ REFUSED = [
     ("mma.cta_group::1.kind::mxf4.block_scale [0], %rd3, %rd4, %r61, [8], [16], %p2", 0x480 | 4 << 17 | 1 << 27,
      "scale factors of type ue4m3 for kind::mxf4"),
     ("mma.cta_group::1.kind::mxf4nvf4.block_scale.block16 [0], %rd3, %rd4, %r61, [8], [16], %p2",
-     0x480 | 4 << 17 | 1 << 27 | 1 << 31, "K = 96"),
+     0x480 | 3 << 17 | 1 << 27 | 1 << 31, "K = 96 exists for dense operands in shared memory"),
     ("mma.cta_group::1.kind::mxf4nvf4.block_scale.block16 [0], %rd3, %rd4, %r61, [8], [16], %p2",
      0x480 | 4 << 17 | 1 << 27 | 2 << 29, "scale factor IDs 2 and 0, not multiples of 4"),
     ("mma.ws.cta_group::1.kind::f16 [0], %rd3, %rd4, %r61, %p2", DENSE, "no mma of 128 x 32"),
