@@ -59,19 +59,25 @@ class KeyGradientKernel:
                 c.tile_m,
             )
             keys_left = info.seqlen_k - n_start
-            TileLoader(k, smem.k, c.head_dim, tidx, c.num_threads).load(n_block, 0, keys_left)
-            TileLoader(v, smem.v, c.head_dim_v, tidx, c.num_threads).load(n_block, 0, keys_left)
-            pipeline.prologue()
+            load_k = TileLoader(k, smem.k, c.head_dim, tidx, c.num_threads).load
+            load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, c.num_threads).load
+
+            def load_keys():
+                load_k(n_block, 0, keys_left)
+                load_v(n_block, 0, keys_left)
+
+            pipeline.prologue(load_keys)
             params = score_params(args.common.softmax_scale, args.common.softcap, None)
             tile = KeyTile(c, smem, info, n_start, args.common.window, params)
             for index in cutlass.range(gqa_ratio, unroll=1):
                 self.head(args, tile, pipeline, blocks, index, head + index, batch, first_tile, n_block)
-            cute.arch.cp_async_wait_group(0)
 
             n_block, head_kv, batch = self.tile(args)
             info = args.common.info(batch)
             rows_left = key_rows(args.common.lengths, batch, args.common.dense[1]) - n_block * c.tile_n
-            cute.arch.sync_threads()
+            # dQ is the last to read the K of other warps; with one stage the pipeline has waited for all of them
+            if const_expr(not c.deterministic and c.stages > 1):
+                cute.arch.sync_threads()
             tile.to_smem(args.common.softmax_scale)
             cute.arch.sync_threads()
             dk = head_matrix(args.dk, head_kv, batch, info.offset_k, c.cu_seqlens_k)

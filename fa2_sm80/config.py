@@ -28,12 +28,6 @@ class Fa2ForwardConfig(FeatureConfig):
         return 2 * (self.tile_m // (16 * self.num_warps))
 
     @property
-    def may_lack_keys(self) -> bool:
-        """Whether a tile may see no key at all: hidden by the mask, or of an empty sequence."""
-        lengths = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k, self.cache_leftpad)
-        return any((self.window_left, self.window_right, *lengths))
-
-    @property
     def smem_bytes(self) -> int:
         """Q (reused by O), and K and V of every stage."""
         q_or_o = self.tile_m * max(self.head_dim_padded, self.head_dim_v_padded)

@@ -75,11 +75,11 @@ class Fa2ForwardKernel:
 
             tile = QueryTile(c, tidx, smem, info, m_start, args.common.window, scores)
             pipeline = KeyValuePipeline(c.stages, load_k, load_v, blocks, args.common.window, info.seqlen_k, c.tile_n)
-            load_q.load(m_block, 0, info.seqlen_q - m_start)
+            load_queries = load_q.load
+            if blocks.total > 0:
+                load_queries(m_block, 0, info.seqlen_q - m_start)
             pipeline.prologue()
             self.main_loop(tile, pipeline, blocks)
-            if const_expr(c.may_lack_keys):
-                cute.arch.cp_async_wait_group(0)  # the loop waits for the queries, unless it has no step
 
             # Where the tile lies is read again: kept over the main loop it would cost it 8 registers.
             m_block, head, batch = self.tile(args)
@@ -92,7 +92,7 @@ class Fa2ForwardKernel:
             lse_row = head_row(args.common.lse, head, batch, info.offset_q, c.cu_seqlens_q)
             tile.store_lse(lse, lse_row, info, m_block * c.tile_m)
             # With panels of one width a warp's rows of O take the place of the rows of Q that it alone has read.
-            if const_expr(c.may_lack_keys or smem.q.panel != smem.out.panel):
+            if const_expr(smem.q.panel != smem.out.panel):
                 cute.arch.sync_threads()
             tile.acc_to_smem(smem.out, info, m_block * c.tile_m)
             cute.arch.sync_threads()

@@ -168,8 +168,11 @@ class QueryGradientKernel:
             v = head_matrix(args.common.v, head_kv, batch, info.offset_k, c.cu_seqlens_k)
             smem = self.smem_tiles()
             rows_left = info.seqlen_q - m_start
-            TileLoader(q, smem.q, c.head_dim, tidx, tiles.num_threads).load(m_block, 0, rows_left)
-            TileLoader(dout, smem.dout, c.head_dim_v, tidx, tiles.num_threads).load(m_block, 0, rows_left)
+            load_q = TileLoader(q, smem.q, c.head_dim, tidx, tiles.num_threads).load
+            load_dout = TileLoader(dout, smem.dout, c.head_dim_v, tidx, tiles.num_threads).load
+            if blocks.total > 0:
+                load_q(m_block, 0, rows_left)
+                load_dout(m_block, 0, rows_left)
             load_k = TileLoader(k, smem.k, c.head_dim, tidx, tiles.num_threads)
             load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, tiles.num_threads)
             ring = TileRing(tiles.stages, load_k, load_v, blocks, args.common.window, info.seqlen_k)
@@ -181,15 +184,14 @@ class QueryGradientKernel:
             tile = QueryGradientTile(c, smem, info, m_start, args)
             tile.load_statistics(args.scratch.stats, args.first_tile(info, batch, c.tile_m), head)
             self.main_loop(tile, ring, blocks, slope)
-            cute.arch.cp_async_wait_group(0)
 
             m_block, head, batch = self.tile(args)
             info = args.common.info(batch)
-            cute.arch.sync_threads()
             scale = args.common.softmax_scale * SOFTCAP_FACTOR if const_expr(c.softcap) else args.common.softmax_scale
             tile.acc.store(tile.acc.load() * scale)
             narrowed = cute.make_rmem_tensor_like(tile.acc, self.dtype)
             narrow(tile.acc, narrowed)
+            # a warp's rows of dQ take the place of the rows of Q that it alone has read
             FragmentStore(smem.q, tile.place.first_row).store(smem.q, narrowed)
             cute.arch.sync_threads()
             dq = head_matrix(args.dq, head, batch, info.offset_q, c.cu_seqlens_q)

@@ -64,12 +64,13 @@ class QueryPipeline:
         self.next_stage = cute.make_rmem_tensor(1, Int32)
 
     @cute.jit
-    def prologue(self):
-        """The first step's copies."""
+    def prologue(self, load_keys):
+        """The first step's copies, and the tile's keys with them; none of a tile without queries."""
         self.next_stage[0] = Int32(0)
         for i in cutlass.range_constexpr(3):
             self.sources[i] = self.starts[i] + self.block_strides[i] * self.blocks.last_block
         if self.blocks.total > 0:
+            load_keys()
             self._load(True)
         cute.arch.cp_async_commit_group()
 

@@ -71,7 +71,9 @@ class Fa2SplitKernel:
 
             place = self.query_places(args, info, batch, head_kv, gqa_ratio, first_row)
             load_q = RowLoader(smem.q, c.head_dim, tidx, c.num_threads)
-            load_q.load([place(row) for row in load_q.rows()], 0)
+            load_queries, rows = load_q.load, load_q.rows()
+            if start < stop:
+                load_queries([place(row) for row in rows], 0)
             paged = c.page_size is not None
             sequence = batch if const_expr(paged) else args.common.key_batch(batch)
             keys = tuple(
@@ -100,7 +102,6 @@ class Fa2SplitKernel:
                 wait(iteration)
                 step(ring, iteration)
                 release(iteration)
-            cute.arch.cp_async_wait_group(0)
             cute.arch.sync_threads()
             tile.to_smem(smem.merge, tile.params.offset_log2)
             cute.arch.sync_threads()
