@@ -7,9 +7,6 @@ does in every launch and schedule:
   barrier's first one, which counts as complete: a stage that nobody has used yet.
 * ``last release``: an arrival that is deleted or counts for two, or announces other bytes, where nobody waits for the
   phases that arrivals at that place contribute to, or for later ones: a stage that is not filled again.
-* ``last wait``: the other side of a last release, a producer's tail. A wait that answers yes at once, where no warp
-  that went on from there did anything afterwards but wait, compute, and arrive where nobody waits; not in clusters,
-  in which it keeps the CTA's barriers alive for others to arrive at.
 * ``peek``: a peek that says no at once: the wait behind it does what the peek would have saved.
 * ``order for speed``: a bar.sync or bar.arrive that is deleted, of a set of named barriers that some warps only arrive
   at (bar.arrive), where the kernel without *any* instruction at these barriers runs clean and right in every
@@ -24,16 +21,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .mutants import PEEK_FAILS, Mutant, kind_of
+from .mutants import PEEK_FAILS, Mutant
 from .observed import ObservedMachine
-from .parser import Instr, Mem
 
-FIRST_ACQUIRE, LAST_RELEASE, LAST_WAIT, PEEK = "first acquire", "last release", "last wait", "peek"
+FIRST_ACQUIRE, LAST_RELEASE, PEEK = "first acquire", "last release", "peek"
 FOR_SPEED = "order for speed"
-CLASSES = (FIRST_ACQUIRE, LAST_RELEASE, LAST_WAIT, PEEK, FOR_SPEED)
-# Of instructions without an address, those that others may notice.
-_NOTICED = ("bar", "barrier", "fence", "membar", "cp", "wgmma", "tcgen05", "setmaxnreg", "griddepcontrol")
-_CLUSTER = 0  # in the place of the line of what follows a wait
+CLASSES = (FIRST_ACQUIRE, LAST_RELEASE, PEEK, FOR_SPEED)
 
 
 @dataclass
@@ -45,8 +38,6 @@ class Facts:
     fresh: dict[int, bool] = field(default_factory=dict)  # of a wait: always for the phase before the first
     awaited: dict[int, bool] = field(default_factory=dict)  # of an arrival: somebody waited for its phase or later ones
     barriers: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))  # numbers that a bar.* named
-    # of a wait for an mbarrier: lines of what others may notice that warps came to afterwards
-    followed: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def add(self, other: Facts) -> None:
         """Join what other launches or another schedule showed."""
@@ -58,8 +49,6 @@ class Facts:
             self.awaited[line] = awaited or self.awaited.get(line, False)
         for line, numbers in other.barriers.items():
             self.barriers[line] |= numbers
-        for line, others in other.followed.items():
-            self.followed[line] |= others
 
     def reason(self, mutant: Mutant) -> str | None:
         """Why a mutant is equivalent by what one instruction does; None if it is not, or is part of an order."""
@@ -68,18 +57,9 @@ class Facts:
         waits = (mutant.line, mutant.peek)
         if mutant.change == "yes at once" and all(self.fresh.get(line, True) for line in waits):
             return FIRST_ACQUIRE
-        if mutant.kind in ("arrive", "expect_tx") and self._in_vain(mutant.line):
+        if mutant.kind in ("arrive", "expect_tx") and self.awaited.get(mutant.line) is False:
             return LAST_RELEASE
-        if mutant.change == "yes at once" and all(map(self._in_vain, set().union(*map(self._following, waits)))):
-            return LAST_WAIT
         return None
-
-    def _in_vain(self, line: int) -> bool:
-        """Whether arrivals at a place were for nobody."""
-        return self.awaited.get(line) is False
-
-    def _following(self, line: int | None) -> set[int]:
-        return self.followed.get(line, set())
 
     def ran(self, mutant: Mutant) -> bool:
         """Whether some warp came to what is damaged, or to the peek before it; an arrival must also have been made."""
@@ -111,8 +91,6 @@ class Recorder(ObservedMachine):
         self.phases = np.zeros(len(self.words), np.int64)  # completed, of the barrier at each word
         self.life = np.zeros(len(self.words), np.int64)  # how often it was initialised
         self.waited, self.arrivals = set(), defaultdict(set)  # phases: (word, life, number)
-        self.passed = [set() for _ in range(self.nwarps)]  # lines of the waits that a warp has behind it
-        self.noticed = [{i.line for i in b.instrs if _noticed(i)} for b in self.prog.blocks]
 
     def run(self):
         super().run()
@@ -127,17 +105,8 @@ class Recorder(ObservedMachine):
         self.found.add(facts)
 
     def _execute(self, group):
-        block, warps = group.blk, group.w.tolist()
-        self.blocks_run.add(block)
-        self._follow_waits(block, warps)
+        self.blocks_run.add(group.blk)
         super()._execute(group)
-        self._follow_waits(block, warps)  # what else is in the block may follow a wait in it
-
-    def _follow_waits(self, block, warps):
-        if lines := self.noticed[block]:
-            for warp in warps:
-                for wait in self.passed[warp]:
-                    self.facts.followed[wait] |= lines
 
     def mbar_init(self, w, address, count, M):
         index, mask = self._barrier_lanes(w, address, M)
@@ -162,21 +131,9 @@ class Recorder(ObservedMachine):
             phases = self.phases[words] - 1
             self.facts.fresh[self.line] = self.facts.fresh.get(self.line, True) and bool((phases < 0).all())
             self.waited |= set(zip(words.tolist(), self.life[words].tolist(), phases.tolist(), strict=True))
-            for warp in np.asarray(w)[(mask & passed).any(1)].tolist():
-                self.passed[warp].add(self.line)
-            if self.cluster_size > 1:
-                self.facts.followed[self.line].add(_CLUSTER)
         return passed
 
     def _bar_group(self, w, tokens, votes=None, waits=True):
         info = super()._bar_group(w, tokens, votes, waits)
         self.facts.barriers[self.line] |= set(info["barrier"].tolist())
         return info
-
-
-def _noticed(i: Instr) -> bool:
-    """Whether others may notice an instruction: it has to do with memory, is no wait, and has an effect or a value."""
-    if kind_of(i) == "wait" and i.root == "mbarrier":
-        return False
-    reaches_memory = any(isinstance(argument, Mem) for argument in i.args) and not i.op.startswith("ld.param")
-    return reaches_memory or i.root in _NOTICED

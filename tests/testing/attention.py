@@ -31,6 +31,9 @@ def problems(head_dim: int, mask: str, what: str) -> list[InputSpec]:
     if mask == "varlen":
         lengths = {"lengths_q": (260, 300, 600), "lengths_k": (800, 250, 30)}
         return [InputSpec(3, 600, 800, 1, 1, head_dim, window=(500, 20), **lengths, **packed)]
+    if mask == "paged":
+        lengths = {"lengths_k": (450, 250, 40), "page_size": 64}
+        return [InputSpec(3, 300, 450, 2, 1, head_dim, causal=True, **lengths)]
     sizes = [(200, 450, 2), (400, 250, 1), (260, 40, 1)]
     if torch.cuda.get_device_capability() == (10, 0):
         # its ring has ten stages, and another kernel is compiled for up to 256 queries
@@ -70,13 +73,24 @@ def check_forward(given: Inputs, whose: str, splits: int) -> None:
     assert result.ok, f"{given.spec}: {result}"
 
 
-def check_backward(given: Inputs, deterministic: bool) -> None:
+def fa4_backward(given: Inputs, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> reference.Gradients:
+    """dQ, dK and dV of FlashAttention-4."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    grads = _flash_attn_bwd(given.q, given.k, given.v, out, dout, lse, causal=given.spec.causal)[:3]
+    return reference.Gradients.of("qkv", grads)
+
+
+def check_backward(given: Inputs, whose: str, deterministic: bool) -> None:
     """After the reference's forward."""
     tensors = given.q, given.k, given.v
     out, lse = reference.attention(*tensors, **given.options())
+    out, lse = out.to(given.q.dtype), lse.contiguous()
     dout, dlse = output_gradients(given, seed=1)
-    call = call_of(given, deterministic=deterministic)
-    grads = autograd.attention_backward(dout, dlse, out.to(given.q.dtype), lse, call)
+    if whose == "fa4":
+        dlse, grads = None, fa4_backward(given, dout, out, lse)
+    else:
+        grads = autograd.attention_backward(dout, dlse, out, lse, call_of(given, deterministic=deterministic))
     errors = reference.expected_gradients(*tensors, dout, dlse, **given.options()).check(grads)
     assert all(error.ok for error in errors.values()), f"{given.spec}: {errors}"
 
@@ -87,7 +101,7 @@ def main(whose: str, head_dim: str, mask: str, what: str = "forward") -> None:
         if what in ("forward", "split"):
             check_forward(given, whose, splits=1 if what == "forward" else 3)
         else:
-            check_backward(given, deterministic=what == "deterministic")
+            check_backward(given, whose, deterministic=what == "deterministic")
 
 
 main(*sys.argv[1:])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from ptxsim.equivalence import CLASSES, LAST_WAIT
+from ptxsim.equivalence import CLASSES
 from ptxsim.mutants import KINDS
 from ptxsim.mutate import CAUGHT, EQUIVALENT, ESCAPED, Record, read
 from ptxsim.mutation_table import counts
@@ -165,8 +165,6 @@ def page(known: dict[Victim, list[Record]]) -> str:
     """The text of docs/mutations.md."""
     records = [record for mine in known.values() for record in mine]
     total = Counter(record.outcome for record in records)
-    last = Counter(record.outcome for record in records if record.by == LAST_WAIT)
-    others = Counter({ESCAPED: last[EQUIVALENT]})
     kernels = [("kernel", "instructions", "mutants", "caught", "equivalent", "escaped", "caught of the others")]
     kinds = [("kernels", "kind", "instructions", "mutants", "caught", "equivalent", "escaped")]
     families = defaultdict(list)
@@ -199,7 +197,7 @@ def page(known: dict[Victim, list[Record]]) -> str:
         "What is damaged, which mutants count as equivalent, and by which rules: [sanitizer.md](sanitizer.md).",
         f"**{len(records)} mutants of {sites} instructions in {len(known)} kernels: {total[CAUGHT]} caught, "
         f"{total[EQUIVALENT]} equivalent, {total[ESCAPED]} escaped. Caught of those that are not equivalent: "
-        f"{_share(total)}.** With the {last[EQUIVALENT]} last waits as escapes: {_share(total + others)}.",
+        f"{_share(total)}.**",
         "FA2 and FA3 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package index: forwards\n"
         "where nothing else is said; *backward* has atomic additions, *deterministic* none, *split* three parts of\n"
         "the keys; each with the small kernels around it. bf16; *varlen* is packed sequences with a window.",
