@@ -96,6 +96,8 @@ VICTIMS += [
     )
     for head_dim, mask in itertools.product((64, 128), masks)
 ]
+VICTIMS += [Victim(*FAMILIES[1], head_dim, "paged") for head_dim in (64, 128)]
+VICTIMS += [Victim(*FAMILIES[3], head_dim, mask, "backward") for head_dim in (64, 128) for mask in ("full", "causal")]
 
 
 # What escapes are: family, source line, instruction, and what it does there.
@@ -200,7 +202,8 @@ def page(known: dict[Victim, list[Record]]) -> str:
         f"{_share(total)}.**",
         "FA2 and FA3 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package index: forwards\n"
         "where nothing else is said; *backward* has atomic additions, *deterministic* none, *split* three parts of\n"
-        "the keys; each with the small kernels around it. bf16; *varlen* is packed sequences with a window.",
+        "the keys; each with the small kernels around it. bf16; *varlen* is packed sequences with a window, *paged*\n"
+        "keys in pages of 16 (split) or 64 under a causal mask.",
         _table(kernels),
         f"Not run yet: {missing}." if missing else "",
         "By kind of instruction, with the errors that caught the mutants and the classes of the equivalent ones\n"
