@@ -16,14 +16,15 @@ _FIELDS = {
     "rank": (4, lambda d: (2, 4), 0),  # PTX counts from 0, as the map does
     "elemtype": (10, lambda d: (2, 7), 0),
     "swizzle_mode": (3, lambda d: (2, 13), 0),
+    "swizzle_atomicity": (3, lambda d: (2, 19), 0),
     "interleave_layout": (0, lambda d: (2, 11), 0),
     "fill_mode": (0, lambda d: (2, 15), 0),
     "element_stride": (8, lambda d: (13, 3 * d), 1),
     "box_dim": (256, lambda d: (13, 24) if d == 0 else (14, 8 * (d - 1)), 1),
     "global_dim": ((1 << 32) - 1, lambda d: (8 + d, 0), 1),
 }
-_WIDTH = {"rank": 3, "elemtype": 4, "swizzle_mode": 2, "interleave_layout": 2, "fill_mode": 1, "element_stride": 3,
-          "box_dim": 8, "global_dim": 32}  # fmt: skip
+_WIDTH = {"rank": 3, "elemtype": 4, "swizzle_mode": 2, "swizzle_atomicity": 2, "interleave_layout": 2, "fill_mode": 1,
+          "element_stride": 3, "box_dim": 8, "global_dim": 32}  # fmt: skip
 
 
 def _changes(field, dimension, value):

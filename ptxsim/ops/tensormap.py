@@ -10,7 +10,8 @@ _SPACE = "global|shared::cta"
 @form("tensormap.replace.tile.{field}.{space}.b1024.b64", writes=False, effect=True, space=_SPACE,
       field="global_address|global_stride")  # fmt: skip
 @form("tensormap.replace.tile.{field}.{space}.b1024.b32", writes=False, effect=True, space=_SPACE,
-      field="rank|global_dim|box_dim|element_stride|elemtype|interleave_layout|swizzle_mode|fill_mode")  # fmt: skip
+      field="rank|global_dim|box_dim|element_stride|elemtype|interleave_layout|swizzle_mode|swizzle_atomicity|"
+            "fill_mode")  # fmt: skip
 def replace(gen, args, mods):
     """[map] {, dimension}, new value."""
     dimension = int(args[1], 0) if len(args) == 3 else 0

@@ -239,7 +239,7 @@ def test_bulk_to_the_other_cta():
 # ---- tensor copies ---------------------------------------------------------------------------------------------------
 
 CODE = {np.uint8: 0, np.uint16: 1, np.uint32: 2, np.int32: 3, np.float32: 7, np.float16: 6}
-SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}
+SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3, (128, 32): 4, (128, 64): 6}  # CUtensorMapSwizzle of a span, or span and atom
 
 
 def tensor_map(array, box, span=0):
@@ -330,6 +330,32 @@ def test_swizzles(span, dtype):
             flat = r * (span // 16) + c
             expected[flat ^ (flat >> 3 & (span // 16 - 1))] = chunks[r, c]
     np.testing.assert_array_equal(out.reshape(-1, 16), expected)
+
+
+# PTX ISA 5.5.7: which chunks of 16 bytes lie in each line of 128, by atom
+ATOM_LINES = {32: ["01234567", "23016745", "45670123", "67452301"], 64: ["01234567", "45670123"]}
+
+
+@pytest.mark.parametrize("atom", [32, 64])
+@pytest.mark.parametrize("offset", [0, 128, 256])
+def test_swizzle_atoms(atom, offset):
+    """The pattern belongs to the addresses of shared memory, wherever a box begins; a store undoes it."""
+    array = np.random.default_rng(0).integers(0, 256, (16, 128)).astype(np.uint8)
+    move = f"add.u32 %r50, %r50, {offset}; add.u32 %r51, %r51, {offset};"
+    out = tensor_run(array, (16, 128), move + load_text(2, (0, 0), 2048) + WAIT + dump(2048), 2048, (128, atom))
+    lines = out.reshape(16, 128)
+    for r in range(16):
+        pattern = ATOM_LINES[atom][(r + offset // 128) % len(ATOM_LINES[atom])]
+        for place, chunk in enumerate(pattern):
+            at = 16 * int(chunk)
+            np.testing.assert_array_equal(lines[r, 16 * place : 16 * place + 16], array[r, at : at + 16])
+    store = "@%p10 cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%in1, {0, 0}], [%r50];"
+    target = aligned(np.zeros_like(array))
+    source = aligned(array)
+    maps = [tensor_map(x, (16, 128), (128, atom)) for x in (source, target)]
+    run(FIRST + INIT + move + load_text(2, (0, 0), 2048) + WAIT + store, maps, [np.zeros(1)], legal=[source, target],
+        declarations=SHARED)  # fmt: skip
+    np.testing.assert_array_equal(target, array)
 
 
 @pytest.mark.parametrize("span", [0, 64])
@@ -448,6 +474,7 @@ def test_tensor_maps_within_the_limits(change):
         (dict(box=(72, 16)), "a box row of 144 bytes exceeds the swizzle of 128"),
         (dict(box=(64, 16), swizzle_mode=2), "a box row of 128 bytes exceeds the swizzle of 64"),
         (dict(rank=6), "rank 6, not in 1"),
+        (dict(swizzle_mode=5), "swizzle 5 is not simulated"),
     ],
 )
 def test_tensor_maps_beyond_the_limits(change, message):
@@ -460,6 +487,10 @@ def test_descriptors_that_the_host_code_wrote_itself():
     raw = bytearray(tma.encode(**GOOD_MAP))
     with pytest.raises(PtxError, match="0x100008 is not a multiple of 16"):
         tma.decode(bytes([8]) + bytes(raw[1:]))
+    for swizzle, atom in ((3, 2), (2, 1)):  # 8 bytes flipped; an atom of 32 bytes in a span of 64
+        flags = int.from_bytes(raw[8:12], "little") & ~(3 << 13) | swizzle << 13 | atom << 19
+        with pytest.raises(PtxError, match="with 8 flipped are not simulated; only a 128-byte swizzle has others"):
+            tma.decode(bytes(raw[:8]) + flags.to_bytes(4, "little") + bytes(raw[12:]))
     raw[55] = 59
     with pytest.raises(PtxError, match="120 bytes is not a multiple of 16"):
         tma.decode(bytes(raw))

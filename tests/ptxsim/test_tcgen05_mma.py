@@ -228,6 +228,52 @@ def test_weight_stationary(m, kind, element, k):
     np.testing.assert_array_equal(out[:, 64 // parts :], tmem[:, 64 // parts :])
 
 
+# ---- transposed tf32 ------------------------------------------------------------------------------------------------
+ATOMS_OF_32 = 1 << 61 | 1 << 46  # 128-byte swizzle
+
+
+def in_runs(image, raw, start, leading, stride):
+    """Put a matrix [rows, 8, 4 bytes] into lines of 32 rows, four lines of K in a core. The next 32 rows are
+    ``leading`` bytes on, the next core ``stride``; the 32-byte quarters of lines 1, 2 and 3 of 512 bytes change places
+    in pairs, by halves, and both."""
+    for (row, k), element in np.ndenumerate(raw.view(np.uint32)[..., 0]):
+        at = start + row // 32 * leading + k // 4 * stride + k % 4 * 128
+        place = row % 32 // 8 ^ at % 512 // 128
+        image[at + place * 32 + row % 8 * 4 :][:4] = np.frombuffer(element.tobytes(), np.uint8)
+
+
+@pytest.mark.parametrize("transposed", [1, 2, 3])
+@pytest.mark.parametrize("stationary", [False, True])
+def test_transposed_tf32(transposed, stationary):
+    """A (bit 0) and B (bit 1) MN-major, in 128-byte swizzles of 32-byte atoms (CUTLASS's Layout_MN_SW128_32B_Atom)."""
+    rng = np.random.default_rng(12)
+    (a, a_values), (b, b_values) = (operand(rng, rows, 8, "tf32") for rows in (128, 64))
+    image, descriptors = in_shared(a, b)
+    for which, (raw, at, leading, stride) in enumerate(((a, 0, 1024, 512), (b, 8192 + 256, 512, 1024))):
+        if transposed >> which & 1:
+            image[8192 * which : 8192 * which + 8192] = 0x55
+            in_runs(image, raw.reshape(len(raw), 8, 4), at, leading, stride)
+            descriptors[which] = A_AT + at >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | ATOMS_OF_32
+    tmem = random_words()
+    opcode = f"tcgen05.mma{'.ws' if stationary else ''}.cta_group::1.kind::tf32"
+    idesc = describe("tf32", "tf32", 128, 64, 1, transposed << 15)
+    out = tensor_program(f"{opcode} [0], %rd3, %rd4, %r61, %p3;", tmem, image, descriptors, idesc, race=True)
+    np.testing.assert_allclose(out[:, :64].view(np.float32), a_values @ b_values.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("element", "transposed", "swizzle"), [("tf32", 3, 2), ("tf32", 3, 0), ("tf32", 0, 1),
+                                                                ("f16", 3, 1), ("f16", 0, 1)])  # fmt: skip
+def test_swizzles_that_do_not_fit_the_element(element, transposed, swizzle):
+    kind = "tf32" if element == "tf32" else "f16"
+    descriptors = [A_AT >> 4 | 64 << 16 | 64 << 32 | 1 << 46 | swizzle << 61] * 2
+    major = "MN" if transposed else "K"
+    with pytest.raises(
+        PtxError, match=f"of {major}-major {element}: 128-byte swizzles of 32-byte atoms are for MN-maj"
+    ):
+        tensor_program(f"tcgen05.mma.cta_group::1.kind::{kind} [0], %rd3, %rd4, %r61, %p3;", random_words(), None,
+                       descriptors, describe(element, element, 128, 32, 1, transposed << 15))  # fmt: skip
+
+
 # ---- block scaling -------------------------------------------------------------------------------------------------
 def scales_in_tensor(tmem, rng, column, rows, vector, first_byte, kind):
     """Random scale factors in all four quarters of tensor memory: row r in lane r % 32 and column r // 32."""
@@ -480,6 +526,14 @@ def test_metadata_that_means_nothing():
     with pytest.raises(PtxError, match="sparsity metadata 0b0101 for f16: not two indices"):
         tensor_program(f"tcgen05.mma.sp.cta_group::1.kind::f16 [0], %rd3, %rd4, [{META}], %r61, %p3;", tmem, image,
                        descriptors, DENSE | 4)  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [1 << 61, 1 << 52 | 2 << 61])
+def test_copy_from_layouts_of_the_mma_alone(bits):
+    with pytest.raises(PtxError, match=r"tcgen05.cp with an absolute leading address or 32-byte atoms"):
+        tensor_program(
+            "tcgen05.cp.cta_group::1.128x128b [0], %rd3;", random_words(), None, [A_AT >> 4 | 1 << 46 | bits] * 2
+        )
 
 
 def test_copy_beyond_the_allocation():

@@ -42,6 +42,14 @@ def replacements(options, space="global", address="%out0"):
     return text
 
 
+def test_atom_of_the_swizzle():
+    """.swizzle_atomicity counts as table 33 of the ISA does, the driver's modes 4 and 6 as CUtensorMapSwizzle does."""
+    for value, mode in ((1, 4), (3, 6), (0, 3)):
+        text = f"tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [%out0], {value};"
+        got = run(ONE.format(text), [], [np.frombuffer(tma.encode(**TO), np.uint8)])
+        assert got.tobytes() == tma.encode(**TO | dict(swizzle_mode=mode))
+
+
 @pytest.mark.parametrize(("old", "new"), [(FROM, TO), (TO, FROM | dict(dtype=6))])
 def test_every_field(old, new):
     """A map with every field replaced reads as one that was encoded so."""
@@ -115,6 +123,7 @@ def test_a_map_without_its_fence():
         ("global_dim.global.b1024.b32 [%out0], 1, 0", r"global_dim 0 is not in 1\.\."),
         ("rank.global.b1024.b32 [%out0], 5", r"rank 5 is not in 0\.\.4"),
         ("swizzle_mode.global.b1024.b32 [%out0], 4", "swizzle_mode 4"),
+        ("swizzle_atomicity.global.b1024.b32 [%out0], 4", "swizzle_atomicity 4"),
         ("interleave_layout.global.b1024.b32 [%out0], 1", "interleave_layout 1 is not in .* not simulated"),
     ],
 )
