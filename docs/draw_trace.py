@@ -22,7 +22,7 @@ WAIT, BARRIER, WGMMA, COPY, ARROW = "#c9d3e0", "#e8c9a0", "#5b9e6f", "#c0504d", 
 
 def read(path, cta):
     """(names of tracks, spans of tracks, asynchronous slices, flows) of a CTA, by its number in the trace."""
-    events = json.loads(Path(path).read_text())["traceEvents"]
+    events = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
     pids = [event["pid"] for event in events if event["name"] == "process_name"]
     mine = [event for event in events if event["pid"] == pids[cta]]
     names = {event["tid"]: event["args"]["name"] for event in mine if event["name"] == "thread_name"}
@@ -32,9 +32,9 @@ def read(path, cta):
         if event["ph"] == "X":
             spans.append((event["tid"], event["name"], event["ts"], event["dur"]))
         elif event["ph"] == "b":
-            begun[event["id"]] = event
+            begun[event["id2"]["local"]] = event
         elif event["ph"] == "e":
-            start = begun.pop(event["id"])
+            start = begun.pop(event["id2"]["local"])
             slices.append((event["cat"], event["tid"], event["name"], start["ts"], event["ts"]))
         elif event["ph"] in "sf":
             flows[event["id"]].append((event["name"], event["tid"], event["ts"]))
@@ -58,15 +58,20 @@ def draw(path, figure, cta=0):
     for kind, tid, _, start, end in slices:
         if kind == "wgmma group":
             axes.barh(products[warps[tid]], end - start, 0.8, start, color=WGMMA, edgecolor="white", linewidth=0.6)
-    phases = {(tid, round(ts)): ts for (_, tid, ts), *_ in flows if tid not in warps}
+
+    def around(tid, time):
+        """(start, end) of the outermost span of a track at a time: a phase or a wait, not what happens in it."""
+        return min((ts, ts + length) for other, _, ts, length in spans if other == tid and ts < time < ts + length)
+
+    ended = defaultdict(list)  # (mbarrier, phase) -> (end, warp) of the waits that it ends
+    for (_, tid, start), (_, to, ts) in flows:
+        if tid not in warps and to in warps:
+            ended[tid, around(tid, start)].append((around(to, ts)[1], warps[to]))
     for (name, tid, start), (_, barrier, landed) in flows:
-        if "load" in name and tid in warps:
-            done = min((ts for (other, _), ts in phases.items() if other == barrier and ts >= landed - 1), default=None)
-            ends = [(ts, to) for (_, other, begin), (_, to, ts) in flows if other == barrier and begin == done]
-            if ends and ends[0][1] in warps:
-                ts, to = min(ends)
-                axes.annotate("", (ts, row[warps[to]] - 0.3), (start, row[warps[tid]] + 0.1),
-                              arrowprops=dict(arrowstyle="->", color=ARROW, linewidth=0.7, alpha=0.7))  # fmt: skip
+        if "load" in name and tid in warps and (waits := ended[barrier, around(barrier, landed)]):
+            end, warp = min(waits)
+            axes.annotate("", (end, row[warp] - 0.3), (start, row[warps[tid]] + 0.1),
+                          arrowprops=dict(arrowstyle="->", color=ARROW, linewidth=0.7, alpha=0.7))  # fmt: skip
     ticks = [*products.values(), *row.values()]
     axes.set_yticks(ticks, [*(f"wgmma of warpgroup {warp // 4}" for warp in products), *(f"warp {w}" for w in row)])
     axes.invert_yaxis()

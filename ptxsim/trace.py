@@ -6,10 +6,10 @@ events; it says nothing about how long anything takes on a GPU.
 * a process for each CTA of each launch; in it a track for each warp and one for each mbarrier;
 * spans for waits, on the warp's track (a second track where lanes of one warp wait for different things at once), and
   for the phases of mbarriers, on the barrier's;
-* instants for arrivals; short spans where asynchronous copies are issued;
+* instants for arrivals; short spans where asynchronous copies are issued, and on the barrier's track where they arrive;
 * asynchronous slices for copies (from issue to arrival), bulk, cp.async and wgmma groups (from the first operation to
-  the wait that retires the group), and tcgen05.mma up to their commit;
-* flows from the issue of a copy to the phase that it completes, and from the phase to the waits that it ends.
+  the wait that retires the group), and tcgen05.mma up to their commit, in the process, with the warp as an argument;
+* flows from the issue of a copy to its arrival in a phase, and from the phase to the waits that it ends.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ class Trace:
         self.processes, self.tracks, self.ids = itertools.count(1), itertools.count(1), itertools.count(1)
 
     def write(self) -> None:
-        """Write what there is as JSON, in the order of time."""
+        """Write what there is as JSON, in the order of time. Letters are not escaped: Perfetto shows the escapes."""
         time = "scheduler steps, 1 step = 1 µs; not the time of any GPU"
         events = sorted(self.events, key=lambda event: event.get("ts", -1))
-        self.path.write_text(json.dumps({"traceEvents": events, "otherData": {"time": time, "by": "ptxsim"}}))
+        whole = {"traceEvents": events, "otherData": {"time": time, "by": "ptxsim"}}
+        self.path.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
 
 
 class _Operations:
@@ -75,7 +76,7 @@ class TracedMachine(ObservedMachine):
         self.process = [next(trace.processes) for _ in range(self.nctas)]
         self.tracks = {}  # warp -> [track, end of its last wait] of each of its tracks
         self.phases = {}  # flat index of an mbarrier -> [track, number of the phase, its start]
-        self.completed = {}  # flat index of an mbarrier -> time of the latest completion
+        self.completed = {}  # flat index of an mbarrier -> start of the phase that completed last
         self.operations = {}  # (kind, warp) -> _Operations
         self.issuing = self.landing = None  # names of the copies being issued; the copy that arrives
         self.batches = {}  # warp -> _Copy of its tcgen05.mma that are not committed
@@ -126,16 +127,19 @@ class TracedMachine(ObservedMachine):
         self._emit("X", name, pid, tid, start, dur=(end - start) / STEP, args=args)
 
     def _slice(self, kind, name, warp, start, end):
-        """An asynchronous slice of a warp."""
-        place, common = self._track(warp), dict(cat=kind, id=f"0x{next(self.trace.ids):x}")
-        self._emit("b", name, *place, start, **common)
+        """An asynchronous slice of a warp. Its id is that of its process: Perfetto shows slices with ids of the whole
+        trace together, outside of their processes. It shows no track for them: the warp is an argument."""
+        place, common = self._track(warp), dict(cat=kind, id2={"local": f"0x{next(self.trace.ids):x}"})
+        self._emit("b", name, *place, start, **common, args={"warp": int(self.warp_in_cta[warp])})
         self._emit("e", name, *place, end, **common)
 
     def _flow(self, name, start, end):
-        """An arrow; both ends are (process, track, time), inside of spans."""
+        """An arrow between two spans, each given as (process, track, its start). The ends lie at their starts: Perfetto
+        binds an end to what began last on its track, also if that is over. And it directs an arrow from the span that
+        begins first."""
         common = dict(cat="flow", id=f"0x{next(self.trace.ids):x}")
-        self._emit("s", name, *start, **common)
-        self._emit("f", name, *end, bp="e", **common)
+        for phase, (pid, tid, begin), more in (("s", start, {}), ("f", end, {"bp": "e"})):
+            self._emit(phase, name, pid, tid, begin + 1, **common, **more)
 
     def _lane(self, warp, number=0):
         """[track, end of its last wait] of a warp; further ones for lanes that wait at the same time."""
@@ -189,9 +193,8 @@ class TracedMachine(ObservedMachine):
             index = self.signal_of(b, j)
             if index in self.completed:
                 cta = self.process[index // self.smem_stride]
-                completed = self.completed[index]
-                # ends lie inside of the spans: events are _EVENT apart
-                self._flow("phase → wait", (cta, self.phases[index][0], completed - 1), (pid, lane[0], now - 2))
+                phase = (cta, self.phases[index][0], self.completed[index])
+                self._flow("phase → wait", phase, (pid, lane[0], start))
 
     # ---- mbarriers --------------------------------------------------------------------------------
     def mbar_init(self, w, address, count, M):
@@ -214,12 +217,13 @@ class TracedMachine(ObservedMachine):
         pid = self.process[index // self.smem_stride]
         track, number, start = self.phases[index]
         now = self._now()
-        if self.landing is not None:
+        if self.landing is not None:  # the arrow ends at a span of its own: the phase began before the copy
+            self._span(f"{self.landing.name} arrives", pid, track, now - 2, now, {})
             self._flow(f"{self.landing.name} → phase", self.landing.flow, (pid, track, now - 2))
         if self.progress != before:
             self._span(f"phase {number}", pid, track, start, now, {})
             self.phases[index][1:] = number + 1, now
-            self.completed[index] = now
+            self.completed[index] = start
         return old
 
     def note(self, w, text):
@@ -232,7 +236,7 @@ class TracedMachine(ObservedMachine):
         """A short span where a copy is issued; the copy."""
         track, now = self._track(int(warp)), self._now()
         self._span(name, *track, now, now + _EVENT, self._place(self.line))
-        return _Copy(name, int(warp), now, (*track, now + 1))
+        return _Copy(name, int(warp), now, (*track, now))
 
     def _copies(self, w, M, name, address):
         """Names of the copies that one instruction issues, thread by thread."""

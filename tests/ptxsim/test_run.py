@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from ptxsim.cli import Mode, _modes, _with_mode, main
+from tests.testing import perfetto
 from tests.testing.commands import neighbour, run_ptxsim
-from tests.testing.traces import check_trace
 
 
 def run(script, *options):
@@ -38,7 +38,7 @@ def test_fa4_forward_and_its_trace(tmp_path):
     assert code == 0, output
     assert not path.exists()  # two runs, two files
     for name in ("fa4.default.json", "fa4.default-late.json"):
-        found = check_trace(tmp_path / name)
+        found = perfetto.opened(tmp_path / name)
         assert len(found.processes) == int(rows(output)[0][2].split("×")[0])  # a process for each CTA of the grid
         for pid, tracks in found.tracks.items():
             assert {f"warp {n}" for n in range(16)} <= set(tracks)
@@ -50,7 +50,7 @@ def test_fa4_forward_and_its_trace(tmp_path):
             signalled = {end[1] for _, end in loads}
             waited = {start[1] for name, start, _ in found.flows if start[0] == pid and "wait" in name}
             assert signalled and signalled <= waited
-    late = json.loads((tmp_path / "fa4.default-late.json").read_text())["traceEvents"]
+    late = json.loads((tmp_path / "fa4.default-late.json").read_text("utf-8"))["traceEvents"]
     place = next(event["args"] for event in late if event["ph"] == "X" and "TMA load" in event["name"])
     assert place["source"].split(":")[0].endswith(".py") and "cp.async.bulk.tensor" in place["PTX"]
 

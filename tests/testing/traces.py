@@ -1,8 +1,7 @@
 """Reads a Chrome trace and checks it against the rules of the Trace Event Format, as far as ptxsim uses it.
 
 The rules are those of the format's definition ("Trace Event Format", Google) and of Perfetto's importer of JSON, which
-drops what breaks them without a word. Perfetto itself is not run: its trace processor is a binary that the Python
-package downloads.
+drops or moves what breaks them without a word. What is found here is what Perfetto shows: ``perfetto.shown``.
 """
 
 import json
@@ -14,8 +13,8 @@ FIELDS = {
     "M": ({"name", "pid", "args"}, {"tid"}),  # metadata
     "X": ({"name", "pid", "tid", "ts", "dur"}, {"args"}),  # a span
     "i": ({"name", "pid", "tid", "ts", "s"}, {"args"}),  # an instant
-    "b": ({"name", "pid", "tid", "ts", "cat", "id"}, {"args"}),  # begin and end of an asynchronous slice
-    "e": ({"name", "pid", "tid", "ts", "cat", "id"}, {"args"}),
+    "b": ({"name", "pid", "tid", "ts", "cat", "id2", "args"}, set()),  # begin and end of an asynchronous slice
+    "e": ({"name", "pid", "tid", "ts", "cat", "id2"}, set()),
     "s": ({"name", "pid", "tid", "ts", "cat", "id"}, set()),  # start and finish of a flow
     "f": ({"name", "pid", "tid", "ts", "cat", "id", "bp"}, set()),
 }
@@ -25,6 +24,7 @@ METADATA = {"process_name": str, "process_sort_index": int, "thread_name": str, 
 @dataclass
 class Track:
     spans: list = field(default_factory=list)  # (name, start, end), by start
+    depths: list = field(default_factory=list)  # how many spans are around each
     instants: list = field(default_factory=list)  # (name, time)
 
 
@@ -32,14 +32,22 @@ class Track:
 class Found:
     processes: dict = field(default_factory=dict)  # pid -> name
     tracks: dict = field(default_factory=lambda: defaultdict(dict))  # pid -> name of the track -> Track
-    slices: dict = field(default_factory=lambda: defaultdict(list))  # pid -> (category, name, start, end)
-    flows: list = field(default_factory=list)  # (name, (pid, track, time), (pid, track, time))
+    slices: dict = field(default_factory=lambda: defaultdict(list))  # pid -> (category, name, warp, start, end)
+    flows: list = field(default_factory=list)  # (name, (pid, track, span), (pid, track, span)), bound to these spans
+    problems: list = field(default_factory=list)  # (name, count) of what Perfetto reports
+
+    def in_order(self):
+        """Itself, with what has no order of its own sorted."""
+        for slices in self.slices.values():
+            slices.sort()
+        self.flows.sort()
+        return self
 
 
 def check_trace(path):
-    """What is in a trace: AssertionError where an event breaks the format, spans of a track cross, or ends of slices
-    and flows do not match."""
-    whole = json.loads(path.read_text(), parse_constant=_no_constant)
+    """What is in a trace, times in µs: AssertionError where an event breaks the format, spans of a track cross, ends of
+    slices and flows do not match, or Perfetto would show a flow between other spans or in the opposite direction."""
+    whole = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     assert set(whole) == {"traceEvents", "otherData"}
     events = whole["traceEvents"]
     found, names, opened, flows = Found(), {}, {}, defaultdict(list)
@@ -61,29 +69,40 @@ def check_trace(path):
         track = found.tracks[pid][names[event["tid"]]]
         if event["ph"] == "X":
             assert event["dur"] > 0
-            track.spans.append((name, time, time + event["dur"]))
+            track.spans.append((name, time, round(time + event["dur"], 3)))
         elif event["ph"] == "i":
             track.instants.append((name, time))
         elif event["ph"] == "b":
-            assert event["id"] not in opened
-            opened[event["id"]] = event
+            assert event["id2"]["local"] not in opened
+            opened[event["id2"]["local"]] = event
         elif event["ph"] == "e":
-            start = opened.pop(event["id"])
-            assert (start["cat"], start["name"], start["pid"]) == (event["cat"], name, pid) and start["ts"] <= time
-            found.slices[pid].append((event["cat"], name, start["ts"], time))
+            start = opened.pop(event["id2"]["local"])
+            assert all(start[key] == event[key] for key in ("cat", "name", "pid", "tid")) and start["ts"] <= time
+            assert names[event["tid"]] == f"warp {start['args']['warp']}"
+            found.slices[pid].append((event["cat"], name, start["args"]["warp"], start["ts"], time))
         else:
             flows[event["id"]].append((event["ph"], name, (pid, names[event["tid"]], time)))
     assert not opened
     for tracks in found.tracks.values():
         for track in tracks.values():
-            _check_nesting(track.spans)
+            track.depths = _depths(track.spans)
     for ends in flows.values():
         (begin, name, start), (finish, same, end) = ends
         assert (begin, finish) == ("s", "f") and name == same and start[2] < end[2]
-        for pid, track, time in (start, end):  # Perfetto binds an end to the span around it
-            assert any(first < time < last for _, first, last in found.tracks[pid][track].spans), (name, track, time)
+        start, end = (_bound(found, *place) for place in (start, end))
+        assert start[2][1] <= end[2][1], name  # Perfetto directs a flow from the span that begins first
         found.flows.append((name, start, end))
-    return found
+    return found.in_order()
+
+
+def _bound(found, pid, track, time):
+    """The place of a flow's end with the span around it, which has to be what began last: Perfetto binds it to that."""
+    found = found.tracks[pid][track]
+    around = [span for span in found.spans if span[1] < time < span[2]]
+    begun = [span for span in (*found.spans, *found.instants) if span[1] <= time]
+    last = max(begun, key=lambda span: span[1])
+    assert last in around, (track, time, last)
+    return pid, track, last
 
 
 def _no_constant(name):
@@ -105,16 +124,23 @@ def _check_fields(event):
         assert ("tid" in event) == event["name"].startswith("thread")
     if event["ph"] == "i":
         assert event["s"] == "t"  # of its thread
-    if "id" in event:
-        assert int(event["id"], 16) > 0 and event["id"].startswith("0x")
+    number = event.get("id")
+    if "id2" in event:  # of its process; Perfetto has but one place for slices whose id is that of the whole trace
+        ((scope, number),) = event["id2"].items()
+        assert scope == "local" and set(event.get("args", {})) == ({"warp"} if event["ph"] == "b" else set())
+    if number is not None:
+        assert int(number, 16) > 0 and number.startswith("0x")
     if event["ph"] == "f":
         assert event["bp"] == "e"  # bound to the span around it, not to the next one
 
 
-def _check_nesting(spans):
-    around = []
+def _depths(spans):
+    """How many spans of its track are around each."""
+    around, depths = [], []
     for name, start, end in spans:
-        while around and around[-1] <= start + 1e-9:
+        while around and around[-1] <= start:
             around.pop()
-        assert not around or end <= around[-1] + 1e-9, f"{name} crosses the span around it"
+        assert not around or end <= around[-1], f"{name} crosses the span around it"
+        depths.append(len(around))
         around.append(end)
+    return depths
