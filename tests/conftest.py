@@ -1,5 +1,7 @@
 """Set-up of the whole suite."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,7 +21,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _races(request, monkeypatch):
     """Every simulation of our kernels looks for races, except in tests marked ``without_races``."""
-    if request.path.parent.name in KERNELS and not request.node.get_closest_marker("without_races"):
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    if folder in KERNELS and not request.node.get_closest_marker("without_races"):
         simulate = ptxsim.simulate
         monkeypatch.setattr(ptxsim, "simulate", lambda *args, **options: simulate(*args, **{**options, "race": True}))
 
