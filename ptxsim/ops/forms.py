@@ -77,6 +77,7 @@ class Form:
     effect: bool  # touches memory, barriers or other lanes: errors need its line
     handler: str | None  # name of the Machine method that runs it, for instructions that may suspend a warp
     reads_first: bool  # the destination is read as well (accumulators)
+    destinations: int = 1  # operands that are written, if the first is
 
 
 TABLE: dict[str, list[Form]] = {}
@@ -98,11 +99,11 @@ def _pattern(template: str, names: dict[str, str]) -> re.Pattern:
     return re.compile("".join(out))
 
 
-def form(template, *, writes=True, effect=False, handler=None, reads_first=False, **names):
+def form(template, *, writes=True, effect=False, handler=None, reads_first=False, destinations=1, **names):
     """Register the decorated translator ``(gen, args, mods)`` for a form; may be applied several times."""
 
     def register(translate):
-        entry = Form(_pattern(template, names), translate, writes, effect, handler, reads_first)
+        entry = Form(_pattern(template, names), translate, writes, effect, handler, reads_first, destinations)
         TABLE.setdefault(template.split(".")[0].split("[")[0], []).append(entry)
         return translate
 
@@ -164,8 +165,8 @@ def defs_uses(instruction, kernel) -> tuple[set, set]:
     if (not entry.writes and entry.handler not in ("h_try_wait", "h_bar_red")) or isinstance(args[0], Mem):
         register_names(args, kernel, uses)
         return defs, uses
-    register_names(args[0], kernel, defs)
-    register_names(args[1:], kernel, uses)
+    register_names(args[: entry.destinations], kernel, defs)
+    register_names(args[entry.destinations :], kernel, uses)
     if entry.reads_first:
         uses |= defs
     return defs, uses

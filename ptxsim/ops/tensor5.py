@@ -1,16 +1,18 @@
 """Tensor core of the fifth generation: PTX ISA 9.7.16 (tcgen05).
 
-Refused: zero-column masks, sparse A for .ws and for 64 rows a CTA, tcgen05.shift at other lanes than 0, ld.red of
-16x32bx2. Collector buffers and .fill, .use are hints.
+Refused: zero-column masks, sparse A for .ws and for 64 rows a CTA, tcgen05.shift at other lanes than 0. Collector
+buffers and .fill, .use are hints.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from ..errors import PtxError
 from ..parser import Mem
 from ..tcgen05_copy import SHAPES
 from ..tcgen05_mma import MmaForm
-from .forms import as_list, form, suspending
+from .forms import KIND, NUMPY, as_list, form, suspending
 
 _GROUP = "cta_group::1|cta_group::2"
 # registers of one repetition (.x1)
@@ -66,6 +68,40 @@ def load(gen, args, mods):
     )
     for j, register in enumerate(registers):
         gen.write(register, f"{result}[{j}]", "u4")
+
+
+# operation -> whether a NaN wins -> the function
+_EXTREME = {"min": {True: np.minimum, False: np.fmin}, "max": {True: np.maximum, False: np.fmax}}
+
+
+def reduced(words, operation, kind, absolute, nan):
+    """The least or largest of each thread's registers [registers, n, 32] (uint32), as ``kind``."""
+    values = words.view(NUMPY[kind])
+    found = _EXTREME[operation][nan].reduce(np.abs(values) if absolute else values)
+    if kind != "f4":
+        return found
+    return np.where(np.isnan(found), np.uint32(0x7FFFFFFF).view(np.float32), found)
+
+
+# ptxas takes the type before or after the operation: the ISA's syntax has it after, its example before
+@form("tcgen05.ld.red.sync.aligned.{shape}.{num}.{op}[.{abs}][.{nan}].{type}", effect=True, destinations=2,
+      shape="32x32b|16x32bx2", num=_REPEATS, op="min|max", abs="abs", type="f32|u32|s32")  # fmt: skip
+@form("tcgen05.ld.red.sync.aligned.{shape}.{num}.{type}.{op}[.{abs}][.{nan}]", effect=True, destinations=2,
+      shape="32x32b|16x32bx2", num=_REPEATS, op="min|max", abs="abs", type="f32|u32|s32")  # fmt: skip
+def load_and_reduce(gen, args, mods):
+    """Registers, result, [address] {, columns to the second half}. What a thread loads is what it reduces, with
+    16x32bx2 too: ptxas makes that two instructions, one for each half of the warp (as run on sm_103a)."""
+    registers, kind = as_list(args[0]), KIND[mods.type]
+    _check_registers(mods, registers)
+    if mods.num == "x1" or (kind != "f4" and (mods.abs or mods.nan)):
+        raise PtxError(f"tcgen05.ld.red of {mods.num} {mods.type}: at least x2, and .abs and .NaN are for f32")
+    second = _second_half(mods, args[3:])
+    words = gen.temp(f"X.tmem_ld(w, {gen.address(args[2])}, {mods.shape!r}, {len(registers)}, {second}, False)")
+    options = f"{mods.op!r}, {kind!r}, {bool(mods.abs)}, {bool(mods.nan)}"
+    found = gen.temp(f"{gen.fn(reduced)}({words}, {options})")
+    for j, register in enumerate(registers):
+        gen.write(register, f"{words}[{j}]", "u4")
+    gen.write(args[1], found, kind)
 
 
 @form("tcgen05.st.sync.aligned.{shape}.{num}[.{unpack}].b32", writes=False, effect=True, shape="|".join(REGISTERS),

@@ -51,7 +51,7 @@ UNKNOWN = [
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2}, [%r3]",
     "mma.sync.aligned.m8n8k8.row.col.f64.f64.f64.f64 {%fd1, %fd2}, {%fd3}, {%fd4}, {%fd1, %fd2}",
     "mma.sync.aligned.m16n8k16.row.col.f16.bf16.bf16.f16 {%r1, %r2}, {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r1, %r2}",
-    "mma.sp.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2}, {%r1, %r2}, "
+    "mma.sp.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2}, {%r1, %r2}, "
     "{%f1, %f2, %f3, %f4}, %r5, 0",
     "wgmma.mma_async.sp.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %rd1, %rd2, %r1, 0, %p1, 1, 1, 0, 0",
     "cp.async.cg.shared.global.evict_first [%r1], [%in0], 16",
@@ -62,7 +62,7 @@ UNKNOWN = [
     "bar.red.xor.pred %p1, 0, %p2",
     "barrier.cluster.arrive.acquire",
     "fence.proxy.imaginary",
-    "tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [%in0], 1",
+    "tensormap.replace.tile.swizzle_offset.global.b1024.b32 [%in0], 1",
     "clusterlaunchcontrol.try_cancel.shared::cta.mbarrier::complete_tx::bytes.b128 [%r1], [%r2]",
     "call.uni (%r1), vprintf, (%rd1, %rd2)",
     "brx.idx %r1, table",
