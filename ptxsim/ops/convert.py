@@ -2,7 +2,8 @@
 
 Integers to integers (with .sat), floats to integers (saturating, NaN gives 0, or the most negative value's bits for
 64 bits), integers to floats, floats to floats, the packed forms to f16x2, bf16x2 and pairs of 8, 6 and 4 bits and back,
-tf32. Stochastic rounding (.rs) and s2f6 are refused.
+tf32. Refused: s2f6, and of stochastic rounding (.rs) f16 without .satfinite, and fours of 8 and 6 bits, of whose random
+bits two measurements say different things.
 """
 
 from __future__ import annotations
@@ -288,6 +289,61 @@ def unpack_scales(x):
 @form("cvt.rn.bf16x2.ue8m0x2")
 def from_scales(gen, args, mods):
     gen.write(args[0], f"{gen.fn(unpack_scales)}({gen.read(args[1], 'u2')})", "u4")
+
+
+# ---- stochastic rounding ---------------------------------------------------------------------------
+# type -> (random bits of a number, bits after the point, least exponent, largest number, encoder)
+_STOCHASTIC = {
+    "f16x2": (13, 10, -14, 65504.0, numerics.round_to_f16),
+    "bf16x2": (16, 7, -126, float.fromhex("0x1.fep127"), numerics.f32_to_bf16),
+    "e2m1x4": (16, 1, 0, 6.0, lambda x: numerics.f32_to_small(x, numerics.E2M1)),
+}
+_REVERSED = np.array([int(f"{byte:08b}"[::-1], 2) for byte in range(256)], np.uint32)
+
+
+def _stochastic(x, random, to, relu, finite):
+    bits, mantissa, least, largest, encode = _STOCHASTIC[to]
+    largest = largest if finite else np.inf
+    rounded = numerics.round_stochastically(_rectify(x, relu), random, bits, mantissa, least, largest)
+    codes = encode(rounded).astype(np.uint32)
+    return codes if to == "e2m1x4" else np.where(np.isnan(x), np.uint32(0x7FFF), codes)
+
+
+def pack_stochastic_pair(high, low, random, to, relu, finite):
+    """The upper 16 bits are for the upper half; of f16 the lowest 13 of each (PTX ISA 9.7.9.21)."""
+    mask = np.uint32((1 << _STOCHASTIC[to][0]) - 1)
+    high, low = (_stochastic(x, random >> np.uint32(at) & mask, to, relu, finite) for x, at in ((high, 16), (low, 0)))
+    return low | high << np.uint32(16)
+
+
+def pack_stochastic_four(values, random, relu):
+    """e2m1x4 of four, the first in the highest bits. Bytes 1 and 3 of the random bits are for the first two, 0 and 2
+    for the others (PTX ISA 9.7.9.21); their order as measured on a B200 and, the upper 8 bits of each 16, on a B300:
+    two numbers share 16 bits, of which one has them the other way round."""
+    byte = [random >> np.uint32(8 * i) & np.uint32(255) for i in range(4)]
+    turned = [_REVERSED[x] for x in byte]
+    order = (turned[1], turned[3]), (byte[3], byte[1]), (turned[0], turned[2]), (byte[2], byte[0])
+    word = np.uint32(0)
+    for x, (upper, lower) in zip(values, order, strict=True):
+        word = word << np.uint32(4) | _stochastic(x, upper << np.uint32(8) | lower, "e2m1x4", relu, True)
+    return word.astype(np.uint16)
+
+
+@form("cvt.rs[.{relu}][.{satfinite}].{to}.f32", satfinite="satfinite", to="bf16x2")
+@form("cvt.rs[.{relu}].{satfinite}.{to}.f32", satfinite="satfinite", to="f16x2")
+@form("cvt.rs.{satfinite}.{relu}.{to}.f32", satfinite="satfinite", to="f16x2|bf16x2")
+def pair_stochastically(gen, args, mods):
+    operands = f"{gen.read(args[1], 'f4')}, {gen.read(args[2], 'f4')}, {gen.read(args[3], 'u4')}"
+    options = f"{mods.to!r}, {bool(mods.relu)}, {bool(mods.satfinite)}"
+    gen.write(args[0], f"{gen.fn(pack_stochastic_pair)}({operands}, {options})", "u4")
+
+
+@form("cvt.rs[.{relu}].satfinite.e2m1x4.f32")
+@form("cvt.rs.satfinite.{relu}.e2m1x4.f32")
+def four_stochastically(gen, args, mods):
+    values = ", ".join(gen.read(x, "f4") for x in args[1])
+    call = f"(({values}), {gen.read(args[2], 'u4')}, {bool(mods.relu)})"
+    gen.write(args[0], gen.fn(pack_stochastic_four) + call, "u2")
 
 
 def round_to_tf32(x, mode, relu, finite):

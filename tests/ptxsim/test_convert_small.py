@@ -125,3 +125,104 @@ def test_from_scale_factors():
     wanted = table.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     for bits, mine in ((got & 0xFFFF, wanted), (got >> 16, wanted[::-1])):
         same_bits(*((x.astype(np.uint32) << 16).view(np.float32) for x in (bits, mine)))
+
+
+# ---- stochastic rounding -------------------------------------------------------------------------------------------
+def rounded_away(x, mantissa, least, random, bits):
+    """|x| on its grid, in exact integers: the random bits are added to the highest ones that are cut off."""
+    numerator, denominator = abs(x).as_integer_ratio()
+    if not numerator:
+        return 0.0
+    exponent = max(numerator.bit_length() - denominator.bit_length(), least)  # the denominator is a power of two
+    shift = mantissa - exponent
+    scaled = numerator << shift + bits if shift + bits >= 0 else numerator >> -(shift + bits)
+    units = (scaled // denominator + random) >> bits
+    return float(units * 2.0**-shift)
+
+
+def stochastic(x, kind, random, relu=False):
+    """Number on the grid of a type, saturating; NaN stays."""
+    bits, mantissa, least, largest = {"f16": (13, 10, -14, 65504), "bf16": (16, 7, -126, (2 - 2**-7) * 2.0**127),
+                                      "e2m1": (16, 1, 0, 6)}[kind]  # fmt: skip
+    if np.isnan(x):
+        return x
+    if relu and x <= 0:
+        return 0.0
+    magnitude = largest if abs(x) >= largest else rounded_away(float(x), mantissa, least, int(random), bits)
+    return float(np.copysign(magnitude, x))
+
+
+def random_bits(seed, count):
+    random = np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32)
+    random[:64:2], random[1:64:2] = 0, 0xFFFFFFFF
+    return random
+
+
+def ranges(seed):
+    """Numbers of every magnitude, among them subnormal ones of each type, exact ones, the largest, infinity and NaN."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(1024) * 2.0 ** rng.integers(-30, 20, 1024)).astype(np.float32)
+    x[100:200] = (rng.standard_normal(100) * 2.0**-130).astype(np.float32)
+    x[200:300] = rng.integers(-2048, 2048, 100) / 1024
+    x[:16] = [
+        0,
+        -0.0,
+        np.inf,
+        -np.inf,
+        np.nan,
+        65504,
+        65519,
+        -65520,
+        3.4e38,
+        -3.4e38,
+        6,
+        5.9,
+        -6.5,
+        2**-24,
+        2**-25,
+        0.25,
+    ]
+    return x
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("suffix", [".satfinite", ".satfinite.relu", ".relu.satfinite"])
+def test_stochastic_pairs(kind, suffix):
+    high, low, random = ranges(31), ranges(32)[::-1].copy(), random_bits(33, 1024)
+    got = elementwise(f"cvt.rs{suffix}.{kind}x2.f32 {{d}}, {{a}}, {{b}}, {{c}};", [high, low, random], np.uint32)
+    mask = 0x1FFF if kind == "f16" else 0xFFFF
+    for x, at in ((high, 16), (low, 0)):
+        exact = [stochastic(v, kind, r >> at & mask, "relu" in suffix) for v, r in zip(x, random.tolist(), strict=True)]
+        value = torch.tensor(exact, dtype=torch.float64).to(torch.float16 if kind == "f16" else torch.bfloat16)
+        bits = np.where(np.isnan(x), np.uint16(0x7FFF), value.view(torch.uint16).numpy())
+        np.testing.assert_array_equal((got >> np.uint32(at)).astype(np.uint16), bits)
+
+
+def test_stochastic_rounding_to_infinity():
+    """bf16 without .satfinite: the carry may lead to infinity."""
+    x = np.array([3.4e38, 3.4e38, np.inf, -3.4e38, np.nan], np.float32)
+    random = np.array([0, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF], np.uint32)
+    got = elementwise("cvt.rs.bf16x2.f32 {d}, {a}, {a}, {b};", [x, random], np.uint32) & np.uint32(0xFFFF)
+    np.testing.assert_array_equal(got, [0x7F7F, 0x7F80, 0x7F80, 0xFF80, 0x7FFF])
+
+
+# highest bit first, where the 16 random bits of each of four are: measured with one bit at a time on a B200
+FOURS = [[*range(8, 16), *range(24, 32)], [*range(31, 23, -1), *range(15, 7, -1)], [*range(8), *range(16, 24)],
+         [*range(23, 15, -1), *range(7, -1, -1)]]  # fmt: skip
+
+
+@pytest.mark.parametrize("relu", ["", ".relu"])
+def test_stochastic_fours(relu):
+    """Half of the numbers lie between 1 and 1.5, where the lowest random bit decides."""
+    values, random = [ranges(40 + i)[:512] / (1 + i) for i in range(4)], random_bits(44, 512)
+    mine = [[sum((word >> at & 1) << 15 - weight for weight, at in enumerate(places)) for word in random.tolist()]
+            for places in FOURS]  # fmt: skip
+    for x, slices in zip(values, mine, strict=True):
+        x[256:] = 1 + (2**16 - np.array(slices)[256:] - np.arange(256) % 2) / 2**17
+    instruction = f"cvt.rs{relu}.satfinite.e2m1x4.f32 {{d}}, {{{{{{a}}, {{b}}, {{c}}, {{e}}}}}}, {{f}};"
+    got = elementwise(instruction, [*(v.astype(np.float32) for v in values), random], np.uint16)
+    for i, x in enumerate(values):
+        for j in range(512):
+            value = stochastic(np.float32(x[j]), "e2m1", mine[i][j], bool(relu))
+            code = 7 if np.isnan(value) else VALUES["e2m1"].index(abs(value)) | 8 * bool(np.signbit(value))
+            assert got[j] >> 12 - 4 * i & 15 == code, (i, j, x[j], hex(random[j]))

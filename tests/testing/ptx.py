@@ -97,14 +97,15 @@ _REGISTER = {1: ("%rs", "u8"), 2: ("%rs", "b16"), 4: ("%r", "b32"), 8: ("%rd", "
 
 
 def elementwise(instruction, arrays, out_dtype, *, target="sm_90a"):
-    """Apply an instruction to each element: ``{d}`` is the result, ``{a}``, ``{b}``, ``{c}``, ``{e}`` the operands.
+    """Apply an instruction to each element: ``{d}`` is the result, ``{a}``, ``{b}``, ``{c}``, ``{e}``, ``{f}`` are the
+    operands.
 
     A bool ``out_dtype`` makes ``{d}`` a predicate. Arrays are flat and of equal length, at most 1024 elements.
     """
     count = len(arrays[0])
     assert count <= 1024 and all(len(x) == count for x in arrays)
     lines, names = [], {}
-    for i, (name, array) in enumerate(zip("abce"[: len(arrays)], arrays, strict=True)):
+    for i, (name, array) in enumerate(zip("abcef"[: len(arrays)], arrays, strict=True)):
         size = array.dtype.itemsize
         prefix, kind = _REGISTER[size]
         names[name] = f"{prefix}{i + 1}"
