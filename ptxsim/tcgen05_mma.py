@@ -127,7 +127,7 @@ def _check_shape(form, bits, m, n, types, transposed):
     """Tables 39 (shapes), 52 and 54 (transposition) of PTX ISA 9.7.16."""
     integer, scaled = form.kind == "i8", form.kind in _SCALED
     if form.stationary:
-        good = m in (32, 64, 128) and n in (64, 128, 256)
+        good = m in (32, 64, 128) and n in ((64, 128) if form.sparse else (64, 128, 256))
     elif form.pair:
         good = m in (128, 256) and n % (32 if integer else 16) == 0
     else:
@@ -169,7 +169,9 @@ def _scale_columns(count, number, vector):
 
 
 def accumulator_parts(form, description, lane):
-    """Where D of one CTA is: a list of (lanes, rows, columns of D). Layouts A to G of PTX ISA 9.7.16.10.5."""
+    """Where D of one CTA is: a list of (lanes, rows of the product, columns of D). Layouts A to G of PTX ISA
+    9.7.16.10.5. With A in tensor memory each part of D's columns multiplies the A of its own lanes, which are other
+    rows of the product: FlashMLA's "dual gemm" has two halves of K there."""
     m, n = description.m // (2 if form.pair else 1), description.n
     if m == 64 and not form.stationary and (not form.pair or form.sparse):  # layouts F and C: 16 lanes of each quarter
         if lane not in (0, 16):
@@ -179,8 +181,9 @@ def accumulator_parts(form, description, lane):
         raise PtxError(f"tcgen05.mma with {description.m} rows at lane {lane}, not 0")
     count = 128 // m  # layouts A and D: 1; B and E: 2; G: 4 parts of the columns, on m lanes each
     return [
-        (np.arange(m * i, m * i + m), slice(0, m), slice(n // count * i, n // count * (i + 1))) for i in range(count)
-    ]
+        (np.arange(m * i, m * i + m), slice(m * i, m * i + m) if form.a_in_tmem else slice(0, m),
+         slice(n // count * i, n // count * (i + 1))) for i in range(count)
+    ]  # fmt: skip
 
 
 class Tcgen05MmaMixin:
@@ -277,26 +280,24 @@ class Tcgen05MmaMixin:
 
     # ---- operands in tensor memory ----------------------------------------------------------------
     def _tc_a(self, cta, form, description, a, d_lane, others):
-        """A of one CTA as float32 [rows, k]; a sparse one with its zeros."""
+        """A of one CTA as float32 [rows, k]; a sparse one with its zeros. From tensor memory it has all 128 lanes where
+        D is in parts (``accumulator_parts``)."""
         if form.a_in_tmem:
             element = _TENSOR.get(description.a_type, description.a_type)
             words = self.tensor_words(cta, self._a_lanes(form, description, a >> 16, d_lane), a & 0xFFFF, 8)
-            if len(words) == 128 and form.pair and description.m == 128:
-                if (words[:64] != words[64:]).any():
-                    raise PtxError("tcgen05.mma of 128 rows by 2 CTAs: lanes 0 to 63 and 64 to 127 of A differ")
-                words = words[:64]
             left = DECODE[element](np.ascontiguousarray(words).view(_RAW[ELEMENT_BYTES[element]]))
         else:
             left = self.operand_tile(cta, *self._a_place(form, description, a))
         if not form.sparse:
             return left
-        return expand(left, self._metadata(cta, form, description, others["meta"]), description.a_type)
+        codes = self._metadata(cta, form, description, others["meta"])
+        return expand(left, np.tile(codes, (len(left) // len(codes), 1)), description.a_type)
 
     def _a_lanes(self, form, description, lane, d_lane):
         m = description.m // (2 if form.pair else 1)
-        if m < 128 and (form.stationary or form.sparse):
-            raise PtxError(f"tcgen05.mma with {m} rows of A in tensor memory is not simulated for .ws and .sp")
-        if m == 64 and not form.pair:
+        if m < 128 and form.sparse and not form.stationary:
+            raise PtxError(f"tcgen05.mma.sp with {m} rows of A in tensor memory is not simulated")
+        if m == 64 and not form.pair and not form.stationary:
             if lane != d_lane:
                 raise PtxError(f"tcgen05.mma with 64 rows: A at lane {lane}, D at lane {d_lane}")
             return lane + np.arange(64) % 16 + np.arange(64) // 16 * 32
@@ -305,22 +306,32 @@ class Tcgen05MmaMixin:
         return np.arange(128)
 
     def _metadata(self, cta, form, description, address):
-        """Sparsity metadata, 4 bits a chunk [128, chunks] (tmem_e_frg)."""
+        """Sparsity metadata, 4 bits a chunk [rows, chunks] (tmem_e_frg; tmem_e_frg_ws has copies in other lanes)."""
         m, column = description.m // (2 if form.pair else 1), address & 0xFFFF
-        if m != 128 or address >> 16:
+        if (m != 128 and not form.stationary) or address >> 16:
             raise PtxError(f"sparse tcgen05.mma with {description.m} rows by {2 if form.pair else 1} CTAs and metadata "
                            f"at lane {address >> 16} is not simulated")  # fmt: skip
         if form.kind not in ("f16", "tf32"):
             if description.selector:
                 raise PtxError(f"sparsity selector {description.selector} for kind::{form.kind}, not 0")
-            return metadata_codes(self.tensor_words(cta, np.arange(128), column, 2))
+            return self._same_metadata(m, self.tensor_words(cta, np.arange(128), column, 2))
         if column % 2 or description.selector > 1:
             raise PtxError(f"sparsity metadata of kind::{form.kind} at column {column} with selector "
                            f"{description.selector} is not simulated")  # fmt: skip
         words = self.tensor_words(cta, np.arange(128), column + description.selector, 1)[:, 0]
         # lane = 16 * (row // 16) + 8 * (half of k) + row % 8, the upper half of the word is row + 8
         halves = np.ascontiguousarray(words).view(np.uint16).reshape(8, 2, 8, 2)  # sixteen rows, k half, row, row half
-        return metadata_codes(halves.transpose(0, 3, 2, 1).reshape(128, 2).copy())
+        return self._same_metadata(m, halves.transpose(0, 3, 2, 1).reshape(128, 2).copy())
+
+    @staticmethod
+    def _same_metadata(m, rows):
+        """The codes of m rows, of which the others of the 128 must be copies."""
+        copies = rows.reshape(128 // m, m, -1)
+        if (copies != copies[0]).any():
+            other = int((copies != copies[0]).any((1, 2)).argmax()) * m
+            raise PtxError(f"sparsity metadata of {m} rows: lanes 0 to {m - 1} and {other} to {other + m - 1} differ, "
+                           "where each must hold the same")  # fmt: skip
+        return metadata_codes(copies[0])
 
     def _scales(self, cta, description, address, number, count, vector, lanes):
         """Scale factors as float64 [count, vector]: row r is in lane r % 32 and column r // 32, and in the same place
@@ -342,14 +353,15 @@ class Tcgen05MmaMixin:
 
     def _scaled_product(self, cta, form, description, left, right, others):
         """(A * scale_A) (B * scale_B) as float32; the blocks' products are exact, their sum is taken in float64."""
-        vector, m, n = description.vector, len(left), description.n
+        vector, m, n = description.vector, description.m // (2 if form.pair else 1), description.n
         scale_a = self._scales(cta, description, others["scale_a"], description.a_scale_id, m, vector, np.arange(128))
         # layout B: the halves of N on lanes 0 to 63 and 64 to 127
         parts = 2 if form.pair and description.m == 128 else 1
         lanes = np.split(np.arange(128), parts)
         at, number = others["scale_b"], description.b_scale_id
         scale_b = np.concatenate([self._scales(cta, description, at, number, n // parts, vector, x) for x in lanes])
-        a_blocks = left.reshape(m, vector, -1).swapaxes(0, 1)
+        scale_a = np.tile(scale_a, (len(left) // m, 1))
+        a_blocks = left.reshape(len(left), vector, -1).swapaxes(0, 1)
         b_blocks = right.reshape(n, vector, -1).swapaxes(0, 1)
         products = np.matmul(a_blocks, b_blocks.swapaxes(1, 2)).astype(_f8)
         return (products * scale_a.T[:, :, None] * scale_b.T[:, None, :]).sum(0).astype(_f4)

@@ -1,6 +1,6 @@
 """Tensor core of the fifth generation: PTX ISA 9.7.16 (tcgen05).
 
-Refused: zero-column masks, sparse A for .ws and for 64 rows a CTA, tcgen05.shift at other lanes than 0. Collector
+Refused: zero-column masks, sparse A of 64 rows a CTA but for .ws, tcgen05.shift at other lanes than 0. Collector
 buffers and .fill, .use are hints.
 """
 
@@ -158,8 +158,9 @@ _COLLECTOR = "fill|use|lastuse|discard"
 @form("tcgen05.mma[.{sparse}].{group}.kind::{kind}.block_scale[.{vector}][.collector::a::{buffer}]", writes=False,
       effect=True, sparse="sp", group=_GROUP, kind="|".join(_VECTORS),
       vector="scale_vec::1X|scale_vec::2X|scale_vec::4X|block16|block32", buffer=_COLLECTOR)  # fmt: skip
-@form("tcgen05.mma.{stationary}.cta_group::1.kind::{kind}[.collector::{b}::{buffer}]", writes=False, effect=True,
-      stationary="ws", kind="f16|tf32|f8f6f4|i8", b="b0|b1|b2|b3", buffer=_COLLECTOR)  # fmt: skip
+@form("tcgen05.mma.{stationary}[.{sparse}].cta_group::1.kind::{kind}[.collector::{b}::{buffer}]", writes=False,
+      effect=True, stationary="ws", sparse="sp", kind="f16|tf32|f8f6f4|i8", b="b0|b1|b2|b3",
+      buffer=_COLLECTOR)  # fmt: skip
 def mma(gen, args, mods):
     """[d], a (descriptor or tensor memory), b descriptor {, [metadata]}, instruction descriptor
     {, [scale a], [scale b]} {, disabled lanes}, enable-input-d {, scale-input-d or zero-column mask}."""

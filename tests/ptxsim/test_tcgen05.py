@@ -22,8 +22,12 @@ ALLOC = """mov.u32 %r50, buffer; mov.u32 %r52, bar; mov.u32 %r53, base; setp.eq.
 FREE = "@!%p9 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r55, COLUMNS;"
 
 
-def tensor_run(body, inputs, outputs, columns=128, shared=16384, **options):
+def tensor_run(body, inputs, outputs, columns=128, shared=16384, pair=False, **options):
+    """``pair``: by two CTAs, with cta_group::2 throughout."""
     text = (ALLOC + body + "bar.sync 0;" + FREE).replace("COLUMNS", str(columns))
+    if pair:
+        text = text.replace("cta_group::1", "cta_group::2")
+        options |= {"grid": 2, "cluster": 2}
     declarations = SHARED.replace("16384", str(shared))
     return run(text, inputs, outputs, threads=128, declarations=declarations, target="sm_103a", **options)
 

@@ -31,10 +31,11 @@ TORCH = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "e
 def tensor_program(instruction, tmem, shared=None, descriptors=(0, 0), idesc=0, mask=(), late=False, race=False):
     """Fill the columns of ``tmem`` (128 or 256) and shared memory (steps of 2 KB), issue instructions. In them columns
     are immediates, %rd3 and %rd4 the descriptors, %r61 the instruction descriptor, %r62 up the mask; %p2 is true, %p3
-    false. Returns tensor memory as it is then."""
+    false. Returns tensor memory as it is then. ``tmem`` and ``shared`` of two CTAs: the first issues for both."""
     image = np.zeros(16384, np.uint8) if shared is None else shared
+    pair = tmem.ndim == 3
     instruction = re.sub(r"\[(\w+)\]", r"[%r55+\1]", instruction)  # the allocation begins at 0
-    columns, load, store = tmem.shape[1], "", ""
+    columns, load, store = tmem.shape[-1], "", ""
     for at in range(0, columns, COLUMNS):
         load += "".join(f"ld.global.u32 %r{100 + j}, [%rd7+{4 * (at + j)}];" for j in range(COLUMNS))
         load += f"tcgen05.st.sync.aligned.32x32b.x128.b32 [%r56+{at}], {names(100, COLUMNS)};"
@@ -44,21 +45,26 @@ def tensor_program(instruction, tmem, shared=None, descriptors=(0, 0), idesc=0, 
     copy = "".join(
         f"ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%rd2+{2048 * i}];"
         f"st.shared.v4.u32 [%r51+{2048 * i}], {{%r1, %r2, %r3, %r4}};"
-        for i in range(len(image) // 2048)
+        for i in range(image.shape[-1] // 2048)
     )
+    issuer, meet, commit = "", "bar.sync 0;", "mbarrier::arrive::one.shared::cluster.b64 [%r52];"
+    if pair:
+        issuer, meet = "setp.eq.and.u32 %p10, %c, 0, %p10;", "barrier.cluster.arrive; barrier.cluster.wait;"
+        commit = "mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%r52], %rs1;"
     words = "".join(f"mov.b32 %r{62 + j}, 0x{w:x};" for j, w in enumerate(mask))
-    body = f"""mul.wide.u32 %rd1, %t, 16; add.s64 %rd2, %in0, %rd1; mad.lo.u32 %r51, %t, 16, %r50; {copy}
-    mad.wide.u32 %rd7, %t, {4 * columns}, %in2; mad.wide.u32 %rd8, %t, {4 * columns}, %out0; {load}
+    body = f"""mad.wide.u32 %rd2, %c, {image.shape[-1]}, %in0; mad.wide.u32 %rd2, %t, 16, %rd2;
+    mad.lo.u32 %r51, %t, 16, %r50; {copy} mov.b16 %rs1, 3;
+    mad.wide.u32 %rd7, %g, {4 * columns}, %in2; mad.wide.u32 %rd8, %g, {4 * columns}, %out0; {load}
     tcgen05.wait::st.sync.aligned;
-    fence.proxy.async.shared::cta; tcgen05.fence::before_thread_sync; bar.sync 0; tcgen05.fence::after_thread_sync;
+    fence.proxy.async.shared::cta; tcgen05.fence::before_thread_sync; {meet} tcgen05.fence::after_thread_sync; {issuer}
     ld.global.u64 %rd3, [%in1]; ld.global.u64 %rd4, [%in1+8]; mov.u32 %r61, 0x{idesc:x}; {words}
     setp.eq.u32 %p2, %r61, %r61; setp.ne.u32 %p3, %r61, %r61; mov.b64 %rd5, 0x8000000000;
     @!%p10 bra WAIT; {instruction}
-    tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r52];
+    tcgen05.commit.cta_group::1.{commit}
   WAIT: mbarrier.try_wait.parity.shared.b64 %p11, [%r52], 0; @!%p11 bra WAIT; tcgen05.fence::after_thread_sync;
     {store}"""
     inputs = [image, np.array(descriptors, np.uint64), np.ascontiguousarray(tmem)]
-    return tensor_run(body, inputs, [np.zeros_like(tmem)], columns=columns, shared=len(image), late=late, race=race)
+    return tensor_run(body, inputs, [np.zeros_like(tmem)], columns, image.shape[-1], pair=pair, late=late, race=race)
 
 
 def random_words(seed=0, columns=COLUMNS):
@@ -228,6 +234,60 @@ def test_weight_stationary(m, kind, element, k):
     np.testing.assert_array_equal(out[:, 64 // parts :], tmem[:, 64 // parts :])
 
 
+@pytest.mark.parametrize("m", [32, 64, 128])
+@pytest.mark.parametrize(("kind", "element", "k"), [("f16", "f16", 16), ("f8f6f4", "e3m2", 32)])
+def test_weight_stationary_with_a_in_tensor_memory(m, kind, element, k):
+    """Each part of the columns multiplies A in its own lanes, as FlashMLA's "dual gemm" has it."""
+    rng = np.random.default_rng(18)
+    a, a_values = operand(rng, 128, k, element, "tensor")  # 128 / m matrices of m rows
+    b, b_values = operand(rng, 64, k, element)
+    image, descriptors = in_shared(np.zeros((8, 32), np.uint8), b)
+    tmem = random_words()
+    in_tensor(tmem, A_IN, a)
+    out = tensor_program(f"tcgen05.mma.ws.cta_group::1.kind::{kind} [0], [{A_IN}], %rd4, %r61, %p3;", tmem, image,
+                         descriptors, describe(element, element, m, 64), race=True)  # fmt: skip
+    width = 64 * m // 128
+    for at in range(0, 128, m):
+        mine = b_values[at // m * width : at // m * width + width]
+        np.testing.assert_array_equal(out[at : at + m, :width].view(np.float32), a_values[at : at + m] @ mine.T)
+    np.testing.assert_array_equal(out[:, width:], tmem[:, width:])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_pair_with_a_in_tensor_memory(scaled):
+    """128 rows by two CTAs: 64 lanes of each multiply with the first half of B's rows, 64 with the second."""
+    rng = np.random.default_rng(19)
+    element, k = ("e5m2", 32) if scaled else ("bf16", 16)
+    (a0, v0), (a1, v1) = (operand(rng, 128, k, element) for _ in range(2))  # two matrices of 64 rows each
+    b, b_values = operand(rng, 32, k, element)
+    images, descriptors = zip(*(in_shared(np.zeros((8, 32), np.uint8), half) for half in np.split(b, 2)), strict=True)
+    tmem = np.stack([random_words(1), random_words(2)])
+    for words, a in zip(tmem, (a0, a1), strict=True):
+        in_tensor(words, A_IN, a)
+    opcode, idesc, scales = "kind::f16", describe(element, element, 128, 32), ""
+    a_scale, b_scale = np.ones((2, 64)), np.ones(32)
+    if scaled:
+        opcode, scales = "kind::mxf8f6f4.block_scale", f"{SCALES}, "
+        idesc = CODE[element] * 0x480 | 32 >> 3 << 17 | 1 << 23 | 1 << 27
+        for words in tmem:
+            words[:, SCALE_A : SCALE_A + 4] = 0x7F7F7F7F
+            words[:, SCALE_B : SCALE_B + 4] = 0x7F7F7F7F
+        a_scale, b_scale = 2.0 ** rng.integers(-3, 4, (2, 64)), 2.0 ** rng.integers(-3, 4, 32)
+        for row in range(64):
+            for cta in range(2):
+                tmem[cta, row % 32 :: 32, SCALE_A + row // 32] = 127 + int(np.log2(a_scale[cta, row]))
+        for row in range(32):  # sixteen rows of B in each half of the lanes
+            tmem[:, row % 16 + 64 * (row // 16) :: 32, SCALE_B][:, :2] = 127 + int(np.log2(b_scale[row]))
+    out = tensor_program(f"tcgen05.mma.cta_group::2.{opcode} [0], [{A_IN}], %rd4, %r61, {scales}%p3;", tmem,
+                         np.stack(images), descriptors[0], idesc)  # fmt: skip
+    for cta, values in enumerate((v0, v1)):
+        for half in range(2):
+            rows, columns = slice(64 * half, 64 * half + 64), slice(16 * half, 16 * half + 16)
+            wanted = (values[rows] * a_scale[cta][:, None]) @ (b_values[columns] * b_scale[columns, None]).T
+            np.testing.assert_allclose(out[cta, rows, :16].view(np.float32), wanted, rtol=1e-6)
+    np.testing.assert_array_equal(out[..., 16:], tmem[..., 16:])
+
+
 # ---- transposed tf32 ------------------------------------------------------------------------------------------------
 ATOMS_OF_32 = 1 << 61 | 1 << 46  # 128-byte swizzle
 
@@ -358,24 +418,41 @@ PAIRS = [(i, j) for i in range(4) for j in range(i + 1, 4)]
 
 def sparse_rows(rng, stored, kind):
     """(whole rows [m, 2 K'], codes [m, chunks]) from stored values [m, K'] and random places."""
-    m, width = len(stored), {"tf32": 2, "packed": 8}.get(kind, 4)
-    chunks = stored.shape[1] * 2 // width
-    codes, whole = np.zeros((m, chunks), np.uint64), np.zeros((m, 2 * stored.shape[1]))
-    for row in range(m):
-        for c in range(chunks):
-            first, second = PAIRS[5 * rng.integers(2)] if width == 2 else PAIRS[rng.integers(6)]
-            codes[row, c] = first | second << 2
-            mine = stored[row, c * width // 2 : (c + 1) * width // 2]
-            if width == 2:
-                whole[row, 2 * c + first // 2] = mine[0]
-            else:
-                for q, part in zip((first, second), np.split(mine, 2), strict=True):
-                    at = width * c + q * width // 4
-                    whole[row, at : at + len(part)] = part
-    return whole, codes
+    width = {"tf32": 2, "packed": 8}.get(kind, 4)
+    codes = np.zeros((len(stored), stored.shape[1] * 2 // width), np.uint64)
+    for at in np.ndindex(codes.shape):
+        first, second = PAIRS[5 * rng.integers(2)] if width == 2 else PAIRS[rng.integers(6)]
+        codes[at] = first | second << 2
+    return whole_rows(stored, codes, kind), codes
+
+
+def whole_rows(stored, codes, kind):
+    width, whole = {"tf32": 2, "packed": 8}.get(kind, 4), np.zeros((len(stored), 2 * stored.shape[1]))
+    for (row, c), code in np.ndenumerate(codes):
+        mine = stored[row, c * width // 2 : (c + 1) * width // 2]
+        if width == 2:
+            whole[row, 2 * c + int(code & 3) // 2] = mine[0]
+        else:
+            for q, part in zip((int(code & 3), int(code) >> 2), np.split(mine, 2), strict=True):
+                at = width * c + q * width // 4
+                whole[row, at : at + len(part)] = part
+    return whole
 
 
 SPARSE = [("f16", "f16", 16), ("tf32", "tf32", 8), ("f8f6f4", "e4m3", 32), ("i8", "s8", 32)]
+
+
+def metadata_in_tensor(tmem, kind, codes, selector=0, first=0):
+    """Metadata of rows in as many lanes, from ``first`` on."""
+    halves = tmem.view(np.uint16).reshape(128, COLUMNS, 2)
+    for row, mine in enumerate(codes):
+        if kind in ("f16", "tf32"):  # 16 bits for each half of K: lane 16 (row // 16) + 8 (half of K) + row % 8
+            for half in range(2):
+                bits = int(sum(int(c) << 4 * i for i, c in enumerate(mine[4 * half : 4 * half + 4])))
+                halves[first + row // 16 * 16 + 8 * half + row % 8, META + selector, row // 8 % 2] = bits
+        else:  # 64 bits of the row's own lane
+            bits = sum(int(c) << 4 * i for i, c in enumerate(mine))
+            tmem[first + row, META : META + 2] = [bits & 0xFFFFFFFF, bits >> 32]
 
 
 @pytest.mark.parametrize(("kind", "element", "stored"), SPARSE)
@@ -387,22 +464,46 @@ def test_sparse(kind, element, stored, selector):
     image, descriptors = in_shared(a, b)
     whole, codes = sparse_rows(rng, a_values, element)
     tmem = random_words()
-    halves = tmem.view(np.uint16).reshape(128, COLUMNS, 2)
-    if kind in ("f16", "tf32"):  # 16 bits for each half of K: lane 16 (row // 16) + 8 (half of K) + row % 8
-        for row in range(128):
-            for half in range(2):
-                bits = int(sum(int(c) << 4 * i for i, c in enumerate(codes[row, 4 * half : 4 * half + 4])))
-                halves[row // 16 * 16 + 8 * half + row % 8, META + selector, row // 8 % 2] = bits
-    else:  # 64 bits of the row's own lane
-        selector = 0
-        for row in range(128):
-            bits = sum(int(c) << 4 * i for i, c in enumerate(codes[row]))
-            tmem[row, META : META + 2] = [bits & 0xFFFFFFFF, bits >> 32]
+    selector *= kind in ("f16", "tf32")
+    metadata_in_tensor(tmem, kind, codes, selector)
     idesc = describe(element, element, 128, 16, result=2 if kind == "i8" else 1, flags=4 | selector)
     out = tensor_program(f"tcgen05.mma.sp.cta_group::1.kind::{kind} [0], %rd3, %rd4, [{META}], %r61, %p3;", tmem, image,
                          descriptors, idesc)  # fmt: skip
     got = out[:, :16].view(np.int32 if kind == "i8" else np.float32)
     np.testing.assert_allclose(got, whole @ b_values.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "element", "stored"), SPARSE)
+@pytest.mark.parametrize("m", [32, 64, 128])
+@pytest.mark.parametrize("from_tmem", [False, True])
+def test_sparse_weight_stationary(m, kind, element, stored, from_tmem):
+    """The metadata of m rows is in each m lanes; A, too, in tensor memory, where it may be others."""
+    rng = np.random.default_rng(20)
+    a, a_values = operand(rng, 128 if from_tmem else m, stored, element)
+    b, b_values = operand(rng, 64, 2 * stored, element)
+    image, descriptors = in_shared(a, b)
+    _, codes = sparse_rows(rng, a_values[:m], element)
+    tmem = random_words()
+    for first in range(0, 128, m):
+        metadata_in_tensor(tmem, kind, codes, first=first)
+    if from_tmem:
+        in_tensor(tmem, A_IN, a)
+    idesc = describe(element, element, m, 64, result=2 if kind == "i8" else 1, flags=4)
+    instruction = f"tcgen05.mma.ws.sp.cta_group::1.kind::{kind} [0], {f'[{A_IN}]' if from_tmem else '%rd3'}, %rd4, "
+    instruction += f"[{META}], %r61, %p3;"
+    out = tensor_program(instruction, tmem, image, descriptors, idesc, race=True)
+    width = m // 2
+    for first in range(0, 128, m):
+        mine = a_values[first : first + m] if from_tmem else a_values
+        whole = whole_rows(mine, codes, element)
+        got = out[first : first + m, :width].view(np.int32 if kind == "i8" else np.float32)
+        part = b_values[first // m * width :][:width]
+        np.testing.assert_allclose(got, whole @ part.T, rtol=1e-6)
+    np.testing.assert_array_equal(out[:, width:], tmem[:, width:])
+    if m < 128:
+        tmem[96 + 7, META] ^= 0xFFFF  # one of the copies
+        with pytest.raises(PtxError, match=f"metadata of {m} rows: lanes 0 to {m - 1} and {128 - m} to 127 differ"):
+            tensor_program(instruction, tmem, image, descriptors, idesc)
 
 
 def test_sparse_with_block_scaling():
@@ -498,7 +599,9 @@ REFUSED = [
     ("mma.ws.cta_group::1.kind::f16 [0], %rd3, %rd4, %r61, %p2", DENSE, "no mma of 128 x 32"),
     ("mma.ws.cta_group::1.kind::f16 [0], %rd3, %rd4, %r61, %p2, %rd5", describe("f16", "f16", 128, 64),
      "zero-column mask 0x8000000000"),
-    ("mma.ws.cta_group::1.kind::f16 [0], [96], %rd4, %r61, %p2", describe("f16", "f16", 64, 64),
+    ("mma.ws.sp.cta_group::1.kind::f16 [0], %rd3, %rd4, [64], %r61, %p2", describe("f16", "f16", 64, 256, 1, 4),
+     "no mma of 64 x 256"),
+    ("mma.sp.cta_group::1.kind::f16 [0], [96], %rd4, [64], %r61, %p2", describe("f16", "f16", 64, 64, 1, 4),
      "64 rows of A in tensor"),
     ("mma.sp.cta_group::1.kind::f16 [0], %rd3, %rd4, [65], %r61, %p3", DENSE | 4, "metadata of kind::f16 at column 65"),
     ("mma.sp.cta_group::1.kind::f16 [0], %rd3, %rd4, [64], %r61, %p3", describe("f16", "f16", 64, 32, 1, 4),
