@@ -183,8 +183,8 @@ def reduction(gen, args, mods):
     gen.emit(_atomic(gen, args, mods, False))
 
 
-# ptxas takes scope and space in either order
-_HEADS = ("[.{sem}][.{scope}][.{space}].{op}", "[.{sem}].{space}.{scope}.{op}")
+# ptxas takes them in any order; the DSL writes space, scope, sem for atomics with an order, and sem last for no other
+_HEADS = ("[.{sem}][.{scope}][.{space}].{op}", "[.{sem}].{space}.{scope}.{op}", ".{space}[.{scope}].{sem}.{op}")
 for (_op, _types), _head in itertools.product(ATOMIC_TYPES.items(), _HEADS):
     _names = dict(sem="relaxed|acquire|release|acq_rel", space=_ATOMIC_SPACE, op=_op, hint="L2::cache_hint")
     for _root, _function, _writes in (("atom", atomic, True), ("red", reduction, False)):

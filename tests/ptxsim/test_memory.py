@@ -112,7 +112,17 @@ ATOMICS = {
 }
 
 
-@pytest.mark.parametrize("modifiers", ["cta.shared", "shared.cta", "relaxed.cta.shared", "relaxed.shared.cta"])
+@pytest.mark.parametrize(
+    "modifiers",
+    [
+        "cta.shared",
+        "shared.cta",
+        "relaxed.cta.shared",
+        "relaxed.shared.cta",
+        "shared.acq_rel",
+        "shared.cta.release",
+    ],
+)
 def test_scope_and_space_of_an_atomic(modifiers):
     body = """mov.u32 %r50, place; mov.u32 %r1, 1000; st.shared.u32 [%r50], %r1; bar.sync 0; sub.u32 %r2, 500, %t;
     atom.MODIFIERS.min.u32 %r3, [%r50], %r2; bar.sync 0; ld.shared.u32 %r4, [%r50];
