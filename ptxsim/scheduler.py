@@ -153,7 +153,7 @@ class SchedulerMixin:
             return
         held = [g for g in self.groups if g.held]
         if held:
-            group = min(held, key=lambda g: g.blk)
+            group = min(held, key=lambda g: (self.prog.blocks[g.blk].together, g.blk))
             same = [h for h in held if h.blk == group.blk and self.classes[h.w[0]] == self.classes[group.w[0]]]
             self._execute(self._merge(same))
         elif not self._fail_waits():
@@ -224,7 +224,7 @@ class SchedulerMixin:
         if block.handler is not None:
             self.line = block.line
             group.blk = block.fall
-            if group.M is not None and ".aligned" in block.handler.op:
+            if group.M is not None and block.together:
                 self.require_whole_warps(w, group.M)
             getattr(self, block.handler.form.handler)(block.handler, block, group)
             return

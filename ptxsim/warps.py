@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import SyncError
+from .locations import source_of
 
 _u4 = np.uint32
 _LANE_BITS = _u4(1) << np.arange(32, dtype=_u4)
@@ -20,7 +21,7 @@ def full_width(x, n):
 
 
 class WarpMixin:
-    """Communication inside warps. Needs alive and ``SchedulerMixin.lane_text``; owns nothing."""
+    """Communication inside warps. Needs alive, prog and the scheduler; owns nothing."""
 
     def lanes(self, w, M, guard):
         """Lanes that are active and whose guard holds, as a bool array."""
@@ -32,7 +33,15 @@ class WarpMixin:
         missing = (self.alive[w] != M).any(1)
         if missing.any():
             j = int(missing.argmax())
-            raise SyncError("an .aligned instruction is executed by a part of a warp", where=self.lane_text(w[j], M[j]))
+            others = [part for part in (*self.groups, *self.blocked) if w[j] in part.w]
+            lines = sorted({self.prog.blocks[part.blk].line for part in others} - {0})
+            text = self.prog.k.module.text
+            away = ", ".join(f"PTX line {line}: {self.ptx_line(line)}{source_of(text, line)}" for line in lines)
+            raise SyncError(
+                "an .aligned instruction is executed by a part of a warp (bar.sync and bar.arrive are aligned, too)"
+                + (f"\n    other lanes are at {away}" if away else ""),
+                where=self.lane_text(w[j], M[j]),
+            )
 
     def require_members(self, w, M, members):
         """The lanes that execute must be exactly the live lanes of the membermask."""

@@ -13,17 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from .accumulate import limited_sum
-from .errors import SyncError
+from .errors import SyncError, UninitializedRead
 from .numerics import f16_to_f32
 from .operands import wgmma_descriptor
 from .sites import WGMMA
 from .sparsity import expand
+from .undefined import PATTERN
 from .warp_mma import a_fragment, pack_f16, sparse_metadata
 from .warps import full_width
 
 _u4, _f4 = np.uint32, np.float32
 _TAG, _TAG_MASK = _u4(0x7FA00000), _u4(0xFFE00000)
 _TAG_IDS = 1 << 21
+_UNSET = _u4(PATTERN & 0xFFFFFFFF)  # a register that nothing has written
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class WgmmaMixin:
     def wgmma(self, w, spec, a, b, c, scale_d, metadata=None):
         """Registers of D; ``a`` is a descriptor or a tuple of four registers, ``c`` the registers of the
         accumulator, ``metadata`` the register of a sparse A."""
+        unset = np.equal(c[0], _UNSET) & scale_d
+        if unset.any():
+            raise UninitializedRead("wgmma adds to accumulators that nothing has written (ACCUMULATE is set)",
+                                    where=self.warps_text(w))  # fmt: skip
         if self.races is not None:
             self._note_operands(w, spec, a, b)
         if not self.lazy:

@@ -85,6 +85,22 @@ def test_too_many_arrivals():
     assert "mbarrier.arrive.shared.b64" in caught.value.text
 
 
+def test_one_instruction_does_not_complete_two_phases():
+    """A count of 2 where all 32 lanes arrive. Two lanes of 16 warps each are what a count of 32 is for, and two warps of
+    32 lanes may complete a phase each."""
+    body = """@%p10 mbarrier.init.shared::cta.b64 [%r50], COUNT; bar.sync 0; and.b32 %r1, %t, 31;
+    setp.lt.u32 %p1, %r1, LANES; @%p1 mbarrier.arrive.shared::cta.b64 _, [%r50];"""
+    threads_run((body + wait()).replace("COUNT", "32").replace("LANES", "2"), threads=512)
+    threads_run((body + wait(parity="1")).replace("COUNT", "32").replace("LANES", "32"))
+    match = "32 arrivals of one warp's lanes on the mbarrier at .*, where a phase expects 2"
+    with pytest.raises(SyncError, match=match) as found:
+        threads_run(body.replace("COUNT", "2").replace("LANES", "32"))
+    assert "mbarrier.arrive" in found.value.text
+    with pytest.raises(SyncError, match=r"33 arrivals .* expects 32"):
+        threads_run(body.replace("COUNT", "32").replace("LANES", "2").replace(", [%r50];", ", [%r50], %r2;").replace(
+            "bar.sync 0;", "bar.sync 0; mov.u32 %r2, 1; @%p10 mov.u32 %r2, 32;"))  # fmt: skip
+
+
 def test_arrival_counts_at_their_limits():
     """2^20 - 1 arrivals a phase, all at once."""
     body = "@%p10 mbarrier.init.shared.b64 [%r50], {}; bar.sync 0; @%p10 mbarrier.arrive.shared.b64 _, [%r50], {};"
@@ -161,6 +177,21 @@ def test_named_barriers_order_warps():
     for seed in (None, 1, 2, 3, 4):
         out = threads_run(body, seed=seed)
         np.testing.assert_array_equal(out, [6] * 32 + [0] * 32)
+
+
+@pytest.mark.parametrize(
+    "barrier", ["bar.sync 0;", "bar.sync 1, 64;", "bar.arrive 1, 64;", "bar.red.popc.u32 %r5, 0, %p10;"]
+)
+def test_barrier_in_a_divergent_branch(barrier):
+    """bar is barrier.aligned: half a warp comes to one barrier, the other half to the next."""
+    body = """setp.lt.u32 %p1, %t, 16; @%p1 bra LOW; BARRIER mov.u32 %r1, 1; bra END; LOW: BARRIER mov.u32 %r1, 2;
+      END: st.global.u32 [%rd41], %r1;"""
+    match = r"aligned instruction is executed by a part of a warp.*\n    other lanes are at PTX line \d+: LOW: bar"
+    with pytest.raises(SyncError, match=match) as found:
+        threads_run(body.replace("BARRIER", barrier))
+    assert found.value.text.startswith("bar") and found.value.where == "cta(0,0,0).w0 lanes 0xffff0000"
+    whole = threads_run(body.replace("BARRIER", barrier).replace("%t, 16", "%t, 32"))
+    np.testing.assert_array_equal(whole, np.repeat([2, 1], 32))
 
 
 def test_barrier_in_a_register_and_partial_cta():

@@ -20,7 +20,7 @@ DRAIN: bar.sync 0; setp.eq.u32 %p2, %t, 32; @%p2 bra CONSUME; @%p1 bra END;
   mbarrier.arrive.shared.b64 _, [full]; mov.u32 %r1, 0;
 FILL: mbarrier.try_wait.parity.shared.b64 %p3, [empty], %r1; @!%p3 bra FILL;
   mbarrier.arrive.shared.b64 _, [full]; xor.b32 %r1, %r1, 1; setp.ne.u32 %p4, %r1, 0; @%p4 bra FILL; bra END;
-CONSUME: mov.u32 %r1, 0;
+CONSUME: mov.u32 %r1, 0; mov.u32 %r2, 0;
 NEXT: mbarrier.test_wait.parity.shared.b64 %p5, [full], %r1; @%p5 bra GO;
   SPIN: mbarrier.try_wait.parity.shared.b64 %p5, [full], %r1; @!%p5 bra SPIN;
 GO: add.u32 %r2, %r2, 1; xor.b32 %r1, %r1, 1; setp.eq.u32 %p6, %r2, 3; @%p6 bra LAST;
