@@ -1,9 +1,10 @@
 """Vector clocks of the warps of a wave: what has happened before what (PTX ISA 8, memory consistency model).
 
-A warp is one agent: its lanes execute in program order. Asynchronous operations are agents of their own: the cp.async
-of a warp, the wgmmas of a warpgroup, the bulk stores of a warp (what they read, what they write), a warp's tcgen05.mma
-(with cp and shift), its tcgen05.ld and its tcgen05.st, and the bulk loads that signal one mbarrier. An access carries a
-*stamp*: the clock of its agent in the upper bits, its PTX line (as the number of a site) in the lower ones.
+A warp is one agent: its lanes execute in program order; what a single lane writes is of another (``ptxsim.lanes``).
+Asynchronous operations are agents of their own: the cp.async of a warp, the wgmmas of a warpgroup, the bulk stores of a
+warp (what they read, what they write), a warp's tcgen05.mma (with cp and shift), its tcgen05.ld and its tcgen05.st, and
+the bulk loads that signal one mbarrier. An access carries a *stamp*: the clock of its agent in the upper bits, its PTX
+line (as the number of a site) in the lower ones.
 ``known[warp, section, agent]`` is a limit for stamps: below it everything that the agent did is in the warp's past.
 Sections, of which a program has the first ``sections``:
 
@@ -28,7 +29,8 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import SimError
-from .sites import BULK_WRITE, CP_ASYNC, GENERIC, ISSUED, TCGEN05, WGMMA
+from .lanes import Lanes
+from .sites import BULK_WRITE, CP_ASYNC, GENERIC, ISSUED, LANE, TCGEN05, WGMMA
 
 _u4 = np.uint32
 ORDERED, VISIBLE, INITIALISED, GLOBAL_VISIBLE, TENSOR = range(5)
@@ -51,12 +53,13 @@ class Clocks:
         self.first = {kind: n * self.domain_warps for n, kind in enumerate(used)}
         self.sections = 1 + TENSOR if TCGEN05 in used else TENSOR if sites.proxies else 1
         self.fixed = self.columns = len(used) * self.domain_warps
-        self.generic_end = self.first.get(CP_ASYNC, 0) + self.domain_warps
+        self.generic_end = (1 + (LANE in used) + (CP_ASYNC in used)) * self.domain_warps
         self.clock = np.ones(m.nwarps, np.int64)
         self.known = np.ones((m.nwarps, self.sections, self.columns), _u4)  # stamp 0: never
         self.tensor = np.ones((m.nwarps, self.fixed if TCGEN05 in used else 0), _u4)
         self.known[:, VISIBLE:TENSOR, self.generic_end :] = _FOREVER
-        self.groups = {kind: _Groups(m.nwarps) for kind in used if kind not in (GENERIC, BULK_WRITE, ISSUED)}
+        self.groups = {kind: _Groups(m.nwarps) for kind in used if kind not in (GENERIC, LANE, BULK_WRITE, ISSUED)}
+        self.lanes = Lanes(self, m.nwarps, LANE in used)
         self._renew(np.arange(m.nwarps))
 
     # ---- stamps -----------------------------------------------------------------------------------
@@ -112,7 +115,10 @@ class Clocks:
 
     # ---- program order ----------------------------------------------------------------------------
     def _renew(self, w):
-        self.known[w, ORDERED, self.first[GENERIC] + self.place[w]] = self.limit(self.clock[w])
+        limit, place = self.limit(self.clock[w]), self.place[w]
+        self.known[w, ORDERED, place] = limit
+        if LANE in self.first:
+            self.known[w, ORDERED, self.domain_warps + place] = limit
 
     def tick(self, w):
         """Start a new clock: what follows is not part of what was published."""
@@ -120,9 +126,12 @@ class Clocks:
         self._check_clock(self.clock[w])
         self._renew(w)
 
-    def publish(self, w):
-        """Limits of the warps for whoever acquires them [n, sections, agents]; a new clock begins."""
+    def publish(self, w, lanes=None):
+        """Limits of the warps for whoever acquires them [n, sections, agents]; a new clock begins. ``lanes``: words of
+        those that release, None: all."""
         rows = self.known[w]
+        if lanes is not None:
+            self.lanes.withhold(rows, w, lanes)
         self.tick(w)
         return rows
 
@@ -137,9 +146,9 @@ class Clocks:
         self.groups[kind].commit(w)
         self._check_clock(self.groups[kind].clock[w])
 
-    def issued(self, kind, w):
+    def issued(self, kind, w, lanes=None):
         """Limits of the warps, to be published when what they issued so far is done [n, sections, agents]."""
-        rows = self.publish(w)
+        rows = self.publish(w, lanes)
         if kind in self.groups:
             rows[np.arange(len(w)), ORDERED, self.agent(kind, w)] = self.limit(self.groups[kind].clock[w])
             self.groups[kind].clock[w] += 1
@@ -180,7 +189,7 @@ class Clocks:
     def tensor_committed(self, w):
         """Limits to be published when the tcgen05 operations of the warps are done; the fence before is part of it."""
         self.tensor_before(w)
-        rows = self.issued(TCGEN05, w)
+        rows = self.issued(TCGEN05, w, self.lanes.one(w))
         agent = self.agent(TCGEN05, w)
         rows[np.arange(len(w)), TENSOR, agent] = rows[np.arange(len(w)), ORDERED, agent]
         return rows

@@ -17,10 +17,11 @@ import numpy as np
 from . import wgmma_registers
 from .clocks import INITIALISED, ORDERED, TENSOR, VISIBLE, Clocks
 from .errors import BarrierInitError, ProxyError, RaceError
+from .lanes import packed
 from .locations import source_of
 from .memory import GLOBAL, GLOBAL_BASE
 from .release_acquire import ReleaseAcquire
-from .shadow import GlobalShadow, SharedShadow, Suspects
+from .shadow import DOMAIN_BITS, GlobalShadow, SharedShadow, Suspects
 from .sites import BULK_READ, BULK_WRITE, CLUSTER, CP_ASYNC, CTA, GENERIC, GPU, KIND_NAMES, TCGEN05, WGMMA, Sites
 from .tensor_races import TensorRaces
 from .warps import full_width
@@ -100,8 +101,26 @@ class Detector:
         who = self.launch.names[home].of(home, agent, stamp)
         text = m.prog.k.module.text
         before = f"{who} at PTX line {line}: {m.ptx_line(line)}{source_of(text, line)}"
+        before += self._lanes_alone(warp, agent, home, text)
         raise error(message.format(before=before, **places) + source_of(text, m.line), where=m.warp_text(warp),
                     other=(line, m.ptx_line(line), who))  # fmt: skip
+
+    def _lanes_alone(self, warp, agent, home, text):
+        """A word on an earlier access that lanes of the same warp made, or whose warp released by some lanes alone."""
+        clocks, m = self.clocks, self.machine
+        wave, domain = divmod(home, 1 << DOMAIN_BITS)
+        if wave != self.wave or not clocks.is_generic(agent):
+            return ""
+        cta, earlier = divmod(agent % clocks.domain_warps, m.wpc)
+        cta += domain * clocks.domain_ctas
+        if (cta, earlier) == (m.cta_of[warp], m.warp_in_cta[warp]):
+            return "\n    (lanes of the same warp: bar.warp.sync orders them)"
+        site = clocks.lanes.withheld.get((cta, earlier))
+        if site is None:
+            return ""
+        line = self.sites.lines[site]
+        place = f"PTX line {line}{source_of(text, line)}"
+        return f"\n    (at {place} some lanes of that warp release alone: bar.warp.sync before it is missing)"
 
     def _not_ordered(self, suspects, now, shared, stored=None):
         """``stored``: what a plain store writes, see ``_same_bytes``; two writes of the same value do not count.
@@ -146,8 +165,9 @@ class Detector:
         """Writes, and atomics, of ``size`` bytes at flat indices [n, lanes]; ``values`` as in ``write_global``."""
         rows, warps, first = self._lanes(w, index, M)
         if first.size:
+            agents = self.clocks.lanes.write(w, M)[rows]
             stored = values and (self.machine.S, first, size, values, M)
-            self._write(warps, first, size, self.clocks.agent(GENERIC, w)[rows], self.clocks.stamps(w)[rows], stored)
+            self._write(warps, first, size, agents, self.clocks.stamps(w)[rows], stored)
 
     def _write(self, warps, first, size, agents, stamps, stored=None):
         """Check and note the writes of one instruction."""
@@ -189,9 +209,11 @@ class Detector:
         rows, warps, first = self._lanes(w, index, M)
         if not first.size:
             return
+        if agents is None:
+            agents = self.clocks.lanes.write(w, M) if writes else self.clocks.agent(GENERIC, w)
         if not writes and M is None and (first[:, 1:] == first[:, :1]).all():
             first = first[:, :1]  # all lanes read the same
-        agents = (self.clocks.agent(GENERIC, w) if agents is None else agents)[rows]
+        agents = agents[rows]
         stamps = (self.clocks.stamps(w) if stamps is None else stamps)[rows]
         now = "write" if writes else "read"
         for suspects in (self.memory.write if writes else self.memory.read)(warps, first, size, agents, stamps):
@@ -294,7 +316,8 @@ class Detector:
         w = np.array([warp])
         stamps = self.clocks.async_stamps(BULK_READ, w)
         first = chunks.reshape(1, -1)
-        self._check_visible(w[:, None], first, 16)
+        with self.clocks.lanes.alone(w):
+            self._check_visible(w[:, None], first, 16)
         self.shared.note_read(first, 16, self.shared.slots(BULK_READ, w)[:, None], stamps[:, None])
         if reduces:
             self._check_global_visible(warp, index, size)
@@ -356,6 +379,7 @@ class Detector:
             limits = self.clocks.widened(limits)
         self.named[cta, barrier] = np.maximum(limits, row), waiting
         if waits:
+            self.clocks.lanes.meet(np.array([warp]))
             waiting.append(warp)
 
     def bar_complete(self, cta, barrier):
@@ -369,6 +393,7 @@ class Detector:
         rows = self.clocks.publish(w)
         if not waits:
             return
+        self.clocks.lanes.meet(w)
         order = np.argsort(cta, kind="stable")
         first = np.flatnonzero(np.diff(cta[order], prepend=-1))
         limits = np.maximum.reduceat(rows[order], first)
@@ -395,9 +420,14 @@ class Detector:
 
     def cluster_wait(self, w, cluster):
         """barrier.cluster.wait lets the warps go on."""
+        self.clocks.lanes.meet(w)
         for c in np.unique(cluster).tolist():
             if self.cluster_done.get(c) is not None:
                 self.clocks.acquire(w[cluster == c], self.cluster_done[c])
+
+    def warp_barrier(self, w):
+        """bar.warp.sync."""
+        self.clocks.lanes.meet(w)
 
     # ---- fences and atomics -----------------------------------------------------------------------
     def fence(self, w, M, *sections):
@@ -450,7 +480,7 @@ class _Names:
         number, place = divmod(agent, self.domain_warps)
         cta, warp = divmod(place, self.wpc)
         kind = next(k for k, first in self.first.items() if first == number * self.domain_warps)
-        cta += (home & (1 << 20) - 1) * self.domain_ctas
+        cta += home % (1 << DOMAIN_BITS) * self.domain_ctas
         return f"{KIND_NAMES[kind]}cta{self.ctas[cta]}.w{warp}"
 
 
@@ -536,7 +566,7 @@ class _Barriers:
     def arrive(self, w, index, mask, limits=None):
         """Arrivals (release) of the active lanes, which publish what the warps know, or these limits of theirs."""
         if limits is None:
-            limits = self.clocks.publish(w)
+            limits = self.clocks.publish(w, packed(mask))
         for number, rows in self._by_barrier(index, mask):
             self._known_init(number, w[rows], False)
             self._publish(number, limits[rows].max(0))
@@ -547,7 +577,9 @@ class _Barriers:
         if number:
             w = np.array([warp])
             self._known_init(number, w, True)
-            self._publish(number, self.clocks.publish(w)[0] if limits is None else limits)
+            if limits is None:
+                limits = self.clocks.publish(w, self.clocks.lanes.one(w))[0]
+            self._publish(number, limits)
         return self.agent_and_stamp(at)
 
     def flip(self, at):

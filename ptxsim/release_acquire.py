@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .lanes import packed
 from .sites import CLUSTER, CTA, GPU
 from .warps import full_width
 
@@ -52,6 +53,7 @@ class ReleaseAcquire:
         index = full_width(address, len(w))
         if space == "shared":
             index = self.machine.shared_index(w, address, 1, M)
+        releasing = dict(zip(w.tolist(), np.broadcast_to(packed(M), len(w)), strict=True)) if releases else None
         rows, lanes = np.nonzero(np.ones(index.shape, bool) if M is None else M)
         threads = np.stack([index[rows, lanes].astype(np.int64), w[rows]], -1)
         changes = np.r_[True, (np.diff(threads, axis=0) != 0).any(1)]
@@ -64,7 +66,8 @@ class ReleaseAcquire:
                 if reads:
                     self._read(part, place, acquires, scope)
                 if writes:
-                    self._write(part, place, releases, scope)
+                    lanes = np.array([releasing[warp] for warp in part.tolist()]) if releases else None
+                    self._write(part, place, lanes, scope)
 
     def _read(self, w, place, acquires, scope):
         for (reach, other), row in self.published.get(place, {}).items():
@@ -76,10 +79,11 @@ class ReleaseAcquire:
                 for warp, far in zip(w[seen].tolist(), distance[seen].tolist(), strict=True):
                     self._merge(self.pending.setdefault(warp, {}), far, row)
 
-    def _write(self, w, place, releases, scope):
+    def _write(self, w, place, lanes, scope):
+        """``lanes``: of the warps, those that release; None if the access is relaxed."""
         cta = self.machine.cta_of[w]
-        if releases:
-            rows = self.clocks.publish(w)
+        if lanes is not None:
+            rows = self.clocks.publish(w, lanes)
             for one in np.unique(cta).tolist():
                 self._merge(self.published.setdefault(place, {}), (scope, one), rows[cta == one].max(0))
         for warp, one in zip(w.tolist(), cta.tolist(), strict=True) if self.fenced else ():

@@ -24,7 +24,7 @@ from .memory import GLOBAL_BASE
 _PAGE = 1 << 20  # bytes of a segment where any mapped memory is legal
 _ALIGNMENT = 128  # of segments; a multiple of the largest access
 _AGENT_BITS = 20  # of an agent in its domain; above them the domain, above that the wave
-_DOMAIN_BITS = 20
+DOMAIN_BITS = 20
 _SMALL = 1 << 16  # bytes that cost less to clear than to map
 _WIDE_READS = 4  # of a granule that are remembered where CTAs synchronise through global memory
 
@@ -186,7 +186,7 @@ class GlobalShadow:
         """A new wave."""
         self.wave += 1
         self.clocks = clocks
-        self.home = (self.wave << _DOMAIN_BITS | clocks.domain_of).astype(np.int64)  # of each warp
+        self.home = (self.wave << DOMAIN_BITS | clocks.domain_of).astype(np.int64)  # of each warp
         self.ranges = None
 
     def _ranges(self):

@@ -9,10 +9,12 @@ import numpy as np
 from .parser import TYPE_BYTES
 
 # kinds of agents, see ``ptxsim.clocks``; generic proxy first
-GENERIC, CP_ASYNC, WGMMA, BULK_READ, BULK_WRITE, TCGEN05, ISSUED, TENSOR_LD, TENSOR_ST = range(9)
-KIND_NAMES = ("", "cp.async of ", "wgmma of the warpgroup of ", "bulk store of ", "bulk store of ", "tcgen05 of ", "",
-              "tcgen05.ld of ", "tcgen05.st of ")  # fmt: skip
+GENERIC, LANE, CP_ASYNC, WGMMA, BULK_READ, BULK_WRITE, TCGEN05, ISSUED, TENSOR_LD, TENSOR_ST = range(10)
+KIND_NAMES = ("", "", "cp.async of ", "wgmma of the warpgroup of ", "bulk store of ", "bulk store of ", "tcgen05 of ",
+              "", "tcgen05.ld of ", "tcgen05.st of ")  # fmt: skip
+_PROXIES = r"mbarrier|cp\.(reduce\.)?async\.bulk|wgmma|fence\.proxy"
 _USED = {
+    LANE: rf"{_PROXIES}|(st|atom|red)\..*(release|acq_rel)",  # see ``ptxsim.lanes``
     CP_ASYNC: r"cp\.async\.(ca|cg)",
     WGMMA: r"wgmma\.mma",
     BULK_READ: r"cp\.(reduce\.)?async\.bulk\.(tensor\.\dd\.)?global",
@@ -25,7 +27,6 @@ _USED = {
 CTA, CLUSTER, GPU = range(3)  # scopes; the same numbers say how far apart two threads are
 _SCOPES = {"cta": CTA, "cluster": CLUSTER, "gpu": GPU, "sys": GPU, "gl": GPU}
 _STRONG = re.compile(r"(atom|red|multimem)\b|cp\.reduce\.async|(ld|st)\.(relaxed|acquire|release|volatile|mmio)")
-_PROXIES = re.compile(r"mbarrier|cp\.(reduce\.)?async\.bulk|wgmma|fence\.proxy")
 _MEMORY_FENCE = re.compile(r"membar\.(?!proxy)|fence\.(?!proxy|mbarrier_init)")
 _GLOBAL_SYNC = re.compile(
     r"(ld|st|atom|red)\.(?=.*(acquire|release|acq_rel))(?!.*\.(cta|cluster)\b)"
@@ -53,7 +54,7 @@ class Sites:
         opcodes = sorted({i.op for i in program.body})
         listed = "\n".join(opcodes)
         self.kinds = [GENERIC] + [kind for kind, pattern in _USED.items() if re.search(pattern, listed)]
-        self.proxies = bool(_PROXIES.search(listed))
+        self.proxies = bool(re.search(_PROXIES, listed))
         self.memory_fences = any(_MEMORY_FENCE.match(x) for x in opcodes)
         self.global_sync = any(_GLOBAL_SYNC.match(x) for x in opcodes)  # synchronises through global memory
         self.tensor_fences = sum(x.startswith("tcgen05.fence") for x in opcodes) == 2  # see ``ptxsim.tensor_races``

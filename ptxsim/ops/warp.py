@@ -77,3 +77,4 @@ def reduce(gen, args, mods):
 def warp_barrier(gen, args, mods):
     """Lanes of a warp run in step, so that arriving together is all there is to do."""
     _members(gen, args[0])
+    gen.emit("if X.races is not None: X.races.warp_barrier(w)")
