@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import library
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from ptxsim.runtime import Simulation, current, device_view
 
 _CUDA = torch.device("cuda", 0)
+_ALIGNMENT = 512  # of a new tensor, in bytes
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 # What a tensor in host memory answers. Attributes of C types are new objects at each access: compared by value.
 _ANSWERS = {
     torch.Tensor.device.__get__: _CUDA,
@@ -43,7 +46,27 @@ class _HostMemory(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.data_ptr and current() is not None:
             _without_posing(device_view)(args[0])  # the script may hand on the bare address
-        return func(*map(_on_host, args), **{name: _on_host(value) for name, value in (kwargs or {}).items()})
+        kwargs = kwargs or {}
+        result = func(*map(_on_host, args), **{name: _on_host(value) for name, value in kwargs.items()})
+        if type(result) in _PLAIN and getattr(func, "__name__", "") != "__get__":
+            _align(result, [*_flat(args), *_flat(tuple(kwargs.values()))])
+        return result
+
+
+def _align(tensor: torch.Tensor, args: list[Any]) -> None:
+    """Move a new tensor to where CUDA might have put it: its allocations begin at multiples of 512 bytes, the host's at
+    multiples of 64, and scripts tell the DSL (``assumed_align``). Views of arguments and of foreign memory stay."""
+    storage = tensor.untyped_storage()
+    start, size = storage.data_ptr(), storage.nbytes()
+    if start % _ALIGNMENT == 0 or not storage.resizable():
+        return
+    if any(type(value) in _PLAIN and value.untyped_storage().data_ptr() == start for value in args):
+        return
+    roomy = np.empty(size + _ALIGNMENT, np.uint8)
+    aligned = torch.from_numpy(roomy[-roomy.ctypes.data % _ALIGNMENT :][:size]).untyped_storage()
+    aligned.copy_(storage)
+    place = tensor.storage_offset(), tensor.shape, tensor.stride()
+    tensor.data = torch.empty(0, dtype=tensor.dtype).set_(aligned, *place)
 
 
 def _on_host(value: Any) -> Any:
