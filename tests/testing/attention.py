@@ -32,8 +32,8 @@ def problems(head_dim: int, mask: str, what: str) -> list[InputSpec]:
         lengths = {"lengths_q": (260, 300, 600), "lengths_k": (800, 250, 30)}
         return [InputSpec(3, 600, 800, 1, 1, head_dim, window=(500, 20), **lengths, **packed)]
     if mask == "paged":
-        lengths = {"lengths_k": (450, 250, 40), "page_size": 64}
-        return [InputSpec(3, 300, 450, 2, 1, head_dim, causal=True, **lengths)]
+        lengths = {"lengths_k": (500, 250, 40), "page_size": 64}
+        return [InputSpec(3, 300, 500, 1, 1, head_dim, causal=True, **lengths)]
     sizes = [(200, 450, 2), (400, 250, 1), (260, 40, 1)]
     if torch.cuda.get_device_capability() == (10, 0):
         # FlashAttention-4's ring has ten stages, another kernel is compiled for up to 256 queries, and at head_dim 128
