@@ -35,6 +35,10 @@ class LaunchHistory:
         self.memory = GlobalShadow(self.sites.global_granule)
         self.names = {}  # home -> function from an agent to its name
 
+    def detector(self, machine):
+        """The detector of one wave."""
+        return Detector(machine, self)
+
 
 class Detector:
     """Hooks of ``Machine`` for one wave. ``w`` are warps, ``M`` masks of lanes or None, as everywhere."""
@@ -441,6 +445,9 @@ class Detector:
     def fence_memory(self, w, M, scope):
         """fence.acq_rel, fence.sc or membar of a scope of ``ptxsim.sites``."""
         self.atomics.fence(w if M is None else w[M.any(1)], scope)
+
+    def grid_wait(self, w, M):
+        """griddepcontrol.wait: only where there may be something to wait for, see ``ptxsim.dependents``."""
 
     def fence_tensormap(self, w, address, M):
         """fence.proxy.tensormap::generic.acquire of the tensor map at a global address."""

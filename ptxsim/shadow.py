@@ -23,7 +23,7 @@ from .memory import GLOBAL_BASE
 
 _PAGE = 1 << 20  # bytes of a segment where any mapped memory is legal
 _ALIGNMENT = 128  # of segments; a multiple of the largest access
-_AGENT_BITS = 20  # of an agent in its domain; above them the domain, above that the wave
+AGENT_BITS = 20  # of an agent in its domain; above them the domain, above that the wave
 DOMAIN_BITS = 20
 _SMALL = 1 << 16  # bytes that cost less to clear than to map
 _WIDE_READS = 4  # of a granule that are remembered where CTAs synchronise through global memory
@@ -225,7 +225,7 @@ class GlobalShadow:
     def ordered(self, warps, where, rows, unit):
         """(bool array, agents, stamps) of the accesses that a pair of tables holds."""
         agents, stamps = (x.reshape(-1, unit)[rows] for x in where)
-        home, local = agents >> _AGENT_BITS, agents & (1 << _AGENT_BITS) - 1
+        home, local = agents >> AGENT_BITS, agents & (1 << AGENT_BITS) - 1
         same = home == self.home[warps][..., None]
         clocks = self.clocks
         limits = clocks.known.reshape(-1)[
@@ -252,7 +252,7 @@ class GlobalShadow:
             if "write" not in segment:
                 continue
             agents, stamps = (x.reshape(-1, unit)[rows] for x in segment["write"])
-            home, local = agents >> _AGENT_BITS, agents & (1 << _AGENT_BITS) - 1
+            home, local = agents >> AGENT_BITS, agents & (1 << AGENT_BITS) - 1
             place = np.where((stamps != 0) & (home == self.home[w][..., None]), local, -1)
             known = clocks.known[w[..., None], :, place]
             hidden = (place >= 0) & (known[..., ORDERED] > stamps) & (known[..., GLOBAL_VISIBLE] <= stamps)
@@ -267,7 +267,7 @@ class GlobalShadow:
                 suspects = self.suspects(w, at, self.ordered(w, segment["write"], rows, unit))
                 if suspects is not None:
                     yield suspects
-            agent = (agent | self.home[w] << _AGENT_BITS)[..., None]
+            agent = (agent | self.home[w] << AGENT_BITS)[..., None]
             whole = 0
             if 0 in segment:  # the two common cases, then the general one
                 ordered, home, *_ = self.ordered(w, segment[0], rows, unit)
@@ -317,10 +317,10 @@ class GlobalShadow:
                 suspects = self.suspects(w, at, found, "write" if name == "write" else "read")
                 if suspects is not None:
                     yield suspects
-            agent = (agent | self.home[w] << _AGENT_BITS)[..., None]
+            agent = (agent | self.home[w] << AGENT_BITS)[..., None]
             agents, stamps = (table.reshape(-1, unit) for table in segment["write"])
             agents[rows], stamps[rows] = agent, stamp[..., None]
             found = agents[rows]
             if (found != agent).any():  # several agents write in one instruction
-                home, local = found >> _AGENT_BITS, found & (1 << _AGENT_BITS) - 1
+                home, local = found >> AGENT_BITS, found & (1 << AGENT_BITS) - 1
                 yield self.suspects(w, at, (found == agent, home, local, stamps[rows]), together=True)

@@ -64,8 +64,14 @@ def tensormap_fence(gen, args, mods):
         _tell(gen, f"fence_tensormap(w, {gen.address(args[0])}, {gen.mask()})")
 
 
-@form("griddepcontrol.{action}", writes=False, action="launch_dependents|wait")
+@form("griddepcontrol.wait", writes=False)
+def grid_wait(gen, args, mods):
+    """Launches run one after the other; the race detector takes those for concurrent that may be."""
+    _tell(gen, f"grid_wait(w, {gen.mask()})")
+
+
+@form("griddepcontrol.launch_dependents", writes=False)
 @form("nanosleep.u32", writes=False)
 @form("pmevent[.mask]", writes=False)
 def no_operation(gen, args, mods):
-    """Launches run one after the other."""
+    """Has no effect on what a kernel computes."""
