@@ -1,10 +1,10 @@
 """Vector clocks of the warps of a wave: what has happened before what (PTX ISA 8, memory consistency model).
 
-A warp is one agent: its lanes execute in program order; what a single lane writes is of another (``ptxsim.lanes``).
-Asynchronous operations are agents of their own: the cp.async of a warp, the wgmmas of a warpgroup, the bulk stores of a
-warp (what they read, what they write), a warp's tcgen05.mma (with cp and shift), its tcgen05.ld and its tcgen05.st, and
-the bulk loads that signal one mbarrier. An access carries a *stamp*: the clock of its agent in the upper bits, its PTX
-line (as the number of a site) in the lower ones.
+A warp is one agent: its lanes execute in program order; where lanes release for all, what it reads, and what a single
+lane writes, are of others (``ptxsim.lanes``). Asynchronous operations are agents of their own: the cp.async of a warp,
+the wgmmas of a warpgroup, the bulk stores of a warp (what they read, what they write), a warp's tcgen05.mma (with cp
+and shift), its tcgen05.ld and its tcgen05.st, and the bulk loads that signal one mbarrier. An access carries a *stamp*:
+the clock of its agent in the upper bits, its PTX line (as the number of a site) in the lower ones.
 ``known[warp, section, agent]`` is a limit for stamps: below it everything that the agent did is in the warp's past.
 Sections, of which a program has the first ``sections``:
 
@@ -30,7 +30,7 @@ import numpy as np
 
 from .errors import SimError
 from .lanes import Lanes
-from .sites import BULK_WRITE, CP_ASYNC, GENERIC, ISSUED, LANE, TCGEN05, WGMMA
+from .sites import BULK_WRITE, CP_ASYNC, GENERIC, ISSUED, LANE, READ, TCGEN05, WGMMA
 
 _u4 = np.uint32
 ORDERED, VISIBLE, INITIALISED, GLOBAL_VISIBLE, TENSOR = range(5)
@@ -53,12 +53,15 @@ class Clocks:
         self.first = {kind: n * self.domain_warps for n, kind in enumerate(used)}
         self.sections = 1 + TENSOR if TCGEN05 in used else TENSOR if sites.proxies else 1
         self.fixed = self.columns = len(used) * self.domain_warps
-        self.generic_end = (1 + (LANE in used) + (CP_ASYNC in used)) * self.domain_warps
+        self.generic_end = len({GENERIC, LANE, READ, CP_ASYNC}.intersection(used)) * self.domain_warps
+        self.reader = READ if READ in used else GENERIC  # kind of the agent that a warp's reads are of
         self.clock = np.ones(m.nwarps, np.int64)
         self.known = np.ones((m.nwarps, self.sections, self.columns), _u4)  # stamp 0: never
         self.tensor = np.ones((m.nwarps, self.fixed if TCGEN05 in used else 0), _u4)
         self.known[:, VISIBLE:TENSOR, self.generic_end :] = _FOREVER
-        self.groups = {kind: _Groups(m.nwarps) for kind in used if kind not in (GENERIC, LANE, BULK_WRITE, ISSUED)}
+        self.groups = {
+            kind: _Groups(m.nwarps) for kind in used if kind not in (GENERIC, LANE, READ, BULK_WRITE, ISSUED)
+        }
         self.lanes = Lanes(self, m.nwarps, LANE in used)
         self._renew(np.arange(m.nwarps))
 
@@ -118,7 +121,7 @@ class Clocks:
         limit, place = self.limit(self.clock[w]), self.place[w]
         self.known[w, ORDERED, place] = limit
         if LANE in self.first:
-            self.known[w, ORDERED, self.domain_warps + place] = limit
+            self.known[w, ORDERED, self.first[LANE] + place] = self.known[w, ORDERED, self.first[READ] + place] = limit
 
     def tick(self, w):
         """Start a new clock: what follows is not part of what was published."""

@@ -5,8 +5,9 @@ lane, what a copy that one lane issued signals) publishes what they wrote, and w
 last met; and a bulk store that one lane issued reads no more than that. Lanes meet at bar.warp.sync, which orders
 memory among them (elect.sync, shfl.sync and the like do not promise it), and at barriers of the CTA and the cluster.
 
-Reads are left out: CUTLASS's and FlashAttention-4's consumers release a stage by one lane as soon as the values are in
-registers. So is tensor memory: after tcgen05.wait::st, FlashAttention-4's backward lets one lane arrive for all.
+Reads are left out, and are of an agent of their own: CUTLASS's and FlashAttention-4's consumers release a stage by one
+lane as soon as the values are in registers. So is tensor memory: after tcgen05.wait::st, FlashAttention-4's backward
+lets one lane arrive for all.
 """
 
 from __future__ import annotations

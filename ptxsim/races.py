@@ -49,7 +49,7 @@ class Detector:
         self.clocks = clocks = Clocks(machine, launch.sites)
         self.memory = launch.memory
         self.memory.begin(clocks)
-        readers = [(GENERIC, n) for n in range(machine.wpc)]
+        readers = [(clocks.reader, n) for n in range(machine.wpc)]
         for kind in (WGMMA, BULK_READ, TCGEN05):
             if kind in clocks.first:
                 readers += [(kind, n) for n in range(0, machine.wpc, 4 if kind == WGMMA else 1)]
@@ -158,12 +158,12 @@ class Detector:
             remote = first // self.machine.smem_stride != self.machine.cta_of[warps]
             if remote.any():
                 warps, rows = (np.broadcast_to(x, first.shape) for x in (warps, rows))
-                agents = self.clocks.agent(GENERIC, warps[remote])
+                agents = self.clocks.agent(self.clocks.reader, warps[remote])
                 self.shared.note_remote_read(first[remote], size, agents, stamps[rows[remote]])
                 warps, rows, first = (x[~remote] for x in (warps, rows, first))
                 if not first.size:
                     return
-        self.shared.note_read(first, size, self.shared.slots(GENERIC, w)[rows], stamps[rows])
+        self.shared.note_read(first, size, self.shared.slots(self.clocks.reader, w)[rows], stamps[rows])
 
     def write_shared(self, w, index, size, M, values=None):
         """Writes, and atomics, of ``size`` bytes at flat indices [n, lanes]; ``values`` as in ``write_global``."""
@@ -214,7 +214,7 @@ class Detector:
         if not first.size:
             return
         if agents is None:
-            agents = self.clocks.lanes.write(w, M) if writes else self.clocks.agent(GENERIC, w)
+            agents = self.clocks.lanes.write(w, M) if writes else self.clocks.agent(self.clocks.reader, w)
         if not writes and M is None and (first[:, 1:] == first[:, :1]).all():
             first = first[:, :1]  # all lanes read the same
         agents = agents[rows]
@@ -355,9 +355,38 @@ class Detector:
                                 "by {before}\n    the use:", False, ProxyError)  # fmt: skip
 
     def exit(self, w):
-        """Warps end: shared memory is given up, which must not happen while their bulk stores read it."""
-        if BULK_READ not in self.clocks.first:
-            return
+        """Warps end, and CTAs with their last ones: shared memory is given up."""
+        if BULK_READ in self.clocks.first:
+            self._stores_are_over(w)
+        m = self.machine
+        if m.cluster_size > 1 or self.issuers:
+            for cta in np.unique(m.cta_of[w]).tolist():
+                if not m.alive[m.cta_of == cta].any():
+                    self._others_are_over(cta, int(w[m.cta_of[w] == cta][-1]))
+
+    def _others_are_over(self, cta, warp):
+        """A CTA ends: what bulk loads and other CTAs of the cluster did in its shared memory must be in the past of one
+        of its warps. ``warp`` is the last one."""
+        m, clocks, shared = self.machine, self.clocks, self.shared
+        limits = clocks.known[m.cta_of == cta, ORDERED].max(0)
+        start = cta * m.smem_stride
+        granules = slice(start // shared.granule, (start + m.smem_stride) // shared.granule)
+        tables = [("write", (shared.writer, shared.written))]
+        if shared.remote is not None:
+            tables.append(("read", shared.remote))
+        for earlier, (agents, stamps) in tables:
+            agents, stamps = agents[granules], stamps[granules]
+            mine = agents % clocks.domain_warps // m.wpc == cta % clocks.domain_ctas
+            bad = (stamps != 0) & (limits[agents] <= stamps) & ((agents >= clocks.fixed) | ~mine)
+            if bad.any():
+                first = (start + shared.granule * np.arange(len(bad)))[:, None]
+                suspects = Suspects(bad[:, None], np.array(warp), first, agents[:, None], stamps[:, None], None,
+                                    shared.granule)  # fmt: skip
+                self._raise(suspects, f"race: the CTA ends and gives up {{bytes}}, not ordered after the {earlier} by "
+                                      "{before}\n    the last instruction:", True)  # fmt: skip
+
+    def _stores_are_over(self, w):
+        """Shared memory must not be given up while bulk stores of the warps read it."""
         m = self.machine
         for warp in w.tolist():
             slot = self.shared.slot[BULK_READ, m.warp_in_cta[warp]]

@@ -9,12 +9,14 @@ import numpy as np
 from .parser import TYPE_BYTES
 
 # kinds of agents, see ``ptxsim.clocks``; generic proxy first
-GENERIC, LANE, CP_ASYNC, WGMMA, BULK_READ, BULK_WRITE, TCGEN05, ISSUED, TENSOR_LD, TENSOR_ST = range(10)
-KIND_NAMES = ("", "", "cp.async of ", "wgmma of the warpgroup of ", "bulk store of ", "bulk store of ", "tcgen05 of ",
-              "", "tcgen05.ld of ", "tcgen05.st of ")  # fmt: skip
+GENERIC, LANE, READ, CP_ASYNC, WGMMA, BULK_READ, BULK_WRITE, TCGEN05, ISSUED, TENSOR_LD, TENSOR_ST = range(11)
+KIND_NAMES = ("", "", "", "cp.async of ", "wgmma of the warpgroup of ", "bulk store of ", "bulk store of ",
+              "tcgen05 of ", "", "tcgen05.ld of ", "tcgen05.st of ")  # fmt: skip
 _PROXIES = r"mbarrier|cp\.(reduce\.)?async\.bulk|wgmma|fence\.proxy"
+_LANES_RELEASE = rf"{_PROXIES}|(st|atom|red)\..*(release|acq_rel)"  # by some lanes of a warp, see ``ptxsim.lanes``
 _USED = {
-    LANE: rf"{_PROXIES}|(st|atom|red)\..*(release|acq_rel)",  # see ``ptxsim.lanes``
+    LANE: _LANES_RELEASE,
+    READ: _LANES_RELEASE,
     CP_ASYNC: r"cp\.async\.(ca|cg)",
     WGMMA: r"wgmma\.mma",
     BULK_READ: r"cp\.(reduce\.)?async\.bulk\.(tensor\.\dd\.)?global",

@@ -86,8 +86,8 @@ def test_too_many_arrivals():
 
 
 def test_one_instruction_does_not_complete_two_phases():
-    """A count of 2 where all 32 lanes arrive. Two lanes of 16 warps each are what a count of 32 is for, and two warps of
-    32 lanes may complete a phase each."""
+    """A count of 2 where all 32 lanes arrive. Two lanes of 16 warps each are what a count of 32 is for; two warps may
+    complete a phase each."""
     body = """@%p10 mbarrier.init.shared::cta.b64 [%r50], COUNT; bar.sync 0; and.b32 %r1, %t, 31;
     setp.lt.u32 %p1, %r1, LANES; @%p1 mbarrier.arrive.shared::cta.b64 _, [%r50];"""
     threads_run((body + wait()).replace("COUNT", "32").replace("LANES", "2"), threads=512)

@@ -191,7 +191,7 @@ def test_bulk_load():
     assert error.other[2] == "the bulk load of cta(0,0,0).w0"
     # overwriting what somebody may still read
     again = f"{LOAD_AND_READ} bar.sync 1; @%p10 {TRANSFER}"
-    run(again)
+    run(again + WAIT.replace("W", "V").replace("], 0", "], 1"))
     assert "ld.shared" in reported(without(again, "bar.sync 1;")).other[1]
 
 

@@ -55,10 +55,16 @@ def test_one_lane_beside_several():
 
 
 def test_reads_are_no_part_of_it():
-    """A stage is released by one lane as soon as the values are in registers."""
-    run(f"""{INIT} @%p1 st.shared.v4.u32 [%r51], {FOUR}; bar.sync 1; @!%p1 bra NEXT; ld.shared.v4.u32 {FOUR}, [%r51];
-      {ARRIVAL} bra END; NEXT: {WAIT} st.shared.v4.u32 [%r51], {FOUR}; END:""".replace("COUNT", "1").replace(
-        "INIT_FENCE", ""))  # fmt: skip
+    """A stage is released by one lane as soon as the values are in registers, wherever else the lanes write."""
+    body = f"""{INIT} @%p1 st.shared.v4.u32 [%r51], {FOUR}; bar.sync 1; @!%p1 bra NEXT; ld.shared.v4.u32 {FOUR}, [%r51];
+      WRITE {ARRIVAL} bra END; NEXT: {WAIT} st.shared.v4.u32 [%r51], {FOUR}; END:"""
+    body = body.replace("COUNT", "1").replace("INIT_FENCE", "")
+    run(body.replace("WRITE", ""))
+    run(body.replace("WRITE", f"st.shared.v4.u32 [%r51+512], {FOUR}; @%p10 st.shared.u32 [%r50+1024], %r1;"))
+    run(body.replace("WRITE", "").replace("ld.shared", f"st.shared.v4.u32 [%r51+512], {FOUR}; ld.shared"))
+    error = reported(body.replace("WRITE", "").replace(f"{ARRIVAL} bra", f"{ARRIVAL} ld.shared.u32 %r1, [%r51]; bra"))
+    assert "write of shared memory" in error.message and "ld.shared.u32" in error.other[1]
+    reported(body.replace("WRITE", f"mov.u32 %r2, 9; st.shared.v4.u32 [%r51], {FOUR};"), match="after the write")
 
 
 STORE = f"""@!%p1 bra END; st.shared.v4.u32 [%r51], {FOUR}; fence.proxy.async.shared::cta; {MEET} @!%p10 bra END;
