@@ -32,14 +32,8 @@ def undefined_registers(blocks, kernel) -> set[str]:
     while changed:
         changed = False
         for b in reversed(blocks):
-            after = set().union(*(live[n] for n in _successors(b)))
+            after = set().union(*(live[n] for n in b.successors()))
             before = exposed[b.idx] | after - written[b.idx]
             if before != live[b.idx]:
                 live[b.idx], changed = before, True
     return live[0]
-
-
-def _successors(block):
-    """Numbers of the blocks that may come next."""
-    falls = [] if block.term in ("jmp", "ret", "trap") else [block.fall]
-    return falls + ([block.target] if block.term in ("jmp", "cbr") else [])

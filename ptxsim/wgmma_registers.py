@@ -101,10 +101,7 @@ class _Analysis:
         while todo:
             number = todo.pop()
             after = self._through(number, states[number].copy(), False)
-            block = blocks[number]
-            for to in {block.fall, block.target} - {None}:
-                if block.term == "jmp" and to != block.target:
-                    continue
+            for to in blocks[number].successors():
                 if to not in states:
                     states[to] = after.copy()
                 elif not states[to].join(after):

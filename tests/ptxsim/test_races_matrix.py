@@ -86,6 +86,20 @@ def test_wgmma_fence(a):
     multiply(without("wgmma.fence.sync.aligned;", moves), a=a)
 
 
+def test_code_after_a_return():
+    """The fence comes on the one way to the wgmma, which stands behind a return that others reach without it."""
+
+    def change(text):
+        before, after = text.split("wgmma.fence.sync.aligned;")
+        assert "setp.ne.b32 %p1" in before
+        ways = "setp.gt.u32 %p9, %t, 4095; @%p9 bra OUT; wgmma.fence.sync.aligned; bra ON; OUT: ret; ON:"
+        return before + ways + after
+
+    multiply(change)
+    with pytest.raises(WgmmaError, match=r"no wgmma.fence before the first"):
+        multiply(lambda text: change(text).replace("OUT: ret;", "OUT:"))
+
+
 def test_accumulators_are_in_flight_until_the_wait():
     wait = "wgmma.wait_group.sync.aligned 0;"
     for wrong in ("", "wgmma.wait_group.sync.aligned 1;"):
