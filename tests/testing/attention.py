@@ -26,7 +26,9 @@ def problems(head_dim: int, mask: str, what: str) -> list[InputSpec]:
         if mask == "varlen":
             lengths = {"lengths_q": (100, 150, 200), "lengths_k": (500, 130, 20)}
             return [InputSpec(3, 200, 500, 2, 1, head_dim, window=(230, 20), **lengths, **packed)]
-        sizes = [(200, 300, 2), (200, 40, 1)]
+        # FlashAttention-4 for sm_90a has two stages of up to 128 queries
+        seqlen_q = 400 if torch.cuda.get_device_capability() == (9, 0) else 200
+        sizes = [(seqlen_q, 300, 2), (seqlen_q, 40, 1)]
         return [InputSpec(1, q, k, heads, 1, head_dim, causal=mask == "causal") for q, k, heads in sizes]
     if mask == "varlen":
         lengths = {"lengths_q": (260, 300, 600), "lengths_k": (800, 250, 30)}
