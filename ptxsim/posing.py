@@ -2,8 +2,10 @@
 
 Inside ``posing()`` torch answers that there is one CUDA device of the simulated architecture, tensors that are asked
 for on it are made in host memory and say that they are on it, and the DSL's ways to take a tensor (from_dlpack,
-arguments of compiled functions) hand it on as CUDA memory. Leaving restores everything. What needs a real driver
-(streams other than the default one, events, graphs, random generators on the device) still raises torch's own error.
+arguments of compiled functions) hand it on as CUDA memory. Memory that torch.empty gives holds NaNs. Every stream is
+the default one. What CuTe DSL scripts ask the driver (cuInit, the number of devices, ``cutlass.utils.HardwareInfo``) is
+answered, and the DSL's ``benchmark`` runs once. Leaving restores everything. What else needs a driver (events, graphs,
+random generators on the device) still raises torch's own error.
 """
 
 from __future__ import annotations
@@ -34,6 +36,16 @@ _ANSWERS = {
 # Dispatch keys under which operators are registered that compute something.
 _COMPUTING = ("CPU", "CUDA", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 _SAME = (torch.Tensor.cuda, torch.Tensor.pin_memory)
+# What they give has arbitrary contents: bytes 0xff, which are a NaN of every floating-point type and -1.
+_UNWRITTEN = {
+    torch.empty,
+    torch.empty_like,
+    torch.empty_strided,
+    torch.empty_permuted,
+    torch.Tensor.new_empty,
+    torch.Tensor.new_empty_strided,
+}
+_L2_BYTES = 50 << 20  # of an H100; no figure depends on it
 
 
 class _HostMemory(TorchFunctionMode):
@@ -50,6 +62,8 @@ class _HostMemory(TorchFunctionMode):
         result = func(*map(_on_host, args), **{name: _on_host(value) for name, value in kwargs.items()})
         if type(result) in _PLAIN and getattr(func, "__name__", "") != "__get__":
             _align(result, [*_flat(args), *_flat(tuple(kwargs.values()))])
+            if func in _UNWRITTEN and result.device.type == "cpu":
+                result.untyped_storage().fill_(0xFF)
         return result
 
 
@@ -69,6 +83,46 @@ def _align(tensor: torch.Tensor, args: list[Any]) -> None:
     tensor.data = torch.empty(0, dtype=tensor.dtype).set_(aligned, *place)
 
 
+class _Stream:
+    """The default stream, whichever is asked for: launches run where they are made."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **options: Any):
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+
+def _of_driver(driver: Any) -> dict[str, Any]:
+    """Functions of ``cuda.bindings.driver`` that scripts begin with."""
+    done = driver.CUresult.CUDA_SUCCESS
+    return {"cuInit": lambda flags: (done,), "cuDeviceGetCount": lambda: (done, 1)}
+
+
+def _hardware_info(simulation: Simulation) -> dict[str, Any]:
+    """Methods of ``cutlass.utils.HardwareInfo``; a CTA of a cluster takes an SM."""
+    return {
+        "__init__": lambda self, device_id=0: None,
+        "get_max_active_clusters": lambda self, cluster_size, stream=None: max(simulation.sm_count // cluster_size, 1),
+        "get_device_multiprocessor_count": lambda self: simulation.sm_count,
+        "get_l2_cache_size_in_bytes": lambda self: _L2_BYTES,
+    }
+
+
+def _benchmark(
+    callable: Any, *, kernel_arguments: Any = None, workspace_generator: Any = None, **options: Any
+) -> float:
+    """``cutlass.testing.benchmark``: one call, which takes no time that could be told."""
+    arguments = kernel_arguments if workspace_generator is None else workspace_generator()
+    callable(*arguments.args, **arguments.kwargs)
+    return float("nan")
+
+
 def _on_host(value: Any) -> Any:
     """A device argument that names CUDA, as the CPU."""
     if isinstance(value, torch.device):
@@ -80,7 +134,11 @@ def _on_host(value: Any) -> Any:
 def posing(simulation: Simulation) -> Iterator[None]:
     """Make torch and the DSL take CPU tensors for CUDA tensors; to be entered inside of ``simulation``."""
     import cutlass.cute.runtime
+    import cutlass.cute.testing
+    import cutlass.testing
+    import cutlass.utils
     import tvm_ffi
+    from cuda.bindings import driver
     from cutlass.cutlass_dsl.tvm_ffi_provider import TVMFFIJitCompiledFunction, TVMFFIJitCompiledFunctionWithKwargs
 
     number = int(simulation.arch.strip("sm_af"))
@@ -88,7 +146,7 @@ def posing(simulation: Simulation) -> Iterator[None]:
         name=f"simulated {simulation.arch}", major=number // 10, minor=number % 10,
         multi_processor_count=simulation.sm_count,
     )  # fmt: skip
-    stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    stream = _Stream()
     answers = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -99,6 +157,8 @@ def posing(simulation: Simulation) -> Iterator[None]:
         "get_device_properties": lambda device=None: properties,
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
+        "Stream": _Stream,
+        "stream": lambda stream: nullcontext(),
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
     }
@@ -108,8 +168,15 @@ def posing(simulation: Simulation) -> Iterator[None]:
             stack.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, value)
 
-        for name, answer in answers.items():
-            replace(torch.cuda, name, answer)
+        for owner, known in (
+            (torch.cuda, answers),
+            (driver, _of_driver(driver)),
+            (cutlass.utils.HardwareInfo, _hardware_info(simulation)),
+            (cutlass.testing, {"benchmark": _benchmark}),
+            (cutlass.cute.testing, {"benchmark": _benchmark}),
+        ):
+            for name, answer in known.items():
+                replace(owner, name, answer)
         replace(library, "custom_op", _also_on_cpu(library.custom_op))
         replace(library.Library, "impl", _posing_inside(library.Library.impl))
         replace(tvm_ffi, "from_dlpack", _of_view(tvm_ffi.from_dlpack))

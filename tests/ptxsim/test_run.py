@@ -144,6 +144,50 @@ def test_operators_see_tensors_that_pose(tmp_path):
     assert code == 0 and len(rows(output)) == 2, output
 
 
+# What scripts of CUTLASS ask the driver and torch for, and a kernel that leaves half of its result alone.
+HOST = """
+import cutlass, cutlass.cute as cute, cutlass.testing, cutlass.torch, cutlass.utils, math, torch
+from cuda.bindings import driver
+from cutlass.cute.runtime import from_dlpack
+
+driver.cuInit(0)
+assert driver.cuDeviceGetCount() == (driver.CUresult.CUDA_SUCCESS, 1)
+stream = torch.cuda.Stream()
+stream.wait_stream(torch.cuda.current_stream())
+info = cutlass.utils.HardwareInfo()
+assert info.get_device_multiprocessor_count() == 6
+assert [info.get_max_active_clusters(n) for n in (1, 2, 4, 8)] == [6, 3, 1, 1]
+
+@cute.kernel
+def kernel(a: cute.Tensor, b: cute.Tensor):
+    thread, _, _ = cute.arch.thread_idx()
+    b[2 * thread] = a[thread] + 1
+
+@cute.jit
+def launch(a: cute.Tensor, b: cute.Tensor, stream: driver.CUstream):
+    kernel(a, b).launch(grid=(1, 1, 1), block=(64, 1, 1), stream=stream)
+
+a = torch.arange(64, dtype=torch.float32, device="cuda")
+b = torch.empty(128, device="cuda")
+arguments = from_dlpack(a), from_dlpack(b), driver.CUstream(stream.cuda_stream)
+function = cute.compile(launch, *arguments)
+with torch.cuda.stream(stream):
+    time = cutlass.testing.benchmark(function, kernel_arguments=cutlass.testing.JitArguments(*arguments), iterations=9)
+assert math.isnan(time)
+assert torch.equal(b[::2], a + 1) and b[1::2].isnan().all(), b
+count = torch.empty_like(a, dtype=torch.int32)
+assert (count == -1).all() and torch.empty(3, dtype=torch.float8_e5m2, device="cuda").isnan().all()
+assert a.new_empty((2, 3)).isnan().all() and torch.empty_strided((2, 2), (3, 1), device="cuda").isnan().all()
+"""
+
+
+def test_what_scripts_ask_the_host_for(tmp_path):
+    script = tmp_path / "host.py"
+    script.write_text(HOST)
+    code, output = run(script, "--arch", "sm_90a", "--sms", "6")
+    assert code == 0 and len(rows(output)) == 1, output  # the benchmark runs once
+
+
 def test_script_that_fails_or_launches_nothing(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys\nassert sys.argv[1:] == ['--much', '3'], sys.argv\nsys.exit(5)\n")
