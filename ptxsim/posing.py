@@ -4,8 +4,8 @@ Inside ``posing()`` torch answers that there is one CUDA device of the simulated
 for on it are made in host memory and say that they are on it, and the DSL's ways to take a tensor (from_dlpack,
 arguments of compiled functions) hand it on as CUDA memory. Memory that torch.empty gives holds NaNs. Every stream is
 the default one. What CuTe DSL scripts ask the driver (cuInit, the number of devices, ``cutlass.utils.HardwareInfo``) is
-answered, and the DSL's ``benchmark`` runs once. Leaving restores everything. What else needs a driver (events, graphs,
-random generators on the device) still raises torch's own error.
+answered, and the DSL's ``benchmark`` runs once. Leaving restores everything. What else needs a driver (graphs, random
+generators on the device) still raises torch's own error.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _align(tensor: torch.Tensor, args: list[Any]) -> None:
 
 
 class _Stream:
-    """The default stream, whichever is asked for: launches run where they are made."""
+    """The default stream, whichever is asked for: launches run where they are made, and are over then."""
 
     cuda_stream = 0
 
@@ -96,6 +96,33 @@ class _Stream:
 
     def wait_stream(self, stream: Any) -> None:
         pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+
+class _Event:
+    """An event of such a stream; what lies between two of them takes no time that could be told."""
+
+    cuda_event = 0
+
+    def __init__(self, *args: Any, **options: Any):
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        return float("nan")
 
 
 def _of_driver(driver: Any) -> dict[str, Any]:
@@ -158,6 +185,7 @@ def posing(simulation: Simulation) -> Iterator[None]:
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
         "Stream": _Stream,
+        "Event": _Event,
         "stream": lambda stream: nullcontext(),
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
@@ -172,6 +200,7 @@ def posing(simulation: Simulation) -> Iterator[None]:
             (torch.cuda, answers),
             (driver, _of_driver(driver)),
             (cutlass.utils.HardwareInfo, _hardware_info(simulation)),
+            (cutlass.cuda, {"initialize_cuda_context": lambda device_id=0, flags=0: None}),
             (cutlass.testing, {"benchmark": _benchmark}),
             (cutlass.cute.testing, {"benchmark": _benchmark}),
         ):

@@ -154,6 +154,9 @@ driver.cuInit(0)
 assert driver.cuDeviceGetCount() == (driver.CUresult.CUDA_SUCCESS, 1)
 stream = torch.cuda.Stream()
 stream.wait_stream(torch.cuda.current_stream())
+cutlass.cuda.initialize_cuda_context()
+start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+start.record(stream)
 info = cutlass.utils.HardwareInfo()
 assert info.get_device_multiprocessor_count() == 6
 assert [info.get_max_active_clusters(n) for n in (1, 2, 4, 8)] == [6, 3, 1, 1]
@@ -173,7 +176,9 @@ arguments = from_dlpack(a), from_dlpack(b), driver.CUstream(stream.cuda_stream)
 function = cute.compile(launch, *arguments)
 with torch.cuda.stream(stream):
     time = cutlass.testing.benchmark(function, kernel_arguments=cutlass.testing.JitArguments(*arguments), iterations=9)
-assert math.isnan(time)
+end.record()
+end.synchronize()
+assert math.isnan(time) and math.isnan(start.elapsed_time(end)) and end.query()
 assert torch.equal(b[::2], a + 1) and b[1::2].isnan().all(), b
 count = torch.empty_like(a, dtype=torch.int32)
 assert (count == -1).all() and torch.empty(3, dtype=torch.float8_e5m2, device="cuda").isnan().all()
