@@ -6,6 +6,7 @@ calls for them. Importing the package fills the table.
 
 from . import (  # noqa: F401
     barriers,
+    calls,
     compare,
     control,
     convert,
