@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ptxsim.errors import MemoryFault, UninitializedRead
-from tests.testing.ptx import aligned, run, same_bits
+from tests.testing.ptx import aligned, kernel_text, launch, run, same_bits
 
 SHARED = ".shared .align 128 .b8 buffer[4096];"
 ADDRESS = "mul.lo.u32 %r1, %t, {size}; cvt.u64.u32 %rd1, %r1; add.s64 %rd2, %in0, %rd1; add.s64 %rd3, %out0, %rd1;"
@@ -252,6 +252,24 @@ def test_global_out_of_bounds():
     with pytest.raises(MemoryFault, match=r"out of bounds: 4 bytes at address 0x") as caught:
         run(ADDRESS.format(size=4) + "ld.global.u32 %r5, [%rd2+4];", [data], [data])
     assert "ld.global.u32" in str(caught.value) and "cta(0,0,0).w0 lane 31" in str(caught.value) and caught.value.line
+
+
+@pytest.mark.parametrize(
+    ("access", "offset", "place"),
+    [
+        ("ld.global.u32 %r5", 4, "right after"),
+        ("ld.global.u32 %r5", 12, "8 bytes after the end of"),
+        ("ld.global.u32 %r5", -132, "8 bytes before"),
+        ("ld.global.v2.u32 {%r5, %r6}", 0, "4 bytes before the end of"),
+    ],
+)
+def test_place_of_an_address_out_of_bounds(access, offset, place):
+    """Lane 31, whose element is the last of 128 bytes, with an offset; the rest of the warp stays away."""
+    data = aligned(np.zeros(32, np.uint32))
+    body = ADDRESS.format(size=4) + f"setp.eq.u32 %p1, %t, 31; @%p1 {access}, [%rd2+{offset}];"
+    with pytest.raises(MemoryFault, match=rf", {place} 128 bytes of memory at 0x{data.ctypes.data:x}\n") as caught:
+        launch(kernel_text(body, 1, 1), [data, data])
+    assert caught.value.where == "cta(0,0,0).w0 lane 31"
 
 
 def test_global_store_out_of_bounds():
