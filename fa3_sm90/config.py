@@ -69,6 +69,11 @@ class Fa3ForwardConfig(FeatureConfig):
         return self.tokens * self.warpgroups
 
     @property
+    def right_edge_blocks(self) -> int:
+        """Most key blocks that a tile's right edge meets: its tokens' last visible keys lie side by side."""
+        return -(-(self.tile_n + self.tile_tokens - 2) // self.tile_n)
+
+    @property
     def key_rows(self) -> int:
         """Keys that one TMA copy brings: of a page, as many as a block and a page have in common."""
         return self.tile_n if self.page_size is None else math.gcd(self.page_size, self.tile_n)

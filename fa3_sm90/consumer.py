@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.dtypes import CUTE_DTYPE
@@ -138,6 +138,7 @@ class Consumer:
     def first_block(self, work: TileWork, softmax: OnlineSoftmax, params: ScoreParams, state: RingState):
         """Exponentials of the first block, which may be of any range."""
         self.keys.wait(state)
+        warpgroup.fence()
         self.products.start_scores(state.stage)
         warpgroup.wait_group(0)
         self.keys.release(state.stage)
@@ -163,10 +164,12 @@ class Consumer:
         """
         keys, values, products, stages = self.keys, self.values, self.products, self.config.stages
         state = ring_next(before, stages)
+        second = right_edge and self.config.right_edge_blocks <= 2  # then the only step of its range
         keys.wait(state)
-        self.settle(softmax, iteration, previous_stage(before, stages))
+        self.settle(softmax, iteration > 1, previous_stage(before, stages), second)
         if const_expr(self.config.pingpong):
             self.turns.take()
+        warpgroup.fence()  # for P·V, too, which follows without a wait
         products.start_scores(state.stage)
         values.wait(before)
         products.start_output(self.operand_p, before.stage)
@@ -180,11 +183,14 @@ class Consumer:
         return state
 
     @cute.jit
-    def settle(self, softmax: OnlineSoftmax, iteration: Int32, stage: Int32):
-        """Finish iteration − 1: its exponentials become P, once P·V of iteration − 2, with V in ``stage``, is done and
-        O has been rescaled."""
+    def settle(
+        self, softmax: OnlineSoftmax, multiplied: Boolean, stage: Int32, second: cutlass.Constexpr[bool] = False
+    ):
+        """Finish a block: its exponentials become P, once P·V of the block before, with V in ``stage``, is done and O
+        has been rescaled. ``multiplied``: there is a block before; ``second``: there is none, known at compile time."""
         warpgroup.wait_group(0)
-        self.values.release(stage, iteration > 1)
+        if const_expr(not second):
+            self.values.release(stage, multiplied)
         softmax.rescale(self.output)
         narrow(self.products.acc_s, self.probabilities)
 
@@ -192,7 +198,8 @@ class Consumer:
     def last_block(self, softmax: OnlineSoftmax, total: Int32, state: RingState):
         """P·V of the last of ``total`` blocks."""
         self.values.wait(state)
-        self.settle(softmax, total, previous_stage(state, self.config.stages))
+        self.settle(softmax, total > 1, previous_stage(state, self.config.stages))
+        warpgroup.fence()
         self.products.start_output(self.operand_p, state.stage)
         warpgroup.wait_group(0)
         self.values.release(state.stage)

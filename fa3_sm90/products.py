@@ -11,7 +11,8 @@ from fa3_sm90.tiles import tile_layout
 
 
 class Products:
-    """Operands and accumulators of one warpgroup. Both products only issue: the caller waits."""
+    """Operands and accumulators of one warpgroup. Both products only issue: the caller waits, and has a
+    ``warpgroup.fence()`` between what it does to their registers and the next product."""
 
     def __init__(self, config: Fa3ForwardConfig, storage: Storage, warpgroup_index: Int32, thread: Int32):
         """``thread``: index within the warpgroup."""
@@ -65,7 +66,6 @@ def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) ->
 
 def _multiply(atom: cute.MmaAtom, acc: cute.Tensor, rA: cute.Tensor, rB: cute.Tensor, from_zero: bool):
     """One group of wgmma over all k16 steps."""
-    warpgroup.fence()
     for k in range(cute.size(rA, mode=[2])):
         atom.set(warpgroup.Field.ACCUMULATE, not (from_zero and k == 0))
         cute.gemm(atom, acc, rA[None, None, k], rB[None, None, k], acc)
