@@ -102,10 +102,19 @@ VICTIMS += [Victim(*FAMILIES[3], head_dim, mask, "backward") for head_dim in (64
 
 # What escapes are: family, source line, instruction, and what it does there.
 NOTES = (
-    ("FA3", r"fa3_sm90/pipeline", "mbarrier.arrive",
-     "releases V from the third block at the right edge on: tiles of 128 queries and 128 keys have two at most"),
-    ("FA3", r"fa3_sm90/", "wgmma.fence",
-     "P·V follows Q·Kᵀ without a wait: the fence before Q·Kᵀ has covered its registers"),
+    ("FA4", r"flash_bwd_sm90.py:994", "mbarrier.try_wait",
+     "before dO is loaded: the stage of the same block's Q, which is released later, was waited for"),
+    ("FA4", r"quack/sm90_utils.py:17[35]", "wgmma",
+     "so that dO's stage is released when dV no longer reads it: the producer waits for the stage of Q first, which is "
+     "released later"),
+    ("FA4", r"flash_bwd_sm90.py:343", "wgmma.fence",
+     "its product follows another one, whose fence has covered these registers, too"),
+    ("FA4", r"flash_bwd_sm90.py:(1708|1761)", "cp.async.bulk",
+     "waits for the stores of the tile before, of which a CTA has none"),
+    ("FA4", r"flash_bwd_sm90.py:171[56]", "cp.async.bulk",
+     "lets dV's store go on beside dK's: each has memory of its own"),
+    ("FA4", r"flash_bwd_sm90.py:17(09|17)", "bar.sync",
+     "behind a wait for stores that need none, see there; dK and dV have memory of their own"),
     ("FA4", r"flash_fwd_sm90.py", "wgmma.fence",
      "P·V follows Q·Kᵀ without a wait: the fence before Q·Kᵀ has covered its registers"),
     ("FA4", r"flash_fwd_sm90.py:922", "mbarrier.try_wait",
