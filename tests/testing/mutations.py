@@ -87,16 +87,21 @@ VICTIMS = [
     Victim(*family, head_dim, mask)
     for family, head_dim, mask in itertools.product(FAMILIES, (64, 128), ("full", "causal", "varlen"))
 ]
+BACKWARDS = ("backward", "deterministic")
 VICTIMS += [
     Victim(*FAMILIES[0], head_dim, mask, what)
     for what, masks in (
         ("split", ("full", "causal", "varlen", "paged")),
-        ("backward", ("full", "causal", "varlen")),
-        ("deterministic", ("full", "causal", "varlen")),
+        *((what, ("full", "causal", "varlen")) for what in BACKWARDS),
     )
     for head_dim, mask in itertools.product((64, 128), masks)
 ]
 VICTIMS += [Victim(*FAMILIES[1], head_dim, "paged") for head_dim in (64, 128)]
+VICTIMS += [
+    Victim(*family, 256, mask, what)
+    for mask in ("full", "causal", "varlen")
+    for family, what in ((FAMILIES[0], "forward"), (FAMILIES[1], "forward"), *((FAMILIES[0], x) for x in BACKWARDS))
+]
 VICTIMS += [Victim(*FAMILIES[3], head_dim, mask, "backward") for head_dim in (64, 128) for mask in ("full", "causal")]
 
 
