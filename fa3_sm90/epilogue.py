@@ -72,8 +72,9 @@ class Epilogue:
             cute.arch.cp_async_bulk_commit_group()
 
     def finish(self):
-        """Shared memory must outlive the stores that read it."""
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        """Shared memory must outlive the stores that read it; where O takes the place of Q, every tile has waited."""
+        if const_expr(self.config.own_output):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def sync(self):
         """Among the warpgroup's threads."""

@@ -112,8 +112,6 @@ NOTES = (
     ("FA3", r"fa3_sm90/pipeline.py:58", "mbarrier.try_wait",
      "before a tile's first K is loaded: where all tiles have as many blocks, the wait for V of the tile before, or at "
      "head_dim 256 for its Q, which is released with O, covers it"),
-    ("FA3", r"fa3_sm90/epilogue", "cp.async.bulk.wait_group",
-     "for the last store of O: at head_dim 256, where O takes the place of Q, every tile has waited for its own"),
     ("FA4", r"flash_bwd_sm90.py:994", "mbarrier.try_wait",
      "before dO is loaded: the stage of the same block's Q, which is released later, was waited for"),
     ("FA4", r"quack/sm90_utils.py:17[35]", "wgmma",
