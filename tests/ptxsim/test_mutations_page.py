@@ -24,7 +24,7 @@ def test_figures_and_escapes():
     # 5 instructions; 3 of the 5 mutants that are not equivalent
     assert "| FA4-sm_90a-d64-full | 5 | 6 | 3 | 1 | 2 | 60.0 % |" in text
     assert "**6 mutants of 5 instructions in 1 kernels: 3 caught, 1 equivalent, 2 escaped." in text
-    assert "60.0 %.**" in text
+    assert "60.0 %.** FA4: 60.0 %." in text
     assert "| FA4 sm_90a | fence | 3 | 4 | 3 (2 WgmmaError, 1 Deadlock) | 0 | 1 |" in text
     assert "| FA4 sm_90a | wait | 1 | 1 | 0 | 1 (1 peek) | 0 |" in text
     fence, barrier = text.split("## Escapes")[1].strip().splitlines()[-2:]

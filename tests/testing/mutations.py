@@ -206,7 +206,7 @@ def page(known: dict[Victim, list[Record]]) -> str:
         "What is damaged, which mutants count as equivalent, and by which rules: [sanitizer.md](sanitizer.md).",
         f"**{len(records)} mutants of {sites} instructions in {len(known)} kernels: {total[CAUGHT]} caught, "
         f"{total[EQUIVALENT]} equivalent, {total[ESCAPED]} escaped. Caught of those that are not equivalent: "
-        f"{_share(total)}.**",
+        f"{_share(total)}.** {_shares(known)}.",
         "FA2 and FA3 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package index: forwards\n"
         "where nothing else is said; *backward* has atomic additions, *deterministic* none, *split* three parts of\n"
         "the keys; each with the small kernels around it. bf16; *varlen* is packed sequences with a window, *paged*\n"
@@ -227,6 +227,14 @@ def _share(outcomes: Counter) -> str:
     """Caught mutants of those that are not equivalent."""
     others = outcomes[CAUGHT] + outcomes[ESCAPED]
     return f"{100 * outcomes[CAUGHT] / others:.1f} %" if others else "–"
+
+
+def _shares(known: dict[Victim, list[Record]]) -> str:
+    """The same of each family."""
+    outcomes = defaultdict(Counter)
+    for victim, mine in known.items():
+        outcomes[victim.family].update(record.outcome for record in mine)
+    return ", ".join(f"{family}: {_share(found)}" for family, found in outcomes.items())
 
 
 def _operation(text: str) -> str:
