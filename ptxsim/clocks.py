@@ -94,6 +94,10 @@ class Clocks:
             place = place - (self.machine.warp_in_cta[w] & 3)
         return self.first[kind] + place
 
+    def cta_in_domain(self, agent):
+        """Which CTA of its domain an agent below ``fixed`` belongs to."""
+        return agent % self.domain_warps // self.machine.wpc
+
     def is_generic(self, agent):
         return agent < self.generic_end
 

@@ -88,7 +88,7 @@ class Detector:
         clocks, m = self.clocks, self.machine
         scope = np.minimum(self.sites.strong[suspects.stamps & self.sites.mask], self.sites.strong[clocks.site])
         home = self.memory.home[suspects.warps]
-        cta = clocks.domain_of[suspects.warps] * clocks.domain_ctas + suspects.agents % clocks.domain_warps // m.wpc
+        cta = clocks.domain_of[suspects.warps] * clocks.domain_ctas + clocks.cta_in_domain(suspects.agents)
         mine = m.cta_of[suspects.warps]
         distance = np.where(cta == mine, CTA, np.where(cta // m.cluster_size == mine // m.cluster_size, CLUSTER, GPU))
         distance = np.where(suspects.agents >= clocks.fixed, CTA, distance)  # red.async
@@ -115,8 +115,7 @@ class Detector:
         wave, domain = divmod(home, 1 << DOMAIN_BITS)
         if wave != self.wave or not clocks.is_generic(agent):
             return ""
-        cta, earlier = divmod(agent % clocks.domain_warps, m.wpc)
-        cta += domain * clocks.domain_ctas
+        cta, earlier = domain * clocks.domain_ctas + clocks.cta_in_domain(agent), agent % m.wpc
         if (cta, earlier) == (m.cta_of[warp], m.warp_in_cta[warp]):
             return "\n    (lanes of the same warp: bar.warp.sync orders them)"
         site = clocks.lanes.withheld.get((cta, earlier))
@@ -376,7 +375,7 @@ class Detector:
             tables.append(("read", shared.remote))
         for earlier, (agents, stamps) in tables:
             agents, stamps = agents[granules], stamps[granules]
-            mine = agents % clocks.domain_warps // m.wpc == cta % clocks.domain_ctas
+            mine = clocks.cta_in_domain(agents) == cta % clocks.domain_ctas
             bad = (stamps != 0) & (limits[agents] <= stamps) & ((agents >= clocks.fixed) | ~mine)
             if bad.any():
                 first = (start + shared.granule * np.arange(len(bad)))[:, None]
