@@ -124,7 +124,8 @@ NOTES = (
     ("FA4", r"flash_bwd_sm90.py:171[56]", "cp.async.bulk",
      "lets dV's store go on beside dK's: each has memory of its own"),
     ("FA4", r"flash_bwd_sm90.py:17(09|17)", "bar.sync",
-     "behind a wait for stores that need none, see there; dK and dV have memory of their own"),
+     "before dV takes the place of V, or dK that of K: the loop's barrier after the last product with V, and the two "
+     "barriers around dV, order the same"),
     ("FA4", r"flash_fwd_sm90.py", "wgmma.fence",
      "P·V follows Q·Kᵀ without a wait: the fence before Q·Kᵀ has covered its registers"),
     ("FA4", r"flash_fwd_sm90.py:922", "mbarrier.try_wait",
