@@ -78,7 +78,7 @@ def main() -> None:
 )
 @click.option("--fa4/--no-fa4", default=None, help="Compile FlashAttention-4 too.  [default: if it is installed]")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Also write the table to this file.")
-@click.option("--markdown", is_flag=True, help="Print Markdown instead of a terminal table.")
+@click.option("--markdown", is_flag=True, help="Print the tables of docs/static.md instead of a terminal table.")
 @click.option(
     "--gate", is_flag=True, help="Hold the main loops to perf/budgets.toml instead; exits with 1 if one fails."
 )
@@ -93,6 +93,7 @@ def static(archs, head_dims, directions, fa4: bool | None, csv: Path | None, mar
     warps. Of a backward, which launches several kernels, they are those of the one that does most of the products.
     """
     from perf.static import StaticKey, fa4_installed, static_table
+    from perf.static_page import to_page
 
     notes = Console(stderr=True)
     if gate:
@@ -112,7 +113,10 @@ def static(archs, head_dims, directions, fa4: bool | None, csv: Path | None, mar
     table = static_table(keys, fa4=fa4, progress=notes.print)
     if csv:
         table.to_csv(csv, index=False)
-    _print(table, markdown)
+    if markdown:
+        click.echo(to_page(table))
+    else:
+        _print(table, markdown)
 
 
 def _gate(archs: tuple[str, ...], head_dims: tuple[int, ...], directions: tuple[str, ...], notes: Console) -> None:

@@ -105,13 +105,13 @@ def static_table(keys: list[StaticKey], *, fa4: bool, progress=lambda step: None
     rows = []
     for key in keys:
         progress(f"compiling {key}")
-        rows.append(_row(key, "cute-fa", our_report(key)))
+        rows.append(table_row(key, "cute-fa", our_report(key)))
     if fa4:
         import importlib.metadata
 
         progress("compiling FlashAttention-4")
         source = f"FA4 {importlib.metadata.version('flash-attn-4')}, here"
-        rows += [_row(key, source, report) for key, report in fa4_reports(keys).items()]
+        rows += [table_row(key, source, report) for key, report in fa4_reports(keys).items()]
     rank = {key.columns: position for position, key in enumerate(keys)}
     recorded = pd.read_csv(_PEER_FIGURES)
     known = [(row.arch, row.direction, row.head_dim, row.causal) in rank for row in recorded.itertuples()]
@@ -132,7 +132,8 @@ def _main_report(cubins: list[bytes], key: StaticKey) -> KernelReport:
     return report
 
 
-def _row(key: StaticKey, source: str, report: KernelReport) -> dict:
+def table_row(key: StaticKey, source: str, report: KernelReport) -> dict:
+    """The row of one kernel, in ``COLUMNS``."""
     loop = report.main_loop
     kernel, figures = report.row(), loop.row()
     return {

@@ -21,6 +21,7 @@ from cute_fa.tour import GPT_OSS, Stop
 from cute_fa.trial import Machine, choose_machine, problem_of_spec
 from cute_fa.types import Direction, DType, PersistentMode, SmArch
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["--seqlen-q", "70", "--heads", "2", "--head-dim", "32", "--arch", "sm_80"]
 
 
@@ -311,10 +312,19 @@ def test_table_gives_a_kernel_or_a_reason():
     assert known["sm_80", "bwd", "causal"]["kernel"] == "fa2_bwd"
 
 
-def test_readme_has_the_present_table():
+def test_the_documentation_has_the_present_table():
     markdown = support.to_markdown(TABLE.rows())
     assert invoke("table", "--markdown").stdout.strip() == markdown
-    assert markdown in Path(__file__).parents[2].joinpath("README.md").read_text()
+    assert markdown in ROOT.joinpath("docs", "support.md").read_text()
+
+
+def test_the_readme_is_short_and_what_the_pages_link_to_exists():
+    assert ROOT.joinpath("README.md").read_text().count("\n") <= 150
+    for page in [ROOT / "README.md", *ROOT.joinpath("docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+    index = ROOT.joinpath("docs", "README.md").read_text()
+    assert all(f"]({page.name})" in index for page in ROOT.joinpath("docs").glob("*.md") if page.name != "README.md")
 
 
 def test_every_note_of_the_table_is_used():
@@ -364,7 +374,7 @@ def test_a_gpu_that_no_kernel_is_built_for_is_not_used(monkeypatch):
 
 
 def test_readme_example_gives_small_errors(capsys):
-    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    readme = ROOT.joinpath("README.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.S)
     assert example.count("\n") <= 14
     exec(compile(example, "README.md", "exec"), {})

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from cute_fa import reference
+from cute_fa.dispatch import TABLE
+from cute_fa.names import canonical_name
 from cute_fa.tour import (
     GEMMA2_LOCAL,
     GPT_OSS,
@@ -20,6 +24,7 @@ from cute_fa.tour import (
     itinerary,
     layer_inputs,
 )
+from cute_fa.trial import problem_of_spec
 from cute_fa.types import SmArch
 
 # What leaves each feature out, in the reference's options.
@@ -93,6 +98,18 @@ def test_every_layer_is_visited():
         assert {layer.head_dim for layer in hopper} == {64, 128, 256}
         for feature in ("window", "sink_tokens", "softcap", "learnable_sink"):
             assert {bool(getattr(layer, feature)) for layer in hopper} == {False, True}
+
+
+def test_the_documentation_shows_the_present_tour(monkeypatch):
+    monkeypatch.setattr("cute_fa.tour.gpu_arch", lambda: None)
+    page = Path(__file__).parents[2].joinpath("docs", "tour.md").read_text()
+    shown = re.findall(r"│ (.+?), \d+/\d+ heads +│ (\w+) .*\n│ (.+?) +│ simulated .*\n│ (fa\w+)", page)
+    expected = []
+    for stop in itinerary():
+        problem = problem_of_spec(stop.layer.spec(stop.length), stop.machine.arch)
+        name = canonical_name(TABLE.lookup(problem), problem)
+        expected.append((stop.layer.name, stop.machine.arch.value, stop.mask, name))
+    assert shown == expected
 
 
 def test_more_text_than_there_is():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -13,8 +15,10 @@ from perf import static as static_module
 from perf.__main__ import main
 from perf.budgets import Budget, load
 from perf.static import StaticKey, our_report
+from perf.static_page import to_page
 
 BUDGETS = load()
+PAGE = Path(__file__).parents[2] / "docs" / "static.md"
 KEY = StaticKey(SmArch.SM_80, 64, False)
 report_of = cache(our_report)
 
@@ -22,6 +26,14 @@ report_of = cache(our_report)
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: str(budget.key))
 def test_our_main_loops_are_within_their_budgets(budget):
     assert budget.breaches(report_of(budget.key)) == []
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: str(budget.key))
+def test_the_documentation_has_the_present_figures(budget):
+    row = static_module.table_row(budget.key, "cute-fa", report_of(budget.key))
+    title, *_, line = to_page(pd.DataFrame([row])).splitlines()
+    paragraphs = PAGE.read_text().split("\n\n")
+    assert line in paragraphs[paragraphs.index(title) + 1].splitlines()
 
 
 def test_every_kernel_has_a_budget():
