@@ -104,7 +104,8 @@ def append_kv(
     any writes nothing.
     k_cache, v_cache: (batch, seqlen_cache, heads_kv, …); with ``cache_batch_idx`` int32 (batch), (batch_cache, …) of
     which sequence b's is number cache_batch_idx[b]; or pages (num_pages, page_size, heads_kv, …) with ``page_table``
-    int32 (batch, max_pages). Strides are free but for the last, which is 1, and multiples of 16 bytes.
+    int32 (batch, max_pages), of which with ``cache_batch_idx`` sequence b uses row cache_batch_idx[b]. Strides are free
+    but for the last, which is 1, and multiples of 16 bytes.
     cache_seqlens: int32 (batch), tokens in the cache before; new row t becomes token cache_seqlens[b] + t. What does
     not fit is an error where values are checked (``CUTE_FA_CHECK=1``, simulating), and is not written.
     rotary_cos, rotary_sin: (positions, rotary_dim / 2), fp16, bf16 or fp32, any strides; the first rotary_dim elements

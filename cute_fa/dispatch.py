@@ -278,6 +278,7 @@ FEATURES: dict[str, dict] = {
     "paged KV": {"varlen": True, "paged": True, "page_size": 64},
     "paged KV, left padding": {"varlen": True, "paged": True, "page_size": 64, "cache_leftpad": True},
     "KV cache by index": {"cache_batch_idx": True},
+    "paged KV by index": {"varlen": True, "paged": True, "page_size": 64, "cache_batch_idx": True},
     "KV cache, left padding": {"cache_leftpad": True},
     "split-KV": {"splits": 4},
     "persistent": {"persistent": PersistentMode.ON},

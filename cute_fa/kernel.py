@@ -32,9 +32,9 @@ class AttentionTensors(NamedTuple):
     (batch, seqlen_q, heads, head_dim_v), lse fp32 (batch, heads, seqlen_q). With ``cu_seqlens_q`` q and out are
     (total_q, heads, …) and lse is (heads, total_q); with ``cu_seqlens_k`` k and v are (total_k, heads_kv, …).
     ``cu_seqlens_*`` int32 (batch + 1), ``seqused_*`` int32 (batch), ``page_table`` int32 (batch, max_pages),
-    ``cache_batch_idx`` int32 (batch): which sequence of k and v each one of the batch reads, ``cache_leftpad`` int32
-    (batch): rows of k and v before its first key, ``alibi_slopes`` fp32 (heads) or (batch, heads), ``learnable_sink``
-    fp32 (heads).
+    ``cache_batch_idx`` int32 (batch): which sequence of k and v, or row of page_table, each one of the batch reads,
+    ``cache_leftpad`` int32 (batch): rows of k and v before its first key, ``alibi_slopes`` fp32 (heads) or (batch,
+    heads), ``learnable_sink`` fp32 (heads).
     """
 
     q: torch.Tensor
@@ -224,11 +224,8 @@ def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> tu
     if slopes is not None and slopes.dim() == 1:
         slopes = slopes.expand(problem.batch, -1)
     left, right = problem.window_left, problem.window_right
-    window = (
-        None if left is None else min(left, MAX_BOUND),
-        None if right is None else min(right, MAX_BOUND),
-        min(problem.sink_tokens, MAX_BOUND) if problem.sink_tokens and left is not None else None,
-    )
+    sink_tokens = problem.sink_tokens if problem.sink_tokens and left is not None else None
+    window = tuple(None if b is None else max(-MAX_BOUND, min(b, MAX_BOUND)) for b in (left, right, sink_tokens))
     return (
         t.q,
         t.k,

@@ -54,8 +54,9 @@ def flash_attn_with_kvcache(
     most ``max_seqlen_q`` queries a sequence (None: total_q).
     k_cache, v_cache: (batch, seqlen_cache, heads_kv, head_dim | head_dim_v); with ``cache_batch_idx`` int32 (batch),
     (batch_cache, …), of which sequence b's is number cache_batch_idx[b]; or pages (num_pages, page_size, heads_kv, …)
-    with ``page_table`` (``block_table``) int32 (batch, max_pages). Only the strides say in which order the dimensions
-    lie in memory: for (pages, heads, page_size, head_dim) pass ``cache.transpose(1, 2)``.
+    with ``page_table`` (``block_table``) int32 (batch, max_pages), or (batch_cache, max_pages) of which the index says
+    each sequence's row. Only the strides say in which order the dimensions lie in memory: for (pages, heads, page_size,
+    head_dim) pass ``cache.transpose(1, 2)``.
     k, v: new rows (batch, seqlen_new, heads_kv, …), or (total_new, …) with ``cu_seqlens_k_new``, that are first written
     to the cache, in place, behind the ``cache_seqlens`` tokens that each sequence has there.
     cache_seqlens: int32 (batch) or one int: tokens in the cache, before new ones are written; all there is room for by

@@ -17,10 +17,11 @@ def canonical_name(kernel: type[AttentionKernel], problem: AttentionProblem) -> 
 
 def problem_name(problem: AttentionProblem) -> str:
     """The problem in tokens: direction, architecture, dtype, ``hd`` head_dim (``v`` head_dim_v if it differs),
-    ``causal``, ``varlen``, ``sw`` window left, ``wr`` window right (where not causal), ``alibi``, ``sink`` sink tokens,
-    ``softcap`` cap (``p`` for the point), ``lsink`` learnable sink, ``page`` page size, ``split`` number of splits,
-    ``gqa`` query heads per kv head; of a backward ``dlse`` where the gradient of LSE is given, ``dalibi`` where that of
-    the slopes is wanted, ``det`` deterministic. What a problem does not use has no token.
+    ``causal``, ``varlen``, ``sw`` window left, ``wr`` window right (where not causal; ``wr-1`` if literally −1),
+    ``alibi``, ``sink`` sink tokens, ``softcap`` cap (``p`` for the point), ``lsink`` learnable sink, ``page`` page
+    size, ``split`` number of splits, ``gqa`` query heads per kv head; of a backward ``dlse`` where the gradient of LSE
+    is given, ``dalibi`` where that of the slopes is wanted, ``det`` deterministic. What a problem does not use has no
+    token.
     """
     head_dim = f"hd{problem.head_dim}"
     if problem.head_dim_v != problem.head_dim:

@@ -32,6 +32,7 @@ from cute_fa.dispatch import TABLE
 from cute_fa.environment import switch
 from cute_fa.errors import NoBackwardError
 from cute_fa.kernel import AttentionTensors
+from cute_fa.problem import LiteralWindow
 from cute_fa.simulation import simulated_arch, simulated_target, target_of
 from cute_fa.tensors import (
     ALIGNMENT,
@@ -65,7 +66,8 @@ _NO_TRANSFORM = (
 
 
 class Call(NamedTuple):
-    """Arguments of the operators, in the schema's order; meanings as in ``cute_fa.api``, the window normalised."""
+    """Arguments of the operators, in the schema's order; meanings as in ``cute_fa.api``, the window normalised: bounds
+    are literal, None alone is infinite."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -194,7 +196,7 @@ def problem_of_call(arch: SmArch, call: Call, out: torch.Tensor | None = None, *
     options = call._asdict()
     del options["family"], options["deterministic"]
     options["num_splits"] = call.num_splits or 1  # 0 is for the table to choose
-    window = options.pop("window_left"), options.pop("window_right")
+    window = LiteralWindow(options.pop("window_left"), options.pop("window_right"))
     persistent = PersistentMode.named(options.pop("persistent"))
     return problem_of(arch, **options, window_size=window, persistent=persistent, out=out, **backward)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cute_fa.errors import (
     ArgumentError,
@@ -28,28 +28,63 @@ _KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction, "persistent": 
 _LARGEST_FACTOR = 2.0**32
 
 
+class LiteralWindow(NamedTuple):
+    """A window whose bounds mean what they say, negative ones too: a left bound of −1 hides the diagonal and what lies
+    left of it, a right bound of −1 the diagonal and what lies right of it, and where left + right < 0 nothing is
+    visible. None alone is infinite. What FlashAttention 4 means by a window; taken as ``window_size`` everywhere.
+    """
+
+    left: int | None
+    right: int | None
+
+    @classmethod
+    def of(cls, window_size: Any) -> LiteralWindow:
+        """The bounds that a caller gave, as they are: a pair of ints or None, or a tensor or array of two on the CPU; a
+        bound that no int32 length can reach becomes None. Raises WindowError for anything else."""
+        pair = (None, None) if window_size is None else _on_host("window_size", window_size)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise WindowError(f"window_size={window_size!r}: a pair (left, right) is needed")
+        return cls(*map(_bound, cls._fields, pair))
+
+
 def normalize_window(window_size: Any, causal: bool) -> tuple[int | None, int | None]:
     """(left, right) with None for infinite, causal folded in as right = min(right, 0).
 
     −1 (FA2, FA3) and None (FA4) are infinite, as is a bound that no int32 length can reach; other negative bounds
-    raise. (−1, 0) is causal attention, whichever convention the caller follows.
+    raise, but for those of a :class:`LiteralWindow`. (−1, 0) is causal attention.
     """
-    if window_size is None:
-        window_size = (None, None)
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise WindowError(f"window_size={window_size!r}: a pair (left, right) is needed")
-    left, right = _bound("left", window_size[0]), _bound("right", window_size[1])
-    return left, 0 if causal else right
+    left, right = LiteralWindow.of(window_size)
+    if not isinstance(window_size, LiteralWindow):
+        left, right = _infinite("left", left), _infinite("right", right)
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    return left, right
+
+
+def _on_host(name: str, value: Any) -> Any:
+    """A tensor's or array's numbers; other values as they are. Raises WindowError if they are not on the host."""
+    if not hasattr(value, "tolist"):
+        return value
+    device = str(getattr(value, "device", "cpu"))
+    if device != "cpu":
+        raise WindowError(f"{name} is a tensor on {device}: the host would wait for its values, give ints")
+    return value.tolist()
 
 
 def _bound(side: str, bound: Any) -> int | None:
+    bound = _on_host(f"window_size {side}", bound)
     if bound is None:
         return None
     if isinstance(bound, bool) or not isinstance(bound, numbers.Integral):
         raise WindowError(f"window_size {side}={bound!r}: a bound is an int, or None or −1 for infinite")
-    if bound < -1:
+    return None if bound >= INT32_MAX else max(int(bound), -INT32_MAX)
+
+
+def _infinite(side: str, bound: int | None) -> int | None:
+    """The bound, with −1 as infinite."""
+    if bound is not None and bound < -1:
         raise WindowError(f"window_size {side}={bound}: a bound is ≥ 0, or None or −1 for infinite")
-    return None if bound == -1 or bound >= INT32_MAX else int(bound)
+    return None if bound == -1 else bound
 
 
 @dataclass(frozen=True)
@@ -57,11 +92,12 @@ class AttentionProblem:
     """What is asked of a kernel: shapes, dtypes and every semantic choice. ``cute_fa.tensors.problem_of`` makes one
     from tensors and options; making it by hand validates the same rules.
 
-    ``window_left`` and ``window_right`` are None where infinite, and causal is folded in (``window_right == 0``).
-    ``seqlen_q`` and ``seqlen_k`` are the longest lengths: ``max_seqlen_*`` for varlen. ``varlen_*``: the tensor is
-    packed, with cu_seqlens; ``seqused_*``: lengths shorter than what the tensor holds are given. ``page_size``: k and v
-    are pages; ``cache_batch_idx``: an index says which sequences of k and v are the batch's; ``cache_leftpad``: they
-    begin behind rows that do not count. ``out_dtype`` is q's by default, bf16 for fp8.
+    ``window_left`` and ``window_right`` are None where infinite, and causal is folded in (``window_right == 0``);
+    negative ones are meant as they are, see :class:`LiteralWindow`. ``seqlen_q`` and ``seqlen_k`` are the longest
+    lengths: ``max_seqlen_*`` for varlen. ``varlen_*``: the tensor is packed, with cu_seqlens; ``seqused_*``: lengths
+    shorter than what the tensor holds are given. ``page_size``: k and v are pages; ``cache_batch_idx``: an index says
+    which sequences of k and v, or rows of the page table, are the batch's; ``cache_leftpad``: they begin behind rows
+    that do not count. ``out_dtype`` is q's by default, bf16 for fp8.
 
     ``persistent`` and ``pack_gqa`` (query heads of one kv head share a tile; None: the kernel chooses) change how a
     kernel computes, never what. They are here because a kernel must be able to refuse them.
@@ -144,8 +180,8 @@ class AttentionProblem:
         if self.softcap != 0.0:
             check_factor("softcap", self.softcap)
         for side, bound in (("left", self.window_left), ("right", self.window_right)):
-            if bound is not None and bound < 0:
-                raise WindowError(f"window_{side}={bound}: a bound is ≥ 0, or None for infinite")
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
+                raise WindowError(f"window_{side}={bound!r}: a bound is an int, or None for infinite")
         if not 0 <= self.sink_tokens <= INT32_MAX:
             raise ArgumentError(f"sink_tokens={self.sink_tokens}: between 0 and {INT32_MAX}")
         if not 1 <= self.num_splits <= INT32_MAX:

@@ -248,17 +248,22 @@ def check_values(
 def check_cache_places(
     k: torch.Tensor, lengths: list[int], page_table: torch.Tensor | None, cache_batch_idx: torch.Tensor | None
 ) -> None:
-    """Check that the cache ``k`` has the pages, or the sequences, in which these lengths are said to lie: one host
-    synchronisation. Raises PageTableError or CacheIndexError."""
-    if page_table is not None:
-        for b, row in enumerate(page_table.tolist()):
-            for page in row[: -(-lengths[b] // k.shape[1])]:
-                if not 0 <= page < k.shape[0]:
-                    raise PageTableError(f"page_table[{b}] lists page {page}: the cache has {k.shape[0]} pages")
+    """Check that the cache ``k`` has the pages, or the sequences, in which these lengths are said to lie: a host
+    synchronisation for each tensor. Raises PageTableError or CacheIndexError."""
+    sequences = list(range(len(lengths)))
     if cache_batch_idx is not None:
-        for b, sequence in enumerate(cache_batch_idx.tolist()):
-            if not 0 <= sequence < k.shape[0]:
-                raise CacheIndexError(f"cache_batch_idx[{b}]={sequence}: the cache has {k.shape[0]} sequences")
+        sequences = cache_batch_idx.tolist()
+        held = k.shape[0] if page_table is None else page_table.shape[0]
+        has = f"the cache has {held} sequences" if page_table is None else f"page_table has {held} rows"
+        for b, sequence in enumerate(sequences):
+            if not 0 <= sequence < held:
+                raise CacheIndexError(f"cache_batch_idx[{b}]={sequence}: {has}")
+    if page_table is not None:
+        table = page_table.tolist()
+        for length, row in zip(lengths, sequences, strict=True):
+            for page in table[row][: -(-length // k.shape[1])]:
+                if not 0 <= page < k.shape[0]:
+                    raise PageTableError(f"page_table[{row}] lists page {page}: the cache has {k.shape[0]} pages")
 
 
 def used_lengths(cu_seqlens_k: torch.Tensor) -> torch.Tensor:
@@ -326,18 +331,19 @@ def _queries(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, i
 def keys_of(q, k, v, batch: int, cu_seqlens_k, page_table, cache_batch_idx, query: str = "q") -> tuple[int, int | None]:
     """(rows that one sequence, or the packed tensor, can hold; page size or None). ``query``: q's name in messages."""
     page_size = None
-    if cache_batch_idx is not None and (page_table is not None or cu_seqlens_k is not None):
-        other = "cu_seqlens_k" if page_table is None else "page_table"
-        raise ArgumentError(f"cache_batch_idx with {other}: only contiguous (batch_cache, …) caches take an index")
+    if cache_batch_idx is not None:
+        if cu_seqlens_k is not None:
+            raise ArgumentError("cache_batch_idx with cu_seqlens_k: only caches take an index")
+        check_vector("cache_batch_idx", cache_batch_idx, torch.int32, batch)
     if page_table is not None:
         if cu_seqlens_k is not None:
             raise ArgumentError("cu_seqlens_k with page_table: a paged cache takes its lengths from seqused_k")
         check_dims("k", k, 4, "(num_pages, page_size, heads_kv, head_dim) with page_table")
         check_integers("page_table", page_table)
         check_dims("page_table", page_table, 2, "(batch, max_pages)")
-        if page_table.shape[0] != batch:
+        if page_table.shape[0] != batch and cache_batch_idx is None:
             raise ShapeError(f"page_table {tuple(page_table.shape)}: one row for each of {batch} sequences is needed")
-        if k.shape[0] == 0 or page_table.shape[1] == 0:
+        if k.shape[0] == 0 or 0 in page_table.shape:
             raise EmptyCacheError(f"k {tuple(k.shape)}, page_table {tuple(page_table.shape)}: the cache has no pages")
         check_contiguous_rows("page_table", page_table)
         page_size, rows = k.shape[1], page_table.shape[1] * k.shape[1]
@@ -347,11 +353,9 @@ def keys_of(q, k, v, batch: int, cu_seqlens_k, page_table, cache_batch_idx, quer
     else:
         check_dims("k", k, 4, "(batch, seqlen_k, heads_kv, head_dim)")
         rows = k.shape[1]
-        if cache_batch_idx is not None:
-            check_vector("cache_batch_idx", cache_batch_idx, torch.int32, batch)
-            if k.shape[0] == 0:
-                raise EmptyCacheError(f"k {tuple(k.shape)}: the cache has no sequences")
-        elif k.shape[0] != batch:
+        if cache_batch_idx is not None and k.shape[0] == 0:
+            raise EmptyCacheError(f"k {tuple(k.shape)}: the cache has no sequences")
+        if cache_batch_idx is None and k.shape[0] != batch:
             raise ShapeError(f"k {tuple(k.shape)}: its first size is the batch, {batch}")
     if v.shape[:-1] != k.shape[:-1]:
         raise ShapeError(f"v {tuple(v.shape)} and k {tuple(k.shape)}: all sizes but the last must be equal")

@@ -42,7 +42,8 @@ class NewRows(NamedTuple):
 
 class Cache(NamedTuple):
     """k and v (batch_cache, seqlen_cache, heads_kv, d), or pages (num_pages, page_size, heads_kv, d) with
-    ``page_table`` (batch, max_pages). ``cache_batch_idx`` (batch): which sequence of the cache is that of the batch."""
+    ``page_table`` (batch, max_pages). ``cache_batch_idx`` (batch): which sequence of the cache, or row of the table, is
+    that of the batch."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -57,10 +58,10 @@ class Cache(NamedTuple):
 
     def slot(self, batch: Int32, position: Int32, page_size):
         """(page or sequence, row in it) of a position inside the capacity."""
+        if const_expr(self.cache_batch_idx is not None):
+            batch = self.cache_batch_idx[batch]
         if const_expr(self.page_table is not None):
             return self.page_table[batch, position // page_size], position % page_size
-        if const_expr(self.cache_batch_idx is not None):
-            return self.cache_batch_idx[batch], position
         return batch, position
 
 

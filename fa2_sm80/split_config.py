@@ -114,4 +114,4 @@ def visible_keys(problem: AttentionProblem) -> int:
         return problem.seqlen_k
     if right is None:
         right = problem.seqlen_k
-    return min(problem.seqlen_k, problem.sink_tokens + left + problem.seqlen_q + right)
+    return min(problem.seqlen_k, problem.sink_tokens + max(left + problem.seqlen_q + right, 0))

@@ -75,7 +75,7 @@ class Fa2SplitKernel:
             if start < stop:
                 load_queries([place(row) for row in rows], 0)
             paged = c.page_size is not None
-            sequence = batch if const_expr(paged) else args.common.key_batch(batch)
+            sequence = args.common.key_batch(batch)
             keys = tuple(
                 KeyRows(tensor, head_kv, sequence, info.offset_k, c.cu_seqlens_k, paged)
                 for tensor in (args.common.k, args.common.v)
@@ -87,7 +87,7 @@ class Fa2SplitKernel:
                     RowLoader(smem.v, c.head_dim_v, tidx, c.num_threads),
                 ),
                 keys,
-                args.common.page_table[batch, None] if const_expr(paged) else None,
+                args.common.page_table[sequence, None] if const_expr(paged) else None,
                 c.page_size,
                 info.offset_k,
                 blocks,

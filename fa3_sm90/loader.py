@@ -100,10 +100,11 @@ class Loader:
         lane = cute.arch.lane_idx()
         seqlen_k = work.info.seqlen_k
         pieces = c.tile_n // c.key_rows
+        sequence = self.args.common.key_batch(work.tile.batch)
         own = first_key + lane * c.key_rows
         page = Int32(0)
         if lane < pieces and own < seqlen_k:
-            page = self.args.common.page_table[work.tile.batch, own // c.page_size]
+            page = self.args.common.page_table[sequence, own // c.page_size]
         for piece in cutlass.range_constexpr(pieces):
             key = first_key + piece * c.key_rows
             listed = cute.arch.shuffle_sync(page, piece)

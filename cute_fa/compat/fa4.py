@@ -8,6 +8,7 @@ import torch
 
 from cute_fa import api
 from cute_fa.compat.order import REQUIRED, in_order
+from cute_fa.problem import LiteralWindow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,14 +31,28 @@ _OPTIONS = {
 _BLOCK_SPARSE = {"block_sparse_tensors": None}
 _AUX = {"aux_tensors": None, "aux_scalars": None}
 _GATHER_BWD = {"gather_bwd_recompute_p": False, "gather_bwd_token_chunk": None}
-_RETURNS = "Always returns (out, lse); lse is None unless asked for or needed for a gradient."
+_RETURNS = (
+    "``window_size`` as FlashAttention 4 has it: None is infinite, two negative bounds are full attention, any other "
+    "is meant as it is, −1 too; causal puts 0 in the place of the right one. Always returns (out, lse); lse is None "
+    "unless asked for or needed for a gradient."
+)
 
 
-def _with_lse(call: Callable, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _call(function: Callable, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if "window_size" in given:
+        given["window_size"] = _window(given["window_size"], given.get("causal"))
     inputs = (given["q"], given["k"], given["v"])
     keep = given.get("return_lse") or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
-    out, lse = call(**(given | {"return_lse": True}))
+    out, lse = function(**(given | {"return_lse": True}))
     return out, lse if keep else None
+
+
+def _window(window_size: Any, causal: Any) -> LiteralWindow:
+    """What FlashAttention 4 makes of a window (``_resolve_causal_local_window``)."""
+    left, right = LiteralWindow.of(window_size)
+    if left is not None and right is not None and left < 0 and right < 0:
+        left = right = None
+    return LiteralWindow(left, 0 if causal else right)
 
 
 flash_attn_func = in_order(
@@ -49,7 +64,7 @@ flash_attn_func = in_order(
     | _BLOCK_SPARSE
     | {"block_sparse_tensors_bwd": None, "return_lse": False}
     | _GATHER_BWD,
-    lambda given: _with_lse(api.flash_attn_func, given),
+    lambda given: _call(api.flash_attn_func, given),
     f"See :func:`cute_fa.flash_attn_func`. {_RETURNS}",
 )
 flash_attn_varlen_func = in_order(
@@ -62,6 +77,6 @@ flash_attn_varlen_func = in_order(
     | _AUX
     | {"return_lse": False, "scheduler_metadata": None, "seqlen_k_per_split": None, "disable_scheduler_metadata": False}
     | _GATHER_BWD,
-    lambda given: _with_lse(api.flash_attn_varlen_func, _LENGTHS | given),
+    lambda given: _call(api.flash_attn_varlen_func, _LENGTHS | given),
     f"See :func:`cute_fa.flash_attn_varlen_func`. {_RETURNS}",
 )

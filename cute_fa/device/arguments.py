@@ -13,7 +13,7 @@ class CommonArguments(NamedTuple):
     """Dense q, out (batch, seqlen_q, heads, d), k, v (batch, seqlen_k, heads_kv, d) or, paged, (num_pages, page_size,
     heads_kv, d), lse fp32 (batch, heads, seqlen_q); packed without the batch dimension, lse (heads, total_q).
     alibi_slopes fp32 (batch or stride 0, heads), learnable_sink fp32 (heads), page_table int32 (batch, max_pages),
-    cache_batch_idx int32 (batch), which sequence of k and v is the one of the batch."""
+    cache_batch_idx int32 (batch), which sequence of k and v, or row of page_table, is the one of the batch."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -45,7 +45,7 @@ class CommonArguments(NamedTuple):
         return dense_q, dense_k
 
     def key_batch(self, batch: Int32) -> Int32:
-        """Which sequence of dense k and v is that of sequence ``batch``."""
+        """Which sequence of dense k and v, or row of the page table, is that of sequence ``batch``."""
         return batch if const_expr(self.cache_batch_idx is None) else self.cache_batch_idx[batch]
 
     def info(self, batch: Int32) -> SeqlenInfo:

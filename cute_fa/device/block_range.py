@@ -8,7 +8,8 @@ j ≤ i + D + right. Blocks are visited from the right to the left, each at most
     left edge    masked: the left side of the window
     sink         masked: blocks before the window that hold sink tokens
 
-If the sink reaches the window's first block, the two ranges are merged: the left edge then runs down to block 0.
+If the sink reaches the window's first block, or the right edge, its range is merged with the others: the left edge
+then runs down to block 0.
 """
 
 from typing import NamedTuple, Optional
@@ -18,8 +19,8 @@ from cutlass import Boolean, Int32, const_expr
 
 
 class Window(NamedTuple):
-    """Run-time bounds, below 2^30 so that adding a position stays within int32. None where infinite;
-    ``sink_tokens`` is None if there are none, and needs a left bound."""
+    """Run-time bounds, between −2^30 and 2^30 so that adding a position stays within int32; negative ones are meant as
+    they are. None where infinite; ``sink_tokens`` is None if there are none, and needs a left bound."""
 
     left: Optional[Int32]
     right: Optional[Int32]
@@ -64,10 +65,13 @@ def block_range(
     if const_expr(window.left is not None):
         start = cutlass.max(m_start + diagonal - window.left, 0) // tile_n
         full_start = (cutlass.max(m_end - 1 + diagonal - window.left, 0) + tile_n - 1) // tile_n
+        if const_expr(window.right is not None):
+            start = cutlass.select_(window.left + window.right < 0, stop, start)  # nothing is inside the window
     sink_blocks = Int32(0)
     if const_expr(window.sink_tokens is not None):
         sink_blocks = cutlass.min((cutlass.min(window.sink_tokens, key_end) + tile_n - 1) // tile_n, stop)
-        merged = sink_blocks >= start
+        # the second where the window begins behind what a query may see: the sink then ends at the right edge
+        merged = (sink_blocks >= start) | (sink_blocks > full_stop)
         start = cutlass.select_(merged, Int32(0), start)
         sink_blocks = cutlass.select_(merged, Int32(0), sink_blocks)
 

@@ -47,6 +47,8 @@ def query_range(
         if const_expr(window.sink_tokens is not None):
             first_windowed = cutlass.max(n_start, window.sink_tokens)
         end = cutlass.min(seqlen_q, n_end - diagonal + window.left)
+        if const_expr(window.right is not None):
+            end = cutlass.select_(window.left + window.right < 0, start, end)  # nothing is inside the window
         full_end = cutlass.min(seqlen_q, first_windowed - diagonal + window.left + 1)
         if const_expr(window.sink_tokens is not None):
             end = cutlass.select_(n_start < window.sink_tokens, seqlen_q, end)
