@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from cute_fa import ops
 from cute_fa.errors import ArgumentError, UnsupportedArgumentError, ZeroLengthError
-from cute_fa.problem import INT32_MAX, normalize_window
+from cute_fa.problem import INT32_MAX, LiteralWindow, normalize_window
 from cute_fa.tensors import used_lengths
 from cute_fa.types import PersistentMode
 
@@ -46,7 +46,7 @@ _NOT_IMPLEMENTED: dict[str, tuple] = {
     "n_block_size": (None,),
     "num_threads": (None,),
 }
-_PAIRS = (tuple, list)
+_PAIRS = (tuple, list, LiteralWindow)
 
 
 def flash_attn_func(
@@ -232,15 +232,15 @@ def _options(window_size: Any, *choices: Any) -> tuple:
     """``_normalized``, which is asked once for values that are equal and of the same types."""
     if not is_dynamo_compiling() and type(window_size) in _PAIRS:
         try:
-            return _remembered(*window_size, *choices)
+            return _remembered(type(window_size), *window_size, *choices)
         except TypeError:  # something has no hash, or the window is no pair
             pass
     return _normalized(window_size, *choices)
 
 
 @lru_cache(maxsize=4096, typed=True)
-def _remembered(left: Any, right: Any, *choices: Any) -> tuple:
-    return _normalized((left, right), *choices)
+def _remembered(kind: type, left: Any, right: Any, *choices: Any) -> tuple:
+    return _normalized(LiteralWindow(left, right) if kind is LiteralWindow else (left, right), *choices)
 
 
 def _normalized(

@@ -41,10 +41,12 @@ class LiteralWindow(NamedTuple):
     def of(cls, window_size: Any) -> LiteralWindow:
         """The bounds that a caller gave, as they are: a pair of ints or None, or a tensor or array of two on the CPU; a
         bound that no int32 length can reach becomes None. Raises WindowError for anything else."""
-        pair = (None, None) if window_size is None else _on_host("window_size", window_size)
+        pair = (None, None) if window_size is None else window_size
+        if not isinstance(pair, (tuple, list)):
+            pair = _on_host("window_size", pair)
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise WindowError(f"window_size={window_size!r}: a pair (left, right) is needed")
-        return cls(*map(_bound, cls._fields, pair))
+        return cls(_bound("left", pair[0]), _bound("right", pair[1]))
 
 
 def normalize_window(window_size: Any, causal: bool) -> tuple[int | None, int | None]:
@@ -72,11 +74,11 @@ def _on_host(name: str, value: Any) -> Any:
 
 
 def _bound(side: str, bound: Any) -> int | None:
+    if bound is None or (type(bound) is int and abs(bound) < INT32_MAX):
+        return bound
     bound = _on_host(f"window_size {side}", bound)
-    if bound is None:
-        return None
     if isinstance(bound, bool) or not isinstance(bound, numbers.Integral):
-        raise WindowError(f"window_size {side}={bound!r}: a bound is an int, or None or −1 for infinite")
+        raise WindowError(f"window_size {side}={bound!r}: a bound is an int, or None for infinite")
     return None if bound >= INT32_MAX else max(int(bound), -INT32_MAX)
 
 
