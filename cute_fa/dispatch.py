@@ -27,9 +27,10 @@ _BLACKWELL = (SmArch.SM_100A, SmArch.SM_103A)
 class DispatchKey:
     """What decides which kernel serves a problem: shapes of the head and features with their values, no lengths.
 
-    ``sliding_window`` and ``window_right`` are the window's bounds in tokens, None where infinite (``window_right`` is
-    None for causal, which is bound 0); ``sink`` counts sink tokens; ``head_dim_v`` None means ``head_dim``. What
-    changes only how a kernel computes (``persistent``, ``pack_gqa``) is left out: a key stands for its own choice.
+    ``sliding_window`` and ``window_right`` are the window's bounds in tokens, literal, None where infinite
+    (``window_right`` is None for causal, which is bound 0); ``sink`` counts sink tokens; ``head_dim_v`` None means
+    ``head_dim``. What changes only how a kernel computes (``persistent``, ``pack_gqa``) is left out: a key stands for
+    its own choice.
     """
 
     arch: SmArch
@@ -268,6 +269,7 @@ FEATURES: dict[str, dict] = {
     "head_dim 192, head_dim_v 128": {"head_dim": 192, "head_dim_v": 128},
     "causal": {"causal": True},
     "window left and right": {"sliding_window": 512, "window_right": 128},
+    "window with a negative bound": {"sliding_window": 512, "window_right": -1},
     "sink tokens + window": {"causal": True, "sliding_window": 512, "sink": 4},
     "ALiBi": {"alibi": True},
     "softcap": {"softcap": 50.0},

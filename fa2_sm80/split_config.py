@@ -109,9 +109,7 @@ def num_splits(problem: AttentionProblem, num_sms: int) -> int | None:
 
 def visible_keys(problem: AttentionProblem) -> int:
     """Keys that the queries of one sequence can see at most: those of a window and the sink tokens, or all."""
-    left, right = problem.window_left, problem.window_right
-    if left is None:
-        return problem.seqlen_k
-    if right is None:
-        right = problem.seqlen_k
-    return min(problem.seqlen_k, problem.sink_tokens + max(left + problem.seqlen_q + right, 0))
+    bounds = (problem.window_left, problem.window_right)
+    left, right = (problem.seqlen_k if bound is None else bound for bound in bounds)
+    before_end = problem.seqlen_k + min(right, 0)
+    return max(min(before_end, problem.sink_tokens + max(left + problem.seqlen_q + right, 0)), 0)

@@ -99,9 +99,8 @@ def test_windows(inputs, window, causal, same):
     tensors = (inputs.q, inputs.k, inputs.v)
     out = flash_attn_func(*tensors, window_size=window, causal=causal, return_lse=True)
     close(out, inputs, **same)
-    for module in (fa2, fa3, fa4):
-        theirs = module.flash_attn_func(*tensors, window_size=window, causal=causal)
-        assert (theirs[0] if module is fa4 else theirs).equal(out[0])
+    for module in (fa2, fa3):
+        assert module.flash_attn_func(*tensors, window_size=window, causal=causal).equal(out[0])
 
 
 EVERYTHING = InputSpec(

@@ -12,7 +12,7 @@ from cute_fa import append, append_kv
 from cute_fa.errors import LengthError
 from cute_fa.inputs import InputSpec, make_inputs
 from cute_fa.types import DType
-from tests.testing.caches import Rotary, assert_rotated, rotated_queries, take_last
+from tests.testing.caches import Rotary, assert_rotated, rotated_queries, scattered, take_last
 from tests.testing.grid import pairwise
 from tests.testing.simulated import unwritten_is_nan
 
@@ -53,8 +53,9 @@ def make(case: dict):
         k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (given.k, given.v))
         given = dataclasses.replace(given, k=k, v=v)
     index = None
-    if case["index"] and case["page_size"] is None:
+    if case["index"]:
         index = torch.tensor([2, 0, 1], dtype=torch.int32)
+    if case["index"] and case["page_size"] is None:
         inverse = index.argsort()
         given = dataclasses.replace(given, k=given.k[inverse], v=given.v[inverse])
     rotary = None
@@ -73,7 +74,10 @@ def run(case: dict, arch: str = "sm_80", device: str = "cpu") -> None:
         keys = lambda rows, positions: rotary(rows, positions + shift)  # noqa: E731
     expected = take_last(given, new, case["packed"], keys, index)
     moved = {name: t.to(device) for name, t in vars(expected).items() if isinstance(t, torch.Tensor)}
-    options = {"page_table": given.page_table, "cache_batch_idx": index, "q": given.q}
+    page_table = given.page_table
+    if index is not None and page_table is not None:
+        page_table = scattered(page_table, index, 5)
+    options = {"page_table": page_table, "cache_batch_idx": index, "q": given.q}
     if case["packed"]:
         options |= {"cu_seqlens_k_new": expected.cu_seqlens_k_new, "max_seqlen_k_new": 6}
         options |= {"cu_seqlens_q": given.cu_seqlens_q, "max_seqlen_q": 6}
@@ -94,8 +98,9 @@ def run(case: dict, arch: str = "sm_80", device: str = "cpu") -> None:
 
 
 def case_name(case: dict) -> str:
-    cache = f"page{case['page_size']}" if case["page_size"] else "index" if case["index"] else "contiguous"
-    return f"{case['dtype'].value}-hd{case['head_dim'][0]}-{cache}-{case['rotary']}"
+    cache = f"page{case['page_size']}" if case["page_size"] else "contiguous"
+    index = "-index" if case["index"] else ""
+    return f"{case['dtype'].value}-hd{case['head_dim'][0]}-{cache}{index}-{case['rotary']}"
 
 
 CASES = pairwise(FEATURES, seed=1)

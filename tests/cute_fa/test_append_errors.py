@@ -101,7 +101,18 @@ def test_the_unchanged_arguments_are_good():
         ({"cache_seqlens": torch.tensor([40.0, 5.0])}, DTypeError, "cache_seqlens is float32: int32"),
         ({"seqused_k_new": ints(4, 0)}, LengthError, r"seqused_k_new\[0\]=4: between 0 and the 3 tokens"),
         ({"cache_seqlens": ints(46, 5), "seqused_k_new": ints(3, 0)}, LengthError, "46 and 3 new tokens"),
-        ({"cache_batch_idx": ints(0, 1)}, ArgumentError, "cache_batch_idx with page_table"),
+        ({"cache_batch_idx": ints(0, 1, 1)}, ShapeError, r"cache_batch_idx \(3,\): \(2,\)"),
+        ({"cache_batch_idx": ints(0, 2)}, CacheIndexError, r"cache_batch_idx\[1\]=2: page_table has 2 rows"),
+        (
+            {"cache_batch_idx": ints(1, 1), "page_table": PAGED["page_table"][:0]},
+            EmptyCacheError,
+            "the cache has no pages",
+        ),
+        (
+            {"cache_batch_idx": ints(1, 0), "page_table": ints(4, 0, 6, 1, 7, 3).reshape(2, 3)},
+            PageTableError,
+            r"page_table\[1\] lists page 7",
+        ),
         # tensors
         ({"k_cache": PAGED["k_cache"].half()}, DTypeError, "k_cache is float16: bf16 is needed"),
         ({"v": PAGED["v"].float()}, DTypeError, "v is float32: bf16 is needed"),

@@ -1,5 +1,5 @@
-"""``cache_batch_idx``: which sequences of a contiguous cache a batch reads, in every forward kernel; ``num_splits=0``:
-the table's choice of kernel and splits."""
+"""``cache_batch_idx``: which sequences of a contiguous cache, or rows of a page table, a batch reads, in every forward
+kernel; ``num_splits=0``: the table's choice of kernel and splits."""
 
 import dataclasses
 
@@ -16,6 +16,7 @@ from fa2_sm80.forward import Fa2Forward
 from fa2_sm80.split import Fa2Split
 from fa2_sm80.split_config import num_splits, visible_keys
 from fa3_sm90.forward import Fa3Forward
+from tests.testing.caches import scattered
 from tests.testing.cases import small_problem
 
 KERNELS = [("sm_80", "fa2", 1, Fa2Forward), ("sm_90a", "fa3", 1, Fa3Forward), ("sm_80", "fa2", 3, Fa2Split)]
@@ -89,11 +90,48 @@ def test_bad_index(changes, error, message):
     assert not simulation.launches
 
 
-def test_index_goes_with_contiguous_caches_alone():
+PAGED_KERNELS = [("sm_90a", "fa3", 1, Fa3Forward), ("sm_80", "fa2", 1, Fa2Split), ("sm_80", "fa2", 3, Fa2Split)]
+
+
+@pytest.mark.parametrize(("arch", "family", "splits", "kernel"), PAGED_KERNELS)
+def test_reads_the_rows_of_the_page_table_that_the_index_names(arch, family, splits, kernel):
+    """One of them twice, of a table with more rows than the batch has sequences; the others list pages that there are
+    not, and the pages that no sequence reads are NaN."""
+    inputs = make_inputs(dataclasses.replace(SPEC, seqused_k=False, page_size=16), "peaked")
+    rows = torch.tensor([2, 0, 2])
+    index = torch.tensor([5, 1, 5], dtype=torch.int32)
+    table = scattered(inputs.page_table[[0, 2]], index[[1, 0]], 7)
+    used = inputs.seqused_k[rows]
+    listed = {
+        page for row, n in zip(rows, used, strict=True) for page in inputs.page_table[row, : -(-n // 16)].tolist()
+    }
+    unread = [page for page in range(inputs.k.shape[0]) if page not in listed]
+    k, v = inputs.k.clone(), inputs.v.clone()
+    k[unread], v[unread] = torch.nan, torch.nan
+    options = {"q": inputs.q[:3], "seqused_k": used, "family": family, "num_splits": splits}
+    with cute_fa.simulate(arch, race=True):
+        out, lse = attention(inputs, **options, k=k, v=v, page_table=table, cache_batch_idx=index)
+        plan = list(ops._plans.values())[-1]
+    assert plan.kernel is kernel and plan.problem.cache_batch_idx and plan.problem.page_size == 16
+    lengths = {"seqused_k": used, "page_table": inputs.page_table[rows]}
+    result = expected(inputs.q[:3], inputs.k, inputs.v, causal=True, **lengths).check(out, lse)
+    assert result.ok, result
+
+
+def test_an_index_of_the_page_table_is_checked():
     inputs = make_inputs(dataclasses.replace(SPEC, seqused_k=False, page_size=16))
-    index = torch.zeros(4, dtype=torch.int32)
-    with cute_fa.simulate("sm_80"), pytest.raises(errors.ArgumentError, match="cache_batch_idx with page_table"):
-        attention(inputs, page_table=inputs.page_table, cache_batch_idx=index)
+    given = {"page_table": inputs.page_table, "cache_batch_idx": torch.tensor([0, 1, 4, 2], dtype=torch.int32)}
+    with cute_fa.simulate("sm_80"), pytest.raises(errors.CacheIndexError, match=r"\[2\]=4: page_table has 4 rows"):
+        attention(inputs, **given)
+    with cute_fa.simulate("sm_80"), pytest.raises(errors.ShapeError, match="one row for each of 4 sequences"):
+        attention(inputs, page_table=inputs.page_table[:3])
+
+
+def test_index_goes_with_caches_alone():
+    inputs = make_inputs(dataclasses.replace(SPEC, seqused_k=False, varlen_k=True))
+    given = {"cu_seqlens_k": inputs.cu_seqlens_k, "cache_batch_idx": torch.zeros(4, dtype=torch.int32)}
+    with cute_fa.simulate("sm_80"), pytest.raises(errors.ArgumentError, match="cache_batch_idx with cu_seqlens_k"):
+        attention(inputs, seqused_k=None, **given)
 
 
 def test_the_backward_takes_no_index():
@@ -149,7 +187,18 @@ def test_many_rows_are_left_to_the_table():
 
 @pytest.mark.parametrize(
     ("window", "sink_tokens", "visible"),
-    [((None, None), 4, 1000), ((50, 0), 4, 56), ((50, None), 4, 1000), ((50, 30), 0, 82), ((None, 0), 0, 1000)],
+    [
+        ((None, None), 4, 1000),
+        ((50, 0), 4, 56),
+        ((50, None), 4, 1000),
+        ((50, 30), 0, 82),
+        ((None, 0), 0, 1000),
+        ((-10, 30), 4, 26),
+        ((30, -40), 4, 4),
+        ((-900, None), 0, 102),
+        ((None, -300), 0, 700),
+        ((None, -3000), 0, 0),
+    ],
 )
 def test_visible_keys(window, sink_tokens, visible):
     left, right = window

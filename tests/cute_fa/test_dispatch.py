@@ -255,6 +255,8 @@ class Named:
         ),
         ("fa2", "sm_80", {"softcap": 0.5, "window_right": 3}, "fa2_fwd_sm80_bf16_hd128_wr3_softcap0p5"),
         ("fa2", "sm_80", {"softcap": 30}, "fa2_fwd_sm80_bf16_hd128_softcap30"),
+        ("fa2", "sm_80", {"sliding_window": -1, "window_right": 3}, "fa2_fwd_sm80_bf16_hd128_sw-1_wr3"),
+        ("fa2", "sm_80", {"window_right": -1}, "fa2_fwd_sm80_bf16_hd128_wr-1"),
         ("fa2", "sm_80", {"softcap": 1234567.0}, "fa2_fwd_sm80_bf16_hd128_softcap1234567"),
         ("fa2", "sm_80", {"softcap": 50.00000001}, "fa2_fwd_sm80_bf16_hd128_softcap50p00000001"),
         (

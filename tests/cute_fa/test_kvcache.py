@@ -23,7 +23,7 @@ from cute_fa.inputs import InputSpec, make_inputs
 from cute_fa.reference import expected
 from cute_fa.types import DType
 from fa2_sm80.split import Fa2Split
-from tests.testing.caches import Rotary, after, places, rotated_queries, take_last
+from tests.testing.caches import Rotary, after, places, rotated_queries, scattered, take_last
 from tests.testing.grid import pairwise
 from tests.testing.simulated import unwritten_is_nan
 
@@ -254,6 +254,24 @@ def test_cache_batch_idx_appends_where_it_reads():
         )
     assert expected(given.q, given.k, given.v, **given.options()).check(*result).ok
     append.check()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_cache_batch_idx_is_the_row_of_the_page_table(arch):
+    """As in FA3, whose page_table has a row for each sequence of the cache."""
+    given = make_inputs(dataclasses.replace(SPEC, seqlen_q=2), "peaked")
+    append = take_last(given, [2, 2])
+    index = torch.tensor([3, 1], dtype=torch.int32)
+    with cute_fa.simulate(arch, race=True):
+        result = fa3.flash_attn_with_kvcache(
+            *(given.q, append.k_cache, append.v_cache, append.k, append.v),
+            cache_seqlens=append.cache_seqlens,
+            cache_batch_idx=index,
+            page_table=scattered(given.page_table, index, 4),
+            causal=True,
+            return_softmax_lse=True,
+        )
+    check(result, given, append)
 
 
 @pytest.mark.parametrize("page_size", [None, 8])

@@ -25,7 +25,7 @@ from cute_fa.errors import (
     WindowError,
     ZeroLengthError,
 )
-from cute_fa.problem import PAGE_SIZES, AttentionProblem, normalize_window
+from cute_fa.problem import PAGE_SIZES, AttentionProblem, LiteralWindow, normalize_window
 from cute_fa.requests import CumulativeSeqlens, Fa2FwdRequest, Fa3FwdRequest, PersistentMode, VarlenFwdRequest
 from cute_fa.tensors import problem_of
 from cute_fa.types import Direction, DType, MaskKind, PositionBias, SmArch
@@ -62,6 +62,18 @@ BASE = AttentionProblem(
         ((-1, 5), False, (None, 5)),
         ((sys.maxsize, 10**30), False, (None, None)),
         ((numpy.int64(3), numpy.int32(-1)), False, (3, None)),
+        (torch.tensor([3, 7]), False, (3, 7)),
+        (torch.tensor([3, -1], dtype=torch.int32), True, (3, 0)),
+        (numpy.array([-1, 7]), False, (None, 7)),
+        ((torch.tensor(3), numpy.int64(7)), False, (3, 7)),
+        (LiteralWindow(3, None), False, (3, None)),
+        (LiteralWindow(-4, None), False, (-4, None)),
+        (LiteralWindow(None, -1), False, (None, -1)),
+        (LiteralWindow(-4, -1), False, (-4, -1)),
+        (LiteralWindow(numpy.int64(-1), torch.tensor(3)), False, (-1, 3)),
+        (LiteralWindow(-1, -3), True, (-1, -3)),
+        (LiteralWindow(-1, None), True, (-1, 0)),
+        (LiteralWindow(2**31, -(2**40)), False, (None, 1 - 2**31)),
     ],
 )
 def test_windows(window, causal, expected):
@@ -69,12 +81,25 @@ def test_windows(window, causal, expected):
 
 
 @pytest.mark.parametrize(
-    "window", [(-2, 0), (0, -7), (1.5, 0), ("4", 0), (True, 0), (1,), 5, (1, 2, 3), (torch.tensor(3), 0)]
+    "window",
+    [
+        *((-2, 0), (0, -7), (1.5, 0), ("4", 0), (True, 0), (1,), 5, (1, 2, 3)),
+        *(torch.tensor([-2, 0]), torch.tensor([1.5, 0.0]), torch.tensor(5), torch.tensor([[1], [2]])),
+        *(LiteralWindow(1.5, 0), LiteralWindow(True, None), numpy.array([1, 2, 3])),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("causal", [False, True])
 def test_windows_that_raise(window, causal):
     with pytest.raises(WindowError, match="window_size"):
         normalize_window(window, causal)
+
+
+def test_windows_on_a_device_are_not_read():
+    with pytest.raises(WindowError, match="window_size is a tensor on meta: the host would wait"):
+        normalize_window(torch.zeros(2, dtype=torch.int32, device="meta"), False)
+    with pytest.raises(WindowError, match="window_size right is a tensor on meta"):
+        normalize_window((3, torch.zeros((), dtype=torch.int32, device="meta")), False)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +111,8 @@ def test_windows_that_raise(window, causal):
         ({"window_right": 8}, MaskKind.SLIDING, False),
         ({"window_left": 8, "window_right": 8}, MaskKind.SLIDING, False),
         ({"window_left": 8, "window_right": 0}, MaskKind.SLIDING_CAUSAL, True),
+        ({"window_left": -8, "window_right": 0}, MaskKind.SLIDING_CAUSAL, True),
+        ({"window_right": -1}, MaskKind.SLIDING, False),
     ],
 )
 def test_mask_kind(changes, mask, causal):
@@ -130,8 +157,8 @@ def test_derived():
         ({"deterministic": True}, ArgumentError, "deterministic of a forward"),
         ({"lse_gradient": True}, ArgumentError, "lse_gradient of a forward"),
         ({"direction": Direction.BACKWARD, "slopes_gradient": True}, ArgumentError, "slopes_gradient without alibi"),
-        ({"window_left": -1}, WindowError, "window_left=-1"),
-        ({"window_right": -3}, WindowError, "window_right=-3"),
+        ({"window_left": 1.5}, WindowError, "window_left=1.5"),
+        ({"window_right": True}, WindowError, "window_right=True"),
         ({"sink_tokens": -1}, ArgumentError, "sink_tokens=-1"),
         ({"num_splits": 0}, ArgumentError, "num_splits=0"),
         ({"out_dtype": DType.E4M3}, Fp8Error, "out_dtype=e4m3"),

@@ -9,10 +9,8 @@ import cute_fa
 from cute_fa import autograd, reference
 from cute_fa.inputs import InputSpec, make_inputs, output_gradients
 from cute_fa.types import DType
-from tests.testing.cases import FA2_FEATURES, FA2_LENGTHS, spec_name, spec_of
+from tests.testing.cases import FA2_FEATURES, FA2_LENGTHS, fa2_cases, spec_name, spec_of
 from tests.testing.gradients import assert_right, call_of, gradients_of, same_bits
-from tests.testing.grid import pairwise
-from tests.testing.range_kernel import query_ranges
 
 FEATURES = {
     **FA2_FEATURES,
@@ -32,13 +30,13 @@ def case_name(case: dict) -> str:
     return "-".join([spec_name(spec_of(case)), *(f"{name}={case[name]}" for name in CHOICES)])
 
 
-@pytest.mark.parametrize("case", pairwise(FEATURES, seed=1), ids=case_name)
+@pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
 def test_features_in_pairs(case):
     assert_right(spec_of(case), race=True, **{name: case[name] for name in CHOICES}, **case["schedule"])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", pairwise(FEATURES, seed=1), ids=case_name)
+@pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
 def test_features_in_pairs_on_the_gpu(case):
     given = make_inputs(spec_of(case), case["inputs"], device="cuda").requiring_gradients()
     dout, dlse = output_gradients(given, seed=1)
@@ -90,43 +88,6 @@ def test_mask_edges_that_meet_tile_edges(window, residue):
 @pytest.mark.parametrize("causal", [False, True])
 def test_lengths_around_the_tiles(seqlen_q, seqlen_k, causal):
     assert_right(InputSpec(1, seqlen_q, seqlen_k, 1, 1, 64, causal=causal), "peaked", lse_gradient=False)
-
-
-def visible_pairs(left, right, sink, seqlen_q, seqlen_k, n_start, tile_m, tile_n) -> list[torch.Tensor]:
-    """Of each query block of a key tile, which of its pairs are visible."""
-    query, key = torch.arange(seqlen_q)[:, None], torch.arange(n_start, n_start + tile_n)
-    distance = query + seqlen_k - seqlen_q - key
-    visible = (key < seqlen_k).expand_as(distance).clone()
-    if left is not None:
-        visible &= (distance <= left) | (key < (sink or 0))
-    if right is not None:
-        visible &= distance >= -right
-    return list(visible.split(tile_m))
-
-
-@pytest.mark.parametrize("sink", [None, 3, 40])
-@pytest.mark.parametrize("window", [(None, None), (None, 0), (None, 7), (9, 0), (30, 5), (0, 0), (3, None)], ids=str)
-def test_query_blocks_of_a_key_tile(window, sink):
-    """From the last visible block to the first, each once; unmasked exactly those with every pair visible, and in one
-    row with the other unmasked ones."""
-    tile_m, tile_n = 8, 16
-    sink = None if window[0] is None else sink
-    questions = [
-        (seqlen_q, seqlen_k, n_start)
-        for seqlen_q in (1, 7, 8, 23, 50)
-        for seqlen_k in (1, 15, 16, 37, 60)
-        for n_start in range(0, seqlen_k + tile_n, tile_n)
-    ]
-    for question, answer in zip(questions, query_ranges((*window, sink), questions, tile_m, tile_n), strict=True):
-        last, left_end, full_end, total = answer
-        assert 0 <= left_end <= full_end <= total
-        blocks = visible_pairs(*window, sink, *question, tile_m, tile_n)
-        visible = [i for i, block in enumerate(blocks) if block.any()]
-        assert (
-            [last - i for i in range(total)] == list(range(visible[-1], visible[0] - 1, -1)) if visible else not total
-        )
-        unmasked = [last - i for i in range(left_end, full_end)]
-        assert unmasked == [i for i in reversed(visible) if blocks[i].all()], (question, answer)
 
 
 def test_hidden_rows_and_keys_have_no_gradient():

@@ -6,8 +6,7 @@ import torch
 import cute_fa
 from cute_fa.inputs import InputSpec, make_inputs
 from cute_fa.reference import expected
-from tests.testing.cases import FA2_FEATURES, FA2_LENGTHS, spec_name, spec_of
-from tests.testing.grid import pairwise
+from tests.testing.cases import FA2_FEATURES, FA2_LENGTHS, fa2_cases, spec_name, spec_of
 
 # one compile a case: as many levels as shape the code or the control flow differently, no more
 FEATURES = {
@@ -40,13 +39,13 @@ def assert_right(spec: InputSpec, inputs: str = "random", **options):
     return out, lse
 
 
-@pytest.mark.parametrize("case", pairwise(FEATURES, seed=1), ids=case_name)
+@pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
 def test_features_in_pairs(case):
     assert_right(spec_of(case), case["inputs"], **case["schedule"])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", pairwise(FEATURES, seed=1), ids=case_name)
+@pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
 def test_features_in_pairs_on_the_gpu(case):
     given = make_inputs(spec_of(case), case["inputs"], device="cuda")
     out, lse = given.run(return_lse=True, family="fa2")

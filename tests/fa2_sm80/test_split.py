@@ -14,9 +14,8 @@ from cute_fa.reference import expected
 from cute_fa.types import Direction, SmArch
 from fa2_sm80.split import Fa2Split
 from perf.sass import report_cubin
-from tests.testing.cases import FA2_FEATURES, small_problem, spec_name, spec_of
+from tests.testing.cases import FA2_FEATURES, fa2_cases, small_problem, spec_name, spec_of
 from tests.testing.gradients import call_of
-from tests.testing.grid import pairwise
 from tests.testing.loads import recorded_copies
 from tests.testing.simulated import unwritten_is_nan
 
@@ -64,13 +63,13 @@ def run(spec: InputSpec, inputs: str = "random", splits: int = 1, arch: str = "s
     return out, lse, simulated
 
 
-@pytest.mark.parametrize("case", pairwise(FEATURES, seed=1), ids=case_name)
+@pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
 def test_features_in_pairs(case):
     run(spec_of(case), case["inputs"], case["splits"], race=True, **case["schedule"])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", pairwise(FEATURES, seed=1), ids=case_name)
+@pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
 def test_features_in_pairs_on_the_gpu(case):
     given = make_inputs(spec_of(case), case["inputs"], device="cuda")
     out, lse = ops.attention(*call_of(given, num_splits=case["splits"]))

@@ -2,20 +2,20 @@
 loaded, how tiles are shared out, pages, big strides."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
 
 import cute_fa
 from cute_fa.inputs import Inputs, InputSpec, make_inputs
+from cute_fa.problem import LiteralWindow
 from cute_fa.reference import expected
 from cute_fa.trial import problem_of_spec
 from cute_fa.types import DType, SmArch
 from fa3_sm90.config import Fa3ForwardConfig
 from fa3_sm90.forward import Fa3Forward
 from tests.testing.cases import spec_name, spec_of
-from tests.testing.grid import pairwise
+from tests.testing.grid import in_turns, pairwise
 from tests.testing.loads import recorded_loads
 from tests.testing.simulated import call
 
@@ -33,8 +33,20 @@ HEAD_DIMS = {
 MASKS = {
     "none": [{}],
     "causal": [{"causal": True}],
-    "window": [{"window": (137, 11)}, {"window": (None, 9)}, {"window": (0, None)}],
-    "sink": [{"window": (60, 0), "sink_tokens": 5}, {"window": (70, None), "sink_tokens": 90}],
+    "window": [
+        {"window": (137, 11)},
+        {"window": LiteralWindow(None, -5)},
+        {"window": (0, None)},
+        {"window": LiteralWindow(-20, 90)},
+        {"window": (None, 9)},
+        {"window": LiteralWindow(-4, None)},
+    ],
+    "sink": [
+        {"window": (60, 0), "sink_tokens": 5},
+        {"window": LiteralWindow(-12, 60), "sink_tokens": 30},
+        {"window": (70, None), "sink_tokens": 90},
+        {"window": LiteralWindow(-6, None), "sink_tokens": 20},
+    ],
 }
 LENGTHS = {
     "dense": [{}],
@@ -78,12 +90,7 @@ FEATURES = {
 
 def cases() -> list[dict]:
     """Pairs of the levels, each level that stands for several values having its next one."""
-    found = pairwise(FEATURES, seed=1)
-    for name, levels in (("head_dims", HEAD_DIMS), ("mask", MASKS), ("lengths", LENGTHS)):
-        turns = {level: itertools.cycle(values) for level, values in levels.items()}
-        for case in found:
-            case[name] = next(turns[case[name]])
-    return found
+    return in_turns(pairwise(FEATURES, seed=1), head_dims=HEAD_DIMS, mask=MASKS, lengths=LENGTHS)
 
 
 def case_name(case: dict) -> str:

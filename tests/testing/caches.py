@@ -85,6 +85,14 @@ def places(given: Inputs, sequence: int, tokens: range, index: torch.Tensor | No
     return given.page_table[sequence].long()[tokens // page_size], tokens % page_size
 
 
+def scattered(page_table: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+    """A page table of ``rows`` rows, of which row index[b] is that of sequence b; the others list pages that no cache
+    has."""
+    table = page_table.new_full((rows, page_table.shape[1]), 2**30)
+    table[index.long()] = page_table
+    return table
+
+
 def take_last(
     given: Inputs, new: list[int], packed: bool = False, rotary: Rotary | None = None, index: torch.Tensor | None = None
 ) -> Append:

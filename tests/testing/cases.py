@@ -3,21 +3,28 @@
 import dataclasses
 
 from cute_fa.inputs import InputSpec
-from cute_fa.problem import AttentionProblem
+from cute_fa.problem import AttentionProblem, LiteralWindow
 from cute_fa.types import DType, SmArch
+from tests.testing.grid import in_turns, pairwise
 
-# Levels of what the FA2 kernels' grids vary, as many as shape the code or the control flow differently.
+# Levels of what the FA2 kernels' grids vary, as many as shape the code or the control flow differently. Those of masks
+# stand for several values each, which the cases take in turns: usual windows, and ones with a negative bound.
+FA2_MASKS = {
+    "none": [{}],
+    "causal": [{"causal": True}],
+    "window": [{"window": (37, 11)}, {"window": LiteralWindow(-9, 40)}, {"window": LiteralWindow(30, -7)}],
+    "window and sink": [
+        {"window": (20, 0), "sink_tokens": 5},
+        {"window": LiteralWindow(-12, 60), "sink_tokens": 30},
+        {"window": LiteralWindow(40, -3), "sink_tokens": 90},
+    ],
+    "left": [{"window": (70, None), "sink_tokens": 90}, {"window": LiteralWindow(-6, None), "sink_tokens": 20}],
+    "right": [{"window": (None, 9)}, {"window": LiteralWindow(None, -5)}],
+}
 FA2_FEATURES = {
     "dtype": [DType.BF16, DType.FP16],
     "head_dims": [(64, None), (128, None), (8, None), (72, 40), (192, 128), (256, None)],
-    "mask": [
-        {},
-        {"causal": True},
-        {"window": (37, 11)},
-        {"window": (20, 0), "sink_tokens": 5},
-        {"window": (70, None), "sink_tokens": 90},
-        {"window": (None, 9)},
-    ],
+    "mask": list(FA2_MASKS),
     "alibi": [{}, {"alibi": True}, {"alibi_per_batch": True}],
     "softcap": [0.0, 15.0],
     "learnable_sink": [False, True],
@@ -31,6 +38,11 @@ FA2_LENGTHS = [
 ]
 
 
+def fa2_cases(features: dict[str, list]) -> list[dict]:
+    """Cases with every pair of these levels, FA2_FEATURES among them."""
+    return in_turns(pairwise(features, seed=1), mask=FA2_MASKS)
+
+
 def spec_of(case: dict, scale: int = 1) -> InputSpec:
     """``scale``: factor of the lengths and of the window."""
     head_dim, head_dim_v = case["head_dims"]
@@ -38,7 +50,8 @@ def spec_of(case: dict, scale: int = 1) -> InputSpec:
     seqlen_q, seqlen_k = (length * scale if length > 1 else length for length in case["seqlens"])
     mask = dict(case["mask"])
     if "window" in mask:
-        mask["window"] = tuple(bound and bound * scale for bound in mask["window"])
+        window = (bound and bound * scale for bound in mask["window"])
+        mask["window"] = LiteralWindow(*window) if isinstance(mask["window"], LiteralWindow) else tuple(window)
     return InputSpec(
         batch=3 if case["lengths"] else 1 + bool(case["alibi"].get("alibi_per_batch")),
         seqlen_q=seqlen_q,

@@ -31,3 +31,12 @@ def pairwise(options: dict[str, list], seed: int = 0) -> list[dict[str, Any]]:
         missing -= {frozenset(pair) for pair in itertools.combinations(chosen.items(), 2)}
         cases.append({name: values[chosen[name]] for name, values in options.items()})
     return cases
+
+
+def in_turns(cases: list[dict[str, Any]], **levels: dict[str, list]) -> list[dict[str, Any]]:
+    """The cases with, for each option of ``levels``, a value in the place of the level's name: the values that the
+    level stands for, one after the other."""
+    turns = {
+        option: {name: itertools.cycle(values) for name, values in named.items()} for option, named in levels.items()
+    }
+    return [case | {option: next(named[case[option]]) for option, named in turns.items()} for case in cases]
