@@ -5,11 +5,18 @@ Every message holds the offending value and the rule it breaks. All of them are 
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 
 class CuteFaError(ValueError):
-    """Base of all errors that cute_fa raises about its input."""
+    """Base of all errors that cute_fa raises about its input. Fields are plain values, of tensors and functions their
+    description: what raises in a worker process must arrive in its parent."""
+
+    def __reduce__(self) -> tuple:
+        """For pickle and copy. Exception's own calls the class with the message, which is not what ``__init__`` of some
+        takes; a pool of processes then breaks or hangs."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 class ArgumentError(CuteFaError):

@@ -6,6 +6,8 @@ executed it. Code deep in the simulator raises with a message only; ``located`` 
 
 from __future__ import annotations
 
+import copyreg
+
 from .names import readable
 
 
@@ -22,6 +24,10 @@ class SimError(Exception):
         super().__init__(message)
         self.message, self.line, self.text, self.where = message, line, text, where
         self.kernel = self.account = None
+
+    def __reduce__(self) -> tuple:
+        """For pickle and copy: the text and the fields, whatever ``__init__`` takes."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
     def located(self, line: int | None = None, text: str | None = None, where: str | None = None) -> SimError:
         """Fill in what the raiser did not know, and return the error."""

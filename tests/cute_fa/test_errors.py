@@ -2,12 +2,14 @@
 
 import inspect
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 
 import cute_fa
-from cute_fa import errors, flash_attn_func, flash_attn_varlen_func, ops
+from cute_fa import dispatch, errors, flash_attn_func, flash_attn_varlen_func, ops
 from cute_fa.errors import (
     AlignmentError,
     ArgumentError,
@@ -31,7 +33,8 @@ from cute_fa.errors import (
     ZeroLengthError,
 )
 from cute_fa.simulation import simulated_arch
-from cute_fa.types import PersistentMode
+from cute_fa.types import DType, PersistentMode, SmArch
+from tests.testing import exceptions
 
 BF16 = torch.bfloat16
 
@@ -322,3 +325,34 @@ def test_every_error_has_one_base_and_is_documented():
         assert issubclass(error, CuteFaError)
         assert error.__doc__
     assert issubclass(CuteFaError, ValueError)
+
+
+EXAMPLES = {
+    UnsupportedArgumentError: (("score_mod", lambda score: score), {}),
+    StrideError: (("q", torch.zeros(2, 3).stride(), "a rule"), {}),
+    AlignmentError: (("q", 0x1002, 16), {}),
+    DTypeError: (("q", torch.float32, "bfloat16 is needed"), {}),
+    UnsupportedKeyError: (
+        (dispatch.DispatchKey(SmArch.SM_80, DType.BF16, 64, softcap=9e3), {"fa2_fwd": ["a reason", "another"]}),
+        {},
+    ),
+}
+
+
+def test_every_error_can_be_sent():
+    sent = exceptions.instances("cute_fa", EXAMPLES)
+    assert len(sent) > 20 and EXAMPLES.keys() <= {type(error) for error in sent}
+    for error in sent:
+        exceptions.assert_survives(error)
+
+
+def test_errors_of_another_process():
+    """What a worker raises is what its parent sees, of a pool that would break and of one that would wait for ever."""
+    spawn = multiprocessing.get_context("spawn")
+    message = "q is float32: one of float16, bfloat16"
+    with ProcessPoolExecutor(1, mp_context=spawn) as executor:
+        with pytest.raises(DTypeError, match=message) as caught:
+            executor.submit(exceptions.refused, "sm_80").result(timeout=120)
+        assert "flash_attn_func" in str(caught.value.__cause__)  # the worker's traceback
+    with spawn.Pool(1) as pool, pytest.raises(DTypeError, match=message):
+        pool.apply_async(exceptions.refused, ("sm_90a",)).get(timeout=120)

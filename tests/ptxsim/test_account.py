@@ -7,7 +7,7 @@ from ptxsim import observed
 from ptxsim.account import role_name
 from ptxsim.errors import Deadlock, MemoryFault, RaceError
 from ptxsim.observed import DEPTH, Event, History, ObservedMachine
-from tests.testing import ptx
+from tests.testing import exceptions, ptx
 
 # Warps 0-3 arrive once each at a barrier of five arrivals, warps 4-7 wait for it, warp 8 runs to its end.
 STUCK = """.shared .align 8 .b64 bar;
@@ -30,6 +30,7 @@ def failure(body, kind, **options):
     declarations = options.pop("declarations", "")
     with pytest.raises(kind) as caught:
         ptx.launch(ptx.kernel_text(body, 0, 1, declarations=declarations), [ptx.aligned(np.zeros(64))], **options)
+    exceptions.assert_survives(caught.value)
     return caught.value
 
 
