@@ -326,6 +326,8 @@ def check_flag(name: str, value: Any) -> None:
 def check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
+    if tensor.is_nested:
+        raise ArgumentError(f"{name} is a nested tensor: flash_attn_varlen_func takes packed ones")
     if tensor.layout is not torch.strided:
         raise ArgumentError(f"{name} has layout {str(tensor.layout).removeprefix('torch.')}: strided is needed")
 

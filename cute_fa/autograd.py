@@ -187,7 +187,7 @@ def attention_backward(
     """The operator ``cute_fa::attention_backward``: gradients of the inputs of ``call``, whose forward gave ``out`` and
     ``lse``, from those of these two; ``dlse`` None is zero."""
     tensors = (dout, dlse, out, lse, *call[: ops.NUM_TENSORS])
-    direct = ops.unwatched(tensors) and not call.q.is_meta
+    direct = ops.unwatched(tensors) and not call.q.is_meta and ops.have_memory(dout, dlse)
     run = _attention_backward if direct else _attention_backward_op
     return _named(run(*tensors, *call[ops.NUM_TENSORS :], slopes_gradient), call, slopes_gradient)
 

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import is_grad_enabled, library
-from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch._C import (
+    _get_function_stack_at,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
@@ -24,8 +29,9 @@ from torch._C._functorch import (
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
 )
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.compiler import is_dynamo_compiling
+from torch.utils._device import DeviceContext
 
 from cute_fa.compiler import compiled
 from cute_fa.dispatch import TABLE
@@ -38,6 +44,7 @@ from cute_fa.tensors import (
     ALIGNMENT,
     TORCH_DTYPES,
     check_devices,
+    check_like,
     check_pointers,
     check_separate,
     check_values,
@@ -135,7 +142,7 @@ _plans: dict[tuple, _Plan] = {}
 def _attention(*arguments):
     q, k, v = arguments[:3]
     small, options = arguments[3:NUM_TENSORS], arguments[NUM_TENSORS:]
-    return _run(_plan(q, k, v, small, options), q, k, v, small)
+    return _run(_plan(q, k, v, small, options), q, k, v, small, (q.data_ptr(), k.data_ptr(), v.data_ptr()))
 
 
 def _attention_out(*arguments):
@@ -143,7 +150,7 @@ def _attention_out(*arguments):
     small, options, out = arguments[3:NUM_TENSORS], arguments[NUM_TENSORS:-1], arguments[-1]
     plan = _plan(q, k, v, small, options, out)
     check_separate(out, q=q, k=k, v=v)
-    return _run(plan, q, k, v, small, out)[1]
+    return _run(plan, q, k, v, small, (q.data_ptr(), k.data_ptr(), v.data_ptr()), out)[1]
 
 
 def _plan(q, k, v, small: tuple, options: tuple, out: torch.Tensor | None = None) -> _Plan:
@@ -248,20 +255,22 @@ def restrided(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Te
     return tensor if strides is None else tensor.as_strided(tensor.shape, strides)
 
 
-def _run(plan: _Plan, q, k, v, small: tuple, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse), the kernel launched; allocates what is to be returned."""
+def _run(
+    plan: _Plan, q, k, v, small: tuple, addresses: tuple[int, int, int], out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse), the kernel launched; allocates what is to be returned. ``addresses``: those of q, k and v."""
     if CHECK_VALUES or simulated_arch() is not None:
         check_values(plan.problem, q, k, *small[:-2])
     lse = plan.new_lse(q)
-    addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
+    bits = addresses[0] | addresses[1] | addresses[2]
     if out is None:
         out = plan.new_out(q)  # which is aligned
     else:
-        addresses |= out.data_ptr()
+        bits |= out.data_ptr()
     if not plan.launches:
         _without_keys(small, out, lse)
         return out, lse
-    if addresses % ALIGNMENT:
+    if bits % ALIGNMENT:
         check_pointers(q=q, k=k, v=v, out=out)
     into = out
     if plan.strides is not None:
@@ -390,15 +399,29 @@ def again(q: Any, k: Any, v: Any, small: tuple, options: tuple) -> tuple[torch.T
         return None
     try:
         plan = _plans.get(_key(q, k, v, small, options))
-    except (AttributeError, RuntimeError):  # None; sparse tensors, which have no strides
+        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    except (AttributeError, RuntimeError):  # None; what has no strides, as sparse tensors, or no memory
         return None
-    return None if plan is None else _run(plan, q, k, v, small)
+    if plan is None or (plan.launches and 0 in addresses):
+        return None
+    return _run(plan, q, k, v, small, addresses)
 
 
 def unwatched(tensors: tuple) -> bool:
     """Whether the dispatcher would do nothing for them but convert an operator's many arguments back and forth: eager
-    mode, no gradient asked for, no autocast, mode or transform watching, plain tensors or None."""
-    if is_dynamo_compiling() or _len_torch_dispatch_stack() or _is_any_autocast_enabled() or _transformed():
+    mode, no gradient asked for, no autocast, mode, profiler or transform watching, plain tensors or None.
+
+    Two kinds of plain tensors are not asked about here, because it would take too long: some have no memory of their
+    own (:func:`have_memory`), and while torch.jit traces, sizes are tensors, by which no plan is found."""
+    if (
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack()
+        or (_len_torch_function_stack() and _function_modes())
+        or profiler._is_profiler_enabled
+        or _is_any_autocast_enabled()
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    ):
         return False
     needs_grad = is_grad_enabled()
     for tensor in tensors:
@@ -407,10 +430,33 @@ def unwatched(tensors: tuple) -> bool:
     return True
 
 
+def _function_modes() -> bool:
+    """Whether a mode sees calls of torch's functions, other than a default device, which is one that changes none of
+    ours."""
+    modes = map(_get_function_stack_at, range(_len_torch_function_stack()))
+    return any(type(mode) is not DeviceContext for mode in modes)
+
+
+def have_memory(*tensors: torch.Tensor | None) -> bool:
+    """Whether kernels can be given these tensors as they are. Some stand for others although their type says nothing
+    of it, and the dispatcher puts these in their places: those of the older vmap, by which
+    ``torch.autograd.grad(…, is_grads_batched=True)`` maps, functionalized ones, and zeros that are not written yet."""
+    try:
+        return all(tensor is None or tensor.data_ptr() or not tensor.numel() for tensor in tensors)
+    except RuntimeError:
+        return False
+
+
 def attention_out(*arguments) -> torch.Tensor:
     """lse for the arguments of :class:`Call` and the tensor to write: the operator ``cute_fa::attention_out``."""
     if not is_dynamo_compiling() and _transformed():
         _check_derivatives(arguments)
+        # No transform knows what an operator writes, but all know copy_.
+        *arguments, out = arguments
+        result, lse = _attention_op(*arguments)
+        check_like("out", out, result.shape, result.dtype)
+        out.copy_(result)
+        return lse
     return _attention_out_op(*arguments)
 
 
