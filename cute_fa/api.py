@@ -83,8 +83,10 @@ def flash_attn_func(
     window_size: (left, right) in tokens around that diagonal, both inclusive; None or −1 is infinite.
     sink_tokens: the first keys stay visible although they lie left of the window.
     softcap: scores become softcap·tanh(score/softcap); 0 is off.
-    alibi_slopes: fp32 (heads) or (batch, heads): −slope·|i + seqlen_k − seqlen_q − j| is added.
-    learnable_sink: (heads), a logit that takes part in the softmax and has no value.
+    alibi_slopes: fp32 (heads) or (batch, heads): −slope·|i + seqlen_k − seqlen_q − j| is added. Finite, and so small
+        that no bias overflows fp32: a head's results may be NaN otherwise.
+    learnable_sink: (heads), a logit that takes part in the softmax and has no value; −inf for none. +inf or NaN make a
+        head's results NaN.
     num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
     pack_gqa: whether query heads of one kv head share a tile; None lets the kernel choose, as "auto" does below.
     persistent: "auto", "on" (a CTA computes one tile after the other) or "off" (one CTA a tile).

@@ -87,7 +87,7 @@ def _attention_backward(dout, dlse, out, lse, *arguments):
     call = ops.Call._make(arguments)
     plan = _plan(dout, dlse, out, lse, call, slopes_gradient)
     if ops.CHECK_VALUES or simulated_arch() is not None:
-        check_values(plan.problem, call.q, call.k, *call[3:10])
+        check_values(plan.problem, call.q, call.k, *call[3 : ops.NUM_TENSORS])
     grads = _new_gradients(call, slopes_gradient)
     if not plan.launches:
         _without_keys(grads, dlse, lse)

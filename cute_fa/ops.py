@@ -183,7 +183,7 @@ def validate(call: Call, out: torch.Tensor | None = None) -> None:
     if out is not None:
         check_separate(out, q=call.q, k=call.k, v=call.v)
     if CHECK_VALUES or simulated_arch() is not None:
-        check_values(plan.problem, call.q, call.k, *call[3:10])
+        check_values(plan.problem, call.q, call.k, *call[3:NUM_TENSORS])
 
 
 def signatures(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
@@ -260,7 +260,7 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse), the kernel launched; allocates what is to be returned. ``addresses``: those of q, k and v."""
     if CHECK_VALUES or simulated_arch() is not None:
-        check_values(plan.problem, q, k, *small[:-2])
+        check_values(plan.problem, q, k, *small)
     lse = plan.new_lse(q)
     bits = addresses[0] | addresses[1] | addresses[2]
     if out is None:

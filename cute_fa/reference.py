@@ -7,14 +7,16 @@ The formula, with D = seqlen_k − seqlen_q of the sequence, for query i, key j 
     O_i = Σ_j p_j v_j with p the softmax over the visible keys and, if given, the extra logit learnable_sink[h]
 
 LSE is the natural logarithm of the softmax's denominator. A row without visible keys has O = 0 and LSE = −inf, or
-learnable_sink[h]. Rows beyond seqused_q have O = 0 and LSE = −inf. Only elements inside the lengths are read.
+learnable_sink[h]; a sink of −inf is none. Rows beyond seqused_q have O = 0 and LSE = −inf. Only elements inside the
+lengths are read.
 
 The backward, with dO and dLSE the gradients of O and LSE (Dao et al., FlashAttention, 2022, appendix B.2; dLSE and the
 sink follow from ∂LSE/∂s_ij = p_ij):
 
     D_i = dO_i · O_i − dLSE_i, without dLSE_i where LSE_i = −inf
     dp_ij = dO_i · v_j;   ds_ij = p_ij (dp_ij − D_i), 0 for hidden keys and empty rows
-    dslope[h] = −Σ_ij ds_ij |i + D − j|;   dsink[h] = −Σ_i exp(learnable_sink[h] − LSE_i) D_i
+    dslope[h] = −Σ_ij ds_ij |i + D − j|;   dsink[h] = −Σ_i exp(learnable_sink[h] − LSE_i) D_i,
+    rows of LSE_i = −inf left out
     dx_ij = ds_ij (1 − tanh²(s_ij/c)) with softcap;   dq_i = softmax_scale Σ_j dx_ij k_j
     dk_j = softmax_scale Σ_i dx_ij q_i and dv_j = Σ_i p_ij dO_i, summed over the query heads of a kv head
 """
@@ -181,7 +183,8 @@ def _gradients(
                 total = sums["dalibi"][:, span.batch] if alibi_slopes.dim() == 2 else sums["dalibi"]
                 total += torch.stack([terms.sum((1, 2)), terms.square().sum((1, 2))])
             if learnable_sink is not None:
-                terms = -torch.exp(learnable_sink.to(compute)[:, None] - lse) * delta
+                weights = torch.exp(learnable_sink.to(compute)[:, None] - lse).masked_fill(lse == -math.inf, 0.0)
+                terms = -weights * delta
                 sums["dsink"] += torch.stack([terms.sum(1), terms.square().sum(1)])
             dx = ds if softcap == 0.0 else _rounded(ds * (1.0 - (capped / softcap).square()), dtype)
             groups, rows_p = k_s.shape[1], q_p.shape[0]
@@ -298,7 +301,8 @@ def _softmax_pv(scores, v, learnable_sink, dtype: torch.dtype) -> tuple[torch.Te
     reference = lse.masked_fill(lse == -math.inf, 0.0)
     if dtype in _FP8 and scores.shape[-1]:
         # at most 1 before rounding, as in a kernel, which normalises last: fp8 would flush small probabilities to 0
-        reference = scores.amax(-1).masked_fill(lse == -math.inf, 0.0)
+        reference = scores.amax(-1)
+        reference = reference.masked_fill(reference == -math.inf, 0.0)
     p = _rounded(torch.exp(scores - reference[..., None]), dtype)
     heads, rows, keys = p.shape
     groups = v.shape[1]

@@ -6,6 +6,7 @@ Everything here reads shapes, strides and dtypes only; ``check_values`` alone re
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ from cute_fa.problem import INT32_MAX, AttentionProblem, default_scale, normaliz
 from cute_fa.types import Direction, DType, PersistentMode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cute_fa.types import SmArch
 
@@ -42,6 +43,7 @@ TORCH_DTYPES = {
 }
 DTYPES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 ALIGNMENT = 16
+_LARGEST_LOGIT = 2.0**126  # what log2(e) and a few sums keep finite in float32
 
 
 def problem_of(
@@ -222,10 +224,13 @@ def check_values(
     page_table: torch.Tensor | None,
     cache_batch_idx: torch.Tensor | None,
     cache_leftpad: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    learnable_sink: torch.Tensor | None,
 ) -> None:
-    """Check the numbers in the length tensors, the page table and the cache's index: one host synchronisation each.
+    """Check the numbers in the length tensors, the page table, the cache's index, the slopes and the sinks: one host
+    synchronisation each.
 
-    Raises CumulativeSeqlensError, LengthError, PageTableError or CacheIndexError.
+    Raises CumulativeSeqlensError, LengthError, PageTableError, CacheIndexError or ArgumentError.
     """
     if cu_seqlens_q is not None:
         held_q = held_lengths("cu_seqlens_q", cu_seqlens_q, q)
@@ -243,6 +248,25 @@ def check_values(
         if max(used) > longest:
             raise LengthError(f"max_seqlen_{name}={longest}: a sequence has {max(used)} tokens")
     check_cache_places(k, used_k, page_table, cache_batch_idx)
+    if alibi_slopes is not None:
+        # Kernels hold scores, before the exponential's factor, in units of softmax_scale or of twice the cap.
+        unit = min(2.0 * problem.softcap or problem.softmax_scale, 1.0)
+        bound = _LARGEST_LOGIT * unit / max(problem.seqlen_q, problem.seqlen_k, 1)
+        rule = f"between -{bound:.3g} and {bound:.3g}, so that no bias overflows float32"
+        _check_numbers("alibi_slopes", alibi_slopes, lambda slope: abs(slope) <= bound, rule)
+    if learnable_sink is not None:
+        rule = "between -2^126 and 2^126, or -inf for none"
+        _check_numbers(
+            "learnable_sink", learnable_sink, lambda sink: abs(sink) <= _LARGEST_LOGIT or sink == -math.inf, rule
+        )
+
+
+def _check_numbers(name: str, tensor: torch.Tensor, allowed: Callable[[float], bool], rule: str) -> None:
+    """Raise ArgumentError unless every element is allowed; NaN is not."""
+    for index, number in enumerate(tensor.flatten().tolist()):
+        if not allowed(number):
+            place = [index] if tensor.dim() == 1 else list(divmod(index, tensor.shape[1]))
+            raise ArgumentError(f"{name}{place}={number:.4g}: {rule}")
 
 
 def check_cache_places(

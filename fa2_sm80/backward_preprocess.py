@@ -77,7 +77,7 @@ class PreprocessKernel:
                 stats[place] = Float32.inf if row_lse == -Float32.inf else row_lse * LOG2_E - offset
                 stats[c.tile_m + place] = delta
                 if const_expr(c.learnable_sink):
-                    if row < info.seqlen_q:
+                    if row_lse != -Float32.inf:  # which it is beside a sink of −inf, whose gradient is 0
                         weight = cute.math.exp2((args.common.learnable_sink[head] - row_lse) * LOG2_E, fastmath=True)
                         dsink = dsink - weight * delta
         return dsink

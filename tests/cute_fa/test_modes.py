@@ -199,7 +199,8 @@ def forward():
     leaves = list(inputs.variables().values())
     with cute_fa.simulate("sm_80"):
         out, lse = inputs.run(return_lse=True)
-        douts, dlses = (torch.stack(grads) for grads in zip(*(output_gradients(inputs, seed) for seed in (1, 2))))
+        given = [output_gradients(inputs, seed) for seed in (1, 2)]
+        douts, dlses = map(torch.stack, zip(*given, strict=True))
         torch.autograd.grad((out, lse), leaves, (douts[0], dlses[0]), retain_graph=True)
         torch.autograd.grad(out, leaves, douts[0], retain_graph=True)
         yield leaves, out, lse, douts, dlses
