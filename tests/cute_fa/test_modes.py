@@ -219,6 +219,7 @@ def test_batched_gradients(forward):
         torch.testing.assert_close(list(batched), one_by_one(results, leaves, *batches), atol=0, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_batches_of_batches(forward):
     leaves, out, _, douts, _ = forward
 
