@@ -8,6 +8,7 @@
 See docs/ptxsim.md.
 """
 
+from ptxsim.compiled import CompilerMissing
 from ptxsim.errors import (
     BarrierInitError,
     Deadlock,
@@ -23,7 +24,7 @@ from ptxsim.errors import (
     WgmmaError,
 )
 from ptxsim.runtime import Launch, Simulation, current, device_view, register_ptx, simulate
-from ptxsim.standin import CompilerMissing, RuntimeAlreadyLoaded, install
+from ptxsim.standin import RuntimeAlreadyLoaded, install
 from ptxsim.views import DeviceView
 
 __all__ = [

@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import MemoryFault, SimError, SyncError
 from .memory import GLOBAL, GLOBAL_BASE, GLOBAL_BYTES, GLOBAL_ROWS, IN_FLIGHT, WRITTEN
-from .numerics import bf16_to_f32, f32_to_bf16
+from .numerics import EXTREMES, bf16_to_f32, f32_to_bf16
 from .sites import BULK_READ, CP_ASYNC
 from .warps import full_width
 
@@ -35,6 +35,8 @@ _REDUCTION_TYPES = {
 def reduce_bytes(old, new, operation, dtype):
     """Elementwise reduction of two byte arrays that hold elements of ``dtype`` (NumPy's, or "bf16")."""
     function = _REDUCTIONS[operation]
+    if operation in ("min", "max") and (dtype == "bf16" or np.dtype(dtype).kind == "f"):
+        function = EXTREMES[operation + ".NaN"]
     old, new = np.ascontiguousarray(old), np.ascontiguousarray(new)
     if dtype == "bf16":
         a, b = bf16_to_f32(old.view(np.uint16)), bf16_to_f32(new.view(np.uint16))

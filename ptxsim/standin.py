@@ -4,24 +4,19 @@ The DSL's engine resolves the runtime's symbols once per process, from whichever
 therefore puts a library of our own (standin.c) in its place before the engine loads anything: it exports the same
 symbols and forwards each call either to the real library, which it opens privately, or to the simulator.
 
-The library is built on first use by the machine's C compiler, into the user's cache folder, and named by a hash of
-what went into it; a library that is there already needs no compiler.
+The library is built on first use (``ptxsim.compiled``).
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
-import shlex
-import shutil
 import struct
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from ptxsim.compiled import compiled
 from ptxsim.errors import SimError
 
 SOURCE = Path(__file__).with_name("standin.c")
@@ -31,10 +26,6 @@ CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_
 
 class RuntimeAlreadyLoaded(SimError):
     """The DSL has loaded its real CUDA runtime library, so the stand-in can no longer take its place."""
-
-
-class CompilerMissing(SimError):
-    """No C compiler to build the stand-in library with."""
 
 
 class Standin:
@@ -128,60 +119,16 @@ def _mapped(name: str) -> bool:
         return any(name in os.path.basename(line.split(maxsplit=5)[-1]) for line in maps)
 
 
-def cache_dir() -> Path:
-    """Where the library is kept: ``PTXSIM_CACHE_DIR``, or the user's cache folder."""
-    if folder := os.environ.get("PTXSIM_CACHE_DIR"):
-        return Path(folder)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("ptxsim"))
-
-
 def build(real: Path) -> Path:
     """Path of the stand-in for the runtime library ``real``, built if it is not in the cache."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise SimError(f"the simulator needs Linux on x86_64, not {platform.system()} on {platform.machine()}")
+    real = real.resolve()
     symbols = exported_functions(real.read_bytes())
-    identity = "\0".join([SOURCE.read_text(), str(real.resolve()), *symbols])
+    listed = " ".join(f"X({index}, {name})" for index, name in enumerate(symbols))
+    header = f'#define PTXSIM_SYMBOLS(X) {listed}\n#define PTXSIM_REAL "{real}"\n'
     # The file name stays: the DSL looks for a path that ends so.
-    library = cache_dir() / f"standin-{hashlib.sha256(identity.encode()).hexdigest()[:16]}" / real.name
-    if not library.exists():
-        import filelock
-
-        try:
-            library.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SimError(f"no place to keep the stand-in library: {error}; set PTXSIM_CACHE_DIR") from error
-        with filelock.FileLock(library.with_name("lock")):
-            if not library.exists():
-                _compile(library, real.resolve(), symbols)
-    return library
-
-
-def _compile(library: Path, real: Path, symbols: list[str]) -> None:
-    """Build ``library``; it appears whole or not at all."""
-    compiler = _compiler()
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        header, result = Path(folder, "symbols.h"), Path(folder, "standin.so")
-        listed = " ".join(f"X({index}, {name})" for index, name in enumerate(symbols))
-        header.write_text(f'#define PTXSIM_SYMBOLS(X) {listed}\n#define PTXSIM_REAL "{real}"\n')
-        command = [*compiler, "-O2", "-shared", "-fPIC", "-w", "-fvisibility=hidden", "-include", str(header)]
-        done = subprocess.run([*command, "-o", str(result), str(SOURCE), "-ldl"], capture_output=True, text=True)
-        if done.returncode:
-            raise SimError(f"the C compiler could not build the stand-in library: {' '.join(command)}\n{done.stderr}")
-        os.replace(result, library)
-
-
-def _compiler() -> list[str]:
-    chosen = os.environ.get("CC")
-    for command in [shlex.split(chosen)] if chosen else [["cc"], ["gcc"], ["clang"]]:
-        if shutil.which(command[0]):
-            return command
-    raise CompilerMissing(
-        "the simulator builds its stand-in for the DSL's CUDA runtime library once and needs a C compiler for it: "
-        + (f"$CC names {chosen!r}, which is not there" if chosen else "none of cc, gcc, clang is on the PATH")
-        + "; install one (Debian, Ubuntu: gcc and libc6-dev) or set $CC"
-    )
+    return compiled(SOURCE, real.name, ["-O2", "-ldl"], "the stand-in library", header)
 
 
 def exported_functions(elf: bytes) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from .errors import PtxError
 from .numerics import DECODE, ELEMENT_BYTES, f16_to_f32, ue4m3_to_f64, ue8m0_to_f64
 from .operands import tcgen05_descriptor
+from .products import products, sum_of_blocks
 from .sparsity import expand, metadata_codes
 from .warps import full_width
 
@@ -260,7 +261,7 @@ class Tcgen05MmaMixin:
             if form.vector:
                 product = self._scaled_product(c, form, description, left, right, others)
             else:
-                product = left @ right.T
+                product = products(left[None], right[None])[0]
             if description.negate:
                 product = -product
             self._accumulate(c, form, description, d, product, enable, self._disabled(form, c, cta, others))
@@ -352,7 +353,7 @@ class Tcgen05MmaMixin:
         return (ue8m0_to_f64 if description.scale_type == "ue8m0" else ue4m3_to_f64)(rows[0])
 
     def _scaled_product(self, cta, form, description, left, right, others):
-        """(A * scale_A) (B * scale_B) as float32; the blocks' products are exact, their sum is taken in float64."""
+        """(A * scale_A) (B * scale_B) as float32; a block is summed in float32, the scaled blocks in float64."""
         vector, m, n = description.vector, description.m // (2 if form.pair else 1), description.n
         scale_a = self._scales(cta, description, others["scale_a"], description.a_scale_id, m, vector, np.arange(128))
         # layout B: the halves of N on lanes 0 to 63 and 64 to 127
@@ -363,8 +364,7 @@ class Tcgen05MmaMixin:
         scale_a = np.tile(scale_a, (len(left) // m, 1))
         a_blocks = left.reshape(len(left), vector, -1).swapaxes(0, 1)
         b_blocks = right.reshape(n, vector, -1).swapaxes(0, 1)
-        products = np.matmul(a_blocks, b_blocks.swapaxes(1, 2)).astype(_f8)
-        return (products * scale_a.T[:, :, None] * scale_b.T[:, None, :]).sum(0).astype(_f4)
+        return sum_of_blocks(products(a_blocks, b_blocks), scale_a.T, scale_b.T)
 
     # ---- D ----------------------------------------------------------------------------------------
     def _accumulate(self, cta, form, description, d, product, enable, disabled):

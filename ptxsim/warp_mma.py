@@ -1,7 +1,4 @@
-"""Matrix products of a warp at run time: PTX ISA 9.7.14.3 (block scaling), 9.7.14.5 (mma.sync) and 9.7.14.6 (mma.sp).
-
-Products are accumulated in float32 by BLAS: the hardware has another order and less internal precision.
-"""
+"""Matrix products of a warp at run time: PTX ISA 9.7.14.3 (block scaling), 9.7.14.5 (mma.sync), 9.7.14.6 (mma.sp)."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import numpy as np
 
 from .errors import PtxError
 from .numerics import DECODE, ELEMENT_BYTES, f16_to_f32, ue4m3_to_f64, ue8m0_to_f64
+from .products import double_products, in_fragments, products, sum_of_blocks
 from .sparsity import chunk_width, expand, metadata_codes
 from .warps import full_width
 
@@ -48,10 +46,10 @@ def a_fragment(registers, n, element):
 
 
 def b_fragment(registers, n, element):
-    """B registers of mma, and A's of 8 rows -> float32 [n, K, 8] (a transposed view)."""
+    """B registers of mma, and A's of 8 rows -> float32 [n, 8, K]: columns of B, rows of A."""
     words = np.stack([full_width(r, n) for r in registers]).reshape(len(registers), n, 8, 4)
     words = np.ascontiguousarray(words.transpose(1, 2, 0, 3))  # n, column, k half, t
-    return DECODE[element](words.view(_RAW[ELEMENT_BYTES[element]]).reshape(n, 8, -1)).swapaxes(1, 2)
+    return DECODE[element](words.view(_RAW[ELEMENT_BYTES[element]]).reshape(n, 8, -1))
 
 
 def pack_f16(low, high):
@@ -85,17 +83,17 @@ def metadata_threads(element, k):
 
 
 def block_scaled(left, right, a_scale, b_scale):
-    """(A * scale_A) (B * scale_B) as float32; the blocks' products are exact, their sum is taken in float64.
+    """(A * scale_A) (B * scale_B) as float32; a block is summed in float32, the scaled blocks in float64.
 
-    ``left`` [n, M, K], ``right`` [n, K, N]; ``a_scale`` [n, M, blocks] and ``b_scale`` [n, N, blocks] are float64.
+    ``left`` [n, M, K], ``right`` [n, N, K]; ``a_scale`` [n, M, blocks] and ``b_scale`` [n, N, blocks] are float64.
     """
-    n, m, _ = left.shape
     blocks = a_scale.shape[-1]
-    a_blocks = left.reshape(n, m, blocks, -1).swapaxes(1, 2)
-    b_blocks = right.reshape(n, blocks, -1, right.shape[-1])
-    products = np.matmul(a_blocks, b_blocks).astype(_f8)
-    scales = a_scale.swapaxes(1, 2)[..., None] * b_scale.swapaxes(1, 2)[:, :, None]
-    return (products * scales).sum(1).astype(_f4)
+    a_blocks, b_blocks = (
+        x.reshape(*x.shape[:2], blocks, -1).transpose(2, 0, 1, 3).reshape(-1, x.shape[1], x.shape[2] // blocks)
+        for x in (left, right)
+    )
+    partial = products(a_blocks, b_blocks).reshape(blocks, len(left), left.shape[1], right.shape[1])
+    return sum_of_blocks(partial, a_scale.transpose(2, 0, 1), b_scale.transpose(2, 0, 1))
 
 
 class _FragmentCache:
@@ -143,22 +141,19 @@ class WarpMmaMixin:
         if spec.m == 16:
             left = self.a_fragments.get(a_fragment, a, n, spec.a)
         else:
-            left = self.b_fragments.get(b_fragment, a, n, spec.a).swapaxes(1, 2)
-        right = self.b_fragments.get(b_fragment, b, n, spec.b)  # n, K, 8
+            left = self.b_fragments.get(b_fragment, a, n, spec.a)
+        right = self.b_fragments.get(b_fragment, b, n, spec.b)
         if spec.sparse:
             words, selector = more.pop(0), more.pop(0)
             codes = sparse_metadata(spec.a, full_width(words, n), selector, spec.k)
             left = expand(left, codes, spec.a, spec.ordered)
         if spec.vector:
-            product = block_scaled(
-                left, right, self._row_scales(n, spec, *more[:3]), self._column_scales(n, spec, *more[3:])
-            )
+            scales = self._row_scales(n, spec, *more[:3]), self._column_scales(n, spec, *more[3:])
+            product = in_fragments(block_scaled(left, right, *scales))
         else:
-            product = np.matmul(left, right)
+            product = products(left, right, fragments=True)  # (row half, e), n, lane
         if spec.operation == "xor":  # bits that one has, and not both
-            product = left.sum(2)[:, :, None] + right.sum(1)[:, None] - 2 * product
-        halves = spec.m // 8  # to (row half, e), n, lane
-        product = product.reshape(n, halves, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(2 * halves, n, 32)
+            product = in_fragments(left.sum(2)[:, :, None] + right.sum(2)[:, None]) - 2 * product
         if spec.result == "f32":
             return [(p + np.asarray(x).view(_f4)).view(_u4) for p, x in zip(product, c, strict=True)]
         if spec.result == "s32":
@@ -213,7 +208,7 @@ class WarpMmaMixin:
         right[(slice(None), _PRODUCT, *_B_PLACES[layouts[1]])] = halves(b)
         values = halves(c) if c_type == "f16" else np.stack([full_width(x, n) for x in c], axis=-1).view(_f4)
         total[(slice(None), _PRODUCT, *_C_PLACES[c_type])] = values
-        total += np.matmul(left, right)
+        total += products(left.reshape(-1, 8, 4), right.reshape(-1, 4, 8).swapaxes(1, 2)).reshape(total.shape)
         mine = total[(slice(None), _PRODUCT, *_C_PLACES[d_type])]  # n, lane, element
         if d_type == "f32":
             return list(np.ascontiguousarray(mine.transpose(2, 0, 1)).view(_u4))
@@ -227,6 +222,5 @@ class WarpMmaMixin:
             return np.stack([full_width(x, n) for x in registers])
 
         left = stack(a).reshape(quarters, halves, n, 8, 4).transpose(2, 1, 3, 0, 4).reshape(n, 8 * halves, 4 * quarters)
-        right = stack(b).reshape(quarters, n, 8, 4).transpose(1, 0, 3, 2).reshape(n, 4 * quarters, 8)
-        product = (left @ right).reshape(n, halves, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(2 * halves, n, 32)
-        return product + stack(c)
+        right = stack(b).reshape(quarters, n, 8, 4).transpose(1, 2, 0, 3).reshape(n, 8, 4 * quarters)
+        return in_fragments(double_products(left, right)) + stack(c)

@@ -9,6 +9,7 @@ import numpy as np
 
 from .errors import SyncError
 from .locations import source_of
+from .numerics import EXTREMES
 
 _u4 = np.uint32
 _LANE_BITS = _u4(1) << np.arange(32, dtype=_u4)
@@ -123,9 +124,11 @@ class WarpMixin:
         """Reduction over the active lanes; ``nan``: a NaN operand wins (min and max of f32)."""
         n = len(w)
         a = full_width(a, n)
-        minimum, maximum = (np.fmin, np.fmax) if a.dtype.kind == "f" and not nan else (np.minimum, np.maximum)
-        function = {"add": np.add, "min": minimum, "max": maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-                    "xor": np.bitwise_xor}[operation]  # fmt: skip
+        if a.dtype.kind == "f":
+            function = EXTREMES[operation + (".NaN" if nan else "")]
+        else:
+            function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
+                        "or": np.bitwise_or, "xor": np.bitwise_xor}[operation]  # fmt: skip
         if M is None:
             result = function.reduce(a, axis=1, dtype=a.dtype)
         else:

@@ -16,6 +16,7 @@ from .accumulate import limited_sum
 from .errors import SyncError, UninitializedRead
 from .numerics import f16_to_f32
 from .operands import wgmma_descriptor
+from .products import in_fragments, products
 from .sites import WGMMA
 from .sparsity import expand
 from .undefined import PATTERN
@@ -244,7 +245,7 @@ class WgmmaMixin:
 
     # ---- the product ------------------------------------------------------------------------------
     def _wgmma_now(self, w, spec, a, b, c, scale_d, metadata):
-        n, N, K = len(w), spec.n, spec.k
+        n, N = len(w), spec.n
         tiles, tile_of = self._tiles(w, b, spec.transpose_b, N, spec.b_depth, spec.b_type)
         if isinstance(a, tuple):
             left = a_fragment(a, n, spec.a_type)
@@ -257,20 +258,16 @@ class WgmmaMixin:
             left = expand(left, codes, spec.a_type)
         if spec.negate:
             left = -left
-        limited = self.fp8_bits is not None and spec.a_type in ("e4m3", "e5m2")
         use = full_width(scale_d, n)
-        start = self._accumulator_rows(spec, c, use) if limited else None
-        product = np.empty((n, 16, N), _f4)
-        for t, tile in enumerate(tiles):
-            rows = slice(None) if len(tiles) == 1 else np.flatnonzero(tile_of == t)
-            mine = left[rows]
-            if limited:
-                product[rows] = limited_sum(mine, tile, start[rows], self.fp8_bits)
-            else:
-                product[rows] = (mine.reshape(-1, K) @ tile.T).reshape(len(mine), 16, N)
-        # to (block of N, row half, e), warp, (row, t)
-        product = product.reshape(n, 2, 8, N // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
-        product = np.ascontiguousarray(product).reshape(N // 2, n, 32)
+        limited = self.fp8_bits is not None and spec.a_type in ("e4m3", "e5m2")
+        if limited:
+            start, product = self._accumulator_rows(spec, c, use), np.empty((n, 16, N), _f4)
+            for t, tile in enumerate(tiles):
+                rows = tile_of == t
+                product[rows] = limited_sum(left[rows], tile, start[rows], self.fp8_bits)
+            product = in_fragments(product)
+        else:
+            product = products(left, np.stack(tiles), tile_of, fragments=True)
         if limited:  # the accumulators are in it
             use = np.zeros_like(use)
         if spec.result == "f16":

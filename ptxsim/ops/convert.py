@@ -125,7 +125,7 @@ def float_to_float(gen, args, mods):
 
 
 def _rectify(x, relu):
-    return np.maximum(x, x.dtype.type(0)) if relu else x
+    return numerics.EXTREMES["max.NaN"](x, x.dtype.type(0)) if relu else x
 
 
 def encode_half(x, to, mode, relu, sat, finite=False):

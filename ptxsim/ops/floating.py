@@ -3,7 +3,8 @@
 Roundings are IEEE's: rn, and rz, rm, rp where a form has them. A sum or fma is evaluated in binary64 together with its
 exact error, so that the result is rounded once. Functions that the hardware approximates (ex2, lg2, sin, cos, tanh,
 rcp, rsqrt, div.full) are NumPy's: closer to the true value than the hardware, never bitwise equal to it. ``.ftz``
-flushes subnormal inputs and results to zero of the same sign. NaN results keep NumPy's payload.
+flushes subnormal inputs and results to zero of the same sign. NaN results keep NumPy's payload, which may depend on
+where in an array they lie; nothing else does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ import numpy as np
 from .. import numerics
 from .forms import KIND, form
 
+
+def _in_order(function):
+    """NumPy's function of elements that lie one after the other: where they lie backwards it takes another routine,
+    of another precision."""
+    return lambda x: function(np.asarray(x, order="C"))
+
+
+_EXP2, _LOG2, _SIN, _COS, _TANH = map(_in_order, (np.exp2, np.log2, np.sin, np.cos, np.tanh))
 _TINY = {np.dtype(np.float32): np.float32(2.0**-126), np.dtype(np.float64): 2.0**-126}
 
 
@@ -192,12 +201,9 @@ _HALF_CORE = {
     "sub": np.subtract,
     "mul": np.multiply,
     "fma": _fma_exact,
-    "max": np.fmax,
-    "min": np.fmin,
-    "max.NaN": np.maximum,
-    "min.NaN": np.minimum,
-    "ex2": np.exp2,
-    "tanh": np.tanh,
+    "ex2": _EXP2,
+    "tanh": _TANH,
+    **numerics.EXTREMES,
 }
 
 
@@ -224,7 +230,7 @@ def half_function(name: str, element: str, packed: bool, ftz: bool = False, sat:
         if sat:
             result = saturate(result)
         if relu:
-            result = np.maximum(result, result.dtype.type(0))
+            result = numerics.EXTREMES["max.NaN"](result, result.dtype.type(0))
         bits = encode(result)
         if ftz:
             bits = _flush_half(bits, tiny)
@@ -302,9 +308,7 @@ def mixed_arithmetic(gen, args, mods):
 def extremes(gen, args, mods):
     """Two operands, or three (sm_100). Without .NaN a NaN operand loses."""
     kind = KIND[mods.type]
-    function = f"np.{'maximum' if getattr(mods, 'nan', None) else 'fmax'}"
-    if gen.root == "min":
-        function = function.replace("max", "min")
+    function = gen.fn(numerics.EXTREMES[gen.root + (".NaN" if getattr(mods, "nan", None) else "")])
     operands = [gen.read(x, kind) for x in args[1:]]
     if getattr(mods, "ftz", None):
         operands = [f"{gen.fn(flush)}({x})" for x in operands]
@@ -335,12 +339,12 @@ def _reciprocal_root(x):
 
 
 _UNARY = {
-    "ex2": np.exp2,
-    "lg2": np.log2,
+    "ex2": _EXP2,
+    "lg2": _LOG2,
     "sqrt": np.sqrt,
-    "sin": np.sin,
-    "cos": np.cos,
-    "tanh": np.tanh,
+    "sin": _SIN,
+    "cos": _COS,
+    "tanh": _TANH,
     "rcp": _reciprocal,
     "rsqrt": _reciprocal_root,
 }

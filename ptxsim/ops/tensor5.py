@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import PtxError
+from ..numerics import EXTREMES
 from ..parser import Mem
 from ..tcgen05_copy import SHAPES
 from ..tcgen05_mma import MmaForm
@@ -70,16 +71,12 @@ def load(gen, args, mods):
         gen.write(register, f"{result}[{j}]", "u4")
 
 
-# operation -> whether a NaN wins -> the function
-_EXTREME = {"min": {True: np.minimum, False: np.fmin}, "max": {True: np.maximum, False: np.fmax}}
-
-
 def reduced(words, operation, kind, absolute, nan):
     """The least or largest of each thread's registers [registers, n, 32] (uint32), as ``kind``."""
     values = words.view(NUMPY[kind])
-    found = _EXTREME[operation][nan].reduce(np.abs(values) if absolute else values)
     if kind != "f4":
-        return found
+        return (np.minimum if operation == "min" else np.maximum).reduce(values)
+    found = EXTREMES[operation + (".NaN" if nan else "")].reduce(np.abs(values) if absolute else values)
     return np.where(np.isnan(found), np.uint32(0x7FFFFFFF).view(np.float32), found)
 
 
