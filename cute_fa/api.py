@@ -338,7 +338,7 @@ def _length(name: str, value: Any) -> int | None:
     if value is None:
         return None
     value = _integer(name, value)
-    if value == 0:
+    if _known(value == 0):
         raise ZeroLengthError(f"{name}=0: the longest sequence has at least 1 token")
     return value
 
@@ -346,9 +346,19 @@ def _length(name: str, value: Any) -> int | None:
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise ArgumentError(f"{name}={value!r}: an int is needed")
-    if not 0 <= value <= INT32_MAX:
+    if _known(value < 0) or _known(value > INT32_MAX):
         raise ArgumentError(f"{name}={value}: between 0 and {INT32_MAX}")
     return value if isinstance(value, (int, torch.SymInt)) else int(value)
+
+
+def _known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition is known to hold. One on an int that has no value while tracing is not: the operator checks
+    the value when it runs."""
+    if is_dynamo_compiling() or isinstance(condition, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # a second to import
+
+        return statically_known_true(condition)
+    return condition
 
 
 def _float(name: str, value: Any) -> float:

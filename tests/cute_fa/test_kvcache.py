@@ -417,6 +417,35 @@ def test_compiles_as_one_graph():
     check(result, given, append, rotary)
 
 
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+@pytest.mark.parametrize("rotates", [False, True])
+def test_compiles_with_lengths_known_at_run_time(rotates):
+    """Of packed queries and new tokens: while tracing, ints without a value."""
+    numbers = torch.Generator().manual_seed(0)
+    q, new, cache = (
+        torch.randn(shape, generator=numbers).to(torch.bfloat16) for shape in ((9, 4, 64), (9, 2, 64), (3, 96, 2, 64))
+    )
+    offsets, before = torch.tensor([0, 3, 4, 9], dtype=torch.int32), torch.tensor([5, 0, 30], dtype=torch.int32)
+    cos, sin = torch.randn(2, 96, 32, generator=numbers) if rotates else (None, None)
+
+    def step(k_cache, v_cache):
+        longest = offsets.diff().max().item()
+        lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k_new": offsets, "cache_seqlens": before}
+        lengths |= {"max_seqlen_q": longest, "max_seqlen_k_new": longest}
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, new, new, **lengths, rotary_cos=cos, rotary_sin=sin, causal=True, return_lse=True
+        )
+
+    torch._dynamo.reset()
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        caches = cache.clone(), cache.clone()
+        with cute_fa.simulate("sm_80"):
+            results.append((*function(*caches), *caches))
+    torch.testing.assert_close(*results, atol=0, rtol=0)
+    assert not results[1][2].equal(cache)
+
+
 @pytest.mark.gpu
 def test_decode_step_in_a_cuda_graph():
     """A captured step, replayed with other lengths in the same tensors."""

@@ -10,12 +10,14 @@ import torch
 from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cute_fa
 from cute_fa import flash_attn_func, flash_attn_varlen_func, ops, reference, simulation
 from cute_fa.compiler import CompiledKernel
-from cute_fa.errors import ArgumentError, DeviceError, NoBackwardError, NoDeviceError
+from cute_fa.errors import ArgumentError, DeviceError, LengthError, NoBackwardError, NoDeviceError
 from cute_fa.inputs import InputSpec, make_inputs
 from cute_fa.simulation import num_sms
 from cute_fa.types import PersistentMode
@@ -85,6 +87,59 @@ def test_compile_packed(simulated):
         inputs = make_inputs(InputSpec(**{**vars(PACKED), "seqlen_q": longest}), seed=seed)
         call = (inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, longest)
         torch.testing.assert_close(traced(*call), model(*call), atol=0, rtol=0)
+
+
+def attend_packed(q, k, v, cu_seqlens_q, cu_seqlens_k):
+    """The longest lengths are read from the device: while tracing, ints without a value."""
+    longest = [cu_seqlens.diff().max().item() for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)]
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, causal=True, return_lse=True)
+
+
+def packed_tensors(seqlen_q: int, seed: int) -> list[torch.Tensor]:
+    inputs = make_inputs(InputSpec(**{**vars(PACKED), "seqlen_q": seqlen_q}), seed=seed)
+    return [inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k]
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True, error_on_recompile=True)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_with_lengths_known_at_run_time(simulated, backend):
+    torch._dynamo.reset()
+    traced = torch.compile(attend_packed, fullgraph=True, backend=backend, dynamic=True)
+    for seed, longest in ((0, 40), (1, 48)):
+        results = []
+        for function in (attend_packed, traced):
+            tensors = packed_tensors(longest, seed)
+            qkv = [t.requires_grad_() for t in tensors[:3]]
+            out, lse = function(*tensors)
+            results.append((out, lse, *torch.autograd.grad([out, lse], qkv, [torch.ones_like(out), lse.sin()])))
+        torch.testing.assert_close(*results, atol=0, rtol=0)
+        assert all(gradient.any() for gradient in results[0])
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_lengths_known_at_run_time_are_checked_then(simulated):
+    def too_short(q, k, v, cu_seqlens_q, cu_seqlens_k):
+        longest = cu_seqlens_q.diff().max().item() - 1
+        return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, 72)
+
+    torch._dynamo.reset()
+    traced = torch.compile(too_short, fullgraph=True, backend="aot_eager")
+    with pytest.raises(LengthError, match="max_seqlen_q=39: a sequence has 40 tokens"):
+        traced(*packed_tensors(40, 0))
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_lengths_known_at_run_time_in_fakes_and_graphs(simulated, mode):
+    tensors = packed_tensors(40, 0)
+    graph = make_fx(attend_packed, tracing_mode=mode)(*tensors)
+    torch.testing.assert_close(graph(*tensors), attend_packed(*tensors), atol=0, rtol=0)
+    with FakeTensorMode(shape_env=ShapeEnv()) as fakes:
+        tensors = [fakes.from_tensor(t, static_shapes=True) for t in tensors]
+        tensors[0].requires_grad_()
+        out, lse = attend_packed(*tensors)
+        out.sum().backward()
+    q = tensors[0]
+    assert (out.shape, lse.shape, q.grad.shape) == (q.shape, (q.shape[1], q.shape[0]), q.shape)
 
 
 def test_compile_out(simulated):
