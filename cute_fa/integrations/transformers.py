@@ -8,18 +8,21 @@ made, and one that is given raises. A 2-D ``attention_mask`` becomes lengths on 
 one block of each row (checked with ``CUTE_FA_CHECK=1`` and when simulating), so that left- and right-padded batches are
 both right, in training and with a ``PagedCache``.
 What raises: padding with another cache, rows of several sequences without ``cu_seq_lens_q``, ``StaticCache``, chunked
-attention beyond one chunk, mask patterns of a model's own, dropout, beams.
+attention beyond one chunk, mask patterns of a model's own, dropout, beams. What only values can tell of these raises
+ArgumentError, but RuntimeError out of a compiled model (``torch._assert_async``): tracing looks at no values.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.masking_utils import causal_mask_function
+from transformers.utils import is_tracing
 
 from cute_fa import ops
 from cute_fa.api import flash_attn_func, flash_attn_varlen_func
@@ -29,12 +32,16 @@ from cute_fa.errors import ArgumentError, LengthError, NoBackwardError, ShapeErr
 from cute_fa.simulation import simulated_arch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedConfig
 
 NAME = "cute_fa"
 # What only other attention functions understand: a bias of scores, and the cache of continuous batching.
 _NOT_IMPLEMENTED = ("position_bias", "cache", "output_attentions")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_OWN_PATTERN = "a model's own mask pattern: only causal, windowed and bidirectional ones are implemented"
+_PACKED = "position_ids that start again within a row: give cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k"
 
 
 def register() -> None:
@@ -67,37 +74,74 @@ class Rows(NamedTuple):
         return cls.block(zeros, zeros + length, length)
 
 
+def look(condition: torch.Tensor) -> bool | torch.Tensor:
+    """The value of a condition of one element, a host synchronisation; the tensor itself where values cannot be looked
+    at, as while torch.compile traces."""
+    return condition if is_tracing(condition) else bool(condition)
+
+
+def require(condition: bool | torch.Tensor, message: str) -> None:
+    """Raise ArgumentError unless the condition holds. A tensor is asked on the device, whenever this runs."""
+    if isinstance(condition, torch.Tensor):
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ArgumentError(message)
+
+
 class Padding:
     """A mask of keys, (batch, seqlen_k) bool, in whose rows the tokens that count are one block. One object serves all
     layers of a forward, so that what is computed from the mask is computed once."""
 
     def __init__(self, mask: torch.Tensor):
         self.mask = mask
-        self._rows: dict[int, Rows] = {}
+        self._found: dict[str | int, Any] = {}
 
-    @cached_property
-    def is_none(self) -> bool:
-        """Whether every token counts: a host synchronisation."""
-        return bool(self.mask.all())
+    def require_none(self) -> None:
+        """Every token has to count, see :func:`require`."""
+        is_none = self._once("is_none", lambda: look(self.mask.all()))
+        require(is_none, "padding with a cache other than cute_fa.integrations.transformers.PagedCache")
 
     def rows(self, length: int) -> Rows:
         """Of the last ``length`` tokens. Raises ArgumentError for holes, where values are checked."""
-        if length not in self._rows:
-            self._rows[length] = self._find_rows(length)
-        return self._rows[length]
+        return self._once(length, lambda: self._find_rows(length))
+
+    def _once(self, name: str | int, find: Callable[[], Any]) -> Any:
+        """What ``find`` gives, remembered but for traced code: in that a checkpointed layer cannot write to an object
+        of the model's, and the compiler finds what is computed twice."""
+        if is_dynamo_compiling():
+            return find()
+        if name not in self._found:
+            self._found[name] = find()
+        return self._found[name]
 
     def _find_rows(self, length: int) -> Rows:
         counts = self.mask[:, -length:]
         used, first = counts.sum(-1), counts.int().argmax(-1)
         if ops.CHECK_VALUES or simulated_arch() is not None:
             place = torch.arange(length, device=counts.device) - first[:, None]
-            if not torch.equal(counts, (place >= 0) & (place < used[:, None])):
-                raise ArgumentError("attention_mask with holes: the tokens that count must be one block of each row")
+            one_block = (counts == ((place >= 0) & (place < used[:, None]))).all()
+            require(look(one_block), "attention_mask with holes: the tokens that count must be one block of each row")
         return Rows.block(first, used, length)
 
 
-class Packed:
-    """In the place of a mask: position_ids say that a row holds several sequences, but not how long they are."""
+class Pattern:
+    """A causal mask that Transformers has a function for: ``sees(row, head, query, key)`` of index tensors. Either
+    position_ids start again within a row, which packs several sequences, or tokens of a block see each other, or values
+    cannot be looked at: then every causal mask without padding and cache is one.
+
+    ``length`` tokens from ``first`` on are asked about their neighbours, which is enough: sequences and blocks are
+    runs of tokens. Blocks raise, see :func:`require`.
+    """
+
+    def __init__(self, sees: Callable[..., torch.Tensor], batch: int, first: int, length: int, device: torch.device):
+        row, head = (torch.arange(size, device=device)[:, None] for size in (batch, 1))
+        token = torch.arange(first, first + length - 1, device=device)
+        require(look(~sees(row, head, token, token + 1).any()), _OWN_PATTERN)
+        self._is_causal = look(sees(row, head, token + 1, token).all())
+
+    def require_causal(self) -> None:
+        """Each row has to be one sequence, see :func:`require`."""
+        require(self._is_causal, _PACKED)
 
 
 def padding_mask(
@@ -106,16 +150,19 @@ def padding_mask(
     kv_length: int,
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
+    mask_function: Callable[..., torch.Tensor] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
     config: PreTrainedConfig | None = None,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Padding | Packed | None:
-    """The mask function of Transformers' ``AttentionMaskInterface``: a ``Padding`` where there is a 2-D mask, else
-    None. Raises ArgumentError for what the attention function cannot do."""
+) -> Padding | Pattern | None:
+    """The mask function of Transformers' ``AttentionMaskInterface``: a ``Padding`` where there is a 2-D mask, a
+    ``Pattern`` where ``mask_function`` may be more than causal, else None. Raises ArgumentError for what the attention
+    function cannot do."""
     causal = allow_is_bidirectional_skip is None
     if causal and (isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length):
         raise ArgumentError(
@@ -127,11 +174,9 @@ def padding_mask(
             f"attention_chunk_size={chunk} and {kv_offset + kv_length} keys: chunks are not implemented"
         )
     if not (allow_is_causal_skip if causal else allow_is_bidirectional_skip):
-        if use_vmap or attention_mask is not None:
-            raise ArgumentError(
-                "a model's own mask pattern: only causal, windowed and bidirectional ones are implemented"
-            )
-        return Packed()
+        if not causal or use_vmap or attention_mask is not None:
+            raise ArgumentError(_OWN_PATTERN)
+        return Pattern(mask_function, batch_size, q_offset, q_length, device)
     if attention_mask is None:
         return None
     mask = attention_mask[:, kv_offset : kv_offset + kv_length]
@@ -145,7 +190,7 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor | NewTokens,
     value: torch.Tensor | NewTokens,
-    attention_mask: Padding | Packed | None = None,
+    attention_mask: Padding | Pattern | None = None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -179,25 +224,24 @@ def attention(
     q = query.transpose(1, 2)
     if isinstance(attention_mask, torch.Tensor):
         raise ArgumentError(f"attention_mask {tuple(attention_mask.shape)} for each query: give one (batch, seqlen_k)")
+    if isinstance(attention_mask, Pattern):
+        if cu_seq_lens_q is None:
+            attention_mask.require_causal()
+        attention_mask = None
     if isinstance(key, NewTokens):
-        if cu_seq_lens_q is not None or isinstance(attention_mask, Packed):
+        if cu_seq_lens_q is not None:
             raise ArgumentError("cu_seq_lens_q with a PagedCache: it has one sequence a row")
         return key.append_and_attend(q, attention_mask, options), None
     k, v = key.transpose(1, 2), value.transpose(1, 2)
     if cu_seq_lens_q is not None:
-        if isinstance(attention_mask, Padding) or len(q) != 1:
+        if attention_mask is not None or len(q) != 1:
             raise ArgumentError(f"cu_seq_lens_q, batch {len(q)}: needs one row, and no attention_mask")
         lengths = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
         return flash_attn_varlen_func(q[0], k[0], v[0], *lengths, **options)[None], None
-    if isinstance(attention_mask, Packed):
-        raise ArgumentError(
-            "position_ids that start again within a row: give cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k"
-        )
     # those of a causal mask or a window are the last of the keys
     aligned = causal or sliding_window is not None
     if attention_mask is not None and aligned and q.shape[1] != k.shape[1]:
-        if not attention_mask.is_none:
-            raise ArgumentError("padding with a cache other than cute_fa.integrations.transformers.PagedCache")
+        attention_mask.require_none()
         attention_mask = None
     if attention_mask is None:
         return flash_attn_func(q, k, v, **options), None

@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.masking_utils import create_causal_mask
 
 import cute_fa
 from cute_fa.errors import ArgumentError, LengthError, NoBackwardError, ShapeError, UnsupportedArgumentError
@@ -186,12 +187,17 @@ def test_sinks_of_gpt_oss():
     assert as_good(found, eager, logits_of(exact(model), "eager", inputs))
 
 
-def gradients(model, name: str, inputs, mask, labels) -> dict[str, torch.Tensor]:
+def gradients(model, name: str, inputs, labels, **options) -> dict[str, torch.Tensor]:
+    return gradients_of(with_attention(model, name), inputs, labels, **options)
+
+
+def gradients_of(model, inputs, labels, **options) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    with_attention(model, name)(inputs, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-    return {name: p.grad.float().clone() for name, p in model.named_parameters()}
+    model(inputs, labels=labels, use_cache=False, **options).loss.backward()
+    return {name.removeprefix("_orig_mod."): p.grad.float().clone() for name, p in model.named_parameters()}
 
 
+LEFT = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 PADDED = torch.ones(3, 24, dtype=torch.long)
 PADDED[0, 20:], PADDED[1, :9] = 0, 0
 
@@ -202,11 +208,11 @@ def test_gradients_with_padding():
     inputs = tokens(3, 24)
     labels = inputs.where(PADDED.bool(), -100)
     labels[1, 9] = -100  # what the last padding would predict
-    eager = gradients(model, "eager", inputs, PADDED, labels)
+    eager = gradients(model, "eager", inputs, labels, attention_mask=PADDED)
     with cute_fa.simulate("sm_80") as simulation, unwritten_is_nan():
-        ours = gradients(model, "cute_fa", inputs, PADDED, labels)
+        ours = gradients(model, "cute_fa", inputs, labels, attention_mask=PADDED)
     assert len(simulation.launches) >= 3
-    for name, gradient in gradients(exact(model), "eager", inputs, PADDED, labels).items():
+    for name, gradient in gradients(exact(model), "eager", inputs, labels, attention_mask=PADDED).items():
         assert as_good(ours[name], eager[name], gradient), name
 
 
@@ -286,6 +292,108 @@ def test_sequences_packed_in_a_row(llama):
     assert as_good(found, eager, of_fp32)
 
 
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(with_attention(model, "cute_fa"), fullgraph=True, backend="aot_eager")
+
+
+PLACES = torch.cat([torch.arange(13), torch.arange(11)])[None]
+OFFSETS = torch.tensor([0, 13, 24], dtype=torch.int32)
+IN_ONE_ROW = {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS, "max_length_q": 13, "max_length_k": 13}
+# What is right, and what of the same shapes is not.
+WHOLE = {"position_ids": torch.arange(24)[None]}, {"position_ids": PLACES}
+PADDING = {"attention_mask": PADDED}, {"attention_mask": PADDED.index_fill(1, torch.tensor([3]), 0)}
+REFUSED = "position_ids that start again within a row: give cu_seq_lens_q|attention_mask with holes"
+
+
+@pytest.mark.parametrize(("right", "wrong"), [WHOLE, PADDING], ids=["whole", "padded"])
+def test_compiled(llama, right, wrong):
+    """What the same model gives that is not compiled, in code of which no value of an input is a part."""
+    inputs, counts = tokens(3, 24), right.get("attention_mask", torch.ones(3, 24)).bool()
+    with cute_fa.simulate("sm_80") as simulation, torch.no_grad():
+        expected = logits_of(llama, "cute_fa", inputs, use_cache=False, **right)
+        run = compiled(llama)
+        found = run(inputs, use_cache=False, **right).logits.float()
+        assert len(simulation.launches) == 2 * LAYERS
+        with pytest.raises(RuntimeError, match=REFUSED):
+            run(inputs, use_cache=False, **wrong)
+    torch.testing.assert_close(found[counts], expected[counts], atol=0, rtol=0)
+
+
+def test_compiled_with_sequences_packed_in_a_row(llama):
+    inputs = tokens(1, 24)
+    with cute_fa.simulate("sm_80"), torch.no_grad():
+        expected = torch.cat([logits_of(llama, "cute_fa", part) for part in inputs.split([13, 11], 1)], 1)
+        found = compiled(llama)(inputs, position_ids=PLACES, use_cache=False, **IN_ONE_ROW).logits.float()
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "checkpoints"),
+    [(*WHOLE, False), (*WHOLE, True), (*PADDING, True)],
+    ids=["whole", "layers", "padded-layers"],
+)
+def test_compiled_gradients(right, wrong, checkpoints):
+    """Also with checkpointed layers, which may write to nothing that is not theirs."""
+    model = make(LlamaForCausalLM, LlamaConfig, num_hidden_layers=1)
+    inputs = tokens(3, 24)
+    labels = inputs.where(right.get("attention_mask", torch.ones(3, 24)).bool(), -100)
+    labels[1, 9] = -100  # what the last padding would predict
+    of_eager, of_fp32 = (gradients(m, "eager", inputs, labels, **right) for m in (model, exact(model)))
+    if checkpoints:
+        model.train().activation_checkpointing_enable()
+    with cute_fa.simulate("sm_80"):
+        expected = gradients(model, "cute_fa", inputs, labels, **right)
+        run = compiled(model)
+        found = gradients_of(run, inputs, labels, **right)
+        with pytest.raises(RuntimeError, match=REFUSED):
+            gradients_of(run, inputs, labels, **wrong)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    for name, gradient in of_fp32.items():
+        assert as_good(found[name], of_eager[name], gradient), name
+
+
+def test_compiled_decoding_with_padding():
+    """Whether the mask leaves a key of another cache out is asked in each run."""
+    llama = make(LlamaForCausalLM, LlamaConfig, num_hidden_layers=1)
+    caches = [DynamicCache(config=llama.config) for _ in range(3)]
+    inputs = tokens(2, 4)
+    for kept in caches:
+        logits_of(llama, "eager", inputs[:, :3], past_key_values=kept)
+    with cute_fa.simulate("sm_80"), torch.no_grad():
+        expected = logits_of(llama, "cute_fa", inputs[:, 3:], past_key_values=caches[0])
+        run = compiled(llama)
+        found = run(inputs[:, 3:], past_key_values=caches[1], attention_mask=torch.ones(2, 4)).logits.float()
+        with pytest.raises(RuntimeError, match="padding with a cache other than"):
+            run(inputs[:, 3:], past_key_values=caches[2], attention_mask=LEFT)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_blocks_that_see_ahead(llama, traced):
+    """Images in Gemma 3: their tokens see each other. A text alone has none and is causal."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    with_attention(llama, "cute_fa")
+
+    def attend(blocks):
+        mask = create_causal_mask(
+            llama.config, torch.empty(2, 9, 1), None, None, torch.arange(9)[None], block_sequence_ids=blocks
+        )
+        return integration.attention(None, q, k, v, mask)[0]
+
+    torch._dynamo.reset()
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager") if traced else attend
+    text = torch.full((2, 9), -1)
+    image = text.clone()
+    image[1, 4:7] = 0
+    with cute_fa.simulate("sm_80"):
+        expected = cute_fa.flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)
+        torch.testing.assert_close(run(text), expected, atol=0, rtol=0)
+        with pytest.raises(RuntimeError if traced else ArgumentError, match="a model's own mask pattern"):
+            run(image)
+
+
 def test_example(monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("generate_llama", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
@@ -338,7 +446,6 @@ def nothing_runs(monkeypatch):
         monkeypatch.setattr(integration, name, None)
 
 
-LEFT = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 HOLE = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])
 
 
