@@ -12,15 +12,14 @@ import cute_fa
 from cute_fa import auto_deploy, ops, reference
 from cute_fa.errors import (
     CacheIndexError,
+    CuteFaError,
     DTypeError,
-    EmptyBatchError,
     EmptyCacheError,
     LengthError,
     NoBackwardError,
     PageTableError,
     ShapeError,
     UnsupportedArgumentError,
-    ZeroLengthError,
 )
 from cute_fa.inputs import Inputs, InputSpec, make_inputs
 from cute_fa.types import DType
@@ -31,6 +30,7 @@ OPERATORS = torch.ops.cute_fa
 # (tokens in the cache, new ones) of each sequence: context, generate, padding, a context that goes on over two pages
 MIXED = ((0, 21), (17, 1), (0, 0), (13, 12), (30, 1))
 GENERATE = ((17, 1), (0, 1), (5, 0), (31, 1))
+SMALL = ((3, 2), (0, 0))
 ROOM = 32
 
 
@@ -65,6 +65,7 @@ class Step:
             "freqs_cis": self.freqs_cis,
             "cache_loc": self.cache_loc,
             "max_seq_len": ROOM,
+            "scale": None,
             **changes,
         }
         schema = getattr(OPERATORS, operator).default._schema
@@ -190,12 +191,74 @@ def flat_changes(step: Step, **changes) -> dict:
     return replaced
 
 
+def split_heads(step: Step, name: str, heads: int) -> dict:
+    return {name: step.tensors[name].unflatten(2, (heads, -1))}
+
+
+@pytest.mark.parametrize("operator", [FLATTENED, FUSION, PAGED])
+@pytest.mark.parametrize("sequences", [((9, 0), (17, 1), (0, 0)), ((9, 0), (0, 0))], ids=["one token", "none"])
+def test_sequences_without_tokens(arch, operator, sequences):
+    """Also one token alone among them, which is no generate-only batch, and a row that holds padding alone."""
+    step = make_step(sequences, 8 if operator == PAGED else None, HALVES, padding=0 if max(sequences)[1] else 3)
+    step.check(step.call(operator))
+
+
+EMPTY_STEPS = [
+    (operator, shape, batch)
+    for operator in (FLATTENED, FUSION, PAGED)
+    for shape, batch in (((1, 0), 2), ((0, 1), 2), ((0, 1), 0), ((0, 0), 0), ((1, 3), 0))
+]
+EMPTY_STEPS += [("fused_mha_with_cache", (b, s), b) for b, s in ((2, 0), (0, 1), (0, 0))]
+
+
+@pytest.mark.parametrize(("operator", "shape", "batch"), EMPTY_STEPS)
+def test_steps_without_tokens(operator, shape, batch):
+    """No kernel runs, no cache is touched; rows that belong to no sequence are 0."""
+    step = make_step(SMALL, 8 if operator == PAGED else None, HALVES, head_dim_v=32)
+    tokens = {name: torch.full((*shape, *step.tensors[name].shape[2:]), torch.nan).bfloat16() for name in "qkv"}
+    metadata = dict.fromkeys(("seq_len", "seq_start"), torch.zeros(batch, dtype=torch.int32))
+    metadata |= {"input_pos": step.tensors["input_pos"][:batch], "cache_loc": step.cache_loc[:batch]}
+    before = step.append.k_cache.clone(), step.append.v_cache.clone()
+    with cute_fa.simulate("sm_80") as simulation:
+        out = step.call(operator, **tokens, **metadata, max_seq_len=0 if batch == 0 else ROOM)
+        apart = {name: tokens[name].unflatten(2, (-1, 32 if name == "v" else 64)) for name in "qkv"}
+        assert step.call(operator, **apart, **metadata).shape == (*shape, 4, 32)
+    assert out.equal(torch.zeros(*shape, 4 * 32, dtype=torch.bfloat16))
+    assert not simulation.launches
+    for cache, same in zip((step.append.k_cache, step.append.v_cache), before, strict=True):
+        torch.testing.assert_close(cache, same, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("operator", ["fused_mha_with_cache", FLATTENED, FUSION, PAGED])
+def test_other_forms_of_arguments(operator):
+    """Heads apart, offsets as torch.cumsum gives them, a scale, and no rotation by leaving it out."""
+    one_each = operator == "fused_mha_with_cache"
+    sequences = GENERATE[:2] if one_each else MIXED
+    step = without_nan(make_step(sequences, 8 if operator == PAGED else None, flattened=not one_each))
+    caches = [(step.append.k_cache.clone(), step.append.v_cache.clone()) for _ in range(2)]
+    forms = {name: step.tensors[name].unflatten(2, (-1, 64)) for name in "qkv"}
+    forms |= {"seq_start": step.tensors["seq_start"].long(), "scale": 0.25}
+    plain = {"q": 2 * step.tensors["q"], "scale": None}
+    results = []
+    with cute_fa.simulate("sm_80"), torch.no_grad():
+        for (k_cache, v_cache), changes in zip(caches, (forms, plain), strict=True):
+            arguments = step.arguments(operator, **changes, k_cache=k_cache, v_cache=v_cache)
+            del arguments["freqs_cis"]
+            results.append(getattr(auto_deploy, operator)(**arguments))
+    assert results[0].shape == forms["q"].shape
+    torch.testing.assert_close(results[0].flatten(2), results[1], atol=0, rtol=0)
+    torch.testing.assert_close(*caches, atol=0, rtol=0)
+
+
 BAD = {
     "heads of q": (FLATTENED, ShapeError, "multiple of k_cache's 2 heads", lambda s: {"q": s.tensors["q"][..., :192]}),
     "heads of k": (FLATTENED, ShapeError, r"k \(1, 35, 64\)", lambda s: {"k": s.tensors["k"][..., :64]}),
     "head_dim of v": (PAGED, ShapeError, r"v \(1, 35, 64\)", lambda s: {"v": s.tensors["v"][..., :64]}),
     "q is flat": (FLATTENED, ShapeError, "heads · head_dim", lambda s: {"q": s.tensors["q"][0]}),
-    "batch": (FLATTENED, EmptyBatchError, "at least one", lambda s: {n: s.tensors[n][:0] for n in "qkv"}),
+    "five dimensions": (FLATTENED, ShapeError, "heads · head_dim", lambda s: {"q": s.tensors["q"][None, None]}),
+    "q's heads apart": (FLATTENED, ShapeError, r"q \(1, 35, 8, 32\)", lambda s: split_heads(s, "q", 8)),
+    "k's heads apart": (FLATTENED, ShapeError, r"k \(1, 35, 4, 32\)", lambda s: split_heads(s, "k", 4)),
+    "no tokens": (FLATTENED, CuteFaError, "decrease", lambda s: {n: s.tensors[n][:0] for n in "qkv"}),
     "dtype of the cache": (FLATTENED, DTypeError, "k is", lambda s: {"k": s.tensors["k"].half()}),
     "dtype of q": (PAGED, DTypeError, "k is", lambda s: {"q": s.tensors["q"].half()}),
     "dtype of lengths": (FLATTENED, DTypeError, "seq_len", lambda s: {"seq_len": s.tensors["seq_len"].long()}),
@@ -204,7 +267,9 @@ BAD = {
     "partial rotation": (FUSION, ShapeError, "multiple of 16", lambda s: {"freqs_cis": torch.ones(32, 5, 2)}),
     "positions": (FUSION, LengthError, "rotates by positions", lambda s: {"freqs_cis": torch.ones(9, 32, 2)}),
     "no pages": (PAGED, EmptyCacheError, "no pages", lambda s: {"k_cache": s.append.k_cache[:0]}),
-    "no length": (PAGED, ZeroLengthError, "max_seq_len=0", lambda s: {"max_seq_len": 0}),
+    "no length": (PAGED, LengthError, "the 8 tokens", lambda s: {"max_seq_len": 0}),
+    "below no length": (PAGED, LengthError, "max_seq_len=-1", lambda s: {"max_seq_len": -1}),
+    "starts": (FLATTENED, DTypeError, "seq_start", lambda s: {"seq_start": s.tensors["seq_start"].short()}),
     "a place": (FLATTENED, CacheIndexError, "=6", lambda s: flat_changes(s, cache_loc={1: 6})),
     "a row": (PAGED, CacheIndexError, r"cache_loc\[1\]=6", lambda s: flat_changes(s, cache_loc={1: 6})),
     "a page": (PAGED, PageTableError, "page 99", lambda s: flat_changes(s, page_table={(s.cache_loc[3], 3): 99})),
@@ -247,7 +312,6 @@ def test_no_gradient():
             assert not step.call("fused_mha_with_cache").requires_grad
 
 
-SMALL = ((3, 2), (0, 0))
 PAD = {"sequences": SMALL, "rotary": HALVES, "padding": 1}
 
 

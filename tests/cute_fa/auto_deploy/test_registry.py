@@ -63,7 +63,8 @@ def test_caches(name):
     operator, of_qkv = descriptor.get_attention_op()
     prepare, of_metadata = descriptor.get_prepare_metadata_op()
     arguments = [argument.name for argument in operator.default._schema.arguments]
-    assert arguments[of_qkv + of_metadata :] == [*initializers, "freqs_cis"] and descriptor.get_constants(INFO) == []
+    assert arguments[of_qkv + of_metadata :] == [*initializers, "freqs_cis", "scale"]
+    assert descriptor.get_constants(INFO) == []  # the scale has a default
     assert len(prepare.default._schema.returns) == of_metadata
 
 

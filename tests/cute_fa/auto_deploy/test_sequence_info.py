@@ -206,6 +206,31 @@ def test_metadata_of_a_generate_only_batch():
     assert page_table.shape == (3, 12)
 
 
+def test_metadata_of_one_token_among_empty_sequences():
+    """(1, 1) is a generate-only batch of one sequence, too: the one that has the token."""
+    info = mixed()
+    info.nest_sequences([[], [4], []])
+    info.update_pos([5, 17, 0], reset=True)
+    info.assign_cache_loc([[7], [0, 4, 2], [9]])
+    assert info.input_ids.tolist() == [[4]]
+    fused = auto_deploy.prepare_fused_mha_metadata(*info.args, info.page_size)
+    assert [t.tolist() for t in fused] == [[1], [17], [0], [0]]
+    input_pos, rows, seq_len, seq_start, page_table, _ = auto_deploy.prepare_paged_mha_metadata(*info.args, 8, 24)
+    assert [t.tolist() for t in (input_pos, rows, seq_len, seq_start)] == [[17], [0], [1], [0]]
+    assert page_table.tolist() == [[0, 4, 2]]
+
+
+@pytest.mark.parametrize(("shape", "batch"), [((1, 0), 4), ((0, 1), 0)])
+def test_metadata_of_no_tokens(shape, batch):
+    ids, seq_len, *others = mixed().args
+    args = ids.new_zeros(shape), torch.zeros_like(seq_len), *others, 8
+    for tensor in auto_deploy.prepare_fused_mha_metadata(*args):
+        assert tensor.shape == (batch,)
+    *metadata, page_table, longest = auto_deploy.prepare_paged_mha_metadata(*args, 0)
+    assert {tensor.shape for tensor in metadata} == {(batch,)}
+    assert page_table.shape == (batch, 1) and longest == 8
+
+
 @pytest.mark.parametrize(("max_seq_len", "width"), [(None, 12), (24, 3), (17, 3), (16, 2), (200, 12)])
 def test_paged_metadata(max_seq_len, width):
     info = mixed()
