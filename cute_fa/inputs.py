@@ -160,7 +160,7 @@ def make_inputs(
     else:
         k, v = (_pack([s[part] for s in sequences], k_rows, k_extent, fill) for part in (1, 2))
     dtype = TORCH_DTYPES[spec.dtype]
-    q, k, v = (_lay_out(t.to(dtype), layout, fill) for t, layout in zip((q, k, v), _layouts(spec.layout), strict=True))
+    q, k, v = (lay_out(t.to(dtype), layout, fill) for t, layout in zip((q, k, v), _layouts(spec.layout), strict=True))
     if spec.layout == "expanded":
         k, v = (t.expand(*t.shape[:-2], spec.heads_kv, t.shape[-1]) for t in (k, v))
 
@@ -187,7 +187,7 @@ def output_gradients(inputs: Inputs, seed: int = 0, poison: bool = True) -> tupl
     if poison:
         outside = ~_counts(inputs)
         dout[outside], dlse[outside] = math.nan, math.nan
-    dout = _lay_out(dout.to(q.dtype), _layouts(spec.layout)[0], math.nan)
+    dout = lay_out(dout.to(q.dtype), _layouts(spec.layout)[0], math.nan)
     return _to_device(dout, q.device), dlse.transpose(-1, -2).contiguous().to(q.device)
 
 
@@ -313,8 +313,8 @@ def _layouts(layout: str) -> tuple[str, str, str]:
     return "contiguous", "contiguous", "contiguous"
 
 
-def _lay_out(tensor: torch.Tensor, layout: str, fill: float) -> torch.Tensor:
-    """The same values in other memory; gaps hold ``fill``."""
+def lay_out(tensor: torch.Tensor, layout: str, fill: float) -> torch.Tensor:
+    """The same values (…, rows, heads, size) in other memory, a ``layout`` of :class:`InputSpec`; gaps hold ``fill``."""
     if layout == "padded":
         wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 8), fill)
         wide[..., : tensor.shape[-1]] = tensor

@@ -332,7 +332,8 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a kernel should return: fp32 ``out`` and ``lse``, and the largest error allowed of each."""
+    """What a kernel should return: ``out`` and ``lse`` as the reference has them, and the largest error allowed of
+    each."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -349,15 +350,18 @@ class Expected:
         )
 
 
-def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> Expected:
-    """Reference result and tolerance for inputs of a low-precision type; options as for :func:`attention`.
+def expected(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, exact: torch.dtype = torch.float32, **options
+) -> Expected:
+    """Reference result and tolerance for inputs of a low-precision type; options as for :func:`attention`. ``exact``,
+    float32 or float64, is what the reference is computed in.
 
     The rule: max|out − ref32| ≤ 2·max|lowprec − ref32| + eps·max|ref32|, where lowprec is the same formula in the
     input's type, for fp8 the fp32 formula with P rounded to e4m3, and eps that of the output's type, bf16 for fp8; LSE
     within 1e-3, −inf exactly where the reference has it.
     """
     fp8 = q.dtype in _FP8
-    out, lse = attention(q, k, v, **options)
+    out, lse = attention(q, k, v, **options, dtype=exact)
     low, _ = attention(q, k, v, **options, dtype=torch.float8_e4m3fn if fp8 else q.dtype)
     largest = out.abs().max().item() if out.numel() else 0.0
     allowed = 2.0 * _largest_error(low, out) + torch.finfo(torch.bfloat16 if fp8 else q.dtype).eps * largest
@@ -382,7 +386,7 @@ class Error(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpectedGradients:
-    """What a backward should return: gradients in fp32, and the largest error allowed of each by name."""
+    """What a backward should return, and the largest error allowed of each gradient by name."""
 
     gradients: Gradients
     allowed: dict[str, float]
@@ -398,22 +402,23 @@ class ExpectedGradients:
         return errors
 
 
-def expected_gradients(q, k, v, dout, dlse=None, **options) -> ExpectedGradients:
-    """Reference gradients and tolerances for inputs of a low-precision type; options as for :func:`gradients`.
+def expected_gradients(q, k, v, dout, dlse=None, *, exact: torch.dtype = torch.float32, **options) -> ExpectedGradients:
+    """Reference gradients and tolerances for inputs of a low-precision type; options as for :func:`gradients`, ``exact``
+    as for :func:`expected`.
 
     The rule is that of :func:`expected`. A gradient that is one sum over everything, dalibi or dsink, makes ``lowprec``
     a single draw, which may hit by luck; there eps is taken of √Σ terms² in the place of the result, which is the
     error of terms rounded independently.
     """
-    reference, squares = _gradients(q, k, v, dout, dlse, **options)
+    reference, squares = _gradients(q, k, v, dout, dlse, **options, dtype=exact)
     low, _ = _gradients(q, k, v, dout, dlse, **options, dtype=q.dtype)
     eps = torch.finfo(q.dtype).eps
     allowed = {}
-    for name, exact, rounded in zip(Gradients._fields, reference, low, strict=True):
-        if exact is not None:
-            size = squares[name].sqrt() if name in squares else exact.abs()
+    for name, right, rounded in zip(Gradients._fields, reference, low, strict=True):
+        if right is not None:
+            size = squares[name].sqrt() if name in squares else right.abs()
             largest = size.max().item() if size.numel() else 0.0
-            allowed[name] = 2.0 * _largest_error(rounded, exact) + eps * largest
+            allowed[name] = 2.0 * _largest_error(rounded, right) + eps * largest
     return ExpectedGradients(reference, allowed)
 
 

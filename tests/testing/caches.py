@@ -94,10 +94,16 @@ def scattered(page_table: torch.Tensor, index: torch.Tensor, rows: int) -> torch
 
 
 def take_last(
-    given: Inputs, new: list[int], packed: bool = False, rotary: Rotary | None = None, index: torch.Tensor | None = None
+    given: Inputs,
+    new: list[int],
+    packed: bool = False,
+    rotary: Rotary | None = None,
+    index: torch.Tensor | None = None,
+    starts: list[int] | None = None,
 ) -> Append:
     """The inputs' k and v as a cache whose sequences' last ``new`` tokens are yet to be appended; with ``rotary`` these
-    rotate by their place in the cache. Dense new rows are as many as the most, NaN beyond a sequence's own."""
+    rotate by their place in the cache, or from ``starts`` on. Dense new rows are as many as the most, NaN beyond a
+    sequence's own."""
     lengths = given.seqused_k.tolist()
     k_cache, v_cache, k_after = given.k.clone(), given.v.clone(), given.k.clone()
     rows_k, rows_v = [], []
@@ -107,7 +113,8 @@ def take_last(
         rows_v.append(given.v[at])
         k_cache[at] = v_cache[at] = torch.nan
         if rotary is not None:
-            k_after[at] = rotary(rows_k[-1], torch.arange(length - count, length))
+            first = length - count if starts is None else starts[b]
+            k_after[at] = rotary(rows_k[-1], first + torch.arange(count))
     cu_seqlens = None
     if packed:
         cu_seqlens = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32)
