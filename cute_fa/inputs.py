@@ -314,7 +314,8 @@ def _layouts(layout: str) -> tuple[str, str, str]:
 
 
 def lay_out(tensor: torch.Tensor, layout: str, fill: float) -> torch.Tensor:
-    """The same values (…, rows, heads, size) in other memory, a ``layout`` of :class:`InputSpec`; gaps hold ``fill``."""
+    """The same values (…, rows, heads, size) in other memory: "padded" or "transposed", as in :class:`InputSpec`; gaps
+    hold ``fill``."""
     if layout == "padded":
         wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 8), fill)
         wide[..., : tensor.shape[-1]] = tensor

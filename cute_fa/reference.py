@@ -403,8 +403,8 @@ class ExpectedGradients:
 
 
 def expected_gradients(q, k, v, dout, dlse=None, *, exact: torch.dtype = torch.float32, **options) -> ExpectedGradients:
-    """Reference gradients and tolerances for inputs of a low-precision type; options as for :func:`gradients`, ``exact``
-    as for :func:`expected`.
+    """Reference gradients and tolerances for inputs of a low-precision type; options as for :func:`gradients`, and
+    ``exact`` as for :func:`expected`.
 
     The rule is that of :func:`expected`. A gradient that is one sum over everything, dalibi or dsink, makes ``lowprec``
     a single draw, which may hit by luck; there eps is taken of √Σ terms² in the place of the result, which is the

@@ -233,9 +233,10 @@ def _filled(template: Problem, rng: random.Random) -> Problem:
     seqlen_q, lengths_q = _lengths(batch, most_q, template.varies_q, rng)
     seqlen_k, lengths_k = _lengths(batch, spec.seqlen_k, template.varies_k, rng)
     if template.call == "ChunkedPrefillRequest":
-        lengths = zip(lengths_q or (seqlen_q,) * batch, lengths_k, strict=True)
-        lengths_k = tuple(length_k + (length_q if length_q > length_k else 0) for length_q, length_k in lengths)
-        seqlen_k = max(seqlen_k, *lengths_k)
+        rows = lengths_q or (seqlen_q,) * batch
+        lengths_k = tuple(k + (q if q > k else 0) for q, k in zip(rows, lengths_k, strict=True))
+        prefixes = (k - q for q, k in zip(rows, lengths_k, strict=True))
+        seqlen_k = max(seqlen_k, *lengths_k, max(prefixes) + max(rows))
     layouts = ["contiguous", "contiguous", "padded", "transposed", *["expanded"] * (cache.new is None)]
     problem = changed(
         template,

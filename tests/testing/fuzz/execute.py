@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import traceback
 from contextlib import contextmanager, nullcontext
@@ -41,10 +42,15 @@ class Failure:
 def failure_of(problem: Problem) -> Failure | None:
     """Run the problem; None if everything is right."""
     try:
-        wrong = _RUN[problem.call](problem)
+        wrong = wrong_numbers(problem)
     except Exception as error:
         return Failure(type(error).__name__, f"{error}\n{_origin(error)}")
     return Failure(WRONG, "\n".join(wrong)) if wrong else None
+
+
+def wrong_numbers(problem: Problem) -> list[str]:
+    """Run the problem; what is wrong with the results, in words. Raises whatever the call raises."""
+    return _RUN[problem.call](problem)
 
 
 def _origin(error: Exception) -> str:
@@ -191,9 +197,7 @@ def _forward_request(problem: Problem, given: Inputs):
         attention = cute_fa.PagedAttentionRequest(given.q, cache, given.page_table, given.seqused_k, **fields)
     if problem.call != "ChunkedPrefillRequest":
         return attention
-    lengths = zip(problem.lengths_q, problem.lengths_k, strict=True)
-    prefix = max([length_k - length_q for length_q, length_k in lengths if length_q], default=0)
-    chunk = cute_fa.ChunkLayout(max(1, *problem.lengths_q, 0), prefix, 3, 1)
+    chunk = cute_fa.ChunkLayout(max(1, *problem.lengths_q), problem.prefix, 3, 1)
     return cute_fa.ChunkedPrefillRequest(attention, chunk)
 
 
@@ -223,7 +227,7 @@ def _merge(problem: Problem) -> list[str]:
     options = _choices(problem) | {"softcap": problem.spec.softcap, "softmax_scale": problem.spec.softmax_scale}
     states = []
     with _simulated(problem):
-        for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for number, (start, end) in enumerate(itertools.pairwise(ends)):
             last = number == len(problem.parts)
             sink = given.learnable_sink if number == 0 else None
             part = (tensor[:, start:end] for tensor in (given.k, given.v))
@@ -271,8 +275,9 @@ class _Cache:
     def read(self) -> Inputs:
         """The inputs with the keys that attention sees in ``caches``, packed."""
         lengths = self.problem.lengths_k
-        at = [places(self.stored, b, range(*rows), self.index) for b, rows in enumerate(zip(self.pads, lengths))]  # noqa: B905
-        k, v = (torch.cat([cache[rows] for rows in at]) for cache in self.caches)
+        rows = zip(self.pads, lengths, strict=True)
+        at = [places(self.stored, b, range(pad, length), self.index) for b, (pad, length) in enumerate(rows)]
+        k, v = (torch.cat([cache[place] for place in at]) for cache in self.caches)
         sizes = torch.tensor([0, *(length - pad for pad, length in zip(self.pads, lengths, strict=True))])
         offsets = sizes.cumsum(0).to(torch.int32)
         return replace(self.stored, k=k, v=v, cu_seqlens_k=offsets, seqused_k=None, page_table=None)

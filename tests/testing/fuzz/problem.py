@@ -1,4 +1,4 @@
-"""One problem of the fuzzer as a value: which public function, with which sizes and options, on which simulated machine.
+"""One problem of the fuzzer as a value: a public function, its sizes and options, and the simulated machine.
 
 A problem is written as JSON (its fields that differ from their defaults) and read back, so that it reproduces alone.
 """
@@ -117,6 +117,12 @@ class Problem:
     def varies_k(self) -> bool:
         return self.spec.varlen_k or self.spec.seqused_k or self.spec.page_size is not None
 
+    @property
+    def prefix(self) -> int:
+        """Keys before the queries of any sequence that has some, at most."""
+        lengths = zip(self.lengths_q, self.lengths_k, strict=True)
+        return max([length_k - length_q for length_q, length_k in lengths if length_q], default=0)
+
     def objection(self) -> str | None:
         """Why the problem is none: its fields contradict each other, or the table has no kernel for it."""
         try:
@@ -176,6 +182,8 @@ class Problem:
                 yield "this request takes packed sequences or pages"
             if any(q > k for q, k in zip(self.lengths_q, self.lengths_k, strict=True) if q):
                 yield "a chunk's queries are the last of the keys"
+            if self.prefix + max(self.lengths_q) > spec.seqlen_k:
+                yield "pages hold the longest prefix and the longest chunk behind it"
         if call in CACHE_CALLS and (spec.varlen_k or (spec.seqused_q and call != "append_kv")):
             yield "a cache's lengths are cache_seqlens"
         if self.backward and (paged or call not in ("flash_attn_func", "flash_attn_varlen_func")):
