@@ -3,6 +3,7 @@
 #   make run        the tour: real model layers against the reference
 #   make test       the test suite (tests that need a GPU only where there is one)
 #   make lint       ruff
+#   make fuzz       random problems over every public function, simulated: make fuzz ARGS="--problems 600 --seed 1 --jobs 2"
 #   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (hours)
 #   make gpu-check  GPU tests, compute-sanitizer, a short sweep; without a GPU the static checks
 #
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
-.PHONY: run test lint mutations gpu-check clean
+.PHONY: run test lint fuzz mutations gpu-check clean
 
 # The major version of CUDA that the driver supports; empty without a GPU.
 CUDA_MAJOR := $(shell $(if $(filter undefined,$(origin PY)),python3,$(PY)) perf/cuda_driver.py 2>/dev/null)
@@ -34,6 +35,9 @@ test: $(ENVIRONMENT)
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+fuzz: $(ENVIRONMENT)
+	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.testing.fuzz $(ARGS)
 
 mutations: $(ENVIRONMENT)
 	$(PY) -m tests.testing.mutations $(ARGS)

@@ -105,6 +105,20 @@ def test_packed_and_paged_equal_dense():
         torch.testing.assert_close(lse[b], one_lse[0])
 
 
+def test_exact_is_computed_in_that_type():
+    inputs = make_inputs(InputSpec(1, 20, 30, 2, 2, 64, learnable_sink=True, alibi=True))
+    tensors, options = (inputs.q, inputs.k, inputs.v), inputs.options()
+    dout, single = torch.ones(1, 20, 2, 64), reference.expected(*tensors, **options)
+    double = reference.expected(*tensors, exact=torch.float64, **options)
+    right, lse = reference.attention(*tensors, dtype=torch.float64, **options)
+    assert torch.equal(double.out, right) and torch.equal(double.lse, lse) and double.out.dtype == torch.float64
+    assert 0.0 < (single.out - double.out).abs().max() < 1e-5
+    assert double.out_allowed == pytest.approx(single.out_allowed, rel=1e-3) and double.out_allowed > 0.0
+    gradients = reference.expected_gradients(*tensors, dout, exact=torch.float64, **options)
+    for ours, theirs in zip(gradients.gradients, reference.gradients(*tensors, dout, **options), strict=True):
+        assert ours.dtype == torch.float64 and 0.0 < (ours - theirs).abs().max() < 1e-4
+
+
 def test_long_rows_in_pieces(monkeypatch):
     inputs = make_inputs(InputSpec(seqlen_q=50, seqlen_k=70, causal=True, alibi=True), seed=2)
     whole = reference.attention(inputs.q, inputs.k, inputs.v, **inputs.options())

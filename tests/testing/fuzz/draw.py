@@ -15,7 +15,7 @@ from cute_fa.inputs import InputSpec
 from cute_fa.problem import PAGE_SIZES
 from cute_fa.trial import Machine
 from cute_fa.types import DType, SmArch
-from tests.testing.fuzz.problem import CACHE_CALLS, CacheSpec, Problem, changed
+from tests.testing.fuzz.problem import CACHE_CALLS, FUNCTIONS, CacheSpec, Problem, changed
 
 GROUP = 8  # problems that share their kernels
 _TILES = (16, 32, 48, 64, 80, 96, 112, 128)
@@ -170,7 +170,7 @@ def _lengths_kind(call: str, rng: random.Random) -> dict[str, Any]:
 def _choices(call: str, arch: SmArch, rng: random.Random) -> dict[str, Any]:
     """How the call is computed."""
     choices = {}
-    function = call in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "merge_states")
+    function = call in (*FUNCTIONS, "flash_attn_with_kvcache", "merge_states")
     if function and _chance(rng, 0.25):
         choices["family"] = rng.choice(["fa2", "fa3"]) if arch is SmArch.SM_90A else "fa2"
     if call == "flash_attn_with_kvcache":
@@ -179,7 +179,7 @@ def _choices(call: str, arch: SmArch, rng: random.Random) -> dict[str, Any]:
         choices["num_splits"] = rng.choice([1, 1, 1, 0, 2])
     if function or call == "Fa3FwdRequest":
         choices["pack_gqa"] = rng.choice([None, None, None, True, False])
-    if call in ("flash_attn_func", "flash_attn_varlen_func", "Fa3FwdRequest"):
+    if call in (*FUNCTIONS, "Fa3FwdRequest"):
         choices["persistent"] = rng.choice(["auto", "auto", "auto", "on", "off"])
     return choices
 
@@ -209,8 +209,7 @@ def _cache(call: str, head_dim: int, features: dict[str, Any], rng: random.Rando
 
 def _with_gradients(problem: Problem, rng: random.Random) -> Problem:
     """A backward, where there can be one."""
-    functions = ("flash_attn_func", "flash_attn_varlen_func")
-    backward = problem.call in functions and problem.spec.page_size is None and _chance(rng, 0.35)
+    backward = problem.call in FUNCTIONS and problem.spec.page_size is None and _chance(rng, 0.35)
     if not backward and problem.call != "Fa2BwdRequest":
         return problem
     alibi = problem.spec.alibi or problem.spec.alibi_per_batch

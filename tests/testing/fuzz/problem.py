@@ -33,10 +33,10 @@ FORWARD_REQUESTS = (
     "PagedAttentionRequest",
     "ChunkedPrefillRequest",
 )
+FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")  # which torch.autograd differentiates
 CACHE_CALLS = ("flash_attn_with_kvcache", "append_kv")
 CALLS = (
-    "flash_attn_func",
-    "flash_attn_varlen_func",
+    *FUNCTIONS,
     *CACHE_CALLS,
     *FORWARD_REQUESTS,
     "Fa2BwdRequest",
@@ -186,7 +186,7 @@ class Problem:
                 yield "pages hold the longest prefix and the longest chunk behind it"
         if call in CACHE_CALLS and (spec.varlen_k or (spec.seqused_q and call != "append_kv")):
             yield "a cache's lengths are cache_seqlens"
-        if self.backward and (paged or call not in ("flash_attn_func", "flash_attn_varlen_func")):
+        if self.backward and (paged or call not in FUNCTIONS):
             yield "nothing differentiates this call"
         if call == "merge_states":
             least = spec.seqlen_k - spec.seqlen_q if spec.causal else spec.seqlen_k

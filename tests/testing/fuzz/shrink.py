@@ -10,7 +10,7 @@ from cute_fa.errors import CuteFaError
 from cute_fa.inputs import InputSpec
 from cute_fa.trial import Machine
 from cute_fa.types import SmArch
-from tests.testing.fuzz.problem import CacheSpec, Problem, changed
+from tests.testing.fuzz.problem import FUNCTIONS, CacheSpec, Problem, changed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,7 +71,8 @@ def _defaults(problem: Problem) -> Iterator[dict[str, Any]]:
     spec = problem.spec
     yield {"window": (None, None), "sink_tokens": 0}
     yield {"alibi": False, "alibi_per_batch": False, "slopes_gradient": False}
-    yield {"alibi": True, "alibi_per_batch": False}
+    if spec.alibi_per_batch:
+        yield {"alibi": True, "alibi_per_batch": False}
     yield {"head_dim": 64, "head_dim_v": 64}
     yield {"head_dim_v": spec.head_dim}
     yield {"rotary_dim": 0, "rotary_starts": None, "rotary_dtype": "fp32", "rotary_interleaved": False}
@@ -80,10 +81,13 @@ def _defaults(problem: Problem) -> Iterator[dict[str, Any]]:
         lengths = {} if getattr(problem, f"varies_{name}") else {f"lengths_{name}": None}
         yield {f"varlen_{name}": False, f"seqused_{name}": False, f"lengths_{name}": None}
         yield {f"varlen_{name}": False, **lengths}
-    yield {"page_size": None, "seqused_k": True}
-    yield {"num_splits": 2}
+    if spec.page_size is not None:
+        yield {"page_size": None, "seqused_k": True}
+    if problem.num_splits > 2:
+        yield {"num_splits": 2}
     yield {"call": "flash_attn_func"}
-    yield {"call": "flash_attn_varlen_func", "heads_first": False, "num_splits": problem.num_splits or 1}
+    if problem.call not in FUNCTIONS:
+        yield {"call": "flash_attn_varlen_func", "heads_first": False, "num_splits": problem.num_splits or 1}
 
 
 # What ``_smaller`` takes care of.
