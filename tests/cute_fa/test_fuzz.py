@@ -79,10 +79,11 @@ class TestDrawing:
         assert {0, 1, 2} < {p.num_splits for p in problems}
         for name in ("softcap", "alibi", "alibi_per_batch", "learnable_sink", "sink_tokens", "causal", "seqused_q"):
             assert {bool(getattr(spec, name)) for spec in specs} == {False, True}, name
-        for name in ("into", "backward", "deterministic", "lse_gradient", "slopes_gradient", "heads_first"):
+        for name in ("offsets_k", "joined", "summed", "into", "backward", "deterministic", "lse_gradient", "slopes_gradient", "heads_first"):
             assert {getattr(problem, name) for problem in problems} == {False, True}, name
         for name in ("new", "packed", "leftpad", "indexed", "rotary_dim", "rotary_starts", "one_length"):
             assert {bool(getattr(cache, name)) for cache in caches} == {False, True}, name
+        assert {0, 1, 30} == {p.tail for p in problems}
         assert any(0 in p.lengths_q for p in problems) and any(0 in p.lengths_k for p in problems)
         assert 0.45 < sum(p.machine.race for p in problems) / len(problems) < 0.55
         assert all(p.machine.race == p.machine.late == (p.machine.schedule_seed is not None) for p in problems)

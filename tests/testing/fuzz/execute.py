@@ -81,7 +81,21 @@ def _beyond(errors: dict[str, reference.Error]) -> list[str]:
 
 
 def _inputs(problem: Problem) -> Inputs:
-    return make_inputs(problem.spec, problem.inputs, problem.seed)
+    given = make_inputs(problem.spec, problem.inputs, problem.seed)
+    if problem.tail:
+        packed = {"q": problem.spec.varlen_q, "k": problem.spec.varlen_k, "v": problem.spec.varlen_k}
+        longer = {
+            name: _with_tail(getattr(given, name), problem.tail) for name, is_packed in packed.items() if is_packed
+        }
+        given = replace(given, **longer)
+    if problem.joined:
+        k, v = torch.stack((given.k, given.v), -3).unbind(-3)
+        given = replace(given, k=k, v=v)
+    return given
+
+
+def _with_tail(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor.new_full((rows, *tensor.shape[1:]), math.nan)])
 
 
 def _expected(given: Inputs) -> reference.Expected:
@@ -114,6 +128,8 @@ def _function(problem: Problem) -> list[str]:
     called = replace(given, **variables)
     arguments = called.arguments() | _choices(problem)
     arguments |= {"persistent": problem.persistent, "deterministic": problem.deterministic, "return_lse": True}
+    if problem.offsets_k:
+        arguments["cu_seqlens_k"] = torch.nn.functional.pad(arguments.pop("seqused_k").cumsum(0), (1, 0)).int()
     if not problem.max_seqlens:
         arguments |= {name: None for name in arguments if name.startswith("max_seqlen")}
     out = _into(problem, given)
@@ -122,9 +138,13 @@ def _function(problem: Problem) -> list[str]:
         result = function(called.q, called.k, called.v, **arguments, out=out)
         if problem.backward:
             dout, dlse = output_gradients(given, problem.seed)
+            if problem.summed:
+                dout = torch.ones((), dtype=dout.dtype).expand(dout.shape)
             returned = (result, (dout, dlse)) if problem.lse_gradient else (result[:1], (dout,))
             grads = torch.autograd.grad(returned[0], list(variables.values()), returned[1])
-    wrong = _compared(_expected(given).check(result[0].detach(), result[1].detach()))
+    rows = slice(None, -problem.tail if problem.tail and problem.spec.varlen_q else None)
+    counting = replace(given, q=given.q[rows])
+    wrong = _compared(_expected(counting).check(result[0].detach()[rows], result[1].detach()[..., rows]))
     if out is not None and result[0] is not out:
         wrong.append("the result is not the caller's tensor")
     if problem.backward:

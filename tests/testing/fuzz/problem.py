@@ -75,7 +75,9 @@ class Problem:
 
     ``backward``: the functions' results are differentiated, with a gradient of the LSE too if ``lse_gradient``, and by
     the slopes too if ``slopes_gradient``. ``max_seqlens``: whether the longest lengths are passed, or None for them.
-    ``into``: the result goes to a tensor of the caller's (``out=``). ``heads_first``: a cache's memory is (…, heads,
+    ``offsets_k``: a paged cache's lengths are those between cu_seqlens_k. ``tail``: rows of packed q, k and v behind the
+    last sequence. ``joined``: k and v are slices of one tensor (…, rows, 2, heads_kv, head_dim). ``summed``: the
+    gradient of out is that of its sum, a one with strides of 0. ``into``: the result goes to a tensor of the caller's (``out=``). ``heads_first``: a cache's memory is (…, heads,
     rows, head_dim). ``parts``: where merge_states' parts of the keys end; the last one is causal if the spec is.
     """
 
@@ -89,6 +91,10 @@ class Problem:
     pack_gqa: bool | None = None
     persistent: str = "auto"
     max_seqlens: bool = True
+    offsets_k: bool = False
+    tail: int = 0
+    joined: bool = False
+    summed: bool = False
     into: bool = False
     backward: bool = False
     deterministic: bool = False
@@ -151,6 +157,14 @@ class Problem:
                 yield "max_seqlen is at least 1"
         if spec.sink_tokens and normalize_window(spec.window, spec.causal)[0] is None:
             yield "sink_tokens without a left edge: they change nothing"
+        if self.joined and (spec.head_dim != spec.head_dim_v or cache != CacheSpec()):
+            yield "k and v of one shape are joined, but not where a cache is written"
+        if self.tail and (self.call not in FUNCTIONS or not (spec.varlen_q or spec.varlen_k)):
+            yield "rows behind the last sequence are those of packed tensors"
+        if self.offsets_k and (self.call != "flash_attn_varlen_func" or spec.page_size is None):
+            yield "cu_seqlens_k of a paged cache"
+        if self.summed and not self.backward:
+            yield "nothing is differentiated"
         if self.slopes_gradient and not (spec.alibi or spec.alibi_per_batch):
             yield "slopes_gradient without slopes"
         if spec.layout == "expanded" and cache.new is not None:
