@@ -15,6 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from cute_fa import ops
 from cute_fa.errors import ArgumentError, UnsupportedArgumentError, ZeroLengthError
 from cute_fa.problem import INT32_MAX, LiteralWindow, normalize_window
+from cute_fa.scheduler_metadata import check_scheduler_metadata
 from cute_fa.tensors import used_lengths
 from cute_fa.types import PersistentMode
 
@@ -143,6 +144,7 @@ def flash_attn_varlen_func(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 1,
     pack_gqa: bool | None = None,
     persistent: PersistentMode | str = "auto",
@@ -164,6 +166,7 @@ def flash_attn_varlen_func(
     seqused_q, seqused_k: int32 (batch), how many rows of each sequence count, all by default. Beyond seqused_q O is 0
     and LSE −inf. A paged cache takes the differences of ``cu_seqlens_k`` in the place of ``seqused_k``; with neither,
     all max_pages · page_size rows of each sequence count. Entries of page_table beyond the lengths are not read.
+    scheduler_metadata: of ``cute_fa.compat.fa3.get_scheduler_metadata`` for this batch; changes nothing.
 
     Returns out (total_q, heads, head_dim_v), or (out, lse) with lse fp32 (heads, total_q); for unpacked q as
     :func:`flash_attn_func`. Rows of q after the last sequence are not written. What lies outside the lengths may hold
@@ -177,6 +180,9 @@ def flash_attn_varlen_func(
         if seqused_k is None:
             seqused_k = used_lengths(cu_seqlens_k)
         cu_seqlens_k = None
+    if scheduler_metadata is not None:
+        check_tensor("q", q)
+        check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     small = (*lengths, page_table, None, None, alibi_slopes, learnable_sink)
     longest = (max_seqlen_q, max_seqlen_k)

@@ -9,8 +9,9 @@ import copyreg
 from typing import Any
 
 
-class CuteFaError(ValueError):
-    """Base of all errors that cute_fa raises about its input. Fields are plain values, of tensors and functions their
+class CuteFaError(ValueError, RuntimeError):
+    """Base of all errors that cute_fa raises about its input. Also a RuntimeError, which is what the extensions of
+    FlashAttention 2 and 3 raise and their callers catch. Fields are plain values, of tensors and functions their
     description: what raises in a worker process must arrive in its parent."""
 
     def __reduce__(self) -> tuple:

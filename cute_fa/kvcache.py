@@ -9,6 +9,7 @@ import torch
 from cute_fa import api, ops
 from cute_fa.append import append_kv
 from cute_fa.errors import ArgumentError, NoBackwardError
+from cute_fa.scheduler_metadata import check_scheduler_metadata
 
 
 def flash_attn_with_kvcache(
@@ -38,6 +39,7 @@ def flash_attn_with_kvcache(
     rotary_interleaved: bool = True,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 0,
     pack_gqa: bool | None = None,
     return_lse: bool = False,
@@ -65,8 +67,10 @@ def flash_attn_with_kvcache(
     tokens count and attention leaves out.
     rotary_cos, rotary_sin: (positions, rotary_dim / 2), with new k alone: rotates the new keys by their place in the
     cache, and q: row t by cache_seqlens[b] + t if causal or with a window, else all rows by cache_seqlens[b].
-    ``rotary_seqlens`` int32 (batch) takes the place of cache_seqlens there. ``rotary_interleaved``: neighbours are
-    pairs, as in FA2 and FA3; else halves. See :func:`cute_fa.append_kv`.
+    ``rotary_seqlens`` int32 (batch) takes the place of cache_seqlens there; FA3's callers pass it without rotary_cos
+    too, where nothing rotates. ``rotary_interleaved``: neighbours are pairs, as in FA2 and FA3; else halves. See
+    :func:`cute_fa.append_kv`.
+    scheduler_metadata: of ``cute_fa.compat.fa3.get_scheduler_metadata`` for this batch; changes nothing.
     num_splits: parts that the keys are split into; 0 lets the occupancy choose, and with it the kernel.
 
     Causal and windows count from the end: the last query is that of the last token. Returns out like q with head_dim_v,
@@ -82,6 +86,8 @@ def flash_attn_with_kvcache(
         raise ArgumentError("page_table and block_table: two names of one argument, give one")
     if (k is None) != (v is None):
         raise ArgumentError("k and v: give both or neither")
+    if rotary_cos is None and rotary_sin is None:
+        rotary_seqlens = None
     rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_seqlens": rotary_seqlens}
     new = {"cu_seqlens_k_new": cu_seqlens_k_new, "max_seqlen_k_new": max_seqlen_k_new, **rotary}
     if k is None:
@@ -109,6 +115,8 @@ def flash_attn_with_kvcache(
         family=family,
         pack_gqa=pack_gqa,
     )
+    if scheduler_metadata is not None:
+        check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
     given = {**rotary, "cu_seqlens_k_new": cu_seqlens_k_new, "k": k, "v": v, "out": out}
     for name, tensor in given.items():
         if tensor is not None:

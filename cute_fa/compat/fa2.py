@@ -1,5 +1,5 @@
 """``flash_attn_func``, ``flash_attn_varlen_func`` and ``flash_attn_with_kvcache`` of ``flash_attn`` 2
-(flash_attn_interface.py)."""
+(flash_attn_interface.py), and ``apply_rotary_emb`` (layers/rotary.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from cute_fa import api, kvcache
 from cute_fa.compat.order import INFINITE, REQUIRED, in_order
+from cute_fa.rotary import apply_rotary_emb as apply_rotary_emb
 
 _OPTIONS = {
     "dropout_p": 0.0,

@@ -1,10 +1,18 @@
-"""``flash_attn_func``, ``flash_attn_varlen_func`` and ``flash_attn_with_kvcache`` of FlashAttention 3
-(hopper/flash_attn_interface.py)."""
+"""The functions of FlashAttention 3 (hopper/flash_attn_interface.py), and ``apply_rotary_emb`` that goes with them."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from cute_fa import api, kvcache
 from cute_fa.compat.order import INFINITE, REQUIRED, in_order
+from cute_fa.errors import ArgumentError, DTypeError, ShapeError
+from cute_fa.merge import merge_states
+from cute_fa.rotary import apply_rotary_emb as apply_rotary_emb
+from cute_fa.scheduler_metadata import scheduler_metadata_of
+from cute_fa.tensors import check_like
 
 _OPTIONS = {
     "softmax_scale": None,
@@ -59,4 +67,70 @@ flash_attn_with_kvcache = in_order(
     },
     lambda given: kvcache.flash_attn_with_kvcache(**given),
     "See :func:`cute_fa.flash_attn_with_kvcache`. Returns out, or (out, lse) with ``return_softmax_lse``.",
+)
+
+
+def flash_attn_combine(
+    out_partial: torch.Tensor,
+    lse_partial: torch.Tensor,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse) over all keys from those of each split; :func:`cute_fa.merge_states` in FlashAttention-3's layout.
+
+    out_partial: (num_splits, batch, seqlen, heads, head_dim_v) or (num_splits, total_q, heads, head_dim_v), fp32, fp16
+    or bf16; lse_partial: fp32 (num_splits, batch, seqlen, heads) or (num_splits, total_q, heads), any strides.
+    out: where to write the result, of ``out_dtype`` (None: out's dtype, or out_partial's); it then has no gradient.
+
+    Returns out (batch, seqlen, heads, head_dim_v) or (total_q, …), and lse fp32 (batch, seqlen, heads) or (total_q,
+    heads), a transposed view of heads before rows as there; with ``return_lse=False`` None in its place.
+    """
+    for name, tensor in {"out_partial": out_partial, "lse_partial": lse_partial}.items():
+        api.check_tensor(name, tensor)
+    api.check_flag("return_lse", return_lse)
+    if out_partial.dim() not in (4, 5):
+        rule = "(num_splits, batch, seqlen, heads, head_dim_v) or (num_splits, total_q, heads, head_dim_v) is needed"
+        raise ShapeError(f"out_partial {tuple(out_partial.shape)}: {rule}")
+    check_like("lse_partial", lse_partial, out_partial.shape[:-1], torch.float32)
+    given = out_partial.dtype if out is None else out.dtype
+    dtype = given if out_dtype is None else out_dtype
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise DTypeError("out_dtype", dtype, "float32, float16 or bfloat16 is needed")
+    merged, lse = merge_states(out_partial.float(), lse_partial.transpose(-1, -2))
+    merged, lse = merged.to(dtype), lse.transpose(-1, -2) if return_lse else None
+    if out is None:
+        return merged, lse
+    check_like("out", out, merged.shape, dtype)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, out_partial, lse_partial)):
+        raise ArgumentError("out= with a tensor that requires a gradient: a result written in place has none")
+    return out.copy_(merged), lse
+
+
+def _scheduler_metadata(given: dict[str, Any]) -> torch.Tensor:
+    return scheduler_metadata_of(given["batch_size"], given["cache_seqlens"])
+
+
+get_scheduler_metadata = in_order(
+    "get_scheduler_metadata",
+    dict.fromkeys(
+        "batch_size max_seqlen_q max_seqlen_k num_heads_q num_heads_kv headdim cache_seqlens".split(), REQUIRED
+    )
+    | {"qkv_dtype": torch.bfloat16}
+    | dict.fromkeys("headdim_v cu_seqlens_q cu_seqlens_k_new cache_leftpad page_size".split())
+    | {
+        "max_seqlen_k_new": 0,
+        "causal": False,
+        "window_size": INFINITE,
+        "attention_chunk": 0,
+        "has_softcap": False,
+        "num_splits": 0,
+        "pack_gqa": None,
+        "sm_margin": 0,
+    },
+    _scheduler_metadata,
+    """What :func:`flash_attn_with_kvcache` and :func:`cute_fa.flash_attn_varlen_func` take as ``scheduler_metadata``:
+    int32 (batch_size + 1) zeros on the device of ``cache_seqlens``, int32 (batch_size). Scheduling here needs no plan
+    that is made before (``cute_fa.scheduler_metadata`` says why): the other arguments describe the problem for kernels
+    that do, and change nothing.""",
 )

@@ -325,6 +325,7 @@ def test_every_error_has_one_base_and_is_documented():
         assert issubclass(error, CuteFaError)
         assert error.__doc__
     assert issubclass(CuteFaError, ValueError)
+    assert issubclass(CuteFaError, RuntimeError)
 
 
 EXAMPLES = {

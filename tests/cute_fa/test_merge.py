@@ -7,6 +7,7 @@ import torch
 
 import cute_fa
 from cute_fa import flash_attn_func, merge_states, reference
+from cute_fa.compat import fa3, flashinfer
 from cute_fa.errors import ArgumentError, CuteFaError, DeviceError, DTypeError, ShapeError
 from cute_fa.inputs import InputSpec, make_inputs, output_gradients
 
@@ -142,4 +143,99 @@ OUTS, LSES = torch.zeros(2, 3, 8, 4, 64), torch.zeros(2, 3, 4, 8)
 def test_errors(outs, lses, error, message):
     with pytest.raises(CuteFaError, match=message) as caught:
         merge_states(outs, lses)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("as_sequence", [False, True])
+def test_flashinfer_layout_and_base(as_sequence):
+    """Rows before heads and states, logarithms of base 2; a row absent from one state and one from all."""
+    packed = {"cu_seqlens_q": torch.tensor([0, 9, 10])}
+    given = make_inputs(InputSpec(2, 9, 100, 4, 4, varlen_q=True, lengths_q=(9, 1)), "peaked")
+    outs, lses = map(torch.stack, states(given.q, given.k, given.v, PARTS, **packed))
+    lses[1, :, 3], lses[:, 2, 5] = -math.inf, -math.inf
+    expected, expected_lse = merge_states(outs, lses)
+    v, s = outs.movedim(0, 1), (lses / math.log(2)).permute(2, 0, 1)
+    if as_sequence:
+        v, s = v.unbind(1), s.unbind(1)
+    out, lse = merge_states(v, s, layout="flashinfer", lse_base=2)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse, (expected_lse / math.log(2)).T, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_functions_of_flashinfer(masked):
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(6, 3, 2, 16, generator=generator).half()
+    s = torch.randn(6, 3, 2, generator=generator)
+    weights = torch.softmax(s * math.log(2), 1)
+    expected = (weights[..., None] * v.float()).sum(1)
+    expected_lse = s.exp2().sum(1).log2()
+    out, lse = flashinfer.merge_states(v, s)
+    assert (out.dtype, lse.dtype) == (torch.float16, torch.float32)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse, expected_lse)
+    a, b = [t.contiguous() for t in (v[:, 0], s[:, 0])], flashinfer.merge_state(v[:, 1], s[:, 1], v[:, 2], s[:, 2])
+    kept = [t.clone() for t in a]
+    mask = torch.tensor([True, False, True, True, False, True]) if masked else None
+    flashinfer.merge_state_in_place(*a, *b, mask)
+    changed = torch.ones(6, dtype=torch.bool) if mask is None else mask
+    torch.testing.assert_close(a[0][changed].float(), expected[changed], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(a[1][changed], expected_lse[changed])
+    assert torch.equal(a[0][~changed], kept[0][~changed])
+    assert torch.equal(a[1][~changed], kept[1][~changed])
+
+
+@pytest.mark.parametrize("dims", [5, 4])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_combine(dims, dtype):
+    """FlashAttention-3's, of tensors that are not contiguous; one split is empty for a row."""
+    generator = torch.Generator().manual_seed(0)
+    partial = torch.randn(6, 3, 2, 7, 40, generator=generator).transpose(2, 3)[:4]
+    lses = torch.randn(4, 3, 4, 7, generator=generator).transpose(-1, -2)[..., :2]
+    lses[2, 1, 5] = -math.inf
+    if dims == 4:
+        partial, lses = partial.flatten(1, 2), lses.flatten(1, 2)
+    weights = torch.softmax(lses, 0)
+    expected = (weights[..., None] * partial).sum(0)
+    out, lse = fa3.flash_attn_combine(partial, lses, out_dtype=dtype)
+    assert (out.dtype, lse.dtype) == (dtype or torch.float32, torch.float32)
+    torch.testing.assert_close(out.float(), expected, rtol=2**-8 if dtype else 1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, lses.logsumexp(0))
+    written = torch.full_like(expected, math.nan).half()
+    again, none = fa3.flash_attn_combine(partial, lses, written, return_lse=False)
+    assert again is written
+    assert none is None
+    torch.testing.assert_close(written.float(), expected, rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: merge_states(OUTS, LSES, layout="hnd"), ArgumentError, "layout='hnd': one of flash_attn, flashinfer"),
+        (lambda: merge_states(OUTS, LSES, lse_base=10), ArgumentError, "lse_base=10: math.e or 2"),
+        (lambda: merge_states(OUTS, LSES, layout="flashinfer"), ShapeError, r"outs .*: \(total_q, num_states, heads"),
+        (
+            lambda: merge_states(OUTS[0], LSES[0], layout="flashinfer"),
+            ShapeError,
+            r"lses \(3, 4, 8\): \(3, 8, 4\) is needed",
+        ),
+        (lambda: merge_states(OUTS[0, :, :0], LSES, layout="flashinfer"), ArgumentError, "outs of no states"),
+        (lambda: fa3.flash_attn_combine(OUTS, LSES), ShapeError, r"lse_partial \(2, 3, 4, 8\): \(2, 3, 8, 4\)"),
+        (lambda: fa3.flash_attn_combine(OUTS[0, 0], LSES), ShapeError, r"out_partial \(8, 4, 64\): \(num_splits"),
+        (lambda: fa3.flash_attn_combine(OUTS, None), ArgumentError, "lse_partial is NoneType"),
+        (
+            lambda: fa3.flash_attn_combine(OUTS, LSES.transpose(2, 3), out_dtype=torch.int8),
+            DTypeError,
+            "out_dtype is int8",
+        ),
+        (
+            lambda: fa3.flash_attn_combine(OUTS, LSES.transpose(2, 3), torch.zeros(2)),
+            ShapeError,
+            r"out \(2,\): \(3, 8, 4, 64\)",
+        ),
+    ],
+)
+def test_errors_of_options(call, error, message):
+    with pytest.raises(CuteFaError, match=message) as caught:
+        call()
     assert type(caught.value) is error
