@@ -1,8 +1,8 @@
 """Modules under the names of other attention libraries, whose functions are ``cute_fa``'s.
 
 What a peer's test imports from its library it finds here: served functions, and for every other name an object that
-raises Unserved when it is called. Modules of the peer's that hold its tests' own references and helpers, no kernels, are
-loaded from the checkout that the suite lies in.
+raises Unserved when it is called. Modules that hold the peer's own references and helpers, no kernels, are loaded from
+the checkout that the suite lies in.
 """
 
 from __future__ import annotations

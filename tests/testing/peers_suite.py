@@ -95,7 +95,7 @@ class Suite:
         return self.options.only in name
 
     def _small(self, params: dict[str, Any]) -> bool:
-        """Whether there are at most ``--max-scores`` pairs of a query and a key, as far as parameters of lengths tell."""
+        """Whether there are at most ``--max-scores`` pairs of a query and a key, as far as parameters tell."""
         lengths = sorted(number for name, value in params.items() if "len" in name for number in _numbers(value))
         return not lengths or lengths[-1] * lengths[-2 if len(lengths) > 1 else -1] <= self.options.max_scores
 
