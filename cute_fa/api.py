@@ -9,11 +9,13 @@ import numbers
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch.compiler import is_dynamo_compiling
 
 from cute_fa import ops
-from cute_fa.errors import ArgumentError, UnsupportedArgumentError, ZeroLengthError
+from cute_fa.argument_names import names_of, spelled
+from cute_fa.errors import ArgumentError, UnsupportedArgumentError
 from cute_fa.problem import INT32_MAX, LiteralWindow, normalize_window
 from cute_fa.scheduler_metadata import check_scheduler_metadata
 from cute_fa.tensors import used_lengths
@@ -48,6 +50,13 @@ _NOT_IMPLEMENTED: dict[str, tuple] = {
     "num_threads": (None,),
 }
 _PAIRS = (tuple, list, LiteralWindow)
+# What callers of flash_attn_varlen_func call arguments of the operator.
+_BLOCK_TABLE = spelled(page_table="block_table")
+# The same where differences of cu_seqlens_k are the lengths of a paged cache.
+_PAGED_LENGTHS = {
+    "": spelled(seqused_k="cu_seqlens_k.diff()"),
+    _BLOCK_TABLE: spelled(seqused_k="cu_seqlens_k.diff()", page_table="block_table"),
+}
 
 
 def flash_attn_func(
@@ -59,7 +68,7 @@ def flash_attn_func(
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
     sink_tokens: int = 0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
     num_splits: int = 1,
@@ -83,7 +92,7 @@ def flash_attn_func(
     causal: query i sees keys up to i + seqlen_k − seqlen_q.
     window_size: (left, right) in tokens around that diagonal, both inclusive; None or −1 is infinite.
     sink_tokens: the first keys stay visible although they lie left of the window.
-    softcap: scores become softcap·tanh(score/softcap); 0 is off.
+    softcap: scores become softcap·tanh(score/softcap); 0 or None is off.
     alibi_slopes: fp32 (heads) or (batch, heads): −slope·|i + seqlen_k − seqlen_q − j| is added. Finite, and so small
         that no bias overflows fp32: a head's results may be NaN otherwise.
     learnable_sink: (heads), a logit that takes part in the softmax and has no value; −inf for none. +inf or NaN make a
@@ -120,6 +129,7 @@ def flash_attn_func(
         pack_gqa,
         persistent,
         deterministic,
+        "",
     )
     return _attention(q, k, v, small, options, out, return_lse, return_attn_probs, return_softmax_lse)
 
@@ -141,7 +151,7 @@ def flash_attn_varlen_func(
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
     sink_tokens: int = 0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
     scheduler_metadata: torch.Tensor | None = None,
@@ -175,10 +185,12 @@ def flash_attn_varlen_func(
     check_peers(peers)
     if page_table is not None and block_table is not None:
         raise ArgumentError("page_table and block_table: two names of one argument, give one")
-    page_table = page_table if page_table is not None else block_table
+    names = ""
+    if block_table is not None:
+        page_table, names = block_table, _BLOCK_TABLE
     if page_table is not None and isinstance(cu_seqlens_k, torch.Tensor):
         if seqused_k is None:
-            seqused_k = used_lengths(cu_seqlens_k)
+            seqused_k, names = used_lengths(cu_seqlens_k), _PAGED_LENGTHS[names]
         cu_seqlens_k = None
     if scheduler_metadata is not None:
         check_tensor("q", q)
@@ -187,7 +199,7 @@ def flash_attn_varlen_func(
     small = (*lengths, page_table, None, None, alibi_slopes, learnable_sink)
     longest = (max_seqlen_q, max_seqlen_k)
     choices = (*longest, softmax_scale, sink_tokens, softcap, num_splits, family, pack_gqa, persistent, deterministic)
-    options = _options(window_size, causal, *choices)
+    options = _options(window_size, causal, *choices, names)
     return _attention(q, k, v, small, options, out, return_lse, return_attn_probs, return_softmax_lse)
 
 
@@ -217,21 +229,23 @@ def prepare(
     pack_gqa: Any = None,
     persistent: Any = "auto",
     deterministic: Any = False,
+    names: str = "",
 ) -> ops.Call:
     """Arguments of ``ops.attention`` from those of the public functions: kinds checked, since the dispatcher's own
-    complaints name no rule, and choices normalised."""
+    complaints name no rule, and choices normalised. ``names``: what the caller calls them
+    (:mod:`cute_fa.argument_names`)."""
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     tensors = (q, k, v, *lengths, page_table, cache_batch_idx, cache_leftpad, alibi_slopes, learnable_sink)
     longest = (max_seqlen_q, max_seqlen_k)
     choices = (*longest, softmax_scale, sink_tokens, softcap, num_splits, family, pack_gqa, persistent, deterministic)
-    return ops.Call(*_checked(tensors), *_options(window_size, causal, *choices))
+    return ops.Call(*_checked(tensors, names), *_options(window_size, causal, *choices, names))
 
 
-def _checked(tensors: tuple) -> tuple:
+def _checked(tensors: tuple, names: str) -> tuple:
     """The tensors of :class:`ops.Call`, a sink of lower precision widened."""
     for name, tensor in zip(ops.Call._fields, tensors, strict=False):
         if tensor is not None or name in "qkv":
-            check_tensor(name, tensor)
+            check_tensor(name, tensor, names)
     *others, sink = tensors
     return (*others, sink.float()) if sink is not None and sink.dtype in (torch.float16, torch.bfloat16) else tensors
 
@@ -241,13 +255,15 @@ def _options(window_size: Any, *choices: Any) -> tuple:
     if not is_dynamo_compiling() and type(window_size) in _PAIRS:
         try:
             return _remembered(type(window_size), *window_size, *choices)
-        except TypeError:  # something has no hash, or the window is no pair
+        except TypeError:  # something has no hash, or is no constant, or the window is no pair
             pass
     return _normalized(window_size, *choices)
 
 
 @lru_cache(maxsize=4096, typed=True)
 def _remembered(kind: type, left: Any, right: Any, *choices: Any) -> tuple:
+    if any(isinstance(value, torch.Tensor) for value in (left, right, *choices)):
+        raise TypeError("a tensor's hash is that of the object, whatever number it holds now")
     return _normalized(LiteralWindow(left, right) if kind is LiteralWindow else (left, right), *choices)
 
 
@@ -264,28 +280,27 @@ def _normalized(
     pack_gqa: Any,
     persistent: Any,
     deterministic: Any,
+    names: str,
 ) -> tuple:
     """The options of :class:`ops.Call`."""
-    check_flag("causal", causal)
-    check_flag("deterministic", deterministic)
-    if pack_gqa is not None:
-        check_flag("pack_gqa", pack_gqa)
+    called = names_of(names)
     if family is not None and not isinstance(family, str):
         raise ArgumentError(f"family={family!r}: a name")
     if not isinstance(persistent, str):
         persistent = PersistentMode.named(persistent).value
     return (
-        _length("max_seqlen_q", max_seqlen_q),
-        _length("max_seqlen_k", max_seqlen_k),
-        None if softmax_scale is None else _float("softmax_scale", softmax_scale),
-        *normalize_window(window_size, causal),
-        _integer("sink_tokens", sink_tokens),
-        _float("softcap", softcap),
-        _integer("num_splits", num_splits),
+        None if max_seqlen_q is None else integer(called["max_seqlen_q"], max_seqlen_q),
+        None if max_seqlen_k is None else integer(called["max_seqlen_k"], max_seqlen_k),
+        None if softmax_scale is None else _float(called["softmax_scale"], softmax_scale),
+        *normalize_window(window_size, flag("causal", causal)),
+        integer("sink_tokens", sink_tokens),
+        0.0 if softcap is None else _float("softcap", softcap),
+        integer("num_splits", num_splits),
         family,
-        pack_gqa,
+        None if pack_gqa is None else flag("pack_gqa", pack_gqa),
         persistent,
-        deterministic,
+        flag("deterministic", deterministic),
+        names,
     )
 
 
@@ -301,16 +316,16 @@ def _attention(
     return_softmax_lse: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     if not (type(return_lse) is type(return_attn_probs) is type(return_softmax_lse) is bool):
-        check_flag("return_lse", return_lse)
-        check_flag("return_attn_probs", return_attn_probs)
-        check_flag("return_softmax_lse", return_softmax_lse)
+        return_lse = flag("return_lse", return_lse)
+        return_attn_probs = flag("return_attn_probs", return_attn_probs)
+        return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
     done = ops.again(q, k, v, small, options) if out is None else None
     if done is not None:
         out, lse = done
     elif out is None:
-        out, lse = ops.attention(*_checked((q, k, v, *small)), *options)
+        out, lse = ops.attention(*_checked((q, k, v, *small), options[-1]), *options)
     else:
-        tensors = _checked((q, k, v, *small))
+        tensors = _checked((q, k, v, *small), options[-1])
         check_tensor("out", out)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, out) if t is not None):
             raise ArgumentError("out= with a tensor that requires a gradient: a result written in place has none")
@@ -326,30 +341,29 @@ def check_peers(peers: dict[str, Any]) -> None:
             raise UnsupportedArgumentError(name, value)
 
 
-def check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ArgumentError(f"{name}={value!r}: True or False")
+def flag(name: str, value: Any) -> bool:
+    """A bool; 0, 1 and numpy's bools are bools too. Raises ArgumentError for anything else."""
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, numbers.Integral) and value in (0, 1)):
+        return bool(value)
+    raise ArgumentError(f"{name}={value!r}: True or False")
 
 
-def check_tensor(name: str, tensor: Any) -> None:
+def check_tensor(name: str, tensor: Any, names: str = "") -> None:
+    """Raise ArgumentError unless this is a tensor with strides; ``names``: what the caller calls arguments."""
     if not isinstance(tensor, torch.Tensor):
-        raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
+        raise ArgumentError(f"{names_of(names)[name]} is {type(tensor).__name__}: a torch.Tensor is needed")
     if tensor.is_nested:
-        raise ArgumentError(f"{name} is a nested tensor: flash_attn_varlen_func takes packed ones")
+        rule = "flash_attn_varlen_func takes packed ones"
+        raise ArgumentError(f"{names_of(names)[name]} is a nested tensor: {rule}")
     if tensor.layout is not torch.strided:
-        raise ArgumentError(f"{name} has layout {str(tensor.layout).removeprefix('torch.')}: strided is needed")
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise ArgumentError(f"{names_of(names)[name]} has layout {layout}: strided is needed")
 
 
-def _length(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    value = _integer(name, value)
-    if _known(value == 0):
-        raise ZeroLengthError(f"{name}=0: the longest sequence has at least 1 token")
-    return value
-
-
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
+    """An int between 0 and 2^31 − 1, from numpy's and from a tensor on the host too. Raises ArgumentError for anything
+    else."""
+    value = _on_host(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise ArgumentError(f"{name}={value!r}: an int is needed")
     if _known(value < 0) or _known(value > INT32_MAX):
@@ -368,12 +382,27 @@ def _known(condition: bool | torch.SymBool) -> bool:
 
 
 def _float(name: str, value: Any) -> float:
+    value = _on_host(name, value)
     if not _is_number(value):
         raise ArgumentError(f"{name}={value!r}: a number is needed")
     try:
         return float(value)
     except OverflowError:
         raise ArgumentError(f"{name}: the number is beyond any float") from None
+
+
+def _on_host(name: str, value: Any) -> Any:
+    """The number in a tensor of no dimensions; other values as they are. Raises ArgumentError for a tensor on a device:
+    the host would have to wait for it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dim() > 0:
+        raise ArgumentError(f"{name} is a tensor of shape {tuple(value.shape)}: a number is needed")
+    if value.requires_grad:
+        raise ArgumentError(f"{name} is a tensor that requires a gradient: it has none, give a number")
+    if value.device.type != "cpu":
+        raise ArgumentError(f"{name} is a tensor on {value.device}: the host would wait for its value, give a number")
+    return value.item()
 
 
 def _is_number(value: Any) -> bool:

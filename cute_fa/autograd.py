@@ -13,6 +13,7 @@ import torch
 from torch import library
 
 from cute_fa import ops
+from cute_fa.argument_names import names_of
 from cute_fa.compiler import compiled
 from cute_fa.dispatch import TABLE
 from cute_fa.errors import NoBackwardError
@@ -23,6 +24,7 @@ from cute_fa.tensors import ALIGNMENT, check_devices, check_like, check_pointers
 from cute_fa.types import Direction, PersistentMode
 
 if TYPE_CHECKING:
+    from cute_fa.argument_names import ArgumentNames
     from cute_fa.compiler import CompiledKernel
     from cute_fa.kernel import AttentionKernel
     from cute_fa.problem import AttentionProblem
@@ -38,11 +40,13 @@ ops.LIBRARY.define(
 
 @dataclass
 class _Plan:
-    """What is known of every call with one description. ``launches``: whether there is any query and any key.
-    ``strides``: canonical strides of q, k, v, out, dout where a dimension of size 1 has odd ones. ``copies``: whether
-    dout has strides that no kernel can load. ``compiled`` is set by the first launch, after all checks."""
+    """What is known of every call with one description. ``names``: what the caller calls the arguments. ``launches``:
+    whether there is any query and any key. ``strides``: canonical strides of q, k, v, out, dout where a dimension of
+    size 1 has odd ones. ``copies``: whether dout has strides that no kernel can load. ``compiled`` is set by the first
+    launch, after all checks."""
 
     problem: AttentionProblem
+    names: ArgumentNames
     kernel: type[AttentionKernel]
     num_sms: int
     launches: bool
@@ -78,7 +82,8 @@ def problem_of_backward(
     check_like("lse", lse, ops.lse_shape(call), torch.float32)
     if dlse is not None:
         check_like("dlse", dlse, lse.shape, torch.float32)
-    check_devices({"q": call.q, "dout": dout, "dlse": dlse, "lse": lse})
+    query = names_of(call.names)["q"]
+    check_devices({query: call.q, "dout": dout, "dlse": dlse, "lse": lse}, query)
     return problem
 
 
@@ -87,13 +92,13 @@ def _attention_backward(dout, dlse, out, lse, *arguments):
     call = ops.Call._make(arguments)
     plan = _plan(dout, dlse, out, lse, call, slopes_gradient)
     if ops.CHECK_VALUES or simulated_arch() is not None:
-        check_values(plan.problem, call.q, call.k, *call[3 : ops.NUM_TENSORS])
+        check_values(plan.problem, call.q, call.k, *call[3 : ops.NUM_TENSORS], names=plan.names)
     grads = _new_gradients(call, slopes_gradient)
     if not plan.launches:
         _without_keys(grads, dlse, lse)
         return grads
     q, k, v = call[:3]
-    check_pointers(q=q, k=k, v=v, out=out)
+    check_pointers(plan.names.of({"q": q, "k": k, "v": v, "out": out}))
     *strides, strides_dout = plan.strides
     if any(strides):
         q, k, v, out = map(ops.restrided, (q, k, v, out), strides)
@@ -125,9 +130,10 @@ def _make_plan(target: Target, dout, dlse, out, lse, call: ops.Call, slopes_grad
     problem = problem_of_backward(target.arch, dout, dlse, out, lse, call, slopes_gradient)
     return _Plan(
         problem=problem,
+        names=names_of(call.names),
         kernel=TABLE.lookup(problem, call.family),
         num_sms=target.num_sms,
-        launches=call.q.numel() > 0 and call.k.numel() > 0,
+        launches=ops.launches(call),
         strides=tuple(ops.odd_strides(t) for t in (call.q, call.k, call.v, out, dout)),
         copies=load_rule(dout) is not None,
     )
@@ -166,8 +172,7 @@ def _without_keys(grads: tuple[torch.Tensor, ...], dlse: torch.Tensor | None, ls
 
 def _fake(dout, dlse, out, lse, *arguments):
     call = ops.Call._make(arguments[:-1])
-    named = dict(zip(ops.Call._fields, arguments[: ops.NUM_TENSORS], strict=False))
-    check_devices(named | {"dout": dout, "dlse": dlse, "out": out, "lse": lse})
+    ops.check_call_devices(call, dout=dout, dlse=dlse, out=out, lse=lse)
     return _new_gradients(call, arguments[-1])
 
 

@@ -1,7 +1,8 @@
 """The disk cache of compiled kernels: compiled once on a machine, by whichever process comes first.
 
 On by default in ``~/.cache/cute_fa/kernels`` (platformdirs); ``CUTE_FA_CACHE_DIR`` replaces ``~/.cache/cute_fa`` and
-``CUTE_FA_CACHE=0`` turns the cache off. One folder an entry, named by its key:
+``CUTE_FA_CACHE=0`` turns the cache off. Where ``~/.cache/cute_fa`` cannot be written, a folder of the user's in the
+machine's temporary one takes its place, with a warning. One folder an entry, named by its key:
 
     kernel.o       the host code with the cubin in it, as the DSL exports it
     kernel.ptx     what the simulator runs in place of the cubin
@@ -18,6 +19,7 @@ Nothing here imports the DSL; :mod:`cute_fa.compiler` does the compiling and loa
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import inspect
@@ -112,8 +114,34 @@ def enabled() -> bool:
 
 def directory() -> Path:
     """The folder that holds the entries; it need not exist yet."""
-    base = os.environ.get("CUTE_FA_CACHE_DIR") or platformdirs.user_cache_dir("cute_fa", appauthor=False)
+    chosen = os.environ.get("CUTE_FA_CACHE_DIR")
+    if not chosen and _temporary is not None:
+        return _temporary
+    base = chosen or platformdirs.user_cache_dir("cute_fa", appauthor=False)
     return Path(base).expanduser().absolute() / "kernels"
+
+
+def _make_writable(folder: Path) -> None:
+    """Make the folder; raises OSError where there is none that can be written."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+_temporary: Path | None = None  # what takes the place of a default folder that cannot be written
+
+
+def _use_temporary(error: OSError) -> bool:
+    """Put a folder of this user's in the place of a default one that cannot be written; False if there is no other.
+    Entries there are trusted no more than elsewhere: ``_read`` looks at their owner."""
+    global _temporary
+    if os.environ.get("CUTE_FA_CACHE_DIR") or _temporary is not None:
+        return False
+    unwritable = directory()
+    _temporary = Path(tempfile.gettempdir(), f"cute_fa_{os.geteuid()}", "kernels").absolute()
+    message = f"compiled kernels are kept in {_temporary}, since {unwritable} cannot be written: {error}"
+    warnings.warn(f"{message}; set CUTE_FA_CACHE_DIR", RuntimeWarning, stacklevel=2)
+    return True
 
 
 def clear() -> int:
@@ -160,9 +188,15 @@ def fetch(key: Key, build: Callable[[], Artifacts]) -> Artifacts:
         found = None  # replaced under the lock below, unless another process has done so by then
     if found is not None:
         return found
+    try:
+        _make_writable(directory())
+    except OSError as error:
+        if _use_temporary(error):
+            return fetch(key, build)
+        _warn(error)
+        return build()
     lock = filelock.FileLock(directory() / f"{key.digest}.lock", timeout=LOCK_TIMEOUT, poll_interval=0.02)
     try:
-        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # Timeout is an OSError; NotImplementedError: no such locks here
         _warn(error)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cute_fa import ops
+from cute_fa.argument_names import spelled
 from cute_fa.dispatch import TABLE, DispatchKey
 from cute_fa.errors import (
     ArgumentError,
@@ -29,7 +30,7 @@ from cute_fa.errors import (
 from cute_fa.problem import PAGE_SIZES
 from cute_fa.requests import CumulativeSeqlens, ForwardRequest, VarlenFwdRequest, check_kinds, check_packed, packed
 from cute_fa.simulation import described, simulated_arch
-from cute_fa.tensors import DTYPES, check_devices, check_dims, check_like, check_loadable
+from cute_fa.tensors import DTYPES, check_devices, check_dims, check_head_dim, check_like, check_loadable
 from cute_fa.types import DType, KvLayout
 
 if TYPE_CHECKING:
@@ -70,9 +71,10 @@ class PagedKvCache:
             raise EmptyCacheError(f"k_pages {tuple(k.shape)}: the cache has no pages")
         if self.page_size not in PAGE_SIZES:
             raise PageSizeError(f"page_size={self.page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
-        for name, size in (("kv_heads", self.kv_heads), ("head_dim", self.head_dim), ("head_dim_v", self.head_dim_v)):
-            if size < 1:
-                raise ShapeError(f"{name}={size}: at least 1 is needed")
+        check_head_dim("k_pages", k)
+        check_head_dim("v_pages", v, "head_dim_v")
+        if self.kv_heads < 1:
+            raise ShapeError(f"k_pages {tuple(k.shape)}: kv_heads={self.kv_heads}: at least 1 is needed")
         check_loadable("k_pages", k)
         check_loadable("v_pages", v)
 
@@ -138,6 +140,10 @@ class PagedKvCache:
         return pages if self.layout is KvLayout.NHD else pages.transpose(1, 2)
 
 
+# What a PagedAttentionRequest calls arguments of the operator.
+_NAMES = spelled(k="cache.k_pages", v="cache.v_pages", seqused_k="seqlens")
+
+
 @dataclass(frozen=True, eq=False)
 class PagedAttentionRequest(ForwardRequest):
     """Attention over the tokens that a paged cache holds, decoding and prefill alike and mixed in one batch: the
@@ -198,7 +204,7 @@ class PagedAttentionRequest(ForwardRequest):
             rule = f"{self.cache.dtype.value} pages need a tensor (batch, kv_heads)"
             raise ArgumentError(f"{name} is {type(descale).__name__}: {rule}")
         check_like(name, descale, (self.problem().batch, self.cache.kv_heads), torch.float32)
-        check_devices({"q": self.q, name: descale})
+        check_devices({"q": self.q, name: descale}, "q")
 
     def _choose(self) -> tuple[AttentionProblem, type[AttentionKernel]]:
         if self.num_splits:
@@ -213,6 +219,7 @@ class PagedAttentionRequest(ForwardRequest):
             "page_table": self.page_table,
             "max_seqlen_k": self.max_seqlen_k,
             "num_splits": self.num_splits,
+            "names": _NAMES,
         }
 
 

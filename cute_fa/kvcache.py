@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import numbers
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from cute_fa import api, ops
-from cute_fa.append import append_kv
+from cute_fa.append import AppendCall, append, autocast_to, autocasts
+from cute_fa.argument_names import spelled
 from cute_fa.errors import ArgumentError, NoBackwardError
 from cute_fa.scheduler_metadata import check_scheduler_metadata
+from cute_fa.tensors import batch_of, check_dims
+
+# What callers call arguments of the two operators, by how they call the page table.
+_TABLES = ("page_table", "block_table")
+_CACHES = {"k": "k_cache", "v": "v_cache", "seqused_k": "cache_seqlens"}
+_ATTENTION_NAMES = {table: spelled(**_CACHES, page_table=table) for table in _TABLES}
+_APPEND_NAMES = {table: spelled(page_table=table) for table in _TABLES}
 
 
 def flash_attn_with_kvcache(
@@ -73,6 +83,8 @@ def flash_attn_with_kvcache(
     scheduler_metadata: of ``cute_fa.compat.fa3.get_scheduler_metadata`` for this batch; changes nothing.
     num_splits: parts that the keys are split into; 0 lets the occupancy choose, and with it the kernel.
 
+    Under autocast q and the new k and v are cast to the caches' dtype; the caches, which are written, never are.
+
     Causal and windows count from the end: the last query is that of the last token. Returns out like q with head_dim_v,
     or (out, lse), as :func:`cute_fa.flash_attn_varlen_func` does. Has no gradient: raises NoBackwardError if one is
     asked for. Raises a subclass of ``cute_fa.errors.CuteFaError`` before anything is written.
@@ -80,14 +92,15 @@ def flash_attn_with_kvcache(
     api.check_peers(peers)
     returns = {"return_lse": return_lse, "return_attn_probs": return_attn_probs}
     returns["return_softmax_lse"] = return_softmax_lse
-    for name, flag in {**returns, "rotary_interleaved": rotary_interleaved}.items():
-        api.check_flag(name, flag)
+    returns = {name: api.flag(name, value) for name, value in returns.items()}
+    rotary_interleaved = api.flag("rotary_interleaved", rotary_interleaved)
     if page_table is not None and block_table is not None:
         raise ArgumentError("page_table and block_table: two names of one argument, give one")
     if (k is None) != (v is None):
         raise ArgumentError("k and v: give both or neither")
     if rotary_cos is None and rotary_sin is None:
         rotary_seqlens = None
+    table = "page_table" if block_table is None else "block_table"
     rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_seqlens": rotary_seqlens}
     new = {"cu_seqlens_k_new": cu_seqlens_k_new, "max_seqlen_k_new": max_seqlen_k_new, **rotary}
     if k is None:
@@ -114,6 +127,7 @@ def flash_attn_with_kvcache(
         num_splits=num_splits,
         family=family,
         pack_gqa=pack_gqa,
+        names=_ATTENTION_NAMES[table],
     )
     if scheduler_metadata is not None:
         check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
@@ -125,12 +139,18 @@ def flash_attn_with_kvcache(
         t is not None and t.requires_grad for t in (*call[: ops.NUM_TENSORS], *given.values())
     ):
         raise NoBackwardError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
+    query, k, v = autocast_to(call.k, call.q, k, v)
+    call = call._replace(q=query)
     if k is not None:
-        call = _append(call, k, v, out, rotary_interleaved, new)
-    if out is None:
-        out, lse = ops.attention(*call)
-    else:
-        lse = ops.attention_out(*call, out)
+        if max_seqlen_k_new is not None:
+            new["max_seqlen_k_new"] = api.integer("max_seqlen_k_new", max_seqlen_k_new)
+        new |= {"rotary_interleaved": rotary_interleaved, "names": _APPEND_NAMES[table]}
+        call = _append(call, k, v, out, new)
+    with torch.autocast(q.device.type, enabled=False) if autocasts(q.device) else nullcontext():
+        if out is None:
+            out, lse = ops.attention(*call)
+        else:
+            lse = ops.attention_out(*call, out)
     return (out, lse) if any(returns.values()) else out
 
 
@@ -139,29 +159,27 @@ def _append(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor | None,
-    interleaved: bool,
     new: dict[str, Any],
 ) -> ops.Call:
     """The call after the append: with q rotated, and lengths with the new tokens."""
     if call.seqused_k is None:
         raise ArgumentError("k and v without cache_seqlens: where the new tokens go is not known")
-    if not torch.compiler.is_compiling():
-        ops.validate(call, out)  # nothing is written for attention that cannot be
-    q, seqused_k = append_kv(
-        k,
-        v,
+    ops.validate(call, out)  # nothing is written for attention that cannot be
+    appended = AppendCall(
         call.k,
         call.v,
+        k,
+        v,
         call.seqused_k,
         q=call.q,
         page_table=call.page_table,
         cache_batch_idx=call.cache_batch_idx,
         cu_seqlens_q=call.cu_seqlens_q,
         max_seqlen_q=call.max_seqlen_q,
-        rotary_interleaved=interleaved,
         rotate_each=call.window_left is not None or call.window_right is not None,
         **new,
     )
+    q, seqused_k = append(appended)
     return call._replace(q=q, seqused_k=seqused_k)
 
 
@@ -169,11 +187,14 @@ def _lengths(cache_seqlens: Any, q: Any, cu_seqlens_q: Any) -> torch.Tensor | No
     """int32 (batch), from one int for all sequences too."""
     if cache_seqlens is None or isinstance(cache_seqlens, torch.Tensor):
         return cache_seqlens
-    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, int):
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt, numbers.Integral)):
         raise ArgumentError(f"cache_seqlens={cache_seqlens!r}: an int, or an int32 tensor (batch)")
+    cache_seqlens = api.integer("cache_seqlens", cache_seqlens)
     api.check_tensor("q", q)
-    batch = q.shape[0]
     if cu_seqlens_q is not None:
         api.check_tensor("cu_seqlens_q", cu_seqlens_q)
-        batch = cu_seqlens_q.shape[0] - 1
+        batch = batch_of("cu_seqlens_q", cu_seqlens_q)
+    else:
+        check_dims("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
+        batch = q.shape[0]
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)

@@ -33,6 +33,7 @@ from torch.autograd import forward_ad, profiler
 from torch.compiler import is_dynamo_compiling
 from torch.utils._device import DeviceContext
 
+from cute_fa.argument_names import names_of
 from cute_fa.compiler import compiled
 from cute_fa.dispatch import TABLE
 from cute_fa.environment import switch
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
     from torch._ops import OpOverload
 
+    from cute_fa.argument_names import ArgumentNames
     from cute_fa.compiler import CompiledKernel
     from cute_fa.kernel import AttentionKernel
     from cute_fa.problem import AttentionProblem
@@ -74,7 +76,7 @@ _NO_TRANSFORM = (
 
 class Call(NamedTuple):
     """Arguments of the operators, in the schema's order; meanings as in ``cute_fa.api``, the window normalised: bounds
-    are literal, None alone is infinite."""
+    are literal, None alone is infinite. ``names``: what the caller calls them (``cute_fa.argument_names``)."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -100,18 +102,21 @@ class Call(NamedTuple):
     pack_gqa: bool | None
     persistent: str
     deterministic: bool
+    names: str = ""
 
 
 NUM_TENSORS = 12
 NO_TENSORS = (None,) * (NUM_TENSORS - 3)  # those after q, k and v, where none is given
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
-_CAST = (torch.float32, torch.float16, torch.bfloat16)
+# What autocast casts, and where.
+CAST = (torch.float32, torch.float16, torch.bfloat16)
+AUTOCAST_DEVICES = ("cpu", "cuda")
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "Tensor? page_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? alibi_slopes, Tensor? learnable_sink, "
     "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? softmax_scale, SymInt? window_left, SymInt? window_right, "
     "SymInt sink_tokens, float softcap, SymInt num_splits, str? family, bool? pack_gqa, str persistent, "
-    "bool deterministic"
+    "bool deterministic, str names"
 )
 LIBRARY = library.Library("cute_fa", "DEF")
 LIBRARY.define(f"attention({ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
@@ -123,9 +128,10 @@ class _Plan:
     """What is known of every call with one description. ``launches``: whether there is any query and any key.
     ``new_out`` and ``new_lse`` allocate on their argument's device. ``strides``: canonical strides of q, k, v and out
     where a dimension of size 1 has odd ones; None if none has. ``compiled``, and ``pack``, which gives the kernel's
-    arguments, are set by the first launch, after all checks."""
+    arguments, are set by the first launch, after all checks. ``names``: what the caller calls the arguments."""
 
     problem: AttentionProblem
+    names: ArgumentNames
     kernel: type[AttentionKernel]
     num_sms: int
     launches: bool
@@ -149,7 +155,7 @@ def _attention_out(*arguments):
     q, k, v = arguments[:3]
     small, options, out = arguments[3:NUM_TENSORS], arguments[NUM_TENSORS:-1], arguments[-1]
     plan = _plan(q, k, v, small, options, out)
-    check_separate(out, q=q, k=k, v=v)
+    check_separate(plan.names["out"], out, plan.names.of({"q": q, "k": k, "v": v}))
     return _run(plan, q, k, v, small, (q.data_ptr(), k.data_ptr(), v.data_ptr()), out)[1]
 
 
@@ -177,13 +183,22 @@ def _key(q, k, v, small: tuple, options: tuple, out: torch.Tensor | None = None)
 
 
 def validate(call: Call, out: torch.Tensor | None = None) -> None:
-    """Raise what the operator would raise for these arguments; nothing runs."""
+    """Raise what the operator would raise for these arguments, nothing for tensors that are shapes alone; nothing
+    runs."""
+    if is_dynamo_compiling() or not all(has_values(tensor) for tensor in (*call[:NUM_TENSORS], out)):
+        return
     plan = _plan(*call[:3], call[3:NUM_TENSORS], call[NUM_TENSORS:], out)
-    check_pointers(q=call.q, k=call.k, v=call.v, **({} if out is None else {"out": out}))
+    inputs = plan.names.of({"q": call.q, "k": call.k, "v": call.v})
+    check_pointers(inputs | ({} if out is None else {plan.names["out"]: out}))
     if out is not None:
-        check_separate(out, q=call.q, k=call.k, v=call.v)
+        check_separate(plan.names["out"], out, inputs)
     if CHECK_VALUES or simulated_arch() is not None:
-        check_values(plan.problem, call.q, call.k, *call[3:NUM_TENSORS])
+        check_values(plan.problem, call.q, call.k, *call[3:NUM_TENSORS], names=plan.names)
+
+
+def has_values(tensor: torch.Tensor | None) -> bool:
+    """Whether this is no tensor of a fake or of a trace, which has a shape alone."""
+    return type(tensor) in _PLAIN and (tensor is None or not (tensor.is_meta or is_functorch_wrapped_tensor(tensor)))
 
 
 def signatures(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
@@ -203,6 +218,7 @@ def problem_of_call(arch: SmArch, call: Call, out: torch.Tensor | None = None, *
     options = call._asdict()
     del options["family"], options["deterministic"]
     options["num_splits"] = call.num_splits or 1  # 0 is for the table to choose
+    options["names"] = names_of(call.names)
     window = LiteralWindow(options.pop("window_left"), options.pop("window_right"))
     persistent = PersistentMode.named(options.pop("persistent"))
     return problem_of(arch, **options, window_size=window, persistent=persistent, out=out, **backward)
@@ -219,9 +235,10 @@ def _make_plan(call: Call, out: torch.Tensor | None) -> _Plan:
     strides = tuple(None if t is None else odd_strides(t) for t in (q, k, v, out))
     return _Plan(
         problem=problem,
+        names=names_of(call.names),
         kernel=kernel,
         num_sms=target.num_sms,
-        launches=q.numel() > 0 and k.numel() > 0,
+        launches=launches(call),
         new_out=new_like((*q.shape[:-1], v.shape[-1]), TORCH_DTYPES[problem.out_dtype]),
         new_lse=new_like(lse_shape(call), torch.float32),
         strides=None if strides == (None,) * 4 else strides,
@@ -233,6 +250,12 @@ def new_like(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[torch.Tens
     thirds of the time."""
     strides = torch.empty(shape, dtype=dtype, device="meta").stride()
     return methodcaller("new_empty_strided", shape, strides, dtype=dtype)
+
+
+def launches(call: Call) -> bool:
+    """Whether there is any sequence, any query and any key."""
+    offsets = call.cu_seqlens_q
+    return (offsets is None or offsets.shape[0] > 1) and call.q.numel() > 0 and call.k.numel() > 0
 
 
 def lse_shape(call: Call) -> tuple[int, ...]:
@@ -260,7 +283,7 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse), the kernel launched; allocates what is to be returned. ``addresses``: those of q, k and v."""
     if CHECK_VALUES or simulated_arch() is not None:
-        check_values(plan.problem, q, k, *small)
+        check_values(plan.problem, q, k, *small, names=plan.names)
     lse = plan.new_lse(q)
     bits = addresses[0] | addresses[1] | addresses[2]
     if out is None:
@@ -271,7 +294,7 @@ def _run(
         _without_keys(small, out, lse)
         return out, lse
     if bits % ALIGNMENT:
-        check_pointers(q=q, k=k, v=v, out=out)
+        check_pointers(plan.names.of({"q": q, "k": k, "v": v, "out": out}))
     into = out
     if plan.strides is not None:
         q, k, v, into = map(restrided, (q, k, v, out), plan.strides)
@@ -326,7 +349,7 @@ def _without_keys(small: tuple, out: torch.Tensor, lse: torch.Tensor) -> None:
     cu_seqlens_q, _, seqused_q, *_, learnable_sink = small
     out.zero_()
     lse.fill_(-math.inf)
-    if learnable_sink is None or lse.numel() == 0:
+    if learnable_sink is None or lse.numel() == 0 or (cu_seqlens_q is not None and cu_seqlens_q.shape[0] < 2):
         return
     sink = learnable_sink[:, None]
     if seqused_q is None:
@@ -345,7 +368,7 @@ def _without_keys(small: tuple, out: torch.Tensor, lse: torch.Tensor) -> None:
 
 def _fake(*arguments):
     call = Call._make(arguments)
-    check_devices(dict(zip(Call._fields, arguments[:NUM_TENSORS], strict=False)))
+    check_call_devices(call)
     q, v = call.q, call.v
     dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
@@ -354,8 +377,15 @@ def _fake(*arguments):
 
 def _fake_out(*arguments):
     call = Call._make(arguments[:-1])
-    check_devices(dict(zip(Call._fields, arguments[:NUM_TENSORS], strict=False)) | {"out": arguments[-1]})
+    check_call_devices(call, out=arguments[-1])
     return call.q.new_empty(lse_shape(call), dtype=torch.float32)
+
+
+def check_call_devices(call: Call, **others: torch.Tensor | None) -> None:
+    """Raise DeviceError unless all tensors of the call, and others beside them, are where q is."""
+    names = names_of(call.names)
+    tensors = dict(zip(Call._fields, call[:NUM_TENSORS], strict=False)) | others
+    check_devices(names.of(tensors), names["q"])
 
 
 def _autocast(op: OpOverload, device: str) -> Callable:
@@ -364,7 +394,7 @@ def _autocast(op: OpOverload, device: str) -> Callable:
 
     def cast(*arguments):
         dtype = torch.get_autocast_dtype(device)
-        qkv = (t.to(dtype) if t.dtype in _CAST else t for t in arguments[:3])
+        qkv = (t.to(dtype) if t.dtype in CAST else t for t in arguments[:3])
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*qkv, *arguments[3:])
 
@@ -377,7 +407,7 @@ library.register_fake("cute_fa::attention", _fake, lib=LIBRARY)
 library.register_fake("cute_fa::attention_out", _fake_out, lib=LIBRARY)
 _attention_op = torch.ops.cute_fa.attention.default
 _attention_out_op = torch.ops.cute_fa.attention_out.default
-for _device in ("cpu", "cuda"):
+for _device in AUTOCAST_DEVICES:
     LIBRARY.impl("attention", _autocast(_attention_op, _device), f"Autocast{_device.upper()}")
     LIBRARY.impl("attention_out", _autocast(_attention_out_op, _device), f"Autocast{_device.upper()}")
 

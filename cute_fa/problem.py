@@ -38,26 +38,28 @@ class LiteralWindow(NamedTuple):
     right: int | None
 
     @classmethod
-    def of(cls, window_size: Any) -> LiteralWindow:
+    def of(cls, window_size: Any, name: str = "window_size") -> LiteralWindow:
         """The bounds that a caller gave, as they are: a pair of ints or None, or a tensor or array of two on the CPU; a
-        bound that no int32 length can reach becomes None. Raises WindowError for anything else."""
+        bound that no int32 length can reach becomes None. ``name``: what the caller calls the window. Raises
+        WindowError for anything else."""
         pair = (None, None) if window_size is None else window_size
         if not isinstance(pair, (tuple, list)):
-            pair = _on_host("window_size", pair)
+            pair = _on_host(name, pair)
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise WindowError(f"window_size={window_size!r}: a pair (left, right) is needed")
-        return cls(_bound("left", pair[0]), _bound("right", pair[1]))
+            raise WindowError(f"{name}={window_size!r}: a pair (left, right) is needed")
+        return cls(_bound(f"{name} left", pair[0]), _bound(f"{name} right", pair[1]))
 
 
-def normalize_window(window_size: Any, causal: bool) -> tuple[int | None, int | None]:
-    """(left, right) with None for infinite, causal folded in as right = min(right, 0).
+def normalize_window(window_size: Any, causal: bool, name: str = "window_size") -> tuple[int | None, int | None]:
+    """(left, right) with None for infinite, causal folded in as right = min(right, 0); ``name``: what the caller calls
+    the window.
 
     −1 (FA2, FA3) and None (FA4) are infinite, as is a bound that no int32 length can reach; other negative bounds
     raise, but for those of a :class:`LiteralWindow`. (−1, 0) is causal attention.
     """
-    left, right = LiteralWindow.of(window_size)
+    left, right = LiteralWindow.of(window_size, name)
     if not isinstance(window_size, LiteralWindow):
-        left, right = _infinite("left", left), _infinite("right", right)
+        left, right = _infinite(f"{name} left", left), _infinite(f"{name} right", right)
     if causal:
         right = 0 if right is None else min(right, 0)
     return left, right
@@ -73,19 +75,19 @@ def _on_host(name: str, value: Any) -> Any:
     return value.tolist()
 
 
-def _bound(side: str, bound: Any) -> int | None:
+def _bound(name: str, bound: Any) -> int | None:
     if bound is None or (type(bound) is int and abs(bound) < INT32_MAX):
         return bound
-    bound = _on_host(f"window_size {side}", bound)
+    bound = _on_host(name, bound)
     if isinstance(bound, bool) or not isinstance(bound, numbers.Integral):
-        raise WindowError(f"window_size {side}={bound!r}: a bound is an int, or None for infinite")
+        raise WindowError(f"{name}={bound!r}: a bound is an int, or None for infinite")
     return None if bound >= INT32_MAX else max(int(bound), -INT32_MAX)
 
 
-def _infinite(side: str, bound: int | None) -> int | None:
+def _infinite(name: str, bound: int | None) -> int | None:
     """The bound, with −1 as infinite."""
     if bound is not None and bound < -1:
-        raise WindowError(f"window_size {side}={bound}: a bound is ≥ 0, or None or −1 for infinite")
+        raise WindowError(f"{name}={bound}: a bound is ≥ 0, or None or −1 for infinite")
     return None if bound == -1 else bound
 
 

@@ -131,6 +131,8 @@ class Request:
             given = "given" if self.alibi_slopes is not None else "missing"
             raise ArgumentError(f"position_bias={self.position_bias.value} with alibi_slopes {given}")
         call = self._call  # q is known to be a tensor from here on
+        if call.cu_seqlens_q is None and call.q.shape[:1] == (0,):
+            raise EmptyBatchError(f"q {tuple(call.q.shape)}: a request is of at least one sequence")
         if self.arch is None:
             object.__setattr__(self, "arch", arch_of(call.q.device))
         check_kinds(self, arch=SmArch)
@@ -183,7 +185,7 @@ class Request:
         }
 
     def _check_window(self):
-        left, right = normalize_window(self.window, causal=False)
+        left, right = normalize_window(self.window, causal=False, name="window")
         sliding = self.mask in (MaskKind.SLIDING, MaskKind.SLIDING_CAUSAL)
         if not sliding and (left, right) != (None, None):
             raise WindowError(f"mask={self.mask.value} with window {self.window}: only sliding masks take a window")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cute_fa.argument_names import ArgumentNames
 from cute_fa.errors import (
     AlignmentError,
     ArgumentError,
@@ -22,12 +23,13 @@ from cute_fa.errors import (
     EmptyCacheError,
     LengthError,
     PagedHeadDimError,
+    PageSizeError,
     PageTableError,
     ShapeError,
     StrideError,
     ZeroLengthError,
 )
-from cute_fa.problem import INT32_MAX, AttentionProblem, default_scale, normalize_window
+from cute_fa.problem import INT32_MAX, PAGE_SIZES, AttentionProblem, check_factor, default_scale, normalize_window
 from cute_fa.types import Direction, DType, PersistentMode
 
 if TYPE_CHECKING:
@@ -76,53 +78,63 @@ def problem_of(
     deterministic: bool = False,
     lse_gradient: bool = False,
     slopes_gradient: bool = False,
+    names: ArgumentNames | None = None,
 ) -> AttentionProblem:
-    """The problem that tensors and options describe; shapes as in :class:`cute_fa.kernel.AttentionTensors`.
+    """The problem that tensors and options describe; shapes as in :class:`cute_fa.kernel.AttentionTensors`. ``names``:
+    what the caller calls the arguments.
 
-    Raises the error of whichever rule is broken; makes no host synchronisation.
+    No sequences at all are described as one: what an empty result must obey are the same rules. Raises the error of
+    whichever rule is broken; makes no host synchronisation.
     """
-    dtype = _dtype(q, k, v)
-    batch, rows_q = _queries(q, cu_seqlens_q)
-    rows_k, page_size = keys_of(q, k, v, batch, cu_seqlens_k, page_table, cache_batch_idx)
+    names = ArgumentNames() if names is None else names
+    dtype = _dtype(names, q, k, v)
+    batch, rows_q = _queries(names, q, cu_seqlens_q)
+    rows_k, page_size = keys_of(names, q, k, v, batch, cu_seqlens_k, page_table, cache_batch_idx)
+    _check_heads(names, q, k, v)
     tensors = {"q": q, "k": k, "v": v}
     if out is not None:
-        _output(out, tensors)
+        _output(names["out"], out, q, v)
         tensors["out"] = out
-    for name, tensor in tensors.items():
+    for name, tensor in names.of(tensors).items():
         check_loadable(name, tensor)
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     lengths |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
     for name, tensor in lengths.items():
         if tensor is not None:
-            check_vector(name, tensor, torch.int32, batch + name.startswith("cu"))
+            check_vector(names[name], tensor, torch.int32, batch + name.startswith("cu"))
     if cache_leftpad is not None:
         if cu_seqlens_k is not None:
-            raise ArgumentError("cache_leftpad with cu_seqlens_k: a packed sequence starts where its offset says")
-        check_vector("cache_leftpad", cache_leftpad, torch.int32, batch)
+            raise ArgumentError(
+                f"{names['cache_leftpad']} with {names['cu_seqlens_k']}: a packed sequence starts where its offset says"
+            )
+        check_vector(names["cache_leftpad"], cache_leftpad, torch.int32, batch)
     heads = q.shape[-2]
     if alibi_slopes is not None:
-        check_vector("alibi_slopes", alibi_slopes, torch.float32, heads, batch)
+        check_vector(names["alibi_slopes"], alibi_slopes, torch.float32, heads, batch)
     if learnable_sink is not None:
-        check_vector("learnable_sink", learnable_sink, torch.float32, heads)
+        check_vector(names["learnable_sink"], learnable_sink, torch.float32, heads)
     extras = {**lengths, "page_table": page_table, "cache_batch_idx": cache_batch_idx}
     extras["cache_leftpad"] = cache_leftpad
     extras |= {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
-    check_devices(tensors | extras)
+    check_devices(names.of(tensors | extras), names["q"])
     for name, cu_seqlens, rows in (("cu_seqlens_q", cu_seqlens_q, rows_q), ("cu_seqlens_k", cu_seqlens_k, rows_k)):
         if cu_seqlens is not None and rows > INT32_MAX:
-            raise CumulativeSeqlensError(f"{name} for {rows} rows: its int32 offsets overflow at {INT32_MAX}")
+            raise CumulativeSeqlensError(f"{names[name]} for {rows} rows: its int32 offsets overflow at {INT32_MAX}")
     left, right = normalize_window(window_size, causal)
+    scale = default_scale(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    check_factor(names["softmax_scale"], scale)
+    varlen_k = cu_seqlens_k is not None or seqused_k is not None
     return AttentionProblem(
         arch=arch,
         dtype=dtype,
-        batch=batch,
-        seqlen_q=_longest_q(rows_q, max_seqlen_q, cu_seqlens_q is not None, seqused_q is not None),
-        seqlen_k=_longest_k(rows_k, max_seqlen_k, cu_seqlens_k is not None or seqused_k is not None, page_size),
+        batch=max(batch, 1),
+        seqlen_q=_longest_q(names, rows_q, max_seqlen_q, cu_seqlens_q is not None, seqused_q is not None),
+        seqlen_k=_longest_k(names, rows_k, max_seqlen_k, varlen_k, page_size),
         num_heads=heads,
         num_heads_kv=k.shape[-2],
         head_dim=q.shape[-1],
         head_dim_v=v.shape[-1],
-        softmax_scale=default_scale(q.shape[-1]) if softmax_scale is None else float(softmax_scale),
+        softmax_scale=scale,
         window_left=left,
         window_right=right,
         sink_tokens=sink_tokens,
@@ -146,7 +158,7 @@ def problem_of(
     )
 
 
-def check_devices(tensors: dict[str, torch.Tensor | None], first: str = "q") -> None:
+def check_devices(tensors: dict[str, torch.Tensor | None], first: str) -> None:
     """Raise DeviceError unless all tensors are where ``first`` is."""
     device = tensors[first].device
     for name, tensor in tensors.items():
@@ -166,9 +178,9 @@ def check_like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: t
 
 def load_rule(tensor: torch.Tensor) -> str | None:
     """The rule that the strides break if 16-byte loads cannot follow them; those of dimensions of size 1 do not matter,
-    0 is fine."""
+    0 is fine. Where rows of this head_dim cannot be followed whatever the strides, it is the table that says so."""
     strides = tensor.stride()
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.shape[-1] * tensor.element_size() % ALIGNMENT:  # see check_head_dim
         return None
     if strides[-1] != 1 and tensor.shape[-1] > 1:
         return "the last dimension must be contiguous"
@@ -187,16 +199,16 @@ def check_writable(name: str, tensor: torch.Tensor) -> None:
         extent += stride * (size - 1)
 
 
-def check_pointers(**tensors: torch.Tensor) -> None:
+def check_pointers(tensors: dict[str, torch.Tensor]) -> None:
     """Raise AlignmentError for a tensor whose first element is not 16-byte aligned."""
     for name, tensor in tensors.items():
         if tensor.data_ptr() % ALIGNMENT:
             raise AlignmentError(name, tensor.data_ptr(), ALIGNMENT)
 
 
-def check_separate(out: torch.Tensor, written: str = "out", **inputs: torch.Tensor) -> None:
-    """Raise ArgumentError if the range of addresses that ``out`` spans meets an input's; ``written``: its name."""
-    start, end = _extent(out)
+def check_separate(written: str, tensor: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+    """Raise ArgumentError if the range of addresses that a written tensor spans meets an input's."""
+    start, end = _extent(tensor)
     for name, tensor in inputs.items():
         first, last = _extent(tensor)
         if first < end and start < last:
@@ -226,6 +238,8 @@ def check_values(
     cache_leftpad: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     learnable_sink: torch.Tensor | None,
+    *,
+    names: ArgumentNames,
 ) -> None:
     """Check the numbers in the length tensors, the page table, the cache's index, the slopes and the sinks: one host
     synchronisation each.
@@ -233,31 +247,37 @@ def check_values(
     Raises CumulativeSeqlensError, LengthError, PageTableError, CacheIndexError or ArgumentError.
     """
     if cu_seqlens_q is not None:
-        held_q = held_lengths("cu_seqlens_q", cu_seqlens_q, q)
+        held_q = held_lengths(names["cu_seqlens_q"], cu_seqlens_q, q)
     else:
-        held_q = [q.shape[1]] * problem.batch
+        held_q = [q.shape[1]] * q.shape[0]
     if cu_seqlens_k is not None:
-        held_k = held_lengths("cu_seqlens_k", cu_seqlens_k, k)
+        held_k = held_lengths(names["cu_seqlens_k"], cu_seqlens_k, k)
     else:
-        held_k = [k.shape[1] * (1 if page_table is None else page_table.shape[1])] * problem.batch
-    used_q = used_within("seqused_q", seqused_q, held_q)
-    used_k = used_within("seqused_k", seqused_k, held_k)
+        held_k = [k.shape[1] * (1 if page_table is None else page_table.shape[1])] * len(held_q)
+    used_q = used_within(names["seqused_q"], seqused_q, held_q)
+    used_k = used_within(names["seqused_k"], seqused_k, held_k)
     if cache_leftpad is not None:
-        used_within("cache_leftpad", cache_leftpad, used_k)
-    for name, used, longest in (("q", used_q, problem.seqlen_q), ("k", used_k, problem.seqlen_k)):
-        if max(used) > longest:
-            raise LengthError(f"max_seqlen_{name}={longest}: a sequence has {max(used)} tokens")
-    check_cache_places(k, used_k, page_table, cache_batch_idx)
+        used_within(names["cache_leftpad"], cache_leftpad, used_k)
+    for name, used, longest in (
+        ("max_seqlen_q", used_q, problem.seqlen_q),
+        ("max_seqlen_k", used_k, problem.seqlen_k),
+    ):
+        if max(used, default=0) > longest:
+            raise LengthError(f"{names[name]}={longest}: a sequence has {max(used)} tokens")
+    check_cache_places(names, k, used_k, page_table, cache_batch_idx)
     if alibi_slopes is not None:
         # Kernels hold scores, before the exponential's factor, in units of softmax_scale or of twice the cap.
         unit = min(2.0 * problem.softcap or problem.softmax_scale, 1.0)
         bound = _LARGEST_LOGIT * unit / max(problem.seqlen_q, problem.seqlen_k, 1)
         rule = f"between -{bound:.3g} and {bound:.3g}, so that no bias overflows float32"
-        _check_numbers("alibi_slopes", alibi_slopes, lambda slope: abs(slope) <= bound, rule)
+        _check_numbers(names["alibi_slopes"], alibi_slopes, lambda slope: abs(slope) <= bound, rule)
     if learnable_sink is not None:
         rule = "between -2^126 and 2^126, or -inf for none"
         _check_numbers(
-            "learnable_sink", learnable_sink, lambda sink: abs(sink) <= _LARGEST_LOGIT or sink == -math.inf, rule
+            names["learnable_sink"],
+            learnable_sink,
+            lambda sink: abs(sink) <= _LARGEST_LOGIT or sink == -math.inf,
+            rule,
         )
 
 
@@ -270,7 +290,11 @@ def _check_numbers(name: str, tensor: torch.Tensor, allowed: Callable[[float], b
 
 
 def check_cache_places(
-    k: torch.Tensor, lengths: list[int], page_table: torch.Tensor | None, cache_batch_idx: torch.Tensor | None
+    names: ArgumentNames,
+    k: torch.Tensor,
+    lengths: list[int],
+    page_table: torch.Tensor | None,
+    cache_batch_idx: torch.Tensor | None,
 ) -> None:
     """Check that the cache ``k`` has the pages, or the sequences, in which these lengths are said to lie: a host
     synchronisation for each tensor. Raises PageTableError or CacheIndexError."""
@@ -278,16 +302,17 @@ def check_cache_places(
     if cache_batch_idx is not None:
         sequences = cache_batch_idx.tolist()
         held = k.shape[0] if page_table is None else page_table.shape[0]
-        has = f"the cache has {held} sequences" if page_table is None else f"page_table has {held} rows"
+        has = f"the cache has {held} sequences" if page_table is None else f"{names['page_table']} has {held} rows"
         for b, sequence in enumerate(sequences):
             if not 0 <= sequence < held:
-                raise CacheIndexError(f"cache_batch_idx[{b}]={sequence}: {has}")
+                raise CacheIndexError(f"{names['cache_batch_idx']}[{b}]={sequence}: {has}")
     if page_table is not None:
         table = page_table.tolist()
         for length, row in zip(lengths, sequences, strict=True):
             for page in table[row][: -(-length // k.shape[1])]:
                 if not 0 <= page < k.shape[0]:
-                    raise PageTableError(f"page_table[{row}] lists page {page}: the cache has {k.shape[0]} pages")
+                    listed = f"{names['page_table']}[{row}] lists page {page}"
+                    raise PageTableError(f"{listed}: the cache has {k.shape[0]} pages")
 
 
 def used_lengths(cu_seqlens_k: torch.Tensor) -> torch.Tensor:
@@ -329,81 +354,124 @@ def used_within(name: str, seqused: torch.Tensor | None, held: list[int]) -> lis
     return used
 
 
-def _dtype(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> DType:
+def _dtype(names: ArgumentNames, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> DType:
     if q.dtype not in DTYPES:
-        raise DTypeError("q", q.dtype, f"one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} is needed")
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise DTypeError(names["q"], q.dtype, f"one of {known} is needed")
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
-            raise DTypeError(name, tensor.dtype, f"q is {str(q.dtype).removeprefix('torch.')}, k and v must be too")
+            rule = f"{names['q']} is {str(q.dtype).removeprefix('torch.')}, {names['k']} and {names['v']} must be too"
+            raise DTypeError(names[name], tensor.dtype, rule)
     return DTYPES[q.dtype]
 
 
-def _queries(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, int]:
+def _queries(names: ArgumentNames, q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, int]:
     """(batch, rows of the tensor)."""
     if cu_seqlens_q is None:
-        check_dims("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
-        batch, rows = q.shape[:2]
-    else:
-        check_dims("q", q, 3, "(total_q, heads, head_dim) with cu_seqlens_q")
-        check_dims("cu_seqlens_q", cu_seqlens_q, 1, "(batch + 1)")
-        batch, rows = cu_seqlens_q.shape[0] - 1, q.shape[0]
-    if batch < 1:
-        raise EmptyBatchError(f"q {tuple(q.shape)} describes {max(batch, 0)} sequences: at least one is needed")
-    return batch, rows
+        check_dims(names["q"], q, 4, "(batch, seqlen_q, heads, head_dim)")
+        return q.shape[0], q.shape[1]
+    offsets = names["cu_seqlens_q"]
+    check_dims(names["q"], q, 3, f"(total_q, heads, head_dim) with {offsets}")
+    return batch_of(offsets, cu_seqlens_q), q.shape[0]
 
 
-def keys_of(q, k, v, batch: int, cu_seqlens_k, page_table, cache_batch_idx, query: str = "q") -> tuple[int, int | None]:
-    """(rows that one sequence, or the packed tensor, can hold; page size or None). ``query``: q's name in messages."""
+def batch_of(name: str, cu_seqlens: torch.Tensor) -> int:
+    """How many sequences offsets (batch + 1) are of."""
+    check_dims(name, cu_seqlens, 1, "(batch + 1)")
+    if cu_seqlens.shape[0] == 0:
+        raise EmptyBatchError(f"{name} (0,): (batch + 1), and so at least the offset 0, is needed")
+    return cu_seqlens.shape[0] - 1
+
+
+def keys_of(
+    names: ArgumentNames, q, k, v, batch: int, cu_seqlens_k, page_table, cache_batch_idx
+) -> tuple[int, int | None]:
+    """(rows that one sequence, or the packed tensor, can hold; page size or None)."""
     page_size = None
+    name, table, index, offsets = (names[n] for n in ("k", "page_table", "cache_batch_idx", "cu_seqlens_k"))
     if cache_batch_idx is not None:
         if cu_seqlens_k is not None:
-            raise ArgumentError("cache_batch_idx with cu_seqlens_k: only caches take an index")
-        check_vector("cache_batch_idx", cache_batch_idx, torch.int32, batch)
+            raise ArgumentError(f"{index} with {offsets}: only caches take an index")
+        check_vector(index, cache_batch_idx, torch.int32, batch)
     if page_table is not None:
         if cu_seqlens_k is not None:
-            raise ArgumentError("cu_seqlens_k with page_table: a paged cache takes its lengths from seqused_k")
-        check_dims("k", k, 4, "(num_pages, page_size, heads_kv, head_dim) with page_table")
-        check_integers("page_table", page_table)
-        check_dims("page_table", page_table, 2, "(batch, max_pages)")
+            raise ArgumentError(f"{offsets} with {table}: a paged cache takes its lengths from {names['seqused_k']}")
+        check_dims(name, k, 4, f"(num_pages, page_size, heads_kv, head_dim) with {table}")
+        check_integers(table, page_table)
+        check_dims(table, page_table, 2, "(batch, max_pages)")
         if page_table.shape[0] != batch and cache_batch_idx is None:
-            raise ShapeError(f"page_table {tuple(page_table.shape)}: one row for each of {batch} sequences is needed")
-        if k.shape[0] == 0 or 0 in page_table.shape:
-            raise EmptyCacheError(f"k {tuple(k.shape)}, page_table {tuple(page_table.shape)}: the cache has no pages")
-        check_contiguous_rows("page_table", page_table)
+            raise ShapeError(f"{table} {tuple(page_table.shape)}: one row for each of {batch} sequences is needed")
+        if batch == 0:
+            raise EmptyBatchError(
+                f"{table} {tuple(page_table.shape)}: a paged cache of at least one sequence is needed"
+            )
+        for empty, tensor, pages in ((name, k, k.shape[0]), (table, page_table, page_table.numel())):
+            if pages == 0:
+                raise EmptyCacheError(f"{empty} {tuple(tensor.shape)}: the cache has no pages")
+        if k.shape[1] not in PAGE_SIZES:
+            sizes = ", ".join(map(str, PAGE_SIZES))
+            raise PageSizeError(f"{name} {tuple(k.shape)}: page_size={k.shape[1]}: one of {sizes}")
+        check_contiguous_rows(table, page_table)
         page_size, rows = k.shape[1], page_table.shape[1] * k.shape[1]
     elif cu_seqlens_k is not None:
-        check_dims("k", k, 3, "(total_k, heads_kv, head_dim) with cu_seqlens_k")
+        check_dims(name, k, 3, f"(total_k, heads_kv, head_dim) with {offsets}")
         rows = k.shape[0]
     else:
-        check_dims("k", k, 4, "(batch, seqlen_k, heads_kv, head_dim)")
+        check_dims(name, k, 4, "(batch, seqlen_k, heads_kv, head_dim)")
         rows = k.shape[1]
         if cache_batch_idx is not None and k.shape[0] == 0:
-            raise EmptyCacheError(f"k {tuple(k.shape)}: the cache has no sequences")
+            raise EmptyCacheError(f"{name} {tuple(k.shape)}: the cache has no sequences")
         if cache_batch_idx is None and k.shape[0] != batch:
-            raise ShapeError(f"k {tuple(k.shape)}: its first size is the batch, {batch}")
+            raise ShapeError(f"{name} {tuple(k.shape)}: its first size is the batch, {batch}")
     if v.shape[:-1] != k.shape[:-1]:
-        raise ShapeError(f"v {tuple(v.shape)} and k {tuple(k.shape)}: all sizes but the last must be equal")
+        both = f"{names['v']} {tuple(v.shape)} and {name} {tuple(k.shape)}"
+        raise ShapeError(f"{both}: all sizes but the last must be equal")
     if k.shape[-1] != q.shape[-1]:
-        rule = f"k has head_dim {k.shape[-1]} and {query} {q.shape[-1]}: they must be equal"
+        rule = f"{name} has head_dim {k.shape[-1]} and {names['q']} {q.shape[-1]}: they must be equal"
         raise PagedHeadDimError(f"paged {rule}") if page_table is not None else ShapeError(rule)
     return rows, page_size
 
 
-def _output(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-    q, v = inputs["q"], inputs["v"]
+def _check_heads(names: ArgumentNames, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """No number of heads nor head_dim is 0, and query heads share kv heads evenly."""
+    sizes = {
+        "num_heads": ("q", q, -2),
+        "num_heads_kv": ("k", k, -2),
+        "head_dim": ("q", q, -1),
+        "head_dim_v": ("v", v, -1),
+    }
+    for size, (name, tensor, dim) in sizes.items():
+        if tensor.shape[dim] == 0:
+            raise ShapeError(f"{names[name]} {tuple(tensor.shape)}: {size}=0: at least 1 is needed")
+    if q.shape[-2] % k.shape[-2]:
+        raise ShapeError(
+            f"{names['q']} and {names['k']} have {q.shape[-2]} query heads and {k.shape[-2]} kv heads: "
+            "the number of query heads must be a multiple of the number of kv heads"
+        )
+
+
+def _output(name: str, out: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> None:
     expected = (*q.shape[:-1], v.shape[-1])
     if tuple(out.shape) != expected:
-        raise ShapeError(f"out {tuple(out.shape)}: {expected} is needed")
+        raise ShapeError(f"{name} {tuple(out.shape)}: {expected} is needed")
     expected_dtype = torch.bfloat16 if DTYPES[q.dtype].is_fp8 else q.dtype
     if out.dtype != expected_dtype:
-        raise DTypeError("out", out.dtype, f"{str(expected_dtype).removeprefix('torch.')} is needed")
-    check_writable("out", out)
+        raise DTypeError(name, out.dtype, f"{str(expected_dtype).removeprefix('torch.')} is needed")
+    check_writable(name, out)
 
 
 def check_loadable(name: str, tensor: torch.Tensor) -> None:
     rule = load_rule(tensor)
     if rule is not None:
         raise StrideError(name, tensor.stride(), rule)
+
+
+def check_head_dim(name: str, tensor: torch.Tensor, size: str = "head_dim") -> None:
+    """Raise ShapeError for rows that 16-byte loads cannot follow whatever the strides; ``size``: head_dim's name."""
+    step = ALIGNMENT // tensor.element_size()
+    if tensor.shape[-1] % step or tensor.shape[-1] == 0:
+        rule = f"a multiple of {step} is needed, {ALIGNMENT} bytes"
+        raise ShapeError(f"{name} {tuple(tensor.shape)}: {size}={tensor.shape[-1]}: {rule}")
 
 
 def check_vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int, batch: int | None = None) -> None:
@@ -431,35 +499,41 @@ def check_dims(name: str, tensor: torch.Tensor, dims: int, layout: str) -> None:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: {layout} is needed")
 
 
-def _longest_q(rows: int, given: int | None, packed: bool, seqused: bool) -> int:
+def _longest_q(names: ArgumentNames, rows: int, given: int | None, packed: bool, seqused: bool) -> int:
     """The most queries of a sequence: ``max_seqlen_q`` where packed. All rows of a dense tensor belong to a sequence:
     those beyond seqused_q are part of the result."""
-    _check_longest("max_seqlen_q", given)
+    name = names["max_seqlen_q"]
+    _check_longest(name, given, rows)
     if given is None:
         return rows
     if packed:
         return min(given, rows)
     if given < rows and not seqused:
-        raise LengthError(f"max_seqlen_q={given}: each sequence has {rows} tokens")
+        raise LengthError(f"{name}={given}: each sequence has {rows} tokens")
     return rows
 
 
-def _longest_k(rows: int, given: int | None, varlen: bool, page_size: int | None) -> int:
+def _longest_k(names: ArgumentNames, rows: int, given: int | None, varlen: bool, page_size: int | None) -> int:
     """The most keys of a sequence: ``max_seqlen_k`` where lengths are given, else what the tensor or the pages hold."""
-    _check_longest("max_seqlen_k", given)
+    name = names["max_seqlen_k"]
+    _check_longest(name, given, rows)
     if given is None:
         return rows
     if given < rows and not varlen:
         held = f"each sequence has {rows} tokens"
         if page_size is not None:
-            held = f"without seqused_k each sequence has the {rows} tokens that its row of page_table holds"
-        raise LengthError(f"max_seqlen_k={given}: {held}")
+            held = (
+                f"without {names['seqused_k']} each sequence has the {rows} tokens that its row of "
+                f"{names['page_table']} holds"
+            )
+        raise LengthError(f"{name}={given}: {held}")
     return min(given, rows)
 
 
-def _check_longest(name: str, given: int | None) -> None:
-    if given is not None and given < 1:
-        rule = ZeroLengthError if given == 0 else LengthError
-        raise rule(f"{name}={given}: the longest sequence has at least 1 token")
+def _check_longest(name: str, given: int | None, rows: int) -> None:
+    if given == 0 and rows > 0:
+        raise ZeroLengthError(f"{name}=0 for {rows} tokens: the longest sequence has at least 1 token")
+    if given is not None and given < 0:
+        raise LengthError(f"{name}={given}: a length is at least 0")
     if given is not None and given > INT32_MAX:
         raise LengthError(f"{name}={given}: at most {INT32_MAX}")

@@ -1,17 +1,20 @@
 """The simulator's parts in C, built on first use by the machine's C compiler.
 
-What is built is kept in the user's cache folder and named by a hash of what went into it; a library that is there
-already needs no compiler.
+What is built is kept in the user's cache folder (a temporary one where that cannot be written) and named by a hash of
+what went into it; a library that is there already needs no compiler.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
+from functools import cache
 from pathlib import Path
 
 from ptxsim.errors import SimError
@@ -37,18 +40,41 @@ def compiled(source: Path, name: str, options: list[str], what: str, header: str
     Raises CompilerMissing if it must be built and there is no C compiler, SimError if it cannot be built or kept.
     """
     identity = "\0".join([source.read_text(), header, *options])
-    library = cache_dir() / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}" / name
+    entry = Path(f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}", name)
+    library = cache_dir() / entry
     if not library.exists():
-        import filelock
-
         try:
-            library.parent.mkdir(parents=True, exist_ok=True)
+            _compile_once(library, source, options, what, header)
         except OSError as error:
-            raise SimError(f"no place to keep {what}: {error}; set PTXSIM_CACHE_DIR") from error
-        with filelock.FileLock(library.with_name("lock")):
-            if not library.exists():
-                _compile(library, source, options, what, header)
+            if os.environ.get("PTXSIM_CACHE_DIR"):
+                raise SimError(f"no place to keep {what}: {error}; set PTXSIM_CACHE_DIR") from error
+            library = _temporary_folder(str(error)) / entry
+            _compile_once(library, source, options, what, header)
     return library
+
+
+@cache
+def _temporary_folder(reason: str) -> Path:
+    """A folder for this process alone, in the place of a cache folder that cannot be written: a library that lay where
+    all can write may be anyone's."""
+    folder = Path(tempfile.mkdtemp(prefix="ptxsim-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    warnings.warn(
+        f"the simulator's parts in C are built in {folder} for this process alone: {reason}; set PTXSIM_CACHE_DIR",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return folder
+
+
+def _compile_once(library: Path, source: Path, options: list[str], what: str, header: str) -> None:
+    """Build ``library``, by one process at a time. Raises OSError where its folder cannot be written."""
+    import filelock
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(library.with_name("lock")):
+        if not library.exists():
+            _compile(library, source, options, what, header)
 
 
 def _compile(library: Path, source: Path, options: list[str], what: str, header: str) -> None:

@@ -1,15 +1,13 @@
 """Registers that may be read before anything has written them: what they hold then is undefined (PTX ISA 5.1).
 
-In a kernel they start as NaN patterns, not as zeros, so that a result that depends on them is wrong in the simulator,
-too: accumulators that nobody cleared, elements that a predicated load left out. Registers that are always written first
-are not touched, which are nearly all.
+In a kernel they start as NaN patterns (``numerics.UNDEFINED``), not as zeros, so that a result that depends on them is
+wrong in the simulator, too: accumulators that nobody cleared, elements that a predicated load left out. Registers that
+are always written first are not touched, which are nearly all.
 """
 
 from __future__ import annotations
 
 from . import ops
-
-PATTERN = 0x7FFD7FFD7FFD7FFD  # a NaN as f64, f32, f16 and bf16; other than what arithmetic and wgmma in flight produce
 
 
 def undefined_registers(blocks, kernel) -> set[str]:

@@ -14,19 +14,18 @@ import numpy as np
 
 from .accumulate import limited_sum
 from .errors import SyncError, UninitializedRead
-from .numerics import f16_to_f32
+from .numerics import UNDEFINED, f16_to_f32
 from .operands import wgmma_descriptor
 from .products import in_fragments, products
 from .sites import WGMMA
 from .sparsity import expand
-from .undefined import PATTERN
 from .warp_mma import a_fragment, pack_f16, sparse_metadata
 from .warps import full_width
 
 _u4, _f4 = np.uint32, np.float32
 _TAG, _TAG_MASK = _u4(0x7FA00000), _u4(0xFFE00000)
 _TAG_IDS = 1 << 21
-_UNSET = _u4(PATTERN & 0xFFFFFFFF)  # a register that nothing has written
+_UNSET = _u4(UNDEFINED & 0xFFFFFFFF)  # a register that nothing has written
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ from torch.nn.functional import pad
 
 from cute_fa import ops
 from cute_fa.api import prepare
-from cute_fa.append import append_kv
+from cute_fa.append import AppendCall, append
+from cute_fa.argument_names import spelled
 from cute_fa.errors import (
     CacheIndexError,
     EmptyCacheError,
@@ -58,6 +59,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CACHES = ("k_cache", "v_cache")
+# What callers of these operators call arguments of those below.
+_QUERIES = {"cu_seqlens_q": "seq_start", "seqused_q": "seq_len", "cache_batch_idx": "cache_loc"}
+_ATTENTION_NAMES = spelled(**_QUERIES, k="k_cache", v="v_cache", seqused_k="input_pos")
+_APPEND_NAMES = spelled(
+    **_QUERIES,
+    cache_seqlens="input_pos",
+    cu_seqlens_k_new="seq_start",
+    seqused_k_new="seq_len",
+    rotary_cos="freqs_cis",
+    rotary_sin="freqs_cis",
+)
+_SDPA_NAMES = spelled(q="query", k="key", v="value", softmax_scale="scale")
 _CACHE = "(batch_cache, max_seq_len, heads_kv, head_dim) or (num_pages, page_size, heads_kv, head_dim)"
 
 
@@ -168,7 +181,7 @@ def fused_mha_with_paged_cache(
         raise LengthError(f"max_seq_len={max_seq_len}: a sequence has 0 tokens or more")
     if k_cache.numel() == 0:
         raise EmptyCacheError(f"k_cache {tuple(k_cache.shape)}: the cache has no pages")
-    if _has_values(cache_loc) and (ops.CHECK_VALUES or simulated_arch() is not None):
+    if ops.has_values(cache_loc) and (ops.CHECK_VALUES or simulated_arch() is not None):
         for b, row in enumerate(cache_loc.tolist()):
             if not 0 <= row < page_table.shape[0]:
                 raise CacheIndexError(f"cache_loc[{b}]={row}: page_table has {page_table.shape[0]} rows")
@@ -265,7 +278,7 @@ def scaled_dot_product_attention(
         key, value = (t[:, :, : query.shape[2]] for t in (key, value))
         window = (None, query.shape[2] - key.shape[2])
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    out, _ = ops.attention(*prepare(q, k, v, window_size=window, softmax_scale=scale))
+    out, _ = ops.attention(*prepare(q, k, v, window_size=window, softmax_scale=scale, names=_SDPA_NAMES))
     return out.transpose(1, 2)
 
 
@@ -326,15 +339,16 @@ def _attend(
     places = {"page_table": page_table, "cache_batch_idx": cache_batch_idx}
     queries = {"cu_seqlens_q": cu_seqlens, "seqused_q": seq_len}
     new = {"cu_seqlens_k_new": cu_seqlens, "seqused_k_new": seq_len, "rotary_cos": cos, "rotary_sin": sin}
-    choices = {"causal": True, "num_splits": 0, "softmax_scale": scale}
+    choices = {"causal": True, "num_splits": 0, "softmax_scale": scale, "names": _ATTENTION_NAMES}
     call = prepare(q, k_cache, v_cache, seqused_k=input_pos, **queries, **places, **choices)
-    if sequences > 0 and _has_values(q):
+    if sequences > 0:
         ops.validate(call)  # nothing is written for attention that cannot be
     shape = (b, s, heads, v.shape[-1])
     if b * s == 0 or sequences == 0:
         out = q.new_zeros(shape)
     else:
-        q, seqused_k = append_kv(k, v, k_cache, v_cache, input_pos, q=q, **queries, **new, **places)
+        appended = AppendCall(k_cache, v_cache, k, v, input_pos, q=q, **queries, **new, **places, names=_APPEND_NAMES)
+        q, seqused_k = append(appended)
         out = ops.attention(*call._replace(q=q, seqused_k=seqused_k))[0].reshape(shape)
     return out if heads_apart else out.flatten(2)
 
@@ -375,8 +389,3 @@ def _check_no_gradient(*tensors: torch.Tensor) -> None:
         raise NoBackwardError(
             "an operator for serving with a tensor that requires a gradient: call under torch.no_grad()"
         )
-
-
-def _has_values(tensor: torch.Tensor) -> bool:
-    """Whether this is no tensor of a fake, which has a shape alone."""
-    return type(tensor) is torch.Tensor and not tensor.is_meta

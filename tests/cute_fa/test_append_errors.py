@@ -79,7 +79,12 @@ def test_the_unchanged_arguments_are_good():
     ("changes", "error", "message"),
     [
         # nothing there
-        (both("{}", 0, 3, 2, 64), EmptyBatchError, r"k \(0, 3, 2, 64\) describes 0 sequences"),
+        (both("{}", 0, 3, 2, 64), ShapeError, r"page_table \(2, 3\): one row for each of 0 sequences"),
+        (
+            {**both("{}", 0, 3, 2, 64), "page_table": PAGED["page_table"][:0], "cache_seqlens": ints()},
+            EmptyBatchError,
+            r"page_table \(0, 3\): a paged cache of at least one sequence",
+        ),
         (both("{}_cache", 0, 16, 2, 64), EmptyCacheError, r"\(0, 16, 2, 64\).*the cache has no pages"),
         ({"page_table": PAGED["page_table"][:, :0]}, EmptyCacheError, r"page_table \(2, 0\): the cache has no pages"),
         # pages
@@ -153,7 +158,8 @@ def test_contiguous(changes, error, message):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"cu_seqlens_k_new": ints(0)}, EmptyBatchError, "describes 0 sequences"),
+        ({"cu_seqlens_k_new": ints()}, EmptyBatchError, r"cu_seqlens_k_new \(0,\): .* offset 0"),
+        ({"cu_seqlens_k_new": ints(0)}, ShapeError, r"page_table \(2, 3\): one row for each of 0 sequences"),
         ({"cu_seqlens_k_new": ints(0, 4, 7)}, CumulativeSeqlensError, "cu_seqlens_k_new ends at 7: .* has 6 rows"),
         ({"cu_seqlens_k_new": ints(0, 4, 3)}, CumulativeSeqlensError, "cu_seqlens_k_new goes from 4 to 3"),
         ({"cu_seqlens_k_new": ints(1, 4, 6)}, CumulativeSeqlensError, r"cu_seqlens_k_new\[0\]=1"),

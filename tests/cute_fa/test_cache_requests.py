@@ -177,7 +177,7 @@ class TestPagedKvCache:
             ({"page_size": 24}, PageSizeError, "page_size=24"),
             ({"kv_heads": 2.0}, ArgumentError, "kv_heads=2.0: an int"),
             ({"head_dim_v": True}, ArgumentError, "head_dim_v=True"),
-            ({"head_dim": 60}, StrideError, "multiple of 16 bytes"),
+            ({"head_dim": 60}, ShapeError, r"k_pages \(4, 16, 2, 60\): head_dim=60: a multiple of 8"),
             ({"dtype": torch.float32}, DTypeError, "k_pages is float32"),
         ],
     )
@@ -251,17 +251,21 @@ class TestPagedAttention:
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
         [
-            ({"q": zeros(0, 1, 4, 64), "page_table": torch.zeros(0, 3).int()}, EmptyBatchError, "0 sequences"),
+            (
+                {"q": zeros(0, 1, 4, 64), "page_table": torch.zeros(0, 3).int()},
+                EmptyBatchError,
+                r"q \(0, 1, 4, 64\): a request is of at least one",
+            ),
             ({"page_table": torch.zeros(2, 0).int()}, EmptyCacheError, "the cache has no pages"),
             ({"page_table": torch.zeros(2, 3)}, DTypeError, "page_table is float32: int32"),
             ({"page_table": torch.zeros(3, 3).int()}, ShapeError, "one row for each of 2 sequences"),
             ({"page_table": None}, ArgumentError, "page_table is NoneType"),
             ({"seqlens": None}, ArgumentError, "seqlens is NoneType"),
-            ({"seqlens": torch.zeros(3).int()}, ShapeError, r"seqused_k \(3,\): \(2,\)"),
+            ({"seqlens": torch.zeros(3).int()}, ShapeError, r"seqlens \(3,\): \(2,\)"),
             ({"cache": zeros(6, 16, 2, 64)}, ArgumentError, "cache is Tensor: a PagedKvCache is needed"),
-            ({"q": zeros(2, 1, 4, 128)}, PagedHeadDimError, "paged k has head_dim 64 and q 128"),
+            ({"q": zeros(2, 1, 4, 128)}, PagedHeadDimError, "paged cache.k_pages has head_dim 64 and q 128"),
             ({"q": zeros(2, 1, 3, 64)}, ShapeError, "3 query heads and 2 kv heads"),
-            ({"q": zeros(2, 1, 4, 64, dtype=torch.float16)}, DTypeError, "k is bfloat16: q is float16"),
+            ({"q": zeros(2, 1, 4, 64, dtype=torch.float16)}, DTypeError, "cache.k_pages is bfloat16: q is float16"),
             ({"cu_seqlens_q": (0, 1, 2)}, ArgumentError, "cu_seqlens_q is tuple"),
             ({"cu_seqlens_q": CumulativeSeqlens((0, 1, 2))}, ShapeError, "q has shape"),
             (
@@ -283,8 +287,8 @@ class TestPagedAttention:
         [
             ({"page_table": torch.tensor([[0, 1, 2], [3, 4, 6]]).int()}, PageTableError, r"\[1\] lists page 6: .* 6 p"),
             ({"page_table": torch.tensor([[0, -1, 2], [3, 4, 5]]).int()}, PageTableError, r"\[0\] lists page -1"),
-            ({"seqlens": torch.tensor([48, 49]).int()}, LengthError, r"seqused_k\[1\]=49: between 0 and the 48 tokens"),
-            ({"seqlens": torch.tensor([-1, 48]).int()}, LengthError, r"seqused_k\[0\]=-1"),
+            ({"seqlens": torch.tensor([48, 49]).int()}, LengthError, r"seqlens\[1\]=49: between 0 and the 48 tokens"),
+            ({"seqlens": torch.tensor([-1, 48]).int()}, LengthError, r"seqlens\[0\]=-1"),
             ({"max_seqlen_k": 47}, LengthError, "max_seqlen_k=47: a sequence has 48 tokens"),
         ],
     )

@@ -77,7 +77,7 @@ DENSE = [
     ({"k": zeros(2, 40, 0, 64), "v": zeros(2, 40, 0, 64)}, ShapeError, "num_heads_kv=0"),
     ({"v": zeros(2, 40, 2, 0)}, ShapeError, "head_dim_v=0"),
     ({"q": zeros(2, 24, 4, 0), "k": zeros(2, 40, 2, 0)}, ShapeError, "head_dim=0"),
-    ({"q": zeros(0, 24, 4, 64)}, EmptyBatchError, r"q \(0, 24, 4, 64\) describes 0 sequences"),
+    ({"q": zeros(0, 24, 4, 64)}, ShapeError, r"k \(2, 40, 2, 64\): its first size is the batch, 0"),
     ({"alibi_slopes": torch.ones(2)}, ShapeError, r"alibi_slopes \(2,\): \(4,\) or \(2, 4\)"),
     ({"alibi_slopes": torch.ones(4, 2)}, ShapeError, "alibi_slopes"),
     ({"learnable_sink": torch.ones(2, 4)}, ShapeError, r"learnable_sink \(2, 4\): \(4,\)"),
@@ -98,7 +98,8 @@ DENSE = [
     ({"out": zeros(10000).as_strided((2, 24, 4, 64), (1600, 64, 16, 1))}, StrideError, "out has .*cannot be written"),
     ({"alibi_slopes": torch.ones(8)[::2]}, StrideError, r"alibi_slopes has strides \(2,\)"),
     # values
-    ({"causal": 1}, ArgumentError, "causal=1: True or False"),
+    ({"causal": 2}, ArgumentError, "causal=2: True or False"),
+    ({"causal": "yes"}, ArgumentError, "causal='yes': True or False"),
     ({"causal": torch.tensor(True)}, ArgumentError, "causal="),
     ({"return_lse": "yes"}, ArgumentError, "return_lse='yes'"),
     ({"window_size": (-2, 0)}, WindowError, "window_size left=-2"),
@@ -108,7 +109,9 @@ DENSE = [
     ({"softmax_scale": -0.1}, ArgumentError, "softmax_scale=-0.1"),
     ({"softmax_scale": math.nan}, ArgumentError, "softmax_scale=nan"),
     ({"softmax_scale": 10**400}, ArgumentError, "softmax_scale: the number is beyond any float"),
-    ({"softmax_scale": torch.tensor(0.1)}, ArgumentError, r"softmax_scale=tensor\(0.1.*a number is needed"),
+    ({"softmax_scale": torch.ones(1)}, ArgumentError, r"softmax_scale is a tensor of shape \(1,\): a number"),
+    ({"softmax_scale": torch.ones((), device="meta")}, ArgumentError, "softmax_scale is a tensor on meta: the host"),
+    ({"softmax_scale": torch.ones((), requires_grad=True)}, ArgumentError, "softmax_scale is .* requires a gradient"),
     ({"softcap": -30.0}, ArgumentError, "softcap=-30.0"),
     ({"softcap": math.inf}, ArgumentError, "softcap=inf"),
     ({"sink_tokens": -1}, ArgumentError, "sink_tokens=-1: between 0 and"),
@@ -121,7 +124,7 @@ DENSE = [
     ({"family": "fa3"}, Fa3ArchError, "FA3 kernels on sm_80"),
     ({"family": "fa4"}, UnsupportedKeyError, "fa4_fwd: tcgen05 exists on"),
     ({"pack_gqa": True, "softcap": 9e3}, UnsupportedKeyError, r"gqa2[\s\S]*fa2_fwd: softcap 9000.*; pack_gqa: this"),
-    ({"pack_gqa": 1}, ArgumentError, "pack_gqa=1: True or False"),
+    ({"pack_gqa": "on"}, ArgumentError, "pack_gqa='on': True or False"),
     ({"persistent": "on"}, UnsupportedKeyError, "fa2_fwd: persistent: this kernel launches one CTA"),
     ({"persistent": PersistentMode.ON}, UnsupportedKeyError, "fa2_fwd: persistent"),
     ({"persistent": True}, ArgumentError, "persistent=True: one of auto, off, on"),
@@ -135,6 +138,15 @@ DENSE = [
     ({"out": "here"}, ArgumentError, "out is str"),
     ({"q": zeros(2, 24, 4, 64, dtype=torch.float32).to_sparse()}, ArgumentError, "q has layout sparse_coo"),
     # head dimensions
+    *(
+        (
+            {"q": zeros(2, 24, 4, d), "k": zeros(2, 40, 2, d)},
+            UnsupportedKeyError,
+            f"fa2_fwd: head_dim {d}: a multiple of 8",
+        )
+        for d in (20, 33, 36, 100)
+    ),
+    ({"v": zeros(2, 40, 2, 20)}, UnsupportedKeyError, "fa2_fwd: head_dim_v 20: a multiple of 8 from 8 to 256"),
     ({"q": zeros(2, 24, 4, 264), "k": zeros(2, 40, 2, 264)}, UnsupportedKeyError, "hd264v64_gqa2[\\s\\S]*head_dim 264"),
     ({"v": zeros(2, 40, 2, 512)}, UnsupportedKeyError, "head_dim_v 512"),
 ]
@@ -152,8 +164,8 @@ VARLEN = [
     ({"q": Q}, ShapeError, r"q has shape \(2, 24, 4, 64\): \(total_q, heads, head_dim\) with cu_seqlens_q"),
     ({"k": KV}, ShapeError, r"k has shape .*\(total_k, heads_kv, head_dim\) with cu_seqlens_k"),
     ({"cu_seqlens_q": None}, ShapeError, r"q has shape \(48, 4, 64\): \(batch, seqlen_q"),
-    ({"cu_seqlens_q": ints(0)}, EmptyBatchError, "describes 0 sequences"),
-    ({"cu_seqlens_q": ints(0)[:0]}, EmptyBatchError, "describes 0 sequences"),
+    ({"cu_seqlens_q": ints(0)}, ShapeError, r"cu_seqlens_k \(3,\): \(1,\) is needed"),
+    ({"cu_seqlens_q": ints(0)[:0]}, EmptyBatchError, r"cu_seqlens_q \(0,\): .* the offset 0, is needed"),
     ({"cu_seqlens_q": CU_Q[None]}, ShapeError, r"cu_seqlens_q has shape \(1, 3\)"),
     ({"cu_seqlens_q": CU_Q.long()}, DTypeError, "cu_seqlens_q is int64: int32"),
     ({"cu_seqlens_k": CU_K.float()}, DTypeError, "cu_seqlens_k is float32: int32"),
@@ -167,7 +179,8 @@ VARLEN = [
     ({"max_seqlen_q": -3}, ArgumentError, "max_seqlen_q=-3"),
     ({"max_seqlen_q": 2**31}, ArgumentError, "max_seqlen_q=2147483648"),
     ({"max_seqlen_k": 50.0}, ArgumentError, "max_seqlen_k=50.0"),
-    ({"max_seqlen_k": torch.tensor(50)}, ArgumentError, r"max_seqlen_k=tensor\(50\): an int"),
+    ({"max_seqlen_k": torch.tensor(50.0)}, ArgumentError, r"max_seqlen_k=50.0: an int"),
+    ({"max_seqlen_k": torch.tensor(50, device="meta")}, ArgumentError, "max_seqlen_k is a tensor on meta: the host"),
     ({"softcap": 9e3}, UnsupportedKeyError, r"varlen[\s\S]*fa2_split: softcap 9000"),
     ({"persistent": "on"}, UnsupportedKeyError, "fa2_fwd: persistent"),
     ({"page_table": TABLE, "block_table": TABLE}, ArgumentError, "page_table and block_table"),
@@ -220,7 +233,7 @@ PAGED = [
 def test_paged(simulated, changes, error, message, name):
     arguments = {"q": PACKED_Q, "k": PAGES, "v": PAGES, "page_table": TABLE, "seqused_k": ints(40, 48), **changes}
     arguments[name] = arguments.pop("page_table")
-    with pytest.raises(CuteFaError, match=message) as caught:
+    with pytest.raises(CuteFaError, match=message.replace("page_table", name)) as caught:
         flash_attn_varlen_func(**arguments, cu_seqlens_q=CU_Q, cu_seqlens_k=None, max_seqlen_q=28, max_seqlen_k=48)
     assert type(caught.value) is error
 

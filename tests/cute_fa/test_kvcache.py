@@ -365,7 +365,7 @@ def test_caches_beyond_int32(dim):
         ({"rotary_cos": torch.zeros(60, 36), "rotary_sin": torch.zeros(60, 36)}, ShapeError, "rotates 72 of 64"),
         ({"rotary_cos": torch.zeros(60, 4), "rotary_sin": torch.zeros(60, 4)}, ShapeError, "rotates 8 of 64"),
         ({"rotary_cos": torch.zeros(59, 8), "rotary_sin": torch.zeros(59, 8)}, LengthError, "rotary_cos has 59"),
-        ({"rotary_interleaved": 1}, ArgumentError, "rotary_interleaved=1"),
+        ({"rotary_interleaved": 2}, ArgumentError, "rotary_interleaved=2"),
         ({"cache_leftpad": torch.zeros(2)}, DTypeError, "cache_leftpad is float32"),
         ({"cache_leftpad": torch.tensor([9, 60], dtype=torch.int32)}, LengthError, r"cache_leftpad\[1\]=60: .* 29"),
         ({"qv": torch.zeros(2)}, UnsupportedArgumentError, "qv"),
