@@ -252,7 +252,8 @@ def _make_plan(target: Target, call: AppendCall) -> _Plan:
     names = names_of(call.names)
     _check_devices(call)
     batch, rows_k = _new_rows(names["k"], call.k, "heads_kv", call.cu_seqlens_k_new, names["cu_seqlens_k_new"])
-    dtype = _check_cache(names, call, batch)
+    sequences = f"{batch} sequences of {names['k' if call.cu_seqlens_k_new is None else 'cu_seqlens_k_new']}"
+    dtype = _check_cache(names, call, batch, sequences)
     for name, tensor, size in (
         ("cache_seqlens", call.cache_seqlens, batch),
         ("cu_seqlens_k_new", call.cu_seqlens_k_new, batch + 1),
@@ -262,14 +263,14 @@ def _make_plan(target: Target, call: AppendCall) -> _Plan:
         ("rotary_seqlens", call.rotary_seqlens, batch),
     ):
         if tensor is not None:
-            check_vector(names[name], tensor, torch.int32, size)
+            check_vector(names[name], tensor, torch.int32, (size,), of=sequences)
     rotary_dim = _check_rotary(names, call)
     rows_q = 0
     if call.q is not None:
         batch_q, rows_q = _new_rows(names["q"], call.q, "heads", call.cu_seqlens_q, names["cu_seqlens_q"])
         if batch_q != batch:
             raise ShapeError(f"{names['q']} {tuple(call.q.shape)} is of {batch_q} sequences, the new keys of {batch}")
-        check_like(names["q"], call.q, (*call.q.shape[:-1], call.k.shape[-1]), call.k.dtype)
+        check_like(names["q"], call.q, (*call.q.shape[:-1], call.k.shape[-1]), call.k.dtype, names["k"])
         check_loadable(names["q"], call.q)
     config = AppendConfig(
         arch=target.arch,
@@ -307,7 +308,7 @@ def _new_rows(name: str, tensor: torch.Tensor, heads: str, cu_seqlens, offsets: 
     return batch_of(offsets, cu_seqlens), tensor.shape[0]
 
 
-def _check_cache(names: ArgumentNames, call: AppendCall, batch: int):
+def _check_cache(names: ArgumentNames, call: AppendCall, batch: int, sequences: str):
     """The dtype of new rows and caches, which fit each other."""
     k, v, k_cache, v_cache = call.k, call.v, call.k_cache, call.v_cache
     if k.dtype not in DTYPES:
@@ -320,14 +321,15 @@ def _check_cache(names: ArgumentNames, call: AppendCall, batch: int):
             raise DTypeError(names[name], tensor.dtype, f"{dtype.value} is needed, as {names['k']} is")
     # the cache is what keys are read from elsewhere, the new keys what asks for them
     reading = names | {"q": f"the new {names['k']}", "k": names["k_cache"], "v": names["v_cache"]}
-    keys_of(ArgumentNames(reading), k, k_cache, v_cache, batch, None, call.page_table, call.cache_batch_idx)
+    places = None, call.page_table, call.cache_batch_idx
+    keys_of(ArgumentNames(reading), k, k_cache, v_cache, batch, sequences, *places)
     for name, tensor, cache in (("k", k, k_cache), ("v", v, v_cache)):
         new, old = names[name], names[f"{name}_cache"]
         size = "head_dim" if name == "k" else "head_dim_v"
         check_head_dim(old, cache, size)
         if cache.shape[-1] > _MAX_HEAD_DIM:
             raise ShapeError(f"{old} {tuple(cache.shape)}: {size}={cache.shape[-1]}: at most {_MAX_HEAD_DIM}")
-        check_like(new, tensor, (*k.shape[:-2], *cache.shape[-2:]), k.dtype)
+        check_like(new, tensor, (*k.shape[:-2], *cache.shape[-2:]), k.dtype, old)
         check_loadable(new, tensor)
         check_loadable(old, cache)
         check_writable(old, cache)
@@ -352,7 +354,7 @@ def _check_rotary(names: ArgumentNames, call: AppendCall) -> int:
     check_dims(name, cos, 2, "(positions, rotary_dim / 2)")
     if cos.dtype not in _ROTARY_DTYPES:
         raise DTypeError(name, cos.dtype, "float16, bfloat16 or float32 is needed")
-    check_like(other, sin, cos.shape, cos.dtype)
+    check_like(other, sin, cos.shape, cos.dtype, name)
     rotary_dim = 2 * cos.shape[1]
     if rotary_dim % ROTARY_STEP or not 0 < rotary_dim <= call.k.shape[-1]:
         raise ShapeError(

@@ -89,7 +89,8 @@ def problem_of(
     names = ArgumentNames() if names is None else names
     dtype = _dtype(names, q, k, v)
     batch, rows_q = _queries(names, q, cu_seqlens_q)
-    rows_k, page_size = keys_of(names, q, k, v, batch, cu_seqlens_k, page_table, cache_batch_idx)
+    sequences = f"{batch} sequences of {names['q' if cu_seqlens_q is None else 'cu_seqlens_q']}"
+    rows_k, page_size = keys_of(names, q, k, v, batch, sequences, cu_seqlens_k, page_table, cache_batch_idx)
     _check_heads(names, q, k, v)
     tensors = {"q": q, "k": k, "v": v}
     if out is not None:
@@ -101,18 +102,21 @@ def problem_of(
     lengths |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
     for name, tensor in lengths.items():
         if tensor is not None:
-            check_vector(names[name], tensor, torch.int32, batch + name.startswith("cu"))
+            check_vector(names[name], tensor, torch.int32, (batch + name.startswith("cu"),), of=sequences)
     if cache_leftpad is not None:
         if cu_seqlens_k is not None:
             raise ArgumentError(
                 f"{names['cache_leftpad']} with {names['cu_seqlens_k']}: a packed sequence starts where its offset says"
             )
-        check_vector(names["cache_leftpad"], cache_leftpad, torch.int32, batch)
+        check_vector(names["cache_leftpad"], cache_leftpad, torch.int32, (batch,), of=sequences)
     heads = q.shape[-2]
     if alibi_slopes is not None:
-        check_vector(names["alibi_slopes"], alibi_slopes, torch.float32, heads, batch)
+        shapes = (heads,), (batch, heads)
+        check_vector(names["alibi_slopes"], alibi_slopes, torch.float32, *shapes, of=f"{heads} heads of {names['q']}")
     if learnable_sink is not None:
-        check_vector(names["learnable_sink"], learnable_sink, torch.float32, heads)
+        check_vector(
+            names["learnable_sink"], learnable_sink, torch.float32, (heads,), of=f"{heads} heads of {names['q']}"
+        )
     extras = {**lengths, "page_table": page_table, "cache_batch_idx": cache_batch_idx}
     extras["cache_leftpad"] = cache_leftpad
     extras |= {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
@@ -168,12 +172,14 @@ def check_devices(tensors: dict[str, torch.Tensor | None], first: str) -> None:
             )
 
 
-def check_like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise ShapeError or DTypeError unless the tensor has this shape and dtype."""
+def check_like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: str = "") -> None:
+    """Raise ShapeError or DTypeError unless the tensor has this shape and dtype; ``like``: the argument that asks for
+    them."""
+    asked = f", as {like} has it" if like else ""
     if tuple(tensor.shape) != tuple(shape):
-        raise ShapeError(f"{name} {tuple(tensor.shape)}: {tuple(shape)} is needed")
+        raise ShapeError(f"{name} {tuple(tensor.shape)}: {tuple(shape)} is needed{asked}")
     if tensor.dtype != dtype:
-        raise DTypeError(name, tensor.dtype, f"{str(dtype).removeprefix('torch.')} is needed")
+        raise DTypeError(name, tensor.dtype, f"{str(dtype).removeprefix('torch.')} is needed{asked}")
 
 
 def load_rule(tensor: torch.Tensor) -> str | None:
@@ -384,15 +390,16 @@ def batch_of(name: str, cu_seqlens: torch.Tensor) -> int:
 
 
 def keys_of(
-    names: ArgumentNames, q, k, v, batch: int, cu_seqlens_k, page_table, cache_batch_idx
+    names: ArgumentNames, q, k, v, batch: int, sequences: str, cu_seqlens_k, page_table, cache_batch_idx
 ) -> tuple[int, int | None]:
-    """(rows that one sequence, or the packed tensor, can hold; page size or None)."""
+    """(rows that one sequence, or the packed tensor, can hold; page size or None). ``sequences``: how many there are,
+    and what says so."""
     page_size = None
     name, table, index, offsets = (names[n] for n in ("k", "page_table", "cache_batch_idx", "cu_seqlens_k"))
     if cache_batch_idx is not None:
         if cu_seqlens_k is not None:
             raise ArgumentError(f"{index} with {offsets}: only caches take an index")
-        check_vector(index, cache_batch_idx, torch.int32, batch)
+        check_vector(index, cache_batch_idx, torch.int32, (batch,), of=sequences)
     if page_table is not None:
         if cu_seqlens_k is not None:
             raise ArgumentError(f"{offsets} with {table}: a paged cache takes its lengths from {names['seqused_k']}")
@@ -400,7 +407,7 @@ def keys_of(
         check_integers(table, page_table)
         check_dims(table, page_table, 2, "(batch, max_pages)")
         if page_table.shape[0] != batch and cache_batch_idx is None:
-            raise ShapeError(f"{table} {tuple(page_table.shape)}: one row for each of {batch} sequences is needed")
+            raise ShapeError(f"{table} {tuple(page_table.shape)}: one row for each of {sequences} is needed")
         if batch == 0:
             raise EmptyBatchError(
                 f"{table} {tuple(page_table.shape)}: a paged cache of at least one sequence is needed"
@@ -422,7 +429,7 @@ def keys_of(
         if cache_batch_idx is not None and k.shape[0] == 0:
             raise EmptyCacheError(f"{name} {tuple(k.shape)}: the cache has no sequences")
         if cache_batch_idx is None and k.shape[0] != batch:
-            raise ShapeError(f"{name} {tuple(k.shape)}: its first size is the batch, {batch}")
+            raise ShapeError(f"{name} {tuple(k.shape)}: its first size is the batch, the {sequences}")
     if v.shape[:-1] != k.shape[:-1]:
         both = f"{names['v']} {tuple(v.shape)} and {name} {tuple(k.shape)}"
         raise ShapeError(f"{both}: all sizes but the last must be equal")
@@ -474,13 +481,13 @@ def check_head_dim(name: str, tensor: torch.Tensor, size: str = "head_dim") -> N
         raise ShapeError(f"{name} {tuple(tensor.shape)}: {size}={tensor.shape[-1]}: {rule}")
 
 
-def check_vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int, batch: int | None = None) -> None:
-    """A contiguous (size) tensor; also (batch, size) with contiguous rows where ``batch`` is given."""
+def check_vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shapes: tuple[int, ...], of: str = "") -> None:
+    """A tensor of one of these shapes with contiguous rows; ``of``: what its elements are one each for."""
     if tensor.dtype != dtype:
         raise DTypeError(name, tensor.dtype, f"{str(dtype).removeprefix('torch.')} is needed")
-    shapes = [(size,)] if batch is None else [(size,), (batch, size)]
     if tuple(tensor.shape) not in shapes:
-        raise ShapeError(f"{name} {tuple(tensor.shape)}: {' or '.join(map(str, shapes))} is needed")
+        asked = f" for the {of}" if of else ""
+        raise ShapeError(f"{name} {tuple(tensor.shape)}: {' or '.join(map(str, shapes))} is needed{asked}")
     check_contiguous_rows(name, tensor)
 
 

@@ -46,6 +46,7 @@ from cute_fa.append import AppendCall, append
 from cute_fa.argument_names import spelled
 from cute_fa.errors import (
     CacheIndexError,
+    DTypeError,
     EmptyCacheError,
     LengthError,
     NoBackwardError,
@@ -53,7 +54,7 @@ from cute_fa.errors import (
     UnsupportedArgumentError,
 )
 from cute_fa.simulation import simulated_arch
-from cute_fa.tensors import check_dims, check_like
+from cute_fa.tensors import check_devices, check_dims, check_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +72,7 @@ _APPEND_NAMES = spelled(
     rotary_sin="freqs_cis",
 )
 _SDPA_NAMES = spelled(q="query", k="key", v="value", softmax_scale="scale")
-_CACHE = "(batch_cache, max_seq_len, heads_kv, head_dim) or (num_pages, page_size, heads_kv, head_dim)"
+_CACHE = "(batch_cache, seqlen_cache, heads_kv, head_dim) or (num_pages, page_size, heads_kv, head_dim)"
 
 
 def _operator(*, mutates: tuple[str, ...] = (), fake: Callable | None = None) -> Callable[[Callable], Callable]:
@@ -108,7 +109,9 @@ def fused_mha_with_cache(
 ) -> torch.Tensor:
     """b sequences with s new tokens each, of which number i is number i of the contiguous cache."""
     if k_cache.shape[0] < q.shape[0]:
-        raise ShapeError(f"k_cache {tuple(k_cache.shape)}: a place for each of {q.shape[0]} sequences is needed")
+        raise ShapeError(
+            f"k_cache {tuple(k_cache.shape)}: a place for each of the {q.shape[0]} sequences of q is needed"
+        )
     return _attend(q, k, v, k_cache[: q.shape[0]], v_cache[: q.shape[0]], input_pos, freqs_cis, scale)
 
 
@@ -245,6 +248,7 @@ def prepare_paged_mha_metadata(
 
 
 def _fake_sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    check_devices({"query": query, "key": key, "value": value}, "query")
     batch, heads, seqlen = query.shape[:3]
     return query.new_empty((batch, seqlen, heads, value.shape[-1])).transpose(1, 2)
 
@@ -301,8 +305,11 @@ def _with_heads(
     heads = elements // head_dim
     for name, tensor, shape in (("q", q, (heads, head_dim)), ("k", k, k_cache.shape[2:]), ("v", v, v_cache.shape[2:])):
         expected = shape if tensor.dim() == 4 else (math.prod(shape),)
-        check_like(name, tensor, (*q.shape[:2], *expected), tensor.dtype if name == "q" else k_cache.dtype)
+        check_like(name, tensor, (*q.shape[:2], *expected), tensor.dtype, f"q with {name}_cache")
         split.append(tensor if tensor.dim() == 4 else tensor.unflatten(2, shape))
+    for name, tensor, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if tensor.dtype != cache.dtype:
+            raise DTypeError(name, tensor.dtype, f"{name}_cache is {str(cache.dtype).removeprefix('torch.')}")
     return split
 
 
@@ -376,12 +383,13 @@ def _sequences(
 
 
 def _check_batch(input_pos: torch.Tensor, **metadata: torch.Tensor) -> None:
-    """Raise DTypeError or ShapeError unless all are int32 (batch); ``seq_start`` may be int64, as torch.cumsum gives it
-    of int32 lengths."""
+    """Raise DTypeError, ShapeError or DeviceError unless all are int32 (batch) on one device; ``seq_start`` may be
+    int64, as torch.cumsum gives it of int32 lengths."""
     check_dims("input_pos", input_pos, 1, "(batch)")
     for name, tensor in metadata.items():
         wide = name == "seq_start" and tensor.dtype == torch.int64
-        check_like(name, tensor, input_pos.shape, torch.int64 if wide else torch.int32)
+        check_like(name, tensor, input_pos.shape, torch.int64 if wide else torch.int32, "input_pos")
+    check_devices({"input_pos": input_pos, **metadata}, "input_pos")
 
 
 def _check_no_gradient(*tensors: torch.Tensor) -> None:

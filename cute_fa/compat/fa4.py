@@ -42,7 +42,9 @@ def _call(function: Callable, given: dict[str, Any]) -> tuple[torch.Tensor, torc
     if "window_size" in given:
         given["window_size"] = _window(given["window_size"], given.get("causal"))
     inputs = (given["q"], given["k"], given["v"])
-    keep = given.get("return_lse") or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
+    keep = given.get("return_lse") or (
+        torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+    )
     out, lse = function(**(given | {"return_lse": True}))
     return out, lse if keep else None
 

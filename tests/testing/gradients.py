@@ -33,6 +33,7 @@ def call_of(given: Inputs, **choices: Any) -> ops.Call:
         pack_gqa=None,
         persistent="auto",
         deterministic=False,
+        names="",
     )
     return ops.Call(**{**dict.fromkeys(ops.Call._fields), **fields, **options, **choices})
 
