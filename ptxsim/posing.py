@@ -207,7 +207,8 @@ def posing(simulation: Simulation) -> Iterator[None]:
             for name, answer in known.items():
                 replace(owner, name, answer)
         replace(library, "custom_op", _also_on_cpu(library.custom_op))
-        replace(library.Library, "impl", _posing_inside(library.Library.impl))
+        replace(library.Library, "impl", _of_posing_operators(library.Library.impl))
+        replace(torch.autograd, "_engine_run_backward", _posing_inside(torch.autograd._engine_run_backward))
         replace(tvm_ffi, "from_dlpack", _of_view(tvm_ffi.from_dlpack))
         replace(cutlass.cute.runtime, "from_dlpack", _of_view(cutlass.cute.runtime.from_dlpack))
         for compiled in (TVMFFIJitCompiledFunction, TVMFFIJitCompiledFunctionWithKwargs):
@@ -239,18 +240,26 @@ def _also_on_cpu(custom_op: Any) -> Any:
     return register
 
 
-def _posing_inside(impl: Any) -> Any:
-    """``Library.impl`` whose operators see tensors that pose, too: torch leaves a mode before it calls an operator.
+def _posing_inside(function: Any) -> Any:
+    """The function, in which tensors pose while there is a simulation: for Python that torch calls, since it leaves a
+    mode before it runs what the mode was asked about: operators, and ``backward`` of a torch.autograd.Function, on
+    whichever thread, and hooks, which find what was there when the engine started."""
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        with _HostMemory() if current() is not None else nullcontext():
+            return function(*args, **options)
+
+    return call
+
+
+def _of_posing_operators(impl: Any) -> Any:
+    """``Library.impl`` whose operators see tensors that pose, too.
 
     They stay registered, so that outside of a simulation they do what they always did."""
 
     def register(self: Any, name: Any, function: Any, key: str = "", **options: Any) -> Any:
-        @wraps(function)
-        def operator(*args: Any, **inner: Any) -> Any:
-            with _HostMemory() if current() is not None else nullcontext():
-                return function(*args, **inner)
-
-        return impl(self, name, operator if key in _COMPUTING else function, key, **options)
+        return impl(self, name, _posing_inside(function) if key in _COMPUTING else function, key, **options)
 
     return register
 

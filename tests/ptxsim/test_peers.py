@@ -24,6 +24,8 @@ BACKWARD = {
     "backward-d64-causal": (1, 200, 200, 2, 2, 64, True, "bfloat16"),
     "backward-d128-gqa2-odd": (1, 113, 300, 2, 1, 128, False, "bfloat16"),
 }
+# of which torch's autograd calls the backward
+TRAINING = {"training": BACKWARD["backward-d64-causal"]}
 # kernel, shape, tolerance of each result: half a unit of bf16 in its largest element, or rounding of fp32
 QUACK = {
     "softmax": ("softmax", dict(rows=8, columns=1000), (2**-9, 2**-9)),
@@ -36,7 +38,7 @@ QUACK = {
 }
 CASES = {
     "sm_80": [*ATTENTION, "softmax"],
-    "sm_90a": [*ATTENTION, *BACKWARD, *QUACK],
+    "sm_90a": [*ATTENTION, *BACKWARD, *TRAINING, *QUACK],
     "sm_100a": ["d128-full", "d128-causal", *BACKWARD, "softmax-cluster", "rmsnorm", "cross-entropy", "gemm"],
 }
 NAMES = ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "causal", "dtype")
@@ -53,9 +55,11 @@ def job(arch, case):
         return {"job": "quack", "kernel": kernel, "modes": MODES, "dtype": "bfloat16", **shape}
     if case in FINDINGS:
         return {**FINDINGS[case], "modes": MODES}
-    problem = dict(zip(NAMES, (ATTENTION | BACKWARD)[case], strict=True))
+    problem = dict(zip(NAMES, (ATTENTION | BACKWARD | TRAINING)[case], strict=True))
     if case in ATTENTION:
         return {"job": "attention", "modes": MODES, **problem}
+    if case in TRAINING:
+        return {"job": "training", "modes": MODES[:1], **problem}
     return {"job": "backward", "modes": MODES, "repaired": arch == "sm_100a", **problem}
 
 
@@ -103,6 +107,17 @@ def test_backward(results, arch, case):
     for errors in result["errors"]:
         assert len(errors) == 3
         assert max(errors) < 0.04
+
+
+@pytest.mark.parametrize(("arch", "case"), over({"sm_90a": TRAINING}))
+def test_training(results, arch, case):
+    """O, dQ, dK and dV of the public function and of ``out.backward()``."""
+    result = results(arch, case)
+    assert sum("ForwardSm90" in name for name in result["launches"]) == 1
+    assert sum("BackwardSm90" in name for name in result["launches"]) == 1
+    ((out, *gradients),) = result["errors"]
+    assert out < 0.02
+    assert len(gradients) == 3 and max(gradients) < 0.04
 
 
 @pytest.mark.parametrize(("arch", "case"), over(QUACK_CASES))

@@ -1,8 +1,11 @@
 """Tensors that pose as CUDA tensors: where they lie, and what shares memory with what."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import ptxsim
 from ptxsim.posing import posing
@@ -47,3 +50,58 @@ def test_gradients():
     assert address(x) % 512 == address(y) % 512 == 0
     y.sum().backward()
     torch.testing.assert_close(x.grad, (2 * x * (x * x).exp()).detach())
+
+
+class Watched(torch.autograd.Function):
+    """x², and what its backward sees: whether tensors pose, what a new one holds, and where it lies; ``depth`` times,
+    each inside of the one before."""
+
+    @staticmethod
+    def forward(ctx, x, depth, seen, threads):
+        ctx.depth, ctx.seen, ctx.threads = depth, seen, threads
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dout):
+        (x,) = ctx.saved_tensors
+        fresh = torch.empty_like(x)
+        ctx.threads.add(threading.get_ident())
+        ctx.seen.append((x.is_cuda, dout.device.type, bool(fresh.isnan().all()), address(fresh) % 512))
+        if ctx.depth > 1:
+            with torch.enable_grad():
+                again = x.detach().requires_grad_()
+                torch.autograd.backward(Watched.apply(again, ctx.depth - 1, ctx.seen, ctx.threads).sum())
+        return 2 * x * dout, None, None, None
+
+
+def by_grad(y, x):
+    return torch.autograd.grad(y, x)[0]
+
+
+def by_backward(y, x):
+    y.backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("differentiate", [by_grad, by_backward])
+@pytest.mark.parametrize("depth", [1, 70])  # from the 60th on, each has a thread of the engine's
+def test_python_that_a_backward_calls_sees_tensors_that_pose(differentiate, depth):
+    seen, threads = [], set()
+    x = torch.randn(5, device="cuda", requires_grad=True)
+    y = Watched.apply(x, depth, seen, threads)
+    y.register_hook(lambda gradient: seen.append((gradient.is_cuda, gradient.device.type, True, 0)))
+    torch.testing.assert_close(differentiate(y.sum(), x), 2 * x)
+    assert seen == [(True, "cuda", True, 0)] * (1 + depth)
+    assert (len(threads) > 1) == (depth > 60)
+
+
+def test_a_backward_is_checkpointed():
+    seen = []
+    x = torch.randn(5, device="cuda", requires_grad=True)
+    y = checkpoint(
+        lambda x: Watched.apply(x, 1, seen, set()) * (1.0 if x.is_cuda else torch.nan), x, use_reentrant=False
+    )
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x)
+    assert seen == [(True, "cuda", True, 0)]

@@ -64,19 +64,14 @@ def attention(arch, modes, **problem):
 
 def backward(arch, modes, repaired=False, **problem):
     """Errors of FlashAttention-4's dQ, dK and dV in each mode; ``repaired``: with ``_repaired`` PTX."""
-    import torch
     from flash_attn.cute.interface import _flash_attn_bwd
 
     case = Attention(arch, **problem)
-    exact = [x.float().requires_grad_() for x in (case.q, case.k, case.v)]
-    out, lse = reference(*exact, case.causal)
-    dout = torch.randn(out.shape).to(case.q.dtype)
-    out.backward(dout.float())
-    out, lse = out.detach().to(case.q.dtype), lse.detach().contiguous()
+    out, lse, dout, exact = _gradients(case)
 
     def run():
         ours = _flash_attn_bwd(case.q, case.k, case.v, out, dout, lse, causal=case.causal)[:3]
-        return [(x.float() - y.grad).abs().max().item() for x, y in zip(ours, exact, strict=True)]
+        return _errors(ours, exact)
 
     load_program = runtime.load_program
     if repaired:
@@ -85,6 +80,37 @@ def backward(arch, modes, repaired=False, **problem):
         return {"errors": _outcomes(modes, run)}
     finally:
         runtime.load_program = load_program
+
+
+def training(arch, modes, **problem):
+    """Errors of O, dQ, dK and dV in each mode where torch's autograd calls FlashAttention-4's backward."""
+    from flash_attn.cute import flash_attn_func
+
+    case = Attention(arch, **problem)
+    expected, _, dout, exact = _gradients(case)
+
+    def run():
+        leaves = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+        out = flash_attn_func(*leaves, causal=case.causal)[0]
+        out.backward(dout)
+        return _errors([out, *(leaf.grad for leaf in leaves)], [expected, *exact])
+
+    return {"errors": [_in_mode(mode, run) for mode in modes]}
+
+
+def _gradients(case):
+    """The reference's O in the problem's dtype, its LSE, a random dO, and the gradients of q, k and v."""
+    import torch
+
+    exact = [x.float().requires_grad_() for x in (case.q, case.k, case.v)]
+    out, lse = reference(*exact, case.causal)
+    dout = torch.randn(out.shape).to(case.q.dtype)
+    gradients = torch.autograd.grad(out, exact, dout.float())
+    return out.detach().to(case.q.dtype), lse.detach().contiguous(), dout, gradients
+
+
+def _errors(ours, exact):
+    return [(x.detach().float() - y.float()).abs().max().item() for x, y in zip(ours, exact, strict=True)]
 
 
 def _repaired(ptx):
@@ -153,7 +179,7 @@ def _in_mode(mode, function):
     return function()
 
 
-JOBS = {"attention": attention, "backward": backward, "quack": quack, "faults": faults}
+JOBS = {"attention": attention, "backward": backward, "training": training, "quack": quack, "faults": faults}
 
 
 def main(arch):
