@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 import fa2_sm80.forward
-from cute_fa import ops
+from cute_fa import append as append_module
+from cute_fa import autograd, ops
 from cute_fa.errors import ArgumentError
 from cute_fa.inputs import InputSpec
 from cute_fa.trial import Machine
@@ -35,7 +36,7 @@ def first_group(call: str, backward: bool) -> list[Problem]:
     return next(problems for problems in groups if (problems[0].call, problems[0].backward) == (call, backward))
 
 
-@pytest.mark.parametrize(("call", "backward"), KINDS, ids=lambda value: value if isinstance(value, str) else str(value))
+@pytest.mark.parametrize(("call", "backward"), KINDS, ids=str)
 def test_problems(call, backward):
     problems = first_group(call, backward)
     failures = {problem.to_json(): failure_of(problem) for problem in problems}
@@ -79,7 +80,17 @@ class TestDrawing:
         assert {0, 1, 2} < {p.num_splits for p in problems}
         for name in ("softcap", "alibi", "alibi_per_batch", "learnable_sink", "sink_tokens", "causal", "seqused_q"):
             assert {bool(getattr(spec, name)) for spec in specs} == {False, True}, name
-        for name in ("offsets_k", "joined", "summed", "into", "backward", "deterministic", "lse_gradient", "slopes_gradient", "heads_first"):
+        for name in (
+            "offsets_k",
+            "joined",
+            "summed",
+            "into",
+            "backward",
+            "deterministic",
+            "lse_gradient",
+            "slopes_gradient",
+            "heads_first",
+        ):
             assert {getattr(problem, name) for problem in problems} == {False, True}, name
         for name in ("new", "packed", "leftpad", "indexed", "rotary_dim", "rotary_starts", "one_length"):
             assert {bool(getattr(cache, name)) for cache in caches} == {False, True}, name
@@ -146,6 +157,34 @@ class TestPlantedFaults:
         assert (shrunk.spec.batch, shrunk.spec.heads, shrunk.spec.heads_kv) == (1, 1, 1)
         assert shrunk.spec.window[0] is not None and shrunk.spec.seqlen_q < 10
         assert failure_of(shrunk).kind == WRONG
+
+    @pytest.mark.parametrize(("call", "backward"), KINDS, ids=str)
+    def test_every_call_is_compared(self, monkeypatch, call, backward):
+        """A one too many in what a call writes is noticed: in O, dK or V's new rows."""
+
+        def attention(*arguments):
+            out, lse = right_attention(*arguments)
+            return out.add_(1.0), lse
+
+        def gradients(*arguments):
+            dq, dk, *others = right_gradients(*arguments)
+            return dq, dk.add_(1.0), *others
+
+        def append(*arguments):
+            q, rotated, k, v, *others = right_append(*arguments)
+            return q, rotated, k, v + 1.0, *others
+
+        right_attention, right_gradients = ops._run, autograd._attention_backward
+        right_append = append_module._arguments
+        problems = (p for p in first_group(call, backward) if min(*p.lengths_q, *p.lengths_k, *(p.cache.new or (1,))))
+        problem = next(problems)
+        if backward or call == "Fa2BwdRequest":
+            monkeypatch.setattr(autograd, "_attention_backward", gradients)
+        elif call == "append_kv":
+            monkeypatch.setattr(append_module, "_arguments", append)
+        else:
+            monkeypatch.setattr(ops, "_run", attention)
+        assert failure_of(problem).kind == WRONG
 
     def test_an_error_for_what_the_table_serves_is_found(self, monkeypatch):
         def refuse(problem, tensors):

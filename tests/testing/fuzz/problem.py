@@ -74,11 +74,12 @@ class Problem:
     """``call`` of the public functions and requests with ``spec``'s tensors, made from ``inputs`` and ``seed``.
 
     ``backward``: the functions' results are differentiated, with a gradient of the LSE too if ``lse_gradient``, and by
-    the slopes too if ``slopes_gradient``. ``max_seqlens``: whether the longest lengths are passed, or None for them.
-    ``offsets_k``: a paged cache's lengths are those between cu_seqlens_k. ``tail``: rows of packed q, k and v behind the
-    last sequence. ``joined``: k and v are slices of one tensor (…, rows, 2, heads_kv, head_dim). ``summed``: the
-    gradient of out is that of its sum, a one with strides of 0. ``into``: the result goes to a tensor of the caller's (``out=``). ``heads_first``: a cache's memory is (…, heads,
-    rows, head_dim). ``parts``: where merge_states' parts of the keys end; the last one is causal if the spec is.
+    the slopes too if ``slopes_gradient``; ``summed``: the gradient of out is that of its sum, a one with strides of 0.
+    ``max_seqlens``: whether the longest lengths are passed, or None for them. ``offsets_k``: a paged cache has its
+    lengths from cu_seqlens_k. ``tail``: rows of packed q, k and v behind the last sequence. ``joined``: k and v are
+    slices of one tensor (…, rows, 2, heads_kv, head_dim). ``into``: the result goes to a tensor of the caller's
+    (``out=``). ``heads_first``: a cache's memory is (…, heads, rows, head_dim). ``parts``: where merge_states' parts of
+    the keys end; the last one is causal if the spec is.
     """
 
     call: str
