@@ -1,6 +1,6 @@
-"""FlashAttention-3's ``scheduler_metadata``: a tensor that a server computes once a step and hands to every layer.
+"""``scheduler_metadata`` of FlashAttention 3 and 4: what a server computes once a step and hands to every layer.
 
-FlashAttention-3 keeps there how many splits each sequence gets, and a counter for its dynamic scheduler. Kernels here
+They keep there how many splits each sequence gets, and a counter for their dynamic scheduler. Kernels here
 need neither: num_splits and lengths that the host knows choose grid and splits, and each CTA finds its keys from the
 lengths on the device. So the tensor says "no plan", as zeros, and results do not depend on it: callers that compute
 one, keep it in a buffer for CUDA graphs and pass it on work as they are. A tensor of another form is refused.
@@ -16,16 +16,16 @@ from cute_fa.errors import ArgumentError, DeviceError, EmptyBatchError
 from cute_fa.tensors import check_vector
 
 
-def scheduler_metadata_of(batch_size: Any, cache_seqlens: Any) -> torch.Tensor:
-    """int32 (batch_size + 1) zeros beside ``cache_seqlens`` int32 (batch_size)."""
+def scheduler_metadata_of(batch_size: Any, name: str, lengths: Any) -> torch.Tensor:
+    """int32 (batch_size + 1) zeros beside ``lengths`` int32 (batch_size), which the caller calls ``name``."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, torch.SymInt)):
         raise ArgumentError(f"batch_size={batch_size!r}: an int is needed")
     if batch_size < 1:
         raise EmptyBatchError(f"batch_size={batch_size}: at least one sequence is needed")
-    if not isinstance(cache_seqlens, torch.Tensor):
-        raise ArgumentError(f"cache_seqlens is {type(cache_seqlens).__name__}: a torch.Tensor is needed")
-    check_vector("cache_seqlens", cache_seqlens, torch.int32, batch_size)
-    return cache_seqlens.new_zeros(batch_size + 1)
+    if not isinstance(lengths, torch.Tensor):
+        raise ArgumentError(f"{name} is {type(lengths).__name__}: a torch.Tensor is needed")
+    check_vector(name, lengths, torch.int32, batch_size)
+    return lengths.new_zeros(batch_size + 1)
 
 
 def check_scheduler_metadata(metadata: Any, q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> None:

@@ -108,7 +108,7 @@ def flash_attn_combine(
 
 
 def _scheduler_metadata(given: dict[str, Any]) -> torch.Tensor:
-    return scheduler_metadata_of(given["batch_size"], given["cache_seqlens"])
+    return scheduler_metadata_of(given["batch_size"], "cache_seqlens", given["cache_seqlens"])
 
 
 get_scheduler_metadata = in_order(

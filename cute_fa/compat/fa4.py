@@ -1,4 +1,4 @@
-"""``flash_attn_func`` and ``flash_attn_varlen_func`` of FlashAttention 4 (flash_attn/cute/interface.py, 4.0.0b36)."""
+"""The functions of FlashAttention 4 (flash_attn/cute/interface.py, 4.0.0b36)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cute_fa import api
+from cute_fa.compat import fa3
 from cute_fa.compat.order import REQUIRED, in_order
+from cute_fa.errors import ArgumentError, UnsupportedArgumentError
 from cute_fa.problem import LiteralWindow
+from cute_fa.scheduler_metadata import scheduler_metadata_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,4 +84,44 @@ flash_attn_varlen_func = in_order(
     | _GATHER_BWD,
     lambda given: _call(api.flash_attn_varlen_func, _LENGTHS | given),
     f"See :func:`cute_fa.flash_attn_varlen_func`. {_RETURNS}",
+)
+
+
+def _combine(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    for name in ("cu_seqlens", "seqused", "virtual_batch_idx"):
+        value = given.pop(name, None)
+        if value is not None:
+            raise UnsupportedArgumentError(name, value)
+    return fa3.flash_attn_combine(**given)
+
+
+def _scheduler_metadata(given: dict[str, Any]) -> torch.Tensor:
+    for name in ("seqused_k", "seqused_q", "cu_seqlens_k", "cu_seqlens_q"):
+        lengths = given.get(name)
+        if lengths is not None:
+            api.check_tensor(name, lengths)
+            lengths = lengths[1:] if name.startswith("cu_") else lengths
+            return scheduler_metadata_of(lengths.shape[0], name, lengths)
+    raise ArgumentError("seqused_k, seqused_q, cu_seqlens_k or cu_seqlens_q is needed: they say how many sequences")
+
+
+flash_attn_combine = in_order(
+    "flash_attn_combine",
+    dict.fromkeys(("out_partial", "lse_partial"), REQUIRED)
+    | dict.fromkeys(("out", "out_dtype", "cu_seqlens", "seqused", "virtual_batch_idx"))
+    | {"return_lse": True},
+    _combine,
+    "See :func:`cute_fa.compat.fa3.flash_attn_combine`.",
+)
+get_scheduler_metadata = in_order(
+    "get_scheduler_metadata",
+    dict.fromkeys("max_seqlen_q max_seqlen_k nheads nheads_kv headdim num_splits".split(), REQUIRED)
+    | {"headdim_v": None, "pack_gqa": None, "causal": False, "window_size_left": None, "window_size_right": None}
+    | {"seqlen_k_new": 0}
+    | dict.fromkeys(
+        "cu_seqlens_q cu_seqlens_k cu_seqlens_k_new seqused_q seqused_k leftpad_k seqlen_k_per_split _arch".split()
+    ),
+    _scheduler_metadata,
+    """What :func:`flash_attn_varlen_func` takes as ``scheduler_metadata``: int32 (batch + 1) zeros, one tensor in the
+    place of FlashAttention 4's tuple. See :func:`cute_fa.compat.fa3.get_scheduler_metadata`.""",
 )

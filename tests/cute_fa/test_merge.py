@@ -7,8 +7,8 @@ import torch
 
 import cute_fa
 from cute_fa import flash_attn_func, merge_states, reference
-from cute_fa.compat import fa3, flashinfer
-from cute_fa.errors import ArgumentError, CuteFaError, DeviceError, DTypeError, ShapeError
+from cute_fa.compat import fa3, fa4, flashinfer
+from cute_fa.errors import ArgumentError, CuteFaError, DeviceError, DTypeError, ShapeError, UnsupportedArgumentError
 from cute_fa.inputs import InputSpec, make_inputs, output_gradients
 
 PARTS = [slice(0, 7), slice(7, 60), slice(60, 61), slice(61, 100)]
@@ -201,6 +201,8 @@ def test_combine(dims, dtype):
     assert (out.dtype, lse.dtype) == (dtype or torch.float32, torch.float32)
     torch.testing.assert_close(out.float(), expected, rtol=2**-8 if dtype else 1e-5, atol=1e-6)
     torch.testing.assert_close(lse, lses.logsumexp(0))
+    for ours, theirs in zip(fa4.flash_attn_combine(partial, lses, None, dtype), (out, lse), strict=True):
+        assert torch.equal(ours, theirs)
     written = torch.full_like(expected, math.nan).half()
     again, none = fa3.flash_attn_combine(partial, lses, written, return_lse=False)
     assert again is written
@@ -222,6 +224,11 @@ def test_combine(dims, dtype):
         (lambda: merge_states(OUTS[0, :, :0], LSES, layout="flashinfer"), ArgumentError, "outs of no states"),
         (lambda: fa3.flash_attn_combine(OUTS, LSES), ShapeError, r"lse_partial \(2, 3, 4, 8\): \(2, 3, 8, 4\)"),
         (lambda: fa3.flash_attn_combine(OUTS[0, 0], LSES), ShapeError, r"out_partial \(8, 4, 64\): \(num_splits"),
+        (
+            lambda: fa4.flash_attn_combine(OUTS, LSES, seqused=OUTS),
+            UnsupportedArgumentError,
+            "seqused=tensor of shape .* is not implemented",
+        ),
         (lambda: fa3.flash_attn_combine(OUTS, None), ArgumentError, "lse_partial is NoneType"),
         (
             lambda: fa3.flash_attn_combine(OUTS, LSES.transpose(2, 3), out_dtype=torch.int8),

@@ -7,7 +7,7 @@ import torch
 
 import cute_fa
 from cute_fa import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from cute_fa.compat import fa3
+from cute_fa.compat import fa3, fa4
 from cute_fa.errors import (
     ArgumentError,
     CuteFaError,
@@ -66,6 +66,25 @@ def test_a_buffer_of_vllm():
             return_lse=True,
         )
     assert expected(given.q, given.k, given.v, **given.options()).check(*result).ok
+
+
+@pytest.mark.parametrize("name", ["seqused_k", "cu_seqlens_q"])
+def test_fa4(name):
+    given = make_inputs(PACKED, "peaked")
+    metadata = fa4.get_scheduler_metadata(3, 100, 4, 2, 64, 0, causal=True, **{name: getattr(given, name)})
+    assert (metadata.dtype, metadata.tolist()) == (torch.int32, [0, 0, 0])
+    lengths = {"cu_seqlens_q": given.cu_seqlens_q, "seqused_k": given.seqused_k}
+    options = {"page_table": given.page_table, "causal": True, "num_splits": 0, "return_lse": True}
+    with cute_fa.simulate("sm_80"):
+        result = fa4.flash_attn_varlen_func(
+            given.q, given.k, given.v, **lengths, **options, scheduler_metadata=metadata
+        )
+    assert expected(given.q, given.k, given.v, **given.options()).check(*result).ok
+
+
+def test_fa4_without_lengths():
+    with pytest.raises(ArgumentError, match="seqused_k, seqused_q, cu_seqlens_k or cu_seqlens_q is needed"):
+        fa4.get_scheduler_metadata(3, 100, 4, 2, 64, 0)
 
 
 @pytest.mark.parametrize(

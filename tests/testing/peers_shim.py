@@ -154,7 +154,10 @@ def _functions() -> dict[str, dict[str, Any]]:
         for name in "flash_attn_func flash_attn_varlen_func flash_attn_with_kvcache flash_attn_combine "
         "get_scheduler_metadata".split()
     }
-    fa4_functions = {"flash_attn_func": fa4.flash_attn_func, "flash_attn_varlen_func": fa4.flash_attn_varlen_func}
+    fa4_functions = {
+        name: getattr(fa4, name)
+        for name in "flash_attn_func flash_attn_varlen_func flash_attn_combine get_scheduler_metadata".split()
+    }
     vllm_functions = {
         "flash_attn_varlen_func": _vllm_varlen,
         "flash_attn_with_kvcache": _vllm_kvcache,
