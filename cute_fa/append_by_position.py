@@ -143,7 +143,7 @@ def _check(call: RowsCall) -> None:
     check_dims("k", call.k, 3, "(rows, heads_kv, head_dim)")
     check_dims("v", call.v, 3, "(rows, heads_kv, head_dim_v)")
     for name in ("batch_indices", "positions"):
-        check_vector(name, getattr(call, name), torch.int32, call.k.shape[0])
+        check_vector(name, getattr(call, name), torch.int32, (call.k.shape[0],))
     if call.page_table is not None:
         check_dims("page_table", call.page_table, 2, "(batch, max_pages)")
         check_integers("page_table", call.page_table)
@@ -152,7 +152,7 @@ def _check(call: RowsCall) -> None:
     if call.page_indices is not None:
         for name in ("page_indices", "page_indptr"):
             check_dims(name, getattr(call, name), 1, "one dimension")
-            check_vector(name, getattr(call, name), torch.int32, getattr(call, name).shape[0])
+            check_vector(name, getattr(call, name), torch.int32, (getattr(call, name).numel(),))
         if call.page_indptr.shape[0] < 2:
             raise ShapeError(f"page_indptr {tuple(call.page_indptr.shape)}: (batch + 1) is needed")
         if call.page_indices.shape[0] == 0:

@@ -24,7 +24,7 @@ def scheduler_metadata_of(batch_size: Any, name: str, lengths: Any) -> torch.Ten
         raise EmptyBatchError(f"batch_size={batch_size}: at least one sequence is needed")
     if not isinstance(lengths, torch.Tensor):
         raise ArgumentError(f"{name} is {type(lengths).__name__}: a torch.Tensor is needed")
-    check_vector(name, lengths, torch.int32, batch_size)
+    check_vector(name, lengths, torch.int32, (batch_size,))
     return lengths.new_zeros(batch_size + 1)
 
 
@@ -33,6 +33,6 @@ def check_scheduler_metadata(metadata: Any, q: torch.Tensor, cu_seqlens_q: torch
     if not isinstance(metadata, torch.Tensor):
         raise ArgumentError(f"scheduler_metadata is {type(metadata).__name__}: a torch.Tensor is needed")
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    check_vector("scheduler_metadata", metadata, torch.int32, batch + 1)
+    check_vector("scheduler_metadata", metadata, torch.int32, (batch + 1,))
     if metadata.device != q.device:
         raise DeviceError(f"scheduler_metadata is on {metadata.device} and q on {q.device}: one device is needed")

@@ -88,7 +88,7 @@ def flash_attn_combine(
     """
     for name, tensor in {"out_partial": out_partial, "lse_partial": lse_partial}.items():
         api.check_tensor(name, tensor)
-    api.check_flag("return_lse", return_lse)
+    return_lse = api.flag("return_lse", return_lse)
     if out_partial.dim() not in (4, 5):
         rule = "(num_splits, batch, seqlen, heads, head_dim_v) or (num_splits, total_q, heads, head_dim_v) is needed"
         raise ShapeError(f"out_partial {tuple(out_partial.shape)}: {rule}")

@@ -42,7 +42,7 @@ def get_batch_indices_positions(
     ):
         values = values.int().where(inside, otherwise)
         if given is not None:
-            check_vector(name, given, torch.int32, nnz)
+            check_vector(name, given, torch.int32, (nnz,))
             values = given.copy_(values)
         results.append(values)
     return results[0], results[1]
@@ -73,7 +73,7 @@ def append_paged_kv_cache(
     k_cache, v_cache = paged_kv_cache
     if kv_layout == "HND":
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    check_vector("kv_last_page_len", kv_last_page_len, torch.int32, kv_indptr.shape[0] - 1)
+    check_vector("kv_last_page_len", kv_last_page_len, torch.int32, (kv_indptr.shape[0] - 1,))
     pages = {"page_indices": kv_indices, "page_indptr": kv_indptr}
     append_rows(append_key, append_value, k_cache, v_cache, batch_indices, positions, **pages)
 

@@ -146,7 +146,7 @@ def test_paged(changes, error, message):
         (both("{}_cache", 4, 48, 2, 128), ShapeError, "128 and the new k 64"),
         (both("{}_cache", 3, 48, 2, 64), CacheIndexError, r"cache_batch_idx\[0\]=3: the cache has 3 sequences"),
         ({"cache_batch_idx": ints(3, -1)}, CacheIndexError, r"cache_batch_idx\[1\]=-1"),
-        ({"cache_batch_idx": None}, ShapeError, "its first size is the batch, 2"),
+        ({"cache_batch_idx": None}, ShapeError, "its first size is the batch, the 2 sequences"),
         ({"cache_batch_idx": ints(3, 1, 0)}, ShapeError, r"cache_batch_idx \(3,\): \(2,\)"),
         ({"cache_seqlens": ints(46, 5)}, LengthError, r"cache_seqlens\[0\]=46 and 3 new tokens: .* room for 48"),
     ],

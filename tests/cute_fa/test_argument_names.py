@@ -28,6 +28,7 @@ FINE_IN = {
     "varlen, block_table": {("cu_seqlens_k", "strided")} | SHIFTED,
     "merge_states": {(name, kind) for name in ("outs", "lses") for kind in ("strided", "float64")},
     "fa2": {(name, "strided") for name in "qkv"},
+    "fa4": {("window_size", "negative")},  # literal there
     "fused_mha_with_cache": {("k_cache", "longer"), ("v_cache", "longer")},
     "fused_mha_with_paged": {("page_table", "longer"), ("page_table", "strided"), ("cache_loc", "strided")},
 }
