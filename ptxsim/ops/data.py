@@ -98,6 +98,9 @@ def load_parameter(gen, args, mods):
 )
 @form(f"ld[.{{sem}}][.{{space}}][.{{cop}}]{_HINTS}[.{{vec}}].{{type}}", effect=True, sem="weak", space=_SPACE,
       cop="ca|cg|cs|lu|cv", vec="v2|v4|v8", type=_TYPE, **_HINT_NAMES)  # fmt: skip
+# the state space first, as ptxas takes it, too: FlashAttention-4's semaphores
+@form("ld.{space}.{sem}.{scope}[.{vec}].{type}", effect=True, space="global", sem="relaxed|acquire", vec="v2|v4",
+      type=_TYPE)  # fmt: skip
 @form(f"ld.{{space}}[.{{cop}}].nc{_HINTS}[.{{vec}}].{{type}}", effect=True, space="global", cop="ca|cg|cs",
       vec="v2|v4|v8", type=_TYPE, **_HINT_NAMES)  # fmt: skip
 def load(gen, args, mods):

@@ -43,6 +43,8 @@ CASES = {
 }
 NAMES = ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "causal", "dtype")
 QUACK_CASES = {arch: [case for case in cases if case in QUACK] for arch, cases in CASES.items()}
+# SMs, late, schedule seed
+BITS_MODES = [(4, False, None), (1, False, 1), (2, True, None), (132, False, 2), (3, True, 1)]
 FINDINGS = {
     "missing-rows": {"job": "quack", "kernel": "softmax", "rows": 7, "columns": 1000, "dtype": "bfloat16"},
     "backward": {"job": "backward", **dict(zip(NAMES, BACKWARD["backward-d64-causal"], strict=True))},
@@ -53,6 +55,8 @@ def job(arch, case):
     if case in QUACK:
         kernel, shape, _ = QUACK[case]
         return {"job": "quack", "kernel": kernel, "modes": MODES, "dtype": "bfloat16", **shape}
+    if case == "bits":
+        return {"job": "bits", "modes": BITS_MODES, **dict(zip(NAMES, (1, 200, 300, 2, 1, 64, True, "bfloat16"), strict=True))}
     if case in FINDINGS:
         return {**FINDINGS[case], "modes": MODES}
     problem = dict(zip(NAMES, (ATTENTION | BACKWARD | TRAINING)[case], strict=True))
@@ -64,7 +68,7 @@ def job(arch, case):
 
 
 def listed(arch):
-    return CASES[arch] + {"sm_80": [], "sm_90a": ["missing-rows"], "sm_100a": ["backward"]}[arch]
+    return CASES[arch] + {"sm_80": [], "sm_90a": ["missing-rows"], "sm_100a": ["backward", "bits"]}[arch]
 
 
 @pytest.fixture(scope="session")
@@ -143,3 +147,12 @@ def test_findings_in_the_backward(results, arch, case):
     assert plain.startswith("SyncError: setmaxnreg by some of the warps of warpgroup 3")
     for error in racing:
         assert error.startswith("RaceError: race: the warp ends without cp.async.bulk.wait_group, while shared memory")
+
+
+@pytest.mark.parametrize(("arch", "case"), over({"sm_100a": ["bits"]}))
+def test_bits(results, arch, case):
+    """O, LSE and the deterministic dQ, dK and dV: the same in every mode, and right."""
+    result = results(arch, case)
+    assert len(result["bits"]) == len(BITS_MODES) and len(result["bits"][0]) == 5
+    assert all(found == result["bits"][0] for found in result["bits"])
+    assert max(result["errors"]) < 0.04

@@ -4,7 +4,10 @@ Reads a JSON list of jobs from standard input and writes one JSON object a job t
 ``tests.testing.peers``.
 """
 
+import contextlib
+import hashlib
 import json
+import os
 import random
 import re
 import sys
@@ -46,13 +49,18 @@ class Attention:
         self.q, self.k, self.v = (torch.randn(batch, s, h, head_dim).to(getattr(torch, dtype)) for s, h in shapes)
         self.expected, self.expected_lse = reference(self.q, self.k, self.v, causal)
 
-    def run(self):
-        """(largest error of O, largest error of LSE); O starts as NaN."""
+    def outputs(self):
+        """(O, LSE); O starts as NaN."""
         import torch
         from flash_attn.cute.interface import _flash_attn_fwd
 
         out = torch.full_like(self.q, float("nan"))
         lse = _flash_attn_fwd(self.q, self.k, self.v, causal=self.causal, _arch=self.arch, return_lse=True, out=out)[1]
+        return out, lse
+
+    def run(self):
+        """(largest error of O, largest error of LSE)."""
+        out, lse = self.outputs()
         return (out.float() - self.expected).abs().max().item(), (lse - self.expected_lse).abs().max().item()
 
 
@@ -73,11 +81,40 @@ def backward(arch, modes, repaired=False, **problem):
         ours = _flash_attn_bwd(case.q, case.k, case.v, out, dout, lse, causal=case.causal)[:3]
         return _errors(ours, exact)
 
-    load_program = runtime.load_program
-    if repaired:
-        runtime.load_program = lambda text, name: load_program(_repaired(text), name)
-    try:
+    with _repairing() if repaired else contextlib.nullcontext():
         return {"errors": _outcomes(modes, run)}
+
+
+def bits(arch, modes, **problem):
+    """Digests of O, LSE, dQ, dK and dV of FlashAttention-4's forward and its deterministic backward, repaired, in each
+    mode (SMs, late, seed), and the last one's errors."""
+    import torch
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    case = Attention(arch, **problem)
+    out, lse, dout, exact = _gradients(case)
+    found = []
+    with _repairing():
+        for sms, late, seed in modes:
+            os.environ["FLASH_ATTENTION_NUM_SMS"] = str(sms)  # read at each call
+            simulation = ptxsim.current()
+            simulation.late, simulation.schedule_seed, simulation.race = late, seed, False
+            outputs = case.outputs()
+            given = (case.q, case.k, case.v, out, dout, lse)
+            gradients = _flash_attn_bwd(*given, causal=case.causal, deterministic=True)[:3]
+            raw = [x.contiguous().view(torch.uint8).numpy().tobytes() for x in (*outputs, *gradients)]
+            found.append([hashlib.sha256(x).hexdigest() for x in raw])
+    errors = _errors((*outputs, *gradients), (case.expected, case.expected_lse, *exact))
+    return {"bits": found, "errors": errors}
+
+
+@contextlib.contextmanager
+def _repairing():
+    """Kernels run as ``_repaired`` makes them."""
+    load_program = runtime.load_program
+    runtime.load_program = lambda text, name: load_program(_repaired(text), name)
+    try:
+        yield
     finally:
         runtime.load_program = load_program
 
@@ -179,7 +216,14 @@ def _in_mode(mode, function):
     return function()
 
 
-JOBS = {"attention": attention, "backward": backward, "training": training, "quack": quack, "faults": faults}
+JOBS = {
+    "attention": attention,
+    "backward": backward,
+    "bits": bits,
+    "training": training,
+    "quack": quack,
+    "faults": faults,
+}
 
 
 def main(arch):
