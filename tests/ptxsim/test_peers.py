@@ -43,6 +43,7 @@ CASES = {
 }
 NAMES = ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "causal", "dtype")
 QUACK_CASES = {arch: [case for case in cases if case in QUACK] for arch, cases in CASES.items()}
+BITS = (1, 200, 300, 2, 1, 64, True, "bfloat16")
 # SMs, late, schedule seed
 BITS_MODES = [(4, False, None), (1, False, 1), (2, True, None), (132, False, 2), (3, True, 1)]
 FINDINGS = {
@@ -56,7 +57,7 @@ def job(arch, case):
         kernel, shape, _ = QUACK[case]
         return {"job": "quack", "kernel": kernel, "modes": MODES, "dtype": "bfloat16", **shape}
     if case == "bits":
-        return {"job": "bits", "modes": BITS_MODES, **dict(zip(NAMES, (1, 200, 300, 2, 1, 64, True, "bfloat16"), strict=True))}
+        return {"job": "bits", "modes": BITS_MODES, **dict(zip(NAMES, BITS, strict=True))}
     if case in FINDINGS:
         return {**FINDINGS[case], "modes": MODES}
     problem = dict(zip(NAMES, (ATTENTION | BACKWARD | TRAINING)[case], strict=True))
