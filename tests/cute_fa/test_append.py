@@ -186,9 +186,15 @@ def test_operator():
     tensors = take_last(given, [3, 3])
     options = {"q": given.q, "page_table": given.page_table, **rotary.arguments()}
     call = append.AppendCall(
-        *(tensors.k_cache, tensors.v_cache, tensors.k, tensors.v, given.q, tensors.cache_seqlens, given.page_table),
-        *[None] * 5,
-        *(rotary.cos, rotary.sin, None, None, None, False, True),
+        tensors.k_cache,
+        tensors.v_cache,
+        tensors.k,
+        tensors.v,
+        tensors.cache_seqlens,
+        q=given.q,
+        page_table=given.page_table,
+        rotary_cos=rotary.cos,
+        rotary_sin=rotary.sin,
     )
     with cute_fa.simulate("sm_80"):
         library.opcheck(torch.ops.cute_fa.append_kv.default, tuple(call))

@@ -260,7 +260,7 @@ BAD = {
     "k's heads apart": (FLATTENED, ShapeError, r"k \(1, 35, 4, 32\)", lambda s: split_heads(s, "k", 4)),
     "no tokens": (FLATTENED, CuteFaError, "decrease", lambda s: {n: s.tensors[n][:0] for n in "qkv"}),
     "dtype of the cache": (FLATTENED, DTypeError, "k is", lambda s: {"k": s.tensors["k"].half()}),
-    "dtype of q": (PAGED, DTypeError, "k is", lambda s: {"q": s.tensors["q"].half()}),
+    "dtype of q": (PAGED, DTypeError, "k_cache is bfloat16: q is float16", lambda s: {"q": s.tensors["q"].half()}),
     "dtype of lengths": (FLATTENED, DTypeError, "seq_len", lambda s: {"seq_len": s.tensors["seq_len"].long()}),
     "lengths": (PAGED, ShapeError, "seq_start", lambda s: {"seq_start": s.tensors["seq_start"][:3]}),
     "freqs_cis": (FUSION, ShapeError, r"rotary_dim / 2, 2", lambda s: {"freqs_cis": torch.ones(32, 32, 3)}),
@@ -293,7 +293,7 @@ def test_bad_input_writes_nothing(bad):
 def test_a_cache_for_fewer_sequences():
     step = make_step(((0, 1),) * 5, flattened=False)
     few = {name: getattr(step.append, name)[:4] for name in ("k_cache", "v_cache")}
-    with cute_fa.simulate("sm_80"), pytest.raises(ShapeError, match="a place for each of 5 sequences"):
+    with cute_fa.simulate("sm_80"), pytest.raises(ShapeError, match="a place for each of the 5 sequences of q"):
         step.call("fused_mha_with_cache", **few)
 
 
