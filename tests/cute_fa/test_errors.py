@@ -77,7 +77,7 @@ DENSE = [
     ({"k": zeros(2, 40, 0, 64), "v": zeros(2, 40, 0, 64)}, ShapeError, "num_heads_kv=0"),
     ({"v": zeros(2, 40, 2, 0)}, ShapeError, "head_dim_v=0"),
     ({"q": zeros(2, 24, 4, 0), "k": zeros(2, 40, 2, 0)}, ShapeError, "head_dim=0"),
-    ({"q": zeros(0, 24, 4, 64)}, ShapeError, r"k \(2, 40, 2, 64\): its first size is the batch, 0"),
+    ({"q": zeros(0, 24, 4, 64)}, ShapeError, r"k \(2, 40, 2, 64\): its first size is the batch, the 0 sequences of q"),
     ({"alibi_slopes": torch.ones(2)}, ShapeError, r"alibi_slopes \(2,\): \(4,\) or \(2, 4\)"),
     ({"alibi_slopes": torch.ones(4, 2)}, ShapeError, "alibi_slopes"),
     ({"learnable_sink": torch.ones(2, 4)}, ShapeError, r"learnable_sink \(2, 4\): \(4,\)"),

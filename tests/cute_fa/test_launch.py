@@ -120,10 +120,10 @@ def test_another_call_like_one_before_does_without_the_dispatcher(launched, monk
 
 # Values that are equal to good ones, and of a kind that is refused.
 LIKE_GOOD_ONES = [
-    ({"causal": True}, {"causal": 1}),
-    ({"causal": False}, {"causal": 0}),
+    ({"causal": True}, {"causal": 1.0}),
+    ({"causal": False}, {"causal": 0.0}),
     ({"deterministic": False}, {"deterministic": 0.0}),
-    ({"pack_gqa": False}, {"pack_gqa": 0}),
+    ({"pack_gqa": False}, {"pack_gqa": 0.0}),
     ({"sink_tokens": 1}, {"sink_tokens": True}),
     ({"sink_tokens": 1}, {"sink_tokens": 1.0}),
     ({"num_splits": 1}, {"num_splits": True}),
@@ -133,8 +133,8 @@ LIKE_GOOD_ONES = [
     ({"window_size": (1, 0)}, {"window_size": (1.0, 0)}),
     ({"window_size": (1, 0)}, {"window_size": {1: 1, 0: 0}}),
     ({"window_size": [1, 0]}, {"window_size": [1, False]}),
-    ({"return_lse": True}, {"return_lse": 1}),
-    ({"return_attn_probs": False}, {"return_attn_probs": 0}),
+    ({"return_lse": True}, {"return_lse": 1.0}),
+    ({"return_attn_probs": False}, {"return_attn_probs": 0.0}),
     ({}, {"v": None}),
     ({}, {"v": [[[[1.0]]]]}),
     ({}, {"v": torch.zeros(1, 8, 2, 16).to_sparse()}),
