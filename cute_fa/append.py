@@ -385,11 +385,12 @@ def _check_values(call: AppendCall) -> None:
     if call.q is not None:
         queries = _lengths(names, call.q, call.cu_seqlens_q, call.seqused_q, "q", call.max_seqlen_q)
     capacity = call.k_cache.shape[1] * (1 if call.page_table is None else call.page_table.shape[1])
+    holder = "the sequence" if call.page_table is None else f"a row of {names['page_table']}"
     totals = []
     for b, (before, length) in enumerate(zip(call.cache_seqlens.tolist(), new, strict=True)):
         if before < 0 or before + length > capacity:
             raise LengthError(
-                f"{names['cache_seqlens']}[{b}]={before} and {length} new tokens: the sequence has room for {capacity}"
+                f"{names['cache_seqlens']}[{b}]={before} and {length} new tokens: {holder} has room for {capacity}"
             )
         totals.append(before + length)
     check_cache_places(names, call.k_cache, totals, call.page_table, call.cache_batch_idx)

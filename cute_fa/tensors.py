@@ -261,7 +261,8 @@ def check_values(
     else:
         held_k = [k.shape[1] * (1 if page_table is None else page_table.shape[1])] * len(held_q)
     used_q = used_within(names["seqused_q"], seqused_q, held_q)
-    used_k = used_within(names["seqused_k"], seqused_k, held_k)
+    holder = "the tensor" if page_table is None else f"a row of {names['page_table']}"
+    used_k = used_within(names["seqused_k"], seqused_k, held_k, holder)
     if cache_leftpad is not None:
         used_within(names["cache_leftpad"], cache_leftpad, used_k)
     for name, used, longest in (
@@ -350,13 +351,13 @@ def held_lengths(name: str, cu_seqlens: torch.Tensor, packed: torch.Tensor) -> l
     return lengths
 
 
-def used_within(name: str, seqused: torch.Tensor | None, held: list[int]) -> list[int]:
+def used_within(name: str, seqused: torch.Tensor | None, held: list[int], holder: str = "the tensor") -> list[int]:
     if seqused is None:
         return held
     used = seqused.tolist()
     for b, (length, most) in enumerate(zip(used, held, strict=True)):
         if not 0 <= length <= most:
-            raise LengthError(f"{name}[{b}]={length}: between 0 and the {most} tokens that the tensor holds")
+            raise LengthError(f"{name}[{b}]={length}: between 0 and the {most} tokens that {holder} holds")
     return used
 
 

@@ -143,9 +143,10 @@ def test_callers_of_extensions_catch_runtime_errors():
     """What FlashAttention 2 and 3 check in their extensions is a RuntimeError there."""
     given = make_inputs(SPEC)
     lengths = torch.tensor([113, 5], dtype=torch.int32)
-    options = {"cache_seqlens": lengths, "page_table": given.page_table}
+    options = {"cache_seqlens": lengths, "block_table": given.page_table}
+    message = r"cache_seqlens\[0\]=113: between 0 and the 112 tokens that a row of block_table holds"
     with cute_fa.simulate("sm_80"):
         for kind in (RuntimeError, ValueError):
-            with pytest.raises(kind, match="113") as caught:
+            with pytest.raises(kind, match=message) as caught:
                 flash_attn_with_kvcache(given.q, given.k, given.v, **options)
             assert type(caught.value) is LengthError
