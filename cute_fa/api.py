@@ -63,7 +63,7 @@ def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
+    *by_position: Any,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
@@ -111,6 +111,8 @@ def flash_attn_func(
     natural logarithm, −inf where nothing is visible. Raises a subclass of ``cute_fa.errors.CuteFaError`` for whatever
     breaks a rule, before anything runs.
     """
+    if by_position:
+        raise too_many("flash_attn_func", "q, k and v", by_position)
     if peers:
         check_peers(peers)
     small = ops.NO_TENSORS
@@ -142,7 +144,7 @@ def flash_attn_varlen_func(
     cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
-    *,
+    *by_position: Any,
     seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
@@ -182,6 +184,8 @@ def flash_attn_varlen_func(
     :func:`flash_attn_func`. Rows of q after the last sequence are not written. What lies outside the lengths may hold
     anything, NaN included. Values in device tensors are checked with ``CUTE_FA_CHECK=1`` and when simulating.
     """
+    if by_position:
+        raise too_many("flash_attn_varlen_func", "what stands before seqused_q", by_position)
     check_peers(peers)
     if page_table is not None and block_table is not None:
         raise ArgumentError("page_table and block_table: two names of one argument, give one")
@@ -331,6 +335,16 @@ def _attention(
             raise ArgumentError("out= with a tensor that requires a gradient: a result written in place has none")
         lse = ops.attention_out(*tensors, *options, out)
     return (out, lse) if return_lse or return_attn_probs or return_softmax_lse else out
+
+
+def too_many(function: str, first: str, by_position: tuple) -> ArgumentError:
+    """For an argument that peers have in different places: FlashAttention 2's fourth is dropout_p, FlashAttention 3's
+    softmax_scale, FlashAttention 4's qv."""
+    shown = type(by_position[0]).__name__ if isinstance(by_position[0], torch.Tensor) else repr(by_position[0])
+    return ArgumentError(
+        f"{function}: {shown} by position: only {first} are taken so, name the others; "
+        "cute_fa.compat.fa2, fa3 and fa4 have each peer's order"
+    )
 
 
 def check_peers(peers: dict[str, Any]) -> None:

@@ -67,11 +67,10 @@ def problem_of_backward(
     call: ops.Call,
     slopes_gradient: bool,
 ) -> AttentionProblem:
-    """The validated problem of a call's backward. What the call chose of how the forward is computed is not its own."""
-    call = call._replace(num_splits=1, pack_gqa=None, persistent=PersistentMode.AUTO.value)
+    """The validated problem of a call's backward."""
     problem = ops.problem_of_call(
         arch,
-        call,
+        _forward_choices_left_out(call),
         out,
         direction=Direction.BACKWARD,
         deterministic=call.deterministic,
@@ -218,8 +217,23 @@ def _autograd(keys: torch._C.DispatchKeySet, *arguments):
     """What ``library.register_autograd`` makes of the formula, but for a step that takes 0.5 ms of every call with a
     gradient: it fills in defaults, which this operator has none of, in time quadratic in the number of arguments."""
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        _check_family(ops.Call._make(arguments))
         return _Attention.apply(*arguments, keys)
     return _below_autograd(keys, *arguments)
+
+
+def _check_family(call: ops.Call) -> None:
+    """Raise UnsupportedKeyError where gradients will be asked of a family that has no backward for them."""
+    if call.family is None or not ops.has_values(call.q):
+        return
+    problem = _forward_choices_left_out(call)
+    options = {"direction": Direction.BACKWARD, "deterministic": call.deterministic}
+    TABLE.lookup(ops.problem_of_call(target_of(call.q.device).arch, problem, **options), call.family)
+
+
+def _forward_choices_left_out(call: ops.Call) -> ops.Call:
+    """The call without what it chose of how the forward is computed, which is not the backward's own."""
+    return call._replace(num_splits=1, pack_gqa=None, persistent=PersistentMode.AUTO.value)
 
 
 def _below_autograd(keys: torch._C.DispatchKeySet, *arguments):

@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import ptxsim
-from cute_fa import cache, support
+from cute_fa import __version__, cache, support
 from cute_fa.compiler import compile_artifacts
 from cute_fa.dispatch import TABLE
 from cute_fa.errors import ArgumentError, CuteFaError
@@ -71,12 +71,13 @@ class Options:
     lse_gradient: bool
     pack_gqa: bool | None
     persistent: str
-    seed: int
-    schedule_seed: int | None
-    late: bool
-    race: bool
-    num_sms: int | None
-    inputs: str
+    # of a run alone
+    seed: int = 0
+    schedule_seed: int | None = None
+    late: bool = False
+    race: bool = False
+    num_sms: int | None = None
+    inputs: str = "random"
 
     @property
     def spec(self) -> InputSpec:
@@ -162,6 +163,8 @@ _PROBLEM_OPTIONS = [
         show_default=True,
         help="Whether a CTA computes one tile after the other.",
     ),
+]
+_RUN_OPTIONS = [
     click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the inputs."),
     click.option("--schedule-seed", type=int, help="Simulate, with warps in a seeded adversarial order."),
     click.option("--late", is_flag=True, help="Simulate, with asynchronous work done as late as is legal."),
@@ -171,19 +174,25 @@ _PROBLEM_OPTIONS = [
 ]
 
 
-def _problem_options(command):
-    for option in reversed(_PROBLEM_OPTIONS):
-        command = option(command)
-    return command
+def _options(*groups: list):
+    """Options of a command, in their order."""
+
+    def add(command):
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return add
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="cute_fa")
 def main() -> None:
     """Attention kernels in NVIDIA's CuTe DSL: run them, compile them, list them."""
 
 
 @main.command()
-@_problem_options
+@_options(_PROBLEM_OPTIONS, _RUN_OPTIONS)
 @click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write inputs and results (torch.save).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
@@ -238,7 +247,7 @@ def _run_all(as_json: bool) -> None:
 
 
 @main.command("compile")
-@_problem_options
+@_options(_PROBLEM_OPTIONS)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
 @click.option(
     "--keys",
@@ -293,7 +302,7 @@ def _compiled_problem(options: Options) -> AttentionProblem:
 
 
 @click.command(add_help_option=False)
-@_problem_options
+@_options(_PROBLEM_OPTIONS)
 def _one_problem(**given) -> Options:
     """A line of ``--keys``."""
     return Options(**given)

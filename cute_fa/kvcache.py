@@ -28,7 +28,7 @@ def flash_attn_with_kvcache(
     v_cache: torch.Tensor,
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
-    *,
+    *by_position: Any,
     rotary_cos: torch.Tensor | None = None,
     rotary_sin: torch.Tensor | None = None,
     cache_seqlens: int | torch.Tensor | None = None,
@@ -89,6 +89,8 @@ def flash_attn_with_kvcache(
     or (out, lse), as :func:`cute_fa.flash_attn_varlen_func` does. Has no gradient: raises NoBackwardError if one is
     asked for. Raises a subclass of ``cute_fa.errors.CuteFaError`` before anything is written.
     """
+    if by_position:
+        raise api.too_many("flash_attn_with_kvcache", "q, the caches, k and v", by_position)
     api.check_peers(peers)
     returns = {"return_lse": return_lse, "return_attn_probs": return_attn_probs}
     returns["return_softmax_lse"] = return_softmax_lse

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from cute_fa import __version__
 from cute_fa.errors import ArgumentError, CuteFaError, DeviceError
 from cute_fa.types import Direction, DType, SmArch
 from perf.device import CudaDevice
@@ -64,6 +65,7 @@ _HEADS = _Pair("heads", "heads_kv")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="perf")
 def main() -> None:
     """Performance figures of the kernels."""
 

@@ -35,11 +35,11 @@ _TEXT = "provider version status reason direction dtype phase lengths bound gpu 
 _INTEGERS = [name for name in PROBLEM if name not in (*_TEXT, "causal")] + ["samples", "flops", "bytes"]
 
 
-_FOLDER = Path(__file__).with_name("results")
+_FOLDER = Path("perf", "results")
 
 
 def result_path(gpu: str, name: str) -> Path:
-    """``perf/results/<gpu>/<date>-<name>``."""
+    """``perf/results/<gpu>/<date>-<name>`` in the working folder, which in a checkout is where tables are committed."""
     return _FOLDER / re.sub(r"\W+", "-", gpu).strip("-").lower() / f"{date.today():%Y-%m-%d}-{name}"
 
 

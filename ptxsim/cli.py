@@ -47,7 +47,8 @@ def _modes(seeds: int, late: bool) -> list[Mode]:
     return [Mode(seed, is_late) for is_late in ((False, True) if late else (False,)) for seed in (None, *range(seeds))]
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cute-fa", prog_name="ptxsim")
 def main() -> None:
     """Run CuTe DSL kernels on the CPU, instruction by instruction."""
 
@@ -62,7 +63,8 @@ def _of_script(command):
                      help="Target of ptxas: sm_80, sm_90a, sm_100a …"),
         click.argument("arguments", nargs=-1, type=click.UNPROCESSED),
         click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
-        main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True}),
+        main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True,
+                                       "help_option_names": ["-h", "--help"]}),
     ):  # fmt: skip
         command = add(command)
     return command

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import cute_fa
 from cute_fa import cli, reference, simulate, support
 from cute_fa.api import prepare
 from cute_fa.autograd import problem_of_backward
@@ -20,6 +21,8 @@ from cute_fa.ops import problem_of_call
 from cute_fa.tour import GPT_OSS, Stop
 from cute_fa.trial import Machine, choose_machine, problem_of_spec
 from cute_fa.types import Direction, DType, PersistentMode, SmArch
+from perf.__main__ import main as perf_main
+from ptxsim.cli import main as ptxsim_main
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--seqlen-q", "70", "--heads", "2", "--head-dim", "32", "--arch", "sm_80"]
@@ -301,6 +304,19 @@ def test_compile_writes_ptx_and_cubin(tmp_path):
         assert f"_sw{window}" in again.output
         assert re.search(r"config +warpgroups=\d.* window_left=True, window_right=True\n", again.output)
     assert len(list(tmp_path.glob("*.ptx"))) == 2
+
+
+@pytest.mark.parametrize("option", ["--race", "--late", "--num-sms", "--schedule-seed", "--seed", "--inputs"])
+def test_what_only_a_run_has_is_no_option_of_a_compile(tmp_path, option):
+    done = invoke("compile", "--out", str(tmp_path), option, "4")
+    assert (done.exit_code, "No such option" in done.output and option in done.output) == (2, True)
+
+
+@pytest.mark.parametrize(("command", "name"), [(cli.main, "cute_fa"), (perf_main, "perf"), (ptxsim_main, "ptxsim")])
+def test_versions_and_help(command, name):
+    assert CliRunner().invoke(command, ["--version"]).stdout == f"{name}, version {cute_fa.__version__}\n"
+    short, long = (CliRunner().invoke(command, [option]).stdout for option in ("-h", "--help"))
+    assert short == long and "Commands:" in short
 
 
 def test_table_gives_a_kernel_or_a_reason():

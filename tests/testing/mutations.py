@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -255,11 +256,13 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     chosen = parser.parse_args()
     KEPT.mkdir(parents=True, exist_ok=True)
-    for victim in VICTIMS:
-        if not chosen.names or any(name in str(victim) for name in chosen.names):
-            print(victim, flush=True)
-            if not victim.run(["--jobs", chosen.jobs, *["--again"] * chosen.again]):
-                sys.exit(f"{victim}: nothing is known of this kernel")
+    wanted = [v for v in VICTIMS if not chosen.names or any(name in str(v) for name in chosen.names)]
+    begun = time.monotonic()
+    for number, victim in enumerate(wanted, 1):
+        minutes = (time.monotonic() - begun) / 60
+        print(f"kernel {number} of {len(wanted)}, after {minutes:.0f} minutes: {victim}", flush=True)
+        if not victim.run(["--jobs", chosen.jobs, *["--again"] * chosen.again]):
+            sys.exit(f"{victim}: nothing is known of this kernel")
     PAGE.write_text(page({victim: read(victim.file) for victim in VICTIMS if victim.done.exists()}))
 
 
