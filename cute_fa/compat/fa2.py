@@ -1,5 +1,5 @@
-"""``flash_attn_func``, ``flash_attn_varlen_func`` and ``flash_attn_with_kvcache`` of ``flash_attn`` 2
-(flash_attn_interface.py), and ``apply_rotary_emb`` (layers/rotary.py).
+"""The functions of ``flash_attn`` 2 (flash_attn_interface.py), ``apply_rotary_emb`` (layers/rotary.py), and the helpers
+of bert_padding.py.
 
 As there, a head_dim that is no multiple of 8 is padded with zeros, and q, k and v whose last dimension is strided are
 copied. ``flash_attn_with_kvcache`` pads whole caches, and copies them back where it appends.
@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
-from cute_fa import api, kvcache
+from cute_fa import api, kvcache, ops
+from cute_fa.argument_names import spelled
+from cute_fa.compat.bert_padding import index_first_axis as index_first_axis
+from cute_fa.compat.bert_padding import pad_input as pad_input
+from cute_fa.compat.bert_padding import unpad_input as unpad_input
 from cute_fa.compat.order import INFINITE, REQUIRED, in_order
+from cute_fa.errors import ShapeError
 from cute_fa.problem import default_scale
 from cute_fa.rotary import apply_rotary_emb as apply_rotary_emb
 
@@ -37,6 +42,10 @@ _LENGTHS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_s
 _CACHE = {"q": REQUIRED, "k_cache": REQUIRED, "v_cache": REQUIRED} | dict.fromkeys(
     ("k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table")
 )
+# What callers of the packed functions call arguments of the operator.
+_LENGTH_NAMES = {f"{kind}_{side}": kind for kind in ("cu_seqlens", "max_seqlen") for side in "qk"}
+_QKV_NAMES = spelled(q="qkv", k="qkv", v="qkv", **_LENGTH_NAMES)
+_KV_NAMES = spelled(k="kv", v="kv")
 _RETURNS = "Returns out, or with ``return_attn_probs`` (out, lse, S_dmask), S_dmask empty as in FA2 without dropout."
 
 
@@ -46,6 +55,40 @@ def _dense(given: dict[str, Any]) -> Any:
 
 def _varlen(given: dict[str, Any]) -> Any:
     return _with_dmask(_padded(api.flash_attn_varlen_func, given, "v"), given)
+
+
+def _qkvpacked(given: dict[str, Any]) -> Any:
+    q, k, v = _unpacked("qkv", given)
+    if "cu_seqlens" in given:
+        offsets, longest = given.pop("cu_seqlens"), given.pop("max_seqlen")
+        given |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+        given |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+    return _of_parts(given | {"q": q, "k": k, "v": v}, _QKV_NAMES)
+
+
+def _kvpacked(given: dict[str, Any]) -> Any:
+    k, v = _unpacked("kv", given)
+    return _of_parts(given | {"k": k, "v": v}, _KV_NAMES)
+
+
+def _unpacked(name: str, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """q, k and v, or k and v, of one tensor (…, 3 or 2, heads, head_dim), which is taken out of ``given``."""
+    tensor, parts = given.pop(name), len(name)
+    api.check_tensor(name, tensor)
+    if tensor.dim() < 4 or tensor.shape[-3] != parts:
+        raise ShapeError(f"{name} {tuple(tensor.shape)}: (…, {parts}, heads, head_dim) is needed")
+    return tensor.unbind(-3)
+
+
+def _of_parts(given: dict[str, Any], names: str) -> Any:
+    """Attention of tensors that the caller calls by ``names``."""
+
+    def attention(*, dropout_p: Any = 0.0, return_attn_probs: Any = False, **options: Any) -> Any:
+        api.check_peers({"dropout_p": dropout_p})
+        result = ops.attention(*api.prepare(**options, names=names))
+        return result if api.flag("return_attn_probs", return_attn_probs) else result[0]
+
+    return _with_dmask(_padded(attention, given, "v"), given)
 
 
 def _with_dmask(result: Any, given: dict[str, Any]) -> Any:
@@ -93,6 +136,30 @@ flash_attn_varlen_func = in_order(
     _QKV | _LENGTHS | _OPTIONS | {"block_table": None},
     _varlen,
     f"See :func:`cute_fa.flash_attn_varlen_func`. {_RETURNS}",
+)
+flash_attn_qkvpacked_func = in_order(
+    "flash_attn_qkvpacked_func",
+    {"qkv": REQUIRED} | _OPTIONS,
+    _qkvpacked,
+    f"``flash_attn_func`` of qkv (batch, seqlen, 3, heads, head_dim). {_RETURNS}",
+)
+flash_attn_kvpacked_func = in_order(
+    "flash_attn_kvpacked_func",
+    {"q": REQUIRED, "kv": REQUIRED} | _OPTIONS,
+    _kvpacked,
+    f"``flash_attn_func`` of q and kv (batch, seqlen_k, 2, heads_kv, head_dim). {_RETURNS}",
+)
+flash_attn_varlen_qkvpacked_func = in_order(
+    "flash_attn_varlen_qkvpacked_func",
+    dict.fromkeys(("qkv", "cu_seqlens", "max_seqlen"), REQUIRED) | _OPTIONS,
+    _qkvpacked,
+    f"``flash_attn_varlen_func`` of qkv (total, 3, heads, head_dim). {_RETURNS}",
+)
+flash_attn_varlen_kvpacked_func = in_order(
+    "flash_attn_varlen_kvpacked_func",
+    {"q": REQUIRED, "kv": REQUIRED} | _LENGTHS | _OPTIONS,
+    _kvpacked,
+    f"``flash_attn_varlen_func`` of q and kv (total_k, 2, heads_kv, head_dim). {_RETURNS}",
 )
 flash_attn_with_kvcache = in_order(
     "flash_attn_with_kvcache",

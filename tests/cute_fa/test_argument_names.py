@@ -27,7 +27,10 @@ FINE_IN = {
     "varlen, paged": {("cu_seqlens_k", "strided")} | SHIFTED,
     "varlen, block_table": {("cu_seqlens_k", "strided")} | SHIFTED,
     "merge_states": {(name, kind) for name in ("outs", "lses") for kind in ("strided", "float64")},
-    "fa2": {(name, "strided") for name in "qkv"},
+    "fa2": {(name, "strided") for name in ("q", "k", "v", "qkv", "kv")},
+    "qkvpacked": {("qkv", "longer")},  # a sequence, or a row behind the last, more
+    "fa2 qkvpacked": {("qkv", "device")},  # no other tensor is elsewhere
+    "varlen kvpacked": {("kv", "longer")},
     "fa4": {("window_size", "negative")},  # literal there
     "fused_mha_with_cache": {("k_cache", "longer"), ("v_cache", "longer")},
     "fused_mha_with_paged": {("page_table", "longer"), ("page_table", "strided"), ("cache_loc", "strided")},

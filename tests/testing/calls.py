@@ -82,6 +82,18 @@ def calls() -> dict[str, Call]:
         "append_kv, contiguous": Call(cute_fa.append_kv, {**append, **contiguous}),
         "merge_states": Call(cute_fa.merge_states, states, ("outs", "lses")),
         "fa2 dense": Call(fa2.flash_attn_func, {**dense, "alibi_slopes": small["alibi_slopes"]}, ("q", "k", "v")),
+        "fa2 qkvpacked": Call(fa2.flash_attn_qkvpacked_func, {"qkv": rows(2, 24, 3, 4, 64)}, ("qkv",)),
+        "fa2 kvpacked": Call(fa2.flash_attn_kvpacked_func, {"q": dense["q"], "kv": rows(2, 40, 2, 2, 64)}, ("q", "kv")),
+        "fa2 varlen qkvpacked": Call(
+            fa2.flash_attn_varlen_qkvpacked_func,
+            {"qkv": rows(50, 3, 4, 64), "cu_seqlens": ints(0, 20, 50), "max_seqlen": 30},
+            ("qkv",),
+        ),
+        "fa2 varlen kvpacked": Call(
+            fa2.flash_attn_varlen_kvpacked_func,
+            {name: value for name, value in packed.items() if name not in ("k", "v")} | {"kv": rows(80, 2, 2, 64)},
+            ("q", "kv"),
+        ),
         "fa2 varlen": Call(fa2.flash_attn_varlen_func, packed, ("q", "k", "v")),
         "fa2 varlen, paged": Call(
             fa2.flash_attn_varlen_func,
