@@ -1,6 +1,7 @@
 """Windows whose bounds are meant as they are, negative ones too: FlashAttention 4's, in every kernel and direction."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -118,7 +119,7 @@ def test_bad_windows_name_the_argument(window):
 BOUNDED = [
     (LiteralWindow(-1, 3), 0),
     (LiteralWindow(3, -1), 5),
-    (LiteralWindow(-1, 0), 90),
+    (LiteralWindow(-1, 0), 190),
     (LiteralWindow(-20, 10), 90),
     (LiteralWindow(-30, 100), 90),
     (LiteralWindow(100, -30), 200),
@@ -128,17 +129,19 @@ BOUNDED = [
 windows = pytest.mark.parametrize(("window", "sink_tokens"), [(w, s) for w, s in BOUNDED if s], ids=str)
 
 
-def bounded(window, sink_tokens, **changes) -> list[InputSpec]:
-    """More keys than queries, and fewer."""
+def bounded(window, sink_tokens, **changes) -> list[tuple[InputSpec, str]]:
+    """More keys than queries, and fewer. Random ones too: beside the peaks of the others, keys beyond the end, which
+    arrive as zeros, would not be seen."""
     spec = dataclasses.replace(SPEC, window=window, sink_tokens=sink_tokens, **changes)
-    return [spec, dataclasses.replace(spec, seqlen_q=200, seqlen_k=77)]
+    specs = spec, dataclasses.replace(spec, seqlen_q=200, seqlen_k=77)
+    return list(itertools.product(specs, ("peaked", "random")))
 
 
 @windows
 @pytest.mark.parametrize(("arch", "choices"), [("sm_80", {"family": "fa2"}), ("sm_90a", {"family": "fa3"})], ids=str)
 def test_forward(arch, choices, window, sink_tokens):
-    for spec in bounded(window, sink_tokens):
-        inputs = make_inputs(spec, "peaked")
+    for spec, kind in bounded(window, sink_tokens):
+        inputs = make_inputs(spec, kind)
         out, lse, _ = call(inputs, arch, **choices)
         result = reference.expected(inputs.q, inputs.k, inputs.v, **inputs.options()).check(out, lse)
         assert result.ok, result
@@ -146,8 +149,8 @@ def test_forward(arch, choices, window, sink_tokens):
 
 @windows
 def test_split(window, sink_tokens):
-    for spec in bounded(window, sink_tokens, page_size=16, heads=8):
-        inputs = make_inputs(spec, "peaked")
+    for spec, kind in bounded(window, sink_tokens, page_size=16, heads=8):
+        inputs = make_inputs(spec, kind)
         out, lse, _ = call(inputs, "sm_80", num_splits=3)
         result = reference.expected(inputs.q, inputs.k, inputs.v, **inputs.options()).check(out, lse)
         assert result.ok, result
@@ -156,8 +159,8 @@ def test_split(window, sink_tokens):
 @windows
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_backward(deterministic, window, sink_tokens):
-    for spec in bounded(window, sink_tokens):
-        assert_right(spec, "peaked", deterministic=deterministic)
+    for spec, kind in bounded(window, sink_tokens):
+        assert_right(spec, kind, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("window", [(-1, 0), (30, -2000), (-2000, None), (None, -2000)], ids=str)
