@@ -1,5 +1,5 @@
 """``python -m cute_fa``."""
 
-from cute_fa.cli import main
+from cute_fa.tools.cli import main
 
 main()

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from cute_fa import reference
+from cute_fa.semantics import reference
 
 SEQLEN_Q, SEQLEN_K = 8, 12
 MASKS = {

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import track
 
 from cute_fa import __version__
-from cute_fa.errors import ArgumentError, CuteFaError, DeviceError
-from cute_fa.types import Direction, DType, SmArch
+from cute_fa.semantics.errors import ArgumentError, CuteFaError, DeviceError
+from cute_fa.semantics.types import Direction, DType, SmArch
 from perf.device import CudaDevice
 from perf.providers import PROVIDERS, CuteFa
 from perf.results import ResultFile, read_results, result_path, speed_table

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cute_fa.types import Direction, SmArch
+from cute_fa.semantics.types import Direction, SmArch
 from perf.sass import KernelReport
 from perf.static import StaticKey
 

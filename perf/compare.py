@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from cute_fa.errors import ArgumentError
+from cute_fa.semantics.errors import ArgumentError
 from perf.results import KEY
 from perf.workload import problem_name
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import pynvml
 import torch
 
-from cute_fa.errors import DeviceError
-from cute_fa.types import SmArch
+from cute_fa.semantics.errors import DeviceError
+from cute_fa.semantics.types import SmArch
 
 Call = Callable[[], object]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cute_fa.compiler import compile_artifacts
-from cute_fa.dispatch import TABLE
-from cute_fa.errors import UnsupportedKeyError
-from cute_fa.problem import AttentionProblem, default_scale
-from cute_fa.types import DType, PersistentMode, SmArch
+from cute_fa.engine.compiler import compile_artifacts
+from cute_fa.engine.table import TABLE
+from cute_fa.semantics.errors import UnsupportedKeyError
+from cute_fa.semantics.problem import AttentionProblem, default_scale
+from cute_fa.semantics.types import DType, PersistentMode, SmArch
 from perf.sass import KernelReport, add_per_score, report_cubin
 
 # What each feature sets in the problem. Where two set one field the later wins: paged keys are not packed, and causal

@@ -29,8 +29,8 @@ from torch import library
 
 import cute_fa
 import ptxsim
-from cute_fa import ops
-from cute_fa.types import SmArch
+from cute_fa.engine import operator as ops
+from cute_fa.semantics.types import SmArch
 from perf.static import StaticKey, fa4_installed
 
 # Many short runs: other processes interrupt long ones every time.

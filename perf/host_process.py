@@ -22,9 +22,9 @@ def main(what: str, arch: str, head_dim: str, causal: str) -> None:
 
         step = partial(compile_kernels, "fwd", int(head_dim), causal == "1")
     else:
-        from cute_fa.compiler import compile_artifacts, compiled
-        from cute_fa.dispatch import TABLE
-        from cute_fa.types import SmArch
+        from cute_fa.engine.compiler import compile_artifacts, compiled
+        from cute_fa.engine.table import TABLE
+        from cute_fa.semantics.types import SmArch
         from perf.static import StaticKey
 
         problem = StaticKey(SmArch(arch), int(head_dim), causal == "1").problem()

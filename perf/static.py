@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from cute_fa.compiler import compile_artifacts
-from cute_fa.dispatch import TABLE
-from cute_fa.inputs import InputSpec
-from cute_fa.problem import AttentionProblem
-from cute_fa.trial import problem_of_spec
-from cute_fa.types import Direction, DType, SmArch
+from cute_fa.engine.compiler import compile_artifacts
+from cute_fa.engine.table import TABLE
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction, DType, SmArch
+from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.trial import problem_of_spec
 from perf.sass import KernelReport, add_per_score, report_cubin
 
 COLUMNS = (

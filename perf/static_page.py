@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from cute_fa.types import Direction, SmArch
+from cute_fa.semantics.types import Direction, SmArch
 from perf.tables import to_markdown
 
 _OURS = "cute-fa"

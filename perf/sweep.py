@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cute_fa import reference
-from cute_fa.errors import DeviceError
-from cute_fa.inputs import Inputs, make_inputs, output_gradients
-from cute_fa.reference import Error, Gradients
-from cute_fa.tensors import TORCH_DTYPES
-from cute_fa.types import Direction
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import DeviceError
+from cute_fa.semantics.reference import Error, Gradients
+from cute_fa.semantics.tensors import TORCH_DTYPES
+from cute_fa.semantics.types import Direction
+from cute_fa.tools.inputs import Inputs, make_inputs, output_gradients
 from perf.device import Device
 from perf.providers import Attention, Provider, Unavailable
 from perf.results import ResultFile

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cute_fa.errors import ArgumentError
-from cute_fa.inputs import InputSpec
-from cute_fa.types import Direction, DType
+from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.types import Direction, DType
+from cute_fa.tools.inputs import InputSpec
 
 LENGTHS = ("dense", "equal", "uniform", "skewed")
 _SHORTEST_SKEWED = 16

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from cute_fa.errors import ShapeError
-from cute_fa.tensors import check_dims
+from cute_fa.semantics.errors import ShapeError
+from cute_fa.semantics.tensors import check_dims
 
 
 def index_first_axis(input: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
-from cute_fa import api, kvcache, ops
-from cute_fa.argument_names import spelled
+from cute_fa.api import attention as api
+from cute_fa.api import kvcache
+from cute_fa.api.rotary import apply_rotary_emb as apply_rotary_emb
 from cute_fa.compat.bert_padding import index_first_axis as index_first_axis
 from cute_fa.compat.bert_padding import pad_input as pad_input
 from cute_fa.compat.bert_padding import unpad_input as unpad_input
 from cute_fa.compat.order import INFINITE, REQUIRED, in_order
-from cute_fa.errors import ShapeError
-from cute_fa.problem import default_scale
-from cute_fa.rotary import apply_rotary_emb as apply_rotary_emb
+from cute_fa.engine import operator as ops
+from cute_fa.semantics.argument_names import spelled
+from cute_fa.semantics.errors import ShapeError
+from cute_fa.semantics.problem import default_scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable

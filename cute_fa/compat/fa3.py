@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from cute_fa import api, kvcache
+from cute_fa.api import attention as api
+from cute_fa.api import kvcache
+from cute_fa.api.merge import merge_states
+from cute_fa.api.rotary import apply_rotary_emb as apply_rotary_emb
+from cute_fa.api.scheduler_metadata import scheduler_metadata_of
 from cute_fa.compat.order import INFINITE, REQUIRED, in_order
-from cute_fa.errors import ArgumentError, DTypeError, ShapeError
-from cute_fa.merge import merge_states
-from cute_fa.rotary import apply_rotary_emb as apply_rotary_emb
-from cute_fa.scheduler_metadata import scheduler_metadata_of
-from cute_fa.tensors import check_like
+from cute_fa.semantics.errors import ArgumentError, DTypeError, ShapeError
+from cute_fa.semantics.tensors import check_like
 
 _OPTIONS = {
     "softmax_scale": None,
@@ -131,6 +132,6 @@ get_scheduler_metadata = in_order(
     _scheduler_metadata,
     """What :func:`flash_attn_with_kvcache` and :func:`cute_fa.flash_attn_varlen_func` take as ``scheduler_metadata``:
     int32 (batch_size + 1) zeros on the device of ``cache_seqlens``, int32 (batch_size). Scheduling here needs no plan
-    that is made before (``cute_fa.scheduler_metadata`` says why): the other arguments describe the problem for kernels
-    that do, and change nothing.""",
+    that is made before (``cute_fa.api.scheduler_metadata`` says why): the other arguments describe the problem for
+    kernels that do, and change nothing.""",
 )

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cute_fa import api
+from cute_fa.api import attention as api
+from cute_fa.api.scheduler_metadata import scheduler_metadata_of
 from cute_fa.compat import fa3
 from cute_fa.compat.order import REQUIRED, in_order
-from cute_fa.errors import ArgumentError, UnsupportedArgumentError
-from cute_fa.problem import LiteralWindow
-from cute_fa.scheduler_metadata import scheduler_metadata_of
+from cute_fa.semantics.errors import ArgumentError, UnsupportedArgumentError
+from cute_fa.semantics.problem import LiteralWindow
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from cute_fa.append_by_position import append_rows
-from cute_fa.errors import ArgumentError, ShapeError
-from cute_fa.merge import merge_states as _merge_states
-from cute_fa.tensors import check_like, check_vector
+from cute_fa.api.append_by_position import append_rows
+from cute_fa.api.merge import merge_states as _merge_states
+from cute_fa.semantics.errors import ArgumentError, ShapeError
+from cute_fa.semantics.tensors import check_like, check_vector
 
 _LAYOUTS = ("NHD", "HND")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from cute_fa.errors import ArgumentError
+from cute_fa.semantics.errors import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -2,6 +2,6 @@
 
 import cutlass
 
-from cute_fa.types import DType
+from cute_fa.semantics.types import DType
 
 CUTE_DTYPE = {DType.FP16: cutlass.Float16, DType.BF16: cutlass.BFloat16}

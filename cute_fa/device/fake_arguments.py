@@ -7,7 +7,7 @@ from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.seqlen import LengthTensors
-from cute_fa.kernel import FeatureConfig
+from cute_fa.engine.contract import FeatureConfig
 
 
 def fake_tensor(element, *shape, aligned: int = 1) -> cute.Tensor:
@@ -35,7 +35,7 @@ def optional(wanted: bool, make):
 
 
 def common_fakes(config: FeatureConfig) -> CommonArguments:
-    """What ``cute_fa.kernel.common_arguments`` gives at run time."""
+    """What ``cute_fa.engine.contract.common_arguments`` gives at run time."""
     c, dtype = config, CUTE_DTYPE[config.dtype]
     lengths = (c.cu_seqlens_q, c.cu_seqlens_k, c.seqused_q, c.seqused_k, c.cache_leftpad)
     bounds = (c.window_left, c.window_right, c.sink_tokens)

@@ -38,7 +38,8 @@ class TileGrid(NamedTuple):
     """Run-time numbers of tiles: a kernel argument. m_blocks · heads · batches ≤ 2^31 − 1.
 
     ``m_blocks``: query tiles of the longest sequence; ``heads``: heads that own tiles (those of K and V where query
-    heads are packed); ``head_group``: heads whose K and V stay in L2 together, ≥ 1, see ``cute_fa.tiling.head_group``.
+    heads are packed); ``head_group``: heads whose K and V stay in L2 together, ≥ 1, see
+    ``cute_fa.device.tiling.head_group``.
     """
 
     m_blocks: Int32
@@ -126,7 +127,7 @@ class VarlenScheduler:
     ``cu_seqlens_q`` (batches + 1) int32 is read 32 sequences at a time, one a lane, from the current sequence on: a
     CTA's whole walk reads it about once. The 32 lanes of a warp call ``first`` and ``next`` together. ``m_blocks`` of
     the grid has no meaning; ``tile_tokens``: tokens of a tile; ``persistent``: any number of CTAs in x, else at least
-    as many as tiles (``cute_fa.tiling.packed_tiles``), those beyond have none.
+    as many as tiles (``cute_fa.device.tiling.packed_tiles``), those beyond have none.
     """
 
     def __init__(

@@ -24,12 +24,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and
 from transformers.masking_utils import causal_mask_function
 from transformers.utils import is_tracing
 
-from cute_fa import ops
-from cute_fa.api import flash_attn_func, flash_attn_varlen_func
-from cute_fa.append import append_kv
-from cute_fa.cache_requests import PagedKvCache
-from cute_fa.errors import ArgumentError, LengthError, NoBackwardError, ShapeError, UnsupportedArgumentError
-from cute_fa.simulation import simulated_arch
+from cute_fa.api.append import append_kv
+from cute_fa.api.attention import flash_attn_func, flash_attn_varlen_func
+from cute_fa.api.cache_requests import PagedKvCache
+from cute_fa.engine import operator as ops
+from cute_fa.engine.worlds import simulated_arch
+from cute_fa.semantics.errors import ArgumentError, LengthError, NoBackwardError, ShapeError, UnsupportedArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from cute_fa.inputs import Inputs
+from cute_fa.tools.inputs import Inputs
 
 
 class Unavailable(Exception):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from cute_fa.inputs import Inputs
-from cute_fa.problem import normalize_window
+from cute_fa.semantics.problem import normalize_window
+from cute_fa.tools.inputs import Inputs
 from perf.providers.base import Attention, Provider, Unavailable
 
 

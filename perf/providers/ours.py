@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cute_fa
-from cute_fa.inputs import Inputs
+from cute_fa.tools.inputs import Inputs
 from perf.providers.base import Attention, Provider
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cute_fa.inputs import Inputs
-from cute_fa.problem import normalize_window
+from cute_fa.semantics.problem import normalize_window
+from cute_fa.tools.inputs import Inputs
 from perf.providers.base import HEADS_FIRST, Attention, Provider, Unavailable
 
 

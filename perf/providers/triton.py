@@ -9,8 +9,8 @@ import itertools
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from cute_fa.inputs import Inputs
-from cute_fa.problem import default_scale, normalize_window
+from cute_fa.semantics.problem import default_scale, normalize_window
+from cute_fa.tools.inputs import Inputs
 from perf.providers.base import HEADS_FIRST, Attention, Layout, Provider, Unavailable
 
 _PACKED = Layout(lambda tensor: tensor.transpose(0, 1)[None], lambda tensor: tensor[0].transpose(0, 1))

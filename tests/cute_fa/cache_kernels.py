@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 
 import ptxsim
-from cute_fa import cache, compiler
-from cute_fa.kernel import KernelConfig
-from cute_fa.types import SmArch
+from cute_fa.engine import cache, compiler
+from cute_fa.engine.contract import KernelConfig
+from cute_fa.semantics.types import SmArch
 
 
 @dataclass(frozen=True)

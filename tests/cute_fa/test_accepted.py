@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import append_kv, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, ops
+from cute_fa import append_kv, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from cute_fa.compat import fa2
-from cute_fa.errors import DTypeError, EmptyBatchError, UnsupportedKeyError, ZeroLengthError
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.reference import Gradients, check_gradients, expected
+from cute_fa.engine import operator as ops
+from cute_fa.semantics.errors import DTypeError, EmptyBatchError, UnsupportedKeyError, ZeroLengthError
+from cute_fa.semantics.reference import Gradients, check_gradients, expected
+from cute_fa.tools.inputs import InputSpec, make_inputs
 from tests.testing.calls import calls, ints, rows
 
 CALLS = calls()

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import flash_attn_func, flash_attn_varlen_func, reference
+from cute_fa import flash_attn_func, flash_attn_varlen_func
 from cute_fa.compat import fa2, fa3, fa4
 from cute_fa.compat.order import REQUIRED
-from cute_fa.errors import ArgumentError, UnsupportedKeyError
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.types import DType, PersistentMode
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import ArgumentError, UnsupportedKeyError
+from cute_fa.semantics.types import DType, PersistentMode
+from cute_fa.tools.inputs import InputSpec, make_inputs
 
 DENSE = InputSpec(batch=2, seqlen_q=40, seqlen_k=72, heads=4, heads_kv=2)
 PACKED = InputSpec(batch=3, seqlen_q=40, seqlen_k=72, heads=4, heads_kv=2, varlen_q=True, varlen_k=True)

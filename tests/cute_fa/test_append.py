@@ -8,10 +8,11 @@ from torch import library
 from torch._subclasses import FakeTensorMode
 
 import cute_fa
-from cute_fa import append, append_kv
-from cute_fa.errors import LengthError
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.types import DType
+from cute_fa import append_kv
+from cute_fa.api import append
+from cute_fa.semantics.errors import LengthError
+from cute_fa.semantics.types import DType
+from cute_fa.tools.inputs import InputSpec, make_inputs
 from tests.testing.caches import Rotary, assert_rotated, rotated_queries, scattered, take_last
 from tests.testing.grid import pairwise
 from tests.testing.simulated import unwritten_is_nan

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 import cute_fa
 from cute_fa import append_rows
 from cute_fa.compat import flashinfer
-from cute_fa.errors import (
+from cute_fa.semantics.errors import (
     ArgumentError,
     CacheIndexError,
     CuteFaError,
@@ -73,7 +73,7 @@ def test_every_byte(arch, kind):
 @pytest.mark.parametrize("kind", ["contiguous", "table", "indptr"])
 def test_unchecked_rows_outside_are_not_written(kind, monkeypatch):
     """Of sequences that there are not, and beyond a sequence's room."""
-    monkeypatch.setattr("cute_fa.append_by_position._check_values", lambda call: None)
+    monkeypatch.setattr("cute_fa.api.append_by_position._check_values", lambda call: None)
     pairs = [(5, 0), (1, 0), (0, 24), (1, 10**6), (0, -1)]
     (k, v), (batch, positions) = new(len(pairs)), rows_of(pairs)
     given = caches(3, 24) if kind == "contiguous" else caches(10, 8)

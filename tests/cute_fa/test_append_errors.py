@@ -5,7 +5,7 @@ import torch
 
 import cute_fa
 from cute_fa import append_kv
-from cute_fa.errors import (
+from cute_fa.semantics.errors import (
     ArgumentError,
     CacheIndexError,
     CumulativeSeqlensError,

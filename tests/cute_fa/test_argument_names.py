@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import append, flash_attn_with_kvcache, ops
-from cute_fa.argument_names import names_of, spelled
-from cute_fa.errors import CuteFaError, DTypeError, StrideError
+from cute_fa import flash_attn_with_kvcache
+from cute_fa.api import append
+from cute_fa.engine import operator as ops
+from cute_fa.semantics.argument_names import names_of, spelled
+from cute_fa.semantics.errors import CuteFaError, DTypeError, StrideError
 from tests.testing.calls import calls, ints, rows
 
 CALLS = calls()

@@ -13,8 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import cute_fa
-from cute_fa import autograd, compat, flash_attn_func, flash_attn_varlen_func, ops, reference
-from cute_fa.errors import (
+from cute_fa import compat, flash_attn_func, flash_attn_varlen_func
+from cute_fa.api.requests import CumulativeSeqlens, Fa2BwdRequest
+from cute_fa.engine import autograd
+from cute_fa.engine import operator as ops
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import (
     AlignmentError,
     ArgumentError,
     CumulativeSeqlensError,
@@ -26,11 +30,10 @@ from cute_fa.errors import (
     StrideError,
     UnsupportedKeyError,
 )
-from cute_fa.inputs import Inputs, InputSpec, make_inputs, output_gradients
-from cute_fa.names import canonical_name
-from cute_fa.reference import Gradients
-from cute_fa.requests import CumulativeSeqlens, Fa2BwdRequest
-from cute_fa.types import Direction, MaskKind, PositionBias, SmArch
+from cute_fa.semantics.names import canonical_name
+from cute_fa.semantics.reference import Gradients
+from cute_fa.semantics.types import Direction, MaskKind, PositionBias, SmArch
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs, output_gradients
 from tests.testing.cases import spec_name
 from tests.testing.gradients import call_of
 from tests.testing.simulated import unwritten_is_nan

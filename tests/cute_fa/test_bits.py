@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa.inputs import InputSpec, make_inputs
+from cute_fa.tools.inputs import InputSpec, make_inputs
 from tests.testing.gradients import gradients_of
 from tests.testing.simulated import unwritten_is_nan
 

@@ -22,12 +22,13 @@ import filelock
 import pytest
 import torch
 
+import cute_fa
 import ptxsim
-from cute_fa import cache, compiler
-from cute_fa.cache import Artifacts
-from cute_fa.errors import ArgumentError, NoDeviceError
-from cute_fa.kernel import KernelConfig
-from cute_fa.types import DType, SmArch
+from cute_fa.engine import cache, compiler
+from cute_fa.engine.cache import Artifacts
+from cute_fa.engine.contract import KernelConfig
+from cute_fa.semantics.errors import ArgumentError, NoDeviceError
+from cute_fa.semantics.types import DType, SmArch
 
 SCRIPT = Path(__file__).with_name("cache_kernels.py")
 
@@ -380,7 +381,7 @@ def test_a_version_change_leaves_the_old_entry_alone(monkeypatch):
 
 PACKAGE = """
 from dataclasses import dataclass
-from cute_fa.kernel import KernelConfig
+from cute_fa.engine.contract import KernelConfig
 
 @dataclass(frozen=True)
 class Config(KernelConfig):
@@ -408,8 +409,9 @@ def package(tmp_path, monkeypatch):
 def test_a_source_change_anywhere_in_the_arch_folder_changes_the_key(package):
     config = importlib.import_module("arch_folder.forward").Config(SmArch.SM_80)
     before = cache.key_of(config)
-    shared = Path(cache.__file__).parent
-    assert set(before.roots) == {package, shared / "device", shared / "kernel.py", shared / "types.py"}
+    shared = Path(cute_fa.__file__).parent
+    of_all = {shared / "device", shared / "engine" / "contract.py", shared / "semantics" / "types.py"}
+    assert set(before.roots) == {package, *of_all}
     (package / "parts" / "tile.py").write_text("M = 32")
     cache._source_hash.cache_clear()  # as in the next process
     edited = cache.key_of(config)
@@ -447,7 +449,7 @@ def test_values_of_a_config():
 
 def start(*arguments) -> subprocess.Popen:
     """A process of its own on this cache, in which the kernels' module has the same name as here."""
-    path = os.pathsep.join([str(SCRIPT.parent), str(Path(cache.__file__).parents[1])])
+    path = os.pathsep.join([str(SCRIPT.parent), str(Path(cute_fa.__file__).parents[1])])
     code = "import cache_kernels; cache_kernels.main()"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]

@@ -7,15 +7,17 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import api, errors, ops
-from cute_fa.dispatch import TABLE
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.kernel import AttentionKernel
-from cute_fa.reference import expected
-from fa2_sm80.forward import Fa2Forward
-from fa2_sm80.split import Fa2Split
-from fa2_sm80.split_config import num_splits, visible_keys
-from fa3_sm90.forward import Fa3Forward
+from cute_fa.api import attention as api
+from cute_fa.engine import operator as ops
+from cute_fa.engine.contract import AttentionKernel
+from cute_fa.engine.table import TABLE
+from cute_fa.semantics import errors
+from cute_fa.semantics.reference import expected
+from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa2_sm80.forward.entry import Fa2Forward
+from fa2_sm80.split.config import num_splits, visible_keys
+from fa2_sm80.split.entry import Fa2Split
+from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.caches import scattered
 from tests.testing.cases import small_problem
 

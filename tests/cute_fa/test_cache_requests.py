@@ -18,7 +18,7 @@ from cute_fa import (
     SmArch,
     VarlenFwdRequest,
 )
-from cute_fa.errors import (
+from cute_fa.semantics.errors import (
     ArgumentError,
     ChunkIndexError,
     CumulativeSeqlensError,
@@ -37,10 +37,10 @@ from cute_fa.errors import (
     StrideError,
     ZeroLengthError,
 )
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.problem import PAGE_SIZES
-from cute_fa.reference import expected
-from fa2_sm80.split import Fa2Split
+from cute_fa.semantics.problem import PAGE_SIZES
+from cute_fa.semantics.reference import expected
+from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa2_sm80.split.entry import Fa2Split
 from tests.testing.caches import places
 from tests.testing.simulated import unwritten_is_nan
 

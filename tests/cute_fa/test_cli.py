@@ -12,15 +12,17 @@ import torch
 from click.testing import CliRunner
 
 import cute_fa
-from cute_fa import cli, reference, simulate, support
-from cute_fa.api import prepare
-from cute_fa.autograd import problem_of_backward
-from cute_fa.dispatch import TABLE
-from cute_fa.inputs import Inputs, InputSpec, make_inputs
-from cute_fa.ops import problem_of_call
-from cute_fa.tour import GPT_OSS, Stop
-from cute_fa.trial import Machine, choose_machine, problem_of_spec
-from cute_fa.types import Direction, DType, PersistentMode, SmArch
+from cute_fa import simulate
+from cute_fa.api.attention import prepare
+from cute_fa.engine.autograd import problem_of_backward
+from cute_fa.engine.operator import problem_of_call
+from cute_fa.engine.table import TABLE
+from cute_fa.semantics import reference
+from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
+from cute_fa.tools import cli, support
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
+from cute_fa.tools.tour import GPT_OSS, Stop
+from cute_fa.tools.trial import Machine, choose_machine, problem_of_spec
 from perf.__main__ import main as perf_main
 from ptxsim.cli import main as ptxsim_main
 
@@ -130,7 +132,7 @@ def test_choices_of_how_reach_the_kernel(monkeypatch):
             asked.append(options)
             yield made.append(simulation) or simulation
 
-    monkeypatch.setattr("cute_fa.trial.simulate", remember)
+    monkeypatch.setattr("cute_fa.tools.trial.simulate", remember)
     packed = ["--pack-gqa", "--persistent", "off", "--num-sms", "1", "--late", "--race"]
     apart = ["--no-pack-gqa", "--persistent", "on", "--num-sms", "3", "--schedule-seed", "1"]
     # 70 queries of 4 heads: two tiles of 48 queries packed, a tile a head apart
@@ -355,7 +357,7 @@ def test_every_note_of_the_table_is_used():
 @pytest.mark.parametrize("wrong", [False, True])
 def test_without_options_the_tour_decides_the_exit_code(monkeypatch, wrong):
     stop = Stop(GPT_OSS, Machine(SmArch.SM_80, simulated=True), 80)
-    monkeypatch.setattr("cute_fa.tour.itinerary", lambda: [stop])
+    monkeypatch.setattr("cute_fa.tools.tour.itinerary", lambda: [stop])
     if wrong:
         right = Inputs.run
         monkeypatch.setattr(Inputs, "run", lambda self, **extra: [x + 0.5 for x in right(self, **extra)])
@@ -370,13 +372,13 @@ def test_without_options_the_tour_decides_the_exit_code(monkeypatch, wrong):
 
 
 def test_a_gpu_is_used_unless_another_machine_is_asked_for(monkeypatch):
-    monkeypatch.setattr("cute_fa.trial.gpu_arch", lambda: SmArch.SM_90A)
+    monkeypatch.setattr("cute_fa.tools.trial.gpu_arch", lambda: SmArch.SM_90A)
     assert choose_machine(None) == Machine(SmArch.SM_90A, simulated=False)
     assert choose_machine(SmArch.SM_90A).device == "cuda"
     assert choose_machine(SmArch.SM_80) == Machine(SmArch.SM_80, simulated=True)
     for options in ({"schedule_seed": 5}, {"schedule_seed": 0}, {"late": True}, {"race": True}, {"num_sms": 4}):
         assert choose_machine(None, **options) == Machine(SmArch.SM_90A, simulated=True, **options)
-    monkeypatch.setattr("cute_fa.trial.gpu_arch", lambda: None)
+    monkeypatch.setattr("cute_fa.tools.trial.gpu_arch", lambda: None)
     assert choose_machine(None) == Machine(SmArch.SM_80, simulated=True)
 
 

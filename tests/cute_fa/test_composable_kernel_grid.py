@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 import cute_fa
-from cute_fa.inputs import Inputs, InputSpec, make_inputs
-from cute_fa.reference import expected
-from cute_fa.types import DType
+from cute_fa.semantics.reference import expected
+from cute_fa.semantics.types import DType
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from tests.testing.grid import pairwise
 from tests.testing.simulated import unwritten_is_nan
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from cute_fa.dispatch import FEATURES, TABLE, DispatchKey
-from cute_fa.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
-from cute_fa.kernel import AttentionKernel
-from cute_fa.names import canonical_name
-from cute_fa.support import to_markdown
-from cute_fa.types import Direction, DType, PersistentMode, SmArch
+from cute_fa.engine.contract import AttentionKernel
+from cute_fa.engine.table import FEATURES, TABLE, DispatchKey
+from cute_fa.semantics.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
+from cute_fa.semantics.names import canonical_name
+from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
+from cute_fa.tools.support import to_markdown
 from tests.testing.grid import pairwise
 
 KEY = DispatchKey(SmArch.SM_80, DType.BF16, 128)
@@ -189,7 +189,7 @@ class Picky(AttentionKernel):
 
 
 def test_a_kernel_passed_over_gives_its_reason(monkeypatch):
-    monkeypatch.setattr("cute_fa.dispatch._load", lambda target: Picky if "Fa3" in target else AttentionKernel)
+    monkeypatch.setattr("cute_fa.engine.table._load", lambda target: Picky if "Fa3" in target else AttentionKernel)
     monkeypatch.setattr(AttentionKernel, "supports", classmethod(lambda cls, problem: []))
     cells = {(row.arch, row.direction, row.feature): row for row in TABLE.rows()}
     assert cells["sm_90a", "fwd", "softcap"][3:] == ("fa2_fwd", ("fa3_fwd: softcap: not here, nor there",))

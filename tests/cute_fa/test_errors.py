@@ -9,8 +9,12 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import dispatch, errors, flash_attn_func, flash_attn_varlen_func, ops
-from cute_fa.errors import (
+from cute_fa import flash_attn_func, flash_attn_varlen_func
+from cute_fa.engine import operator as ops
+from cute_fa.engine import table as dispatch
+from cute_fa.engine.worlds import simulated_arch
+from cute_fa.semantics import errors
+from cute_fa.semantics.errors import (
     AlignmentError,
     ArgumentError,
     CumulativeSeqlensError,
@@ -32,8 +36,7 @@ from cute_fa.errors import (
     WindowError,
     ZeroLengthError,
 )
-from cute_fa.simulation import simulated_arch
-from cute_fa.types import DType, PersistentMode, SmArch
+from cute_fa.semantics.types import DType, PersistentMode, SmArch
 from tests.testing import exceptions
 
 BF16 = torch.bfloat16

@@ -9,7 +9,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cute_fa
-from cute_fa import append, autograd, ops
+from cute_fa.api import append
+from cute_fa.engine import autograd
+from cute_fa.engine import operator as ops
 from tests.testing.calls import calls
 
 CALLS = calls()

@@ -7,13 +7,14 @@ import shlex
 import pytest
 from click.testing import CliRunner
 
-import fa2_sm80.forward
-from cute_fa import append as append_module
-from cute_fa import autograd, ops
-from cute_fa.errors import ArgumentError
-from cute_fa.inputs import InputSpec
-from cute_fa.trial import Machine
-from cute_fa.types import DType, SmArch
+import fa2_sm80.forward.entry
+from cute_fa.api import append as append_module
+from cute_fa.engine import autograd
+from cute_fa.engine import operator as ops
+from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.trial import Machine
 from tests.testing import planted
 from tests.testing.fuzz import __main__ as command
 from tests.testing.fuzz.draw import GROUP, draw
@@ -140,7 +141,7 @@ class TestPlantedFaults:
 
     def test_a_window_too_wide_is_found_and_shrunk(self, monkeypatch):
         """The kernel is given a left bound that is one too large."""
-        right = fa2_sm80.forward.common_arguments
+        right = fa2_sm80.forward.entry.common_arguments
 
         def wide(problem, tensors):
             arguments = list(right(problem, tensors))
@@ -150,7 +151,7 @@ class TestPlantedFaults:
 
         assert failure_of(WINDOWED) is None
         ops._plans.clear()
-        monkeypatch.setattr(fa2_sm80.forward, "common_arguments", wide)
+        monkeypatch.setattr(fa2_sm80.forward.entry, "common_arguments", wide)
         failure = failure_of(WINDOWED)
         assert failure.kind == WRONG and re.search(r"out: error \d\S*, allowed 0\.\d+", failure.message)
         shrunk = shrink(WINDOWED, lambda p: getattr(failure_of(p), "kind", None) == WRONG, most_trials=25)
@@ -190,9 +191,9 @@ class TestPlantedFaults:
         def refuse(problem, tensors):
             raise ArgumentError("no")
 
-        monkeypatch.setattr(fa2_sm80.forward, "common_arguments", refuse)
+        monkeypatch.setattr(fa2_sm80.forward.entry, "common_arguments", refuse)
         failure = failure_of(WINDOWED)
-        assert failure.kind == "ArgumentError" and failure.message.startswith("no\nin forward.py:")
+        assert failure.kind == "ArgumentError" and failure.message.startswith("no\nin entry.py:")
 
     def test_shrinking_drops_what_does_not_matter(self):
         problems = [draw(SEED, index) for index in range(0, 1600, GROUP)]

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import autograd, flash_attn_func, flash_attn_varlen_func, merge_states, ops, reference
-from cute_fa.errors import ArgumentError
-from cute_fa.inputs import Inputs, InputSpec, make_inputs, output_gradients
-from cute_fa.reference import Gradients
-from cute_fa.types import DType
+from cute_fa import flash_attn_func, flash_attn_varlen_func, merge_states
+from cute_fa.engine import autograd
+from cute_fa.engine import operator as ops
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.reference import Gradients
+from cute_fa.semantics.types import DType
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs, output_gradients
 from tests.testing.simulated import unwritten_is_nan
 
 # The first 20 queries see no key.

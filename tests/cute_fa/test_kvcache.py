@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import flash_attn_with_kvcache, ops
+from cute_fa import flash_attn_with_kvcache
 from cute_fa.compat import fa2, fa3
-from cute_fa.errors import (
+from cute_fa.engine import operator as ops
+from cute_fa.semantics.errors import (
     AlignmentError,
     ArgumentError,
     CuteFaError,
@@ -19,10 +20,10 @@ from cute_fa.errors import (
     ShapeError,
     UnsupportedArgumentError,
 )
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.reference import expected
-from cute_fa.types import DType
-from fa2_sm80.split import Fa2Split
+from cute_fa.semantics.reference import expected
+from cute_fa.semantics.types import DType
+from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa2_sm80.split.entry import Fa2Split
 from tests.testing.caches import Rotary, after, places, rotated_queries, scattered, take_last
 from tests.testing.grid import pairwise
 from tests.testing.simulated import unwritten_is_nan

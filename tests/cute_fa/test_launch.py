@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import ops
-from cute_fa.errors import CuteFaError
-from cute_fa.kernel import AttentionTensors
-from fa2_sm80.forward import Fa2Forward
+from cute_fa.engine import operator as ops
+from cute_fa.engine.contract import AttentionTensors
+from cute_fa.semantics.errors import CuteFaError
+from fa2_sm80.forward.entry import Fa2Forward
 
 
 def tensors(count: int) -> list[torch.Tensor]:

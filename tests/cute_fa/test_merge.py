@@ -6,10 +6,18 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import flash_attn_func, merge_states, reference
+from cute_fa import flash_attn_func, merge_states
 from cute_fa.compat import fa3, fa4, flashinfer
-from cute_fa.errors import ArgumentError, CuteFaError, DeviceError, DTypeError, ShapeError, UnsupportedArgumentError
-from cute_fa.inputs import InputSpec, make_inputs, output_gradients
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import (
+    ArgumentError,
+    CuteFaError,
+    DeviceError,
+    DTypeError,
+    ShapeError,
+    UnsupportedArgumentError,
+)
+from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
 
 PARTS = [slice(0, 7), slice(7, 60), slice(60, 61), slice(61, 100)]
 

@@ -8,8 +8,8 @@ import torch
 
 import cute_fa
 from cute_fa import CumulativeSeqlens, MaskKind, PagedAttentionRequest, PagedKvCache
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.reference import expected
+from cute_fa.semantics.reference import expected
+from cute_fa.tools.inputs import InputSpec, make_inputs
 from tests.testing.caches import places
 from tests.testing.simulated import unwritten_is_nan
 

@@ -15,9 +15,10 @@ from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import cute_fa
-from cute_fa import flash_attn_func, ops
-from cute_fa.errors import ArgumentError, DTypeError, NoBackwardError, ShapeError
-from cute_fa.inputs import InputSpec, make_inputs, output_gradients
+from cute_fa import flash_attn_func
+from cute_fa.engine import operator as ops
+from cute_fa.semantics.errors import ArgumentError, DTypeError, NoBackwardError, ShapeError
+from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
 
 DENSE = InputSpec(batch=2, seqlen_q=20, seqlen_k=36, heads=4, heads_kv=2, head_dim=32, causal=True)
 FULL = dataclasses.replace(DENSE, alibi=True, learnable_sink=True)

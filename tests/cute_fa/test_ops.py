@@ -15,13 +15,16 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cute_fa
-from cute_fa import flash_attn_func, flash_attn_varlen_func, ops, reference, simulation
-from cute_fa.compiler import CompiledKernel
-from cute_fa.errors import ArgumentError, DeviceError, LengthError, NoBackwardError, NoDeviceError
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.simulation import num_sms
-from cute_fa.types import PersistentMode
-from fa2_sm80.forward import Fa2Forward
+from cute_fa import flash_attn_func, flash_attn_varlen_func
+from cute_fa.engine import operator as ops
+from cute_fa.engine import worlds as simulation
+from cute_fa.engine.compiler import CompiledKernel
+from cute_fa.engine.worlds import num_sms
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import ArgumentError, DeviceError, LengthError, NoBackwardError, NoDeviceError
+from cute_fa.semantics.types import PersistentMode
+from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa2_sm80.forward.entry import Fa2Forward
 
 DENSE = InputSpec(batch=2, seqlen_q=40, seqlen_k=72, heads=4, causal=True)
 PACKED = InputSpec(batch=3, seqlen_q=40, seqlen_k=72, heads=4, varlen_q=True, varlen_k=True, causal=True)
@@ -365,7 +368,7 @@ def test_checks_are_turned_on_by_the_environment(value, on):
     environment = {name: text for name, text in os.environ.items() if name != "CUTE_FA_CHECK"}
     if value is not None:
         environment["CUTE_FA_CHECK"] = value
-    command = [sys.executable, "-c", "from cute_fa import ops; print(ops.CHECK_VALUES)"]
+    command = [sys.executable, "-c", "from cute_fa.engine import operator; print(operator.CHECK_VALUES)"]
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == on
 
 

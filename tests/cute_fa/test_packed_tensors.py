@@ -5,7 +5,7 @@ import torch
 
 import cute_fa
 from cute_fa.compat import fa2
-from cute_fa.errors import ShapeError, UnsupportedArgumentError
+from cute_fa.semantics.errors import ShapeError, UnsupportedArgumentError
 from tests.testing.calls import ints, rows
 
 

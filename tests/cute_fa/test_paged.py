@@ -8,12 +8,21 @@ from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_fa
-from cute_fa import flash_attn_varlen_func, ops, reference
+from cute_fa import flash_attn_varlen_func
 from cute_fa.compat import fa2, fa4
-from cute_fa.errors import CumulativeSeqlensError, CuteFaError, DTypeError, LengthError, PageTableError, ShapeError
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.kernel import AttentionTensors
-from fa3_sm90.forward import Fa3Forward
+from cute_fa.engine import operator as ops
+from cute_fa.engine.contract import AttentionTensors
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import (
+    CumulativeSeqlensError,
+    CuteFaError,
+    DTypeError,
+    LengthError,
+    PageTableError,
+    ShapeError,
+)
+from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa3_sm90.forward.entry import Fa3Forward
 
 SPEC = InputSpec(batch=3, seqlen_q=20, seqlen_k=50, heads=4, heads_kv=2, page_size=8, causal=True)
 PACKED = dataclasses.replace(SPEC, varlen_q=True)

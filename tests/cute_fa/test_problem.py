@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import reference
-from cute_fa.errors import (
+from cute_fa.api.requests import CumulativeSeqlens, Fa2FwdRequest, Fa3FwdRequest, PersistentMode, VarlenFwdRequest
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import (
     ArgumentError,
     ChunkIndexError,
     CumulativeSeqlensError,
@@ -25,10 +26,9 @@ from cute_fa.errors import (
     WindowError,
     ZeroLengthError,
 )
-from cute_fa.problem import PAGE_SIZES, AttentionProblem, LiteralWindow, normalize_window
-from cute_fa.requests import CumulativeSeqlens, Fa2FwdRequest, Fa3FwdRequest, PersistentMode, VarlenFwdRequest
-from cute_fa.tensors import problem_of
-from cute_fa.types import Direction, DType, MaskKind, PositionBias, SmArch
+from cute_fa.semantics.problem import PAGE_SIZES, AttentionProblem, LiteralWindow, normalize_window
+from cute_fa.semantics.tensors import problem_of
+from cute_fa.semantics.types import Direction, DType, MaskKind, PositionBias, SmArch
 
 BASE = AttentionProblem(
     arch=SmArch.SM_80,

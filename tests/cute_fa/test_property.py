@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import cute_fa
-from cute_fa import flash_attn_func, flash_attn_varlen_func, reference
-from cute_fa.errors import CuteFaError
-from cute_fa.inputs import InputSpec, make_inputs
+from cute_fa import flash_attn_func, flash_attn_varlen_func
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import CuteFaError
+from cute_fa.tools.inputs import InputSpec, make_inputs
 
 LENGTHS = st.integers(0, 80)
 NAN, INF = math.nan, math.inf

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cute_fa import reference
-from cute_fa.errors import ArgumentError
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.types import DType
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.types import DType
+from cute_fa.tools.inputs import InputSpec, make_inputs
 
 
 def by_loops(inputs, b, h, i):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cute_fa import reference
-from cute_fa.errors import ArgumentError
-from cute_fa.inputs import InputSpec, make_inputs, output_gradients
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import ArgumentError
+from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
 from tests.testing.cases import spec_name
 
 CASES = [

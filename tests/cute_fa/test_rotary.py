@@ -8,7 +8,14 @@ import torch
 import cute_fa
 from cute_fa import apply_rotary_emb
 from cute_fa.compat import fa2, fa3
-from cute_fa.errors import ArgumentError, CumulativeSeqlensError, CuteFaError, DTypeError, LengthError, ShapeError
+from cute_fa.semantics.errors import (
+    ArgumentError,
+    CumulativeSeqlensError,
+    CuteFaError,
+    DTypeError,
+    LengthError,
+    ShapeError,
+)
 
 OFFSETS = {"zero": 0, "int": 7, "tensor": torch.tensor([3, 0, 9], dtype=torch.int32)}
 

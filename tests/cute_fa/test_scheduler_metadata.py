@@ -8,7 +8,7 @@ import torch
 import cute_fa
 from cute_fa import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from cute_fa.compat import fa3, fa4
-from cute_fa.errors import (
+from cute_fa.semantics.errors import (
     ArgumentError,
     CuteFaError,
     DeviceError,
@@ -18,8 +18,8 @@ from cute_fa.errors import (
     ShapeError,
     UnsupportedArgumentError,
 )
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.reference import expected
+from cute_fa.semantics.reference import expected
+from cute_fa.tools.inputs import InputSpec, make_inputs
 
 SPEC = InputSpec(2, 3, 100, 4, 2, 64, page_size=16, lengths_k=(100, 37), causal=True)
 PACKED = InputSpec(2, 3, 100, 4, 2, 64, varlen_q=True, page_size=16, lengths_q=(3, 1), lengths_k=(100, 37), causal=True)

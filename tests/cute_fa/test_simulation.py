@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa.errors import ArgumentError
+from cute_fa.semantics.errors import ArgumentError
 
 
 def events(path):
@@ -24,7 +24,7 @@ def test_trace_and_line_information(tmp_path):
         sources.append({event["args"]["source"] for event in events(path) if "source" in event.get("args", {})})
         assert any("cp.async.wait_group" in event["name"] for event in events(path))
     assert sources[0] == sources[2] == set()
-    assert any("fa2_sm80/forward_kernel.py:" in source for source in sources[1])
+    assert any("fa2_sm80/forward/kernel.py:" in source for source in sources[1])
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 

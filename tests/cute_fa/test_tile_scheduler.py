@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ptxsim
-from cute_fa.tiling import MAX_TILES, dense_tiles, head_group, num_ctas, packed_tiles
+from cute_fa.device.tiling import MAX_TILES, dense_tiles, head_group, num_ctas, packed_tiles
 from tests.testing.walk_kernel import TILE_TOKENS, walk
 
 BOTH = (False, True)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cute_fa import reference
-from cute_fa.dispatch import TABLE
-from cute_fa.names import canonical_name
-from cute_fa.tour import (
+from cute_fa.engine.table import TABLE
+from cute_fa.semantics import reference
+from cute_fa.semantics.names import canonical_name
+from cute_fa.semantics.types import SmArch
+from cute_fa.tools.tour import (
     GEMMA2_LOCAL,
     GPT_OSS,
     LAYERS,
@@ -24,8 +25,7 @@ from cute_fa.tour import (
     itinerary,
     layer_inputs,
 )
-from cute_fa.trial import problem_of_spec
-from cute_fa.types import SmArch
+from cute_fa.tools.trial import problem_of_spec
 
 # What leaves each feature out, in the reference's options.
 _WITHOUT = {
@@ -101,7 +101,7 @@ def test_every_layer_is_visited():
 
 
 def test_the_documentation_shows_the_present_tour(monkeypatch):
-    monkeypatch.setattr("cute_fa.tour.gpu_arch", lambda: None)
+    monkeypatch.setattr("cute_fa.tools.tour.gpu_arch", lambda: None)
     page = Path(__file__).parents[2].joinpath("docs", "tour.md").read_text()
     shown = re.findall(r"│ (.+?), \d+/\d+ heads +│ (\w+) .*\n│ (.+?) +│ simulated .*\n│ (fa\w+)", page)
     expected = []

@@ -26,9 +26,9 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 import cute_fa
-from cute_fa.errors import ArgumentError, LengthError, NoBackwardError, ShapeError, UnsupportedArgumentError
 from cute_fa.integrations import transformers as integration
 from cute_fa.integrations.transformers import Padding, PagedCache, register
+from cute_fa.semantics.errors import ArgumentError, LengthError, NoBackwardError, ShapeError, UnsupportedArgumentError
 from tests.testing.simulated import unwritten_is_nan
 
 VOCABULARY, LAYERS, STEPS, PAGE_SIZE, CHUNK = 96, 2, 9, 8, 10

@@ -11,8 +11,8 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from cute_fa import cache
-from cute_fa.cli import main
+from cute_fa.engine import cache
+from cute_fa.tools.cli import main
 
 # Runs attention where the DSL's compiler raises, and prints its greatest error and the cache's counts.
 SHIPPED = """

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import reference
 from cute_fa.compat import fa4
-from cute_fa.errors import WindowError
-from cute_fa.inputs import InputSpec, make_inputs, output_gradients
-from cute_fa.problem import LiteralWindow
-from fa2_sm80.split import Fa2Split
-from fa2_sm80.split_config import num_splits
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import WindowError
+from cute_fa.semantics.problem import LiteralWindow
+from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
+from fa2_sm80.split.config import num_splits
+from fa2_sm80.split.entry import Fa2Split
 from tests.testing.cases import small_problem
 from tests.testing.gradients import assert_right
 from tests.testing.simulated import call

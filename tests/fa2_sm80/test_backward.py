@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import autograd, reference
-from cute_fa.inputs import InputSpec, make_inputs, output_gradients
-from cute_fa.types import DType
+from cute_fa.engine import autograd
+from cute_fa.semantics import reference
+from cute_fa.semantics.types import DType
+from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
 from tests.testing.cases import FA2_FEATURES, FA2_LENGTHS, fa2_cases, spec_name, spec_of
 from tests.testing.gradients import assert_right, call_of, gradients_of, same_bits
 

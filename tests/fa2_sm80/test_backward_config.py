@@ -2,10 +2,10 @@
 
 import pytest
 
-from cute_fa.problem import AttentionProblem
-from cute_fa.types import Direction, DType, SmArch
-from fa2_sm80.backward import Fa2Backward
-from fa2_sm80.copies import panel_width
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction, DType, SmArch
+from fa2_sm80.backward.entry import Fa2Backward
+from fa2_sm80.common.copies import panel_width
 from tests.testing.cases import small_problem
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from cute_fa.problem import AttentionProblem
-from cute_fa.types import DType, SmArch
-from fa2_sm80.forward import Fa2Forward
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import DType, SmArch
+from fa2_sm80.forward.entry import Fa2Forward
 from tests.testing.cases import small_problem
 
 

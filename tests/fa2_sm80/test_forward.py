@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.reference import expected
+from cute_fa.semantics.reference import expected
+from cute_fa.tools.inputs import InputSpec, make_inputs
 from tests.testing.cases import FA2_FEATURES, FA2_LENGTHS, fa2_cases, spec_name, spec_of
 
 # one compile a case: as many levels as shape the code or the control flow differently, no more

@@ -6,20 +6,30 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import ops
-from cute_fa.compiler import compile_artifacts
-from cute_fa.dispatch import DispatchTable, Entry
-from cute_fa.inputs import InputSpec, make_inputs
-from cute_fa.reference import expected
-from cute_fa.types import Direction, SmArch
-from fa2_sm80.split import Fa2Split
+from cute_fa.engine import operator as ops
+from cute_fa.engine.compiler import compile_artifacts
+from cute_fa.engine.table import DispatchTable, Entry
+from cute_fa.semantics.reference import expected
+from cute_fa.semantics.types import Direction, SmArch
+from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa2_sm80.split.entry import Fa2Split
 from perf.sass import report_cubin
 from tests.testing.cases import FA2_FEATURES, fa2_cases, small_problem, spec_name, spec_of
 from tests.testing.gradients import call_of
 from tests.testing.loads import recorded_copies
 from tests.testing.simulated import unwritten_is_nan
 
-ONLY_SPLIT = DispatchTable((Entry("fa2_split", "fa2", Direction.FORWARD, tuple(SmArch), "fa2_sm80.split:Fa2Split"),))
+SPLIT = Entry("fa2_split", "fa2", Direction.FORWARD, tuple(SmArch), "fa2_sm80.split.entry:Fa2Split")
+ONLY_SPLIT = DispatchTable((SPLIT,))
+
+FEATURES, fa2_cases, small_problem, spec_name, spec_of
+from tests.testing.gradients import call_of
+from tests.testing.loads import recorded_copies
+from tests.testing.simulated import unwritten_is_nan
+
+ONLY_SPLIT = DispatchTable(
+    (Entry("fa2_split", "fa2", Direction.FORWARD, tuple(SmArch), "fa2_sm80.split.entry:Fa2Split"),)
+)
 
 FEATURES = {
     **FA2_FEATURES,

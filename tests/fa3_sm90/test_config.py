@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from cute_fa.problem import PAGE_SIZES, AttentionProblem
-from cute_fa.types import DType, PersistentMode, SmArch
-from fa3_sm90.config import BARRIER_BYTES, WGMMA_M, PipelineSpec
-from fa3_sm90.forward import Fa3Forward
+from cute_fa.semantics.problem import PAGE_SIZES, AttentionProblem
+from cute_fa.semantics.types import DType, PersistentMode, SmArch
+from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M, PipelineSpec
+from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.cases import small_problem
 
 HEAD_DIMS = range(8, 257, 8)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 import ptxsim
-from cute_fa.inputs import Inputs, InputSpec, make_inputs
-from cute_fa.reference import Expected, expected
+from cute_fa.semantics.reference import Expected, expected
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from ptxsim import runtime
 from tests.testing.faults import Fault, plan
 from tests.testing.simulated import call

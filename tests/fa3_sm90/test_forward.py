@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa.inputs import Inputs, InputSpec, make_inputs
-from cute_fa.problem import LiteralWindow
-from cute_fa.reference import expected
-from cute_fa.trial import problem_of_spec
-from cute_fa.types import DType, SmArch
-from fa3_sm90.config import Fa3ForwardConfig
-from fa3_sm90.forward import Fa3Forward
+from cute_fa.semantics.problem import LiteralWindow
+from cute_fa.semantics.reference import expected
+from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
+from cute_fa.tools.trial import problem_of_spec
+from fa3_sm90.forward.config import Fa3ForwardConfig
+from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.cases import spec_name, spec_of
 from tests.testing.grid import in_turns, pairwise
 from tests.testing.loads import recorded_loads

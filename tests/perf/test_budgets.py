@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from cute_fa.types import Direction, SmArch
+from cute_fa.semantics.types import Direction, SmArch
 from perf import static as static_module
 from perf.__main__ import main
 from perf.budgets import Budget, load

@@ -125,7 +125,7 @@ def test_without_a_gpu_the_sweep_says_so(monkeypatch):
     ],
 )
 def test_refusals(device, monkeypatch, options, message):
-    from cute_fa.types import SmArch
+    from cute_fa.semantics.types import SmArch
 
     monkeypatch.setattr(device, "arch", SmArch.SM_80)
     done = invoke("sweep", *options.split())

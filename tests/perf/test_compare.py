@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
-from cute_fa.errors import ArgumentError
+from cute_fa.semantics.errors import ArgumentError
 from perf.__main__ import main
 from perf.compare import compare, machine_change
 from perf.workload import Workload

@@ -8,8 +8,8 @@ import pynvml
 import pytest
 import torch
 
-from cute_fa.errors import DeviceError
-from cute_fa.types import SmArch
+from cute_fa.semantics.errors import DeviceError
+from cute_fa.semantics.types import SmArch
 from perf import device as device_module
 from perf.device import Clocks, CudaDevice
 from perf.providers import PROVIDERS

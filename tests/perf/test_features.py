@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from cute_fa.types import PersistentMode, SmArch
+from cute_fa.semantics.types import PersistentMode, SmArch
 from perf import features
 from perf.__main__ import main
 from perf.features import FEATURES, FeatureKey, feature_keys, feature_rows, offends

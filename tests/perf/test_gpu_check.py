@@ -12,10 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cute_fa.cli import main as cute_fa_main
-from cute_fa.compiler import compile_artifacts
-from cute_fa.dispatch import TABLE
-from cute_fa.types import SmArch
+from cute_fa.engine.compiler import compile_artifacts
+from cute_fa.engine.table import TABLE
+from cute_fa.semantics.types import SmArch
+from cute_fa.tools.cli import main as cute_fa_main
 from perf import __main__ as command_line
 from perf import cuda_driver, gpu_check
 from perf import results as results_module
@@ -92,7 +92,7 @@ def test_steps_run_each_tool_on_each_problem(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("problem", gpu_check._SANITIZED)
 def test_sanitized_problems_are_served_on_every_architecture(problem, tmp_path, monkeypatch):
-    monkeypatch.setattr("cute_fa.cli.compile_artifacts", lambda config: ("", b""))
+    monkeypatch.setattr("cute_fa.tools.cli.compile_artifacts", lambda config: ("", b""))
     for arch in SmArch:
         command = ["compile", *problem.split(), "--arch", arch.value, "--out", str(tmp_path)]
         done = CliRunner().invoke(cute_fa_main, command)

@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner
 
 import cute_fa
-from cute_fa import ops
-from cute_fa.types import SmArch
+from cute_fa.engine import operator as ops
+from cute_fa.semantics.types import SmArch
 from perf import host
 from perf.__main__ import main
 from perf.host import Figure, call_figures, compile_figures, import_figures, microseconds

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from matplotlib import image
 
-from cute_fa.types import Direction
+from cute_fa.semantics.types import Direction
 from perf import plot
 from perf.__main__ import main
 from perf.workload import Workload

@@ -13,9 +13,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 import cute_fa
-from cute_fa import reference
 from cute_fa.compat import fa3
-from cute_fa.inputs import make_inputs
+from cute_fa.semantics import reference
+from cute_fa.tools.inputs import make_inputs
 from perf.providers import PROVIDERS, Unavailable
 from perf.workload import Workload
 

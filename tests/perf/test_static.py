@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 
-from cute_fa.compiler import compile_artifacts
-from cute_fa.types import Direction, SmArch
-from fa2_sm80.forward import Fa2Forward
-from fa3_sm90.forward import Fa3Forward
+from cute_fa.engine.compiler import compile_artifacts
+from cute_fa.semantics.types import Direction, SmArch
+from fa2_sm80.forward.entry import Fa2Forward
+from fa3_sm90.forward.entry import Fa3Forward
 from perf.sass import report_cubin
 from perf.static import COLUMNS, StaticKey, fa4_reports, static_table
 from perf.static import our_report as compile_report

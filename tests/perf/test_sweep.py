@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa.errors import ArgumentError, DeviceError
-from cute_fa.types import Direction
+from cute_fa.semantics.errors import ArgumentError, DeviceError
+from cute_fa.semantics.types import Direction
 from perf import sweep as sweeping
 from perf.providers import PROVIDERS, Attention
 from perf.results import COLUMNS, KEY, ResultFile, read_results

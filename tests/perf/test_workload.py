@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from cute_fa.errors import ArgumentError
-from cute_fa.inputs import make_inputs
-from cute_fa.types import Direction, DType
+from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.types import Direction, DType
+from cute_fa.tools.inputs import make_inputs
 from perf.workload import LENGTHS, Workload, grid, visible
 
 

@@ -8,7 +8,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 import cute_fa
 import ptxsim
-from cute_fa.reference import attention as reference
+from cute_fa.semantics.reference import attention as reference
 
 
 class Colliding:

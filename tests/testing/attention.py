@@ -13,8 +13,9 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "0")  # its cach
 
 import torch
 
-from cute_fa import autograd, reference
-from cute_fa.inputs import Inputs, InputSpec, make_inputs, output_gradients
+from cute_fa.engine import autograd
+from cute_fa.semantics import reference
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs, output_gradients
 from tests.testing.gradients import call_of
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from cute_fa.inputs import Inputs
+    from cute_fa.tools.inputs import Inputs
 
 
 @dataclass(frozen=True)

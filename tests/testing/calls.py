@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import cute_fa
-from cute_fa import auto_deploy
 from cute_fa.compat import fa2, fa3, fa4
+from cute_fa.integrations import auto_deploy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from cute_fa.inputs import InputSpec
-from cute_fa.problem import AttentionProblem, LiteralWindow
-from cute_fa.types import DType, SmArch
+from cute_fa.semantics.problem import AttentionProblem, LiteralWindow
+from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.inputs import InputSpec
 from tests.testing.grid import in_turns, pairwise
 
 # Levels of what the FA2 kernels' grids vary, as many as shape the code or the control flow differently. Those of masks

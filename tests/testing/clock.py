@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cute_fa.types import SmArch
+from cute_fa.semantics.types import SmArch
 from perf.device import Clocks
 
 if TYPE_CHECKING:

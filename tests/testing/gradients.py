@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cute_fa
-from cute_fa import autograd, ops, reference
-from cute_fa.inputs import make_inputs, output_gradients
-from cute_fa.problem import normalize_window
+from cute_fa.engine import autograd
+from cute_fa.engine import operator as ops
+from cute_fa.semantics import reference
+from cute_fa.semantics.problem import normalize_window
+from cute_fa.tools.inputs import make_inputs, output_gradients
 from tests.testing.simulated import unwritten_is_nan
 
 if TYPE_CHECKING:
-    from cute_fa.inputs import Inputs, InputSpec
+    from cute_fa.tools.inputs import Inputs, InputSpec
 
 
 def call_of(given: Inputs, **choices: Any) -> ops.Call:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from cute_fa.tensors import TORCH_DTYPES
+from cute_fa.semantics.tensors import TORCH_DTYPES
 from perf.results import COLUMNS, ResultFile
 from perf.sweep import figures
 from perf.timing import Ceilings, Timing

@@ -108,9 +108,9 @@ VICTIMS += [Victim(*FAMILIES[3], head_dim, mask, "backward") for head_dim in (64
 
 # What escapes are: family, source line, instruction, and what it does there.
 NOTES = (
-    ("FA3", r"fa3_sm90/pipeline.py:69", "mbarrier.arrive",
+    ("FA3", r"cute_fa/device/ring.py:69", "mbarrier.arrive",
      "releases V from the third block at the right edge on; in these problems 128 queries meet two of 80 keys there"),
-    ("FA3", r"fa3_sm90/pipeline.py:58", "mbarrier.try_wait",
+    ("FA3", r"cute_fa/device/ring.py:58", "mbarrier.try_wait",
      "before a tile's first K is loaded: where all tiles have as many blocks, the wait for V of the tile before, or at "
      "head_dim 256 for its Q, which is released with O, covers it"),
     ("FA4", r"flash_bwd_sm90.py:994", "mbarrier.try_wait",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cute_fa
-import cute_fa.auto_deploy
+import cute_fa.integrations.auto_deploy
 from cute_fa.compat import fa2, fa3, fa4, flashinfer
 
 if TYPE_CHECKING:

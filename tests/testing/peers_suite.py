@@ -39,7 +39,7 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa.errors import CuteFaError, UnsupportedArgumentError, UnsupportedKeyError
+from cute_fa.semantics.errors import CuteFaError, UnsupportedArgumentError, UnsupportedKeyError
 from ptxsim.posing import posing
 from tests.testing import peers_shim
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cute_fa import reference
+from cute_fa.semantics import reference
 from perf.providers import Attention, Provider, Unavailable
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import ptxsim
-    from cute_fa.inputs import Inputs
+    from cute_fa.tools.inputs import Inputs
 
 
 @contextmanager

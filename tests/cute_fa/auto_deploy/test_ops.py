@@ -9,8 +9,10 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 import cute_fa
-from cute_fa import auto_deploy, ops, reference
-from cute_fa.errors import (
+from cute_fa.engine import operator as ops
+from cute_fa.integrations import auto_deploy
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import (
     CacheIndexError,
     CuteFaError,
     DTypeError,
@@ -21,8 +23,8 @@ from cute_fa.errors import (
     ShapeError,
     UnsupportedArgumentError,
 )
-from cute_fa.inputs import Inputs, InputSpec, make_inputs
-from cute_fa.types import DType
+from cute_fa.semantics.types import DType
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from tests.testing.caches import Append, Rotary, after, places, rotated_queries, take_last
 from tests.testing.simulated import unwritten_is_nan
 
@@ -377,7 +379,7 @@ def test_no_value_is_read(monkeypatch):
     steps[1][1].freqs_cis = torch.empty(0)  # how a graph says that nothing rotates
     sequences = auto_deploy.SequenceInfo(32, 4, 8)
     with cute_fa.simulate("sm_80"), monkeypatch.context() as patch:
-        for module in (ops, auto_deploy.ops, cute_fa.append):
+        for module in (ops, auto_deploy.ops, cute_fa.api.append):
             patch.setattr(module, "simulated_arch", lambda: None)
         for method in ("item", "tolist", "cpu", "numpy", "__int__", "__bool__", "__index__", "__float__"):
             patch.setattr(torch.Tensor, method, refuse)

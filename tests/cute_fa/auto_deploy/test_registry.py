@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa import reference
-from cute_fa.auto_deploy import (
+from cute_fa.integrations.auto_deploy import (
     AttentionDescriptor,
     AttentionInfo,
     AttentionRegistry,
@@ -15,7 +14,8 @@ from cute_fa.auto_deploy import (
     PositionalEmbeddingConfig,
     SequenceInfo,
 )
-from cute_fa.errors import ArgumentError, PageSizeError, UnsupportedArgumentError
+from cute_fa.semantics import reference
+from cute_fa.semantics.errors import ArgumentError, PageSizeError, UnsupportedArgumentError
 from tests.testing.caches import Rotary
 
 INFO = AttentionInfo(4, 2, 64, torch.bfloat16, pos_embd_config=PositionalEmbeddingConfig("rope", 500.0))

@@ -7,9 +7,9 @@ import torch
 from torch import library
 from torch._subclasses import FakeTensorMode
 
-from cute_fa import auto_deploy
-from cute_fa.auto_deploy import SequenceInfo
-from cute_fa.errors import (
+from cute_fa.integrations import auto_deploy
+from cute_fa.integrations.auto_deploy import SequenceInfo
+from cute_fa.semantics.errors import (
     ArgumentError,
     DTypeError,
     EmptyBatchError,

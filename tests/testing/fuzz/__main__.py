@@ -19,7 +19,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cute_fa.errors import ArgumentError
+from cute_fa.semantics.errors import ArgumentError
 from tests.testing.fuzz.draw import draw
 from tests.testing.fuzz.execute import Failure, wrong_numbers
 from tests.testing.fuzz.problem import Problem

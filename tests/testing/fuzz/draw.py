@@ -11,10 +11,10 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from cute_fa.inputs import InputSpec
-from cute_fa.problem import PAGE_SIZES
-from cute_fa.trial import Machine
-from cute_fa.types import DType, SmArch
+from cute_fa.semantics.problem import PAGE_SIZES
+from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.trial import Machine
 from tests.testing.fuzz.problem import CACHE_CALLS, FUNCTIONS, CacheSpec, Problem, changed
 
 GROUP = 8  # problems that share their kernels

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cute_fa
-from cute_fa import reference
-from cute_fa.inputs import Inputs, lay_out, make_inputs, output_gradients
-from cute_fa.problem import normalize_window
-from cute_fa.requests import CumulativeSeqlens
-from cute_fa.tensors import TORCH_DTYPES
-from cute_fa.types import DType, KvLayout, MaskKind, PersistentMode, PositionBias
+from cute_fa.api.requests import CumulativeSeqlens
+from cute_fa.semantics import reference
+from cute_fa.semantics.problem import normalize_window
+from cute_fa.semantics.tensors import TORCH_DTYPES
+from cute_fa.semantics.types import DType, KvLayout, MaskKind, PersistentMode, PositionBias
+from cute_fa.tools.inputs import Inputs, lay_out, make_inputs, output_gradients
 from tests.testing.caches import Append, Rotary, assert_rotated, places, rotated_queries, take_last
 from tests.testing.fuzz.problem import Problem
 from tests.testing.simulated import unwritten_is_nan

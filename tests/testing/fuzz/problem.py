@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cute_fa.dispatch import TABLE
-from cute_fa.errors import ArgumentError, CuteFaError, Fa3ArchError, Fp8Error, UnsupportedKeyError
-from cute_fa.inputs import InputSpec
-from cute_fa.problem import normalize_window
-from cute_fa.simulation import described
-from cute_fa.trial import Machine, problem_of_spec
-from cute_fa.types import Direction, DType, PersistentMode, SmArch
+from cute_fa.engine.table import TABLE
+from cute_fa.engine.worlds import described
+from cute_fa.semantics.errors import ArgumentError, CuteFaError, Fa3ArchError, Fp8Error, UnsupportedKeyError
+from cute_fa.semantics.problem import normalize_window
+from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
+from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.trial import Machine, problem_of_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cute_fa.problem import AttentionProblem
+    from cute_fa.semantics.problem import AttentionProblem
 
 FORWARD_REQUESTS = (
     "Fa2FwdRequest",

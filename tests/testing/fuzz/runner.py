@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import cute_fa.cache
+import cute_fa.engine.cache
 from tests.testing.fuzz.draw import GROUP, draw
 from tests.testing.fuzz.execute import Failure, failure_of
 from tests.testing.fuzz.problem import Problem
@@ -162,7 +162,7 @@ class State:
     other sources, whose hash each line holds, does not count."""
 
     def __init__(self, path: Path | None, seed: int):
-        self.path = cute_fa.cache.directory().parent / "fuzz.jsonl" if path is None else path
+        self.path = cute_fa.engine.cache.directory().parent / "fuzz.jsonl" if path is None else path
         self.done: dict[int, Found | None] = {}
         self._key = {"seed": seed, "sources": source_hash()}
         self._torn = False

@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cute_fa.errors import CuteFaError
-from cute_fa.inputs import InputSpec
-from cute_fa.trial import Machine
-from cute_fa.types import SmArch
+from cute_fa.semantics.errors import CuteFaError
+from cute_fa.semantics.types import SmArch
+from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.trial import Machine
 from tests.testing.fuzz.problem import FUNCTIONS, CacheSpec, Problem, changed
 
 if TYPE_CHECKING:

@@ -1,0 +1,199 @@
+"""Appending rows that each say where they go: the operator ``cute_fa::append_rows``.
+
+FlashInfer and servers built on it describe new tokens by a sequence and a position each, in any order. The append
+kernel (``cute_fa.api.append``) takes sequences with consecutive rows; here each row is a sequence of one row, in the
+one page where it goes, which torch's operators look up on the device. Nothing is read by the host.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import library
+
+from cute_fa.api import append
+from cute_fa.engine import operator as ops
+from cute_fa.engine.worlds import simulated_arch
+from cute_fa.semantics.errors import (
+    ArgumentError,
+    CacheIndexError,
+    EmptyCacheError,
+    LengthError,
+    PageTableError,
+    ShapeError,
+)
+from cute_fa.semantics.tensors import check_devices, check_dims, check_integers, check_vector
+
+
+class RowsCall(NamedTuple):
+    """Arguments of the operator, in the schema's order; meanings as for :func:`append_rows`."""
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    batch_indices: torch.Tensor
+    positions: torch.Tensor
+    page_table: torch.Tensor | None
+    page_indices: torch.Tensor | None
+    page_indptr: torch.Tensor | None
+
+
+ops.LIBRARY.define(
+    "append_rows(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor batch_indices, Tensor positions, "
+    "Tensor? page_table, Tensor? page_indices, Tensor? page_indptr) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def append_rows(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    page_table: torch.Tensor | None = None,
+    page_indices: torch.Tensor | None = None,
+    page_indptr: torch.Tensor | None = None,
+) -> None:
+    """Write each new key and value to the sequence and the position that it names, in place.
+
+    k, v: (rows, heads_kv, head_dim | head_dim_v), fp16 or bf16, as the caches are.
+    batch_indices, positions: int32 (rows): row r becomes token positions[r] of sequence batch_indices[r]. Rows come in
+    any order; one with a negative batch index is padding and is not written; of two for one place, either stays.
+    k_cache, v_cache: (batch, seqlen_cache, heads_kv, …); or pages (num_pages, page_size, heads_kv, …) with
+    ``page_table`` int32 (batch, max_pages), or with FlashInfer's ``page_indices`` int32 and ``page_indptr`` int32
+    (batch + 1): page p of sequence b is page_indices[page_indptr[b] + p]. Strides as for :func:`cute_fa.append_kv`.
+
+    A place outside of the cache is an error where values are checked (``CUTE_FA_CHECK=1``, simulating), else the row is
+    not written. Raises a subclass of ``cute_fa.errors.CuteFaError`` before anything is written.
+    """
+    call = RowsCall(k_cache, v_cache, k, v, batch_indices, positions, page_table, page_indices, page_indptr)
+    for name, tensor in zip(RowsCall._fields, call, strict=True):
+        if not isinstance(tensor, torch.Tensor) and not (tensor is None and name.startswith("page")):
+            raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
+    if (page_indices is None) != (page_indptr is None):
+        raise ArgumentError("page_indices and page_indptr: give both or neither")
+    if page_table is not None and page_indices is not None:
+        raise ArgumentError("page_table and page_indices: two ways to list pages, give one")
+    torch.ops.cute_fa.append_rows(*call)
+
+
+def _append_rows(*arguments):
+    call = RowsCall._make(arguments)
+    _check(call)
+    if call.k.shape[0] == 0:
+        return
+    if ops.CHECK_VALUES or simulated_arch() is not None:
+        _check_values(call)
+    append._append_kv(*_sequences_of_one_row(call))
+
+
+def _sequences_of_one_row(call: RowsCall) -> append.AppendCall:
+    batch, positions = call.batch_indices, call.positions
+    sequence = batch.clamp(0, max(_batch(call) - 1, 0))
+    place = positions
+    present = (batch >= 0) & (batch < _batch(call)) & (positions >= 0)
+    page = None
+    if call.page_table is not None or call.page_indices is not None:
+        column, place = positions // call.k_cache.shape[1], positions % call.k_cache.shape[1]
+        page, listed = _page(call, sequence, column)
+        present, page = present & listed, page[:, None]
+    else:
+        present = present & (positions < call.k_cache.shape[1])
+    return append.AppendCall(
+        k_cache=call.k_cache,
+        v_cache=call.v_cache,
+        k=call.k[:, None],
+        v=call.v[:, None],
+        q=None,
+        cache_seqlens=place * present,
+        page_table=page,
+        cache_batch_idx=None if page is not None else sequence,
+        cu_seqlens_q=None,
+        cu_seqlens_k_new=None,
+        seqused_q=None,
+        seqused_k_new=present.int(),
+        rotary_cos=None,
+        rotary_sin=None,
+        rotary_seqlens=None,
+        max_seqlen_q=None,
+        max_seqlen_k_new=None,
+        rotary_interleaved=False,
+        rotate_each=True,
+    )
+
+
+def _page(call: RowsCall, sequence: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the column-th page of the sequence, whether it lists one), each (rows)."""
+    if call.page_table is not None:
+        last = call.page_table.shape[1] - 1
+        return call.page_table[sequence, column.clamp(0, last)], column <= last
+    first = call.page_indptr[sequence]
+    index = first + column
+    inside = (index < call.page_indptr[sequence + 1]) & (index < call.page_indices.shape[0])
+    return call.page_indices[index.clamp(0, call.page_indices.shape[0] - 1)], inside
+
+
+def _batch(call: RowsCall) -> int:
+    if call.page_indptr is not None:
+        return call.page_indptr.shape[0] - 1
+    return (call.k_cache if call.page_table is None else call.page_table).shape[0]
+
+
+def _check(call: RowsCall) -> None:
+    """The rules that rows and lists of pages can break; those of keys, values and caches are the append's."""
+    check_devices(call._asdict(), "k_cache")
+    check_dims("k", call.k, 3, "(rows, heads_kv, head_dim)")
+    check_dims("v", call.v, 3, "(rows, heads_kv, head_dim_v)")
+    for name in ("batch_indices", "positions"):
+        check_vector(name, getattr(call, name), torch.int32, (call.k.shape[0],))
+    if call.page_table is not None:
+        check_dims("page_table", call.page_table, 2, "(batch, max_pages)")
+        check_integers("page_table", call.page_table)
+        if call.page_table.numel() == 0:
+            raise EmptyCacheError(f"page_table {tuple(call.page_table.shape)}: it lists no page")
+    if call.page_indices is not None:
+        for name in ("page_indices", "page_indptr"):
+            check_dims(name, getattr(call, name), 1, "one dimension")
+            check_vector(name, getattr(call, name), torch.int32, (getattr(call, name).numel(),))
+        if call.page_indptr.shape[0] < 2:
+            raise ShapeError(f"page_indptr {tuple(call.page_indptr.shape)}: (batch + 1) is needed")
+        if call.page_indices.shape[0] == 0:
+            raise EmptyCacheError("page_indices (0,): it lists no page")
+
+
+def _check_values(call: RowsCall) -> None:
+    """Check the numbers in tensors: host synchronisations. Raises CacheIndexError, LengthError or PageTableError."""
+    batch = _batch(call)
+    rows = call.k_cache.shape[1]
+    capacity, pages = [rows] * batch, None
+    if call.page_table is not None:
+        pages = call.page_table.tolist()
+    elif call.page_indices is not None:
+        starts, listed = call.page_indptr.tolist(), call.page_indices.tolist()
+        pages = [listed[start:end] for start, end in itertools.pairwise(starts)]
+    if pages is not None:
+        capacity = [rows * len(of_sequence) for of_sequence in pages]
+    for r, (b, position) in enumerate(zip(call.batch_indices.tolist(), call.positions.tolist(), strict=True)):
+        if b < 0:
+            continue
+        if b >= batch:
+            raise CacheIndexError(f"batch_indices[{r}]={b}: the cache has {batch} sequences")
+        if not 0 <= position < capacity[b]:
+            raise LengthError(f"positions[{r}]={position}: sequence {b} has room for {capacity[b]}")
+        if pages is not None and not 0 <= pages[b][position // rows] < call.k_cache.shape[0]:
+            page = pages[b][position // rows]
+            raise PageTableError(f"sequence {b} lists page {page}: the cache has {call.k_cache.shape[0]} pages")
+
+
+def _fake(*arguments):
+    _check(RowsCall._make(arguments))
+
+
+ops.LIBRARY.impl("append_rows", _append_rows, "CompositeExplicitAutograd")
+library.register_fake("cute_fa::append_rows", _fake, lib=ops.LIBRARY)

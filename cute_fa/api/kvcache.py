@@ -1,0 +1,203 @@
+"""``flash_attn_with_kvcache``: append to a KV cache, then attend to it."""
+
+from __future__ import annotations
+
+import numbers
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from cute_fa.api import attention as api
+from cute_fa.api.append import AppendCall, append, autocast_to, autocasts
+from cute_fa.api.scheduler_metadata import check_scheduler_metadata
+from cute_fa.engine import operator as ops
+from cute_fa.semantics.argument_names import spelled
+from cute_fa.semantics.errors import ArgumentError, NoBackwardError
+from cute_fa.semantics.tensors import batch_of, check_dims
+
+# What callers call arguments of the two operators, by how they call the page table.
+_TABLES = ("page_table", "block_table")
+_CACHES = {"k": "k_cache", "v": "v_cache", "seqused_k": "cache_seqlens"}
+_ATTENTION_NAMES = {table: spelled(**_CACHES, page_table=table) for table in _TABLES}
+_APPEND_NAMES = {table: spelled(page_table=table) for table in _TABLES}
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    *by_position: Any,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k_new: int | None = None,
+    rotary_seqlens: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    sink_tokens: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    scheduler_metadata: torch.Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    return_lse: bool = False,
+    return_attn_probs: bool = False,
+    return_softmax_lse: bool = False,
+    out: torch.Tensor | None = None,
+    family: str | None = None,
+    **peers: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of few or many queries over a KV cache, for inference; the arguments of FA2's and FA3's function of
+    this name. Arguments not named here are those of :func:`cute_fa.flash_attn_func`.
+
+    q: (batch, seqlen_q, heads, head_dim), or (total_q, heads, head_dim) with ``cu_seqlens_q`` int32 (batch + 1) and at
+    most ``max_seqlen_q`` queries a sequence (None: total_q).
+    k_cache, v_cache: (batch, seqlen_cache, heads_kv, head_dim | head_dim_v); with ``cache_batch_idx`` int32 (batch),
+    (batch_cache, …), of which sequence b's is number cache_batch_idx[b]; or pages (num_pages, page_size, heads_kv, …)
+    with ``page_table`` (``block_table``) int32 (batch, max_pages), or (batch_cache, max_pages) of which the index says
+    each sequence's row. Only the strides say in which order the dimensions lie in memory: for (pages, heads, page_size,
+    head_dim) pass ``cache.transpose(1, 2)``.
+    k, v: new rows (batch, seqlen_new, heads_kv, …), or (total_new, …) with ``cu_seqlens_k_new``, that are first written
+    to the cache, in place, behind the ``cache_seqlens`` tokens that each sequence has there.
+    cache_seqlens: int32 (batch) or one int: tokens in the cache, before new ones are written; all there is room for by
+    default, where nothing is written.
+    cache_leftpad: int32 (batch), rows of the cache before a sequence's first key, which cache_seqlens and the places of
+    tokens count and attention leaves out.
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2), with new k alone: rotates the new keys by their place in the
+    cache, and q: row t by cache_seqlens[b] + t if causal or with a window, else all rows by cache_seqlens[b].
+    ``rotary_seqlens`` int32 (batch) takes the place of cache_seqlens there; FA3's callers pass it without rotary_cos
+    too, where nothing rotates. ``rotary_interleaved``: neighbours are pairs, as in FA2 and FA3; else halves. See
+    :func:`cute_fa.append_kv`.
+    scheduler_metadata: of ``cute_fa.compat.fa3.get_scheduler_metadata`` for this batch; changes nothing.
+    num_splits: parts that the keys are split into; 0 lets the occupancy choose, and with it the kernel.
+
+    Under autocast q and the new k and v are cast to the caches' dtype; the caches, which are written, never are.
+
+    Causal and windows count from the end: the last query is that of the last token. Returns out like q with head_dim_v,
+    or (out, lse), as :func:`cute_fa.flash_attn_varlen_func` does. Has no gradient: raises NoBackwardError if one is
+    asked for. Raises a subclass of ``cute_fa.errors.CuteFaError`` before anything is written.
+    """
+    if by_position:
+        raise api.too_many("flash_attn_with_kvcache", "q, the caches, k and v", by_position)
+    api.check_peers(peers)
+    returns = {"return_lse": return_lse, "return_attn_probs": return_attn_probs}
+    returns["return_softmax_lse"] = return_softmax_lse
+    returns = {name: api.flag(name, value) for name, value in returns.items()}
+    rotary_interleaved = api.flag("rotary_interleaved", rotary_interleaved)
+    if page_table is not None and block_table is not None:
+        raise ArgumentError("page_table and block_table: two names of one argument, give one")
+    if (k is None) != (v is None):
+        raise ArgumentError("k and v: give both or neither")
+    if rotary_cos is None and rotary_sin is None:
+        rotary_seqlens = None
+    table = "page_table" if block_table is None else "block_table"
+    rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_seqlens": rotary_seqlens}
+    new = {"cu_seqlens_k_new": cu_seqlens_k_new, "max_seqlen_k_new": max_seqlen_k_new, **rotary}
+    if k is None:
+        for name, value in new.items():
+            if value is not None:
+                raise ArgumentError(f"{name} without new k and v: nothing is appended")
+    call = api.prepare(
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q=cu_seqlens_q,
+        seqused_k=_lengths(cache_seqlens, q, cu_seqlens_q),
+        page_table=page_table if page_table is not None else block_table,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        max_seqlen_q=max_seqlen_q,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        sink_tokens=sink_tokens,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        learnable_sink=learnable_sink,
+        num_splits=num_splits,
+        family=family,
+        pack_gqa=pack_gqa,
+        names=_ATTENTION_NAMES[table],
+    )
+    if scheduler_metadata is not None:
+        check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
+    given = {**rotary, "cu_seqlens_k_new": cu_seqlens_k_new, "k": k, "v": v, "out": out}
+    for name, tensor in given.items():
+        if tensor is not None:
+            api.check_tensor(name, tensor)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*call[: ops.NUM_TENSORS], *given.values())
+    ):
+        raise NoBackwardError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
+    query, k, v = autocast_to(call.k, call.q, k, v)
+    call = call._replace(q=query)
+    if k is not None:
+        if max_seqlen_k_new is not None:
+            new["max_seqlen_k_new"] = api.integer("max_seqlen_k_new", max_seqlen_k_new)
+        new |= {"rotary_interleaved": rotary_interleaved, "names": _APPEND_NAMES[table]}
+        call = _append(call, k, v, out, new)
+    with torch.autocast(q.device.type, enabled=False) if autocasts(q.device) else nullcontext():
+        if out is None:
+            out, lse = ops.attention(*call)
+        else:
+            lse = ops.attention_out(*call, out)
+    return (out, lse) if any(returns.values()) else out
+
+
+def _append(
+    call: ops.Call,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor | None,
+    new: dict[str, Any],
+) -> ops.Call:
+    """The call after the append: with q rotated, and lengths with the new tokens."""
+    if call.seqused_k is None:
+        raise ArgumentError("k and v without cache_seqlens: where the new tokens go is not known")
+    ops.validate(call, out)  # nothing is written for attention that cannot be
+    appended = AppendCall(
+        call.k,
+        call.v,
+        k,
+        v,
+        call.seqused_k,
+        q=call.q,
+        page_table=call.page_table,
+        cache_batch_idx=call.cache_batch_idx,
+        cu_seqlens_q=call.cu_seqlens_q,
+        max_seqlen_q=call.max_seqlen_q,
+        rotate_each=call.window_left is not None or call.window_right is not None,
+        **new,
+    )
+    q, seqused_k = append(appended)
+    return call._replace(q=q, seqused_k=seqused_k)
+
+
+def _lengths(cache_seqlens: Any, q: Any, cu_seqlens_q: Any) -> torch.Tensor | None:
+    """int32 (batch), from one int for all sequences too."""
+    if cache_seqlens is None or isinstance(cache_seqlens, torch.Tensor):
+        return cache_seqlens
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt, numbers.Integral)):
+        raise ArgumentError(f"cache_seqlens={cache_seqlens!r}: an int, or an int32 tensor (batch)")
+    cache_seqlens = api.integer("cache_seqlens", cache_seqlens)
+    api.check_tensor("q", q)
+    if cu_seqlens_q is not None:
+        api.check_tensor("cu_seqlens_q", cu_seqlens_q)
+        batch = batch_of("cu_seqlens_q", cu_seqlens_q)
+    else:
+        check_dims("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
+        batch = q.shape[0]
+    return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)

@@ -1,0 +1,19 @@
+"""A ring of tiles as data: what a config says of its pipelines. No DSL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """One ring of tiles in shared memory between the loader and the consumers.
+
+    ``name``: what it carries; ``stages``: tiles in the ring, a power of 2; ``stage_bytes``: what the TMA copies of one
+    stage deliver; ``consumer_warps``: warps that release a stage, one arrival each.
+    """
+
+    name: str
+    stages: int
+    stage_bytes: int
+    consumer_warps: int

@@ -1,0 +1,87 @@
+"""Rings of shared-memory tiles, guarded by mbarriers: the loader fills a stage, the consumers read and release it."""
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.cute.arch import inline_ptx
+
+from cute_fa.device.pipeline_spec import PipelineSpec
+
+
+class RingState(NamedTuple):
+    """Where a side of a ring is: the stage of its next tile, and the parity of how often the ring has gone round."""
+
+    stage: Int32
+    phase: Int32
+
+
+def ring_start() -> RingState:
+    """The state of both sides at the start of a CTA."""
+    return RingState(Int32(0), Int32(0))
+
+
+def ring_next(state: RingState, stages: int) -> RingState:
+    """The state after one more tile; ``stages`` a power of 2."""
+    if stages == 2:
+        return RingState(state.stage ^ 1, state.phase ^ state.stage)
+    following = state.stage + 1
+    return RingState(following & (stages - 1), state.phase ^ (following >> (stages.bit_length() - 1)))
+
+
+def previous_stage(state: RingState, stages: int) -> Int32:
+    """The stage of the tile before."""
+    return state.stage ^ 1 if stages == 2 else (state.stage - 1) & (stages - 1)
+
+
+class Ring:
+    """The mbarriers of one :class:`PipelineSpec`: ``full`` completes when a stage's bytes have arrived, ``empty`` when
+    all consumer warps have released it."""
+
+    def __init__(self, spec: PipelineSpec, barriers: cute.Pointer):
+        """``barriers``: 2·stages mbarriers in shared memory."""
+        self.spec = spec
+        self.full, self.empty = barriers, barriers + spec.stages
+
+    def initialize(self):
+        """By one thread, before a fence and a barrier of the CTA."""
+        for stage in range(self.spec.stages):
+            cute.arch.mbarrier_init(self.full + stage, 1)
+            cute.arch.mbarrier_init(self.empty + stage, self.spec.consumer_warps)
+
+    def acquire(self, state: RingState) -> cute.Pointer:
+        """Loader: wait until the stage is free, announce its bytes; returns the barrier for the copies."""
+        full = self.full + state.stage
+        cute.arch.mbarrier_wait(self.empty + state.stage, state.phase ^ 1)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full, self.spec.stage_bytes)
+        return full
+
+    def wait(self, state: RingState):
+        """Consumer: wait until the tile is there."""
+        cute.arch.mbarrier_wait(self.full + state.stage, state.phase)
+
+    def release(self, stage: Int32, if_true=True):
+        """Consumer warp: this warp has read the tile in a stage."""
+        leader = cute.arch.lane_idx() == 0
+        if if_true is not True:
+            leader = leader & if_true
+        inline_ptx(
+            "mbarrier.arrive.shared.b64 _, [{$r0}];",
+            read_only_args=[(self.empty + stage).toint()],
+            predicate=leader,
+        )
+
+
+def rings(specs: tuple[PipelineSpec, ...], barriers: cute.Pointer) -> dict[str, Ring]:
+    """The rings by name, their barriers one after the other."""
+    made, first = {}, 0
+    for spec in specs:
+        made[spec.name] = Ring(spec, barriers + first)
+        first += 2 * spec.stages
+    return made
+
+
+def barrier_count(specs: tuple[PipelineSpec, ...]) -> int:
+    """mbarriers that all rings need."""
+    return sum(2 * spec.stages for spec in specs)

@@ -1,0 +1,291 @@
+"""The dispatch table: which kernel serves which problem on which architecture, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from cute_fa.semantics.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
+from cute_fa.semantics.names import problem_name
+from cute_fa.semantics.problem import AttentionProblem, default_scale
+from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cute_fa.engine.contract import AttentionKernel
+
+_FAMILIES = ("fa2", "fa3", "fa4")
+_ALL = tuple(SmArch)
+_HOPPER = (SmArch.SM_90A,)
+_BLACKWELL = (SmArch.SM_100A, SmArch.SM_103A)
+
+
+@dataclass(frozen=True)
+class DispatchKey:
+    """What decides which kernel serves a problem: shapes of the head and features with their values, no lengths.
+
+    ``sliding_window`` and ``window_right`` are the window's bounds in tokens, literal, None where infinite
+    (``window_right`` is None for causal, which is bound 0); ``sink`` counts sink tokens; ``head_dim_v`` None means
+    ``head_dim``. What changes only how a kernel computes (``persistent``, ``pack_gqa``) is left out: a key stands for
+    its own choice.
+    """
+
+    arch: SmArch
+    dtype: DType
+    head_dim: int
+    causal: bool = False
+    varlen: bool = False
+    sliding_window: int | None = None
+    alibi: bool = False
+    sink: int = 0
+    paged: bool = False
+    gqa_ratio: int = 1
+    direction: Direction = Direction.FORWARD
+    head_dim_v: int | None = None
+    window_right: int | None = None
+    softcap: float = 0.0
+    learnable_sink: bool = False
+    page_size: int | None = None
+    splits: int = 1
+
+    def __post_init__(self):
+        if self.paged != (self.page_size is not None):
+            raise ArgumentError(f"paged={self.paged} with page_size={self.page_size}: give both or neither")
+        if self.causal and self.window_right not in (None, 0):
+            raise ArgumentError(f"causal with window_right={self.window_right}: causal is bound 0")
+        # one spelling of equal keys
+        if self.head_dim_v is None:
+            object.__setattr__(self, "head_dim_v", self.head_dim)
+        if self.window_right == 0:
+            object.__setattr__(self, "causal", True)
+            object.__setattr__(self, "window_right", None)
+
+    @classmethod
+    def of(cls, problem: AttentionProblem) -> DispatchKey:
+        return cls(
+            problem.arch,
+            problem.dtype,
+            problem.head_dim,
+            problem.causal,
+            problem.varlen,
+            problem.window_left,
+            problem.alibi,
+            problem.sink_tokens,
+            problem.page_size is not None,
+            problem.gqa_ratio,
+            direction=problem.direction,
+            head_dim_v=problem.head_dim_v,
+            window_right=problem.window_right,
+            softcap=problem.softcap,
+            learnable_sink=problem.learnable_sink,
+            page_size=problem.page_size,
+            splits=problem.num_splits,
+        )
+
+    def __str__(self) -> str:
+        return problem_name(self.problem())
+
+    def problem(self) -> AttentionProblem:
+        """The smallest problem of this key: what ``supports()`` is asked about when only the key is known."""
+        return AttentionProblem(
+            arch=self.arch,
+            dtype=self.dtype,
+            batch=1,
+            seqlen_q=1,
+            seqlen_k=1,
+            num_heads=self.gqa_ratio,
+            num_heads_kv=1,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v,
+            softmax_scale=default_scale(self.head_dim),
+            window_left=self.sliding_window,
+            window_right=0 if self.causal else self.window_right,
+            sink_tokens=self.sink,
+            softcap=self.softcap,
+            alibi=self.alibi,
+            learnable_sink=self.learnable_sink,
+            varlen_q=self.varlen,
+            varlen_k=self.varlen and not self.paged,
+            seqused_k=self.varlen and self.paged,
+            page_size=self.page_size,
+            num_splits=self.splits,
+            direction=self.direction,
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel of the table. ``target`` is ``module:Class``, imported when first asked; where no kernel exists yet
+    it is None and ``missing`` says so."""
+
+    name: str
+    family: str
+    direction: Direction
+    archs: tuple[SmArch, ...]
+    target: str | None = None
+    missing: str = ""
+    arch_rule: str = ""
+
+    def reasons(self, problem: AttentionProblem) -> list[str]:
+        """Why this kernel does not serve the problem; empty if it does."""
+        if problem.direction is not self.direction:
+            return [f"computes the {self.direction.value}, not the {problem.direction.value}"]
+        if problem.arch not in self.archs:
+            return [f"{self.arch_rule}; not {problem.arch.value}"]
+        if self.target is None:
+            return [self.missing]
+        return self.kernel().supports(problem)
+
+    def kernel(self) -> type[AttentionKernel]:
+        return _load(self.target)
+
+
+class SupportRow(NamedTuple):
+    """One cell of the support table: ``kernel`` is the entry's name or None; ``reasons`` say why the candidates before
+    it, or all of them, do not serve."""
+
+    arch: str
+    direction: str
+    feature: str
+    kernel: str | None
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DispatchTable:
+    """Entries in order of preference."""
+
+    entries: tuple[Entry, ...]
+
+    def lookup(self, problem: AttentionProblem | DispatchKey, family: str | None = None) -> type[AttentionKernel]:
+        """The kernel that serves the problem: the first entry whose ``supports()`` has no objection.
+
+        ``family``: ``fa2``, ``fa3`` or ``fa4`` alone. An FA3 request on an architecture after sm_90a is one for FA4's
+        kernels. Raises UnsupportedKeyError with every candidate's reasons, Fa3ArchError for an FA3 request before
+        sm_90a, Fp8Error where the dtype alone is the obstacle.
+        """
+        entry = self._find(problem, family)
+        if entry is not None:
+            return entry.kernel()
+        if isinstance(problem, DispatchKey):
+            problem = problem.problem()
+        reasons = self.explain(problem, family)
+        if problem.dtype.is_fp8 and self._find(replace(problem, dtype=DType.BF16, out_dtype=None), family):
+            listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
+            raise Fp8Error(f"{problem.dtype.value} input on {problem.arch.value}: no kernel offers fp8 here ({listed})")
+        raise UnsupportedKeyError(DispatchKey.of(problem), reasons)
+
+    def choose(
+        self, problem: AttentionProblem, family: str | None, num_sms: int
+    ) -> tuple[AttentionProblem, type[AttentionKernel]]:
+        """The problem with a number of splits, and the kernel that serves it, where the caller leaves the number open:
+        those of the first kernel that wants the problem for itself (``AttentionKernel.num_splits``), else one split and
+        :meth:`lookup`."""
+        for entry in self._candidates(problem, family):
+            if not entry.reasons(problem):
+                splits = entry.kernel().num_splits(problem, num_sms)
+                if splits is not None:
+                    return replace(problem, num_splits=splits), entry.kernel()
+        return problem, self.lookup(problem, family)
+
+    def explain(self, problem: AttentionProblem | DispatchKey, family: str | None = None) -> dict[str, list[str]]:
+        """Reasons of every candidate, by name; an empty list means that it serves the problem."""
+        if isinstance(problem, DispatchKey):
+            problem = problem.problem()
+        return {entry.name: entry.reasons(problem) for entry in self._candidates(problem, family)}
+
+    def rows(self) -> Iterator[SupportRow]:
+        """The support table: every architecture × direction × feature."""
+        for arch in SmArch:
+            for direction in Direction:
+                for feature, changes in FEATURES.items():
+                    others = _OF_THE_FORWARD if direction is Direction.BACKWARD else _OF_THE_BACKWARD
+                    changes = {name: value for name, value in changes.items() if name not in others}
+                    of_key = {name: value for name, value in changes.items() if name not in _CHOICES}
+                    choices = {name: value for name, value in changes.items() if name in _CHOICES}
+                    key = DispatchKey(**{"arch": arch, "direction": direction, **_BASE, **of_key})
+                    explained = self.explain(replace(key.problem(), **choices))
+                    served = next((name for name, why in explained.items() if not why), None)
+                    refusing = itertools.takewhile(lambda candidate: candidate[1], explained.items())
+                    reasons = tuple(f"{name}: {', '.join(why)}" for name, why in refusing)
+                    yield SupportRow(arch.value, direction.value, feature, served, reasons)
+
+    def _find(self, problem, family: str | None) -> Entry | None:
+        if isinstance(problem, DispatchKey):
+            problem = problem.problem()
+        return next((e for e in self._candidates(problem, family) if not e.reasons(problem)), None)
+
+    def _candidates(self, problem: AttentionProblem, family: str | None) -> list[Entry]:
+        if family is not None and family not in _FAMILIES:
+            raise ArgumentError(f"family={family!r}: one of {', '.join(_FAMILIES)}")
+        if family == "fa3" and problem.arch.number < 90:
+            raise Fa3ArchError(f"FA3 kernels on {problem.arch.value}: they need WGMMA, which exists on sm_90a alone")
+        families = (family,)
+        if family == "fa3" and not problem.arch.has_wgmma:
+            families = ("fa3", "fa4")
+        entries = [entry for entry in self.entries if entry.direction is problem.direction]
+        if family is None:
+            return [entry for entry in entries if problem.arch in entry.archs]
+        return [entry for entry in entries if entry.family in families]
+
+
+@cache
+def _load(target: str) -> type[AttentionKernel]:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+_WGMMA = "WGMMA exists on sm_90a alone"
+_TCGEN05 = "tcgen05 exists on sm_100a and sm_103a alone"
+
+TABLE = DispatchTable(
+    (
+        Entry("fa4_fwd", "fa4", Direction.FORWARD, _BLACKWELL, None, "no fa4_sm100 kernel exists yet", _TCGEN05),
+        Entry("fa3_fwd", "fa3", Direction.FORWARD, _HOPPER, "fa3_sm90.forward.entry:Fa3Forward", arch_rule=_WGMMA),
+        Entry("fa2_fwd", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.forward.entry:Fa2Forward"),
+        Entry("fa2_split", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.split.entry:Fa2Split"),
+        Entry("fa4_bwd", "fa4", Direction.BACKWARD, _BLACKWELL, None, "no fa4_sm100 kernel exists yet", _TCGEN05),
+        Entry("fa3_bwd", "fa3", Direction.BACKWARD, _HOPPER, None, "no fa3_sm90 kernel exists yet", _WGMMA),
+        Entry("fa2_bwd", "fa2", Direction.BACKWARD, _ALL, "fa2_sm80.backward.entry:Fa2Backward"),
+    )
+)
+
+# What the support table asks about, each as a change to full attention of this kind. Choices of how to compute, and
+# where the rows of a cache lie, are fields of the problem, the others of the key. The backward of a call is not asked
+# for what that chose for its forward, nor the forward for what it chose for its backward.
+_BASE = {"dtype": DType.BF16, "head_dim": 128}
+_OF_THE_FORWARD = ("pack_gqa", "persistent", "splits")
+_OF_THE_BACKWARD = ("deterministic", "lse_gradient", "slopes_gradient")
+_CHOICES = ("pack_gqa", "persistent", "cache_batch_idx", "cache_leftpad", *_OF_THE_BACKWARD)
+FEATURES: dict[str, dict] = {
+    "bf16": {},
+    "fp16": {"dtype": DType.FP16},
+    "fp8 e4m3": {"dtype": DType.E4M3},
+    "fp8 e5m2": {"dtype": DType.E5M2},
+    **{f"head_dim {size}": {"head_dim": size} for size in (8, 64, 128, 192, 256, 512)},
+    "head_dim 192, head_dim_v 128": {"head_dim": 192, "head_dim_v": 128},
+    "causal": {"causal": True},
+    "window left and right": {"sliding_window": 512, "window_right": 128},
+    "window with a negative bound": {"sliding_window": 512, "window_right": -1},
+    "sink tokens + window": {"causal": True, "sliding_window": 512, "sink": 4},
+    "ALiBi": {"alibi": True},
+    "softcap": {"softcap": 50.0},
+    "learnable sink": {"learnable_sink": True},
+    "varlen": {"varlen": True},
+    "GQA": {"gqa_ratio": 8},
+    "GQA, query heads packed": {"gqa_ratio": 8, "pack_gqa": True},
+    "paged KV": {"varlen": True, "paged": True, "page_size": 64},
+    "paged KV, left padding": {"varlen": True, "paged": True, "page_size": 64, "cache_leftpad": True},
+    "KV cache by index": {"cache_batch_idx": True},
+    "paged KV by index": {"varlen": True, "paged": True, "page_size": 64, "cache_batch_idx": True},
+    "KV cache, left padding": {"cache_leftpad": True},
+    "split-KV": {"splits": 4},
+    "persistent": {"persistent": PersistentMode.ON},
+    "gradient of the LSE": {"lse_gradient": True},
+    "gradient of the ALiBi slopes": {"alibi": True, "slopes_gradient": True},
+    "deterministic gradients": {"deterministic": True},
+}

@@ -1,0 +1,237 @@
+"""``AttentionProblem``: one attention problem, validated once, holding every semantic choice."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cute_fa.semantics.errors import (
+    ArgumentError,
+    EmptyBatchError,
+    Fp8Error,
+    LengthError,
+    PageSizeError,
+    ShapeError,
+    WindowError,
+)
+from cute_fa.semantics.types import Direction, DType, MaskKind, PersistentMode, PositionBias, SmArch
+
+INT32_MAX = 2**31 - 1
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+_SIZES = ("num_heads", "num_heads_kv", "head_dim", "head_dim_v")
+_KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction, "persistent": PersistentMode} | dict.fromkeys(
+    ("batch", "seqlen_q", "seqlen_k", *_SIZES, "sink_tokens", "num_splits"), int
+)
+# Products of scale, cap and log2(e) must stay far inside fp32.
+_LARGEST_FACTOR = 2.0**32
+
+
+class LiteralWindow(NamedTuple):
+    """A window whose bounds mean what they say, negative ones too: a left bound of −1 hides the diagonal and what lies
+    left of it, a right bound of −1 the diagonal and what lies right of it, and where left + right < 0 nothing is
+    visible. None alone is infinite. What FlashAttention 4 means by a window; taken as ``window_size`` everywhere.
+    """
+
+    left: int | None
+    right: int | None
+
+    @classmethod
+    def of(cls, window_size: Any, name: str = "window_size") -> LiteralWindow:
+        """The bounds that a caller gave, as they are: a pair of ints or None, or a tensor or array of two on the CPU; a
+        bound that no int32 length can reach becomes None. ``name``: what the caller calls the window. Raises
+        WindowError for anything else."""
+        pair = (None, None) if window_size is None else window_size
+        if not isinstance(pair, (tuple, list)):
+            pair = _on_host(name, pair)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise WindowError(f"{name}={window_size!r}: a pair (left, right) is needed")
+        return cls(_bound(f"{name} left", pair[0]), _bound(f"{name} right", pair[1]))
+
+
+def normalize_window(window_size: Any, causal: bool, name: str = "window_size") -> tuple[int | None, int | None]:
+    """(left, right) with None for infinite, causal folded in as right = min(right, 0); ``name``: what the caller calls
+    the window.
+
+    −1 (FA2, FA3) and None (FA4) are infinite, as is a bound that no int32 length can reach; other negative bounds
+    raise, but for those of a :class:`LiteralWindow`. (−1, 0) is causal attention.
+    """
+    left, right = LiteralWindow.of(window_size, name)
+    if not isinstance(window_size, LiteralWindow):
+        left, right = _infinite(f"{name} left", left), _infinite(f"{name} right", right)
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    return left, right
+
+
+def _on_host(name: str, value: Any) -> Any:
+    """A tensor's or array's numbers; other values as they are. Raises WindowError if they are not on the host."""
+    if not hasattr(value, "tolist"):
+        return value
+    device = str(getattr(value, "device", "cpu"))
+    if device != "cpu":
+        raise WindowError(f"{name} is a tensor on {device}: the host would wait for its values, give ints")
+    return value.tolist()
+
+
+def _bound(name: str, bound: Any) -> int | None:
+    if bound is None or (type(bound) is int and abs(bound) < INT32_MAX):
+        return bound
+    bound = _on_host(name, bound)
+    if isinstance(bound, bool) or not isinstance(bound, numbers.Integral):
+        raise WindowError(f"{name}={bound!r}: a bound is an int, or None for infinite")
+    return None if bound >= INT32_MAX else max(int(bound), -INT32_MAX)
+
+
+def _infinite(name: str, bound: int | None) -> int | None:
+    """The bound, with −1 as infinite."""
+    if bound is not None and bound < -1:
+        raise WindowError(f"{name}={bound}: a bound is ≥ 0, or None or −1 for infinite")
+    return None if bound == -1 else bound
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """What is asked of a kernel: shapes, dtypes and every semantic choice. ``cute_fa.semantics.tensors.problem_of``
+    makes one from tensors and options; making it by hand validates the same rules.
+
+    ``window_left`` and ``window_right`` are None where infinite, and causal is folded in (``window_right == 0``);
+    negative ones are meant as they are, see :class:`LiteralWindow`. ``seqlen_q`` and ``seqlen_k`` are the longest
+    lengths: ``max_seqlen_*`` for varlen. ``varlen_*``: the tensor is packed, with cu_seqlens; ``seqused_*``: lengths
+    shorter than what the tensor holds are given. ``page_size``: k and v are pages; ``cache_batch_idx``: an index says
+    which sequences of k and v, or rows of the page table, are the batch's; ``cache_leftpad``: they begin behind rows
+    that do not count. ``out_dtype`` is q's by default, bf16 for fp8.
+
+    ``persistent`` and ``pack_gqa`` (query heads of one kv head share a tile; None: the kernel chooses) change how a
+    kernel computes, never what. They are here because a kernel must be able to refuse them.
+
+    Of the backward alone: ``deterministic`` asks for gradients that are bit-identical between runs; ``lse_gradient``
+    says that the gradient of LSE is given; ``slopes_gradient`` that the one of the ALiBi slopes is wanted. Those of q,
+    k, v and the learnable sink always are.
+
+    Raises EmptyBatchError, ShapeError, LengthError, WindowError, PageSizeError, Fp8Error or ArgumentError.
+    """
+
+    arch: SmArch
+    dtype: DType
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    softmax_scale: float
+    window_left: int | None = None
+    window_right: int | None = None
+    sink_tokens: int = 0
+    softcap: float = 0.0
+    alibi: bool = False
+    learnable_sink: bool = False
+    varlen_q: bool = False
+    varlen_k: bool = False
+    seqused_q: bool = False
+    seqused_k: bool = False
+    page_size: int | None = None
+    cache_batch_idx: bool = False
+    cache_leftpad: bool = False
+    num_splits: int = 1
+    direction: Direction = Direction.FORWARD
+    out_dtype: DType | None = None
+    persistent: PersistentMode = PersistentMode.AUTO
+    pack_gqa: bool | None = None
+    deterministic: bool = False
+    lse_gradient: bool = False
+    slopes_gradient: bool = False
+
+    def __post_init__(self):
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise ArgumentError(f"{name}={value!r}: {kind.__name__} is needed")
+        if self.pack_gqa is not None and not isinstance(self.pack_gqa, bool):
+            raise ArgumentError(f"pack_gqa={self.pack_gqa!r}: True, False, or None for the kernel's own choice")
+        self._check_sizes()
+        self._check_options()
+        self._check_gradients()
+        if self.out_dtype is None:
+            object.__setattr__(self, "out_dtype", DType.BF16 if self.dtype.is_fp8 else self.dtype)
+        if self.out_dtype.is_fp8:
+            raise Fp8Error(f"out_dtype={self.out_dtype.value}: the output is fp16 or bf16")
+
+    def _check_sizes(self):
+        if self.batch < 1:
+            raise EmptyBatchError(f"batch={self.batch}: at least one sequence is needed")
+        for name in ("seqlen_q", "seqlen_k"):
+            if not 0 <= getattr(self, name) <= INT32_MAX:
+                raise LengthError(f"{name}={getattr(self, name)}: a length is between 0 and {INT32_MAX}")
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ShapeError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if self.num_heads % self.num_heads_kv:
+            raise ShapeError(
+                f"{self.num_heads} query heads and {self.num_heads_kv} kv heads: "
+                "the number of query heads must be a multiple of the number of kv heads"
+            )
+        if self.page_size is not None and self.page_size not in PAGE_SIZES:
+            raise PageSizeError(f"page_size={self.page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
+        if self.page_size is not None and self.varlen_k:
+            raise ArgumentError("cu_seqlens_k with a paged cache: its lengths are seqused_k")
+
+    def _check_options(self):
+        check_factor("softmax_scale", self.softmax_scale)
+        if self.softcap != 0.0:
+            check_factor("softcap", self.softcap)
+        for side, bound in (("left", self.window_left), ("right", self.window_right)):
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
+                raise WindowError(f"window_{side}={bound!r}: a bound is an int, or None for infinite")
+        if not 0 <= self.sink_tokens <= INT32_MAX:
+            raise ArgumentError(f"sink_tokens={self.sink_tokens}: between 0 and {INT32_MAX}")
+        if not 1 <= self.num_splits <= INT32_MAX:
+            raise ArgumentError(f"num_splits={self.num_splits}: between 1 and {INT32_MAX}")
+
+    def _check_gradients(self):
+        for name in ("deterministic", "lse_gradient", "slopes_gradient"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ArgumentError(f"{name}={value!r}: True or False")
+            if value and self.direction is Direction.FORWARD:
+                raise ArgumentError(f"{name} of a forward: only a backward has gradients")
+        if self.slopes_gradient and not self.alibi:
+            raise ArgumentError("slopes_gradient without alibi: there are no slopes")
+
+    @property
+    def causal(self) -> bool:
+        return self.window_right == 0
+
+    @property
+    def varlen(self) -> bool:
+        """Whether sequences of the batch may differ in length."""
+        return self.varlen_q or self.varlen_k or self.seqused_q or self.seqused_k or self.cache_leftpad
+
+    @property
+    def gqa_ratio(self) -> int:
+        return self.num_heads // self.num_heads_kv
+
+    @property
+    def mask_kind(self) -> MaskKind:
+        sliding = self.window_left is not None or self.window_right not in (None, 0)
+        if sliding:
+            return MaskKind.SLIDING_CAUSAL if self.causal else MaskKind.SLIDING
+        return MaskKind.CAUSAL if self.causal else MaskKind.NONE
+
+    @property
+    def position_bias(self) -> PositionBias:
+        return PositionBias.ALIBI if self.alibi else PositionBias.NONE
+
+
+def default_scale(head_dim: int) -> float:
+    """1/√head_dim; 1 for a head_dim of 0, which AttentionProblem refuses."""
+    return 1.0 / math.sqrt(max(head_dim, 1))
+
+
+def check_factor(name: str, value: float) -> None:
+    """A factor of the scores: above 0 (the running maximum is taken before it) and harmless in fp32."""
+    if not 1.0 / _LARGEST_FACTOR <= value <= _LARGEST_FACTOR:
+        raise ArgumentError(f"{name}={value}: a number between 2^-32 and 2^32")

@@ -1,0 +1,554 @@
+"""Rules for the tensors of a call, and the problem that they describe.
+
+Everything here reads shapes, strides and dtypes only; ``check_values`` alone reads what lies on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from cute_fa.semantics.argument_names import ArgumentNames
+from cute_fa.semantics.errors import (
+    AlignmentError,
+    ArgumentError,
+    CacheIndexError,
+    CumulativeSeqlensError,
+    DeviceError,
+    DTypeError,
+    EmptyBatchError,
+    EmptyCacheError,
+    LengthError,
+    PagedHeadDimError,
+    PageSizeError,
+    PageTableError,
+    ShapeError,
+    StrideError,
+    ZeroLengthError,
+)
+from cute_fa.semantics.problem import (
+    INT32_MAX,
+    PAGE_SIZES,
+    AttentionProblem,
+    check_factor,
+    default_scale,
+    normalize_window,
+)
+from cute_fa.semantics.types import Direction, DType, PersistentMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cute_fa.semantics.types import SmArch
+
+TORCH_DTYPES = {
+    DType.FP16: torch.float16,
+    DType.BF16: torch.bfloat16,
+    DType.E4M3: torch.float8_e4m3fn,
+    DType.E5M2: torch.float8_e5m2,
+}
+DTYPES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
+ALIGNMENT = 16
+_LARGEST_LOGIT = 2.0**126  # what log2(e) and a few sums keep finite in float32
+
+
+def problem_of(
+    arch: SmArch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    sink_tokens: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    persistent: PersistentMode = PersistentMode.AUTO,
+    direction: Direction = Direction.FORWARD,
+    deterministic: bool = False,
+    lse_gradient: bool = False,
+    slopes_gradient: bool = False,
+    names: ArgumentNames | None = None,
+) -> AttentionProblem:
+    """The problem that tensors and options describe; shapes as in :class:`cute_fa.engine.contract.AttentionTensors`.
+    ``names``: what the caller calls the arguments.
+
+    No sequences at all are described as one: what an empty result must obey are the same rules. Raises the error of
+    whichever rule is broken; makes no host synchronisation.
+    """
+    names = ArgumentNames() if names is None else names
+    dtype = _dtype(names, q, k, v)
+    batch, rows_q = _queries(names, q, cu_seqlens_q)
+    sequences = f"{batch} sequences of {names['q' if cu_seqlens_q is None else 'cu_seqlens_q']}"
+    rows_k, page_size = keys_of(names, q, k, v, batch, sequences, cu_seqlens_k, page_table, cache_batch_idx)
+    _check_heads(names, q, k, v)
+    tensors = {"q": q, "k": k, "v": v}
+    if out is not None:
+        _output(names["out"], out, q, v)
+        tensors["out"] = out
+    for name, tensor in names.of(tensors).items():
+        check_loadable(name, tensor)
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    lengths |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
+    for name, tensor in lengths.items():
+        if tensor is not None:
+            check_vector(names[name], tensor, torch.int32, (batch + name.startswith("cu"),), of=sequences)
+    if cache_leftpad is not None:
+        if cu_seqlens_k is not None:
+            raise ArgumentError(
+                f"{names['cache_leftpad']} with {names['cu_seqlens_k']}: a packed sequence starts where its offset says"
+            )
+        check_vector(names["cache_leftpad"], cache_leftpad, torch.int32, (batch,), of=sequences)
+    heads = q.shape[-2]
+    if alibi_slopes is not None:
+        shapes = (heads,), (batch, heads)
+        check_vector(names["alibi_slopes"], alibi_slopes, torch.float32, *shapes, of=f"{heads} heads of {names['q']}")
+    if learnable_sink is not None:
+        check_vector(
+            names["learnable_sink"], learnable_sink, torch.float32, (heads,), of=f"{heads} heads of {names['q']}"
+        )
+    extras = {**lengths, "page_table": page_table, "cache_batch_idx": cache_batch_idx}
+    extras["cache_leftpad"] = cache_leftpad
+    extras |= {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
+    check_devices(names.of(tensors | extras), names["q"])
+    for name, cu_seqlens, rows in (("cu_seqlens_q", cu_seqlens_q, rows_q), ("cu_seqlens_k", cu_seqlens_k, rows_k)):
+        if cu_seqlens is not None and rows > INT32_MAX:
+            raise CumulativeSeqlensError(f"{names[name]} for {rows} rows: its int32 offsets overflow at {INT32_MAX}")
+    left, right = normalize_window(window_size, causal)
+    scale = default_scale(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    check_factor(names["softmax_scale"], scale)
+    varlen_k = cu_seqlens_k is not None or seqused_k is not None
+    return AttentionProblem(
+        arch=arch,
+        dtype=dtype,
+        batch=max(batch, 1),
+        seqlen_q=_longest_q(names, rows_q, max_seqlen_q, cu_seqlens_q is not None, seqused_q is not None),
+        seqlen_k=_longest_k(names, rows_k, max_seqlen_k, varlen_k, page_size),
+        num_heads=heads,
+        num_heads_kv=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        softmax_scale=scale,
+        window_left=left,
+        window_right=right,
+        sink_tokens=sink_tokens,
+        softcap=float(softcap),
+        alibi=alibi_slopes is not None,
+        learnable_sink=learnable_sink is not None,
+        varlen_q=cu_seqlens_q is not None,
+        varlen_k=cu_seqlens_k is not None,
+        seqused_q=seqused_q is not None,
+        seqused_k=seqused_k is not None,
+        page_size=page_size,
+        cache_batch_idx=cache_batch_idx is not None,
+        cache_leftpad=cache_leftpad is not None,
+        num_splits=num_splits,
+        direction=direction,
+        pack_gqa=pack_gqa,
+        persistent=persistent,
+        deterministic=deterministic,
+        lse_gradient=lse_gradient,
+        slopes_gradient=slopes_gradient,
+    )
+
+
+def check_devices(tensors: dict[str, torch.Tensor | None], first: str) -> None:
+    """Raise DeviceError unless all tensors are where ``first`` is."""
+    device = tensors[first].device
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise DeviceError(
+                f"{name} is on {tensor.device} and {first} on {device}: all tensors must be on one device"
+            )
+
+
+def check_like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: str = "") -> None:
+    """Raise ShapeError or DTypeError unless the tensor has this shape and dtype; ``like``: the argument that asks for
+    them."""
+    asked = f", as {like} has it" if like else ""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ShapeError(f"{name} {tuple(tensor.shape)}: {tuple(shape)} is needed{asked}")
+    if tensor.dtype != dtype:
+        raise DTypeError(name, tensor.dtype, f"{str(dtype).removeprefix('torch.')} is needed{asked}")
+
+
+def load_rule(tensor: torch.Tensor) -> str | None:
+    """The rule that the strides break if 16-byte loads cannot follow them; those of dimensions of size 1 do not matter,
+    0 is fine. Where rows of this head_dim cannot be followed whatever the strides, it is the table that says so."""
+    strides = tensor.stride()
+    if tensor.numel() == 0 or tensor.shape[-1] * tensor.element_size() % ALIGNMENT:  # see check_head_dim
+        return None
+    if strides[-1] != 1 and tensor.shape[-1] > 1:
+        return "the last dimension must be contiguous"
+    for size, stride in zip(tensor.shape[:-1], strides[:-1], strict=True):
+        if size > 1 and stride * tensor.element_size() % ALIGNMENT:
+            return f"every stride but the last must be a multiple of {ALIGNMENT} bytes"
+    return None
+
+
+def check_writable(name: str, tensor: torch.Tensor) -> None:
+    """Raise StrideError for a tensor of which elements share memory."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise StrideError(name, tensor.stride(), "elements that share memory cannot be written")
+        extent += stride * (size - 1)
+
+
+def check_pointers(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise AlignmentError for a tensor whose first element is not 16-byte aligned."""
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % ALIGNMENT:
+            raise AlignmentError(name, tensor.data_ptr(), ALIGNMENT)
+
+
+def check_separate(written: str, tensor: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+    """Raise ArgumentError if the range of addresses that a written tensor spans meets an input's."""
+    start, end = _extent(tensor)
+    for name, tensor in inputs.items():
+        first, last = _extent(tensor)
+        if first < end and start < last:
+            raise ArgumentError(
+                f"{written} shares its memory with {name}: a kernel uses {name} while it writes {written}"
+            )
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of the one after the last; nothing for an empty tensor."""
+    if tensor.numel() == 0:
+        return 0, 0
+    reach = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
+
+
+def check_values(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_q: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    cache_batch_idx: torch.Tensor | None,
+    cache_leftpad: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    learnable_sink: torch.Tensor | None,
+    *,
+    names: ArgumentNames,
+) -> None:
+    """Check the numbers in the length tensors, the page table, the cache's index, the slopes and the sinks: one host
+    synchronisation each.
+
+    Raises CumulativeSeqlensError, LengthError, PageTableError, CacheIndexError or ArgumentError.
+    """
+    if cu_seqlens_q is not None:
+        held_q = held_lengths(names["cu_seqlens_q"], cu_seqlens_q, q)
+    else:
+        held_q = [q.shape[1]] * q.shape[0]
+    if cu_seqlens_k is not None:
+        held_k = held_lengths(names["cu_seqlens_k"], cu_seqlens_k, k)
+    else:
+        held_k = [k.shape[1] * (1 if page_table is None else page_table.shape[1])] * len(held_q)
+    used_q = used_within(names["seqused_q"], seqused_q, held_q)
+    holder = "the tensor" if page_table is None else f"a row of {names['page_table']}"
+    used_k = used_within(names["seqused_k"], seqused_k, held_k, holder)
+    if cache_leftpad is not None:
+        used_within(names["cache_leftpad"], cache_leftpad, used_k)
+    for name, used, longest in (
+        ("max_seqlen_q", used_q, problem.seqlen_q),
+        ("max_seqlen_k", used_k, problem.seqlen_k),
+    ):
+        if max(used, default=0) > longest:
+            raise LengthError(f"{names[name]}={longest}: a sequence has {max(used)} tokens")
+    check_cache_places(names, k, used_k, page_table, cache_batch_idx)
+    if alibi_slopes is not None:
+        # Kernels hold scores, before the exponential's factor, in units of softmax_scale or of twice the cap.
+        unit = min(2.0 * problem.softcap or problem.softmax_scale, 1.0)
+        bound = _LARGEST_LOGIT * unit / max(problem.seqlen_q, problem.seqlen_k, 1)
+        rule = f"between -{bound:.3g} and {bound:.3g}, so that no bias overflows float32"
+        _check_numbers(names["alibi_slopes"], alibi_slopes, lambda slope: abs(slope) <= bound, rule)
+    if learnable_sink is not None:
+        rule = "between -2^126 and 2^126, or -inf for none"
+        _check_numbers(
+            names["learnable_sink"],
+            learnable_sink,
+            lambda sink: abs(sink) <= _LARGEST_LOGIT or sink == -math.inf,
+            rule,
+        )
+
+
+def _check_numbers(name: str, tensor: torch.Tensor, allowed: Callable[[float], bool], rule: str) -> None:
+    """Raise ArgumentError unless every element is allowed; NaN is not."""
+    for index, number in enumerate(tensor.flatten().tolist()):
+        if not allowed(number):
+            place = [index] if tensor.dim() == 1 else list(divmod(index, tensor.shape[1]))
+            raise ArgumentError(f"{name}{place}={number:.4g}: {rule}")
+
+
+def check_cache_places(
+    names: ArgumentNames,
+    k: torch.Tensor,
+    lengths: list[int],
+    page_table: torch.Tensor | None,
+    cache_batch_idx: torch.Tensor | None,
+) -> None:
+    """Check that the cache ``k`` has the pages, or the sequences, in which these lengths are said to lie: a host
+    synchronisation for each tensor. Raises PageTableError or CacheIndexError."""
+    sequences = list(range(len(lengths)))
+    if cache_batch_idx is not None:
+        sequences = cache_batch_idx.tolist()
+        held = k.shape[0] if page_table is None else page_table.shape[0]
+        has = f"the cache has {held} sequences" if page_table is None else f"{names['page_table']} has {held} rows"
+        for b, sequence in enumerate(sequences):
+            if not 0 <= sequence < held:
+                raise CacheIndexError(f"{names['cache_batch_idx']}[{b}]={sequence}: {has}")
+    if page_table is not None:
+        table = page_table.tolist()
+        for length, row in zip(lengths, sequences, strict=True):
+            for page in table[row][: -(-length // k.shape[1])]:
+                if not 0 <= page < k.shape[0]:
+                    listed = f"{names['page_table']}[{row}] lists page {page}"
+                    raise PageTableError(f"{listed}: the cache has {k.shape[0]} pages")
+
+
+def used_lengths(cu_seqlens_k: torch.Tensor) -> torch.Tensor:
+    """int32 (batch), the lengths between int32 offsets (batch + 1): how FA2's callers pass those of a paged cache."""
+    check_integers("cu_seqlens_k", cu_seqlens_k)
+    check_dims("cu_seqlens_k", cu_seqlens_k, 1, "(batch + 1)")
+    return cu_seqlens_k.diff()
+
+
+def lengths_of(name: str, offsets: Sequence[int]) -> list[int]:
+    """Lengths of the sequences between at least two offsets; raises CumulativeSeqlensError unless these start at 0 and
+    never decrease."""
+    if offsets[0] != 0:
+        raise CumulativeSeqlensError(f"{name}[0]={offsets[0]}: offsets start at 0")
+    lengths = []
+    for b, (start, end) in enumerate(itertools.pairwise(offsets)):
+        if end < start:
+            raise CumulativeSeqlensError(f"{name} goes from {start} to {end} at {b + 1}: offsets never decrease")
+        lengths.append(end - start)
+    return lengths
+
+
+def held_lengths(name: str, cu_seqlens: torch.Tensor, packed: torch.Tensor) -> list[int]:
+    """Lengths that the packed tensor must hold."""
+    offsets = cu_seqlens.tolist()
+    lengths = lengths_of(name, offsets)
+    if offsets[-1] > packed.shape[0]:
+        raise CumulativeSeqlensError(f"{name} ends at {offsets[-1]}: the packed tensor has {packed.shape[0]} rows")
+    return lengths
+
+
+def used_within(name: str, seqused: torch.Tensor | None, held: list[int], holder: str = "the tensor") -> list[int]:
+    if seqused is None:
+        return held
+    used = seqused.tolist()
+    for b, (length, most) in enumerate(zip(used, held, strict=True)):
+        if not 0 <= length <= most:
+            raise LengthError(f"{name}[{b}]={length}: between 0 and the {most} tokens that {holder} holds")
+    return used
+
+
+def _dtype(names: ArgumentNames, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> DType:
+    if q.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise DTypeError(names["q"], q.dtype, f"one of {known} is needed")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            rule = f"{names['q']} is {str(q.dtype).removeprefix('torch.')}, {names['k']} and {names['v']} must be too"
+            raise DTypeError(names[name], tensor.dtype, rule)
+    return DTYPES[q.dtype]
+
+
+def _queries(names: ArgumentNames, q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, int]:
+    """(batch, rows of the tensor)."""
+    if cu_seqlens_q is None:
+        check_dims(names["q"], q, 4, "(batch, seqlen_q, heads, head_dim)")
+        return q.shape[0], q.shape[1]
+    offsets = names["cu_seqlens_q"]
+    check_dims(names["q"], q, 3, f"(total_q, heads, head_dim) with {offsets}")
+    return batch_of(offsets, cu_seqlens_q), q.shape[0]
+
+
+def batch_of(name: str, cu_seqlens: torch.Tensor) -> int:
+    """How many sequences offsets (batch + 1) are of."""
+    check_dims(name, cu_seqlens, 1, "(batch + 1)")
+    if cu_seqlens.shape[0] == 0:
+        raise EmptyBatchError(f"{name} (0,): (batch + 1), and so at least the offset 0, is needed")
+    return cu_seqlens.shape[0] - 1
+
+
+def keys_of(
+    names: ArgumentNames, q, k, v, batch: int, sequences: str, cu_seqlens_k, page_table, cache_batch_idx
+) -> tuple[int, int | None]:
+    """(rows that one sequence, or the packed tensor, can hold; page size or None). ``sequences``: how many there are,
+    and what says so."""
+    page_size = None
+    name, table, index, offsets = (names[n] for n in ("k", "page_table", "cache_batch_idx", "cu_seqlens_k"))
+    if cache_batch_idx is not None:
+        if cu_seqlens_k is not None:
+            raise ArgumentError(f"{index} with {offsets}: only caches take an index")
+        check_vector(index, cache_batch_idx, torch.int32, (batch,), of=sequences)
+    if page_table is not None:
+        if cu_seqlens_k is not None:
+            raise ArgumentError(f"{offsets} with {table}: a paged cache takes its lengths from {names['seqused_k']}")
+        check_dims(name, k, 4, f"(num_pages, page_size, heads_kv, head_dim) with {table}")
+        check_integers(table, page_table)
+        check_dims(table, page_table, 2, "(batch, max_pages)")
+        if page_table.shape[0] != batch and cache_batch_idx is None:
+            raise ShapeError(f"{table} {tuple(page_table.shape)}: one row for each of {sequences} is needed")
+        if batch == 0:
+            raise EmptyBatchError(
+                f"{table} {tuple(page_table.shape)}: a paged cache of at least one sequence is needed"
+            )
+        for empty, tensor, pages in ((name, k, k.shape[0]), (table, page_table, page_table.numel())):
+            if pages == 0:
+                raise EmptyCacheError(f"{empty} {tuple(tensor.shape)}: the cache has no pages")
+        if k.shape[1] not in PAGE_SIZES:
+            sizes = ", ".join(map(str, PAGE_SIZES))
+            raise PageSizeError(f"{name} {tuple(k.shape)}: page_size={k.shape[1]}: one of {sizes}")
+        check_contiguous_rows(table, page_table)
+        page_size, rows = k.shape[1], page_table.shape[1] * k.shape[1]
+    elif cu_seqlens_k is not None:
+        check_dims(name, k, 3, f"(total_k, heads_kv, head_dim) with {offsets}")
+        rows = k.shape[0]
+    else:
+        check_dims(name, k, 4, "(batch, seqlen_k, heads_kv, head_dim)")
+        rows = k.shape[1]
+        if cache_batch_idx is not None and k.shape[0] == 0:
+            raise EmptyCacheError(f"{name} {tuple(k.shape)}: the cache has no sequences")
+        if cache_batch_idx is None and k.shape[0] != batch:
+            raise ShapeError(f"{name} {tuple(k.shape)}: its first size is the batch, the {sequences}")
+    if v.shape[:-1] != k.shape[:-1]:
+        both = f"{names['v']} {tuple(v.shape)} and {name} {tuple(k.shape)}"
+        raise ShapeError(f"{both}: all sizes but the last must be equal")
+    if k.shape[-1] != q.shape[-1]:
+        rule = f"{name} has head_dim {k.shape[-1]} and {names['q']} {q.shape[-1]}: they must be equal"
+        raise PagedHeadDimError(f"paged {rule}") if page_table is not None else ShapeError(rule)
+    return rows, page_size
+
+
+def _check_heads(names: ArgumentNames, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """No number of heads nor head_dim is 0, and query heads share kv heads evenly."""
+    sizes = {
+        "num_heads": ("q", q, -2),
+        "num_heads_kv": ("k", k, -2),
+        "head_dim": ("q", q, -1),
+        "head_dim_v": ("v", v, -1),
+    }
+    for size, (name, tensor, dim) in sizes.items():
+        if tensor.shape[dim] == 0:
+            raise ShapeError(f"{names[name]} {tuple(tensor.shape)}: {size}=0: at least 1 is needed")
+    if q.shape[-2] % k.shape[-2]:
+        raise ShapeError(
+            f"{names['q']} and {names['k']} have {q.shape[-2]} query heads and {k.shape[-2]} kv heads: "
+            "the number of query heads must be a multiple of the number of kv heads"
+        )
+
+
+def _output(name: str, out: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> None:
+    expected = (*q.shape[:-1], v.shape[-1])
+    if tuple(out.shape) != expected:
+        raise ShapeError(f"{name} {tuple(out.shape)}: {expected} is needed")
+    expected_dtype = torch.bfloat16 if DTYPES[q.dtype].is_fp8 else q.dtype
+    if out.dtype != expected_dtype:
+        raise DTypeError(name, out.dtype, f"{str(expected_dtype).removeprefix('torch.')} is needed")
+    check_writable(name, out)
+
+
+def check_loadable(name: str, tensor: torch.Tensor) -> None:
+    rule = load_rule(tensor)
+    if rule is not None:
+        raise StrideError(name, tensor.stride(), rule)
+
+
+def check_head_dim(name: str, tensor: torch.Tensor, size: str = "head_dim") -> None:
+    """Raise ShapeError for rows that 16-byte loads cannot follow whatever the strides; ``size``: head_dim's name."""
+    step = ALIGNMENT // tensor.element_size()
+    if tensor.shape[-1] % step or tensor.shape[-1] == 0:
+        rule = f"a multiple of {step} is needed, {ALIGNMENT} bytes"
+        raise ShapeError(f"{name} {tuple(tensor.shape)}: {size}={tensor.shape[-1]}: {rule}")
+
+
+def check_vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shapes: tuple[int, ...], of: str = "") -> None:
+    """A tensor of one of these shapes with contiguous rows; ``of``: what its elements are one each for."""
+    if tensor.dtype != dtype:
+        raise DTypeError(name, tensor.dtype, f"{str(dtype).removeprefix('torch.')} is needed")
+    if tuple(tensor.shape) not in shapes:
+        asked = f" for the {of}" if of else ""
+        raise ShapeError(f"{name} {tuple(tensor.shape)}: {' or '.join(map(str, shapes))} is needed{asked}")
+    check_contiguous_rows(name, tensor)
+
+
+def check_integers(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype != torch.int32:
+        raise DTypeError(name, tensor.dtype, "int32 is needed")
+
+
+def check_contiguous_rows(name: str, tensor: torch.Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise StrideError(name, tensor.stride(), "the last dimension must be contiguous")
+
+
+def check_dims(name: str, tensor: torch.Tensor, dims: int, layout: str) -> None:
+    if tensor.dim() != dims:
+        raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: {layout} is needed")
+
+
+def _longest_q(names: ArgumentNames, rows: int, given: int | None, packed: bool, seqused: bool) -> int:
+    """The most queries of a sequence: ``max_seqlen_q`` where packed. All rows of a dense tensor belong to a sequence:
+    those beyond seqused_q are part of the result."""
+    name = names["max_seqlen_q"]
+    _check_longest(name, given, rows)
+    if given is None:
+        return rows
+    if packed:
+        return min(given, rows)
+    if given < rows and not seqused:
+        raise LengthError(f"{name}={given}: each sequence has {rows} tokens")
+    return rows
+
+
+def _longest_k(names: ArgumentNames, rows: int, given: int | None, varlen: bool, page_size: int | None) -> int:
+    """The most keys of a sequence: ``max_seqlen_k`` where lengths are given, else what the tensor or the pages hold."""
+    name = names["max_seqlen_k"]
+    _check_longest(name, given, rows)
+    if given is None:
+        return rows
+    if given < rows and not varlen:
+        held = f"each sequence has {rows} tokens"
+        if page_size is not None:
+            held = (
+                f"without {names['seqused_k']} each sequence has the {rows} tokens that its row of "
+                f"{names['page_table']} holds"
+            )
+        raise LengthError(f"{name}={given}: {held}")
+    return min(given, rows)
+
+
+def _check_longest(name: str, given: int | None, rows: int) -> None:
+    if given == 0 and rows > 0:
+        raise ZeroLengthError(f"{name}=0 for {rows} tokens: the longest sequence has at least 1 token")
+    if given is not None and given < 0:
+        raise LengthError(f"{name}={given}: a length is at least 0")
+    if given is not None and given > INT32_MAX:
+        raise LengthError(f"{name}={given}: at most {INT32_MAX}")

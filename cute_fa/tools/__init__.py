@@ -1,0 +1,1 @@
+"""The command line and what it runs: trials, the tour, inputs, warming the cache."""

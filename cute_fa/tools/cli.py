@@ -1,0 +1,427 @@
+"""The command line: ``run`` one problem or the tour, ``compile`` a kernel, print the dispatch ``table``.
+
+Exit codes: 0 within tolerance, 1 outside it or a fault in the kernel, 2 for a request that cannot be served.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import click
+import torch
+from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import ptxsim
+from cute_fa import __version__
+from cute_fa.engine import cache
+from cute_fa.engine.compiler import compile_artifacts
+from cute_fa.engine.contract import KernelConfig
+from cute_fa.engine.table import TABLE
+from cute_fa.semantics.errors import ArgumentError, CuteFaError
+from cute_fa.semantics.names import canonical_name
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
+from cute_fa.tools import support
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs, output_gradients
+from cute_fa.tools.tour import run_tour, tour_table
+from cute_fa.tools.trial import (
+    BackwardResult,
+    Machine,
+    TrialResult,
+    choose_machine,
+    config_fields,
+    problem_of_spec,
+    run_backward_trial,
+    run_trial,
+)
+from cute_fa.tools.warm import read_keys, warm
+
+_PIPE_WIDTH = 140  # columns of a table that goes to a pipe or file, which have no width of their own
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that describe one problem, as given. ``None`` lengths and heads follow their counterpart."""
+
+    arch: str | None
+    dtype: str
+    batch: int
+    seqlen_q: int
+    seqlen_k: int | None
+    heads: int
+    heads_kv: int | None
+    head_dim: int
+    head_dim_v: int | None
+    causal: bool
+    window: tuple[int, int] | None
+    sink: int
+    alibi: bool
+    softcap: float
+    learnable_sink: bool
+    varlen: bool
+    page_size: int | None
+    backward: bool
+    deterministic: bool
+    lse_gradient: bool
+    pack_gqa: bool | None
+    persistent: str
+    # of a run alone
+    seed: int = 0
+    schedule_seed: int | None = None
+    late: bool = False
+    race: bool = False
+    num_sms: int | None = None
+    inputs: str = "random"
+
+    @property
+    def spec(self) -> InputSpec:
+        return InputSpec(
+            batch=self.batch,
+            seqlen_q=self.seqlen_q,
+            seqlen_k=self.seqlen_q if self.seqlen_k is None else self.seqlen_k,
+            heads=self.heads,
+            heads_kv=self.heads if self.heads_kv is None else self.heads_kv,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v,
+            dtype=DType(self.dtype),
+            causal=self.causal,
+            window=self.window or (None, None),
+            sink_tokens=self.sink,
+            softcap=self.softcap,
+            alibi=self.alibi,
+            learnable_sink=self.learnable_sink,
+            varlen_q=self.varlen,
+            varlen_k=self.varlen and self.page_size is None,
+            page_size=self.page_size,
+        )
+
+    @property
+    def machine(self) -> Machine:
+        simulation = {name: getattr(self, name) for name in ("schedule_seed", "late", "race", "num_sms")}
+        return choose_machine(SmArch(self.arch) if self.arch else None, **simulation)
+
+    @property
+    def choices(self) -> dict:
+        """How to compute, in the problem's terms."""
+        return {"pack_gqa": self.pack_gqa, "persistent": PersistentMode(self.persistent)}
+
+    @property
+    def forward_problem(self) -> AttentionProblem:
+        if not self.backward and self.deterministic:
+            raise ArgumentError("--deterministic without --backward: the forward is deterministic anyway")
+        if not self.backward and self.lse_gradient:
+            raise ArgumentError("--lse-gradient without --backward: a forward takes no gradient")
+        return problem_of_spec(self.spec, self.machine.arch, **self.choices)
+
+    @property
+    def backward_problem(self) -> AttentionProblem:
+        return problem_of_spec(
+            self.spec,
+            self.machine.arch,
+            direction=Direction.BACKWARD,
+            deterministic=self.deterministic,
+            lse_gradient=self.lse_gradient,
+            slopes_gradient=self.alibi,
+        )
+
+
+_SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch's generators take
+_PROBLEM_OPTIONS = [
+    click.option("--arch", type=click.Choice([arch.value for arch in SmArch]), help="[default: the GPU's, else sm_80]"),
+    click.option("--dtype", type=click.Choice([d.value for d in DType]), default="bf16", show_default=True),
+    click.option("--batch", type=int, default=1, show_default=True),
+    click.option("--seqlen-q", type=int, default=256, show_default=True),
+    click.option("--seqlen-k", type=int, help="[default: seqlen-q]"),
+    click.option("--heads", type=int, default=4, show_default=True),
+    click.option("--heads-kv", type=int, help="[default: heads]"),
+    click.option("--head-dim", type=int, default=128, show_default=True),
+    click.option("--head-dim-v", type=int, help="[default: head-dim]"),
+    click.option("--causal", is_flag=True),
+    click.option("--window", type=int, nargs=2, metavar="L R", help="Keys visible to the left and right; -1: all."),
+    click.option("--sink", type=int, default=0, help="First keys that a left bound never hides."),
+    click.option("--alibi", is_flag=True, help="Bias -slope[head]·distance, slopes from the seed."),
+    click.option("--softcap", type=float, default=0.0, help="Cap c of c·tanh(score/c); 0: none."),
+    click.option("--learnable-sink", is_flag=True, help="An extra logit per head, from the seed."),
+    click.option("--varlen", is_flag=True, help="Packed sequences of different lengths, up to seqlen-q and seqlen-k."),
+    click.option("--page-size", type=int, help="Keys and values in shuffled pages of this many tokens."),
+    click.option("--backward", is_flag=True, help="Also the gradients, for random ones of the output."),
+    click.option("--deterministic", is_flag=True, help="Gradients that are bit-identical between runs."),
+    click.option("--lse-gradient", is_flag=True, help="Give a random gradient of the LSE, too."),
+    click.option(
+        "--pack-gqa/--no-pack-gqa", default=None, help="Query heads of one kv head share a tile. [default: as it pays]"
+    ),
+    click.option(
+        "--persistent",
+        type=click.Choice([mode.value for mode in PersistentMode]),
+        default="auto",
+        show_default=True,
+        help="Whether a CTA computes one tile after the other.",
+    ),
+]
+_RUN_OPTIONS = [
+    click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the inputs."),
+    click.option("--schedule-seed", type=int, help="Simulate, with warps in a seeded adversarial order."),
+    click.option("--late", is_flag=True, help="Simulate, with asynchronous work done as late as is legal."),
+    click.option("--race", is_flag=True, help="Simulate, and report missing synchronisation under any schedule."),
+    click.option("--num-sms", type=click.IntRange(min=1), help="Simulate, with this many SMs. [default: a real GPU's]"),
+    click.option("--inputs", type=click.Choice(["random", "peaked"]), default="random", show_default=True),
+]
+
+
+def _options(*groups: list):
+    """Options of a command, in their order."""
+
+    def add(command):
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="cute_fa")
+def main() -> None:
+    """Attention kernels in NVIDIA's CuTe DSL: run them, compile them, list them."""
+
+
+@main.command()
+@_options(_PROBLEM_OPTIONS, _RUN_OPTIONS)
+@click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write inputs and results (torch.save).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.pass_context
+def run(context: click.Context, save: Path | None, as_json: bool, **given) -> None:
+    """Run one attention problem and compare it with the reference; without options, a tour of real model layers.
+
+    On the GPU if there is one; else, or if --arch names another architecture, simulated. Exits with 0 only if every
+    result is within tolerance.
+    """
+    chosen = [name for name in (*given, "save") if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    with _errors(as_json):
+        if chosen:
+            _run_one(Options(**given), save, as_json)
+        else:
+            _run_all(as_json)
+
+
+def _run_one(options: Options, save: Path | None, as_json: bool) -> None:
+    if save and not save.absolute().parent.is_dir():
+        raise click.BadParameter(f"{save.parent} is no folder", param_hint="--save")
+    # A request that no kernel serves fails before any work.
+    TABLE.lookup(options.forward_problem)
+    if options.backward:
+        TABLE.lookup(options.backward_problem)
+    machine = options.machine
+    inputs = make_inputs(options.spec, options.inputs, options.seed, device=machine.device)
+    if options.backward:
+        dout, dlse = output_gradients(inputs, options.seed)
+        given = (dout, dlse if options.lse_gradient else None)
+        result = run_backward_trial(inputs, machine, *given, deterministic=options.deterministic, **options.choices)
+    else:
+        result = run_trial(inputs, machine, **options.choices)
+    if save:
+        saved = _saved(options, inputs, result)
+        with _writing("--save", save):
+            torch.save(saved, save)
+    if as_json:
+        click.echo(json.dumps({**result.summary(), "options": asdict(options)}))
+    else:
+        _console().print(_result_table(result))
+    sys.exit(0 if result.ok else 1)
+
+
+def _run_all(as_json: bool) -> None:
+    results = run_tour(Console(stderr=True))
+    if as_json:
+        layers = [{"layer": stop.layer.name, "mask": stop.mask, **result.summary()} for stop, result in results]
+        click.echo(json.dumps({"ok": all(result.ok for _, result in results), "layers": layers}))
+    else:
+        _console().print(tour_table(results))
+    sys.exit(0 if all(result.ok for _, result in results) else 1)
+
+
+@main.command("compile")
+@_options(_PROBLEM_OPTIONS)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option(
+    "--keys",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Compile the problems of this file into the cache instead; a line holds the options of one.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, for --keys.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.pass_context
+def compile_command(
+    context: click.Context, out: Path | None, keys: Path | None, jobs: int, as_json: bool, **given
+) -> None:
+    """Write the kernel that serves the problem as PTX and cubin, named by its compile name. Needs no GPU.
+
+    With --keys, fill the cache ahead of time: CUTE_FA_CACHE_DIR=DIR names a folder that can be shipped to machines with
+    the same kind of CPU and used there as their cache, without compiling anything.
+    """
+    chosen = [name for name in given if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    if (out is None) == (keys is None) or (keys and chosen):
+        raise click.UsageError("--out DIR with the options of one problem, or --keys FILE alone")
+    with _errors(as_json):
+        if keys is not None:
+            _warm(keys, jobs, as_json)
+            return
+        options = Options(**given)
+        problem = _compiled_problem(options)
+        kernel = TABLE.lookup(problem)
+        config = kernel.configure(problem)
+        ptx, cubin = compile_artifacts(config)
+        written = {"ptx": out / f"{config.compile_name}.ptx", "cubin": out / f"{config.compile_name}.cubin"}
+        with _writing("--out", out):
+            out.mkdir(parents=True, exist_ok=True)
+            written["ptx"].write_text(ptx)
+            written["cubin"].write_bytes(cubin)
+        names = {"canonical_name": canonical_name(kernel, problem), "compile_name": config.compile_name}
+        if as_json:
+            paths = {kind: str(path) for kind, path in written.items()}
+            click.echo(json.dumps({**names, "config": config_fields(config), **paths}))
+        else:
+            click.echo(f"canonical name  {names['canonical_name']}\ncompile name    {names['compile_name']}")
+            click.echo(f"config          {_shown(config)}")
+            for path in written.values():
+                click.echo(f"wrote           {path}")
+
+
+def _compiled_problem(options: Options) -> AttentionProblem:
+    if not options.backward:
+        return options.forward_problem
+    if options.choices != {"pack_gqa": None, "persistent": PersistentMode.AUTO}:
+        raise ArgumentError("--pack-gqa or --persistent of a backward: they choose how a forward is computed")
+    return options.backward_problem
+
+
+@click.command(add_help_option=False)
+@_options(_PROBLEM_OPTIONS)
+def _one_problem(**given) -> Options:
+    """A line of ``--keys``."""
+    return Options(**given)
+
+
+def _config_of(options: list[str]) -> KernelConfig:
+    try:
+        problem = _compiled_problem(_one_problem.main(options, standalone_mode=False))
+    except click.ClickException as error:
+        raise ArgumentError(error.format_message()) from None
+    return TABLE.lookup(problem).configure(problem)
+
+
+def _warm(keys: Path, jobs: int, as_json: bool) -> None:
+    configs = read_keys(keys, _config_of)
+    notes = Console(stderr=True, highlight=False)
+    done = []
+    for kernel in track(warm(configs, jobs), "compiling", len(configs), console=notes):
+        notes.print(f"{kernel.name}: " + (f"compiled in {kernel.seconds:.1f} s" if kernel.compiled else "in the cache"))
+        done.append(kernel)
+    compiled = sum(kernel.compiled for kernel in done)
+    if as_json:
+        kernels = [kernel._asdict() for kernel in done]
+        click.echo(json.dumps({"ok": True, "directory": str(cache.directory()), "kernels": kernels}))
+    else:
+        click.echo(f"{compiled} compiled, {len(done) - compiled} there already, in {cache.directory()}")
+
+
+@main.command()
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON list: architecture, direction, feature, kernel, reasons."
+)
+@click.option("--markdown", is_flag=True)
+def table(as_json: bool, markdown: bool) -> None:
+    """The dispatch table: which kernel serves what on which architecture, and why none does."""
+    rows = list(TABLE.rows())
+    if as_json:
+        click.echo(json.dumps([row._asdict() for row in rows], indent=1))
+    elif markdown:
+        click.echo(support.to_markdown(rows))
+    else:
+        _console().print(*support.to_rich(rows))
+
+
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """Turns a refused request, and a fault that the simulator finds, into one message on stderr (as JSON also on
+    stdout) and an exit code."""
+    try:
+        yield
+    except (CuteFaError, ptxsim.SimError) as error:
+        if as_json:
+            click.echo(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2 if isinstance(error, CuteFaError) else 1)
+
+
+@contextmanager
+def _writing(option: str, path: Path) -> Iterator[None]:
+    """Turns a failure to write what ``option`` names into one message and exit code 2."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        raise click.BadParameter(f"cannot write {path}: {str(error).splitlines()[0]}", param_hint=option) from None
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def _result_table(result: TrialResult) -> Table:
+    comparison = result.comparison
+    table = Table(show_header=False, box=None)
+    table.add_row("kernel", result.canonical_name)
+    table.add_row("compiled as", result.compile_name)
+    table.add_row("config", _shown(result.config))
+    table.add_row("ran on", str(result.machine))
+    table.add_row("max error of O", f"{comparison.out_error:.3e}, allowed {comparison.out_allowed:.3e}")
+    table.add_row("max error of LSE", f"{comparison.lse_error:.3e}, allowed {comparison.lse_allowed:.3e}")
+    if isinstance(result, BackwardResult):
+        for name, error in result.errors.items():
+            table.add_row(f"max error of {name}", f"{error.error:.3e}, allowed {error.allowed:.3e}")
+    table.add_row("time", f"{_seconds(result.seconds)}, after {_seconds(result.compile_seconds)} to compile or load")
+    table.add_row("result", "[green]within tolerance[/]" if result.ok else "[bold red]OUTSIDE TOLERANCE[/]")
+    return table
+
+
+def _shown(config: KernelConfig) -> str:
+    """What the heuristic chose: fields that the kernel's name does not tell already, absent features left out; the
+    kernel's own before those that all have."""
+    named = ("arch", "dtype", "head_dim", "head_dim_v")
+    absent = {field.name: field.default for field in fields(config) if field.default in (False, None)}
+    values = {name: value for name, value in config_fields(config).items() if name not in named}
+    shown = [name for name, value in values.items() if absent.get(name, ...) != value]
+    shown.sort(key=lambda name: name not in type(config).__annotations__)
+    return _listed({name: values[name] for name in shown})
+
+
+def _listed(values: dict) -> str:
+    texts = {name: f"({_listed(value)})" if isinstance(value, dict) else value for name, value in values.items()}
+    return ", ".join(f"{name}={text}" for name, text in texts.items())
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.3g} ms"
+
+
+def _saved(options: Options, inputs: Inputs, result: TrialResult) -> dict:
+    """Everything that is needed to recompute the result outside, on the CPU; plain types and tensors only."""
+    tensors = {field.name: getattr(inputs, field.name) for field in fields(Inputs) if field.name != "spec"}
+    tensors |= {"out": result.out, "lse": result.lse}
+    if isinstance(result, BackwardResult):
+        tensors |= {"dout": result.dout, "dlse": result.dlse, **result.gradients._asdict()}
+    spec = {**asdict(inputs.spec), "dtype": inputs.spec.dtype.value}
+    return {
+        "options": {**asdict(options), "resolved": spec},
+        "canonical_name": result.canonical_name,
+        "compile_name": result.compile_name,
+        **{name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()},
+    }

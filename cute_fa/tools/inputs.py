@@ -1,0 +1,335 @@
+"""Seeded inputs for tests, the command line and benchmarks, made from one small frozen description.
+
+Two kinds. ``random``: standard normal. ``peaked``: q_i is a multiple of one key's ±1 pattern, mostly a key at the edge
+of what query i may see or just beyond it, and the rows of V are the ±1 digits of the key's index, scrambled per batch
+and head: one key too many or too few, or of another head, then moves O by order 1. White noise would hide it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.problem import normalize_window
+from cute_fa.semantics.tensors import TORCH_DTYPES
+from cute_fa.semantics.types import DType
+
+_LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
+_LENGTH_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One attention problem in the caller's terms.
+
+    ``seqlen_q`` and ``seqlen_k`` are the longest lengths; ``head_dim_v`` is ``head_dim`` by default.
+    ``lengths_q``/``lengths_k`` fix every sequence's length for varlen and seqused; without them they are drawn from the
+    seed, the first one at its longest, with odd and empty ones among the rest. ``varlen_*`` packs the sequences with
+    cu_seqlens; ``seqused_*`` passes lengths shorter than what the tensors hold. ``page_size`` stores k and v in pages,
+    with ``seqused_k`` for the lengths.
+    ``layout``: ``padded`` rows have 8 unused elements after each head, ``transposed`` stores heads before sequence (so
+    that sequence strides differ), ``expanded`` has one kv head with stride 0 in the place of ``heads_kv``.
+    """
+
+    batch: int = 2
+    seqlen_q: int = 64
+    seqlen_k: int = 64
+    heads: int = 2
+    heads_kv: int = 2
+    head_dim: int = 64
+    head_dim_v: int | None = None
+    dtype: DType = DType.BF16
+    softmax_scale: float | None = None
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+    sink_tokens: int = 0
+    softcap: float = 0.0
+    alibi: bool = False
+    alibi_per_batch: bool = False
+    learnable_sink: bool = False
+    varlen_q: bool = False
+    varlen_k: bool = False
+    seqused_q: bool = False
+    seqused_k: bool = False
+    page_size: int | None = None
+    lengths_q: tuple[int, ...] | None = None
+    lengths_k: tuple[int, ...] | None = None
+    layout: str = "contiguous"
+
+    def __post_init__(self):
+        if self.head_dim_v is None:
+            object.__setattr__(self, "head_dim_v", self.head_dim)
+        if self.layout not in _LAYOUTS:
+            raise ArgumentError(f"layout={self.layout!r}: one of {', '.join(_LAYOUTS)}")
+        if self.page_size and self.varlen_k:
+            raise ArgumentError("varlen_k with page_size: a paged cache takes its lengths from seqused_k")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call and the options that go with them; see ``cute_fa.api.attention`` for shapes."""
+
+    spec: InputSpec
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    learnable_sink: torch.Tensor | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments, beside q, k and v, for ``cute_fa.reference.attention`` and ``expected``."""
+        spec = self.spec
+        return {
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "cu_seqlens_k": self.cu_seqlens_k,
+            "seqused_q": self.seqused_q,
+            "seqused_k": self.seqused_k,
+            "page_table": self.page_table,
+            "softmax_scale": spec.softmax_scale,
+            "causal": spec.causal,
+            "window_size": spec.window,
+            "sink_tokens": spec.sink_tokens,
+            "softcap": spec.softcap,
+            "alibi_slopes": self.alibi_slopes,
+            "learnable_sink": self.learnable_sink,
+        }
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments, beside q, k and v, of the public function that takes these inputs: the varlen one where
+        there are lengths or pages."""
+        options = self.options()
+        lengths = {name: options.pop(name) for name in _LENGTH_TENSORS}
+        if all(tensor is None for tensor in lengths.values()):
+            return options
+        return lengths | {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k} | options
+
+    def variables(self) -> dict[str, torch.Tensor]:
+        """The tensors that have gradients, by name, in the order of ``reference.Gradients``."""
+        names = ("q", "k", "v", "alibi_slopes", "learnable_sink")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def requiring_gradients(self) -> Inputs:
+        """The same memory, with variables that ask for gradients."""
+        return replace(self, **{name: t.detach().requires_grad_() for name, t in self.variables().items()})
+
+    def run(self, **extra) -> Any:
+        """Call the public function that takes these inputs; ``extra`` is passed on (``return_lse=True`` …)."""
+        from cute_fa.api.attention import flash_attn_func, flash_attn_varlen_func
+
+        arguments = self.arguments()
+        function = flash_attn_varlen_func if "page_table" in arguments else flash_attn_func
+        return function(self.q, self.k, self.v, **arguments, **extra)
+
+
+def make_inputs(
+    spec: InputSpec, inputs: str = "random", seed: int = 0, poison: bool = True, device: str = "cpu"
+) -> Inputs:
+    """Inputs of the kind ``random`` or ``peaked``; the same seed gives the same inputs on every machine.
+
+    ``poison`` fills with NaN whatever lies outside the lengths: padding, tails, unused slots and unlisted pages.
+    """
+    if inputs not in ("random", "peaked"):
+        raise ArgumentError(f"inputs={inputs!r}: random or peaked")
+    if spec.heads_kv < 1 or spec.heads % spec.heads_kv:
+        raise ArgumentError(f"heads={spec.heads}, heads_kv={spec.heads_kv}: heads must be a multiple of heads_kv")
+    rng = torch.Generator().manual_seed(seed)
+    lengths_q = _lengths(spec.batch, spec.seqlen_q, spec.lengths_q, spec.varlen_q or spec.seqused_q, rng)
+    any_k = spec.varlen_k or spec.seqused_k or spec.page_size is not None
+    lengths_k = _lengths(spec.batch, spec.seqlen_k, spec.lengths_k, any_k, rng)
+    make = _peaked if inputs == "peaked" else _random
+    sequences = [make(spec, *lengths, rng) for lengths in zip(lengths_q, lengths_k, strict=True)]
+    fill = math.nan if poison else 0.0
+
+    q_rows, q_extent, cu_q, used_q = _extents(lengths_q, spec.seqlen_q, spec.varlen_q, spec.seqused_q, rng)
+    k_rows, k_extent, cu_k, used_k = _extents(lengths_k, spec.seqlen_k, spec.varlen_k, spec.seqused_k, rng)
+    page_table = None
+    q = _pack([s[0] for s in sequences], q_rows, q_extent, fill)
+    if spec.page_size is not None:
+        (k, v), page_table = _paged([[s[1] for s in sequences], [s[2] for s in sequences]], spec, fill, rng)
+        used_k = torch.tensor(lengths_k, dtype=torch.int32)
+    else:
+        k, v = (_pack([s[part] for s in sequences], k_rows, k_extent, fill) for part in (1, 2))
+    dtype = TORCH_DTYPES[spec.dtype]
+    q, k, v = (lay_out(t.to(dtype), layout, fill) for t, layout in zip((q, k, v), _layouts(spec.layout), strict=True))
+    if spec.layout == "expanded":
+        k, v = (t.expand(*t.shape[:-2], spec.heads_kv, t.shape[-1]) for t in (k, v))
+
+    slopes = None
+    if spec.alibi or spec.alibi_per_batch:
+        shape = (spec.batch, spec.heads) if spec.alibi_per_batch else (spec.heads,)
+        slopes = 0.5 * torch.rand(shape, generator=rng) + 0.01
+    sink = torch.randn(spec.heads, generator=rng) * 2.0 if spec.learnable_sink else None
+    tensors = (q, k, v, cu_q, cu_k, used_q, used_k, page_table, slopes, sink)
+    return Inputs(spec, *(None if t is None else _to_device(t, device) for t in tensors))
+
+
+def output_gradients(inputs: Inputs, seed: int = 0, poison: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard normal gradients of out and lse for these inputs: dout of their dtype and layout, dlse fp32.
+
+    ``poison`` fills with NaN the rows that lie outside the lengths.
+    """
+    spec, q = inputs.spec, inputs.q
+    rng = torch.Generator().manual_seed(seed)
+    # not the numbers that q has for the same seed
+    rng.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+    dout = torch.randn(*q.shape[:-1], spec.head_dim_v, generator=rng)
+    dlse = torch.randn(*q.shape[:-1], generator=rng)
+    if poison:
+        outside = ~_counts(inputs)
+        dout[outside], dlse[outside] = math.nan, math.nan
+    dout = lay_out(dout.to(q.dtype), _layouts(spec.layout)[0], math.nan)
+    return _to_device(dout, q.device), dlse.transpose(-1, -2).contiguous().to(q.device)
+
+
+def _counts(inputs: Inputs) -> torch.Tensor:
+    """Which rows of q lie inside the lengths: (batch, seqlen_q), or (total_q) if packed; on the CPU."""
+    used = None if inputs.seqused_q is None else inputs.seqused_q.tolist()
+    if inputs.cu_seqlens_q is None:
+        rows = torch.arange(inputs.q.shape[1]).expand(inputs.q.shape[0], -1)
+        return rows < (inputs.q.shape[1] if used is None else torch.tensor(used)[:, None])
+    counts = torch.zeros(inputs.q.shape[0], dtype=torch.bool)
+    offsets = inputs.cu_seqlens_q.tolist()
+    for b, (start, end) in enumerate(itertools.pairwise(offsets)):
+        counts[start : end if used is None else start + used[b]] = True
+    return counts
+
+
+def _lengths(batch: int, longest: int, given, vary: bool, rng) -> list[int]:
+    if given is not None:
+        if not vary or len(given) != batch or not all(0 <= length <= longest for length in given):
+            raise ArgumentError(f"lengths={given}: {batch} lengths of at most {longest}, for varlen or seqused")
+        return list(given)
+    if not vary:
+        return [longest] * batch
+    drawn = torch.randint(0, longest + 1, (batch,), generator=rng).tolist()
+    # an odd length and an empty one must not depend on luck
+    lengths = [longest, longest * 5 // 8 | 1, 0, *drawn][:batch]
+    return [min(length, longest) for length in lengths]
+
+
+def _random(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
+    """q, k and v of one sequence."""
+    kv_heads = 1 if spec.layout == "expanded" else spec.heads_kv
+    q = torch.randn(seqlen_q, spec.heads, spec.head_dim, generator=rng)
+    k = torch.randn(seqlen_k, kv_heads, spec.head_dim, generator=rng)
+    v = torch.randn(seqlen_k, kv_heads, spec.head_dim_v, generator=rng)
+    return q, k, v
+
+
+def _peaked(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
+    """q, k and v of one sequence."""
+    kv_heads = 1 if spec.layout == "expanded" else spec.heads_kv
+    k = _signs((seqlen_k, kv_heads, spec.head_dim), rng)
+    bits = torch.arange(spec.head_dim_v) % max(1, (seqlen_k - 1).bit_length())
+    digits = 1.0 - 2.0 * (torch.arange(seqlen_k)[:, None] >> bits & 1)
+    v = digits[:, None, :] * _signs((1, kv_heads, spec.head_dim_v), rng)
+    if seqlen_k == 0:
+        return torch.zeros(seqlen_q, spec.heads, spec.head_dim), k, v
+
+    left, right = normalize_window(spec.window, spec.causal)
+    position = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
+    last = position + (seqlen_k if right is None else right)
+    first = position - (seqlen_k if left is None else left)
+    anywhere = torch.randint(0, seqlen_k, (seqlen_q, spec.heads), generator=rng)
+    sink = torch.full_like(position, spec.sink_tokens)
+    end = torch.full_like(position, seqlen_k - 1)
+    edges = (last, last + 1, first, first - 1, sink - 1, sink, end, anywhere)
+    edges = torch.stack([edge.expand(-1, spec.heads) for edge in edges])
+    choice = torch.randint(0, len(edges), (1, seqlen_q, spec.heads), generator=rng)
+    target = edges.gather(0, choice)[0]
+    target = torch.where((target >= 0) & (target < seqlen_k), target, anywhere)
+    group = torch.arange(spec.heads) * kv_heads // spec.heads
+    # a target's score is then about 16 after the default scale, the others' about 16/√head_dim
+    sharpness = 16.0 / math.sqrt(spec.head_dim)
+    return sharpness * k[target, group], k, v
+
+
+def _signs(shape: tuple[int, ...], rng) -> torch.Tensor:
+    return 1.0 - 2.0 * torch.randint(0, 2, shape, generator=rng)
+
+
+def _extents(lengths: list[int], longest: int, varlen: bool, seqused: bool, rng):
+    """Where each sequence's rows go: (first rows, rows of the whole tensor, cu_seqlens, seqused).
+
+    The whole is (rows,) if packed, else (batch, rows). Packed sequences have unused rows behind them with seqused.
+    """
+    batch = len(lengths)
+    used = torch.tensor(lengths, dtype=torch.int32) if seqused else None
+    if not varlen:
+        return [(b, 0) for b in range(batch)], (batch, longest), None, used
+    tails = [0] * batch
+    if seqused:
+        drawn = torch.randint(0, 8, (batch,), generator=rng).tolist()
+        tails = [min(tail, longest - length) for tail, length in zip(drawn, lengths, strict=True)]
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+    cu_seqlens[1:] = torch.tensor([a + b for a, b in zip(lengths, tails, strict=True)]).cumsum(0)
+    starts = cu_seqlens.tolist()
+    return [(start,) for start in starts[:batch]], (starts[-1],), cu_seqlens, used
+
+
+def _pack(parts: list[torch.Tensor], starts, extent: tuple[int, ...], fill: float) -> torch.Tensor:
+    whole = torch.full((*extent, *parts[0].shape[1:]), fill)
+    for part, start in zip(parts, starts, strict=True):
+        rows = slice(start[-1], start[-1] + part.shape[0])
+        whole[(*start[:-1], rows)] = part
+    return whole
+
+
+def _paged(columns: list[list[torch.Tensor]], spec: InputSpec, fill: float, rng):
+    """k and v in shuffled pages; the table's unused entries point at a page that no sequence owns."""
+    size = spec.page_size
+    counts = [-(-part.shape[0] // size) for part in columns[0]]
+    width = max(1, -(-spec.seqlen_k // size))
+    order = torch.randperm(sum(counts) + 1, generator=rng).tolist()
+    unlisted = order.pop()
+    table = torch.full((spec.batch, width), unlisted, dtype=torch.int32)
+    stores = [torch.full((sum(counts) + 1, size, *parts[0].shape[1:]), fill) for parts in columns]
+    for b, count in enumerate(counts):
+        pages, order = order[:count], order[count:]
+        table[b, :count] = torch.tensor(pages, dtype=torch.int32)
+        for store, parts in zip(stores, columns, strict=True):
+            for slot, page in enumerate(pages):
+                rows = parts[b][slot * size : (slot + 1) * size]
+                store[page, : rows.shape[0]] = rows
+    return stores, table
+
+
+def _layouts(layout: str) -> tuple[str, str, str]:
+    """Layouts of q, k and v: the three differ from each other where the spec asks for an unusual one."""
+    if layout == "padded":
+        return "padded", "transposed", "padded"
+    if layout == "transposed":
+        return "transposed", "padded", "contiguous"
+    return "contiguous", "contiguous", "contiguous"
+
+
+def lay_out(tensor: torch.Tensor, layout: str, fill: float) -> torch.Tensor:
+    """The same values (…, rows, heads, size) in other memory: "padded" or "transposed", as in :class:`InputSpec`; gaps
+    hold ``fill``."""
+    if layout == "padded":
+        wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 8), fill)
+        wide[..., : tensor.shape[-1]] = tensor
+        return wide[..., : tensor.shape[-1]]
+    if layout == "transposed":
+        return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
+    return tensor
+
+
+def _to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """Moved without changing its strides."""
+    if tensor.device == torch.device(device):
+        return tensor
+    storage = tensor.untyped_storage()
+    moved = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device)
+    moved.untyped_storage().copy_(storage)
+    return moved.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

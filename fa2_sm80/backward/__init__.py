@@ -1,0 +1,1 @@
+"""The FA2 backward."""

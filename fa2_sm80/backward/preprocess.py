@@ -1,0 +1,121 @@
+"""What the backward needs of every query before it meets the keys: its LSE in log2 units, and D = rowsum(dO∘O) − dLSE
+(FlashAttention-2, arXiv 2307.08691, algorithm 2, line 4; dLSE enters since ∂LSE/∂S = P)."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.arch import inline_ptx
+from cutlass.memory import SmemAllocator
+
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.scores import LOG2_E
+from fa2_sm80.backward.arguments import BackwardArguments, scratch_address
+from fa2_sm80.backward.config import Fa2BackwardConfig
+from fa2_sm80.common.copies import CHUNK
+from fa2_sm80.common.heads import head_matrix, head_row
+
+WARPS = 4
+
+
+class PreprocessKernel:
+    """One CTA a tile of queries of one head; a power of two of neighbouring lanes shares a row."""
+
+    num_threads = 32 * WARPS
+
+    def __init__(self, config: Fa2BackwardConfig):
+        self.config = config
+        self.dtype = CUTE_DTYPE[config.dtype]
+        self.chunks = config.head_dim_v // CHUNK
+        self.lanes = min(32, 1 << (self.chunks - 1).bit_length())
+
+    @cute.kernel
+    def kernel(self, args: BackwardArguments):
+        c = self.config
+        tidx, _, _ = cute.arch.thread_idx()
+        index, _, _ = cute.arch.block_idx()
+        m_blocks, heads = args.m_blocks(c.tile_m), args.common.q.shape[-2]
+        m_block, head, batch = index % m_blocks, index // m_blocks % heads, index // m_blocks // heads
+        info = args.common.info(batch)
+        dsink = Float32(0.0)
+        if m_block * c.tile_m < info.rows_q:
+            tile = args.first_tile(info, batch, c.tile_m) + m_block
+            dsink = self.rows(args, info, tile, m_block, head, batch, tidx)
+            if const_expr(not c.deterministic):
+                zero(scratch_address(args.scratch.dq, tile, head), c.tile_m * c.head_dim_padded, tidx, self.num_threads)
+        if const_expr(c.learnable_sink):
+            total = self.sum_of_cta(dsink, tidx)
+            if tidx == 0:
+                args.scratch.dsink[batch, head, m_block] = total
+
+    @cute.jit
+    def rows(self, args: BackwardArguments, info, tile, m_block, head, batch, tidx):
+        """Write the tile's stats; this thread's part of the sink's gradient."""
+        c = self.config
+        packed = c.cu_seqlens_q
+        out = head_matrix(args.common.out, head, batch, info.offset_q, packed)
+        dout = head_matrix(args.dout, head, batch, info.offset_q, packed)
+        lse = head_row(args.common.lse, head, batch, info.offset_q, packed)
+        stats = args.scratch.stats[tile, head, None]
+        offset = args.common.softcap * LOG2_E if const_expr(c.softcap) else Float32(0.0)
+        dsink = Float32(0.0)
+        rows_per_pass = self.num_threads // self.lanes
+        for first in cutlass.range(0, c.tile_m, rows_per_pass, unroll=1):
+            place = first + tidx // self.lanes
+            row = m_block * c.tile_m + place
+            row_lse, delta = -Float32.inf, Float32(0.0)
+            if row < info.seqlen_q:
+                row_lse = lse[row]
+            if row_lse != -Float32.inf:  # without keys: all that follows from the row is 0, whatever dO and dLSE are
+                for chunk in cutlass.range(tidx % self.lanes, self.chunks, self.lanes, unroll=1):
+                    delta = delta + self.dot(out, dout, row, chunk)
+            for distance in cutlass.range_constexpr(self.lanes.bit_length() - 1):
+                delta = delta + cute.arch.shuffle_sync_bfly(delta, offset=1 << distance)
+            if const_expr(c.lse_gradient):
+                if row_lse != -Float32.inf:
+                    delta = delta - head_row(args.dlse, head, batch, info.offset_q, packed)[row]
+            if tidx % self.lanes == 0 and place < c.tile_m:
+                stats[place] = Float32.inf if row_lse == -Float32.inf else row_lse * LOG2_E - offset
+                stats[c.tile_m + place] = delta
+                if const_expr(c.learnable_sink):
+                    if row_lse != -Float32.inf:  # which it is beside a sink of −inf, whose gradient is 0
+                        weight = cute.math.exp2((args.common.learnable_sink[head] - row_lse) * LOG2_E, fastmath=True)
+                        dsink = dsink - weight * delta
+        return dsink
+
+    @cute.jit
+    def dot(self, out: cute.Tensor, dout: cute.Tensor, row: Int32, chunk: Int32) -> Float32:
+        """Product of 8 elements of a row of O and of dO."""
+        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=128)
+        values = []
+        for matrix in (out, dout):
+            source = cute.local_tile(matrix[row, None], (CHUNK,), (chunk,))
+            fragment = cute.make_rmem_tensor(CHUNK, self.dtype)
+            cute.copy(copy, source, fragment)
+            values.append(fragment.load().to(Float32))
+        return (values[0] * values[1]).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+
+    @cute.jit
+    def sum_of_cta(self, value: Float32, tidx: Int32) -> Float32:
+        """The sum over all threads, the same order each time; what thread 0 gets."""
+        value = cute.arch.warp_reduction_sum(value)
+        smem = SmemAllocator().allocate_tensor(Float32, cute.make_layout(WARPS))
+        if tidx % 32 == 0:
+            smem[tidx // 32] = value
+        cute.arch.sync_threads()
+        total = Float32(0.0)
+        for warp in cutlass.range_constexpr(WARPS):
+            total = total + smem[warp]
+        return total
+
+
+def zero(address, elements: int, tidx: Int32, num_threads: int):
+    """Zero ``elements`` floats, a multiple of 4, at a byte address."""
+    passes, rest = divmod(elements // 4, num_threads)
+    address = address + tidx * 16
+    for i in range(passes + (rest > 0)):
+        inside = None if i < passes else tidx < rest
+        inline_ptx(
+            f"st.global.v4.f32 [{{$r0}}+{16 * num_threads * i}], {{{{$r1}}, {{$r1}}, {{$r1}}, {{$r1}}}};",
+            read_only_args=[address, Float32(0.0)],
+            predicate=inside,
+        )

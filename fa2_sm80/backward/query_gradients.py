@@ -1,0 +1,257 @@
+"""dQ alone, for deterministic gradients: one CTA a tile of queries of one head, walking over the key blocks.
+
+S and dP are computed a second time, seven products instead of five, and nothing is added atomically. The alternatives
+cost more memory or make CTAs wait for each other: one dQ buffer for each CTA that is running (FlashAttention-2), or
+additions in turn (FlashAttention-3).
+"""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+from cutlass.memory import SmemAllocator
+
+from cute_fa.device.block_range import BlockRange, Window, block_range
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.fragments import as_operand_a, rows_and_columns
+from cute_fa.device.registers import narrow
+from cute_fa.device.score_gradients import SOFTCAP_FACTOR, probabilities, score_gradients
+from cute_fa.device.scores import score_params
+from cute_fa.device.seqlen import SeqlenInfo
+from fa2_sm80.backward.arguments import BackwardArguments
+from fa2_sm80.backward.config import Fa2BackwardConfig
+from fa2_sm80.common.block_ring import BlockRing
+from fa2_sm80.common.copies import (
+    SMEM_ALIGNMENT,
+    FragmentLoader,
+    FragmentStore,
+    SmemTile,
+    TileLoader,
+    lane_offset,
+    store_tile,
+)
+from fa2_sm80.common.heads import head_matrix
+from fa2_sm80.common.products import WarpPlace, WarpProduct, register_column, register_row
+from fa2_sm80.common.warp_grid import WarpGrid
+
+
+class QueryGradientTiles(NamedTuple):
+    """All tiles of one CTA in shared memory; dQ leaves over Q."""
+
+    q: SmemTile
+    dout: SmemTile
+    k: SmemTile
+    v: SmemTile
+
+
+class TileRing(BlockRing):
+    """K and V by whole tiles."""
+
+    def __init__(
+        self, stages: int, load_k: TileLoader, load_v: TileLoader, blocks: BlockRange, window: Window, seqlen_k: Int32
+    ):
+        super().__init__(stages, blocks, window, blocks.total)
+        self.loads, self.seqlen_k, self.tile_n = (load_k.load, load_v.load), seqlen_k, load_k.smem.rows
+
+    def load(self, block: Int32, stage: Int32, first: bool):
+        """Only the first block can reach beyond the keys."""
+        rows_left = self.seqlen_k - block * self.tile_n if first else None
+        for load in self.loads:
+            load(block, stage, rows_left)
+
+
+class QueryGradientTile:
+    """The registers of one tile of queries and what is done to them; a warp owns whole rows."""
+
+    def __init__(self, config: Fa2BackwardConfig, smem: QueryGradientTiles, info: SeqlenInfo, m_start: Int32, args):
+        c, tiles, dtype = config, config.query_kernel, CUTE_DTYPE[config.dtype]
+        self.config, self.dtype, self.info, self.m_start = c, dtype, info, m_start
+        self.window, self.params = (
+            args.common.window,
+            score_params(args.common.softmax_scale, args.common.softcap, None),
+        )
+        rows = tiles.tile_m // tiles.num_warps
+        self.place = WarpPlace(WarpGrid(tiles.num_warps), rows, 0)
+        self.scores = WarpProduct(dtype, rows, tiles.tile_n, c.head_dim_padded)
+        self.dprobabilities = WarpProduct(dtype, rows, tiles.tile_n, c.head_dim_v_padded)
+        self.dq = WarpProduct(dtype, rows, c.head_dim_padded, tiles.tile_n)
+        row_lanes = {tile.panel: lane_offset(tile, rows_first=True) for tile in (smem.q, smem.v)}
+        column_lanes = {tile.panel: lane_offset(tile, rows_first=False) for tile in (smem.q, smem.v)}
+        self.load_q = FragmentLoader(smem.q, row_lanes[smem.q.panel], self.place.first_row)
+        self.load_dout = FragmentLoader(smem.dout, row_lanes[smem.v.panel], self.place.first_row)
+        self.load_k = FragmentLoader(smem.k, column_lanes[smem.q.panel], Int32(0))
+        self.load_v = FragmentLoader(smem.v, column_lanes[smem.v.panel], Int32(0))
+        self.load_k_rows = FragmentLoader(smem.k, row_lanes[smem.q.panel], Int32(0), True)
+        self.acc = self.dq.accumulator()
+        self.rows = rows // 8
+        self.lse_log2 = cute.make_rmem_tensor(self.rows, Float32)
+        self.delta = cute.make_rmem_tensor(self.rows, Float32)
+
+    @cute.jit
+    def load_statistics(self, stats: cute.Tensor, first_tile: Int32, head: Int32):
+        """LSE and D of this thread's rows, from ``stats`` (tiles, heads, 2 · tile_m)."""
+        tile_m = self.config.tile_m
+        for r in cutlass.range_constexpr(self.rows):
+            row = self.m_start + self.place.row + register_row(r)
+            lse, delta = Float32.inf, Float32(0.0)
+            if row < self.info.seqlen_q:
+                tile, inside = first_tile + row // tile_m, row % tile_m
+                lse, delta = stats[tile, head, inside], stats[tile, head, tile_m + inside]
+            self.lse_log2[r], self.delta[r] = lse, delta
+
+    @cute.jit
+    def step(self, block: Int32, stage, slope, right_edge: cutlass.Constexpr[bool], left_edge: cutlass.Constexpr[bool]):
+        """One key block: dQ += dS·K."""
+        acc_s, acc_dp = self.scores.accumulator(), self.dprobabilities.accumulator()
+        self.scores.add(acc_s, self.scores.from_smem(self.load_q, 0), self.load_k, stage, False)
+        distance, hidden = self.positions(block * self.config.query_kernel.tile_n, right_edge, left_edge)
+        s = rows_and_columns(acc_s)
+        slopes_of_cap = probabilities(s, lambda r, c: self.lse_log2[r], self.params, slope, distance, hidden)
+        from_dout = self.dprobabilities.from_smem(self.load_dout, 0)
+        self.dprobabilities.add(acc_dp, from_dout, self.load_v, stage, False)
+        score_gradients(s, rows_and_columns(acc_dp), lambda r, c: self.delta[r], slopes_of_cap, distance, None)
+        ds = cute.make_rmem_tensor_like(acc_dp, self.dtype)
+        narrow(acc_dp, ds)
+        self.dq.add(self.acc, self.dq.from_registers(as_operand_a(ds)), self.load_k_rows, stage, True)
+
+    def positions(self, n_start: Int32, right_edge: bool, left_edge: bool):
+        """|i + D − j| of a register (r, c), for ALiBi, and whether it is masked; None where not needed."""
+        # i + D − j is diagonal + row − column
+        first_key = n_start + self.place.column
+        diagonal = self.info.seqlen_k - self.info.seqlen_q + self.m_start + self.place.row - first_key
+        distance, hidden = None, None
+        if const_expr(self.config.alibi):
+            position = Float32(diagonal)
+
+            def distance(r: int, c: int):
+                return cute.math.absf(position + float(register_row(r) - register_column(c)))
+
+        if const_expr(right_edge or left_edge):
+            bounds = [self.visible_columns(register_row(r), first_key, diagonal, left_edge) for r in range(self.rows)]
+
+            def hidden(r: int, c: int):
+                (first, sink, last), column = bounds[r], register_column(c)
+                beyond = last < column
+                if first is None:
+                    return beyond
+                before = first > column if sink is None else (first > column) & (sink <= column)
+                return before | beyond
+
+        return distance, hidden
+
+    def visible_columns(self, row: int, first_key: Int32, diagonal: Int32, left_edge: bool):
+        """First and last column, relative to the thread's own, whose key the query of a register row sees, and between
+        them the end of the sink; None where nothing bounds them."""
+        window, first, sink, last = self.window, None, None, self.info.seqlen_k - first_key - 1
+        if window.right is not None:
+            last = cutlass.min(last, diagonal + row + window.right)
+        if left_edge:
+            first = diagonal + row - window.left
+            if window.sink_tokens is not None:
+                sink = window.sink_tokens - first_key
+        return first, sink, last
+
+
+class QueryGradientKernel:
+    """Device code of the dQ kernel of one :class:`Fa2BackwardConfig`."""
+
+    def __init__(self, config: Fa2BackwardConfig):
+        self.config, self.tiles = config, config.query_kernel
+        self.dtype = CUTE_DTYPE[config.dtype]
+
+    @cute.kernel
+    def kernel(self, args: BackwardArguments):
+        c, tiles = self.config, self.tiles
+        tidx, _, _ = cute.arch.thread_idx()
+        m_block, head, batch = self.tile(args)
+        info = args.common.info(batch)
+        m_start = m_block * tiles.tile_m
+        if m_start < info.rows_q:
+            blocks = block_range(args.common.window, info.seqlen_q, info.seqlen_k, m_start, tiles.tile_m, tiles.tile_n)
+            head_kv = head // (args.common.q.shape[-2] // args.common.k.shape[-2])
+            q = head_matrix(args.common.q, head, batch, info.offset_q, c.cu_seqlens_q)
+            dout = head_matrix(args.dout, head, batch, info.offset_q, c.cu_seqlens_q)
+            k = head_matrix(args.common.k, head_kv, batch, info.offset_k, c.cu_seqlens_k)
+            v = head_matrix(args.common.v, head_kv, batch, info.offset_k, c.cu_seqlens_k)
+            smem = self.smem_tiles()
+            rows_left = info.seqlen_q - m_start
+            load_q = TileLoader(q, smem.q, c.head_dim, tidx, tiles.num_threads).load
+            load_dout = TileLoader(dout, smem.dout, c.head_dim_v, tidx, tiles.num_threads).load
+            if blocks.total > 0:
+                load_q(m_block, 0, rows_left)
+                load_dout(m_block, 0, rows_left)
+            load_k = TileLoader(k, smem.k, c.head_dim, tidx, tiles.num_threads)
+            load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, tiles.num_threads)
+            ring = TileRing(tiles.stages, load_k, load_v, blocks, args.common.window, info.seqlen_k)
+            ring.prologue(Int32(0))
+            slope = None
+            if const_expr(c.alibi):
+                slopes = (args.common.alibi_slopes[batch, head],)
+                slope = score_params(args.common.softmax_scale, args.common.softcap, slopes).slopes[0]
+            tile = QueryGradientTile(c, smem, info, m_start, args)
+            tile.load_statistics(args.scratch.stats, args.first_tile(info, batch, c.tile_m), head)
+            self.main_loop(tile, ring, blocks, slope)
+
+            m_block, head, batch = self.tile(args)
+            info = args.common.info(batch)
+            scale = args.common.softmax_scale * SOFTCAP_FACTOR if const_expr(c.softcap) else args.common.softmax_scale
+            tile.acc.store(tile.acc.load() * scale)
+            narrowed = cute.make_rmem_tensor_like(tile.acc, self.dtype)
+            narrow(tile.acc, narrowed)
+            # a warp's rows of dQ take the place of the rows of Q that it alone has read
+            FragmentStore(smem.q, tile.place.first_row).store(smem.q, narrowed)
+            cute.arch.sync_threads()
+            dq = head_matrix(args.dq, head, batch, info.offset_q, c.cu_seqlens_q)
+            store_tile(smem.q, dq, m_block, info.rows_q - m_block * tiles.tile_m, c.head_dim, tidx, tiles.num_threads)
+
+    @cute.jit
+    def main_loop(self, tile: QueryGradientTile, ring: TileRing, blocks: BlockRange, slope):
+        """The ranges of the tile in turn, each with just the mask it needs."""
+        step = self.step
+        for iteration in cutlass.range(blocks.right_end, unroll=1):
+            step(tile, ring, iteration, slope, True, self.config.window_left)
+        for iteration in cutlass.range(blocks.right_end, blocks.full_end, unroll=1):
+            step(tile, ring, iteration, slope, False, False)
+        if const_expr(self.config.window_left):
+            for iteration in cutlass.range(blocks.full_end, blocks.total, unroll=1):
+                step(tile, ring, iteration, slope, False, True)
+
+    @cute.jit
+    def step(
+        self,
+        tile: QueryGradientTile,
+        ring: TileRing,
+        iteration: Int32,
+        slope,
+        right_edge: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ):
+        """Wait for one key block, and add what it gives."""
+        ring.wait(iteration)
+        tile.step(ring.blocks.block(iteration, ring.window), ring.stage(iteration), slope, right_edge, left_edge)
+        ring.release(iteration)
+
+    def smem_tiles(self) -> QueryGradientTiles:
+        c, tiles, allocator = self.config, self.tiles, SmemAllocator()
+
+        def allocate(rows: int, columns: int, stages: int = 1) -> SmemTile:
+            layout = cute.make_layout(stages * rows * columns)
+            return SmemTile(allocator.allocate_tensor(self.dtype, layout, SMEM_ALIGNMENT).iterator, rows, columns)
+
+        return QueryGradientTiles(
+            q=allocate(tiles.tile_m, c.head_dim_padded),
+            dout=allocate(tiles.tile_m, c.head_dim_v_padded),
+            k=allocate(tiles.tile_n, c.head_dim_padded, tiles.stages),
+            v=allocate(tiles.tile_n, c.head_dim_v_padded, tiles.stages),
+        )
+
+    @cute.jit
+    def tile(self, args: BackwardArguments):
+        """(m_block, head, batch) of this CTA, as the forward orders them."""
+        index, _, _ = cute.arch.block_idx()
+        m_blocks, heads = args.m_blocks(self.tiles.tile_m), args.common.q.shape[-2]
+        m_block = index % m_blocks
+        if const_expr(self.config.window_right):
+            m_block = m_blocks - 1 - m_block
+        return m_block, index // m_blocks % heads, index // m_blocks // heads

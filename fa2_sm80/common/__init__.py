@@ -1,0 +1,1 @@
+"""What the FA2 kernels share: copies, products of warps, rings of key blocks, rules."""

@@ -1,0 +1,35 @@
+"""What the FA2 kernels do not serve."""
+
+from __future__ import annotations
+
+from cute_fa.engine.contract import common_objections
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction, DType, PersistentMode
+
+MAX_CTAS = 2**31 - 1  # of a grid in x
+
+
+def objections(problem: AttentionProblem, grids: dict[str, int], *, rows_of_any_head: bool = False) -> list[str]:
+    """Reasons why an FA2 kernel does not serve the problem.
+
+    ``grids``: CTAs of its launches, by what they are one of; ``rows_of_any_head``: whether its tiles hold single rows,
+    of any query head and any page, and the keys of a tile may be split.
+    """
+    reasons = []
+    if problem.dtype not in (DType.FP16, DType.BF16):
+        reasons.append(f"dtype {problem.dtype.value}: sm_80 tensor cores take fp16 and bf16, fp8 has no FA2 kernel")
+    reasons += common_objections(problem, "16-byte copies", splits=rows_of_any_head)
+    if not rows_of_any_head:
+        if problem.page_size is not None:
+            reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")
+        if problem.pack_gqa and problem.gqa_ratio > 1:
+            reasons.append("pack_gqa: this kernel's tiles hold the queries of one head")
+    if problem.direction is Direction.BACKWARD:
+        indexed = {"cache_batch_idx": problem.cache_batch_idx, "cache_leftpad": problem.cache_leftpad}
+        reasons += [f"{name}: a cache has no gradient" for name, given in indexed.items() if given]
+    if problem.persistent is PersistentMode.ON:
+        reasons.append("persistent: this kernel launches one CTA for each tile")
+    for name, ctas in grids.items():
+        if ctas > MAX_CTAS:
+            reasons.append(f"{ctas} {name}: a grid has at most {MAX_CTAS} CTAs")
+    return reasons

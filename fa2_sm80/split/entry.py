@@ -1,0 +1,54 @@
+"""The split-KV forward as the dispatch table sees it: what it serves, its configuration, what it is launched with."""
+
+from __future__ import annotations
+
+import torch
+
+from cute_fa.device.tiling import ceil_div
+from cute_fa.engine.contract import AttentionKernel, AttentionTensors, common_arguments
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction
+from fa2_sm80.common.rules import objections
+from fa2_sm80.split.config import Fa2SplitConfig, num_splits, split_config
+
+
+class Fa2Split(AttentionKernel):
+    """Forward with cp.async and mma.sync for few queries, split keys and paged caches, on sm_80 and every arch after
+    it: fp16 and bf16, head_dim 8 … 256."""
+
+    family = "fa2"
+    direction = Direction.FORWARD
+
+    @classmethod
+    def supports(cls, problem: AttentionProblem) -> list[str]:
+        rows = problem.seqlen_q * problem.gqa_ratio
+        tiles = ceil_div(rows, cls.configure(problem).tile_m) * problem.num_heads_kv * problem.batch
+        return objections(problem, {"tiles of queries and splits": tiles * problem.num_splits}, rows_of_any_head=True)
+
+    @classmethod
+    def configure(cls, problem: AttentionProblem) -> Fa2SplitConfig:
+        return split_config(problem)
+
+    @classmethod
+    def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:
+        return num_splits(problem, num_sms)
+
+    @classmethod
+    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
+        return (
+            common_arguments(problem, tensors),
+            _parts(problem, tensors),
+            problem.seqlen_q,
+            problem.num_splits,
+        )
+
+
+def _parts(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Memory in the order of ``fa2_sm80.split.arguments.Parts``."""
+    if problem.num_splits == 1:
+        return None
+    rows = tensors.lse.numel()
+    return (
+        tensors.lse.new_empty(problem.num_splits, rows, problem.head_dim_v),
+        tensors.lse.new_empty(problem.num_splits, rows),
+    )

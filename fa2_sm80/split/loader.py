@@ -1,0 +1,118 @@
+"""cp.async of rows that do not follow each other at one stride: queries of several heads, keys of a paged cache."""
+
+from typing import Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr
+
+from cute_fa.device.block_range import BlockRange, Window
+from fa2_sm80.common.block_ring import BlockRing
+from fa2_sm80.common.copies import CHUNK, CHUNK_BYTES, ELEMENT_BYTES, SmemTile, copy_async
+
+
+class RowLoader:
+    """Copies rows of ``head_dim`` elements into a :class:`SmemTile`, zeros outside."""
+
+    def __init__(self, smem: SmemTile, head_dim: int, tidx: Int32, num_threads: int):
+        self.smem, self.head_dim = smem, head_dim
+        chunks_per_row = smem.panel // CHUNK
+        self.row, self.chunk = tidx // chunks_per_row, tidx % chunks_per_row
+        self.rows_per_pass = num_threads // chunks_per_row
+        self.target = smem.pointer.toint() + smem.offset(self.row, self.chunk)
+
+    def rows(self) -> list[Int32]:
+        """The rows that this thread copies a part of, one a pass; of a small tile, rows beyond it too."""
+        return [self.row + first_row for first_row in range(0, self.smem.rows, self.rows_per_pass)]
+
+    def load(self, places: list, stage: Int32):
+        """``places``: (byte address, whether the row counts) of each of :meth:`rows`; of others nothing is read."""
+        for i, (start, inside) in enumerate(places):
+            self._load_row(start, inside, i * self.rows_per_pass, stage)
+
+    @cute.jit
+    def _load_row(self, start: Int64, inside, first_row: cutlass.Constexpr[int], stage: Int32):
+        smem = self.smem
+        if const_expr(first_row + self.rows_per_pass > smem.rows):
+            if self.row + first_row < smem.rows:
+                self._load_panels(start, inside, first_row, stage)
+        else:
+            self._load_panels(start, inside, first_row, stage)
+
+    def _load_panels(self, start: Int64, inside, first_row: int, stage: Int32):
+        smem = self.smem
+        start = start + self.chunk * CHUNK_BYTES
+        for panel in range(smem.panels):
+            copied = inside
+            if (panel + 1) * smem.panel > self.head_dim:
+                copied = inside & (self.chunk * CHUNK < self.head_dim - panel * smem.panel)
+            offset = first_row * smem.row_bytes + panel * smem.panel_bytes
+            copy_async(self.target + stage * smem.stage_bytes, offset, start, panel * smem.row_bytes, copied)
+
+
+class KeyRows:
+    """Where the rows of one kv head of one sequence lie in K or V."""
+
+    def __init__(self, tensor: cute.Tensor, head: Int32, sequence: Int32, offset: Int32, packed: bool, paged: bool):
+        """``tensor``: as the kernel takes it; ``sequence``: its place in a dense one; ``offset``: first row of the
+        sequence, counted from there or in a packed one, but for pages."""
+        row_stride = tensor.stride[0] if const_expr(packed) else tensor.stride[1]
+        self.row_bytes = Int64(row_stride) * ELEMENT_BYTES
+        self.page_bytes = Int64(tensor.stride[0]) * ELEMENT_BYTES if const_expr(paged) else None
+        start = tensor.iterator.toint() + Int64(head) * (Int64(tensor.stride[-2]) * ELEMENT_BYTES)
+        if const_expr(not paged):
+            start = start + self.row_bytes * offset
+            if const_expr(not packed):
+                start = start + Int64(sequence) * (Int64(tensor.stride[0]) * ELEMENT_BYTES)
+        self.start = start
+
+    def address(self, page: Optional[Int32], row: Int32) -> Int64:
+        """Byte address of a row, of a page where there are pages."""
+        start = self.start if const_expr(page is None) else self.start + self.page_bytes * page
+        return start + self.row_bytes * row
+
+
+class RowRing(BlockRing):
+    """K and V by rows, paged or not."""
+
+    def __init__(
+        self,
+        stages: int,
+        loaders: tuple[RowLoader, RowLoader],
+        rows: tuple[KeyRows, KeyRows],
+        pages: Optional[cute.Tensor],
+        page_size: Optional[int],
+        first_key: Int32,
+        blocks: BlockRange,
+        window: Window,
+        seqlen_k: Int32,
+        stop: Int32,
+    ):
+        """``loaders``, ``rows``: of K and V; ``pages``: the sequence's row of the page table, whose row
+        ``first_key`` holds its first key."""
+        super().__init__(stages, blocks, window, stop)
+        self.loaders, self.rows, self.seqlen_k = loaders, rows, seqlen_k
+        self.pages, self.page_size, self.first_key = pages, page_size, first_key
+        self.tile_n = loaders[0].smem.rows
+
+    def load(self, block: Int32, stage: Int32, first: bool):
+        """Every block is checked against the sequence's end: decoding waits for memory. A thread copies the same rows
+        of K and V if these are equally wide, and looks their pages up once."""
+        slots = {}
+        for loader, rows in zip(self.loaders, self.rows, strict=True):
+            if loader.rows_per_pass not in slots:
+                slots[loader.rows_per_pass] = [self.slot(block * self.tile_n + row) for row in loader.rows()]
+            places = [(rows.address(page, row), inside) for page, row, inside in slots[loader.rows_per_pass]]
+            loader.load(places, stage)
+
+    @cute.jit
+    def slot(self, key: Int32):
+        """(page or None, row, whether the key counts); pages are looked up only for keys inside the sequence."""
+        inside = key < self.seqlen_k
+        if const_expr(self.page_size is None):
+            return None, key, inside
+        page, pages = Int32(0), self.pages
+        row = self.first_key + key
+        if inside:
+            page = pages[row // self.page_size]
+        return page, row % self.page_size, inside

@@ -1,0 +1,107 @@
+"""One tile of rows, a row being one query of one head, in the registers of one warp: scores, softmax, P·V."""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from cute_fa.device.block_range import Window
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.fragments import as_operand_a, rows_and_columns
+from cute_fa.device.registers import narrow
+from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores
+from cute_fa.device.seqlen import SeqlenInfo
+from cute_fa.device.softmax import OnlineSoftmax
+from fa2_sm80.common.copies import FragmentLoader, SmemTile, lane_offset
+from fa2_sm80.common.products import WarpPlace, WarpProduct, register_row
+from fa2_sm80.common.warp_grid import WarpGrid
+from fa2_sm80.split.config import WARP_ROWS, Fa2SplitConfig
+
+
+class SplitTiles(NamedTuple):
+    """Tiles of one CTA in shared memory; ``merge``, for the parts of O and their LSE, takes the place of K and V."""
+
+    q: SmemTile
+    k: SmemTile
+    v: SmemTile
+    merge: cute.Pointer
+
+
+class RowTile:
+    """The registers of one warp: 16 rows and its share of each key block."""
+
+    def __init__(
+        self,
+        config: Fa2SplitConfig,
+        smem: SplitTiles,
+        info: SeqlenInfo,
+        first_row: Int32,
+        gqa_ratio: Int32,
+        window: Window,
+        params: ScoreParams,
+    ):
+        """``first_row``: of the tile; row r is query r // gqa_ratio of the group's head r % gqa_ratio."""
+        c, dtype = config, CUTE_DTYPE[config.dtype]
+        self.config, self.dtype, self.info, self.window, self.params = c, dtype, info, window, params
+        keys = c.tile_n // c.key_warps
+        self.place = WarpPlace(WarpGrid(c.row_warps, c.key_warps), WARP_ROWS, keys)
+        self.scores = WarpProduct(dtype, WARP_ROWS, keys, c.head_dim_padded)
+        self.output = WarpProduct(dtype, WARP_ROWS, c.head_dim_v_padded, keys)
+        first_key = self.place.first_column
+        self.load_q = FragmentLoader(smem.q, lane_offset(smem.q, rows_first=True), self.place.first_row)
+        self.load_k = FragmentLoader(smem.k, lane_offset(smem.k, rows_first=False), first_key)
+        self.load_v = FragmentLoader(smem.v, lane_offset(smem.v, rows_first=True), first_key, transpose=True)
+        self.acc = self.output.accumulator()
+        self.softmax = OnlineSoftmax(2, params.scale_log2)
+        self.rows = [first_row + self.place.row + register_row(r) for r in range(2)]
+        self.queries = [row // gqa_ratio for row in self.rows]
+        # coordinates of thread 0, every other thread's lie one constant offset away
+        identity = cute.make_identity_tensor((WARP_ROWS, keys))
+        self.columns = rows_and_columns(self.scores.mma.get_slice(0).partition_C(identity))
+
+    @cute.jit
+    def step(self, ring, iteration: Int32):
+        """One key block: S = Q·Kᵀ, mask, softmax, O += P·V. Every block is masked: decoding waits for memory."""
+        stage = ring.stage(iteration)
+        acc = self.scores.accumulator()
+        self.scores.add(acc, self.scores.from_smem(self.load_q, 0), self.load_k, stage, False)
+        scores = rows_and_columns(acc)
+        first_key = ring.blocks.block(iteration, self.window) * self.config.tile_n + self.place.column
+        diagonals = [self.info.seqlen_k - self.info.seqlen_q + query - first_key for query in self.queries]
+        if const_expr(self.config.alibi or self.config.softcap):
+            positions = [Float32(d) for d in diagonals] if const_expr(self.config.alibi) else None
+            modify_scores(scores, self.columns, positions, self.params)
+        keys_left = self.info.seqlen_k - first_key
+        left_edge = self.config.window_left
+        mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, True, left_edge)
+        self.softmax.update(scores, rows_and_columns(self.acc), True)
+        p = cute.make_rmem_tensor_like(acc, self.dtype)
+        narrow(acc, p)
+        self.output.add(self.acc, self.output.from_registers(as_operand_a(p)), self.load_v, stage, True)
+
+    @cute.jit
+    def to_smem(self, merge: cute.Pointer, offset_log2):
+        """The warp's normalised O and its LSE, in natural logarithms, into its part of shared memory, fp32."""
+        c = self.config
+        acc = rows_and_columns(self.acc)
+        lse = self.softmax.finalize(acc, offset_log2, None)
+        rows = self.place.first_column // (c.tile_n // c.key_warps) * c.tile_m + self.place.row
+        out, lses = merged_parts(c, merge)
+        lane = cute.arch.lane_idx()
+        for r in cutlass.range_constexpr(2):
+            row = rows + register_row(r)
+            for column in cutlass.range_constexpr(0, cute.size(acc, mode=[1]), 2):
+                place = column // 2 * 8 + lane % 4 * 2
+                out[row, place] = acc[r, column]
+                out[row, place + 1] = acc[r, column + 1]
+            if lane % 4 == 0:
+                lses[row] = lse[r]
+
+
+def merged_parts(config: Fa2SplitConfig, merge: cute.Pointer) -> tuple[cute.Tensor, cute.Tensor]:
+    """(O (parts · tile_m, head_dim_v), LSE (parts · tile_m)) of the warps that share rows, a part after the other."""
+    c = config
+    rows = c.key_warps * c.tile_m
+    out = cute.make_tensor(merge, cute.make_ordered_layout((rows, c.head_dim_v_padded), order=(1, 0)))
+    return out, cute.make_tensor(merge + rows * c.head_dim_v_padded, cute.make_layout(rows))

@@ -1,0 +1,1 @@
+"""The FA3 forward."""

@@ -1,0 +1,238 @@
+"""A consumer warpgroup: 64 rows of queries through the key blocks, then out."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass.cute.nvgpu import warpgroup
+
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
+from cute_fa.device.registers import narrow
+from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
+from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores, score_params
+from cute_fa.device.softmax import OnlineSoftmax
+from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, scheduler_of, tile_work
+from fa3_sm90.forward.config import Fa3ForwardConfig
+from fa3_sm90.forward.epilogue import Epilogue
+from fa3_sm90.forward.products import Products
+from fa3_sm90.forward.rows import ROWS, Rows
+from fa3_sm90.forward.storage import Storage
+from fa3_sm90.forward.turns import Turns
+
+
+class Consumer:
+    """One warpgroup. Within it the softmax of a block overlaps P·V of the block before; between warpgroups
+    :class:`Turns` hands the tensor cores on (FlashAttention-3, arXiv 2407.08608, section 3)."""
+
+    def __init__(
+        self,
+        config: Fa3ForwardConfig,
+        args: ForwardArguments,
+        tma: TmaTensors,
+        extents: Extents,
+        storage: Storage,
+        rings: dict[str, Ring],
+        index: Int32,
+        thread: Int32,
+    ):
+        """``index``: which consumer, ``thread``: which of its 128 threads."""
+        self.config, self.args, self.extents, self.index = config, args, extents, index
+        # the rings of Q come first in memory, one for each warpgroup
+        self.queries = Ring(config.pipelines[0], storage.barriers + 2 * index)
+        self.keys, self.values = rings["k"], rings["v"]
+        self.turns = Turns(config.warpgroups, index)
+        self.products = Products(config, storage, index, thread)
+        self.rows = Rows(config, warpgroup_rows_and_columns(self.products.own_coordinates))
+        self.columns = warpgroup_rows_and_columns(self.products.static_coordinates)
+        self.epilogue = Epilogue(config, args, tma, storage, self.products, self.rows, self.queries, index, thread)
+        self.scores = warpgroup_rows_and_columns(self.products.acc_s)
+        self.output = warpgroup_rows_and_columns(self.products.acc_o)
+        self.probabilities = cute.make_rmem_tensor_like(self.products.acc_s, CUTE_DTYPE[config.dtype])
+        self.operand_p = as_warpgroup_operand_a(self.probabilities)
+
+    @cute.jit
+    def run(self):
+        """Walk over the CTA's tiles."""
+        scheduler = scheduler_of(self.args, self.config)
+        valid, advance, compute_tile = scheduler.valid, scheduler.next, self.compute_tile
+        if const_expr(self.config.pingpong):
+            self.turns.start()
+        queries, keys = ring_start(), ring_start()
+        state = scheduler.first()
+        while valid(state):
+            keys = compute_tile(scheduler, state, queries, keys)
+            queries = ring_next(queries, 1)
+            state = type(state)(*(cute.arch.make_warp_uniform(number) for number in advance(state)))  # see steps()
+        self.epilogue.finish()
+
+    @cute.jit
+    def compute_tile(self, scheduler, state, queries: RingState, keys: RingState) -> RingState:
+        """One tile, from these states of the rings on; returns the next one of K and V."""
+        args, config = self.args, self.config
+        work = tile_work(args, config, self.extents, scheduler.tile(state))
+        params = self.params(work)
+        softmax = OnlineSoftmax(ROWS, params.scale_log2)
+        self.products.acc_o.fill(0.0)
+        keys = self.walk(work, softmax, params, queries, keys)
+
+        # Where the tile lies is read again instead of being kept in registers over the main loop.
+        work = tile_work(args, config, self.extents, scheduler.tile(state))
+        head = work.tile.head * config.pack_gqa
+        lse = softmax.finalize(self.output, params.offset_log2, self.rows.per_head(args.common.learnable_sink, head))
+        self.epilogue.store(self.products.acc_o, lse, work, queries)
+        return keys
+
+    @cute.jit
+    def params(self, work: TileWork):
+        """Constants of the tile's score formula."""
+        slopes = None
+        if const_expr(self.config.alibi):
+            head = work.tile.head * self.config.pack_gqa
+            slopes = self.rows.per_head(self.args.common.alibi_slopes[work.tile.batch, None], head)
+        return score_params(self.args.common.softmax_scale, self.args.common.softcap, slopes)
+
+    @cute.jit
+    def walk(
+        self, work: TileWork, softmax: OnlineSoftmax, params: ScoreParams, queries: RingState, keys: RingState
+    ) -> RingState:
+        """The key blocks of a tile, range by range, each with just the mask it needs. P·V runs one block behind."""
+        c, blocks = self.config, work.blocks
+        self.queries.wait(queries)
+        self.first_block(work, softmax, params, keys)
+        if const_expr(c.window_right):
+            keys = self.steps(work, softmax, params, keys, Int32(1), blocks.right_end, True, c.window_left)
+        keys = self.steps(work, softmax, params, keys, blocks.right_end, blocks.full_end, False, False)
+        if const_expr(c.window_left):
+            keys = self.steps(work, softmax, params, keys, blocks.full_end, blocks.total, False, True)
+        self.last_block(softmax, blocks.total, keys)
+        if const_expr(c.own_output):
+            self.queries.release(queries.stage)
+        return ring_next(keys, c.stages)
+
+    @cute.jit
+    def steps(
+        self,
+        work: TileWork,
+        softmax: OnlineSoftmax,
+        params: ScoreParams,
+        keys: RingState,
+        start: Int32,
+        stop: Int32,
+        right_edge: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ) -> RingState:
+        """The blocks of one range but the first of all, which :meth:`first_block` has done.
+
+        Through shuffles, what the loop runs by is the same for the whole warp also in ptxas's eyes, even after a detour
+        through a spilled register: else it keeps descriptors in vector registers and moves them, 32 instructions a step
+        at head_dim 64 causal, and computes the bounds again from the lengths, 17 instructions.
+        """
+        step = self.step
+        start, stop = cute.arch.make_warp_uniform(cutlass.max(start, 1)), cute.arch.make_warp_uniform(stop)
+        keys = RingState(*(cute.arch.make_warp_uniform(number) for number in keys))
+        for i in cutlass.range(start, stop, unroll=1):
+            keys = step(work, softmax, params, i, keys, right_edge, left_edge)
+        return keys
+
+    @cute.jit
+    def first_block(self, work: TileWork, softmax: OnlineSoftmax, params: ScoreParams, state: RingState):
+        """Exponentials of the first block, which may be of any range."""
+        self.keys.wait(state)
+        warpgroup.fence()
+        self.products.start_scores(state.stage)
+        warpgroup.wait_group(0)
+        self.keys.release(state.stage)
+        self.modify_and_mask(work, params, Int32(0), True, self.config.window_left)
+        softmax.advance(self.scores)
+        softmax.exponentiate(self.scores, True)
+
+    @cute.jit
+    def step(
+        self,
+        work: TileWork,
+        softmax: OnlineSoftmax,
+        params: ScoreParams,
+        iteration: Int32,
+        before: RingState,
+        right_edge: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ) -> RingState:
+        """Scores of the next block, and their exponentials beside P·V of the block at ``before``.
+
+        What waits for P·V, :meth:`settle`, comes behind the next step's wait for K: ptxas moves a wait for wgmma up as
+        far as it can, but not over that loop. In one basic block with the exponentials it stood before most of them.
+        """
+        keys, values, products, stages = self.keys, self.values, self.products, self.config.stages
+        state = ring_next(before, stages)
+        second = right_edge and self.config.right_edge_blocks <= 2  # then the only step of its range
+        keys.wait(state)
+        self.settle(softmax, iteration > 1, previous_stage(before, stages), second)
+        if const_expr(self.config.pingpong):
+            self.turns.take()
+        warpgroup.fence()  # for P·V, too, which follows without a wait
+        products.start_scores(state.stage)
+        values.wait(before)
+        products.start_output(self.operand_p, before.stage)
+        if const_expr(self.config.pingpong):
+            self.turns.pass_on()
+        warpgroup.wait_group(1)
+        keys.release(state.stage)
+        self.modify_and_mask(work, params, iteration, right_edge, left_edge)
+        softmax.advance(self.scores)
+        softmax.exponentiate(self.scores, right_edge or left_edge)
+        return state
+
+    @cute.jit
+    def settle(
+        self, softmax: OnlineSoftmax, multiplied: Boolean, stage: Int32, second: cutlass.Constexpr[bool] = False
+    ):
+        """Finish a block: its exponentials become P, once P·V of the block before, with V in ``stage``, is done and O
+        has been rescaled. ``multiplied``: there is a block before; ``second``: there is none, known at compile time."""
+        warpgroup.wait_group(0)
+        if const_expr(not second):
+            self.values.release(stage, multiplied)
+        softmax.rescale(self.output)
+        narrow(self.products.acc_s, self.probabilities)
+
+    @cute.jit
+    def last_block(self, softmax: OnlineSoftmax, total: Int32, state: RingState):
+        """P·V of the last of ``total`` blocks."""
+        self.values.wait(state)
+        self.settle(softmax, total > 1, previous_stage(state, self.config.stages))
+        warpgroup.fence()
+        self.products.start_output(self.operand_p, state.stage)
+        warpgroup.wait_group(0)
+        self.values.release(state.stage)
+
+    @cute.jit
+    def modify_and_mask(
+        self,
+        work: TileWork,
+        params: ScoreParams,
+        iteration: Int32,
+        right_edge: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ):
+        """Softcap, ALiBi and the mask of one block of keys, in place."""
+        c, rows, info = self.config, self.rows, work.info
+        masked = right_edge or left_edge
+        if const_expr(masked or c.alibi):
+            first_key = work.blocks.block(iteration, self.args.common.window) * c.tile_n + rows.column
+            first_token = work.first_token + self.index * c.tokens
+            diagonal = info.seqlen_k - info.seqlen_q + first_token - first_key
+            diagonals = [diagonal + token for token in rows.tokens]
+        if const_expr(c.alibi or c.softcap):
+            positions = [Float32(d) for d in diagonals] if const_expr(c.alibi) else None
+            modify_scores(self.scores, self.columns, positions, params)
+        if const_expr(masked):
+            keys_left = info.seqlen_k - first_key
+            mask_scores(
+                self.scores,
+                self.columns,
+                diagonals,
+                keys_left,
+                self.args.common.window,
+                first_key,
+                right_edge,
+                left_edge,
+            )

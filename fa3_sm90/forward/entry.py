@@ -1,0 +1,65 @@
+"""The FA3 forward as the dispatch table sees it: what it serves, how it is configured, what it is launched with."""
+
+from __future__ import annotations
+
+from cute_fa.device.tiling import MAX_TILES, dense_tiles, head_group, num_ctas, packed_tiles
+from cute_fa.engine.contract import AttentionKernel, AttentionTensors, common_arguments, common_objections
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction, DType
+from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig, forward_config
+
+# Of an H100 and an H200 (NVIDIA H100 whitepaper): what the order of tiles is planned for.
+L2_BYTES = 50 * 2**20
+
+
+class Fa3Forward(AttentionKernel):
+    """Forward with TMA and wgmma, for sm_90a: fp16 and bf16, head_dim 8 … 256."""
+
+    family = "fa3"
+    direction = Direction.FORWARD
+
+    @classmethod
+    def supports(cls, problem: AttentionProblem) -> list[str]:
+        reasons = []
+        if problem.dtype not in (DType.FP16, DType.BF16):
+            reasons.append(f"dtype {problem.dtype.value}: this kernel takes fp16 and bf16")
+        reasons += common_objections(problem, "16-byte strides of TMA")
+        if problem.cache_leftpad and problem.page_size is not None:
+            reasons.append(f"cache_leftpad with page_size {problem.page_size}: blocks of keys start where pages do")
+        if problem.pack_gqa and problem.gqa_ratio > WGMMA_M:
+            reasons.append(f"pack_gqa with gqa_ratio {problem.gqa_ratio}: a warpgroup holds {WGMMA_M} query heads")
+        if not reasons:
+            tiles = _tiles(problem, cls.configure(problem), problem.batch * problem.seqlen_q)
+            if tiles > MAX_TILES:
+                reasons.append(f"{tiles} tiles of queries: at most {MAX_TILES}")
+        return reasons
+
+    @classmethod
+    def configure(cls, problem: AttentionProblem) -> Fa3ForwardConfig:
+        return forward_config(problem)
+
+    @classmethod
+    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
+        config = cls.configure(problem)
+        shared = problem.gqa_ratio // config.pack_gqa
+        kv_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.dtype.bytes
+        grid = (
+            -(-problem.seqlen_q // config.tile_tokens),
+            problem.num_heads // config.pack_gqa,
+            problem.batch,
+            min(head_group(kv_bytes, L2_BYTES, shared), MAX_TILES),
+        )
+        tiles = _tiles(problem, config, tensors.q.shape[0] if problem.varlen_q else problem.batch * problem.seqlen_q)
+        return (
+            common_arguments(problem, tensors),
+            grid,
+            num_ctas(tiles, num_sms, config.persistent),
+        )
+
+
+def _tiles(problem: AttentionProblem, config: Fa3ForwardConfig, total_q: int) -> int:
+    """Tiles of queries, at most; ``total_q``: queries of all sequences together."""
+    heads = problem.num_heads // config.pack_gqa
+    if problem.varlen_q:
+        return packed_tiles(total_q, config.tile_tokens, heads, problem.batch)
+    return dense_tiles(problem.seqlen_q, config.tile_tokens, heads, problem.batch)
