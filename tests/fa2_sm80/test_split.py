@@ -22,14 +22,6 @@ from tests.testing.simulated import unwritten_is_nan
 SPLIT = Entry("fa2_split", "fa2", Direction.FORWARD, tuple(SmArch), "fa2_sm80.split.entry:Fa2Split")
 ONLY_SPLIT = DispatchTable((SPLIT,))
 
-FEATURES, fa2_cases, small_problem, spec_name, spec_of
-from tests.testing.gradients import call_of
-from tests.testing.loads import recorded_copies
-from tests.testing.simulated import unwritten_is_nan
-
-ONLY_SPLIT = DispatchTable(
-    (Entry("fa2_split", "fa2", Direction.FORWARD, tuple(SmArch), "fa2_sm80.split.entry:Fa2Split"),)
-)
 
 FEATURES = {
     **FA2_FEATURES,

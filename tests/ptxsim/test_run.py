@@ -60,7 +60,7 @@ def test_fa3_forward():
     code, output = run("examples/fa3_forward.py", "--arch", "sm_90a", "--race", "--sms", "1")
     assert code == 0, output
     ((_, kernel, grid, *_, result),) = rows(output)
-    assert (kernel, grid, result) == ("fa3_sm90forward_kernelFa3ForwardKernel", "1×1×1", "clean")
+    assert (kernel, grid, result) == ("fa3_sm90forwardkernelFa3ForwardKernel", "1×1×1", "clean")
     assert "attention of (1, 384, 1, 128) on cuda:0: largest error" in output
 
 
