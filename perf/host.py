@@ -29,7 +29,8 @@ from torch import library
 
 import cute_fa
 import ptxsim
-from cute_fa.engine import operator as ops
+from cute_fa.engine import attention, worlds
+from cute_fa.engine import plan as plans
 from cute_fa.semantics.types import SmArch
 from perf.static import StaticKey, fa4_installed
 
@@ -79,17 +80,16 @@ def _launching_nothing(run: Callable[[], Any]) -> Iterator[tuple[Any, _Reached]]
     """What ``run`` calls is launched without its kernel, and is not told of the simulation, which costs time of its
     own. Gives the plan of the call, and what stands for its kernel."""
     reached = _Reached()
-    none = {"check_values": lambda *_: None, "simulated_arch": lambda: None, "simulated_target": lambda: None}
-    saved = {name: getattr(ops, name) for name in ("_plans", *none)}
+    kept, target, checks = plans.PLANS, attention.simulated_target, worlds.checks_values
     try:
-        ops._plans = {}
+        plans.PLANS = {}
         run()
-        key, plan = ops._plans.popitem()
-        ops._plans[(None, *key[1:])] = replace(plan, compiled=reached)
-        vars(ops).update(none)
+        key, plan = plans.PLANS.popitem()
+        plans.PLANS[(None, *key[1:])] = replace(plan, compiled=reached)
+        attention.simulated_target, worlds.checks_values = lambda: None, lambda: False
         yield plan, reached
     finally:
-        vars(ops).update(saved)
+        plans.PLANS, attention.simulated_target, worlds.checks_values = kept, target, checks
 
 
 @contextmanager
@@ -109,13 +109,13 @@ def call_figures(arch: SmArch) -> Iterator[Figure]:
     # Small: that the CPU's allocator takes longer for large tensors has nothing to do with a GPU.
     q, k, v = (torch.randn(1, 8, 4, 64, dtype=torch.bfloat16) for _ in range(3))
 
-    def attention():
+    def call():
         return cute_fa.flash_attn_func(q, k, v, causal=True)
 
     with cute_fa.simulate(arch) as simulation, torch.no_grad(), simulation.idle():
-        with _launching_nothing(attention) as (plan, reached):
-            before = microseconds(attention)
-            compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        with _launching_nothing(call) as (plan, reached):
+            before = microseconds(call)
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
             compiled()
             traced = microseconds(compiled)
         own = microseconds(lambda: (plan.new_out(q), plan.new_lse(q)))

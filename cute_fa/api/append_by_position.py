@@ -11,11 +11,10 @@ import itertools
 from typing import NamedTuple
 
 import torch
-from torch import library
 
-from cute_fa.api import append
-from cute_fa.engine import operator as ops
-from cute_fa.engine.worlds import simulated_arch
+from cute_fa.engine import append, worlds
+from cute_fa.engine.library import define, schema
+from cute_fa.semantics.call import AppendCall
 from cute_fa.semantics.errors import (
     ArgumentError,
     CacheIndexError,
@@ -39,13 +38,6 @@ class RowsCall(NamedTuple):
     page_table: torch.Tensor | None
     page_indices: torch.Tensor | None
     page_indptr: torch.Tensor | None
-
-
-ops.LIBRARY.define(
-    "append_rows(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor batch_indices, Tensor positions, "
-    "Tensor? page_table, Tensor? page_indices, Tensor? page_indptr) -> ()",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def append_rows(
@@ -88,12 +80,12 @@ def _append_rows(*arguments):
     _check(call)
     if call.k.shape[0] == 0:
         return
-    if ops.CHECK_VALUES or simulated_arch() is not None:
+    if worlds.checks_values():
         _check_values(call)
-    append._append_kv(*_sequences_of_one_row(call))
+    append.append_kv(*_sequences_of_one_row(call))
 
 
-def _sequences_of_one_row(call: RowsCall) -> append.AppendCall:
+def _sequences_of_one_row(call: RowsCall) -> AppendCall:
     batch, positions = call.batch_indices, call.positions
     sequence = batch.clamp(0, max(_batch(call) - 1, 0))
     place = positions
@@ -105,26 +97,15 @@ def _sequences_of_one_row(call: RowsCall) -> append.AppendCall:
         present, page = present & listed, page[:, None]
     else:
         present = present & (positions < call.k_cache.shape[1])
-    return append.AppendCall(
+    return AppendCall(
         k_cache=call.k_cache,
         v_cache=call.v_cache,
         k=call.k[:, None],
         v=call.v[:, None],
-        q=None,
         cache_seqlens=place * present,
         page_table=page,
         cache_batch_idx=None if page is not None else sequence,
-        cu_seqlens_q=None,
-        cu_seqlens_k_new=None,
-        seqused_q=None,
         seqused_k_new=present.int(),
-        rotary_cos=None,
-        rotary_sin=None,
-        rotary_seqlens=None,
-        max_seqlen_q=None,
-        max_seqlen_k_new=None,
-        rotary_interleaved=False,
-        rotate_each=True,
     )
 
 
@@ -195,5 +176,4 @@ def _fake(*arguments):
     _check(RowsCall._make(arguments))
 
 
-ops.LIBRARY.impl("append_rows", _append_rows, "CompositeExplicitAutograd")
-library.register_fake("cute_fa::append_rows", _fake, lib=ops.LIBRARY)
+define("append_rows", schema(RowsCall, written=("k_cache", "v_cache")), "()", _append_rows, _fake)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cute_fa.api.requests import CumulativeSeqlens, ForwardRequest, VarlenFwdRequest, check_kinds, check_packed, packed
-from cute_fa.engine import operator as ops
+from cute_fa.engine import worlds
 from cute_fa.engine.table import TABLE, DispatchKey
-from cute_fa.engine.worlds import described, simulated_arch
+from cute_fa.engine.worlds import described
 from cute_fa.semantics.argument_names import spelled
 from cute_fa.semantics.errors import (
     ArgumentError,
@@ -300,7 +300,7 @@ class ChunkedPrefillRequest:
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) of the chunk's queries."""
         on_device = isinstance(self.attention, PagedAttentionRequest)
-        if on_device and (ops.CHECK_VALUES or simulated_arch() is not None):
+        if on_device and worlds.checks_values():
             self._check_lengths_k(self.attention.seqlens.tolist())
         return self.attention.run()
 

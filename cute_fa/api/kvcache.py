@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import numbers
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
+from typing_extensions import Unpack
 
-from cute_fa.api import attention as api
-from cute_fa.api.append import AppendCall, append, autocast_to, autocasts
+from cute_fa.api.append import append, autocast_to, autocasts
+from cute_fa.api.attention import Result, VarlenOptions, prepare
+from cute_fa.api.peers import check_peers, too_many
 from cute_fa.api.scheduler_metadata import check_scheduler_metadata
-from cute_fa.engine import operator as ops
+from cute_fa.api.values import check_tensor, flag, integer
+from cute_fa.engine import attention as engine
 from cute_fa.semantics.argument_names import spelled
+from cute_fa.semantics.call import AppendCall, Call
 from cute_fa.semantics.errors import ArgumentError, NoBackwardError
 from cute_fa.semantics.tensors import batch_of, check_dims
 
@@ -23,6 +27,87 @@ _ATTENTION_NAMES = {table: spelled(**_CACHES, page_table=table) for table in _TA
 _APPEND_NAMES = {table: spelled(page_table=table) for table in _TABLES}
 
 
+class CacheOptions(VarlenOptions, total=False):
+    """Keyword arguments of :func:`flash_attn_with_kvcache`, for type checkers; see there."""
+
+    rotary_cos: torch.Tensor | None
+    rotary_sin: torch.Tensor | None
+    rotary_seqlens: torch.Tensor | None
+    rotary_interleaved: bool
+    cache_seqlens: int | torch.Tensor | None
+    cache_batch_idx: torch.Tensor | None
+    cache_leftpad: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k_new: torch.Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k_new: int | None
+
+
+@overload
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    return_attn_probs: Literal[False] = False,
+    return_softmax_lse: Literal[False] = False,
+    **options: Unpack[CacheOptions],
+) -> torch.Tensor: ...
+@overload
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    return_attn_probs: bool = ...,
+    return_softmax_lse: bool = ...,
+    **options: Unpack[CacheOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    *,
+    return_attn_probs: Literal[True],
+    return_lse: bool = ...,
+    return_softmax_lse: bool = ...,
+    **options: Unpack[CacheOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    *,
+    return_softmax_lse: Literal[True],
+    return_lse: bool = ...,
+    return_attn_probs: bool = ...,
+    **options: Unpack[CacheOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    *,
+    return_lse: bool = ...,
+    return_attn_probs: bool = ...,
+    return_softmax_lse: bool = ...,
+    **options: Unpack[CacheOptions],
+) -> Result: ...
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -59,7 +144,7 @@ def flash_attn_with_kvcache(
     out: torch.Tensor | None = None,
     family: str | None = None,
     **peers: Any,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Result:
     """Attention of few or many queries over a KV cache, for inference; the arguments of FA2's and FA3's function of
     this name. Arguments not named here are those of :func:`cute_fa.flash_attn_func`.
 
@@ -91,12 +176,12 @@ def flash_attn_with_kvcache(
     asked for. Raises a subclass of ``cute_fa.errors.CuteFaError`` before anything is written.
     """
     if by_position:
-        raise api.too_many("flash_attn_with_kvcache", "q, the caches, k and v", by_position)
-    api.check_peers(peers)
+        raise too_many("flash_attn_with_kvcache", "q, the caches, k and v", by_position)
+    check_peers(peers)
     returns = {"return_lse": return_lse, "return_attn_probs": return_attn_probs}
     returns["return_softmax_lse"] = return_softmax_lse
-    returns = {name: api.flag(name, value) for name, value in returns.items()}
-    rotary_interleaved = api.flag("rotary_interleaved", rotary_interleaved)
+    returns = {name: flag(name, value) for name, value in returns.items()}
+    rotary_interleaved = flag("rotary_interleaved", rotary_interleaved)
     if page_table is not None and block_table is not None:
         raise ArgumentError("page_table and block_table: two names of one argument, give one")
     if (k is None) != (v is None):
@@ -110,7 +195,7 @@ def flash_attn_with_kvcache(
         for name, value in new.items():
             if value is not None:
                 raise ArgumentError(f"{name} without new k and v: nothing is appended")
-    call = api.prepare(
+    call = prepare(
         q,
         k_cache,
         v_cache,
@@ -137,53 +222,46 @@ def flash_attn_with_kvcache(
     given = {**rotary, "cu_seqlens_k_new": cu_seqlens_k_new, "k": k, "v": v, "out": out}
     for name, tensor in given.items():
         if tensor is not None:
-            api.check_tensor(name, tensor)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*call[: ops.NUM_TENSORS], *given.values())
-    ):
+            check_tensor(name, tensor)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call.tensors, *given.values())):
         raise NoBackwardError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
     query, k, v = autocast_to(call.k, call.q, k, v)
-    call = call._replace(q=query)
+    call = call.changed(q=query)
     if k is not None:
         if max_seqlen_k_new is not None:
-            new["max_seqlen_k_new"] = api.integer("max_seqlen_k_new", max_seqlen_k_new)
+            new["max_seqlen_k_new"] = integer("max_seqlen_k_new", max_seqlen_k_new)
         new |= {"rotary_interleaved": rotary_interleaved, "names": _APPEND_NAMES[table]}
         call = _append(call, k, v, out, new)
     with torch.autocast(q.device.type, enabled=False) if autocasts(q.device) else nullcontext():
         if out is None:
-            out, lse = ops.attention(*call)
+            out, lse = engine.attention(call)
         else:
-            lse = ops.attention_out(*call, out)
+            lse = engine.attention_out(call, out)
     return (out, lse) if any(returns.values()) else out
 
 
-def _append(
-    call: ops.Call,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor | None,
-    new: dict[str, Any],
-) -> ops.Call:
+def _append(call: Call, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, new: dict[str, Any]) -> Call:
     """The call after the append: with q rotated, and lengths with the new tokens."""
-    if call.seqused_k is None:
+    if call.extras.seqused_k is None:
         raise ArgumentError("k and v without cache_seqlens: where the new tokens go is not known")
-    ops.validate(call, out)  # nothing is written for attention that cannot be
+    engine.validate(call, out)  # nothing is written for attention that cannot be
+    extras, options = call.extras, call.options
     appended = AppendCall(
         call.k,
         call.v,
         k,
         v,
-        call.seqused_k,
+        extras.seqused_k,
         q=call.q,
-        page_table=call.page_table,
-        cache_batch_idx=call.cache_batch_idx,
-        cu_seqlens_q=call.cu_seqlens_q,
-        max_seqlen_q=call.max_seqlen_q,
-        rotate_each=call.window_left is not None or call.window_right is not None,
+        page_table=extras.page_table,
+        cache_batch_idx=extras.cache_batch_idx,
+        cu_seqlens_q=extras.cu_seqlens_q,
+        max_seqlen_q=options.max_seqlen_q,
+        rotate_each=options.window_left is not None or options.window_right is not None,
         **new,
     )
     q, seqused_k = append(appended)
-    return call._replace(q=q, seqused_k=seqused_k)
+    return call.changed(q=q, seqused_k=seqused_k)
 
 
 def _lengths(cache_seqlens: Any, q: Any, cu_seqlens_q: Any) -> torch.Tensor | None:
@@ -192,10 +270,10 @@ def _lengths(cache_seqlens: Any, q: Any, cu_seqlens_q: Any) -> torch.Tensor | No
         return cache_seqlens
     if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt, numbers.Integral)):
         raise ArgumentError(f"cache_seqlens={cache_seqlens!r}: an int, or an int32 tensor (batch)")
-    cache_seqlens = api.integer("cache_seqlens", cache_seqlens)
-    api.check_tensor("q", q)
+    cache_seqlens = integer("cache_seqlens", cache_seqlens)
+    check_tensor("q", q)
     if cu_seqlens_q is not None:
-        api.check_tensor("cu_seqlens_q", cu_seqlens_q)
+        check_tensor("cu_seqlens_q", cu_seqlens_q)
         batch = batch_of("cu_seqlens_q", cu_seqlens_q)
     else:
         check_dims("q", q, 4, "(batch, seqlen_q, heads, head_dim)")

@@ -9,17 +9,18 @@ from __future__ import annotations
 import itertools
 import numbers
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from cute_fa.api import attention as api
+from cute_fa.api.attention import prepare
+from cute_fa.engine import attention as engine
 from cute_fa.engine import autograd
-from cute_fa.engine import operator as ops
 from cute_fa.engine.table import TABLE, DispatchKey
 from cute_fa.engine.worlds import arch_of
+from cute_fa.semantics.call import FIELDS
 from cute_fa.semantics.errors import (
     ArgumentError,
     ChunkIndexError,
@@ -30,11 +31,12 @@ from cute_fa.semantics.errors import (
 )
 from cute_fa.semantics.names import canonical_name
 from cute_fa.semantics.problem import INT32_MAX, normalize_window
-from cute_fa.semantics.tensors import lengths_of
+from cute_fa.semantics.tensors import lengths_of, problem_of
 from cute_fa.semantics.types import MaskKind, PersistentMode, PositionBias, SmArch
 
 if TYPE_CHECKING:
     from cute_fa.engine.contract import AttentionKernel
+    from cute_fa.semantics.call import Call
     from cute_fa.semantics.problem import AttentionProblem
     from cute_fa.semantics.reference import Gradients
 
@@ -133,7 +135,7 @@ class Request:
             given = "given" if self.alibi_slopes is not None else "missing"
             raise ArgumentError(f"position_bias={self.position_bias.value} with alibi_slopes {given}")
         call = self._call  # q is known to be a tensor from here on
-        if call.cu_seqlens_q is None and call.q.shape[:1] == (0,):
+        if call.extras.cu_seqlens_q is None and call.q.shape[:1] == (0,):
             raise EmptyBatchError(f"q {tuple(call.q.shape)}: a request is of at least one sequence")
         if self.arch is None:
             object.__setattr__(self, "arch", arch_of(call.q.device))
@@ -167,24 +169,18 @@ class Request:
 
     # What follows from the fields is found once: they never change.
     @cached_property
-    def _call(self) -> ops.Call:
-        return api.prepare(self.q, self.k, self.v, family=self.family, **self._options())
+    def _call(self) -> Call:
+        return prepare(self.q, self.k, self.v, family=self.family, **self._options())
 
     @cached_property
     def _problem(self) -> AttentionProblem:
-        return ops.problem_of_call(self.arch, self._call)
+        return problem_of(self.arch, self._call)
 
     def _options(self) -> dict[str, Any]:
         """Keyword arguments of the public functions."""
-        return {
-            "causal": self.mask in (MaskKind.CAUSAL, MaskKind.SLIDING_CAUSAL),
-            "window_size": self.window,
-            "sink_tokens": self.sink_tokens,
-            "alibi_slopes": self.alibi_slopes,
-            "softmax_scale": self.softmax_scale,
-            "softcap": self.softcap,
-            "learnable_sink": self.learnable_sink,
-        }
+        causal = self.mask in (MaskKind.CAUSAL, MaskKind.SLIDING_CAUSAL)
+        alike = {field.name for field in fields(Request)} & set(FIELDS) - {"q"}
+        return {name: getattr(self, name) for name in alike} | {"causal": causal, "window_size": self.window}
 
     def _check_window(self):
         left, right = normalize_window(self.window, causal=False, name="window")
@@ -204,7 +200,7 @@ class ForwardRequest(Request):
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse), on the device of the tensors, whose architecture must be the request's."""
         self._check_device()
-        return ops.attention(*self._call)
+        return engine.attention(self._call)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from cute_fa.engine import operator as ops
-from cute_fa.engine.worlds import simulated_arch
+from cute_fa.engine import worlds
 from cute_fa.semantics.errors import ArgumentError, DTypeError, LengthError, ShapeError
 from cute_fa.semantics.problem import INT32_MAX
 from cute_fa.semantics.tensors import check_devices, check_dims, check_like, held_lengths
@@ -144,7 +143,7 @@ def _check(x, cos, sin, interleaved, inplace, offsets, cu_seqlens, max_seqlen) -
         raise LengthError(f"seqlen_offsets={offsets}: between 0 and {INT32_MAX}")
     elif offsets + rows > cos.shape[0]:
         raise LengthError(f"seqlen_offsets={offsets} and {rows} rows of x: cos has {cos.shape[0]} positions")
-    if not torch.compiler.is_compiling() and (ops.CHECK_VALUES or simulated_arch() is not None):
+    if not torch.compiler.is_compiling() and (worlds.checks_values()):
         _check_values(x, cos, batch, offsets, cu_seqlens, max_seqlen)
 
 

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
-from cute_fa.api import attention as api
-from cute_fa.api import kvcache
+from cute_fa.api import attention, kvcache
+from cute_fa.api.peers import check_peers
 from cute_fa.api.rotary import apply_rotary_emb as apply_rotary_emb
+from cute_fa.api.values import check_tensor, flag
 from cute_fa.compat.bert_padding import index_first_axis as index_first_axis
 from cute_fa.compat.bert_padding import pad_input as pad_input
 from cute_fa.compat.bert_padding import unpad_input as unpad_input
-from cute_fa.compat.order import INFINITE, REQUIRED, in_order
-from cute_fa.engine import operator as ops
+from cute_fa.compat.order import INFINITE, in_order
+from cute_fa.engine import attention as engine
 from cute_fa.semantics.argument_names import spelled
 from cute_fa.semantics.errors import ShapeError
 from cute_fa.semantics.problem import default_scale
@@ -27,36 +28,21 @@ from cute_fa.semantics.problem import default_scale
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+Window = tuple[int | None, int | None]
 _LARGEST = 256  # head_dim that a kernel serves
 _ROWS = ("q", "k", "v", "k_cache", "v_cache")
-_OPTIONS = {
-    "dropout_p": 0.0,
-    "softmax_scale": None,
-    "causal": False,
-    "window_size": INFINITE,
-    "softcap": 0.0,
-    "alibi_slopes": None,
-    "deterministic": False,
-    "return_attn_probs": False,
-}
-_QKV = {"q": REQUIRED, "k": REQUIRED, "v": REQUIRED}
-_LENGTHS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), REQUIRED)
-_CACHE = {"q": REQUIRED, "k_cache": REQUIRED, "v_cache": REQUIRED} | dict.fromkeys(
-    ("k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table")
-)
 # What callers of the packed functions call arguments of the operator.
 _LENGTH_NAMES = {f"{kind}_{side}": kind for kind in ("cu_seqlens", "max_seqlen") for side in "qk"}
 _QKV_NAMES = spelled(q="qkv", k="qkv", v="qkv", **_LENGTH_NAMES)
 _KV_NAMES = spelled(k="kv", v="kv")
-_RETURNS = "Returns out, or with ``return_attn_probs`` (out, lse, S_dmask), S_dmask empty as in FA2 without dropout."
 
 
 def _dense(given: dict[str, Any]) -> Any:
-    return _with_dmask(_padded(api.flash_attn_func, given, "v"), given)
+    return _with_dmask(_padded(attention.flash_attn_func, given, "v"), given)
 
 
 def _varlen(given: dict[str, Any]) -> Any:
-    return _with_dmask(_padded(api.flash_attn_varlen_func, given, "v"), given)
+    return _with_dmask(_padded(attention.flash_attn_varlen_func, given, "v"), given)
 
 
 def _qkvpacked(given: dict[str, Any]) -> Any:
@@ -76,7 +62,7 @@ def _kvpacked(given: dict[str, Any]) -> Any:
 def _unpacked(name: str, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """q, k and v, or k and v, of one tensor (…, 3 or 2, heads, head_dim), which is taken out of ``given``."""
     tensor, parts = given.pop(name), len(name)
-    api.check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if tensor.dim() < 4 or tensor.shape[-3] != parts:
         raise ShapeError(f"{name} {tuple(tensor.shape)}: (…, {parts}, heads, head_dim) is needed")
     return tensor.unbind(-3)
@@ -85,12 +71,12 @@ def _unpacked(name: str, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
 def _of_parts(given: dict[str, Any], names: str) -> Any:
     """Attention of tensors that the caller calls by ``names``."""
 
-    def attention(*, dropout_p: Any = 0.0, return_attn_probs: Any = False, **options: Any) -> Any:
-        api.check_peers({"dropout_p": dropout_p})
-        result = ops.attention(*api.prepare(**options, names=names))
-        return result if api.flag("return_attn_probs", return_attn_probs) else result[0]
+    def of_parts(*, dropout_p: Any = 0.0, return_attn_probs: Any = False, **options: Any) -> Any:
+        check_peers({"dropout_p": dropout_p})
+        result = engine.attention(attention.prepare(**options, names=names))
+        return result if flag("return_attn_probs", return_attn_probs) else result[0]
 
-    return _with_dmask(_padded(attention, given, "v"), given)
+    return _with_dmask(_padded(of_parts, given, "v"), given)
 
 
 def _with_dmask(result: Any, given: dict[str, Any]) -> Any:
@@ -130,52 +116,139 @@ def _taken(name: str, tensor: Any) -> Any:
     return tensor if size % 8 == 0 or size > _LARGEST else pad(tensor, (0, -size % 8))
 
 
-flash_attn_func = in_order(
-    "flash_attn_func", _QKV | _OPTIONS, _dense, f"See :func:`cute_fa.flash_attn_func`. {_RETURNS}"
-)
-flash_attn_varlen_func = in_order(
-    "flash_attn_varlen_func",
-    _QKV | _LENGTHS | _OPTIONS | {"block_table": None},
-    _varlen,
-    f"See :func:`cute_fa.flash_attn_varlen_func`. {_RETURNS}",
-)
-flash_attn_qkvpacked_func = in_order(
-    "flash_attn_qkvpacked_func",
-    {"qkv": REQUIRED} | _OPTIONS,
-    _qkvpacked,
-    f"``flash_attn_func`` of qkv (batch, seqlen, 3, heads, head_dim). {_RETURNS}",
-)
-flash_attn_kvpacked_func = in_order(
-    "flash_attn_kvpacked_func",
-    {"q": REQUIRED, "kv": REQUIRED} | _OPTIONS,
-    _kvpacked,
-    f"``flash_attn_func`` of q and kv (batch, seqlen_k, 2, heads_kv, head_dim). {_RETURNS}",
-)
-flash_attn_varlen_qkvpacked_func = in_order(
-    "flash_attn_varlen_qkvpacked_func",
-    dict.fromkeys(("qkv", "cu_seqlens", "max_seqlen"), REQUIRED) | _OPTIONS,
-    _qkvpacked,
-    f"``flash_attn_varlen_func`` of qkv (total, 3, heads, head_dim). {_RETURNS}",
-)
-flash_attn_varlen_kvpacked_func = in_order(
-    "flash_attn_varlen_kvpacked_func",
-    {"q": REQUIRED, "kv": REQUIRED} | _LENGTHS | _OPTIONS,
-    _kvpacked,
-    f"``flash_attn_varlen_func`` of q and kv (total_k, 2, heads_kv, head_dim). {_RETURNS}",
-)
-flash_attn_with_kvcache = in_order(
-    "flash_attn_with_kvcache",
-    _CACHE
-    | {
-        "softmax_scale": None,
-        "causal": False,
-        "window_size": INFINITE,
-        "softcap": 0.0,
-        "rotary_interleaved": True,
-        "alibi_slopes": None,
-        "num_splits": 0,
-        "return_softmax_lse": False,
-    },
-    _with_kvcache,
-    "See :func:`cute_fa.flash_attn_with_kvcache`. Returns out, or (out, lse) with ``return_softmax_lse``.",
-)
+@in_order(_dense)
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = INFINITE,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """See :func:`cute_fa.flash_attn_func`. Returns out, or with ``return_attn_probs`` (out, lse,
+    S_dmask), S_dmask empty as in FA2 without dropout."""
+
+
+@in_order(_varlen)
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = INFINITE,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> Any:
+    """See :func:`cute_fa.flash_attn_varlen_func`. Returns out, or with ``return_attn_probs`` (out, lse,
+    S_dmask), S_dmask empty as in FA2 without dropout."""
+
+
+@in_order(_qkvpacked)
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = INFINITE,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """``flash_attn_func`` of qkv (batch, seqlen, 3, heads, head_dim). Returns out, or with
+    ``return_attn_probs`` (out, lse, S_dmask), S_dmask empty as in FA2 without dropout."""
+
+
+@in_order(_kvpacked)
+def flash_attn_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = INFINITE,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """``flash_attn_func`` of q and kv (batch, seqlen_k, 2, heads_kv, head_dim). Returns out, or with
+    ``return_attn_probs`` (out, lse, S_dmask), S_dmask empty as in FA2 without dropout."""
+
+
+@in_order(_qkvpacked)
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = INFINITE,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """``flash_attn_varlen_func`` of qkv (total, 3, heads, head_dim). Returns out, or with
+    ``return_attn_probs`` (out, lse, S_dmask), S_dmask empty as in FA2 without dropout."""
+
+
+@in_order(_kvpacked)
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = INFINITE,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """``flash_attn_varlen_func`` of q and kv (total_k, 2, heads_kv, head_dim). Returns out, or with
+    ``return_attn_probs`` (out, lse, S_dmask), S_dmask empty as in FA2 without dropout."""
+
+
+@in_order(_with_kvcache)
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = INFINITE,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """See :func:`cute_fa.flash_attn_with_kvcache`. Returns out, or (out, lse) with ``return_softmax_lse``."""

@@ -6,69 +6,104 @@ from typing import Any
 
 import torch
 
-from cute_fa.api import attention as api
-from cute_fa.api import kvcache
+from cute_fa.api import attention, kvcache
 from cute_fa.api.merge import merge_states
 from cute_fa.api.rotary import apply_rotary_emb as apply_rotary_emb
 from cute_fa.api.scheduler_metadata import scheduler_metadata_of
-from cute_fa.compat.order import INFINITE, REQUIRED, in_order
+from cute_fa.api.values import check_tensor, flag
+from cute_fa.compat.order import INFINITE, in_order
 from cute_fa.semantics.errors import ArgumentError, DTypeError, ShapeError
 from cute_fa.semantics.tensors import check_like
 
-_OPTIONS = {
-    "softmax_scale": None,
-    "causal": False,
-    "qv": None,
-    "q_descale": None,
-    "k_descale": None,
-    "v_descale": None,
-    "window_size": INFINITE,
-    "attention_chunk": 0,
-    "softcap": 0.0,
-    "num_splits": 1,
-    "pack_gqa": None,
-    "deterministic": False,
-    "sm_margin": 0,
-    "return_attn_probs": False,
-}
-_QKV = {"q": REQUIRED, "k": REQUIRED, "v": REQUIRED}
-_LENGTHS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), REQUIRED)
-_CACHE = {"q": REQUIRED, "k_cache": REQUIRED, "v_cache": REQUIRED} | dict.fromkeys(
-    "k v qv rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad page_table cu_seqlens_q cu_seqlens_k_new "
-    "max_seqlen_q rotary_seqlens q_descale k_descale v_descale softmax_scale".split()
-)
-_RETURNS = "Returns out, or (out, lse) with ``return_attn_probs``."
+Window = tuple[int | None, int | None]
 
-flash_attn_func = in_order(
-    "flash_attn_func",
-    _QKV | _OPTIONS,
-    lambda given: api.flash_attn_func(**given),
-    f"See :func:`cute_fa.flash_attn_func`. {_RETURNS}",
-)
-flash_attn_varlen_func = in_order(
-    "flash_attn_varlen_func",
-    _QKV | _LENGTHS | {"seqused_q": None, "seqused_k": None} | _OPTIONS,
-    lambda given: api.flash_attn_varlen_func(**given),
-    f"See :func:`cute_fa.flash_attn_varlen_func`. {_RETURNS}",
-)
-flash_attn_with_kvcache = in_order(
-    "flash_attn_with_kvcache",
-    _CACHE
-    | {
-        "causal": False,
-        "window_size": INFINITE,
-        "attention_chunk": 0,
-        "softcap": 0.0,
-        "rotary_interleaved": True,
-        "scheduler_metadata": None,
-        "num_splits": 0,
-        "pack_gqa": None,
-        "sm_margin": 0,
-        "return_softmax_lse": False,
-    },
-    lambda given: kvcache.flash_attn_with_kvcache(**given),
-    "See :func:`cute_fa.flash_attn_with_kvcache`. Returns out, or (out, lse) with ``return_softmax_lse``.",
-)
+
+@in_order(lambda given: attention.flash_attn_func(**given))
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: None = None,
+    q_descale: None = None,
+    k_descale: None = None,
+    v_descale: None = None,
+    window_size: Window = INFINITE,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """See :func:`cute_fa.flash_attn_func`. Returns out, or (out, lse) with ``return_attn_probs``."""
+
+
+@in_order(lambda given: attention.flash_attn_varlen_func(**given))
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: None = None,
+    q_descale: None = None,
+    k_descale: None = None,
+    v_descale: None = None,
+    window_size: Window = INFINITE,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """See :func:`cute_fa.flash_attn_varlen_func`. Returns out, or (out, lse) with ``return_attn_probs``."""
+
+
+@in_order(lambda given: kvcache.flash_attn_with_kvcache(**given))
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    qv: None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: torch.Tensor | None = None,
+    q_descale: None = None,
+    k_descale: None = None,
+    v_descale: None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = INFINITE,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: torch.Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """See :func:`cute_fa.flash_attn_with_kvcache`. Returns out, or (out, lse) with ``return_softmax_lse``."""
 
 
 def flash_attn_combine(
@@ -88,8 +123,8 @@ def flash_attn_combine(
     heads), a transposed view of heads before rows as there; with ``return_lse=False`` None in its place.
     """
     for name, tensor in {"out_partial": out_partial, "lse_partial": lse_partial}.items():
-        api.check_tensor(name, tensor)
-    return_lse = api.flag("return_lse", return_lse)
+        check_tensor(name, tensor)
+    return_lse = flag("return_lse", return_lse)
     if out_partial.dim() not in (4, 5):
         rule = "(num_splits, batch, seqlen, heads, head_dim_v) or (num_splits, total_q, heads, head_dim_v) is needed"
         raise ShapeError(f"out_partial {tuple(out_partial.shape)}: {rule}")
@@ -112,26 +147,31 @@ def _scheduler_metadata(given: dict[str, Any]) -> torch.Tensor:
     return scheduler_metadata_of(given["batch_size"], "cache_seqlens", given["cache_seqlens"])
 
 
-get_scheduler_metadata = in_order(
-    "get_scheduler_metadata",
-    dict.fromkeys(
-        "batch_size max_seqlen_q max_seqlen_k num_heads_q num_heads_kv headdim cache_seqlens".split(), REQUIRED
-    )
-    | {"qkv_dtype": torch.bfloat16}
-    | dict.fromkeys("headdim_v cu_seqlens_q cu_seqlens_k_new cache_leftpad page_size".split())
-    | {
-        "max_seqlen_k_new": 0,
-        "causal": False,
-        "window_size": INFINITE,
-        "attention_chunk": 0,
-        "has_softcap": False,
-        "num_splits": 0,
-        "pack_gqa": None,
-        "sm_margin": 0,
-    },
-    _scheduler_metadata,
+@in_order(_scheduler_metadata)
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: torch.Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Window = INFINITE,
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Any:
     """What :func:`flash_attn_with_kvcache` and :func:`cute_fa.flash_attn_varlen_func` take as ``scheduler_metadata``:
     int32 (batch_size + 1) zeros on the device of ``cache_seqlens``, int32 (batch_size). Scheduling here needs no plan
     that is made before (``cute_fa.api.scheduler_metadata`` says why): the other arguments describe the problem for
-    kernels that do, and change nothing.""",
-)
+    kernels that do, and change nothing."""

@@ -1,5 +1,7 @@
 """Arguments for ``cute.compile``: tensors of unknown sizes and strides, and None for what a config does not have."""
 
+from functools import partial
+
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
@@ -8,6 +10,10 @@ from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.seqlen import LengthTensors
 from cute_fa.engine.contract import FeatureConfig
+from cute_fa.semantics.options import options_of
+from cute_fa.semantics.problem import AttentionProblem
+
+_ELEMENTS = {"int32": Int32, "float32": Float32}
 
 
 def fake_tensor(element, *shape, aligned: int = 1) -> cute.Tensor:
@@ -37,20 +43,23 @@ def optional(wanted: bool, make):
 def common_fakes(config: FeatureConfig) -> CommonArguments:
     """What ``cute_fa.engine.contract.common_arguments`` gives at run time."""
     c, dtype = config, CUTE_DTYPE[config.dtype]
-    lengths = (c.cu_seqlens_q, c.cu_seqlens_k, c.seqused_q, c.seqused_k, c.cache_leftpad)
+    fakes = {
+        of.tensor.name: optional(
+            getattr(c, of.flag), partial(fake_vector, _ELEMENTS[of.tensor.dtype], of.tensor.dimensions)
+        )
+        for of in options_of(AttentionProblem).values()
+        if of.tensor is not None
+    }
     bounds = (c.window_left, c.window_right, c.sink_tokens)
-    return CommonArguments(
-        q=fake_activations(dtype, c.cu_seqlens_q, c.head_dim),
-        k=fake_activations(dtype, c.cu_seqlens_k, c.head_dim),
-        v=fake_activations(dtype, c.cu_seqlens_k, c.head_dim_v),
-        out=fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
-        lse=fake_vector(Float32, 2 if c.cu_seqlens_q else 3),
-        lengths=LengthTensors(*(optional(given, lambda: fake_vector(Int32)) for given in lengths)),
-        window=Window(*(optional(given, lambda: Int32(0)) for given in bounds)),
-        alibi_slopes=optional(c.alibi, lambda: fake_vector(Float32, 2)),
-        learnable_sink=optional(c.learnable_sink, lambda: fake_vector(Float32)),
-        softmax_scale=Float32(0.0),
-        softcap=optional(c.softcap, lambda: Float32(0.0)),
-        page_table=optional(c.page_size is not None, lambda: fake_vector(Int32, 2)),
-        cache_batch_idx=optional(c.cache_batch_idx, lambda: fake_vector(Int32)),
-    )
+    fakes |= {
+        "q": fake_activations(dtype, c.cu_seqlens_q, c.head_dim),
+        "k": fake_activations(dtype, c.cu_seqlens_k, c.head_dim),
+        "v": fake_activations(dtype, c.cu_seqlens_k, c.head_dim_v),
+        "out": fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
+        "lse": fake_vector(Float32, 2 if c.cu_seqlens_q else 3),
+        "lengths": LengthTensors(*(fakes[name] for name in LengthTensors._fields)),
+        "window": Window(*(optional(given, lambda: Int32(0)) for given in bounds)),
+        "softmax_scale": Float32(0.0),
+        "softcap": optional(c.softcap, lambda: Float32(0.0)),
+    }
+    return CommonArguments(*(fakes[name] for name in CommonArguments._fields))

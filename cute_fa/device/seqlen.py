@@ -14,7 +14,7 @@ class LengthTensors(NamedTuple):
     cu_seqlens_k: Optional[cute.Tensor]
     seqused_q: Optional[cute.Tensor]
     seqused_k: Optional[cute.Tensor]
-    leftpad_k: Optional[cute.Tensor]
+    cache_leftpad: Optional[cute.Tensor]
 
 
 class SeqlenInfo(NamedTuple):
@@ -37,8 +37,8 @@ def seqlen_info(lengths: LengthTensors, batch: Int32, dense_q: Int32, dense_k: I
         seqlen_q = lengths.seqused_q[batch]
     if const_expr(lengths.seqused_k is not None):
         seqlen_k = lengths.seqused_k[batch]
-    if const_expr(lengths.leftpad_k is not None):
-        offset_k = lengths.leftpad_k[batch]
+    if const_expr(lengths.cache_leftpad is not None):
+        offset_k = lengths.cache_leftpad[batch]
         seqlen_k = seqlen_k - offset_k
     return SeqlenInfo(offset_q, offset_k, rows_q, seqlen_q, seqlen_k)
 

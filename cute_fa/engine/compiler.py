@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import ptxsim
-from cute_fa.engine import cache
+from cute_fa.engine import cache, worlds
 from cute_fa.engine.cache import Artifacts
 from cute_fa.semantics.errors import NoDeviceError
 
@@ -57,7 +56,7 @@ class CompiledKernel:
         Raises NoDeviceError for CPU tensors outside a simulation, RuntimeError in the world that the kernel was not
         loaded into, and whatever the launch raises.
         """
-        simulation = ptxsim.current()
+        simulation = worlds.simulation()
         if (simulation is not None) is not self.simulated:
             loaded, wanted = ("simulated", "real") if self.simulated else ("real", "simulated")
             raise RuntimeError(
@@ -79,7 +78,7 @@ class CompiledKernel:
 
 def compiled(config: KernelConfig) -> CompiledKernel:
     """The kernel of a config, loaded into the present world; safe to call from several threads."""
-    world = ptxsim.current() is not None, _line_info()
+    world = worlds.simulation() is not None, _line_info()
     kernel = _kernels.get((config, *world))
     return kernel if kernel is not None else _prepare(config, *world)
 
@@ -92,7 +91,7 @@ def compile_artifacts(config: KernelConfig) -> tuple[str, bytes]:
 
 def _line_info() -> bool:
     """Whether the DSL compiles with line information now: what a simulation was asked for."""
-    simulation = ptxsim.current()
+    simulation = worlds.simulation()
     return simulation is not None and simulation.line_info
 
 
@@ -111,7 +110,9 @@ def _prepare(config: KernelConfig, simulated: bool, line_info: bool) -> Compiled
         if kernel is None:
             artifacts = _artifacts(config, line_info)
             if simulated:
-                ptxsim.register_ptx(artifacts.cubin, artifacts.ptx)
+                from cute_fa.engine.worlds import simulated as simulator
+
+                simulator.register_ptx(artifacts.cubin, artifacts.ptx)
             function = _load(artifacts, cache.key_of(config, line_info))
             kernel = CompiledKernel(config.compile_name, artifacts, function, simulated)
             _kernels[config, simulated, line_info] = kernel

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from cute_fa.semantics.names import kind_of_code
+from cute_fa.semantics.options import flags_of, options_of
+from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
 
 if TYPE_CHECKING:
     import torch
 
-    from cute_fa.semantics.problem import AttentionProblem
+    from cute_fa.semantics.call import AppendCall, Extras
 
 
 # Device code adds positions and bounds in int32: sequences are at most this long, larger bounds are clamped to it.
@@ -27,15 +30,12 @@ MAX_SOFTCAP = 2.0**13
 
 
 class AttentionTensors(NamedTuple):
-    """The tensors of one call, as the caller laid them out; absent features are None.
+    """The tensors of one call, as the caller laid them out.
 
     Dense: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v (…, head_dim_v), out
     (batch, seqlen_q, heads, head_dim_v), lse fp32 (batch, heads, seqlen_q). With ``cu_seqlens_q`` q and out are
-    (total_q, heads, …) and lse is (heads, total_q); with ``cu_seqlens_k`` k and v are (total_k, heads_kv, …).
-    ``cu_seqlens_*`` int32 (batch + 1), ``seqused_*`` int32 (batch), ``page_table`` int32 (batch, max_pages),
-    ``cache_batch_idx`` int32 (batch): which sequence of k and v, or row of page_table, each one of the batch reads,
-    ``cache_leftpad`` int32 (batch): rows of k and v before its first key, ``alibi_slopes`` fp32 (heads) or (batch,
-    heads), ``learnable_sink`` fp32 (heads).
+    (total_q, heads, …) and lse is (heads, total_q); with ``cu_seqlens_k`` k and v are (total_k, heads_kv, …); with
+    ``page_table`` they are (num_pages, page_size, heads_kv, …).
     """
 
     q: torch.Tensor
@@ -43,15 +43,7 @@ class AttentionTensors(NamedTuple):
     v: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
-    cu_seqlens_q: torch.Tensor | None
-    cu_seqlens_k: torch.Tensor | None
-    seqused_q: torch.Tensor | None
-    seqused_k: torch.Tensor | None
-    page_table: torch.Tensor | None
-    cache_batch_idx: torch.Tensor | None
-    cache_leftpad: torch.Tensor | None
-    alibi_slopes: torch.Tensor | None
-    learnable_sink: torch.Tensor | None
+    extras: Extras
 
 
 class BackwardTensors(NamedTuple):
@@ -67,6 +59,21 @@ class BackwardTensors(NamedTuple):
     dv: torch.Tensor
     dalibi: torch.Tensor | None
     dsink: torch.Tensor | None
+
+
+class AppendTensors(NamedTuple):
+    """The tensors of one append, with strides as kernels take them: new keys and values, the caches that are written,
+    queries that rotate and where to (None without), ``seqused_k`` int32 (batch), written. ``call``: what else is
+    given."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    q: torch.Tensor | None
+    q_rotated: torch.Tensor | None
+    seqused_k: torch.Tensor
+    call: AppendCall
 
 
 @dataclass(frozen=True)
@@ -91,50 +98,32 @@ class KernelConfig(ABC):
         return importlib.import_module(self.kernel_module).build(self)
 
 
+_FLAGS = make_dataclass(
+    "_Flags",
+    [
+        (of.flag, int | None if of.flag_value else bool, field(default=None if of.flag_value else False))
+        for of in options_of(AttentionProblem).values()
+        if of.flag
+    ],
+    frozen=True,
+    kw_only=True,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class FeatureConfig(KernelConfig):
-    """What every config holds beside its tiles. The flags say which features exist, never their
-    values; a page's size, None for contiguous keys, is in the code."""
+class FeatureConfig(_FLAGS, KernelConfig):
+    """What every config holds beside its tiles, and a flag for each feature that ``AttentionProblem`` declares one of:
+    whether it is used, never its value; a page's size alone, None for contiguous keys, is in the code."""
 
     dtype: DType
     head_dim: int
     head_dim_v: int
-    window_left: bool = False
-    window_right: bool = False
-    sink_tokens: bool = False
-    softcap: bool = False
-    alibi: bool = False
-    learnable_sink: bool = False
-    cu_seqlens_q: bool = False
-    cu_seqlens_k: bool = False
-    seqused_q: bool = False
-    seqused_k: bool = False
-    page_size: int | None = None
-    cache_batch_idx: bool = False
-    cache_leftpad: bool = False
 
     @staticmethod
     def features(problem: AttentionProblem) -> dict[str, Any]:
         """The fields above for a problem."""
-        return {
-            "arch": problem.arch,
-            "dtype": problem.dtype,
-            "head_dim": problem.head_dim,
-            "head_dim_v": problem.head_dim_v,
-            "window_left": problem.window_left is not None,
-            "window_right": problem.window_right is not None,
-            "sink_tokens": problem.sink_tokens > 0 and problem.window_left is not None,
-            "softcap": problem.softcap > 0.0,
-            "alibi": problem.alibi,
-            "learnable_sink": problem.learnable_sink,
-            "cu_seqlens_q": problem.varlen_q,
-            "cu_seqlens_k": problem.varlen_k,
-            "seqused_q": problem.seqused_q,
-            "seqused_k": problem.seqused_k,
-            "page_size": problem.page_size,
-            "cache_batch_idx": problem.cache_batch_idx,
-            "cache_leftpad": problem.cache_leftpad,
-        }
+        sizes = {name: getattr(problem, name) for name in ("arch", "dtype", "head_dim", "head_dim_v")}
+        return sizes | flags_of(problem)
 
     @property
     def head_dim_padded(self) -> int:
@@ -149,24 +138,9 @@ class FeatureConfig(KernelConfig):
     def named(self, kernel: str, **choices: bool) -> str:
         """The compile name: ``kernel``, arch, dtype and head_dim, then a token for each flag that is set, then
         ``choices``: the kernel's own tokens."""
-        head_dim = f"hd{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
-        flags = {
-            "left": self.window_left,
-            "right": self.window_right,
-            "sink": self.sink_tokens,
-            "softcap": self.softcap,
-            "alibi": self.alibi,
-            "lsink": self.learnable_sink,
-            "cuq": self.cu_seqlens_q,
-            "cuk": self.cu_seqlens_k,
-            "usedq": self.seqused_q,
-            "usedk": self.seqused_k,
-            "index": self.cache_batch_idx,
-            "leftpad": self.cache_leftpad,
-            **choices,
-        }
-        tokens = (token for token, on in flags.items() if on)
-        return "_".join([kernel, self.arch.short, self.dtype.value, head_dim, *tokens])
+        declared = [of for of in options_of(AttentionProblem).values() if of.flag_token]
+        flags = {of.flag_token: getattr(self, of.flag) for of in declared} | choices
+        return "_".join([kernel, kind_of_code(self), *(token for token, on in flags.items() if on)])
 
 
 def padded(head_dim: int) -> int:
@@ -182,12 +156,12 @@ class AttentionKernel(ABC):
 
     @classmethod
     @abstractmethod
-    def supports(cls, problem: AttentionProblem) -> list[str]:
-        """Reasons why this kernel does not serve the problem; empty if it does."""
+    def supports(cls, problem: Any) -> list[str]:
+        """Reasons why this kernel does not serve the problem, of the kind that its direction has; empty if it does."""
 
     @classmethod
     @abstractmethod
-    def configure(cls, problem: AttentionProblem) -> KernelConfig:
+    def configure(cls, problem: Any) -> KernelConfig:
         """The heuristic: which tiles, stages and flags serve this problem."""
 
     @classmethod
@@ -198,9 +172,10 @@ class AttentionKernel(ABC):
 
     @classmethod
     @abstractmethod
-    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors | BackwardTensors, num_sms: int) -> tuple:
+    def arguments(cls, problem: Any, config: Any, tensors: Any, num_sms: int) -> tuple:
         """Run-time arguments in the order of ``KernelConfig.build()``: torch tensors, numbers, nested tuples, None.
-        A backward takes BackwardTensors and allocates what it needs besides.
+        ``config``: that of :meth:`configure`; ``tensors``: AttentionTensors, BackwardTensors or AppendTensors. A
+        backward allocates what it needs besides.
 
         ``num_sms``: SMs of the device, which a persistent kernel launches its CTAs by."""
 
@@ -224,26 +199,54 @@ def common_objections(problem: AttentionProblem, head_dim_rule: str, splits: boo
     return reasons
 
 
-def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> tuple:
-    """What all kernels take first: ``cute_fa.device.arguments.CommonArguments``."""
-    t, slopes = tensors, tensors.alibi_slopes
+class LengthArguments(NamedTuple):
+    """Where sequences lie and how long they are: tensors as in ``cute_fa.semantics.call.Extras``."""
+
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    seqused_q: Any
+    seqused_k: Any
+    cache_leftpad: Any
+
+
+class WindowArguments(NamedTuple):
+    """Bounds of the window, None where infinite; ``sink_tokens`` is None if there are none, and needs a left bound."""
+
+    left: Any
+    right: Any
+    sink_tokens: Any
+
+
+class CommonArguments(NamedTuple):
+    """What all kernels of attention take first. The order is declared here, without the DSL, whose own tuple
+    (``cute_fa.device.arguments``) has the same fields: a test compares them."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    lengths: LengthArguments
+    window: WindowArguments
+    alibi_slopes: Any
+    learnable_sink: Any
+    softmax_scale: Any
+    softcap: Any
+    page_table: Any
+    cache_batch_idx: Any
+
+
+def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> CommonArguments:
+    """The first argument of a launch."""
+    extras = tensors.extras
+    slopes = extras.alibi_slopes
     if slopes is not None and slopes.dim() == 1:
         slopes = slopes.expand(problem.batch, -1)
     left, right = problem.window_left, problem.window_right
     sink_tokens = problem.sink_tokens if problem.sink_tokens and left is not None else None
-    window = tuple(None if b is None else max(-MAX_BOUND, min(b, MAX_BOUND)) for b in (left, right, sink_tokens))
-    return (
-        t.q,
-        t.k,
-        t.v,
-        t.out,
-        t.lse,
-        (t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k, t.cache_leftpad),
-        window,
-        slopes,
-        t.learnable_sink,
-        problem.softmax_scale,
-        problem.softcap if problem.softcap else None,
-        t.page_table,
-        t.cache_batch_idx,
-    )
+    bounds = (None if b is None else max(-MAX_BOUND, min(b, MAX_BOUND)) for b in (left, right, sink_tokens))
+    given = extras._asdict() | {"alibi_slopes": slopes, "softmax_scale": problem.softmax_scale}
+    given |= {"softcap": problem.softcap or None, "window": WindowArguments(*bounds)}
+    given |= {name: getattr(tensors, name) for name in ("q", "k", "v", "out", "lse")}
+    given["lengths"] = LengthArguments(*(given[name] for name in LengthArguments._fields))
+    return CommonArguments(*(given[name] for name in CommonArguments._fields))

@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from cute_fa.semantics.append_problem import AppendProblem
 from cute_fa.semantics.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
 from cute_fa.semantics.names import problem_name
+from cute_fa.semantics.options import options_of, rows_of
 from cute_fa.semantics.problem import AttentionProblem, default_scale
-from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
+from cute_fa.semantics.types import Direction, DType, SmArch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cute_fa.engine.contract import AttentionKernel
 
+Problem = AttentionProblem | AppendProblem
 _FAMILIES = ("fa2", "fa3", "fa4")
 _ALL = tuple(SmArch)
 _HOPPER = (SmArch.SM_90A,)
@@ -66,55 +69,21 @@ class DispatchKey:
 
     @classmethod
     def of(cls, problem: AttentionProblem) -> DispatchKey:
-        return cls(
-            problem.arch,
-            problem.dtype,
-            problem.head_dim,
-            problem.causal,
-            problem.varlen,
-            problem.window_left,
-            problem.alibi,
-            problem.sink_tokens,
-            problem.page_size is not None,
-            problem.gqa_ratio,
-            direction=problem.direction,
-            head_dim_v=problem.head_dim_v,
-            window_right=problem.window_right,
-            softcap=problem.softcap,
-            learnable_sink=problem.learnable_sink,
-            page_size=problem.page_size,
-            splits=problem.num_splits,
-        )
+        declared = {of.key: getattr(problem, name) for name, of in options_of(problem).items() if of.key}
+        derived = {"causal": problem.causal, "varlen": problem.varlen, "paged": problem.page_size is not None}
+        return cls(**declared | derived, gqa_ratio=problem.gqa_ratio)
 
     def __str__(self) -> str:
         return problem_name(self.problem())
 
     def problem(self) -> AttentionProblem:
         """The smallest problem of this key: what ``supports()`` is asked about when only the key is known."""
-        return AttentionProblem(
-            arch=self.arch,
-            dtype=self.dtype,
-            batch=1,
-            seqlen_q=1,
-            seqlen_k=1,
-            num_heads=self.gqa_ratio,
-            num_heads_kv=1,
-            head_dim=self.head_dim,
-            head_dim_v=self.head_dim_v,
-            softmax_scale=default_scale(self.head_dim),
-            window_left=self.sliding_window,
-            window_right=0 if self.causal else self.window_right,
-            sink_tokens=self.sink,
-            softcap=self.softcap,
-            alibi=self.alibi,
-            learnable_sink=self.learnable_sink,
-            varlen_q=self.varlen,
-            varlen_k=self.varlen and not self.paged,
-            seqused_k=self.varlen and self.paged,
-            page_size=self.page_size,
-            num_splits=self.splits,
-            direction=self.direction,
-        )
+        declared = {name: getattr(self, of.key) for name, of in options_of(AttentionProblem).items() if of.key}
+        derived = {"varlen_q": self.varlen, "varlen_k": self.varlen and not self.paged}
+        derived |= {"seqused_k": self.varlen and self.paged, "window_right": 0 if self.causal else self.window_right}
+        scale = default_scale(self.head_dim)
+        sizes = {"batch": 1, "seqlen_q": 1, "seqlen_k": 1, "num_heads": self.gqa_ratio, "num_heads_kv": 1}
+        return AttentionProblem(**declared | derived | sizes, softmax_scale=scale)
 
 
 @dataclass(frozen=True)
@@ -130,7 +99,7 @@ class Entry:
     missing: str = ""
     arch_rule: str = ""
 
-    def reasons(self, problem: AttentionProblem) -> list[str]:
+    def reasons(self, problem: Problem) -> list[str]:
         """Why this kernel does not serve the problem; empty if it does."""
         if problem.direction is not self.direction:
             return [f"computes the {self.direction.value}, not the {problem.direction.value}"]
@@ -161,7 +130,7 @@ class DispatchTable:
 
     entries: tuple[Entry, ...]
 
-    def lookup(self, problem: AttentionProblem | DispatchKey, family: str | None = None) -> type[AttentionKernel]:
+    def lookup(self, problem: Problem | DispatchKey, family: str | None = None) -> type[AttentionKernel]:
         """The kernel that serves the problem: the first entry whose ``supports()`` has no objection.
 
         ``family``: ``fa2``, ``fa3`` or ``fa4`` alone. An FA3 request on an architecture after sm_90a is one for FA4's
@@ -174,10 +143,11 @@ class DispatchTable:
         if isinstance(problem, DispatchKey):
             problem = problem.problem()
         reasons = self.explain(problem, family)
-        if problem.dtype.is_fp8 and self._find(replace(problem, dtype=DType.BF16, out_dtype=None), family):
+        if problem.dtype.is_fp8 and self._find(_in_bf16(problem), family):
             listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
             raise Fp8Error(f"{problem.dtype.value} input on {problem.arch.value}: no kernel offers fp8 here ({listed})")
-        raise UnsupportedKeyError(DispatchKey.of(problem), reasons)
+        key = DispatchKey.of(problem) if isinstance(problem, AttentionProblem) else problem_name(problem)
+        raise UnsupportedKeyError(key, reasons)
 
     def choose(
         self, problem: AttentionProblem, family: str | None, num_sms: int
@@ -192,23 +162,27 @@ class DispatchTable:
                     return replace(problem, num_splits=splits), entry.kernel()
         return problem, self.lookup(problem, family)
 
-    def explain(self, problem: AttentionProblem | DispatchKey, family: str | None = None) -> dict[str, list[str]]:
+    def explain(self, problem: Problem | DispatchKey, family: str | None = None) -> dict[str, list[str]]:
         """Reasons of every candidate, by name; an empty list means that it serves the problem."""
         if isinstance(problem, DispatchKey):
             problem = problem.problem()
         return {entry.name: entry.reasons(problem) for entry in self._candidates(problem, family)}
 
     def rows(self) -> Iterator[SupportRow]:
-        """The support table: every architecture × direction × feature."""
+        """The support table: every architecture × direction × feature that problems of the direction have."""
         for arch in SmArch:
             for direction in Direction:
-                for feature, changes in FEATURES.items():
-                    others = _OF_THE_FORWARD if direction is Direction.BACKWARD else _OF_THE_BACKWARD
+                kind, base = AttentionProblem, _ATTENTION
+                if direction is Direction.APPEND:
+                    kind, base = AppendProblem, _APPEND
+                declared = options_of(kind)
+                for feature, changes in rows_of(kind).items():
+                    # A backward is not asked for what its call chose for the forward, nor the other way round.
+                    others = {name for name in changes if declared[name].direction not in (None, direction)}
                     changes = {name: value for name, value in changes.items() if name not in others}
-                    of_key = {name: value for name, value in changes.items() if name not in _CHOICES}
-                    choices = {name: value for name, value in changes.items() if name in _CHOICES}
-                    key = DispatchKey(**{"arch": arch, "direction": direction, **_BASE, **of_key})
-                    explained = self.explain(replace(key.problem(), **choices))
+                    if kind is AttentionProblem:
+                        changes["direction"] = direction
+                    explained = self.explain(kind(arch=arch, **base | changes))
                     served = next((name for name, why in explained.items() if not why), None)
                     refusing = itertools.takewhile(lambda candidate: candidate[1], explained.items())
                     reasons = tuple(f"{name}: {', '.join(why)}" for name, why in refusing)
@@ -219,7 +193,7 @@ class DispatchTable:
             problem = problem.problem()
         return next((e for e in self._candidates(problem, family) if not e.reasons(problem)), None)
 
-    def _candidates(self, problem: AttentionProblem, family: str | None) -> list[Entry]:
+    def _candidates(self, problem: Problem, family: str | None) -> list[Entry]:
         if family is not None and family not in _FAMILIES:
             raise ArgumentError(f"family={family!r}: one of {', '.join(_FAMILIES)}")
         if family == "fa3" and problem.arch.number < 90:
@@ -231,6 +205,11 @@ class DispatchTable:
         if family is None:
             return [entry for entry in entries if problem.arch in entry.archs]
         return [entry for entry in entries if entry.family in families]
+
+
+def _in_bf16(problem: Problem) -> Problem:
+    of_output = {"out_dtype": None} if isinstance(problem, AttentionProblem) else {}
+    return replace(problem, dtype=DType.BF16, **of_output)
 
 
 @cache
@@ -250,42 +229,12 @@ TABLE = DispatchTable(
         Entry("fa2_split", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.split.entry:Fa2Split"),
         Entry("fa4_bwd", "fa4", Direction.BACKWARD, _BLACKWELL, None, "no fa4_sm100 kernel exists yet", _TCGEN05),
         Entry("fa3_bwd", "fa3", Direction.BACKWARD, _HOPPER, None, "no fa3_sm90 kernel exists yet", _WGMMA),
+        Entry("fa2_append", "fa2", Direction.APPEND, _ALL, "fa2_sm80.append.entry:Fa2Append"),
         Entry("fa2_bwd", "fa2", Direction.BACKWARD, _ALL, "fa2_sm80.backward.entry:Fa2Backward"),
     )
 )
 
-# What the support table asks about, each as a change to full attention of this kind. Choices of how to compute, and
-# where the rows of a cache lie, are fields of the problem, the others of the key. The backward of a call is not asked
-# for what that chose for its forward, nor the forward for what it chose for its backward.
-_BASE = {"dtype": DType.BF16, "head_dim": 128}
-_OF_THE_FORWARD = ("pack_gqa", "persistent", "splits")
-_OF_THE_BACKWARD = ("deterministic", "lse_gradient", "slopes_gradient")
-_CHOICES = ("pack_gqa", "persistent", "cache_batch_idx", "cache_leftpad", *_OF_THE_BACKWARD)
-FEATURES: dict[str, dict] = {
-    "bf16": {},
-    "fp16": {"dtype": DType.FP16},
-    "fp8 e4m3": {"dtype": DType.E4M3},
-    "fp8 e5m2": {"dtype": DType.E5M2},
-    **{f"head_dim {size}": {"head_dim": size} for size in (8, 64, 128, 192, 256, 512)},
-    "head_dim 192, head_dim_v 128": {"head_dim": 192, "head_dim_v": 128},
-    "causal": {"causal": True},
-    "window left and right": {"sliding_window": 512, "window_right": 128},
-    "window with a negative bound": {"sliding_window": 512, "window_right": -1},
-    "sink tokens + window": {"causal": True, "sliding_window": 512, "sink": 4},
-    "ALiBi": {"alibi": True},
-    "softcap": {"softcap": 50.0},
-    "learnable sink": {"learnable_sink": True},
-    "varlen": {"varlen": True},
-    "GQA": {"gqa_ratio": 8},
-    "GQA, query heads packed": {"gqa_ratio": 8, "pack_gqa": True},
-    "paged KV": {"varlen": True, "paged": True, "page_size": 64},
-    "paged KV, left padding": {"varlen": True, "paged": True, "page_size": 64, "cache_leftpad": True},
-    "KV cache by index": {"cache_batch_idx": True},
-    "paged KV by index": {"varlen": True, "paged": True, "page_size": 64, "cache_batch_idx": True},
-    "KV cache, left padding": {"cache_leftpad": True},
-    "split-KV": {"splits": 4},
-    "persistent": {"persistent": PersistentMode.ON},
-    "gradient of the LSE": {"lse_gradient": True},
-    "gradient of the ALiBi slopes": {"alibi": True, "slopes_gradient": True},
-    "deterministic gradients": {"deterministic": True},
-}
+# What the support table asks about are changes of these; the features' declarations hold the changes.
+_ATTENTION = {"dtype": DType.BF16, "batch": 1, "seqlen_q": 1, "seqlen_k": 1, "num_heads": 1, "num_heads_kv": 1}
+_ATTENTION |= {"head_dim": 128, "head_dim_v": 128, "softmax_scale": 1.0}
+_APPEND = {"dtype": DType.BF16, "batch": 1, "tokens_k": 1, "num_heads_kv": 1, "head_dim": 128, "head_dim_v": 128}

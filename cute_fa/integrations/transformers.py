@@ -27,8 +27,8 @@ from transformers.utils import is_tracing
 from cute_fa.api.append import append_kv
 from cute_fa.api.attention import flash_attn_func, flash_attn_varlen_func
 from cute_fa.api.cache_requests import PagedKvCache
-from cute_fa.engine import operator as ops
-from cute_fa.engine.worlds import simulated_arch
+from cute_fa.engine import worlds
+from cute_fa.engine.torch_internals import assert_on_device
 from cute_fa.semantics.errors import ArgumentError, LengthError, NoBackwardError, ShapeError, UnsupportedArgumentError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def look(condition: torch.Tensor) -> bool | torch.Tensor:
 def require(condition: bool | torch.Tensor, message: str) -> None:
     """Raise ArgumentError unless the condition holds. A tensor is asked on the device, whenever this runs."""
     if isinstance(condition, torch.Tensor):
-        torch._assert_async(condition, message)
+        assert_on_device(condition, message)
     elif not condition:
         raise ArgumentError(message)
 
@@ -117,7 +117,7 @@ class Padding:
     def _find_rows(self, length: int) -> Rows:
         counts = self.mask[:, -length:]
         used, first = counts.sum(-1), counts.int().argmax(-1)
-        if ops.CHECK_VALUES or simulated_arch() is not None:
+        if worlds.checks_values():
             place = torch.arange(length, device=counts.device) - first[:, None]
             one_block = (counts == ((place >= 0) & (place < used[:, None]))).all()
             require(look(one_block), "attention_mask with holes: the tokens that count must be one block of each row")

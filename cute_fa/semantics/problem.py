@@ -16,6 +16,7 @@ from cute_fa.semantics.errors import (
     ShapeError,
     WindowError,
 )
+from cute_fa.semantics.options import TensorOption, option
 from cute_fa.semantics.types import Direction, DType, MaskKind, PersistentMode, PositionBias, SmArch
 
 INT32_MAX = 2**31 - 1
@@ -26,6 +27,18 @@ _KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction, "persistent": 
 )
 # Products of scale, cap and log2(e) must stay far inside fp32.
 _LARGEST_FACTOR = 2.0**32
+
+# The support table's rows about what every kind of problem has.
+DTYPE_ROWS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp16": {"dtype": DType.FP16},
+    "fp8 e4m3": {"dtype": DType.E4M3},
+    "fp8 e5m2": {"dtype": DType.E5M2},
+}
+HEAD_DIM_ROWS: dict[str, dict[str, Any]] = {
+    f"head_dim {size}": {"head_dim": size, "head_dim_v": size} for size in (8, 64, 128, 192, 256, 512)
+}
+HEAD_DIM_V_ROWS: dict[str, dict[str, Any]] = {"head_dim 192, head_dim_v 128": {"head_dim": 192}}
 
 
 class LiteralWindow(NamedTuple):
@@ -103,6 +116,8 @@ class AttentionProblem:
     which sequences of k and v, or rows of the page table, are the batch's; ``cache_leftpad``: they begin behind rows
     that do not count. ``out_dtype`` is q's by default, bf16 for fp8.
 
+    Features are declared here, each in its field's metadata (``cute_fa.semantics.options``).
+
     ``persistent`` and ``pack_gqa`` (query heads of one kv head share a tile; None: the kernel chooses) change how a
     kernel computes, never what. They are here because a kernel must be able to refuse them.
 
@@ -113,37 +128,165 @@ class AttentionProblem:
     Raises EmptyBatchError, ShapeError, LengthError, WindowError, PageSizeError, Fp8Error or ArgumentError.
     """
 
-    arch: SmArch
-    dtype: DType
+    arch: SmArch = option(key="arch")
+    dtype: DType = option(key="dtype", rows=DTYPE_ROWS)
     batch: int
     seqlen_q: int
     seqlen_k: int
-    num_heads: int
+    num_heads: int = option(rows={"GQA": {"num_heads": 8}})
     num_heads_kv: int
-    head_dim: int
-    head_dim_v: int
+    head_dim: int = option(key="head_dim", rows=HEAD_DIM_ROWS)
+    head_dim_v: int = option(key="head_dim_v", rows=HEAD_DIM_V_ROWS)
     softmax_scale: float
-    window_left: int | None = None
-    window_right: int | None = None
-    sink_tokens: int = 0
-    softcap: float = 0.0
-    alibi: bool = False
-    learnable_sink: bool = False
-    varlen_q: bool = False
-    varlen_k: bool = False
-    seqused_q: bool = False
-    seqused_k: bool = False
-    page_size: int | None = None
-    cache_batch_idx: bool = False
-    cache_leftpad: bool = False
-    num_splits: int = 1
-    direction: Direction = Direction.FORWARD
+    window_left: int | None = option(
+        None,
+        flag="window_left",
+        flag_token="left",
+        token="sw",
+        key="sliding_window",
+        rows={
+            "causal": {"window_right": 0},
+            "window left and right": {"window_left": 512, "window_right": 128},
+            "window with a negative bound": {"window_left": 512, "window_right": -1},
+        },
+    )
+    window_right: int | None = option(None, flag="window_right", flag_token="right", token="wr", key="window_right")
+    sink_tokens: int = option(
+        0,
+        flag="sink_tokens",
+        needs="window_left",
+        flag_token="sink",
+        token="sink",
+        key="sink",
+        help="First keys that a left bound never hides.",
+        rows={"sink tokens + window": {"window_left": 512, "window_right": 0, "sink_tokens": 4}},
+    )
+    softcap: float = option(
+        0.0,
+        flag="softcap",
+        flag_token="softcap",
+        token="softcap",
+        key="softcap",
+        help="Cap c of c·tanh(score/c); 0: none.",
+        rows={"softcap": {"softcap": 50.0}},
+    )
+    alibi: bool = option(
+        False,
+        tensor=TensorOption("alibi_slopes", "float32", dimensions=2),
+        flag="alibi",
+        flag_token="alibi",
+        token="alibi",
+        key="alibi",
+        help="Bias -slope[head]·distance, slopes from the seed.",
+        rows={"ALiBi": {"alibi": True}},
+    )
+    learnable_sink: bool = option(
+        False,
+        tensor=TensorOption("learnable_sink", "float32"),
+        flag="learnable_sink",
+        flag_token="lsink",
+        token="lsink",
+        key="learnable_sink",
+        help="An extra logit per head, from the seed.",
+        rows={"learnable sink": {"learnable_sink": True}},
+    )
+    varlen_q: bool = option(
+        False,
+        tensor=TensorOption("cu_seqlens_q"),
+        flag="cu_seqlens_q",
+        flag_token="cuq",
+        rows={"varlen": {"varlen_q": True, "varlen_k": True}},
+    )
+    varlen_k: bool = option(False, tensor=TensorOption("cu_seqlens_k"), flag="cu_seqlens_k", flag_token="cuk")
+    seqused_q: bool = option(
+        False,
+        tensor=TensorOption("seqused_q"),
+        flag="seqused_q",
+        flag_token="usedq",
+        help="Only some of the queries that the tensor holds count.",
+        rows={"seqused": {"seqused_q": True, "seqused_k": True}},
+    )
+    seqused_k: bool = option(
+        False,
+        tensor=TensorOption("seqused_k"),
+        flag="seqused_k",
+        flag_token="usedk",
+        help="Only some of the keys that the tensor holds count.",
+    )
+    page_size: int | None = option(
+        None,
+        tensor=TensorOption("page_table", dimensions=2),
+        flag="page_size",
+        flag_value=True,
+        token="page",
+        key="page_size",
+        help="Keys and values in shuffled pages of this many tokens.",
+        rows={"paged KV": {"page_size": 64, "seqused_k": True}},
+    )
+    cache_batch_idx: bool = option(
+        False,
+        tensor=TensorOption("cache_batch_idx"),
+        flag="cache_batch_idx",
+        flag_token="index",
+        help="Keys and values in sequences of a larger cache, by index.",
+        rows={
+            "KV cache by index": {"cache_batch_idx": True},
+            "paged KV by index": {"page_size": 64, "seqused_k": True, "cache_batch_idx": True},
+        },
+    )
+    cache_leftpad: bool = option(
+        False,
+        tensor=TensorOption("cache_leftpad"),
+        flag="cache_leftpad",
+        flag_token="leftpad",
+        help="Rows of the cache that do not count before each sequence.",
+        rows={
+            "KV cache, left padding": {"cache_leftpad": True},
+            "paged KV, left padding": {"page_size": 64, "seqused_k": True, "cache_leftpad": True},
+        },
+    )
+    num_splits: int = option(
+        1,
+        token="split",
+        key="splits",
+        direction=Direction.FORWARD,
+        help="Parts that the keys are split into; 0: as the table chooses.",
+        rows={"split-KV": {"num_splits": 4}},
+    )
+    direction: Direction = option(Direction.FORWARD, key="direction")
     out_dtype: DType | None = None
-    persistent: PersistentMode = PersistentMode.AUTO
-    pack_gqa: bool | None = None
-    deterministic: bool = False
-    lse_gradient: bool = False
-    slopes_gradient: bool = False
+    persistent: PersistentMode = option(
+        PersistentMode.AUTO,
+        direction=Direction.FORWARD,
+        help="Whether a CTA computes one tile after the other.",
+        rows={"persistent": {"persistent": PersistentMode.ON}},
+    )
+    pack_gqa: bool | None = option(
+        None,
+        direction=Direction.FORWARD,
+        help="Query heads of one kv head share a tile. [default: as it pays]",
+        rows={"GQA, query heads packed": {"num_heads": 8, "pack_gqa": True}},
+    )
+    deterministic: bool = option(
+        False,
+        token="det",
+        direction=Direction.BACKWARD,
+        help="Gradients that are bit-identical between runs.",
+        rows={"deterministic gradients": {"deterministic": True}},
+    )
+    lse_gradient: bool = option(
+        False,
+        token="dlse",
+        direction=Direction.BACKWARD,
+        help="Give a random gradient of the LSE, too.",
+        rows={"gradient of the LSE": {"lse_gradient": True}},
+    )
+    slopes_gradient: bool = option(
+        False,
+        token="dalibi",
+        direction=Direction.BACKWARD,
+        rows={"gradient of the ALiBi slopes": {"alibi": True, "slopes_gradient": True}},
+    )
 
     def __post_init__(self):
         for name, kind in _KINDS.items():
@@ -161,21 +304,19 @@ class AttentionProblem:
             raise Fp8Error(f"out_dtype={self.out_dtype.value}: the output is fp16 or bf16")
 
     def _check_sizes(self):
-        if self.batch < 1:
-            raise EmptyBatchError(f"batch={self.batch}: at least one sequence is needed")
+        if self.direction not in (Direction.FORWARD, Direction.BACKWARD):
+            raise ArgumentError(f"direction={self.direction.value}: of attention it is fwd or bwd")
         for name in ("seqlen_q", "seqlen_k"):
             if not 0 <= getattr(self, name) <= INT32_MAX:
                 raise LengthError(f"{name}={getattr(self, name)}: a length is between 0 and {INT32_MAX}")
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise ShapeError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        check_sizes(self, batch=self.batch, page_size=self.page_size)
+        if self.num_heads < 1:
+            raise ShapeError(f"num_heads={self.num_heads}: at least 1 is needed")
         if self.num_heads % self.num_heads_kv:
             raise ShapeError(
                 f"{self.num_heads} query heads and {self.num_heads_kv} kv heads: "
                 "the number of query heads must be a multiple of the number of kv heads"
             )
-        if self.page_size is not None and self.page_size not in PAGE_SIZES:
-            raise PageSizeError(f"page_size={self.page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
         if self.page_size is not None and self.varlen_k:
             raise ArgumentError("cu_seqlens_k with a paged cache: its lengths are seqused_k")
 
@@ -224,6 +365,17 @@ class AttentionProblem:
     @property
     def position_bias(self) -> PositionBias:
         return PositionBias.ALIBI if self.alibi else PositionBias.NONE
+
+
+def check_sizes(problem: Any, batch: int, page_size: int | None) -> None:
+    """The rules of every kind of problem about its batch, its heads and its pages."""
+    if batch < 1:
+        raise EmptyBatchError(f"batch={batch}: at least one sequence is needed")
+    for name in ("num_heads_kv", "head_dim", "head_dim_v"):
+        if getattr(problem, name) < 1:
+            raise ShapeError(f"{name}={getattr(problem, name)}: at least 1 is needed")
+    if page_size is not None and page_size not in PAGE_SIZES:
+        raise PageSizeError(f"page_size={page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
 
 
 def default_scale(head_dim: int) -> float:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cute_fa.semantics.argument_names import ArgumentNames
+from cute_fa.semantics.argument_names import ArgumentNames, names_of
+from cute_fa.semantics.call import Options
 from cute_fa.semantics.errors import (
     AlignmentError,
     ArgumentError,
@@ -29,19 +30,20 @@ from cute_fa.semantics.errors import (
     StrideError,
     ZeroLengthError,
 )
+from cute_fa.semantics.options import options_of
 from cute_fa.semantics.problem import (
     INT32_MAX,
     PAGE_SIZES,
     AttentionProblem,
     check_factor,
     default_scale,
-    normalize_window,
 )
-from cute_fa.semantics.types import Direction, DType, PersistentMode
+from cute_fa.semantics.types import DType, PersistentMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cute_fa.semantics.call import Call, Extras
     from cute_fa.semantics.types import SmArch
 
 TORCH_DTYPES = {
@@ -55,49 +57,21 @@ ALIGNMENT = 16
 _LARGEST_LOGIT = 2.0**126  # what log2(e) and a few sums keep finite in float32
 
 
-def problem_of(
-    arch: SmArch,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    seqused_q: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    cache_batch_idx: torch.Tensor | None = None,
-    cache_leftpad: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    learnable_sink: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = (None, None),
-    sink_tokens: int = 0,
-    softcap: float = 0.0,
-    num_splits: int = 1,
-    pack_gqa: bool | None = None,
-    persistent: PersistentMode = PersistentMode.AUTO,
-    direction: Direction = Direction.FORWARD,
-    deterministic: bool = False,
-    lse_gradient: bool = False,
-    slopes_gradient: bool = False,
-    names: ArgumentNames | None = None,
-) -> AttentionProblem:
-    """The problem that tensors and options describe; shapes as in :class:`cute_fa.engine.contract.AttentionTensors`.
-    ``names``: what the caller calls the arguments.
+def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **backward: Any) -> AttentionProblem:
+    """The problem that a call describes; shapes as in :class:`cute_fa.engine.contract.AttentionTensors`. ``backward``:
+    fields of one that is of a backward, and its direction.
 
     No sequences at all are described as one: what an empty result must obey are the same rules. Raises the error of
     whichever rule is broken; makes no host synchronisation.
     """
-    names = ArgumentNames() if names is None else names
+    q, k, v, extras, options = call
+    names = names_of(options.names)
+    cu_seqlens_q, cu_seqlens_k = extras.cu_seqlens_q, extras.cu_seqlens_k
     dtype = _dtype(names, q, k, v)
     batch, rows_q = _queries(names, q, cu_seqlens_q)
     sequences = f"{batch} sequences of {names['q' if cu_seqlens_q is None else 'cu_seqlens_q']}"
-    rows_k, page_size = keys_of(names, q, k, v, batch, sequences, cu_seqlens_k, page_table, cache_batch_idx)
+    places = cu_seqlens_k, extras.page_table, extras.cache_batch_idx
+    rows_k, page_size = keys_of(names, q, k, v, batch, sequences, *places)
     _check_heads(names, q, k, v)
     tensors = {"q": q, "k": k, "v": v}
     if out is not None:
@@ -105,68 +79,60 @@ def problem_of(
         tensors["out"] = out
     for name, tensor in names.of(tensors).items():
         check_loadable(name, tensor)
-    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    lengths |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
-    for name, tensor in lengths.items():
-        if tensor is not None:
-            check_vector(names[name], tensor, torch.int32, (batch + name.startswith("cu"),), of=sequences)
-    if cache_leftpad is not None:
-        if cu_seqlens_k is not None:
-            raise ArgumentError(
-                f"{names['cache_leftpad']} with {names['cu_seqlens_k']}: a packed sequence starts where its offset says"
-            )
-        check_vector(names["cache_leftpad"], cache_leftpad, torch.int32, (batch,), of=sequences)
-    heads = q.shape[-2]
-    if alibi_slopes is not None:
-        shapes = (heads,), (batch, heads)
-        check_vector(names["alibi_slopes"], alibi_slopes, torch.float32, *shapes, of=f"{heads} heads of {names['q']}")
-    if learnable_sink is not None:
-        check_vector(
-            names["learnable_sink"], learnable_sink, torch.float32, (heads,), of=f"{heads} heads of {names['q']}"
-        )
-    extras = {**lengths, "page_table": page_table, "cache_batch_idx": cache_batch_idx}
-    extras["cache_leftpad"] = cache_leftpad
-    extras |= {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
-    check_devices(names.of(tensors | extras), names["q"])
+    _check_extras(names, extras, batch, sequences, q.shape[-2])
+    check_devices(names.of(tensors | extras._asdict()), names["q"])
     for name, cu_seqlens, rows in (("cu_seqlens_q", cu_seqlens_q, rows_q), ("cu_seqlens_k", cu_seqlens_k, rows_k)):
         if cu_seqlens is not None and rows > INT32_MAX:
             raise CumulativeSeqlensError(f"{names[name]} for {rows} rows: its int32 offsets overflow at {INT32_MAX}")
-    left, right = normalize_window(window_size, causal)
-    scale = default_scale(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    scale = default_scale(q.shape[-1]) if options.softmax_scale is None else float(options.softmax_scale)
     check_factor(names["softmax_scale"], scale)
-    varlen_k = cu_seqlens_k is not None or seqused_k is not None
+    declared = options_of(AttentionProblem)
+    given = {
+        name: of.tensor is not None and getattr(extras, of.tensor.name) is not None for name, of in declared.items()
+    }
+    fields = {name: getattr(options, name) for name in declared if name in Options._fields}
+    fields |= {name: given[name] for name, of in declared.items() if of.tensor is not None}
+    longest_q = _longest_q(names, rows_q, options.max_seqlen_q, given["varlen_q"], given["seqused_q"])
+    ragged_k = given["varlen_k"] or given["seqused_k"]
+    fields |= {
+        "page_size": page_size,
+        "softcap": float(options.softcap),
+        "num_splits": options.num_splits or 1,  # 0 is for the table to choose
+        "persistent": PersistentMode.named(options.persistent),
+        "deterministic": False,  # of a backward alone
+    }
     return AttentionProblem(
         arch=arch,
         dtype=dtype,
         batch=max(batch, 1),
-        seqlen_q=_longest_q(names, rows_q, max_seqlen_q, cu_seqlens_q is not None, seqused_q is not None),
-        seqlen_k=_longest_k(names, rows_k, max_seqlen_k, varlen_k, page_size),
-        num_heads=heads,
+        seqlen_q=longest_q,
+        seqlen_k=_longest_k(names, rows_k, options.max_seqlen_k, ragged_k, page_size),
+        num_heads=q.shape[-2],
         num_heads_kv=k.shape[-2],
         head_dim=q.shape[-1],
         head_dim_v=v.shape[-1],
-        softmax_scale=scale,
-        window_left=left,
-        window_right=right,
-        sink_tokens=sink_tokens,
-        softcap=float(softcap),
-        alibi=alibi_slopes is not None,
-        learnable_sink=learnable_sink is not None,
-        varlen_q=cu_seqlens_q is not None,
-        varlen_k=cu_seqlens_k is not None,
-        seqused_q=seqused_q is not None,
-        seqused_k=seqused_k is not None,
-        page_size=page_size,
-        cache_batch_idx=cache_batch_idx is not None,
-        cache_leftpad=cache_leftpad is not None,
-        num_splits=num_splits,
-        direction=direction,
-        pack_gqa=pack_gqa,
-        persistent=persistent,
-        deterministic=deterministic,
-        lse_gradient=lse_gradient,
-        slopes_gradient=slopes_gradient,
+        **fields | {"softmax_scale": scale} | backward,
     )
+
+
+def _check_extras(names: ArgumentNames, extras: Extras, batch: int, sequences: str, heads: int) -> None:
+    """Raise the error of lengths, slopes or sinks of another dtype or shape than the batch and the heads ask for."""
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+        tensor = getattr(extras, name)
+        if tensor is not None:
+            check_vector(names[name], tensor, torch.int32, (batch + name.startswith("cu"),), of=sequences)
+    if extras.cache_leftpad is not None:
+        if extras.cu_seqlens_k is not None:
+            raise ArgumentError(
+                f"{names['cache_leftpad']} with {names['cu_seqlens_k']}: a packed sequence starts where its offset says"
+            )
+        check_vector(names["cache_leftpad"], extras.cache_leftpad, torch.int32, (batch,), of=sequences)
+    of_heads = f"{heads} heads of {names['q']}"
+    if extras.alibi_slopes is not None:
+        shapes = (heads,), (batch, heads)
+        check_vector(names["alibi_slopes"], extras.alibi_slopes, torch.float32, *shapes, of=of_heads)
+    if extras.learnable_sink is not None:
+        check_vector(names["learnable_sink"], extras.learnable_sink, torch.float32, (heads,), of=of_heads)
 
 
 def check_devices(tensors: dict[str, torch.Tensor | None], first: str) -> None:
@@ -238,58 +204,45 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
 
 
-def check_values(
-    problem: AttentionProblem,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    seqused_q: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    cache_batch_idx: torch.Tensor | None,
-    cache_leftpad: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    learnable_sink: torch.Tensor | None,
-    *,
-    names: ArgumentNames,
-) -> None:
+def check_values(problem: AttentionProblem, call: Call) -> None:
     """Check the numbers in the length tensors, the page table, the cache's index, the slopes and the sinks: one host
     synchronisation each.
 
     Raises CumulativeSeqlensError, LengthError, PageTableError, CacheIndexError or ArgumentError.
     """
-    if cu_seqlens_q is not None:
-        held_q = held_lengths(names["cu_seqlens_q"], cu_seqlens_q, q)
+    q, k, extras, names = call.q, call.k, call.extras, names_of(call.options.names)
+    if extras.cu_seqlens_q is not None:
+        held_q = held_lengths(names["cu_seqlens_q"], extras.cu_seqlens_q, q)
     else:
         held_q = [q.shape[1]] * q.shape[0]
-    if cu_seqlens_k is not None:
-        held_k = held_lengths(names["cu_seqlens_k"], cu_seqlens_k, k)
+    table = extras.page_table
+    if extras.cu_seqlens_k is not None:
+        held_k = held_lengths(names["cu_seqlens_k"], extras.cu_seqlens_k, k)
     else:
-        held_k = [k.shape[1] * (1 if page_table is None else page_table.shape[1])] * len(held_q)
-    used_q = used_within(names["seqused_q"], seqused_q, held_q)
-    holder = "the tensor" if page_table is None else f"a row of {names['page_table']}"
-    used_k = used_within(names["seqused_k"], seqused_k, held_k, holder)
-    if cache_leftpad is not None:
-        used_within(names["cache_leftpad"], cache_leftpad, used_k)
+        held_k = [k.shape[1] * (1 if table is None else table.shape[1])] * len(held_q)
+    used_q = used_within(names["seqused_q"], extras.seqused_q, held_q)
+    holder = "the tensor" if table is None else f"a row of {names['page_table']}"
+    used_k = used_within(names["seqused_k"], extras.seqused_k, held_k, holder)
+    if extras.cache_leftpad is not None:
+        used_within(names["cache_leftpad"], extras.cache_leftpad, used_k)
     for name, used, longest in (
         ("max_seqlen_q", used_q, problem.seqlen_q),
         ("max_seqlen_k", used_k, problem.seqlen_k),
     ):
         if max(used, default=0) > longest:
             raise LengthError(f"{names[name]}={longest}: a sequence has {max(used)} tokens")
-    check_cache_places(names, k, used_k, page_table, cache_batch_idx)
-    if alibi_slopes is not None:
+    check_cache_places(names, k, used_k, table, extras.cache_batch_idx)
+    if extras.alibi_slopes is not None:
         # Kernels hold scores, before the exponential's factor, in units of softmax_scale or of twice the cap.
         unit = min(2.0 * problem.softcap or problem.softmax_scale, 1.0)
         bound = _LARGEST_LOGIT * unit / max(problem.seqlen_q, problem.seqlen_k, 1)
         rule = f"between -{bound:.3g} and {bound:.3g}, so that no bias overflows float32"
-        _check_numbers(names["alibi_slopes"], alibi_slopes, lambda slope: abs(slope) <= bound, rule)
-    if learnable_sink is not None:
+        _check_numbers(names["alibi_slopes"], extras.alibi_slopes, lambda slope: abs(slope) <= bound, rule)
+    if extras.learnable_sink is not None:
         rule = "between -2^126 and 2^126, or -inf for none"
         _check_numbers(
             names["learnable_sink"],
-            learnable_sink,
+            extras.learnable_sink,
             lambda sink: abs(sink) <= _LARGEST_LOGIT or sink == -math.inf,
             rule,
         )

@@ -76,10 +76,11 @@ class DType(Enum):
 
 
 class Direction(Enum):
-    """Which pass a kernel computes; the value is the token used in kernel names."""
+    """What a kernel computes; the value is the token used in kernel names."""
 
     FORWARD = "fwd"
     BACKWARD = "bwd"
+    APPEND = "append"
 
 
 class MaskKind(Enum):

@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import ptxsim
 from cute_fa import __version__
 from cute_fa.engine import cache
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.contract import KernelConfig
 from cute_fa.engine.table import TABLE
+from cute_fa.engine.worlds.simulated import SimError
 from cute_fa.semantics.errors import ArgumentError, CuteFaError
 from cute_fa.semantics.names import canonical_name
 from cute_fa.semantics.problem import AttentionProblem
@@ -355,7 +355,7 @@ def _errors(as_json: bool) -> Iterator[None]:
     stdout) and an exit code."""
     try:
         yield
-    except (CuteFaError, ptxsim.SimError) as error:
+    except (CuteFaError, SimError) as error:
         if as_json:
             click.echo(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
         click.echo(f"{type(error).__name__}: {error}", err=True)

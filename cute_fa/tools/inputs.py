@@ -20,6 +20,7 @@ from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import DType
 
 _LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
+_CHOICES = ("softmax_scale", "causal", "sink_tokens", "softcap")
 _LENGTH_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
 
 
@@ -70,6 +71,9 @@ class InputSpec:
             raise ArgumentError("varlen_k with page_size: a paged cache takes its lengths from seqused_k")
 
 
+_TENSORS = (*_LENGTH_TENSORS, "alibi_slopes", "learnable_sink")
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The tensors of one call and the options that go with them; see ``cute_fa.api.attention`` for shapes."""
@@ -88,21 +92,9 @@ class Inputs:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments, beside q, k and v, for ``cute_fa.reference.attention`` and ``expected``."""
-        spec = self.spec
-        return {
-            "cu_seqlens_q": self.cu_seqlens_q,
-            "cu_seqlens_k": self.cu_seqlens_k,
-            "seqused_q": self.seqused_q,
-            "seqused_k": self.seqused_k,
-            "page_table": self.page_table,
-            "softmax_scale": spec.softmax_scale,
-            "causal": spec.causal,
-            "window_size": spec.window,
-            "sink_tokens": spec.sink_tokens,
-            "softcap": spec.softcap,
-            "alibi_slopes": self.alibi_slopes,
-            "learnable_sink": self.learnable_sink,
-        }
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        choices = {name: getattr(self.spec, name) for name in _CHOICES}
+        return tensors | choices | {"window_size": self.spec.window}
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments, beside q, k and v, of the public function that takes these inputs: the varlen one where

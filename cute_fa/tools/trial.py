@@ -13,13 +13,13 @@ import torch
 
 from cute_fa.api.attention import prepare
 from cute_fa.engine.compiler import compiled
-from cute_fa.engine.operator import problem_of_call
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import simulate
 from cute_fa.semantics import reference
 from cute_fa.semantics.errors import DeviceError
 from cute_fa.semantics.names import canonical_name
 from cute_fa.semantics.problem import AttentionProblem, default_scale, normalize_window
+from cute_fa.semantics.tensors import problem_of
 from cute_fa.semantics.types import Direction, SmArch
 from cute_fa.tools.inputs import Inputs, InputSpec
 
@@ -140,30 +140,16 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionP
     """The problem that a spec describes, without making its tensors; ``choices`` are further fields of the problem:
     direction, pack_gqa, persistent, deterministic, lse_gradient, slopes_gradient."""
     left, right = normalize_window(spec.window, spec.causal)
-    return AttentionProblem(
-        arch=arch,
-        dtype=spec.dtype,
-        batch=spec.batch,
-        seqlen_q=spec.seqlen_q,
-        seqlen_k=spec.seqlen_k,
-        num_heads=spec.heads,
-        num_heads_kv=spec.heads_kv,
-        head_dim=spec.head_dim,
-        head_dim_v=spec.head_dim_v,
-        softmax_scale=default_scale(spec.head_dim) if spec.softmax_scale is None else spec.softmax_scale,
-        window_left=left,
-        window_right=right,
-        sink_tokens=spec.sink_tokens,
-        softcap=spec.softcap,
-        alibi=spec.alibi or spec.alibi_per_batch,
-        learnable_sink=spec.learnable_sink,
-        varlen_q=spec.varlen_q,
-        varlen_k=spec.varlen_k,
-        seqused_q=spec.seqused_q,
-        seqused_k=spec.seqused_k or spec.page_size is not None,
-        page_size=spec.page_size,
-        **choices,
-    )
+    alike = {field.name for field in fields(spec)} & {field.name for field in fields(AttentionProblem)}
+    described = {name: getattr(spec, name) for name in alike}
+    described |= {"num_heads": spec.heads, "num_heads_kv": spec.heads_kv, "window_left": left, "window_right": right}
+    described |= {
+        "alibi": spec.alibi or spec.alibi_per_batch,
+        "seqused_k": spec.seqused_k or spec.page_size is not None,
+    }
+    if spec.softmax_scale is None:
+        described["softmax_scale"] = default_scale(spec.head_dim)
+    return AttentionProblem(arch=arch, **described | choices)
 
 
 def config_fields(config: KernelConfig | Machine) -> dict[str, Any]:
@@ -181,7 +167,7 @@ def run_trial(inputs: Inputs, machine: Machine, **choices: Any) -> TrialResult:
     """Run the inputs, which lie on the machine's device, through the public API and compare out and lse. ``choices``:
     pack_gqa and persistent."""
     call = prepare(inputs.q, inputs.k, inputs.v, **inputs.arguments(), **choices)
-    problem = problem_of_call(machine.arch, call)
+    problem = problem_of(machine.arch, call)
     kernel = TABLE.lookup(problem)
     config = kernel.configure(problem)
 

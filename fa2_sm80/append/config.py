@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cute_fa.device.tiling import ceil_div
 from cute_fa.engine.contract import KernelConfig
+from cute_fa.semantics.names import kind_of_code
 from cute_fa.semantics.types import DType
-from fa2_sm80.common.rules import MAX_CTAS
 
 NUM_THREADS = 128
 CHUNK = 8  # elements of fp16 or bf16 that a thread moves: 16 bytes
@@ -42,7 +41,6 @@ class AppendConfig(KernelConfig):
 
     @property
     def compile_name(self) -> str:
-        head_dim = f"hd{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         flags = {
             f"page{self.page_size}": self.page_size is not None,
             "index": self.cache_batch_idx,
@@ -57,19 +55,9 @@ class AppendConfig(KernelConfig):
             "shifted": self.rotary_seqlens,
         }
         tokens = (token for token, on in flags.items() if on)
-        return "_".join(["append", self.arch.short, self.dtype.value, head_dim, *tokens])
+        return "_".join(["append", kind_of_code(self), *tokens])
 
 
 def rows_per_cta(head_dim: int) -> int:
     """Rows, each one head of one token, that a CTA moves."""
     return NUM_THREADS // (head_dim // CHUNK)
-
-
-def launch_objections(config: AppendConfig, rows: dict[str, int], batch: int) -> list[str]:
-    """Reasons why a launch is too large. ``rows``: tokens of the longest sequence × heads, by what the heads are."""
-    reasons = [f"{count} tokens × {heads}: at most {MAX_ROWS}" for heads, count in rows.items() if count > MAX_ROWS]
-    width = max(config.head_dim, config.head_dim_v)
-    ctas = batch * (2 + sum(2 * ceil_div(count, rows_per_cta(width)) for count in rows.values()))
-    if ctas > MAX_CTAS:
-        reasons.append(f"{ctas} CTAs: a grid has at most {MAX_CTAS}")
-    return reasons

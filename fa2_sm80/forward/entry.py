@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from cute_fa.device.tiling import ceil_div
-from cute_fa.engine.contract import AttentionKernel, AttentionTensors, common_arguments
+from cute_fa.engine.contract import AttentionKernel, AttentionTensors, CommonArguments, common_arguments
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction
 from fa2_sm80.common.rules import objections
 from fa2_sm80.forward.config import Fa2ForwardConfig, forward_config
+
+
+class Launch(NamedTuple):
+    """What a launch takes, in the order of ``fa2_sm80.forward.arguments.ForwardArguments``."""
+
+    common: CommonArguments
+    seqlen_q: int
 
 
 class Fa2Forward(AttentionKernel):
@@ -26,8 +35,7 @@ class Fa2Forward(AttentionKernel):
         return forward_config(problem)
 
     @classmethod
-    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
-        return (
-            common_arguments(problem, tensors),
-            problem.seqlen_q,
-        )
+    def arguments(
+        cls, problem: AttentionProblem, config: Fa2ForwardConfig, tensors: AttentionTensors, num_sms: int
+    ) -> Launch:
+        return Launch(common=common_arguments(problem, tensors), seqlen_q=problem.seqlen_q)

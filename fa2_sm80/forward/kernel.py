@@ -4,30 +4,20 @@ Each warp owns 16 or 32 queries for the whole kernel, Q·Kᵀ and P·V run on mm
 V blocks flow through shared memory by cp.async in a ring of ``stages`` blocks each.
 """
 
-from typing import NamedTuple
-
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fake_arguments import common_fakes
 from cute_fa.device.scores import score_params
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, SmemTiles, TileLoader, store_tile
 from fa2_sm80.common.heads import head_matrix, head_row
+from fa2_sm80.forward.arguments import ForwardArguments, forward_fakes
 from fa2_sm80.forward.config import Fa2ForwardConfig
 from fa2_sm80.forward.key_value_pipeline import KeyValuePipeline
 from fa2_sm80.forward.query_tile import QueryTile
-
-
-class ForwardArguments(NamedTuple):
-    """``seqlen_q``: the longest, which sizes the grid."""
-
-    common: CommonArguments
-    seqlen_q: Int32
 
 
 class Fa2ForwardKernel:
@@ -146,6 +136,5 @@ class Fa2ForwardKernel:
 
 def build(config: Fa2ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
-    arguments = ForwardArguments(common_fakes(config), seqlen_q=Int32(0))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return Fa2ForwardKernel(config), (arguments, stream)
+    return Fa2ForwardKernel(config), (forward_fakes(config), stream)

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from cute_fa.device.tiling import ceil_div
-from cute_fa.engine.contract import AttentionKernel, AttentionTensors, common_arguments
+from cute_fa.engine.contract import AttentionKernel, AttentionTensors, CommonArguments, common_arguments
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction
 from fa2_sm80.common.rules import objections
 from fa2_sm80.split.config import Fa2SplitConfig, num_splits, split_config
+
+
+class Parts(NamedTuple):
+    """Memory in the order of ``fa2_sm80.split.arguments.Parts``."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+class Launch(NamedTuple):
+    """What a launch takes, in the order of ``fa2_sm80.split.arguments.SplitArguments``."""
+
+    common: CommonArguments
+    parts: Parts | None
+    seqlen_q: int
+    num_splits: int
 
 
 class Fa2Split(AttentionKernel):
@@ -34,21 +52,23 @@ class Fa2Split(AttentionKernel):
         return num_splits(problem, num_sms)
 
     @classmethod
-    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
-        return (
-            common_arguments(problem, tensors),
-            _parts(problem, tensors),
-            problem.seqlen_q,
-            problem.num_splits,
+    def arguments(
+        cls, problem: AttentionProblem, config: Fa2SplitConfig, tensors: AttentionTensors, num_sms: int
+    ) -> Launch:
+        return Launch(
+            common=common_arguments(problem, tensors),
+            parts=_parts(problem, tensors),
+            seqlen_q=problem.seqlen_q,
+            num_splits=problem.num_splits,
         )
 
 
-def _parts(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Memory in the order of ``fa2_sm80.split.arguments.Parts``."""
+def _parts(problem: AttentionProblem, tensors: AttentionTensors) -> Parts | None:
+    """Memory for what the splits leave, None for one."""
     if problem.num_splits == 1:
         return None
     rows = tensors.lse.numel()
-    return (
-        tensors.lse.new_empty(problem.num_splits, rows, problem.head_dim_v),
-        tensors.lse.new_empty(problem.num_splits, rows),
+    return Parts(
+        out=tensors.lse.new_empty(problem.num_splits, rows, problem.head_dim_v),
+        lse=tensors.lse.new_empty(problem.num_splits, rows),
     )

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from cute_fa.device.tiling import MAX_TILES, dense_tiles, head_group, num_ctas, packed_tiles
-from cute_fa.engine.contract import AttentionKernel, AttentionTensors, common_arguments, common_objections
+from typing import NamedTuple
+
+from cute_fa.device.tiling import MAX_TILES, ceil_div, dense_tiles, head_group, num_ctas, packed_tiles
+from cute_fa.engine.contract import (
+    AttentionKernel,
+    AttentionTensors,
+    CommonArguments,
+    common_arguments,
+    common_objections,
+)
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig, forward_config
 
 # Of an H100 and an H200 (NVIDIA H100 whitepaper): what the order of tiles is planned for.
 L2_BYTES = 50 * 2**20
+
+
+class Grid(NamedTuple):
+    """The tiles of a launch, in the order of ``cute_fa.device.tile_scheduler.TileGrid``."""
+
+    m_blocks: int
+    heads: int
+    batches: int
+    head_group: int
+
+
+class Launch(NamedTuple):
+    """What a launch takes, in the order of ``fa3_sm90.forward.arguments.ForwardArguments``."""
+
+    common: CommonArguments
+    grid: Grid
+    num_ctas: int
 
 
 class Fa3Forward(AttentionKernel):
@@ -39,21 +64,21 @@ class Fa3Forward(AttentionKernel):
         return forward_config(problem)
 
     @classmethod
-    def arguments(cls, problem: AttentionProblem, tensors: AttentionTensors, num_sms: int) -> tuple:
-        config = cls.configure(problem)
+    def arguments(
+        cls, problem: AttentionProblem, config: Fa3ForwardConfig, tensors: AttentionTensors, num_sms: int
+    ) -> Launch:
         shared = problem.gqa_ratio // config.pack_gqa
         kv_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.dtype.bytes
-        grid = (
-            -(-problem.seqlen_q // config.tile_tokens),
-            problem.num_heads // config.pack_gqa,
-            problem.batch,
-            min(head_group(kv_bytes, L2_BYTES, shared), MAX_TILES),
-        )
         tiles = _tiles(problem, config, tensors.q.shape[0] if problem.varlen_q else problem.batch * problem.seqlen_q)
-        return (
-            common_arguments(problem, tensors),
-            grid,
-            num_ctas(tiles, num_sms, config.persistent),
+        return Launch(
+            common=common_arguments(problem, tensors),
+            grid=Grid(
+                m_blocks=ceil_div(problem.seqlen_q, config.tile_tokens),
+                heads=problem.num_heads // config.pack_gqa,
+                batches=problem.batch,
+                head_group=min(head_group(kv_bytes, L2_BYTES, shared), MAX_TILES),
+            ),
+            num_ctas=num_ctas(tiles, num_sms, config.persistent),
         )
 
 

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 import cute_fa
 from cute_fa import append_kv
 from cute_fa.api import append
+from cute_fa.semantics.call import AppendCall
 from cute_fa.semantics.errors import LengthError
 from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import InputSpec, make_inputs
@@ -186,7 +187,7 @@ def test_operator():
     given = make_inputs(InputSpec(2, 3, 40, 4, 2, 64, page_size=8, lengths_k=(17, 30)))
     tensors = take_last(given, [3, 3])
     options = {"q": given.q, "page_table": given.page_table, **rotary.arguments()}
-    call = append.AppendCall(
+    call = AppendCall(
         tensors.k_cache,
         tensors.v_cache,
         tensors.k,

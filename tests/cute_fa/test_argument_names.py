@@ -9,16 +9,18 @@ import torch
 
 import cute_fa
 from cute_fa import flash_attn_with_kvcache
-from cute_fa.api import append
-from cute_fa.engine import operator as ops
+from cute_fa.engine import append
+from cute_fa.engine import attention as engine
+from cute_fa.engine import plan as plans
 from cute_fa.semantics.argument_names import names_of, spelled
+from cute_fa.semantics.call import FIELDS, AppendCall, Call
 from cute_fa.semantics.errors import CuteFaError, DTypeError, StrideError
 from tests.testing.calls import calls, ints, rows
 
 CALLS = calls()
 PARAMETERS = {name: set(inspect.signature(call.function).parameters) for name, call in CALLS.items()}
 # Every name of an argument that there is, of public functions and of the operators behind them.
-NAMES = set().union(*PARAMETERS.values(), ops.Call._fields, append.AppendCall._fields)
+NAMES = set().union(*PARAMETERS.values(), FIELDS, AppendCall._fields)
 
 # Changes that are none too many, of all functions and of some: any strides, rows that no length counts.
 FINE = {("rotary_cos", "strided"), ("rotary_sin", "strided"), ("seq_start", "strided"), ("freqs_cis", "strided")}
@@ -43,9 +45,8 @@ FINE_IN = {
 def nothing_runs(monkeypatch):
     """Calls that are good end before they are compiled."""
     nothing = types.SimpleNamespace(launch=lambda arguments: None)
-    for module in (ops, append):
-        monkeypatch.setattr(module, "compiled", lambda config: nothing)
-        monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(plans, "compiled", lambda config: nothing)
+    monkeypatch.setattr(plans, "PLANS", {})
     monkeypatch.setattr(append, "_outputs", lambda call: ((call.k if call.q is None else call.q), call.cache_seqlens))
     with cute_fa.simulate("sm_80"):
         yield
@@ -134,11 +135,11 @@ def test_compiled_code_names_them_too():
 
 def test_a_backward_names_them_too():
     """The names go with the call that the derivative is of."""
-    call = ops.Call(*[rows(1, 8, 1, 64)] * 3, *[None] * 14, 0, 0.0, 1, None, None, "auto", False, spelled(k="key"))
+    call = Call.made(*[rows(1, 8, 1, 64)] * 3, names=spelled(k="key"))
     wrong = call._replace(k=call.k.half())
-    out, lse = ops.attention(*call)
+    out, lse = engine.attention(call)
     with pytest.raises(DTypeError, match=r"^key is float16: q is bfloat16, key and v must be too"):
-        torch.ops.cute_fa.attention_backward(out, None, out, lse, *wrong, False)
+        torch.ops.cute_fa.attention_backward(out, None, out, lse, *wrong.flat(), False)
 
 
 def test_names_are_text_and_back():

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import cute_fa
 from cute_fa import compat, flash_attn_func, flash_attn_varlen_func
 from cute_fa.api.requests import CumulativeSeqlens, Fa2BwdRequest
-from cute_fa.engine import autograd
-from cute_fa.engine import operator as ops
+from cute_fa.engine import autograd, worlds
+from cute_fa.engine import plan as plans
 from cute_fa.semantics import reference
+from cute_fa.semantics.call import FIELDS, Call
 from cute_fa.semantics.errors import (
     AlignmentError,
     ArgumentError,
@@ -45,11 +46,10 @@ FULL = dataclasses.replace(DENSE, alibi=True, learnable_sink=True)
 
 @pytest.fixture
 def simulated():
-    autograd._plans.clear()
+    plans.PLANS.clear()
     with cute_fa.simulate("sm_80") as simulation:
         yield simulation
-    for plans in (ops._plans, autograd._plans):
-        plans.clear()  # a test may have put something else in the place of their kernels
+    plans.PLANS.clear()  # a test may have put something else in the place of their kernels
 
 
 def variables(inputs: Inputs) -> tuple[Inputs, list[torch.Tensor]]:
@@ -74,7 +74,7 @@ def without_a_kernel(config):
 
 
 def last_problem():
-    return list(autograd._plans.values())[-1].problem
+    return list(plans.PLANS.values())[-1].problem
 
 
 def backward_call(inputs: Inputs, **changes) -> tuple:
@@ -82,12 +82,12 @@ def backward_call(inputs: Inputs, **changes) -> tuple:
     out, lse = reference.attention(inputs.q, inputs.k, inputs.v, **inputs.options())
     given = {"out": out.to(inputs.q.dtype), "lse": lse, **changes}
     dout, dlse = output_gradients(inputs, seed=1)
-    return given.get("dout", dout), given.get("dlse", dlse), given["out"], given["lse"], *call_of(inputs)
+    return given.get("dout", dout), given.get("dlse", dlse), given["out"], given["lse"], *call_of(inputs).flat()
 
 
 def test_schema_and_call_agree():
     names = [argument.name for argument in torch.ops.cute_fa.attention_backward.default._schema.arguments]
-    assert names == ["dout", "dlse", "out", "lse", *ops.Call._fields, "slopes_gradient"]
+    assert names == ["dout", "dlse", "out", "lse", *FIELDS, "slopes_gradient"]
 
 
 @pytest.mark.parametrize("spec", [FULL, PACKED], ids=["full", "packed"])
@@ -117,7 +117,7 @@ def test_which_gradients_the_kernel_is_asked_for(simulated, monkeypatch):
     out, lse = inputs.run(return_lse=True)
 
     def asked(outputs, wanted, given):
-        autograd._plans.clear()
+        plans.PLANS.clear()
         grads = torch.autograd.grad(outputs, wanted, given, retain_graph=True)
         return grads, (last_problem().lse_gradient, last_problem().slopes_gradient)
 
@@ -128,7 +128,7 @@ def test_which_gradients_the_kernel_is_asked_for(simulated, monkeypatch):
     assert flags == (True, True)
     check(inputs, grads, torch.zeros_like(dout), dlse)
 
-    monkeypatch.setattr(autograd, "compiled", without_a_kernel)
+    monkeypatch.setattr(plans, "compiled", without_a_kernel)
     inputs = dataclasses.replace(inputs, alibi_slopes=inputs.alibi_slopes.detach())
     out, lse = inputs.run(return_lse=True)
     q, k, v, _, sink = leaves
@@ -138,11 +138,11 @@ def test_which_gradients_the_kernel_is_asked_for(simulated, monkeypatch):
 
 
 def test_deterministic_is_the_callers_and_torchs(simulated, monkeypatch):
-    monkeypatch.setattr(autograd, "compiled", without_a_kernel)
+    monkeypatch.setattr(plans, "compiled", without_a_kernel)
     _, (q, k, v) = variables(make_inputs(DENSE))
 
     def asked(out):
-        autograd._plans.clear()
+        plans.PLANS.clear()
         out.float().sum().backward()
         return last_problem().deterministic
 
@@ -161,12 +161,10 @@ def test_deterministic_is_the_callers_and_torchs(simulated, monkeypatch):
 
 
 def test_splits_are_the_forwards(simulated, monkeypatch):
-    for module in (ops, autograd):
-        monkeypatch.setattr(module, "compiled", without_a_kernel)
+    monkeypatch.setattr(plans, "compiled", without_a_kernel)
     inputs, _ = variables(make_inputs(DENSE))
     flash_attn_func(inputs.q, inputs.k, inputs.v, num_splits=2).sum().backward()
-    assert list(ops._plans.values())[-1].problem.num_splits == 2
-    assert last_problem().num_splits == 1
+    assert [plan.problem.num_splits for plan in plans.PLANS.values()] == [2, 1]
 
 
 def test_deterministic_gradients_are_bit_identical():
@@ -354,7 +352,7 @@ def test_mapped_calls_have_gradients(simulated):
 def test_what_no_kernel_differentiates(simulated):
     fp8 = torch.zeros(1, 16, 1, 64).to(torch.float8_e4m3fn)
     out, lse = torch.zeros(1, 16, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 16)
-    call = ops.Call(fp8, fp8, fp8, *[None] * 9, *[None] * 5, 0, 0.0, 1, None, None, "auto", False)
+    call = Call.made(fp8, fp8, fp8)
     with pytest.raises(Fp8Error, match="e4m3 input on sm_80: no kernel offers fp8 here"):
         autograd.attention_backward(out, None, out, lse, call)
     paged = backward_call(make_inputs(InputSpec(page_size=16)))
@@ -368,14 +366,12 @@ def test_no_value_is_read(simulated, monkeypatch):
 
     inputs, leaves = variables(make_inputs(PACKED))
     dout, dlse = output_gradients(inputs)
-    monkeypatch.setattr(ops, "simulated_arch", lambda: None)
-    monkeypatch.setattr(autograd, "simulated_arch", lambda: None)
-    monkeypatch.setattr(autograd.ops, "CHECK_VALUES", False)
+    monkeypatch.setattr(worlds, "checks_values", lambda: False)
     with monkeypatch.context() as patch:
         for method in ("item", "tolist", "cpu", "numpy", "__int__", "__bool__", "__index__", "__float__"):
             patch.setattr(torch.Tensor, method, refuse)
         grads = torch.autograd.grad(inputs.run(return_lse=True), leaves, (dout, dlse), retain_graph=True)
-        patch.setattr(ops, "CHECK_VALUES", True)
+        patch.setattr(worlds, "checks_values", lambda: True)
         with pytest.raises(AssertionError, match="was read"):
             torch.autograd.grad(inputs.run(return_lse=True), leaves, (dout, dlse))
     check(inputs, grads, dout, dlse)
@@ -385,11 +381,11 @@ def test_one_plan_for_equal_calls(simulated, monkeypatch):
     inputs, _ = variables(make_inputs(DENSE))
     for _ in range(3):
         inputs.run().sum().backward()
-    assert len(autograd._plans) == 1
-    monkeypatch.setattr(ops, "_MAX_PLANS", 2)
+    assert len(plans.PLANS) == 2  # of the forward, and of the backward
+    monkeypatch.setattr(plans, "_MAX_PLANS", 2)
     for scale in (0.1, 0.2, 0.3):
         flash_attn_func(inputs.q, inputs.k[:, :0], inputs.v[:, :0], softmax_scale=scale).sum().backward()
-    assert len(autograd._plans) <= 2
+    assert len(plans.PLANS) <= 2
 
 
 def expanded(dout):

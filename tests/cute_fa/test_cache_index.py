@@ -8,7 +8,8 @@ import torch
 
 import cute_fa
 from cute_fa.api import attention as api
-from cute_fa.engine import operator as ops
+from cute_fa.engine import attention as engine
+from cute_fa.engine import plan as plans
 from cute_fa.engine.contract import AttentionKernel
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics import errors
@@ -28,12 +29,12 @@ SPEC = InputSpec(4, 40, 150, 4, 2, 64, seqused_k=True, causal=True)
 @pytest.fixture(autouse=True)
 def fresh_plans(monkeypatch):
     """Whatever ran before in this process, the last plan is that of the last call."""
-    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(plans, "PLANS", {})
 
 
 def attention(inputs, **changes):
     given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "seqused_k": inputs.seqused_k, "causal": True}
-    return ops.attention(*api.prepare(**{**given, **changes}))
+    return engine.attention(api.prepare(**{**given, **changes}))
 
 
 @pytest.mark.parametrize(("arch", "family", "splits", "kernel"), KERNELS)
@@ -47,7 +48,7 @@ def test_reads_the_sequences_that_the_index_names(arch, family, splits, kernel):
     k[[1, 3]], v[[1, 3]] = torch.nan, torch.nan
     with cute_fa.simulate(arch, race=True):
         out, lse = attention(inputs, **options, k=k, v=v, cache_batch_idx=index)
-        problem = list(ops._plans.values())[-1].problem
+        problem = list(plans.PLANS.values())[-1].problem
         gathered = attention(inputs, **options, k=inputs.k[rows], v=inputs.v[rows])
     assert TABLE.lookup(problem, family) is kernel
     assert problem.cache_batch_idx
@@ -64,7 +65,7 @@ def test_left_padding_is_no_key(arch, family, splits, kernel):
         k[b, :pad], v[b, :pad] = torch.nan, torch.nan
     with cute_fa.simulate(arch, race=True):
         out, lse = attention(inputs, k=k, v=v, cache_leftpad=pads, family=family, num_splits=splits)
-    plan = list(ops._plans.values())[-1]
+    plan = list(plans.PLANS.values())[-1]
     assert plan.kernel is kernel and plan.problem.varlen
     for b, (pad, end) in enumerate(zip(pads.tolist(), inputs.seqused_k.tolist(), strict=True)):
         one = slice(b, b + 1)
@@ -114,7 +115,7 @@ def test_reads_the_rows_of_the_page_table_that_the_index_names(arch, family, spl
     options = {"q": inputs.q[:3], "seqused_k": used, "family": family, "num_splits": splits}
     with cute_fa.simulate(arch, race=True):
         out, lse = attention(inputs, **options, k=k, v=v, page_table=table, cache_batch_idx=index)
-        plan = list(ops._plans.values())[-1]
+        plan = list(plans.PLANS.values())[-1]
     assert plan.kernel is kernel and plan.problem.cache_batch_idx and plan.problem.page_size == 16
     lengths = {"seqused_k": used, "page_table": inputs.page_table[rows]}
     result = expected(inputs.q[:3], inputs.k, inputs.v, causal=True, **lengths).check(out, lse)
@@ -217,7 +218,7 @@ def test_open_splits_choose_the_kernel(arch):
         inputs = make_inputs(spec, "peaked")
         with cute_fa.simulate(arch):
             out = cute_fa.flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True, num_splits=0)
-        plan = list(ops._plans.values())[-1]
+        plan = list(plans.PLANS.values())[-1]
         assert plan.problem.num_splits in splits
         assert plan.kernel is (Fa2Split if spec is short else TABLE.lookup(plan.problem))
         expected = cute_fa.reference.attention(inputs.q, inputs.k, inputs.v, causal=True)[0]

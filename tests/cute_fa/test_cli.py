@@ -15,9 +15,9 @@ import cute_fa
 from cute_fa import simulate
 from cute_fa.api.attention import prepare
 from cute_fa.engine.autograd import problem_of_backward
-from cute_fa.engine.operator import problem_of_call
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics import reference
+from cute_fa.semantics.tensors import problem_of
 from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
 from cute_fa.tools import cli, support
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
@@ -187,7 +187,7 @@ def test_a_spec_has_the_problem_of_its_tensors(spec):
     choices = {"pack_gqa": False, "persistent": PersistentMode.OFF}
     inputs = make_inputs(spec)
     call = prepare(inputs.q, inputs.k, inputs.v, **inputs.arguments(), **choices)
-    assert problem_of_spec(spec, SmArch.SM_90A, **choices) == problem_of_call(SmArch.SM_90A, call)
+    assert problem_of_spec(spec, SmArch.SM_90A, **choices) == problem_of(SmArch.SM_90A, call)
     if spec.page_size is None:
         wanted = {"deterministic": True, "lse_gradient": True, "slopes_gradient": spec.alibi}
         out, lse = reference.attention(inputs.q, inputs.k, inputs.v, **inputs.options())

@@ -10,7 +10,7 @@ import torch
 
 import cute_fa
 from cute_fa import flash_attn_func, flash_attn_varlen_func
-from cute_fa.engine import operator as ops
+from cute_fa.engine import plan as plans
 from cute_fa.engine import table as dispatch
 from cute_fa.engine.worlds import simulated_arch
 from cute_fa.semantics import errors
@@ -53,7 +53,7 @@ def ints(*values):
 @pytest.fixture
 def simulated(monkeypatch):
     """A simulation in which nothing may be launched, nor compiled."""
-    monkeypatch.setattr(ops, "compiled", None)
+    monkeypatch.setattr(plans, "compiled", None)
     with cute_fa.simulate("sm_80") as simulation:
         yield simulation
         assert not simulation.launches
@@ -327,11 +327,11 @@ def test_arguments_that_are_not_implemented(simulated, name, value):
 
 def test_errors_are_not_remembered(simulated):
     """A call of a bad shape leaves no plan behind."""
-    ops._plans.clear()
+    plans.PLANS.clear()
     for _ in range(2):
         with pytest.raises(ShapeError):
             flash_attn_func(Q, KV, zeros(2, 39, 2, 64))
-    assert not ops._plans
+    assert not plans.PLANS
 
 
 def test_every_error_has_one_base_and_is_documented():

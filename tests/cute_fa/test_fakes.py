@@ -9,9 +9,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cute_fa
-from cute_fa.api import append
-from cute_fa.engine import autograd
-from cute_fa.engine import operator as ops
+from cute_fa.engine import append
+from cute_fa.engine import plan as plans
 from tests.testing.calls import calls
 
 CALLS = calls()
@@ -28,9 +27,8 @@ def described(result):
 def eager(monkeypatch):
     """What a call gives in eager mode, but for the numbers: nothing is compiled."""
     nothing = types.SimpleNamespace(launch=lambda arguments: None)
-    for module in (ops, append, autograd):
-        monkeypatch.setattr(module, "compiled", lambda config: nothing)
-        monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(plans, "compiled", lambda config: nothing)
+    monkeypatch.setattr(plans, "PLANS", {})
     monkeypatch.setattr(append, "_outputs", lambda call: ((call.k if call.q is None else call.q), call.cache_seqlens))
 
     def run(call, **changes):

@@ -8,13 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 import fa2_sm80.forward.entry
-from cute_fa.api import append as append_module
+from cute_fa.engine import attention as engine
 from cute_fa.engine import autograd
-from cute_fa.engine import operator as ops
+from cute_fa.engine import plan as plans
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec
 from cute_fa.tools.trial import Machine
+from fa2_sm80.append.entry import Fa2Append
 from tests.testing import planted
 from tests.testing.fuzz import __main__ as command
 from tests.testing.fuzz.draw import GROUP, draw
@@ -137,20 +138,19 @@ class TestPlantedFaults:
     @pytest.fixture(autouse=True)
     def fresh_plans(self, monkeypatch):
         """A plan keeps the arguments of its first call."""
-        monkeypatch.setattr(ops, "_plans", {})
+        monkeypatch.setattr(plans, "PLANS", {})
 
     def test_a_window_too_wide_is_found_and_shrunk(self, monkeypatch):
         """The kernel is given a left bound that is one too large."""
         right = fa2_sm80.forward.entry.common_arguments
 
         def wide(problem, tensors):
-            arguments = list(right(problem, tensors))
-            left, *others = arguments[6]
-            arguments[6] = (None if left is None else left + 1, *others)
-            return tuple(arguments)
+            arguments = right(problem, tensors)
+            left = arguments.window.left
+            return arguments._replace(window=arguments.window._replace(left=None if left is None else left + 1))
 
         assert failure_of(WINDOWED) is None
-        ops._plans.clear()
+        plans.PLANS.clear()
         monkeypatch.setattr(fa2_sm80.forward.entry, "common_arguments", wide)
         failure = failure_of(WINDOWED)
         assert failure.kind == WRONG and re.search(r"out: error \d\S*, allowed 0\.\d+", failure.message)
@@ -172,19 +172,19 @@ class TestPlantedFaults:
             return dq, dk.add_(1.0), *others
 
         def append(*arguments):
-            q, rotated, k, v, *others = right_append(*arguments)
-            return q, rotated, k, v + 1.0, *others
+            launch = right_append(*arguments)
+            return launch._replace(v=launch.v + 1.0)
 
-        right_attention, right_gradients = ops._run, autograd._attention_backward
-        right_append = append_module._arguments
+        right_attention, right_gradients = engine._run, autograd._attention_backward
+        right_append = Fa2Append.arguments
         problems = (p for p in first_group(call, backward) if min(*p.lengths_q, *p.lengths_k, *(p.cache.new or (1,))))
         problem = next(problems)
         if backward or call == "Fa2BwdRequest":
             monkeypatch.setattr(autograd, "_attention_backward", gradients)
         elif call == "append_kv":
-            monkeypatch.setattr(append_module, "_arguments", append)
+            monkeypatch.setattr(Fa2Append, "arguments", append)
         else:
-            monkeypatch.setattr(ops, "_run", attention)
+            monkeypatch.setattr(engine, "_run", attention)
         assert failure_of(problem).kind == WRONG
 
     def test_an_error_for_what_the_table_serves_is_found(self, monkeypatch):

@@ -10,8 +10,8 @@ import torch
 import cute_fa
 from cute_fa import flash_attn_func, flash_attn_varlen_func, merge_states
 from cute_fa.engine import autograd
-from cute_fa.engine import operator as ops
 from cute_fa.semantics import reference
+from cute_fa.semantics.call import Call
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.reference import Gradients
 from cute_fa.semantics.types import DType
@@ -148,10 +148,10 @@ def test_what_is_refused(name, values, message):
         packed = [t.flatten(0, 1) for t in (made.q, made.k, made.v)]
         with pytest.raises(ArgumentError, match=message):
             flash_attn_varlen_func(*packed, cu, cu * 3 // 5, 50, 30, **{name: tensor})
-        call = ops.Call(made.q, made.k, made.v, *[None] * 9, *[None] * 5, 0, 0.0, 1, None, None, "auto", False)
+        call = Call.made(made.q, made.k, made.v)
         out, lse = torch.zeros_like(made.q), torch.zeros(2, 2, 50)
         with pytest.raises(ArgumentError, match=message):
-            autograd.attention_backward(out, None, out, lse, call._replace(**{name: tensor}))
+            autograd.attention_backward(out, None, out, lse, call.changed(**{name: tensor}))
         assert not simulation.launches
 
 

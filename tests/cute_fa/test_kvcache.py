@@ -8,7 +8,7 @@ import torch
 import cute_fa
 from cute_fa import flash_attn_with_kvcache
 from cute_fa.compat import fa2, fa3
-from cute_fa.engine import operator as ops
+from cute_fa.engine import plan as plans
 from cute_fa.semantics.errors import (
     AlignmentError,
     ArgumentError,
@@ -51,7 +51,7 @@ FEATURES = {
 @pytest.fixture(autouse=True)
 def fresh_plans(monkeypatch):
     """Whatever ran before in this process, the last plan is that of the last call."""
-    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(plans, "PLANS", {})
 
 
 def case_name(case: dict) -> str:
@@ -323,7 +323,7 @@ def test_decoding_splits_the_keys(arch, seqlen_q):
             causal=True,
             return_lse=True,
         )
-    plan = list(ops._plans.values())[-1]
+    plan = list(plans.PLANS.values())[-1]
     assert plan.kernel is Fa2Split and plan.problem.num_splits > 4
     assert expected(given.q, given.k, given.v, **given.options()).check(*result).ok
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa.engine import operator as ops
+from cute_fa.engine import attention as engine
+from cute_fa.engine import plan as plans
 from cute_fa.engine.contract import AttentionTensors
+from cute_fa.semantics.call import Extras
 from cute_fa.semantics.errors import CuteFaError
 from fa2_sm80.forward.entry import Fa2Forward
 
@@ -21,15 +23,15 @@ def tensors(count: int) -> list[torch.Tensor]:
 
 def test_packing_puts_tensors_in_their_places():
     a, b, c, d = tensors(4)
-    pack = ops.packer((b, None, (c, 3, (a, a)), 1.5, (1, 2), a, (b, None)), (a, b, c))
-    assert pack(b, c, d) == (c, None, (d, 3, (b, b)), 1.5, (1, 2), b, (c, None))
+    pack = plans.packer((b, None, (c, 3, (a, a)), 1.5, (1, 2), a, (b, None)), (a, b, c))
+    assert pack((b, c, d)) == (c, None, (d, 3, (b, b)), 1.5, (1, 2), b, (c, None))
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_tensors_of_another_origin_are_not_kept(nested):
     a, b, c = tensors(3)
     foreign = (b, a.expand(2)) if nested else b
-    assert ops.packer((a, foreign, 1), (a, c)) is None
+    assert plans.packer((a, foreign, 1), (a, c)) is None
 
 
 def test_arguments_are_those_of_the_kernel_in_every_call(monkeypatch):
@@ -37,14 +39,14 @@ def test_arguments_are_those_of_the_kernel_in_every_call(monkeypatch):
     launched, asked = [], []
     arguments = Fa2Forward.arguments
 
-    def counted(problem, tensors, num_sms):
+    def counted(problem, config, tensors, num_sms):
         asked.append(num_sms)
-        return arguments(problem, tensors, num_sms)
+        return arguments(problem, config, tensors, num_sms)
 
     monkeypatch.setattr(Fa2Forward, "arguments", counted)
-    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(plans, "PLANS", {})
     kernel = type("Kernel", (), {"launch": lambda self, args: launched.append(args)})()
-    monkeypatch.setattr(ops, "compiled", lambda config: kernel)
+    monkeypatch.setattr(plans, "compiled", lambda config: kernel)
     offsets = torch.tensor([0, 3, 8], dtype=torch.int32)
     options = dict(max_seqlen_q=5, max_seqlen_k=5, causal=True, softcap=2.0, family="fa2")
 
@@ -56,29 +58,30 @@ def test_arguments_are_those_of_the_kernel_in_every_call(monkeypatch):
             out, lse = cute_fa.flash_attn_varlen_func(
                 q, k, v, offsets, offsets.clone(), alibi_slopes=slopes, return_lse=True, **options
             )
-            yield AttentionTensors(q, k, v, out, lse, offsets, *[None] * 6, slopes, None), launched[-1]
+            yield AttentionTensors(q, k, v, out, lse, Extras(offsets, alibi_slopes=slopes)), launched[-1]
 
     with cute_fa.simulate("sm_80", num_sms=7):
         for given, (common, seqlen_q) in call((2, 2)):
             assert [common[i] is given[i] for i in range(5)] == [True] * 5
-            assert common[5][0] is offsets and common[7] is given.alibi_slopes
+            assert common[5][0] is offsets and common[7] is given.extras.alibi_slopes
             assert common[10:] == (2.0, None, None) and seqlen_q == 5
         assert asked == [7]
         # Slopes of all sequences alike are expanded, into a tensor of each call's own.
         for given, (common, _) in call((2,)):
-            assert common[7].data_ptr() == given.alibi_slopes.data_ptr()
+            assert common[7].data_ptr() == given.extras.alibi_slopes.data_ptr()
             assert common[0] is given.q and common[1] is given.k
         assert len(asked) == 1 + 1 + 2
 
 
 def test_plans_hold_no_tensors(monkeypatch):
-    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(plans, "PLANS", {})
     q = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16)
     with cute_fa.simulate("sm_80"):
         cute_fa.flash_attn_func(q, q, q)
-    for plan in ops._plans.values():
+    for plan in plans.PLANS.values():
         assert not any(isinstance(value, torch.Tensor) for value in vars(plan).values())
-        held = [*plan.pack.__globals__.values()] if plan.pack.__name__ == "<lambda>" else []
+        held = [cell.cell_contents for cell in plan.pack.__closure__]
+        held += [item for value in held if isinstance(value, tuple) for item in value]
         assert not any(isinstance(value, (torch.Tensor, AttentionTensors)) for value in held)
 
 
@@ -87,8 +90,8 @@ def launched(monkeypatch):
     """What kernels would be launched with, of which none is compiled; simulated as on sm_80."""
     launched = []
     kernel = type("Kernel", (), {"launch": lambda self, args: launched.append(args)})()
-    monkeypatch.setattr(ops, "_plans", {})
-    monkeypatch.setattr(ops, "compiled", lambda config: kernel)
+    monkeypatch.setattr(plans, "PLANS", {})
+    monkeypatch.setattr(plans, "compiled", lambda config: kernel)
     with cute_fa.simulate("sm_80"):
         yield launched
 
@@ -105,7 +108,7 @@ def test_another_call_like_one_before_does_without_the_dispatcher(launched, monk
     ]
     for call in calls:
         call(q)
-    monkeypatch.setattr(ops, "_attention_op", None)
+    monkeypatch.setattr(engine, "_attention_op", None)
     for call in calls:
         again = q.clone()
         out = call(again)

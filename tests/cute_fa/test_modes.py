@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cute_fa
 from cute_fa import flash_attn_func
-from cute_fa.engine import operator as ops
+from cute_fa.engine import attention as engine
 from cute_fa.semantics.errors import ArgumentError, DTypeError, NoBackwardError, ShapeError
 from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
 
@@ -185,7 +185,7 @@ def test_a_profile_has_every_call(given):
 
 
 def test_a_default_device_costs_no_dispatch(given, monkeypatch):
-    monkeypatch.setattr(ops, "_attention_op", None)
+    monkeypatch.setattr(engine, "_attention_op", None)
     with torch.device("cpu"):
         attend(*given)
 

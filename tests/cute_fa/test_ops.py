@@ -16,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cute_fa
 from cute_fa import flash_attn_func, flash_attn_varlen_func
-from cute_fa.engine import operator as ops
+from cute_fa.engine import plan as plans
+from cute_fa.engine import worlds
 from cute_fa.engine import worlds as simulation
 from cute_fa.engine.compiler import CompiledKernel
 from cute_fa.engine.worlds import num_sms
 from cute_fa.semantics import reference
+from cute_fa.semantics.call import FIELDS, TENSORS, Call
 from cute_fa.semantics.errors import ArgumentError, DeviceError, LengthError, NoBackwardError, NoDeviceError
 from cute_fa.semantics.types import PersistentMode
 from cute_fa.tools.inputs import InputSpec, make_inputs
@@ -38,21 +40,21 @@ def simulated():
 
 def arguments(inputs, **changes):
     """Arguments of the operator for dense or packed causal inputs."""
-    call = ops.Call(
-        *(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k, *[None] * 7),
-        *((40, 72) if inputs.cu_seqlens_q is not None else (None, None)),
-        *(None, None, 0, 0, 0.0, 1, None, False, "off", False),
-    )
-    return call._replace(**changes)
+    packed = {}
+    if inputs.cu_seqlens_q is not None:
+        packed = {"cu_seqlens_q": inputs.cu_seqlens_q, "cu_seqlens_k": inputs.cu_seqlens_k}
+        packed |= {"max_seqlen_q": 40, "max_seqlen_k": 72}
+    choices = {"window_right": 0, "pack_gqa": False, "persistent": "off"}
+    return Call.made(inputs.q, inputs.k, inputs.v, **packed, **choices).changed(**changes).flat()
 
 
 def test_schema_and_call_agree():
     for name in ("attention", "attention_out"):
         schema = getattr(torch.ops.cute_fa, name).default._schema
         names = [argument.name for argument in schema.arguments]
-        assert names == [*ops.Call._fields, *(["out"] if name == "attention_out" else [])]
-    optional = [argument.name for argument in schema.arguments[: ops.NUM_TENSORS] if "Tensor" in str(argument.type)]
-    assert optional == list(ops.Call._fields[: ops.NUM_TENSORS])
+        assert names == [*FIELDS, *(["out"] if name == "attention_out" else [])]
+    optional = [argument.name for argument in schema.arguments[: len(TENSORS)] if "Tensor" in str(argument.type)]
+    assert optional == list(TENSORS)
 
 
 @pytest.mark.parametrize("spec", [DENSE, PACKED], ids=["dense", "packed"])
@@ -270,21 +272,21 @@ def test_a_sink_that_needs_a_gradient(simulated):
 
 def test_one_launch_and_one_plan_for_equal_calls(simulated):
     inputs = make_inputs(DENSE)
-    ops._plans.clear()
+    plans.PLANS.clear()
     for _ in range(3):
         flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True)
     assert len(simulated.launches) == 3
-    assert len(ops._plans) == 1
+    assert len(plans.PLANS) == 1
     flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True, softmax_scale=0.5)
-    assert len(ops._plans) == 2
+    assert len(plans.PLANS) == 2
 
 
 def test_plans_do_not_grow_without_bound(simulated, monkeypatch):
-    monkeypatch.setattr(ops, "_MAX_PLANS", 2)
+    monkeypatch.setattr(plans, "_MAX_PLANS", 2)
     inputs = make_inputs(DENSE)
     for scale in (0.1, 0.2, 0.3):
         flash_attn_func(inputs.q, inputs.k[:, :0], inputs.v[:, :0], softmax_scale=scale)
-    assert len(ops._plans) <= 2
+    assert len(plans.PLANS) <= 2
 
 
 def test_another_arch_makes_another_plan():
@@ -303,19 +305,21 @@ def test_kernels_are_told_how_many_sms_there_are(monkeypatch):
     """Those of the simulated GPU, once for each number: a plan of the same call for another one is not taken."""
     told = []
 
-    def remember(cls, problem, tensors, num_sms, arguments=Fa2Forward.arguments):
+    def remember(cls, problem, config, tensors, num_sms, arguments=Fa2Forward.arguments):
         told.append(num_sms)
-        return arguments(problem, tensors, num_sms)
+        return arguments(problem, config, tensors, num_sms)
 
     monkeypatch.setattr(Fa2Forward, "arguments", classmethod(remember))
-    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(plans, "PLANS", {})
     inputs = make_inputs(DENSE)
     for options in ({}, {"num_sms": 3}, {"num_sms": 7}, {}):
         with cute_fa.simulate("sm_80", **options) as simulation:
             assert simulation.sm_count == num_sms(inputs.q.device)
             inputs.run(family="fa2")
     assert told == [108, 3, 7]
-    assert [(target.num_sms, plan.num_sms) for (target, *_), plan in ops._plans.items()] == [(n, n) for n in told]
+    assert [(target.num_sms, plan.target.num_sms) for (target, *_), plan in plans.PLANS.items()] == [
+        (n, n) for n in told
+    ]
     defaults = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90a": 132, "sm_100a": 148, "sm_103a": 148, "sm_120a": 188}
     for arch, published in defaults.items():
         with cute_fa.simulate(arch):
@@ -352,12 +356,12 @@ def test_no_value_is_read_by_default(simulated, monkeypatch):
 
     inputs = make_inputs(PACKED)
     expected, _ = reference.attention(inputs.q, inputs.k, inputs.v, **inputs.options())
-    monkeypatch.setattr(ops, "simulated_arch", lambda: None)
+    monkeypatch.setattr(worlds, "checks_values", lambda: False)
     with monkeypatch.context() as patch:
         for method in ("item", "tolist", "cpu", "numpy", "__int__", "__bool__", "__index__", "__float__"):
             patch.setattr(torch.Tensor, method, refuse)
         out = inputs.run()
-        patch.setattr(ops, "CHECK_VALUES", True)
+        patch.setattr(worlds, "checks_values", lambda: True)
         with pytest.raises(AssertionError, match="was read"):
             inputs.run()
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0)
@@ -368,7 +372,7 @@ def test_checks_are_turned_on_by_the_environment(value, on):
     environment = {name: text for name, text in os.environ.items() if name != "CUTE_FA_CHECK"}
     if value is not None:
         environment["CUTE_FA_CHECK"] = value
-    command = [sys.executable, "-c", "from cute_fa.engine import operator; print(operator.CHECK_VALUES)"]
+    command = [sys.executable, "-c", "from cute_fa.engine import worlds; print(worlds.CHECK_VALUES)"]
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == on
 
 

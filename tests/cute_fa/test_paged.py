@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cute_fa
 from cute_fa import flash_attn_varlen_func
 from cute_fa.compat import fa2, fa4
-from cute_fa.engine import operator as ops
-from cute_fa.engine.contract import AttentionTensors
+from cute_fa.engine import plan as plans
 from cute_fa.semantics import reference
+from cute_fa.semantics.call import Call
 from cute_fa.semantics.errors import (
     CumulativeSeqlensError,
     CuteFaError,
@@ -35,9 +35,10 @@ def launches(monkeypatch):
 
     class Kernel:
         def launch(self, arguments):
-            problem, tensors = arguments[0], AttentionTensors(*arguments[1])
+            problem, _, tensors = arguments
             made.append((problem, tensors))
             given = tensors._asdict()
+            given |= given.pop("extras")._asdict()
             out, lse = given.pop("out"), given.pop("lse")
             assert given.pop("cache_batch_idx") is given.pop("cache_leftpad") is None
             window = problem.window_left, problem.window_right
@@ -45,9 +46,9 @@ def launches(monkeypatch):
             for tensor, value in zip((out, lse), result, strict=True):
                 tensor.copy_(value)
 
-    monkeypatch.setattr(ops, "compiled", lambda config: Kernel())
-    monkeypatch.setattr(Fa3Forward, "arguments", classmethod(lambda cls, *arguments: arguments[:2]))
-    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(plans, "compiled", lambda config: Kernel())
+    monkeypatch.setattr(Fa3Forward, "arguments", classmethod(lambda cls, *arguments: arguments[:3]))
+    monkeypatch.setattr(plans, "PLANS", {})
     with cute_fa.simulate("sm_90a"):
         yield made
 
@@ -156,11 +157,10 @@ def test_no_queries_launch_nothing(launches):
 @pytest.mark.parametrize("spec", [SPEC, PACKED], ids=["dense", "packed"])
 def test_operators(launches, spec):
     inputs = make_inputs(spec, seed=5)
-    lengths = (inputs.cu_seqlens_q, None, None, inputs.seqused_k, inputs.page_table, *[None] * 4)
-    arguments = ops.Call(
-        *(inputs.q, inputs.k, inputs.v, *lengths), 20, 50, None, None, 0, 0, 0.0, 1, None, None, "auto", False
-    )
-    library.opcheck(torch.ops.cute_fa.attention.default, tuple(arguments))
+    lengths = {name: getattr(inputs, name) for name in ("cu_seqlens_q", "seqused_k", "page_table")}
+    longest = {"max_seqlen_q": 20, "max_seqlen_k": 50}
+    arguments = Call.made(inputs.q, inputs.k, inputs.v, **lengths, **longest, window_right=0).flat()
+    library.opcheck(torch.ops.cute_fa.attention.default, arguments)
     library.opcheck(torch.ops.cute_fa.attention_out.default, (*arguments, torch.empty_like(inputs.q)))
     torch._dynamo.reset()
     traced = torch.compile(call, fullgraph=True, backend="aot_eager")

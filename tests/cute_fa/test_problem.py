@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import cute_fa
+from cute_fa.api.attention import prepare
 from cute_fa.api.requests import CumulativeSeqlens, Fa2FwdRequest, Fa3FwdRequest, PersistentMode, VarlenFwdRequest
 from cute_fa.semantics import reference
+from cute_fa.semantics.call import Call
 from cute_fa.semantics.errors import (
     ArgumentError,
     ChunkIndexError,
@@ -191,8 +193,7 @@ def test_from_tensors():
     k = torch.zeros(3, 50, 2, 64, dtype=torch.float16)
     v = torch.zeros(3, 50, 2, 32, dtype=torch.float16)
     cu = torch.tensor([0, 10, 20, 100], dtype=torch.int32)
-    problem = problem_of(
-        SmArch.SM_90A,
+    call = prepare(
         q,
         k,
         v,
@@ -204,6 +205,7 @@ def test_from_tensors():
         sink_tokens=2**31 - 1,
         alibi_slopes=torch.ones(3, 8),
     )
+    problem = problem_of(SmArch.SM_90A, call)
     assert problem == AttentionProblem(
         arch=SmArch.SM_90A,
         dtype=DType.FP16,
@@ -223,7 +225,7 @@ def test_from_tensors():
     )
     pages = torch.zeros(5, 16, 2, 64, dtype=torch.float16)
     table = torch.zeros(3, 4, dtype=torch.int32)
-    paged = problem_of(SmArch.SM_80, q, pages, pages, cu_seqlens_q=cu, page_table=table, softmax_scale=2)
+    paged = problem_of(SmArch.SM_80, Call.made(q, pages, pages, cu_seqlens_q=cu, page_table=table, softmax_scale=2.0))
     assert (paged.page_size, paged.seqlen_k, paged.seqlen_q, paged.softmax_scale) == (16, 64, 100, 2.0)
     assert paged.direction is Direction.FORWARD
 

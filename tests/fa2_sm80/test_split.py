@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa.engine import operator as ops
+from cute_fa.engine import attention as engine
+from cute_fa.engine import plan as plans
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import DispatchTable, Entry
 from cute_fa.semantics.reference import expected
@@ -49,17 +50,17 @@ def case_name(case: dict) -> str:
 @pytest.fixture(autouse=True)
 def only_split(monkeypatch):
     """Problems that other kernels are preferred for, too."""
-    monkeypatch.setattr(ops, "TABLE", ONLY_SPLIT)
-    ops._plans.clear()
+    monkeypatch.setattr(engine, "TABLE", ONLY_SPLIT)
+    plans.PLANS.clear()
     yield
-    ops._plans.clear()
+    plans.PLANS.clear()
 
 
 def run(spec: InputSpec, inputs: str = "random", splits: int = 1, arch: str = "sm_80", **simulation):
     """(out, lse, simulation) of one call, after comparison with the reference."""
     given = make_inputs(spec, inputs)
     with cute_fa.simulate(arch, **simulation) as simulated, unwritten_is_nan():
-        out, lse = ops.attention(*call_of(given, num_splits=splits))
+        out, lse = engine.attention(call_of(given, num_splits=splits))
     result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
     assert result.ok, result
     return out, lse, simulated
@@ -74,7 +75,7 @@ def test_features_in_pairs(case):
 @pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
 def test_features_in_pairs_on_the_gpu(case):
     given = make_inputs(spec_of(case), case["inputs"], device="cuda")
-    out, lse = ops.attention(*call_of(given, num_splits=case["splits"]))
+    out, lse = engine.attention(call_of(given, num_splits=case["splits"]))
     result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
     assert result.ok, result
 

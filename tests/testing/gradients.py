@@ -8,8 +8,8 @@ import torch
 
 import cute_fa
 from cute_fa.engine import autograd
-from cute_fa.engine import operator as ops
 from cute_fa.semantics import reference
+from cute_fa.semantics.call import Call
 from cute_fa.semantics.problem import normalize_window
 from cute_fa.tools.inputs import make_inputs, output_gradients
 from tests.testing.simulated import unwritten_is_nan
@@ -18,26 +18,13 @@ if TYPE_CHECKING:
     from cute_fa.tools.inputs import Inputs, InputSpec
 
 
-def call_of(given: Inputs, **choices: Any) -> ops.Call:
+def call_of(given: Inputs, **choices: Any) -> Call:
     """The operator's arguments for these inputs; ``choices``: fields of the call."""
     options = given.options()
     left, right = normalize_window(options.pop("window_size"), options.pop("causal"))
-    fields = dict(
-        q=given.q,
-        k=given.k,
-        v=given.v,
-        max_seqlen_q=given.spec.seqlen_q,
-        max_seqlen_k=given.spec.seqlen_k,
-        window_left=left,
-        window_right=right,
-        num_splits=1,
-        family=None,
-        pack_gqa=None,
-        persistent="auto",
-        deterministic=False,
-        names="",
-    )
-    return ops.Call(**{**dict.fromkeys(ops.Call._fields), **fields, **options, **choices})
+    longest = {"max_seqlen_q": given.spec.seqlen_q, "max_seqlen_k": given.spec.seqlen_k}
+    fields = longest | {"window_left": left, "window_right": right} | options
+    return Call.made(given.q, given.k, given.v, **fields | choices)
 
 
 def gradients_of(

@@ -1,14 +1,20 @@
-"""Choosing the simulator: inside ``with simulate("sm_90a"):`` CPU tensors run that architecture's kernels."""
+"""The worlds that kernels run in: the real one, and inside ``with simulate("sm_90a"):`` the simulator's, where CPU
+tensors run that architecture's kernels.
+
+Serving code loads no line of the simulator: ``worlds.simulated`` alone imports it, and is imported when a simulation
+begins, or where someone else has begun one (``python -m ptxsim run``).
+"""
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-import ptxsim
+from cute_fa.engine.environment import switch
 from cute_fa.semantics.errors import ArgumentError, DeviceError, NoDeviceError
 from cute_fa.semantics.types import SmArch
 
@@ -16,6 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    import ptxsim
+
+# Whether to check values that live on the device, at the price of host synchronisations.
+CHECK_VALUES = switch("CUTE_FA_CHECK", default=False)
 # SMs of one GPU of each architecture: A100, A40, L40S, H100 SXM, B200, B300, RTX PRO 6000 Blackwell (NVIDIA's data
 # sheets and architecture white papers).
 _PUBLISHED_SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 188}
@@ -56,6 +66,8 @@ def simulate(
     simulation, whose ``launches`` tell what ran. Leaving it restores everything. Raises ArgumentError for an unknown
     architecture, fewer than 1 SM, or other ``fp8_bits``.
     """
+    from cute_fa.engine.worlds import simulated
+
     global _simulated
     arch = SmArch.named(arch)
     if num_sms is None:
@@ -64,14 +76,28 @@ def simulate(
         raise ArgumentError(f"num_sms={num_sms!r}: a GPU has at least 1 SM")
     if fp8_bits is not None and not (type(fp8_bits) is int and 8 <= fp8_bits <= 24):
         raise ArgumentError(f"fp8_bits={fp8_bits!r}: 8 to 24 significant bits, or None for sums in float32")
-    options = {"schedule_seed": schedule_seed, "late": late, "race": race, "sm_count": num_sms}
+    options = {"schedule_seed": schedule_seed, "late": late, "race": race}
     reports = {"fp8_bits": fp8_bits, "trace": trace, "line_info": line_info}
-    with ptxsim.simulate(arch.value, **options, **reports) as simulation:
+    with simulated.simulate(arch.value, num_sms, **options, **reports) as simulation:
         _simulated = Target(arch, num_sms, line_info)
         try:
             yield simulation
         finally:
             _simulated = None
+
+
+def simulation() -> Any | None:
+    """The ``ptxsim.Simulation`` that is on, whoever began it, or None. The simulator is not imported to be asked."""
+    if "ptxsim" not in sys.modules:
+        return None
+    from cute_fa.engine.worlds import simulated
+
+    return simulated.current()
+
+
+def checks_values() -> bool:
+    """Whether numbers on the device are checked: where the environment asks for it, and in simulations."""
+    return CHECK_VALUES or _simulated is not None
 
 
 def simulated_arch() -> SmArch | None:

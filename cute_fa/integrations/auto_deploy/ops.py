@@ -40,11 +40,14 @@ import torch
 from torch import library
 from torch.nn.functional import pad
 
-from cute_fa.api.append import AppendCall, append
+from cute_fa.api.append import append
 from cute_fa.api.attention import prepare
-from cute_fa.engine import operator as ops
-from cute_fa.engine.worlds import simulated_arch
+from cute_fa.engine import attention as engine
+from cute_fa.engine import worlds
+from cute_fa.engine.library import define
+from cute_fa.engine.torch_internals import has_values
 from cute_fa.semantics.argument_names import spelled
+from cute_fa.semantics.call import AppendCall
 from cute_fa.semantics.errors import (
     CacheIndexError,
     DTypeError,
@@ -81,10 +84,8 @@ def _operator(*, mutates: tuple[str, ...] = (), fake: Callable | None = None) ->
 
     def register(function: Callable) -> Callable:
         name = function.__name__
-        schema = library.infer_schema(function, mutates_args=mutates)
-        ops.LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        ops.LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        library.register_fake(f"cute_fa::{name}", fake or function, lib=ops.LIBRARY)
+        arguments, _, returns = library.infer_schema(function, mutates_args=mutates).partition(" -> ")
+        define(name, arguments.removeprefix("(").removesuffix(")"), returns, function, fake or function)
         operator = getattr(torch.ops.cute_fa, name).default
 
         @functools.wraps(function)
@@ -184,7 +185,7 @@ def fused_mha_with_paged_cache(
         raise LengthError(f"max_seq_len={max_seq_len}: a sequence has 0 tokens or more")
     if k_cache.numel() == 0:
         raise EmptyCacheError(f"k_cache {tuple(k_cache.shape)}: the cache has no pages")
-    if ops.has_values(cache_loc) and (ops.CHECK_VALUES or simulated_arch() is not None):
+    if has_values(cache_loc) and worlds.checks_values():
         for b, row in enumerate(cache_loc.tolist()):
             if not 0 <= row < page_table.shape[0]:
                 raise CacheIndexError(f"cache_loc[{b}]={row}: page_table has {page_table.shape[0]} rows")
@@ -282,7 +283,7 @@ def scaled_dot_product_attention(
         key, value = (t[:, :, : query.shape[2]] for t in (key, value))
         window = (None, query.shape[2] - key.shape[2])
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    out, _ = ops.attention(*prepare(q, k, v, window_size=window, softmax_scale=scale, names=_SDPA_NAMES))
+    out, _ = engine.attention(prepare(q, k, v, window_size=window, softmax_scale=scale, names=_SDPA_NAMES))
     return out.transpose(1, 2)
 
 
@@ -349,14 +350,14 @@ def _attend(
     choices = {"causal": True, "num_splits": 0, "softmax_scale": scale, "names": _ATTENTION_NAMES}
     call = prepare(q, k_cache, v_cache, seqused_k=input_pos, **queries, **places, **choices)
     if sequences > 0:
-        ops.validate(call)  # nothing is written for attention that cannot be
+        engine.validate(call)  # nothing is written for attention that cannot be
     shape = (b, s, heads, v.shape[-1])
     if b * s == 0 or sequences == 0:
         out = q.new_zeros(shape)
     else:
         appended = AppendCall(k_cache, v_cache, k, v, input_pos, q=q, **queries, **new, **places, names=_APPEND_NAMES)
         q, seqused_k = append(appended)
-        out = ops.attention(*call._replace(q=q, seqused_k=seqused_k))[0].reshape(shape)
+        out = engine.attention(call.changed(q=q, seqused_k=seqused_k))[0].reshape(shape)
     return out if heads_apart else out.flatten(2)
 
 

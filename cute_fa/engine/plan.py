@@ -1,0 +1,186 @@
+"""Plans: what is known of every call with one description, found once.
+
+A call is described by the operator, the tensors' shapes, strides, dtypes and devices, and the options. Validation,
+dispatch, configuration and compilation depend on nothing else. One cache holds the plans of all operators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import itemgetter, methodcaller
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cute_fa.engine.compiler import compiled
+from cute_fa.semantics.tensors import ALIGNMENT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cute_fa.engine.compiler import CompiledKernel
+    from cute_fa.engine.contract import AttentionKernel, KernelConfig
+    from cute_fa.engine.worlds import Target
+    from cute_fa.semantics.argument_names import ArgumentNames
+
+# A description that changes at every call (decoding, packed batches) must not fill the memory.
+_MAX_PLANS = 4096
+PLANS: dict[tuple, Any] = {}
+
+
+def plan_of(key: tuple, make: Callable[..., Any], *arguments: Any) -> Any:
+    """The plan of a description, made of these arguments where it is new; too many are forgotten together."""
+    plan = PLANS.get(key)
+    if plan is None:
+        plan = make(*arguments)
+        if len(PLANS) >= _MAX_PLANS:
+            PLANS.clear()
+        PLANS[key] = plan
+    return plan
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """``problem``: of the direction's kind; ``names``: what the caller calls the arguments; ``launches``: whether there
+    is anything to compute. ``compiled``, and ``pack``, which gives the kernel's arguments, are set by the first launch,
+    after all checks."""
+
+    problem: Any
+    names: ArgumentNames
+    kernel: type[AttentionKernel]
+    target: Target
+    launches: bool
+    config: KernelConfig | None = None
+    compiled: CompiledKernel | None = None
+    pack: Callable[..., tuple] | None = None
+
+    def launch(self, tensors: tuple) -> None:
+        """Run the kernel with a NamedTuple of tensors, possibly nested."""
+        if self.compiled is None:
+            self._prepare(tensors)
+        self.compiled.launch(self.pack(tensors))
+
+    def _prepare(self, tensors: tuple) -> None:
+        self.config = self.kernel.configure(self.problem)
+        self.pack = packing(self._arguments, tensors)
+        self.compiled = compiled(self.config)
+
+    def _arguments(self, tensors: tuple) -> tuple:
+        return self.kernel.arguments(self.problem, self.config, tensors, self.target.num_sms)
+
+
+def packing(arguments: Callable[[tuple], tuple], tensors: tuple) -> Callable[[tuple], tuple]:
+    """``arguments`` for tensors of this description. All but the tensors are the same in every call, so it is asked
+    once and only the tensors are put in their places; at every call where it makes tensors itself."""
+    # Objects of their own: one tensor may be q, k and v at once.
+    own = _detached(tensors)
+    return packer(arguments(own), own) or arguments
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, tuple):
+        items = [_detached(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def packer(arguments: tuple, tensors: tuple) -> Callable[[tuple], tuple] | None:
+    """A function of a tuple like ``tensors`` that gives ``arguments`` with its tensors in the places of these; None if
+    there are tensors of another origin.
+
+    What it picks from is a pool: the tensors, nested tuples of tensors laid side by side, then the constants, then each
+    tuple with tensors inside as soon as it is made."""
+    only_last = [isinstance(value, tuple) for value in tensors] == [False] * (len(tensors) - 1) + [True]
+    flatten = _with_last if only_last and not any(isinstance(item, tuple) for item in tensors[-1]) else _flattened
+    flat = flatten(tensors)
+    places = {id(tensor): i for i, tensor in enumerate(flat) if isinstance(tensor, torch.Tensor)}
+    constants: list[Any] = []
+    made: list[list[tuple[str, int]]] = []  # for each tuple with tensors, inner ones first: where its items lie
+
+    def place(value: Any) -> tuple[str, int]:
+        if isinstance(value, torch.Tensor):
+            return "tensor", places[id(value)]
+        if isinstance(value, tuple) and _holds_tensors(value):
+            made.append([place(item) for item in value])
+            return "made", len(made) - 1
+        constants.append(value)
+        return "constant", len(constants) - 1
+
+    try:
+        place(arguments)
+    except KeyError:
+        return None
+    first = {"tensor": 0, "constant": len(flat), "made": len(flat) + len(constants)}
+    picks = [_picker([first[kind] + index for kind, index in items]) for items in made]
+    fixed = tuple(constants)
+    if not picks:
+        return lambda tensors: arguments
+    *inner, outermost = picks
+
+    def pack(tensors: tuple) -> tuple:
+        pool = flatten(tensors) + fixed
+        for pick in inner:
+            pool += (pick(pool),)
+        return outermost(pool)
+
+    return pack
+
+
+def _picker(indices: Sequence[int]) -> Callable[[tuple], tuple]:
+    if len(indices) == 1:
+        (index,) = indices
+        return lambda pool: (pool[index],)
+    return itemgetter(*indices)
+
+
+def _with_last(tensors: tuple) -> tuple:
+    """:func:`_flattened` where only the last item is a tuple, in a tenth of the time."""
+    return tensors[:-1] + tensors[-1]
+
+
+def _flattened(tensors: tuple) -> tuple:
+    """The items of nested tuples side by side."""
+    flat: tuple = ()
+    for value in tensors:
+        flat += _flattened(value) if isinstance(value, tuple) else (value,)
+    return flat
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, tuple) and any(map(_holds_tensors, value)))
+
+
+def signature(tensor: torch.Tensor | None) -> tuple | None:
+    """What a plan knows of a tensor."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def signatures(tensors: Sequence[torch.Tensor | None]) -> tuple:
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+
+
+def new_like(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that allocates a contiguous tensor on its argument's device. With its strides at hand that takes two
+    thirds of the time."""
+    strides = torch.empty(shape, dtype=dtype, device="meta").stride()
+    return methodcaller("new_empty_strided", shape, strides, dtype=dtype)
+
+
+def odd_strides(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
+    """Strides to use instead: those of dimensions of size 1 mean nothing, but kernels ask for multiples of 16 bytes."""
+    if tensor is None:
+        return None
+    step = ALIGNMENT // tensor.element_size()
+    *outer, last = tensor.stride()
+    canonical = (*(0 if size == 1 else stride for size, stride in zip(tensor.shape, outer, strict=False)), 1)
+    return canonical if last != 1 or any(stride % step for stride in outer) else None
+
+
+def restrided(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
+    """The same elements with other strides, the tensor itself for None."""
+    return tensor if strides is None else tensor.as_strided(tensor.shape, strides)
+
+
+def canonical(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the strides that kernels ask for."""
+    return restrided(tensor, odd_strides(tensor))

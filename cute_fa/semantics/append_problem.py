@@ -1,0 +1,64 @@
+"""``AppendProblem``: one append to a KV cache, as ``AttentionProblem`` is one attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cute_fa.semantics.options import option
+from cute_fa.semantics.problem import DTYPE_ROWS, HEAD_DIM_ROWS, HEAD_DIM_V_ROWS, check_sizes
+from cute_fa.semantics.types import Direction, DType, SmArch
+
+
+@dataclass(frozen=True)
+class AppendProblem:
+    """What is asked of a kernel that writes new keys and values into a cache and rotates keys and queries on the way.
+
+    ``tokens_k``, ``tokens_q``: new keys, and queries that rotate, of the longest sequence. ``num_heads``: heads of
+    these queries. ``page_size`` None: contiguous sequences. ``packed_*``: with cu_seqlens; ``used_*``: with seqused.
+    ``rotary_dim``: how many of a head's first elements rotate, 0 for none; ``rotary_dtype``: fp16, bf16 or fp32, of
+    cosine and sine; ``rotary_seqlens``: rotations start elsewhere than the new rows.
+
+    Features are declared here, each in its field's metadata (``cute_fa.semantics.options``). Raises ShapeError,
+    EmptyBatchError, PageSizeError or ArgumentError.
+    """
+
+    arch: SmArch
+    dtype: DType = option(rows=DTYPE_ROWS)
+    batch: int
+    tokens_k: int
+    num_heads_kv: int
+    head_dim: int = option(rows=HEAD_DIM_ROWS)
+    head_dim_v: int = option(rows=HEAD_DIM_V_ROWS)
+    tokens_q: int = 0
+    num_heads: int = 0
+    page_size: int | None = option(None, token="page", rows={"paged KV": {"page_size": 64}})
+    cache_batch_idx: bool = option(
+        False,
+        token="index",
+        rows={
+            "KV cache by index": {"cache_batch_idx": True},
+            "paged KV by index": {"page_size": 64, "cache_batch_idx": True},
+        },
+    )
+    query: bool = option(False, token="query", help="Queries rotate, too.")
+    packed_q: bool = option(False, token="cuq")
+    packed_k: bool = option(False, token="cuk", rows={"varlen": {"packed_k": True}})
+    used_q: bool = option(False, token="usedq")
+    used_k: bool = option(False, token="usedk", rows={"seqused": {"used_k": True}})
+    rotary_dim: int = option(
+        0,
+        token="rotary",
+        help="First elements of each head that rotate.",
+        rows={"RoPE": {"rotary_dim": 64, "query": True, "tokens_q": 1, "num_heads": 1}},
+    )
+    rotary_dtype: str = option("fp32", help="Of cosine and sine: fp16, bf16 or fp32.")
+    rotary_interleaved: bool = option(
+        False, token="interleaved", help="Neighbours are pairs, else element i and i + rotary_dim / 2."
+    )
+    rotary_seqlens: bool = option(False, token="shifted", help="Rotations start elsewhere than the new rows.")
+
+    direction: ClassVar[Direction] = Direction.APPEND
+
+    def __post_init__(self):
+        check_sizes(self, batch=self.batch, page_size=self.page_size)

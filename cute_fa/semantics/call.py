@@ -1,0 +1,147 @@
+"""The arguments of attention as they travel from the public functions to a launch: declared here, once.
+
+The torch operators take them flat, in this order: q, k, v, :class:`Extras`, :class:`Options`
+(:meth:`Call.of`, :meth:`Call.flat`), and their schema follows from the types here (``cute_fa.engine.library``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Extras(NamedTuple):
+    """The tensors beside q, k and v; None where absent.
+
+    ``cu_seqlens_*`` int32 (batch + 1): q and out, or k and v, are packed; ``seqused_*`` int32 (batch): rows that count;
+    ``page_table`` int32 (batch, max_pages): k and v are pages; ``cache_batch_idx`` int32 (batch): which sequence of k
+    and v, or row of page_table, each one of the batch reads; ``cache_leftpad`` int32 (batch): rows of k and v before
+    its first key; ``alibi_slopes`` fp32 (heads) or (batch, heads); ``learnable_sink`` fp32 (heads).
+    """
+
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+    cache_batch_idx: torch.Tensor | None = None
+    cache_leftpad: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    learnable_sink: torch.Tensor | None = None
+
+
+class Options(NamedTuple):
+    """The choices of a call; meanings as in ``cute_fa.api.attention``, the window normalised: bounds are literal, None
+    alone is infinite. ``num_splits`` 0: the table chooses. ``names``: what the caller calls the arguments
+    (``cute_fa.semantics.argument_names``)."""
+
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    softmax_scale: float | None = None
+    window_left: int | None = None
+    window_right: int | None = None
+    sink_tokens: int = 0
+    softcap: float = 0.0
+    num_splits: int = 1
+    family: str | None = None
+    pack_gqa: bool | None = None
+    persistent: str = "auto"
+    deterministic: bool = False
+    names: str = ""
+
+
+NO_EXTRAS = Extras()
+TENSORS = ("q", "k", "v", *Extras._fields)
+FIELDS = (*TENSORS, *Options._fields)
+
+
+class Call(NamedTuple):
+    """One call of attention."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    extras: Extras = NO_EXTRAS
+    options: Options = Options()
+
+    @classmethod
+    def of(cls, arguments: tuple) -> Call:
+        """The call of an operator's flat arguments."""
+        q, k, v, *others = arguments
+        count = len(Extras._fields)
+        return cls(q, k, v, Extras._make(others[:count]), Options._make(others[count:]))
+
+    @classmethod
+    def made(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **fields: Any) -> Call:
+        """The call of these fields of Extras and Options; the others have their defaults."""
+        return cls(q, k, v).changed(**fields)
+
+    def changed(self, **fields: Any) -> Call:
+        """The call with other values for fields of Extras and Options, or for q, k and v."""
+        extras = {name: fields.pop(name) for name in Extras._fields if name in fields}
+        options = {name: fields.pop(name) for name in Options._fields if name in fields}
+        return self._replace(extras=self.extras._replace(**extras), options=self.options._replace(**options), **fields)
+
+    def flat(self) -> tuple:
+        """The operator's arguments."""
+        return (self.q, self.k, self.v, *self.extras, *self.options)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return (self.q, self.k, self.v, *self.extras)
+
+    def named_tensors(self) -> dict[str, torch.Tensor | None]:
+        """The tensors by name, None for what is absent."""
+        return dict(zip(TENSORS, self.tensors, strict=True))
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """(heads, total_q) if packed, else (batch, heads, seqlen_q)."""
+        if self.extras.cu_seqlens_q is not None:
+            return self.q.shape[1], self.q.shape[0]
+        return self.q.shape[0], self.q.shape[2], self.q.shape[1]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is any sequence, any query and any key."""
+        offsets = self.extras.cu_seqlens_q
+        return (offsets is None or offsets.shape[0] > 1) and self.q.numel() > 0 and self.k.numel() > 0
+
+
+class AppendCall(NamedTuple):
+    """One append: the operator's arguments in their order; meanings as for ``cute_fa.append_kv``. ``names``: what the
+    caller calls them (``cute_fa.semantics.argument_names``)."""
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cache_seqlens: torch.Tensor
+    q: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+    cache_batch_idx: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k_new: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None
+    seqused_k_new: torch.Tensor | None = None
+    rotary_cos: torch.Tensor | None = None
+    rotary_sin: torch.Tensor | None = None
+    rotary_seqlens: torch.Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k_new: int | None = None
+    rotary_interleaved: bool = False
+    rotate_each: bool = True
+    names: str = ""
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """The tensors by name, None for what is absent."""
+        return {name: value for name, value in self._asdict().items() if name not in _APPEND_OPTIONS}
+
+    @property
+    def options(self) -> tuple:
+        return tuple(getattr(self, name) for name in _APPEND_OPTIONS)
+
+
+_APPEND_OPTIONS = ("max_seqlen_q", "max_seqlen_k_new", "rotary_interleaved", "rotate_each", "names")
