@@ -6,7 +6,7 @@ What attention means here (masks, biases, LSE, empty rows) is written down in ``
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, get_type_hints, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -354,9 +354,12 @@ def flash_attn_varlen_func(
     return _attention(Call(q, k, v, extras, options), out, return_lse, return_attn_probs, return_softmax_lse)
 
 
+# How an option becomes one of ``Options``, by its type there.
+_KINDS = {int: integer, float: number, bool: flag}
+_HINTS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Options).items()}
+_CHOICES = tuple(name for name in Options._fields if not name.startswith("window_"))
 # What callers of :func:`prepare` may leave out: the defaults of the public functions.
-_DEFAULTS = {name: Options._field_defaults[name] for name in Options._fields if not name.startswith("window_")}
-_DEFAULTS |= {"causal": False, "window_size": (None, None)}
+_DEFAULTS = {name: Options._field_defaults[name] for name in _CHOICES} | {"causal": False, "window_size": (None, None)}
 
 
 def prepare(q: Any, k: Any, v: Any, **given: Any) -> Call:
@@ -370,9 +373,6 @@ def prepare(q: Any, k: Any, v: Any, **given: Any) -> Call:
     choices = _DEFAULTS | given
     options = _options(choices["window_size"], choices["causal"], *(choices[name] for name in _CHOICES))
     return _checked(Call(q, k, v, extras, options))
-
-
-_CHOICES = [name for name in _DEFAULTS if name not in ("causal", "window_size")]
 
 
 def _checked(call: Call) -> Call:
@@ -403,40 +403,28 @@ def _remembered(kind: type, left: Any, right: Any, *choices: Any) -> Options:
     return _normalized(LiteralWindow(left, right) if kind is LiteralWindow else (left, right), *choices)
 
 
-def _normalized(
-    window_size: Any,
-    causal: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    softmax_scale: Any,
-    sink_tokens: Any,
-    softcap: Any,
-    num_splits: Any,
-    family: Any,
-    pack_gqa: Any,
-    persistent: Any,
-    deterministic: Any,
-    names: str,
-) -> Options:
-    called = names_of(names)
-    if family is not None and not isinstance(family, str):
-        raise ArgumentError(f"family={family!r}: a name")
+def _normalized(window_size: Any, causal: Any, *choices: Any) -> Options:
+    """``choices``: values of _CHOICES."""
+    called = names_of(choices[-1])
     left, right = normalize_window(window_size, flag("causal", causal))
-    return Options(
-        max_seqlen_q=None if max_seqlen_q is None else integer(called["max_seqlen_q"], max_seqlen_q),
-        max_seqlen_k=None if max_seqlen_k is None else integer(called["max_seqlen_k"], max_seqlen_k),
-        softmax_scale=None if softmax_scale is None else number(called["softmax_scale"], softmax_scale),
-        window_left=left,
-        window_right=right,
-        sink_tokens=integer("sink_tokens", sink_tokens),
-        softcap=0.0 if softcap is None else number("softcap", softcap),
-        num_splits=integer("num_splits", num_splits),
-        family=family,
-        pack_gqa=None if pack_gqa is None else flag("pack_gqa", pack_gqa),
-        persistent=persistent if isinstance(persistent, str) else PersistentMode.named(persistent).value,
-        deterministic=flag("deterministic", deterministic),
-        names=names,
-    )
+    normalized = {name: _choice(called[name], name, value) for name, value in zip(_CHOICES, choices, strict=True)}
+    return Options(window_left=left, window_right=right, **normalized)
+
+
+def _choice(called: str, name: str, value: Any) -> Any:
+    """One option, of the type that Options declares; ``called``: by the caller."""
+    if name == "softcap" and value is None:
+        return 0.0
+    if name == "persistent":
+        return value if isinstance(value, str) else PersistentMode.named(value).value
+    kinds = _HINTS[name]
+    if value is None and type(None) in kinds:
+        return None
+    if str in kinds:
+        if not isinstance(value, str):
+            raise ArgumentError(f"{called}={value!r}: a name")
+        return value
+    return _KINDS[kinds[0]](called, value)
 
 
 def _attention(call: Call, out: Any, return_lse: Any, return_attn_probs: Any, return_softmax_lse: Any) -> Result:

@@ -207,9 +207,8 @@ class PagedAttentionRequest(ForwardRequest):
         check_devices({"q": self.q, name: descale}, "q")
 
     def _choose(self) -> tuple[AttentionProblem, type[AttentionKernel]]:
-        if self.num_splits:
-            return super()._choose()
-        return TABLE.choose(self.problem(), self.family, described(self.arch, self.q.device).num_sms)
+        num_sms = described(self.arch, self.q.device).num_sms
+        return TABLE.choose(self.problem(), self.family, num_sms, self.num_splits)
 
     def _options(self) -> dict[str, Any]:
         return {

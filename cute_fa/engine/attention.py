@@ -90,11 +90,8 @@ def _key(q: Any, k: Any, v: Any, extras: Extras, options: Options, out: torch.Te
 
 def _make_plan(call: Call, out: torch.Tensor | None) -> ForwardPlan:
     target = target_of(call.q.device)
-    problem, family = problem_of(target.arch, call, out), call.options.family
-    if call.options.num_splits == 0:
-        problem, kernel = TABLE.choose(problem, family, target.num_sms)
-    else:
-        kernel = TABLE.lookup(problem, family)
+    problem = problem_of(target.arch, call, out)
+    problem, kernel = TABLE.choose(problem, call.options.family, target.num_sms, call.options.num_splits)
     strides = tuple(map(odd_strides, (call.q, call.k, call.v, out)))
     return ForwardPlan(
         problem=problem,

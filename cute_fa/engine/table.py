@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cute_fa.engine.contract import AttentionKernel
 
 Problem = AttentionProblem | AppendProblem
-_FAMILIES = ("fa2", "fa3", "fa4")
+FAMILIES = ("fa2", "fa3", "fa4")
 _ALL = tuple(SmArch)
 _HOPPER = (SmArch.SM_90A,)
 _BLACKWELL = (SmArch.SM_100A, SmArch.SM_103A)
@@ -150,11 +150,13 @@ class DispatchTable:
         raise UnsupportedKeyError(key, reasons)
 
     def choose(
-        self, problem: AttentionProblem, family: str | None, num_sms: int
+        self, problem: AttentionProblem, family: str | None, num_sms: int, num_splits: int
     ) -> tuple[AttentionProblem, type[AttentionKernel]]:
-        """The problem with a number of splits, and the kernel that serves it, where the caller leaves the number open:
-        those of the first kernel that wants the problem for itself (``AttentionKernel.num_splits``), else one split and
-        :meth:`lookup`."""
+        """The problem and the kernel that serves it. Where the caller leaves the number of splits open, ``num_splits``
+        0, both are those of the first kernel that wants the problem for itself (``AttentionKernel.num_splits``), else
+        one split and :meth:`lookup`."""
+        if num_splits:
+            return problem, self.lookup(problem, family)
         for entry in self._candidates(problem, family):
             if not entry.reasons(problem):
                 splits = entry.kernel().num_splits(problem, num_sms)
@@ -194,8 +196,8 @@ class DispatchTable:
         return next((e for e in self._candidates(problem, family) if not e.reasons(problem)), None)
 
     def _candidates(self, problem: Problem, family: str | None) -> list[Entry]:
-        if family is not None and family not in _FAMILIES:
-            raise ArgumentError(f"family={family!r}: one of {', '.join(_FAMILIES)}")
+        if family is not None and family not in FAMILIES:
+            raise ArgumentError(f"family={family!r}: one of {', '.join(FAMILIES)}")
         if family == "fa3" and problem.arch.number < 90:
             raise Fa3ArchError(f"FA3 kernels on {problem.arch.value}: they need WGMMA, which exists on sm_90a alone")
         families = (family,)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cute_fa.semantics.options import options_of
 from cute_fa.semantics.types import Direction
 
 if TYPE_CHECKING:
-    from cute_fa.engine.contract import AttentionKernel
     from cute_fa.semantics.append_problem import AppendProblem
     from cute_fa.semantics.problem import AttentionProblem
 
@@ -16,7 +15,11 @@ if TYPE_CHECKING:
 _ORDER = "causal varlen sw wr alibi sink softcap lsink page split gqa dlse dalibi det".split()
 
 
-def canonical_name(kernel: type[AttentionKernel], problem: AttentionProblem | AppendProblem) -> str:
+class _Kernel(Protocol):
+    family: str
+
+
+def canonical_name(kernel: type[_Kernel], problem: AttentionProblem | AppendProblem) -> str:
     """What ran, run-time values included, e.g. ``fa3_fwd_sm90a_bf16_hd128_causal_varlen_sw4096_sink4_gqa8``: the
     kernel's family, then :func:`problem_name`."""
     return f"{kernel.family}_{problem_name(problem)}"

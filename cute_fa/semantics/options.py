@@ -36,7 +36,7 @@ class Option:
     flag_token, token: what stands for it in compile names and, followed by its value, in canonical names.
     key: its field of ``DispatchKey``.
     direction: the only one that a kernel's choice or a gradient is of; None for what all share.
-    metavar, help: of the command line's option; without help there is none of its own.
+    help: of the command line's option; without it there is none. ``cli``: its name there, the field's by default.
     rows: the support table's rows about it: the fields of a problem, by the row's name.
     """
 
@@ -48,8 +48,8 @@ class Option:
     token: str = ""
     key: str = ""
     direction: Direction | None = None
-    metavar: str | None = None
     help: str = ""
+    cli: str = ""
     rows: tuple[tuple[str, dict[str, Any]], ...] = ()
 
 

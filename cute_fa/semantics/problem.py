@@ -159,6 +159,7 @@ class AttentionProblem:
         token="sink",
         key="sink",
         help="First keys that a left bound never hides.",
+        cli="sink",
         rows={"sink tokens + window": {"window_left": 512, "window_right": 0, "sink_tokens": 4}},
     )
     softcap: float = option(
@@ -195,6 +196,8 @@ class AttentionProblem:
         tensor=TensorOption("cu_seqlens_q"),
         flag="cu_seqlens_q",
         flag_token="cuq",
+        help="Packed sequences of different lengths, up to seqlen-q and seqlen-k.",
+        cli="varlen",
         rows={"varlen": {"varlen_q": True, "varlen_k": True}},
     )
     varlen_k: bool = option(False, tensor=TensorOption("cu_seqlens_k"), flag="cu_seqlens_k", flag_token="cuk")

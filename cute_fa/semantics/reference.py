@@ -26,6 +26,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -60,9 +61,11 @@ class Gradients(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """One sequence: where its rows start in the packed tensor (0 if dense), and how many count."""
+    """One sequence: where its rows start in the packed tensor, or the cache, and how many count. ``sequence``: of dense
+    k and v, or row of the page table."""
 
     batch: int
+    sequence: int
     start_q: int
     seqlen_q: int
     start_k: int
@@ -79,6 +82,8 @@ def attention(
     seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
@@ -94,6 +99,8 @@ def attention(
     k, v: (batch, seqlen_k, heads_kv, head_dim | head_dim_v), or (total_k, heads_kv, …) with ``cu_seqlens_k``, or pages
     (num_pages, page_size, heads_kv, …) with ``page_table`` (batch, max_pages); lengths are then ``seqused_k`` (batch),
     else the differences of ``cu_seqlens_k``, else whole rows of the table.
+    cache_batch_idx (batch): which sequence of k and v, or row of page_table, each one of the batch reads; cache_leftpad
+    (batch): rows before its first key, which its length counts.
     alibi_slopes: (heads) or (batch, heads). learnable_sink: (heads). softmax_scale: 1/√head_dim by default.
     out: q's shape with head_dim_v, of ``dtype``; lse: (batch, heads, seqlen_q) or (heads, total_q).
 
@@ -110,7 +117,8 @@ def attention(
     lse_shape = (heads, q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
     lse = torch.full(lse_shape, -math.inf, dtype=compute, device=q.device)
 
-    for span in _spans(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table):
+    cache = page_table, cache_batch_idx, cache_leftpad
+    for span in _spans(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *cache):
         k_s, v_s = (_keys(t, span, cu_seqlens_k, page_table).to(compute) for t in (k, v))
         slopes = _slopes(alibi_slopes, span, compute)
         for rows, distance, visible in _pieces(span, heads, left, right, sink_tokens, q.device):
@@ -131,46 +139,35 @@ def gradients(q, k, v, dout, dlse=None, **options) -> Gradients:
     return _gradients(q, k, v, dout, dlse, **options)[0]
 
 
-def _gradients(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    *,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    seqused_q: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = (None, None),
-    sink_tokens: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    learnable_sink: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Gradients, dict[str, torch.Tensor]]:
+def _gradients(q, k, v, dout, dlse, **options) -> tuple[Gradients, dict[str, torch.Tensor]]:
     """The gradients, and of dalibi and dsink the sums of the squares of their terms."""
-    if page_table is not None or dtype in _FP8 or q.dtype in _FP8:
-        raise ArgumentError("gradients of a paged cache or in fp8: nothing computes them")
+    unknown = options.keys() - attention.__kwdefaults__.keys()
+    if unknown:
+        raise TypeError(f"gradients: no such option: {', '.join(sorted(unknown))}")
+    o = SimpleNamespace(**attention.__kwdefaults__ | options)
+    dtype, softcap, alibi_slopes, learnable_sink = o.dtype, o.softcap, o.alibi_slopes, o.learnable_sink
+    if any(t is not None for t in (o.page_table, o.cache_batch_idx, o.cache_leftpad)):
+        raise ArgumentError(
+            "gradients of a paged cache, or of one by index or with left padding: nothing computes them"
+        )
+    if dtype in _FP8 or q.dtype in _FP8:
+        raise ArgumentError("gradients in fp8: nothing computes them")
     compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    left, right = normalize_window(window_size, causal)
+    left, right = normalize_window(o.window_size, o.causal)
     heads, head_dim = q.shape[-2:]
-    scale = default_scale(head_dim) if softmax_scale is None else softmax_scale
+    scale = default_scale(head_dim) if o.softmax_scale is None else o.softmax_scale
     dq, dk, dv = (torch.zeros(t.shape, dtype=compute, device=q.device) for t in (q, k, v))
     sums = {}
     for name, parameter in (("dalibi", alibi_slopes), ("dsink", learnable_sink)):
         if parameter is not None:
             sums[name] = torch.zeros(2, *parameter.shape, dtype=compute, device=q.device)
 
-    for span in _spans(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None):
-        k_s, v_s, dk_s, dv_s = (_keys(t, span, cu_seqlens_k, None) for t in (k, v, dk, dv))
+    for span in _spans(q, k, o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_q, o.seqused_k, None, None, None):
+        k_s, v_s, dk_s, dv_s = (_keys(t, span, o.cu_seqlens_k, None) for t in (k, v, dk, dv))
         k_s, v_s = k_s.to(compute), v_s.to(compute)
         slopes = _slopes(alibi_slopes, span, compute)
-        for rows, distance, visible in _pieces(span, heads, left, right, sink_tokens, q.device):
-            at, at_lse = _index(span, rows, cu_seqlens_q)
+        for rows, distance, visible in _pieces(span, heads, left, right, o.sink_tokens, q.device):
+            at, at_lse = _index(span, rows, o.cu_seqlens_q)
             q_p, do = q[at].to(compute), dout[at].to(compute)
             capped = _scores(q_p, k_s, scale, softcap, dtype)
             out, lse, p = _softmax_pv(_masked(capped, slopes, distance, visible), v_s, learnable_sink, dtype)
@@ -235,7 +232,9 @@ def _masked(scores, slopes, distance, visible) -> torch.Tensor:
     return scores.masked_fill(~visible, -math.inf)
 
 
-def _spans(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table) -> list[_Span]:
+def _spans(
+    q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, cache_batch_idx, cache_leftpad
+) -> list[_Span]:
     """Every sequence of the batch."""
     if cu_seqlens_q is not None:
         starts_q = cu_seqlens_q.tolist()
@@ -257,20 +256,23 @@ def _spans(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table) -
         lengths_q = seqused_q.tolist()
     if seqused_k is not None:
         lengths_k = seqused_k.tolist()
-    return [_Span(b, starts_q[b], lengths_q[b], starts_k[b], lengths_k[b]) for b in range(batch)]
+    if cache_leftpad is not None:
+        starts_k = cache_leftpad.tolist()
+        lengths_k = [length - start for start, length in zip(starts_k, lengths_k, strict=True)]
+    sequences = range(batch) if cache_batch_idx is None else cache_batch_idx.tolist()
+    return [_Span(b, sequences[b], starts_q[b], lengths_q[b], starts_k[b], lengths_k[b]) for b in range(batch)]
 
 
 def _keys(tensor, span: _Span, cu_seqlens_k, page_table) -> torch.Tensor:
     """Rows of k or v that belong to one sequence: (seqlen_k, heads_kv, …)."""
     if page_table is not None:
         page_size = tensor.shape[1]
-        pages = page_table[span.batch, : -(-span.seqlen_k // page_size)].long()
+        pages = page_table[span.sequence, : -(-(span.start_k + span.seqlen_k) // page_size)].long()
         # gathers only slots that count: a page's unused slots may hold anything
-        slots = torch.arange(span.seqlen_k, device=tensor.device)
+        slots = span.start_k + torch.arange(span.seqlen_k, device=tensor.device)
         return tensor[pages[slots // page_size], slots % page_size]
-    if cu_seqlens_k is not None:
-        return tensor[span.start_k : span.start_k + span.seqlen_k]
-    return tensor[span.batch, : span.seqlen_k]
+    rows = slice(span.start_k, span.start_k + span.seqlen_k)
+    return tensor[rows] if cu_seqlens_k is not None else tensor[span.sequence, rows]
 
 
 def _scores(q, k, scale: float, softcap: float, dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import click
@@ -27,18 +27,16 @@ from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds.simulated import SimError
 from cute_fa.semantics.errors import ArgumentError, CuteFaError
 from cute_fa.semantics.names import canonical_name
-from cute_fa.semantics.problem import AttentionProblem
-from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
 from cute_fa.tools import support
-from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs, output_gradients
+from cute_fa.tools.append_trial import AppendResult, run_append_trial
+from cute_fa.tools.inputs import Inputs, make_inputs, output_gradients
+from cute_fa.tools.problem_options import PROBLEM_OPTIONS, ProblemOptions, with_options
 from cute_fa.tools.tour import run_tour, tour_table
 from cute_fa.tools.trial import (
     BackwardResult,
     Machine,
     TrialResult,
-    choose_machine,
     config_fields,
-    problem_of_spec,
     run_backward_trial,
     run_trial,
 )
@@ -47,125 +45,7 @@ from cute_fa.tools.warm import read_keys, warm
 _PIPE_WIDTH = 140  # columns of a table that goes to a pipe or file, which have no width of their own
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options that describe one problem, as given. ``None`` lengths and heads follow their counterpart."""
-
-    arch: str | None
-    dtype: str
-    batch: int
-    seqlen_q: int
-    seqlen_k: int | None
-    heads: int
-    heads_kv: int | None
-    head_dim: int
-    head_dim_v: int | None
-    causal: bool
-    window: tuple[int, int] | None
-    sink: int
-    alibi: bool
-    softcap: float
-    learnable_sink: bool
-    varlen: bool
-    page_size: int | None
-    backward: bool
-    deterministic: bool
-    lse_gradient: bool
-    pack_gqa: bool | None
-    persistent: str
-    # of a run alone
-    seed: int = 0
-    schedule_seed: int | None = None
-    late: bool = False
-    race: bool = False
-    num_sms: int | None = None
-    inputs: str = "random"
-
-    @property
-    def spec(self) -> InputSpec:
-        return InputSpec(
-            batch=self.batch,
-            seqlen_q=self.seqlen_q,
-            seqlen_k=self.seqlen_q if self.seqlen_k is None else self.seqlen_k,
-            heads=self.heads,
-            heads_kv=self.heads if self.heads_kv is None else self.heads_kv,
-            head_dim=self.head_dim,
-            head_dim_v=self.head_dim_v,
-            dtype=DType(self.dtype),
-            causal=self.causal,
-            window=self.window or (None, None),
-            sink_tokens=self.sink,
-            softcap=self.softcap,
-            alibi=self.alibi,
-            learnable_sink=self.learnable_sink,
-            varlen_q=self.varlen,
-            varlen_k=self.varlen and self.page_size is None,
-            page_size=self.page_size,
-        )
-
-    @property
-    def machine(self) -> Machine:
-        simulation = {name: getattr(self, name) for name in ("schedule_seed", "late", "race", "num_sms")}
-        return choose_machine(SmArch(self.arch) if self.arch else None, **simulation)
-
-    @property
-    def choices(self) -> dict:
-        """How to compute, in the problem's terms."""
-        return {"pack_gqa": self.pack_gqa, "persistent": PersistentMode(self.persistent)}
-
-    @property
-    def forward_problem(self) -> AttentionProblem:
-        if not self.backward and self.deterministic:
-            raise ArgumentError("--deterministic without --backward: the forward is deterministic anyway")
-        if not self.backward and self.lse_gradient:
-            raise ArgumentError("--lse-gradient without --backward: a forward takes no gradient")
-        return problem_of_spec(self.spec, self.machine.arch, **self.choices)
-
-    @property
-    def backward_problem(self) -> AttentionProblem:
-        return problem_of_spec(
-            self.spec,
-            self.machine.arch,
-            direction=Direction.BACKWARD,
-            deterministic=self.deterministic,
-            lse_gradient=self.lse_gradient,
-            slopes_gradient=self.alibi,
-        )
-
-
 _SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch's generators take
-_PROBLEM_OPTIONS = [
-    click.option("--arch", type=click.Choice([arch.value for arch in SmArch]), help="[default: the GPU's, else sm_80]"),
-    click.option("--dtype", type=click.Choice([d.value for d in DType]), default="bf16", show_default=True),
-    click.option("--batch", type=int, default=1, show_default=True),
-    click.option("--seqlen-q", type=int, default=256, show_default=True),
-    click.option("--seqlen-k", type=int, help="[default: seqlen-q]"),
-    click.option("--heads", type=int, default=4, show_default=True),
-    click.option("--heads-kv", type=int, help="[default: heads]"),
-    click.option("--head-dim", type=int, default=128, show_default=True),
-    click.option("--head-dim-v", type=int, help="[default: head-dim]"),
-    click.option("--causal", is_flag=True),
-    click.option("--window", type=int, nargs=2, metavar="L R", help="Keys visible to the left and right; -1: all."),
-    click.option("--sink", type=int, default=0, help="First keys that a left bound never hides."),
-    click.option("--alibi", is_flag=True, help="Bias -slope[head]·distance, slopes from the seed."),
-    click.option("--softcap", type=float, default=0.0, help="Cap c of c·tanh(score/c); 0: none."),
-    click.option("--learnable-sink", is_flag=True, help="An extra logit per head, from the seed."),
-    click.option("--varlen", is_flag=True, help="Packed sequences of different lengths, up to seqlen-q and seqlen-k."),
-    click.option("--page-size", type=int, help="Keys and values in shuffled pages of this many tokens."),
-    click.option("--backward", is_flag=True, help="Also the gradients, for random ones of the output."),
-    click.option("--deterministic", is_flag=True, help="Gradients that are bit-identical between runs."),
-    click.option("--lse-gradient", is_flag=True, help="Give a random gradient of the LSE, too."),
-    click.option(
-        "--pack-gqa/--no-pack-gqa", default=None, help="Query heads of one kv head share a tile. [default: as it pays]"
-    ),
-    click.option(
-        "--persistent",
-        type=click.Choice([mode.value for mode in PersistentMode]),
-        default="auto",
-        show_default=True,
-        help="Whether a CTA computes one tile after the other.",
-    ),
-]
 _RUN_OPTIONS = [
     click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the inputs."),
     click.option("--schedule-seed", type=int, help="Simulate, with warps in a seeded adversarial order."),
@@ -176,17 +56,6 @@ _RUN_OPTIONS = [
 ]
 
 
-def _options(*groups: list):
-    """Options of a command, in their order."""
-
-    def add(command):
-        for option in reversed([option for group in groups for option in group]):
-            command = option(command)
-        return command
-
-    return add
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="cute_fa")
 def main() -> None:
@@ -194,7 +63,7 @@ def main() -> None:
 
 
 @main.command()
-@_options(_PROBLEM_OPTIONS, _RUN_OPTIONS)
+@with_options(PROBLEM_OPTIONS, _RUN_OPTIONS)
 @click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write inputs and results (torch.save).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
@@ -207,35 +76,47 @@ def run(context: click.Context, save: Path | None, as_json: bool, **given) -> No
     chosen = [name for name in (*given, "save") if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     with _errors(as_json):
         if chosen:
-            _run_one(Options(**given), save, as_json)
+            _run_one(ProblemOptions(given), save, as_json)
         else:
             _run_all(as_json)
 
 
-def _run_one(options: Options, save: Path | None, as_json: bool) -> None:
+def _run_one(options: ProblemOptions, save: Path | None, as_json: bool) -> None:
     if save and not save.absolute().parent.is_dir():
         raise click.BadParameter(f"{save.parent} is no folder", param_hint="--save")
     # A request that no kernel serves fails before any work.
-    TABLE.lookup(options.forward_problem)
-    if options.backward:
-        TABLE.lookup(options.backward_problem)
-    machine = options.machine
-    inputs = make_inputs(options.spec, options.inputs, options.seed, device=machine.device)
-    if options.backward:
-        dout, dlse = output_gradients(inputs, options.seed)
-        given = (dout, dlse if options.lse_gradient else None)
-        result = run_backward_trial(inputs, machine, *given, deterministic=options.deterministic, **options.choices)
+    if options.append:
+        TABLE.lookup(options.append_problem, options["family"])
     else:
-        result = run_trial(inputs, machine, **options.choices)
+        options.forward()
+        if options["backward"]:
+            TABLE.lookup(options.backward_problem, options["family"])
+    machine = options.machine
+    if options.append:
+        if save:
+            raise ArgumentError("--save with --append: there is no attention to recompute")
+        capacity = options["seqlen_k"] or 2 * options["seqlen_q"]
+        result = run_append_trial(options.append_problem, machine, capacity, options["seed"])
+    else:
+        inputs = make_inputs(options.spec, options["inputs"], options["seed"], device=machine.device)
+        result = _run_attention(options, inputs, machine)
     if save:
         saved = _saved(options, inputs, result)
         with _writing("--save", save):
             torch.save(saved, save)
     if as_json:
-        click.echo(json.dumps({**result.summary(), "options": asdict(options)}))
+        click.echo(json.dumps({**result.summary(), "options": options.given}))
     else:
         _console().print(_result_table(result))
     sys.exit(0 if result.ok else 1)
+
+
+def _run_attention(options: ProblemOptions, inputs: Inputs, machine: Machine) -> TrialResult:
+    if not options["backward"]:
+        return run_trial(inputs, machine, **options.choices)
+    dout, dlse = output_gradients(inputs, options["seed"])
+    given = (dout, dlse if options["lse_gradient"] else None)
+    return run_backward_trial(inputs, machine, *given, deterministic=options["deterministic"], **options.choices)
 
 
 def _run_all(as_json: bool) -> None:
@@ -249,7 +130,7 @@ def _run_all(as_json: bool) -> None:
 
 
 @main.command("compile")
-@_options(_PROBLEM_OPTIONS)
+@with_options(PROBLEM_OPTIONS)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
 @click.option(
     "--keys",
@@ -274,9 +155,7 @@ def compile_command(
         if keys is not None:
             _warm(keys, jobs, as_json)
             return
-        options = Options(**given)
-        problem = _compiled_problem(options)
-        kernel = TABLE.lookup(problem)
+        problem, kernel = ProblemOptions(given).compiled()
         config = kernel.configure(problem)
         ptx, cubin = compile_artifacts(config)
         written = {"ptx": out / f"{config.compile_name}.ptx", "cubin": out / f"{config.compile_name}.cubin"}
@@ -295,27 +174,19 @@ def compile_command(
                 click.echo(f"wrote           {path}")
 
 
-def _compiled_problem(options: Options) -> AttentionProblem:
-    if not options.backward:
-        return options.forward_problem
-    if options.choices != {"pack_gqa": None, "persistent": PersistentMode.AUTO}:
-        raise ArgumentError("--pack-gqa or --persistent of a backward: they choose how a forward is computed")
-    return options.backward_problem
-
-
 @click.command(add_help_option=False)
-@_options(_PROBLEM_OPTIONS)
-def _one_problem(**given) -> Options:
+@with_options(PROBLEM_OPTIONS)
+def _one_problem(**given) -> ProblemOptions:
     """A line of ``--keys``."""
-    return Options(**given)
+    return ProblemOptions(given)
 
 
 def _config_of(options: list[str]) -> KernelConfig:
     try:
-        problem = _compiled_problem(_one_problem.main(options, standalone_mode=False))
+        problem, kernel = _one_problem.main(options, standalone_mode=False).compiled()
     except click.ClickException as error:
         raise ArgumentError(error.format_message()) from None
-    return TABLE.lookup(problem).configure(problem)
+    return kernel.configure(problem)
 
 
 def _warm(keys: Path, jobs: int, as_json: bool) -> None:
@@ -375,16 +246,17 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
 
-def _result_table(result: TrialResult) -> Table:
-    comparison = result.comparison
+def _result_table(result: TrialResult | AppendResult) -> Table:
     table = Table(show_header=False, box=None)
     table.add_row("kernel", result.canonical_name)
     table.add_row("compiled as", result.compile_name)
     table.add_row("config", _shown(result.config))
     table.add_row("ran on", str(result.machine))
-    table.add_row("max error of O", f"{comparison.out_error:.3e}, allowed {comparison.out_allowed:.3e}")
-    table.add_row("max error of LSE", f"{comparison.lse_error:.3e}, allowed {comparison.lse_allowed:.3e}")
-    if isinstance(result, BackwardResult):
+    if isinstance(result, TrialResult):
+        comparison = result.comparison
+        table.add_row("max error of O", f"{comparison.out_error:.3e}, allowed {comparison.out_allowed:.3e}")
+        table.add_row("max error of LSE", f"{comparison.lse_error:.3e}, allowed {comparison.lse_allowed:.3e}")
+    if isinstance(result, (BackwardResult, AppendResult)):
         for name, error in result.errors.items():
             table.add_row(f"max error of {name}", f"{error.error:.3e}, allowed {error.allowed:.3e}")
     table.add_row("time", f"{_seconds(result.seconds)}, after {_seconds(result.compile_seconds)} to compile or load")
@@ -412,7 +284,7 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.3g} ms"
 
 
-def _saved(options: Options, inputs: Inputs, result: TrialResult) -> dict:
+def _saved(options: ProblemOptions, inputs: Inputs, result: TrialResult) -> dict:
     """Everything that is needed to recompute the result outside, on the CPU; plain types and tensors only."""
     tensors = {field.name: getattr(inputs, field.name) for field in fields(Inputs) if field.name != "spec"}
     tensors |= {"out": result.out, "lse": result.lse}
@@ -420,7 +292,7 @@ def _saved(options: Options, inputs: Inputs, result: TrialResult) -> dict:
         tensors |= {"dout": result.dout, "dlse": result.dlse, **result.gradients._asdict()}
     spec = {**asdict(inputs.spec), "dtype": inputs.spec.dtype.value}
     return {
-        "options": {**asdict(options), "resolved": spec},
+        "options": {**options.given, "resolved": spec},
         "canonical_name": result.canonical_name,
         "compile_name": result.compile_name,
         **{name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import normalize_window
 from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import DType
+
+if TYPE_CHECKING:
+    from cute_fa.semantics.call import Call
 
 _LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
 _CHOICES = ("softmax_scale", "causal", "sink_tokens", "softcap")
@@ -32,7 +35,8 @@ class InputSpec:
     ``lengths_q``/``lengths_k`` fix every sequence's length for varlen and seqused; without them they are drawn from the
     seed, the first one at its longest, with odd and empty ones among the rest. ``varlen_*`` packs the sequences with
     cu_seqlens; ``seqused_*`` passes lengths shorter than what the tensors hold. ``page_size`` stores k and v in pages,
-    with ``seqused_k`` for the lengths.
+    with ``seqused_k`` for the lengths; ``cache_batch_idx`` stores the sequences, or the rows of the page table, in
+    another order among more than the batch has, ``cache_leftpad`` behind a few rows that do not count.
     ``layout``: ``padded`` rows have 8 unused elements after each head, ``transposed`` stores heads before sequence (so
     that sequence strides differ), ``expanded`` has one kv head with stride 0 in the place of ``heads_kv``.
     """
@@ -58,6 +62,8 @@ class InputSpec:
     seqused_q: bool = False
     seqused_k: bool = False
     page_size: int | None = None
+    cache_batch_idx: bool = False
+    cache_leftpad: bool = False
     lengths_q: tuple[int, ...] | None = None
     lengths_k: tuple[int, ...] | None = None
     layout: str = "contiguous"
@@ -69,9 +75,18 @@ class InputSpec:
             raise ArgumentError(f"layout={self.layout!r}: one of {', '.join(_LAYOUTS)}")
         if self.page_size and self.varlen_k:
             raise ArgumentError("varlen_k with page_size: a paged cache takes its lengths from seqused_k")
+        if self.is_cache and (self.varlen_k or self.seqused_q):
+            given = "varlen_k" if self.varlen_k else "seqused_q"
+            raise ArgumentError(f"{given} with cache_batch_idx or cache_leftpad: the function for caches takes none")
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether flash_attn_with_kvcache alone takes it."""
+        return self.cache_batch_idx or self.cache_leftpad
 
 
-_TENSORS = (*_LENGTH_TENSORS, "alibi_slopes", "learnable_sink")
+_CACHE_TENSORS = ("cache_batch_idx", "cache_leftpad")
+_TENSORS = (*_LENGTH_TENSORS, *_CACHE_TENSORS, "alibi_slopes", "learnable_sink")
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,8 @@ class Inputs:
     seqused_q: torch.Tensor | None = None
     seqused_k: torch.Tensor | None = None
     page_table: torch.Tensor | None = None
+    cache_batch_idx: torch.Tensor | None = None
+    cache_leftpad: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     learnable_sink: torch.Tensor | None = None
 
@@ -97,13 +114,30 @@ class Inputs:
         return tensors | choices | {"window_size": self.spec.window}
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments, beside q, k and v, of the public function that takes these inputs: the varlen one where
-        there are lengths or pages."""
+        """Keyword arguments, beside q, k and v, of the public function that takes these inputs: the one for caches
+        where there is an index or left padding, the varlen one where there are lengths or pages."""
         options = self.options()
+        if self.spec.is_cache:
+            used, ignored = options.pop("seqused_k"), ("cu_seqlens_k", "seqused_q")
+            options = {name: value for name, value in options.items() if name not in ignored}
+            return options | {"cache_seqlens": used, "max_seqlen_q": self.spec.seqlen_q}
+        for name in _CACHE_TENSORS:
+            del options[name]
         lengths = {name: options.pop(name) for name in _LENGTH_TENSORS}
         if all(tensor is None for tensor in lengths.values()):
             return options
         return lengths | {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k} | options
+
+    def call(self, **choices: Any) -> Call:
+        """The call of these inputs; ``choices``: further options of the public functions."""
+        from cute_fa.api.attention import prepare
+
+        longest = {}
+        if any(getattr(self, name) is not None for name in _LENGTH_TENSORS) or self.spec.is_cache:
+            longest["max_seqlen_q"] = self.spec.seqlen_q
+        if longest and not self.spec.is_cache:
+            longest["max_seqlen_k"] = self.spec.seqlen_k
+        return prepare(self.q, self.k, self.v, **self.options(), **longest, **choices)
 
     def variables(self) -> dict[str, torch.Tensor]:
         """The tensors that have gradients, by name, in the order of ``reference.Gradients``."""
@@ -117,9 +151,12 @@ class Inputs:
     def run(self, **extra) -> Any:
         """Call the public function that takes these inputs; ``extra`` is passed on (``return_lse=True`` …)."""
         from cute_fa.api.attention import flash_attn_func, flash_attn_varlen_func
+        from cute_fa.api.kvcache import flash_attn_with_kvcache
 
         arguments = self.arguments()
         function = flash_attn_varlen_func if "page_table" in arguments else flash_attn_func
+        if self.spec.is_cache:
+            function = flash_attn_with_kvcache
         return function(self.q, self.k, self.v, **arguments, **extra)
 
 
@@ -136,21 +173,35 @@ def make_inputs(
         raise ArgumentError(f"heads={spec.heads}, heads_kv={spec.heads_kv}: heads must be a multiple of heads_kv")
     rng = torch.Generator().manual_seed(seed)
     lengths_q = _lengths(spec.batch, spec.seqlen_q, spec.lengths_q, spec.varlen_q or spec.seqused_q, rng)
-    any_k = spec.varlen_k or spec.seqused_k or spec.page_size is not None
+    any_k = spec.varlen_k or spec.seqused_k or spec.page_size is not None or spec.cache_leftpad
     lengths_k = _lengths(spec.batch, spec.seqlen_k, spec.lengths_k, any_k, rng)
     make = _peaked if inputs == "peaked" else _random
     sequences = [make(spec, *lengths, rng) for lengths in zip(lengths_q, lengths_k, strict=True)]
     fill = math.nan if poison else 0.0
 
     q_rows, q_extent, cu_q, used_q = _extents(lengths_q, spec.seqlen_q, spec.varlen_q, spec.seqused_q, rng)
-    k_rows, k_extent, cu_k, used_k = _extents(lengths_k, spec.seqlen_k, spec.varlen_k, spec.seqused_k, rng)
+    pads = _pads(spec, seed)
+    held_k = [pad + length for pad, length in zip(pads, lengths_k, strict=True)]
+    longest_k = spec.seqlen_k + max(pads, default=0)
+    used_only = spec.seqused_k or spec.cache_leftpad
+    k_rows, k_extent, cu_k, used_k = _extents(held_k, longest_k, spec.varlen_k, used_only, rng)
+    of_keys = [
+        [_behind(sequence[part], pad, fill) for sequence, pad in zip(sequences, pads, strict=True)] for part in (1, 2)
+    ]
     page_table = None
     q = _pack([s[0] for s in sequences], q_rows, q_extent, fill)
     if spec.page_size is not None:
-        (k, v), page_table = _paged([[s[1] for s in sequences], [s[2] for s in sequences]], spec, fill, rng)
-        used_k = torch.tensor(lengths_k, dtype=torch.int32)
+        (k, v), page_table = _paged(of_keys, spec, longest_k, fill, rng)
+        used_k = torch.tensor(held_k, dtype=torch.int32)
     else:
-        k, v = (_pack([s[part] for s in sequences], k_rows, k_extent, fill) for part in (1, 2))
+        k, v = (_pack(parts, k_rows, k_extent, fill) for parts in of_keys)
+    index = None
+    if spec.cache_batch_idx:
+        index = torch.randperm(spec.batch + 1, generator=torch.Generator().manual_seed(seed))[: spec.batch].int()
+        if page_table is not None:
+            page_table = _by_index(page_table, index, page_table.amax())
+        else:
+            k, v = (_by_index(t, index, fill) for t in (k, v))
     dtype = TORCH_DTYPES[spec.dtype]
     q, k, v = (lay_out(t.to(dtype), layout, fill) for t, layout in zip((q, k, v), _layouts(spec.layout), strict=True))
     if spec.layout == "expanded":
@@ -161,7 +212,8 @@ def make_inputs(
         shape = (spec.batch, spec.heads) if spec.alibi_per_batch else (spec.heads,)
         slopes = 0.5 * torch.rand(shape, generator=rng) + 0.01
     sink = torch.randn(spec.heads, generator=rng) * 2.0 if spec.learnable_sink else None
-    tensors = (q, k, v, cu_q, cu_k, used_q, used_k, page_table, slopes, sink)
+    leftpad = torch.tensor(pads, dtype=torch.int32) if spec.cache_leftpad else None
+    tensors = (q, k, v, cu_q, cu_k, used_q, used_k, page_table, index, leftpad, slopes, sink)
     return Inputs(spec, *(None if t is None else _to_device(t, device) for t in tensors))
 
 
@@ -207,6 +259,24 @@ def _lengths(batch: int, longest: int, given, vary: bool, rng) -> list[int]:
     # an odd length and an empty one must not depend on luck
     lengths = [longest, longest * 5 // 8 | 1, 0, *drawn][:batch]
     return [min(length, longest) for length in lengths]
+
+
+def _pads(spec: InputSpec, seed: int) -> list[int]:
+    """Rows of the cache before each sequence's first key."""
+    if not spec.cache_leftpad:
+        return [0] * spec.batch
+    return torch.randint(0, 12, (spec.batch,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _behind(rows: torch.Tensor, pad: int, fill: float) -> torch.Tensor:
+    return torch.cat([rows.new_full((pad, *rows.shape[1:]), fill), rows])
+
+
+def _by_index(whole: torch.Tensor, index: torch.Tensor, fill: float | torch.Tensor) -> torch.Tensor:
+    """Number b as number index[b] of one more."""
+    larger = torch.full((whole.shape[0] + 1, *whole.shape[1:]), float(fill)).to(whole.dtype)
+    larger[index.long()] = whole
+    return larger
 
 
 def _random(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
@@ -277,11 +347,11 @@ def _pack(parts: list[torch.Tensor], starts, extent: tuple[int, ...], fill: floa
     return whole
 
 
-def _paged(columns: list[list[torch.Tensor]], spec: InputSpec, fill: float, rng):
+def _paged(columns: list[list[torch.Tensor]], spec: InputSpec, longest: int, fill: float, rng):
     """k and v in shuffled pages; the table's unused entries point at a page that no sequence owns."""
     size = spec.page_size
     counts = [-(-part.shape[0] // size) for part in columns[0]]
-    width = max(1, -(-spec.seqlen_k // size))
+    width = max(1, -(-longest // size))
     order = torch.randperm(sum(counts) + 1, generator=rng).tolist()
     unlisted = order.pop()
     table = torch.full((spec.batch, width), unlisted, dtype=torch.int32)

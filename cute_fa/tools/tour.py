@@ -12,7 +12,7 @@ published formula, learnable sinks are drawn.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 
 import torch
@@ -73,19 +73,15 @@ class Layer:
             batch=1,
             seqlen_q=length,
             seqlen_k=length,
-            heads=self.heads,
-            heads_kv=self.heads_kv,
-            head_dim=self.head_dim,
             dtype=DType.BF16,
-            softmax_scale=self.softmax_scale,
             causal=True,
             window=(None if window is None else window - 1, None),
-            sink_tokens=self.sink_tokens,
-            softcap=self.softcap,
-            alibi=self.alibi,
-            learnable_sink=self.learnable_sink,
+            **{name: getattr(self, name) for name in _OF_A_SPEC},
         )
 
+
+# Fields that a layer and a spec have alike.
+_OF_A_SPEC = {field.name for field in fields(Layer)} & {field.name for field in fields(InputSpec)}
 
 LLAMA3 = Layer("Llama-3-8B", 32, 8, 128, 8192, rope_theta=500000.0)
 MISTRAL = Layer("Mistral-7B", 32, 8, 128, 16384, window=4096)

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cute_fa.api.attention import prepare
 from cute_fa.engine.compiler import compiled
 from cute_fa.engine.table import TABLE
-from cute_fa.engine.worlds import simulate
+from cute_fa.engine.worlds import described, simulate
 from cute_fa.semantics import reference
 from cute_fa.semantics.errors import DeviceError
 from cute_fa.semantics.names import canonical_name
@@ -50,6 +49,11 @@ class Machine:
         """A simulation of this machine."""
         names = ("schedule_seed", "late", "race", "num_sms")
         return simulate(self.arch, **{name: getattr(self, name) for name in names})
+
+    @property
+    def sms(self) -> int:
+        """How many SMs kernels find."""
+        return self.num_sms or described(self.arch, torch.device(self.device)).num_sms
 
     def __str__(self) -> str:
         return f"{self.arch.value} simulated" if self.simulated else f"{self.arch.value} GPU"
@@ -165,10 +169,10 @@ def _plain(value: Any) -> Any:
 
 def run_trial(inputs: Inputs, machine: Machine, **choices: Any) -> TrialResult:
     """Run the inputs, which lie on the machine's device, through the public API and compare out and lse. ``choices``:
-    pack_gqa and persistent."""
-    call = prepare(inputs.q, inputs.k, inputs.v, **inputs.arguments(), **choices)
+    pack_gqa, persistent, num_splits and family."""
+    call = inputs.call(**choices)
     problem = problem_of(machine.arch, call)
-    kernel = TABLE.lookup(problem)
+    problem, kernel = TABLE.choose(problem, call.options.family, machine.sms, call.options.num_splits)
     config = kernel.configure(problem)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,7 +211,7 @@ def run_backward_trial(
         lse_gradient=dlse is not None,
         slopes_gradient=inputs.alibi_slopes is not None,
     )
-    kernel = TABLE.lookup(problem)
+    kernel = TABLE.lookup(problem, choices.get("family"))
     config = kernel.configure(problem)
 
     def forward() -> tuple[torch.Tensor, torch.Tensor]:

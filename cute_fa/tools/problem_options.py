@@ -1,0 +1,210 @@
+"""The command line's options that describe one problem: sizes written out here, features as their declarations in
+``AttentionProblem`` and ``AppendProblem`` have them."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import dataclass, fields
+from enum import Enum
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cute_fa.engine.table import FAMILIES, TABLE
+from cute_fa.semantics.append_problem import AppendProblem
+from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.options import options_of
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
+from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.trial import Machine, choose_machine, problem_of_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cute_fa.engine.contract import AttentionKernel
+
+_SIMULATION = ("schedule_seed", "late", "race", "num_sms")
+
+
+def _feature_options(problem: type) -> list[Callable]:
+    """An option for each declared feature that has a help text."""
+    hints = typing.get_type_hints(problem)
+    defaults = {field.name: field.default for field in fields(problem)}
+    options = []
+    for name, of in options_of(problem).items():
+        if of.help:
+            options.append(_feature_option(of.cli or name, hints[name], defaults[name], of.help))
+    return options
+
+
+def _feature_option(name: str, hint: Any, default: Any, text: str) -> Callable:
+    dashed = name.replace("_", "-")
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if kinds == (bool,):
+        return click.option(f"--{dashed}", name, is_flag=True, help=text)
+    if bool in kinds:
+        return click.option(f"--{dashed}/--no-{dashed}", name, default=default, help=text)
+    if issubclass(kinds[0], Enum):
+        choices = click.Choice([member.value for member in kinds[0]])
+        return click.option(f"--{dashed}", name, type=choices, default=default.value, show_default=True, help=text)
+    return click.option(f"--{dashed}", name, type=kinds[0], default=default, help=text)
+
+
+PROBLEM_OPTIONS = [
+    click.option("--arch", type=click.Choice([arch.value for arch in SmArch]), help="[default: the GPU's, else sm_80]"),
+    click.option("--dtype", type=click.Choice([d.value for d in DType]), default="bf16", show_default=True),
+    click.option("--batch", type=int, default=1, show_default=True),
+    click.option("--seqlen-q", type=int, default=256, show_default=True),
+    click.option("--seqlen-k", type=int, help="[default: seqlen-q]"),
+    click.option("--heads", type=int, default=4, show_default=True),
+    click.option("--heads-kv", type=int, help="[default: heads]"),
+    click.option("--head-dim", type=int, default=128, show_default=True),
+    click.option("--head-dim-v", type=int, help="[default: head-dim]"),
+    click.option("--causal", is_flag=True),
+    click.option("--window", type=int, nargs=2, metavar="L R", help="Keys visible to the left and right; -1: all."),
+    *_feature_options(AttentionProblem),
+    click.option("--family", type=click.Choice(FAMILIES), help="Kernels of that family alone."),
+    click.option("--backward", is_flag=True, help="Also the gradients, for random ones of the output."),
+    click.option("--append", is_flag=True, help="Not attention: seqlen-q new tokens into a cache of seqlen-k."),
+    *_feature_options(AppendProblem),
+]
+_OF_AN_APPEND = {of.cli or name for name, of in options_of(AppendProblem).items() if of.help}
+_OF_ATTENTION = {of.cli or name for name, of in options_of(AttentionProblem).items() if of.help}
+_OF_BOTH = {"page_size", "cache_batch_idx", "varlen", "seqused_q", "seqused_k"}
+
+
+@dataclass(frozen=True)
+class ProblemOptions:
+    """Options as given, by name. ``None`` lengths and heads follow their counterpart."""
+
+    given: dict[str, Any]
+
+    def __post_init__(self):
+        alone = _OF_ATTENTION - _OF_BOTH if self.append else _OF_AN_APPEND
+        for name in sorted(self._chosen() & alone):
+            asked = "an append does not have it" if self.append else "only --append has it"
+            raise ArgumentError(f"--{name.replace('_', '-')}: {asked}")
+        if self.append and self["backward"]:
+            raise ArgumentError("--append with --backward: an append has no gradient")
+
+    def __getitem__(self, name: str) -> Any:
+        return self.given[name]
+
+    def _chosen(self) -> set[str]:
+        """Options that are not at their defaults."""
+        return {name for name, default in _defaults().items() if name in self.given and self.given[name] != default}
+
+    @property
+    def append(self) -> bool:
+        return self["append"]
+
+    @property
+    def machine(self) -> Machine:
+        simulation = {name: self.given[name] for name in _SIMULATION if name in self.given}
+        return choose_machine(SmArch(self["arch"]) if self["arch"] else None, **simulation)
+
+    @property
+    def spec(self) -> InputSpec:
+        """Of attention."""
+        alike = {field.name for field in fields(InputSpec)} & self.given.keys()
+        described = {name: self.given[name] for name in alike}
+        described |= {
+            "dtype": DType(self["dtype"]),
+            "window": self["window"] or (None, None),
+            "sink_tokens": self["sink"],
+        }
+        described |= {"varlen_q": self["varlen"], "varlen_k": self["varlen"] and self["page_size"] is None}
+        return InputSpec(**described | self._sizes)
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        given = self.given
+        return {
+            "seqlen_k": given["seqlen_q"] if given["seqlen_k"] is None else given["seqlen_k"],
+            "heads_kv": given["heads"] if given["heads_kv"] is None else given["heads_kv"],
+        }
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """How to compute the forward, in the public functions' terms; only what is no default."""
+        chosen = {name: self[name] for name in ("pack_gqa", "num_splits", "family")}
+        chosen["persistent"] = PersistentMode(self["persistent"])
+        nothing = {"pack_gqa": None, "num_splits": 1, "family": None, "persistent": PersistentMode.AUTO}
+        return {name: value for name, value in chosen.items() if value != nothing[name]}
+
+    @property
+    def forward_problem(self) -> AttentionProblem:
+        """Its number of splits is 1 where the table is to choose."""
+        if not self["backward"] and self["deterministic"]:
+            raise ArgumentError("--deterministic without --backward: the forward is deterministic anyway")
+        if not self["backward"] and self["lse_gradient"]:
+            raise ArgumentError("--lse-gradient without --backward: a forward takes no gradient")
+        choices = {name: value for name, value in self.choices.items() if name != "family"}
+        choices["num_splits"] = self["num_splits"] or 1
+        return problem_of_spec(self.spec, self.machine.arch, **choices)
+
+    @property
+    def backward_problem(self) -> AttentionProblem:
+        return problem_of_spec(
+            self.spec,
+            self.machine.arch,
+            direction=Direction.BACKWARD,
+            deterministic=self["deterministic"],
+            lse_gradient=self["lse_gradient"],
+            slopes_gradient=self["alibi"],
+        )
+
+    @property
+    def append_problem(self) -> AppendProblem:
+        alike = {field.name for field in fields(AppendProblem)} & self.given.keys()
+        described = {name: self.given[name] for name in alike} | {"dtype": DType(self["dtype"])}
+        described["arch"] = self.machine.arch
+        described["head_dim_v"] = self["head_dim"] if self["head_dim_v"] is None else self["head_dim_v"]
+        described |= {"tokens_k": self["seqlen_q"], "num_heads_kv": self._sizes["heads_kv"]}
+        described |= {"packed_k": self["varlen"], "used_k": self["seqused_k"]}
+        if self["query"]:
+            described |= {"tokens_q": self["seqlen_q"], "num_heads": self["heads"]}
+            described |= {"packed_q": self["varlen"], "used_q": self["seqused_q"]}
+        return AppendProblem(**described)
+
+    def compiled(self) -> tuple[AttentionProblem | AppendProblem, type[AttentionKernel]]:
+        """The problem whose kernel is to be compiled, and that kernel."""
+        if self.append:
+            return self.append_problem, TABLE.lookup(self.append_problem, self["family"])
+        if self["backward"]:
+            others = self.choices.keys() - {"family"}
+            if others:
+                names = " or ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
+                raise ArgumentError(f"{names} of a backward: how a forward is computed")
+            return self.backward_problem, TABLE.lookup(self.backward_problem, self["family"])
+        return self.forward()
+
+    def forward(self) -> tuple[AttentionProblem, type[AttentionKernel]]:
+        """The forward's problem and kernel."""
+        problem, machine = self.forward_problem, self.machine
+        return TABLE.choose(problem, self["family"], machine.sms, self["num_splits"])
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """The defaults of all options, by name."""
+
+    @click.command()
+    @with_options(PROBLEM_OPTIONS)
+    def command(**given: Any) -> None: ...
+
+    return {parameter.name: parameter.get_default(click.Context(command)) for parameter in command.params}
+
+
+def with_options(*groups: list) -> Callable:
+    """A decorator that gives a command these options, in their order."""
+
+    def add(command: Callable) -> Callable:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return add
