@@ -10,18 +10,23 @@ _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 
 
 @functools.lru_cache(maxsize=4)
-def _table(text: str) -> tuple[dict[str, str], list[str]]:
-    return dict(_FILE.findall(text)), text.split("\n")
+def _sources(text: str) -> list[str]:
+    """Of every line of a module's text, `` (file.py:12)``, or nothing."""
+    files = dict(_FILE.findall(text))
+    sources, source, in_assembly = [], "", False
+    for line in text.split("\n"):
+        if line.lstrip().startswith((".visible .entry", ".entry")):
+            source = ""
+        elif "inline asm" in line:
+            in_assembly = "begin inline asm" in line
+        elif files and not in_assembly and (found := _LOC.search(line)):
+            # LLVM counts on within inline assembly: its lines would lie below the Python line that has it
+            source = f" ({files.get(found[1], 'file ' + found[1])}:{found[2]})"
+        sources.append(source)
+    return sources
 
 
 def source_of(text: str, line: int) -> str:
     """`` (file.py:12)`` for a PTX line (1-based) of a module's text; empty without line information."""
-    files, lines = _table(text)
-    if not files:
-        return ""
-    for number in range(min(line, len(lines)) - 1, -1, -1):
-        if found := _LOC.search(lines[number]):
-            return f" ({files.get(found[1], 'file ' + found[1])}:{found[2]})"
-        if lines[number].lstrip().startswith((".visible .entry", ".entry")):
-            break
-    return ""
+    sources = _sources(text)
+    return sources[min(line, len(sources)) - 1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, make_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from cute_fa.semantics.names import kind_of_code
 from cute_fa.semantics.options import flags_of, options_of
@@ -18,10 +18,13 @@ from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     import torch
 
     from cute_fa.semantics.call import AppendCall, Extras
 
+T = TypeVar("T")
 
 # Device code adds positions and bounds in int32: sequences are at most this long, larger bounds are clamped to it.
 MAX_BOUND = 2**30 - 1
@@ -143,6 +146,39 @@ class FeatureConfig(_FLAGS, KernelConfig):
         return "_".join([kernel, kind_of_code(self), *(token for token, on in flags.items() if on)])
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A config that a heuristic weighed. ``reason``: why it was refused, with the figures; None for the chosen one."""
+
+    config: KernelConfig
+    reason: str | None = None
+
+
+def chosen(weighed: Iterable[tuple[T, str | None]]) -> T:
+    """The first of a heuristic's tiles, which come in order of preference with a reason against each, that has none."""
+    for tiles, reason in weighed:
+        if reason is None:
+            return tiles
+    raise AssertionError("no tiles fit")  # supports() bounds the problems
+
+
+def candidates(weighed: Iterable[tuple[T, str | None]], config: Callable[[T], KernelConfig]) -> list[Candidate]:
+    """The configs of a heuristic's tiles up to the chosen ones."""
+    found = []
+    for tiles, reason in weighed:
+        found.append(Candidate(config(tiles), reason))
+        if reason is None:
+            break
+    return found
+
+
+def smem_objection(smem_bytes: int, what: str, arch: SmArch) -> str | None:
+    """Why a CTA cannot have so much shared memory for ``what``; None if it can."""
+    if smem_bytes <= arch.smem_bytes:
+        return None
+    return f"shared memory: {smem_bytes:,} bytes of {what}, {arch.smem_bytes:,} available"
+
+
 def padded(head_dim: int) -> int:
     """head_dim as the tiles hold it: tensor-core instructions take 16 elements of Q·Kᵀ at a time; the rest is zero."""
     return (head_dim + 15) // 16 * 16
@@ -162,7 +198,12 @@ class AttentionKernel(ABC):
     @classmethod
     @abstractmethod
     def configure(cls, problem: Any) -> KernelConfig:
-        """The heuristic: which tiles, stages and flags serve this problem."""
+        """The heuristic: which tiles, stages and flags serve a problem to which ``supports`` has no objection."""
+
+    @classmethod
+    def candidates(cls, problem: Any) -> list[Candidate]:
+        """What the heuristic weighs for this problem, in order of preference, up to what it chooses."""
+        return [Candidate(cls.configure(problem))]
 
     @classmethod
     def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:

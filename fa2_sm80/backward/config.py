@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache, partial
+from typing import ClassVar, NamedTuple
 
-from cute_fa.engine.contract import FeatureConfig, padded
+from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, smem_objection
 from cute_fa.semantics.problem import AttentionProblem
+from fa2_sm80.common.rules import accumulator_objection
 from fa2_sm80.common.warp_grid import WarpGrid
 
 # An mma.sync m16n8k16 has 16 rows; B operands come in pairs, 16 columns at a time.
@@ -26,6 +29,11 @@ class QueryKernelTiles:
     @property
     def num_threads(self) -> int:
         return 32 * self.num_warps
+
+    @property
+    def smem_rows(self) -> int:
+        """Rows of both head_dims in shared memory: those of Q and dO, and of K and V of every stage."""
+        return self.tile_m + self.stages * self.tile_n
 
 
 @dataclass(frozen=True)
@@ -73,33 +81,65 @@ class Fa2BackwardConfig(FeatureConfig):
     @property
     def p_in_registers(self) -> bool:
         """Whether the warp that computes rows of Sᵀ also owns those of dK and dV: P then never leaves it."""
-        return self.scores.columns == 1 and self.keys.columns == 1
+        return _p_in_registers(self)
 
     @property
     def ds_in_smem(self) -> bool:
         """Whether dS leaves the registers: for dQ, or with P."""
-        return not (self.p_in_registers and self.deterministic)
+        return _ds_in_smem(self)
 
     @property
     def smem_bytes(self) -> int:
         """K, V, Q and dO of every stage, their LSE and D, and dSᵀ and Pᵀ where they leave the registers."""
         widths = self.head_dim_padded + self.head_dim_v_padded
-        tiles = (self.tile_n + self.stages * self.tile_m) * widths
-        transposed = self.tile_n * self.tile_m * (self.ds_in_smem + (not self.p_in_registers))
-        return self.dtype.bytes * (tiles + transposed) + 8 * self.stages * self.tile_m
+        return _smem_bytes(self, widths, self.dtype.bytes)
 
     @property
     def query_kernel_smem_bytes(self) -> int:
         """Q and dO, and K and V of every stage, of the kernel for dQ alone."""
-        tiles = self.query_kernel
-        rows = tiles.tile_m + tiles.stages * tiles.tile_n
-        return self.dtype.bytes * rows * (self.head_dim_padded + self.head_dim_v_padded)
+        return self.dtype.bytes * self.query_kernel.smem_rows * (self.head_dim_padded + self.head_dim_v_padded)
 
     @property
     def compile_name(self) -> str:
         return self.named("fa2_bwd", det=self.deterministic, dlse=self.lse_gradient, dslopes=self.slopes_gradient)
 
 
+class Tiles(NamedTuple):
+    """The fields of these names of :class:`Fa2BackwardConfig`."""
+
+    tile_m: int
+    tile_n: int
+    stages: int
+    scores: WarpGrid
+    keys: WarpGrid
+    query_kernel: QueryKernelTiles | None = None
+
+    @property
+    def num_warps(self) -> int:
+        return self.scores.rows * self.scores.columns
+
+    @property
+    def deterministic(self) -> bool:
+        return self.query_kernel is not None
+
+
+# In order of preference.
+_TILES = (
+    Tiles(32, 128, 2, WarpGrid(4), WarpGrid(4)),
+    Tiles(64, 128, 2, WarpGrid(4, 2), WarpGrid(4, 2)),
+    Tiles(32, 64, 2, WarpGrid(4), WarpGrid(4)),
+    Tiles(32, 64, 2, WarpGrid(4, 2), WarpGrid(2, 4)),
+    Tiles(32, 32, 1, WarpGrid(2, 2), WarpGrid(1, 4)),
+)
+# As the forward's, with 32 keys: S, dP and dQ share the registers.
+_QUERY_TILES = (
+    QueryKernelTiles(128, 32, 4, 2),
+    QueryKernelTiles(128, 32, 8, 1),
+    QueryKernelTiles(64, 32, 4, 1),
+)
+
+
+@lru_cache(maxsize=4096)
 def backward_config(problem: AttentionProblem) -> Fa2BackwardConfig:
     """Tiles by head_dim and shared memory.
 
@@ -107,42 +147,76 @@ def backward_config(problem: AttentionProblem) -> Fa2BackwardConfig:
     dK += dSᵀ·Q; only dS goes through shared memory, for dQ. What limits the tiles is dK and dV in the registers: up to
     head_dim 64 a warp owns 32 keys. Beyond, with 16 keys a warp, shared memory would need 1.3 times the tensor cores'
     time at head_dim 128; instead two or four warps share rows of 32 keys (1.1 times), and P goes through shared memory
-    too. Where a CTA has 99 KB that does not fit, up to 128.
+    too. Where a CTA has 99 KB that does not fit, up to 128. The wider of the two head_dims counts.
     """
-    widest = max(padded(problem.head_dim), padded(problem.head_dim_v))
-    roomy = problem.arch.smem_bytes >= 160 * 1024
-    tile_m, tile_n, stages = 32, 64, 2
-    if widest <= 64:
-        scores = keys = WarpGrid(4)
-        tile_n = 128
-    elif widest <= 128:
-        scores = keys = WarpGrid(4, 2) if roomy else WarpGrid(4)
-        tile_m, tile_n = (64, 128) if roomy else (32, 64)
-    elif roomy:
-        scores, keys = WarpGrid(4, 2), WarpGrid(2, 4)
-    else:
-        scores, keys = WarpGrid(2, 2), WarpGrid(1, 4)
-        tile_n, stages = 32, 1
+    return _config(problem, chosen(_weighed(problem)))
+
+
+def backward_candidates(problem: AttentionProblem) -> list[Candidate]:
+    """The configs that :func:`backward_config` weighs."""
+    return candidates(_weighed(problem), partial(_config, problem))
+
+
+def _config(problem: AttentionProblem, tiles: Tiles) -> Fa2BackwardConfig:
     return Fa2BackwardConfig(
         **FeatureConfig.features(problem),
-        tile_m=tile_m,
-        tile_n=tile_n,
-        stages=stages,
-        scores=scores,
-        keys=keys,
-        queries=_query_warps(_padded(problem.head_dim, keys.columns), tile_m, scores.rows * scores.columns),
-        query_kernel=_query_kernel(problem) if problem.deterministic else None,
+        **tiles._asdict(),
+        queries=_query_warps(_padded(problem.head_dim, tiles.keys.columns), tiles.tile_m, tiles.num_warps),
         lse_gradient=problem.lse_gradient,
         slopes_gradient=problem.slopes_gradient,
     )
 
 
-def _query_kernel(problem: AttentionProblem) -> QueryKernelTiles:
-    """As the forward's tiles, with 32 keys: S, dP and dQ share the registers."""
-    widest = max(padded(problem.head_dim), padded(problem.head_dim_v))
-    if widest <= 128:
-        return QueryKernelTiles(128, 32, 4, 2)
-    return QueryKernelTiles(128, 32, 8, 1) if problem.arch.smem_bytes >= 160 * 1024 else QueryKernelTiles(64, 32, 4, 1)
+def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
+    """Tiles in order of preference, each with why it is refused."""
+    query_tiles = _QUERY_TILES if problem.deterministic else (None,)
+    for tiles in _TILES:
+        tiles = tiles._replace(query_kernel=query_tiles[0])
+        reason = _objection(problem, tiles)
+        if reason:
+            yield tiles, reason
+            continue
+        for query_kernel in query_tiles:
+            tiles = tiles._replace(query_kernel=query_kernel)
+            yield tiles, _query_kernel_objection(problem, tiles) if query_kernel else None
+
+
+def _objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
+    widest = _widest(problem, tiles)
+    accumulators = tiles.tile_n * 2 * widest // (32 * tiles.num_warps)
+    smem_bytes = _smem_bytes(tiles, 2 * widest, problem.dtype.bytes)
+    return accumulator_objection(
+        accumulators, f"dK and dV of {tiles.tile_n} keys in {tiles.num_warps} warps, {widest} wide"
+    ) or smem_objection(smem_bytes, f"K, V, Q, dO and scores {widest} wide", problem.arch)
+
+
+def _query_kernel_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
+    widest, kernel = _widest(problem, tiles), tiles.query_kernel
+    rows = kernel.tile_m // kernel.num_warps
+    smem_bytes = problem.dtype.bytes * kernel.smem_rows * 2 * widest
+    return accumulator_objection(rows * widest // 32, f"dQ of {rows} queries a warp, {widest} wide") or smem_objection(
+        smem_bytes, f"Q, dO, K and V {widest} wide for dQ alone", problem.arch
+    )
+
+
+def _widest(problem: AttentionProblem, tiles: Tiles) -> int:
+    """The wider head_dim as the tiles hold it."""
+    return _padded(max(problem.head_dim, problem.head_dim_v), tiles.keys.columns)
+
+
+def _p_in_registers(tiles: Tiles | Fa2BackwardConfig) -> bool:
+    return tiles.scores.columns == 1 and tiles.keys.columns == 1
+
+
+def _ds_in_smem(tiles: Tiles | Fa2BackwardConfig) -> bool:
+    return not (_p_in_registers(tiles) and tiles.deterministic)
+
+
+def _smem_bytes(tiles: Tiles | Fa2BackwardConfig, widths: int, element: int) -> int:
+    """Shared memory of a CTA that owns keys; ``widths``: the two head_dims, ``element``: bytes of an element."""
+    rows = tiles.tile_n + tiles.stages * tiles.tile_m
+    transposed = tiles.tile_n * tiles.tile_m * (_ds_in_smem(tiles) + (not _p_in_registers(tiles)))
+    return element * (rows * widths + transposed) + 8 * tiles.stages * tiles.tile_m
 
 
 def _padded(head_dim: int, warps: int) -> int:

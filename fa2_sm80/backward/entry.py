@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 
 from cute_fa.device.tiling import ceil_div
-from cute_fa.engine.contract import AttentionKernel, BackwardTensors, CommonArguments, common_arguments
+from cute_fa.engine.contract import AttentionKernel, BackwardTensors, Candidate, CommonArguments, common_arguments
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction
-from fa2_sm80.backward.config import Fa2BackwardConfig, backward_config
+from fa2_sm80.backward.config import Fa2BackwardConfig, backward_candidates, backward_config
 from fa2_sm80.common.rules import objections
 
 
@@ -47,16 +47,22 @@ class Fa2Backward(AttentionKernel):
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
-        config = cls.configure(problem)
-        grids = {
-            "tiles of queries": ceil_div(problem.seqlen_q, config.tile_m) * problem.num_heads * problem.batch,
-            "tiles of keys": ceil_div(problem.seqlen_k, config.tile_n) * problem.num_heads_kv * problem.batch,
-        }
+        def grids() -> dict[str, int]:
+            config = cls.configure(problem)
+            return {
+                "tiles of queries": ceil_div(problem.seqlen_q, config.tile_m) * problem.num_heads * problem.batch,
+                "tiles of keys": ceil_div(problem.seqlen_k, config.tile_n) * problem.num_heads_kv * problem.batch,
+            }
+
         return objections(problem, grids)
 
     @classmethod
     def configure(cls, problem: AttentionProblem) -> Fa2BackwardConfig:
         return backward_config(problem)
+
+    @classmethod
+    def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
+        return backward_candidates(problem)
 
     @classmethod
     def arguments(

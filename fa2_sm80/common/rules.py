@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cute_fa.engine.contract import common_objections
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, PersistentMode
 
 MAX_CTAS = 2**31 - 1  # of a grid in x
+# Of a thread's 255 registers, those of the products that a CTA sums up over its whole loop.
+MAX_ACCUMULATORS = 128
 
 
-def objections(problem: AttentionProblem, grids: dict[str, int], *, rows_of_any_head: bool = False) -> list[str]:
+def objections(
+    problem: AttentionProblem, grids: Callable[[], dict[str, int]], *, rows_of_any_head: bool = False
+) -> list[str]:
     """Reasons why an FA2 kernel does not serve the problem.
 
-    ``grids``: CTAs of its launches, by what they are one of; ``rows_of_any_head``: whether its tiles hold single rows,
-    of any query head and any page, and the keys of a tile may be split.
+    ``grids``: CTAs of its launches, by what they are one of, asked where nothing else stands against the problem;
+    ``rows_of_any_head``: whether its tiles hold single rows, of any query head and any page, and the keys of a tile may
+    be split.
     """
     reasons = []
     if problem.dtype not in (DType.FP16, DType.BF16):
@@ -29,7 +36,13 @@ def objections(problem: AttentionProblem, grids: dict[str, int], *, rows_of_any_
         reasons += [f"{name}: a cache has no gradient" for name, given in indexed.items() if given]
     if problem.persistent is PersistentMode.ON:
         reasons.append("persistent: this kernel launches one CTA for each tile")
-    for name, ctas in grids.items():
-        if ctas > MAX_CTAS:
-            reasons.append(f"{ctas} {name}: a grid has at most {MAX_CTAS} CTAs")
-    return reasons
+    if reasons:
+        return reasons
+    return [f"{ctas} {name}: a grid has at most {MAX_CTAS} CTAs" for name, ctas in grids().items() if ctas > MAX_CTAS]
+
+
+def accumulator_objection(registers: int, what: str) -> str | None:
+    """Why a thread cannot hold so many ``registers`` for ``what``; None if it can."""
+    if registers <= MAX_ACCUMULATORS:
+        return None
+    return f"registers: {registers} a thread for {what}, at most {MAX_ACCUMULATORS} of 255 beside scores and operands"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cute_fa.device.tiling import ceil_div
-from cute_fa.engine.contract import AttentionKernel, AttentionTensors, CommonArguments, common_arguments
+from cute_fa.engine.contract import AttentionKernel, AttentionTensors, Candidate, CommonArguments, common_arguments
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction
 from fa2_sm80.common.rules import objections
-from fa2_sm80.forward.config import Fa2ForwardConfig, forward_config
+from fa2_sm80.forward.config import Fa2ForwardConfig, forward_candidates, forward_config
 
 
 class Launch(NamedTuple):
@@ -27,12 +27,19 @@ class Fa2Forward(AttentionKernel):
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
-        tiles = ceil_div(problem.seqlen_q, cls.configure(problem).tile_m) * problem.num_heads * problem.batch
-        return objections(problem, {"tiles of queries": tiles})
+        def grids() -> dict[str, int]:
+            tiles = ceil_div(problem.seqlen_q, cls.configure(problem).tile_m)
+            return {"tiles of queries": tiles * problem.num_heads * problem.batch}
+
+        return objections(problem, grids)
 
     @classmethod
     def configure(cls, problem: AttentionProblem) -> Fa2ForwardConfig:
         return forward_config(problem)
+
+    @classmethod
+    def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
+        return forward_candidates(problem)
 
     @classmethod
     def arguments(

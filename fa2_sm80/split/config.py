@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache, partial
+from typing import ClassVar, NamedTuple
 
 from cute_fa.device.tiling import ceil_div
-from cute_fa.engine.contract import FeatureConfig, padded
+from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, padded
 from cute_fa.semantics.problem import AttentionProblem
 
 WARPS = 4
 WARP_ROWS = 16
+TILE_N = 64
 # Up to as many rows as one tile holds the keys are read once, and more CTAs come from splitting them alone.
 DECODE_ROWS = WARPS * WARP_ROWS
 # What the model of ``num_splits`` counts in key blocks beside the blocks themselves: a CTA's start, with the first
@@ -67,23 +70,71 @@ class Fa2SplitConfig(FeatureConfig):
         return self.named("fa2_split", paged=self.page_size is not None, parts=self.split)
 
 
+class Tiles(NamedTuple):
+    """The fields of these names of :class:`Fa2SplitConfig`, and how many CTAs of them an SM has room for."""
+
+    row_warps: int
+    ctas_per_sm: int
+    stages: int
+
+
+_ROW_WARPS = (1, 2, 4)
+# (CTAs an SM, stages) in order of preference.
+_DEPTHS = ((2, 4), (2, 3), (2, 2), (1, 4), (1, 3), (1, 2), (1, 1))
+
+
+@lru_cache(maxsize=4096)
 def split_config(problem: AttentionProblem) -> Fa2SplitConfig:
     """As few rows a tile as hold the queries: one warp's 16 rows with the keys shared by four warps for decoding, up to
     64 rows for chunks of a prompt. 64 keys a step, and as many steps in flight, up to four, as two CTAs find room for,
     so that one computes while the other waits for memory; one CTA where that leaves it a single step."""
-    rows = problem.seqlen_q * problem.gqa_ratio
-    row_warps = 1 if rows <= WARP_ROWS else 2 if rows <= 2 * WARP_ROWS else 4
-    tile_n = 64
-    step_bytes = problem.dtype.bytes * tile_n * (padded(problem.head_dim) + padded(problem.head_dim_v))
-    q_bytes = problem.dtype.bytes * WARP_ROWS * row_warps * padded(problem.head_dim)
-    whole = (problem.arch.smem_bytes - q_bytes) // step_bytes
-    half = (problem.arch.smem_bytes // 2 - _RESERVED_BYTES - q_bytes) // step_bytes
+    return _config(problem, chosen(_weighed(problem)))
+
+
+def split_candidates(problem: AttentionProblem) -> list[Candidate]:
+    """The configs that :func:`split_config` weighs."""
+    return candidates(_weighed(problem), partial(_config, problem))
+
+
+def _config(problem: AttentionProblem, tiles: Tiles) -> Fa2SplitConfig:
     return Fa2SplitConfig(
         **FeatureConfig.features(problem),
-        row_warps=row_warps,
-        tile_n=tile_n,
-        stages=max(1, min(4, half if half > 1 else whole)),
+        row_warps=tiles.row_warps,
+        tile_n=TILE_N,
+        stages=tiles.stages,
         split=problem.num_splits > 1,
+    )
+
+
+def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
+    """Tiles in order of preference, each with why it is refused."""
+    rows = problem.seqlen_q * problem.gqa_ratio
+    for row_warps in _ROW_WARPS:
+        held = WARP_ROWS * row_warps
+        if rows > held and row_warps != _ROW_WARPS[-1]:
+            largest = WARP_ROWS * _ROW_WARPS[-1]
+            yield (
+                Tiles(row_warps, *_DEPTHS[0]),
+                f"{rows} rows of a kv head: {ceil_div(rows, held)} tiles of {held} would each read its keys, "
+                f"{ceil_div(rows, largest)} of {largest}",
+            )
+            continue
+        for depth in _DEPTHS:
+            tiles = Tiles(row_warps, *depth)
+            yield tiles, _depth_objection(problem, tiles)
+
+
+def _depth_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
+    """Why an SM has no room for so many CTAs with so many steps of keys."""
+    head_dim, head_dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
+    keys = tiles.stages * TILE_N * (head_dim + head_dim_v)
+    needed = problem.dtype.bytes * (WARP_ROWS * tiles.row_warps * head_dim + keys)
+    available = problem.arch.smem_bytes // tiles.ctas_per_sm - (tiles.ctas_per_sm - 1) * _RESERVED_BYTES
+    if needed <= available:
+        return None
+    return (
+        f"shared memory: {needed:,} bytes of Q and {tiles.stages} steps of keys, {available:,} available with "
+        f"{tiles.ctas_per_sm} CTA{'s' * (tiles.ctas_per_sm > 1)} an SM"
     )
 
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 
 from cute_fa.device.tiling import ceil_div
-from cute_fa.engine.contract import AttentionKernel, AttentionTensors, CommonArguments, common_arguments
+from cute_fa.engine.contract import AttentionKernel, AttentionTensors, Candidate, CommonArguments, common_arguments
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction
 from fa2_sm80.common.rules import objections
-from fa2_sm80.split.config import Fa2SplitConfig, num_splits, split_config
+from fa2_sm80.split.config import Fa2SplitConfig, num_splits, split_candidates, split_config
 
 
 class Parts(NamedTuple):
@@ -39,13 +39,20 @@ class Fa2Split(AttentionKernel):
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
-        rows = problem.seqlen_q * problem.gqa_ratio
-        tiles = ceil_div(rows, cls.configure(problem).tile_m) * problem.num_heads_kv * problem.batch
-        return objections(problem, {"tiles of queries and splits": tiles * problem.num_splits}, rows_of_any_head=True)
+        def grids() -> dict[str, int]:
+            tiles = ceil_div(problem.seqlen_q * problem.gqa_ratio, cls.configure(problem).tile_m)
+            ctas = tiles * problem.num_heads_kv * problem.batch * problem.num_splits
+            return {"tiles of queries and splits": ctas}
+
+        return objections(problem, grids, rows_of_any_head=True)
 
     @classmethod
     def configure(cls, problem: AttentionProblem) -> Fa2SplitConfig:
         return split_config(problem)
+
+    @classmethod
+    def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
+        return split_candidates(problem)
 
     @classmethod
     def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:

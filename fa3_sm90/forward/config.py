@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import ClassVar
+from functools import lru_cache, partial
+from typing import ClassVar, NamedTuple
 
 from cute_fa.device.pipeline_spec import PipelineSpec
-from cute_fa.engine.contract import FeatureConfig, padded
+from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, padded, smem_objection
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import PersistentMode, SmArch
 
@@ -127,48 +128,101 @@ class Fa3ForwardConfig(FeatureConfig):
         return self.named("fa3_fwd", **choices)
 
 
+class Tiles(NamedTuple):
+    """The fields of these names of :class:`Fa3ForwardConfig`."""
+
+    warpgroups: int
+    tile_n: int
+    stages: int = 2
+    pack_gqa: int = 1
+
+
+# In order of preference.
+_TILES = (Tiles(3, 128), Tiles(3, 96), *(Tiles(2, tile_n) for tile_n in (128, 112, 96, 80, 64)))
+# Accesses to local memory in the loops of (3, 128) at head_dim 64, at most, of bf16 kernels with and without a right
+# bound, sink tokens and packed sequences; with 96 keys there are none.
+_SPILLS = {("window_left",): 16, ("softcap",): 14, ("window_left", "softcap"): 43}
+
+
 @lru_cache(maxsize=4096)
 def forward_config(problem: AttentionProblem) -> Fa3ForwardConfig:
-    """The heuristic: tiles by head_dim, registers and shared memory; packing by how full the tiles get."""
-    warpgroups, tile_n, stages = _tiles(problem)
+    """The heuristic: tiles by head_dim, registers and shared memory; packing by how full the tiles get.
+
+    Three consumer warpgroups have 160 registers a thread each, enough up to head_dim 64, two have 240."""
+    return _config(problem, chosen(_weighed(problem)))
+
+
+def forward_candidates(problem: AttentionProblem) -> list[Candidate]:
+    """The configs that :func:`forward_config` weighs."""
+    return candidates(_weighed(problem), partial(_config, problem))
+
+
+def _config(problem: AttentionProblem, tiles: Tiles) -> Fa3ForwardConfig:
     return Fa3ForwardConfig(
         **FeatureConfig.features(problem),
-        warpgroups=warpgroups,
-        tile_n=tile_n,
-        stages=stages,
-        pack_gqa=problem.gqa_ratio if packs(problem, warpgroups) else 1,
+        **tiles._asdict(),
         persistent=problem.persistent is not PersistentMode.OFF,
     )
 
 
-def packs(problem: AttentionProblem, warpgroups: int) -> bool:
-    """Whether the query heads of one kv head share a tile: where asked for, else where it fills the rows of the tiles
-    better by a tenth, as with few queries (decoding, chunks) it does."""
+def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
+    """Tiles in order of preference, each with why it is refused."""
+    for tiles in _TILES:
+        reason = (_two_warpgroups if tiles.warpgroups == 2 else _three_warpgroups)(problem, tiles)
+        if reason is None and problem.gqa_ratio > 1:
+            yield tiles._replace(pack_gqa=problem.gqa_ratio), _packing_objection(problem, tiles.warpgroups)
+        yield tiles, reason
+
+
+def _three_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
+    """Why three consumer warpgroups do not serve."""
+    widest = max(padded(problem.head_dim), padded(problem.head_dim_v))
+    if widest > 64 and tiles.tile_n == 128:
+        return (
+            f"registers spill beyond head_dim 64 with {REGISTERS[3][1]} a thread: 10 accesses in the main loop at 80, "
+            "and wgmma serialised"
+        )
+    if widest > 64:
+        return "6.1 instructions per score with 96 keys and three warpgroups, 5.4 with 128 and two (head_dim 96)"
+    given = {"window_left": problem.window_left is not None, "softcap": problem.softcap > 0.0}
+    crowd = tuple(name for name, present in given.items() if present)
+    if crowd and tiles.tile_n == 128:
+        return f"registers spill with {' and '.join(crowd)}: up to {_SPILLS[crowd]} accesses at 128 keys, none at 96"
+    return None
+
+
+def _two_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
+    """Why two consumer warpgroups do not serve with so many keys."""
+    size, size_v = padded(problem.head_dim), padded(problem.head_dim_v)
+    # scores and probabilities of a block, O, and about 40 for addresses, the softmax's state and the mask
+    needed, available = tiles.tile_n // 2 + tiles.tile_n // 4 + size_v // 2 + 40, REGISTERS[2][1]
+    if needed > available:
+        return f"registers: about {needed} a thread for {tiles.tile_n} keys and O {size_v} wide, {available} available"
+    common = math.gcd(tiles.tile_n, 128)
+    if problem.page_size is not None and common < 64:
+        return (
+            f"paged keys: a block of {tiles.tile_n} and a page of 128 have {common} rows in common for a TMA copy, "
+            "one of 64 has 64"
+        )
+    q_or_o = tiles.warpgroups * WGMMA_M * max(size, size_v)
+    keys = tiles.stages * tiles.tile_n * (size + size_v)
+    smem_bytes = problem.dtype.bytes * (q_or_o + keys) + BARRIER_BYTES
+    return smem_objection(smem_bytes, "Q, K, V and barriers", SmArch.SM_90A)
+
+
+def _packing_objection(problem: AttentionProblem, warpgroups: int) -> str | None:
+    """Why the query heads of one kv head do not share a tile: they do where asked for, else where that fills the rows
+    of the tiles better by a tenth, as with few queries (decoding, chunks)."""
     ratio = problem.gqa_ratio
-    if ratio == 1 or ratio > WGMMA_M:
-        return False
+    if ratio > WGMMA_M:
+        return f"pack_gqa {ratio}: a warpgroup holds {WGMMA_M} query heads"
     if problem.pack_gqa is not None:
-        return problem.pack_gqa
+        return None if problem.pack_gqa else "pack_gqa False is asked for"
     rows = warpgroups * WGMMA_M
     tokens = warpgroups * (WGMMA_M // ratio)
     seqlen_q = max(problem.seqlen_q, 1)
     apart = seqlen_q / (-(-seqlen_q // rows) * rows)
     packed = seqlen_q * ratio / (-(-seqlen_q // tokens) * rows)
-    return packed > 1.1 * apart
-
-
-def _tiles(problem: AttentionProblem) -> tuple[int, int, int]:
-    """(warpgroups, tile_n, stages)."""
-    size, size_v = padded(problem.head_dim), padded(problem.head_dim_v)
-    if max(size, size_v) <= 64:
-        # with a left edge or softcap beside 128 keys, 8 to 35 registers spill in loops of 160
-        crowded = problem.window_left is not None or problem.softcap > 0.0
-        return 3, 96 if crowded else 128, 2
-    candidates = (128, 64) if problem.page_size is not None else (128, 112, 96, 80, 64)
-    for tile_n in candidates:
-        smem = problem.dtype.bytes * (2 * WGMMA_M * max(size, size_v) + 2 * tile_n * (size + size_v))
-        # scores and probabilities of a block, O, and about 40 for addresses, the softmax's state and the mask
-        registers = tile_n // 2 + tile_n // 4 + size_v // 2 + 40
-        if smem + BARRIER_BYTES <= SmArch.SM_90A.smem_bytes and registers <= REGISTERS[2][1]:
-            return 2, tile_n, 2
-    raise AssertionError(f"head_dim {problem.head_dim}, {problem.head_dim_v}: no tile fits")  # supports() bounds them
+    if packed > 1.1 * apart:
+        return None
+    return f"packed heads fill {packed:.1%} of the tiles' rows, heads apart {apart:.1%}: a tenth more is needed"

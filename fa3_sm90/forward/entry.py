@@ -8,13 +8,14 @@ from cute_fa.device.tiling import MAX_TILES, ceil_div, dense_tiles, head_group, 
 from cute_fa.engine.contract import (
     AttentionKernel,
     AttentionTensors,
+    Candidate,
     CommonArguments,
     common_arguments,
     common_objections,
 )
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType
-from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig, forward_config
+from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig, forward_candidates, forward_config
 
 # Of an H100 and an H200 (NVIDIA H100 whitepaper): what the order of tiles is planned for.
 L2_BYTES = 50 * 2**20
@@ -62,6 +63,10 @@ class Fa3Forward(AttentionKernel):
     @classmethod
     def configure(cls, problem: AttentionProblem) -> Fa3ForwardConfig:
         return forward_config(problem)
+
+    @classmethod
+    def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
+        return forward_candidates(problem)
 
     @classmethod
     def arguments(

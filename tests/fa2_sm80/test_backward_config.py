@@ -6,7 +6,7 @@ from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
 from fa2_sm80.backward.entry import Fa2Backward
 from fa2_sm80.common.copies import panel_width
-from tests.testing.cases import small_problem
+from tests.testing.cases import refusals, small_problem
 
 
 def problem(**changes) -> AttentionProblem:
@@ -83,3 +83,37 @@ def test_reasons_name_the_value(change, word):
     assert Fa2Backward.supports(problem()) == []
     reasons = Fa2Backward.supports(problem(**change))
     assert len(reasons) >= 1 and any(word in reason for reason in reasons)
+
+
+def registers(count: int, what: str) -> str:
+    return f"registers: {count} a thread for {what}, at most 128 of 255 beside scores and operands"
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        ({"head_dim": 64, "deterministic": True}, []),
+        ({"head_dim": 72}, [registers(160, "dK and dV of 128 keys in 4 warps, 80 wide")]),
+        (
+            {"head_dim": 128, "arch": SmArch.SM_86},
+            [
+                registers(256, "dK and dV of 128 keys in 4 warps, 128 wide"),
+                # (128 + 2·64 rows)·2·128 columns, Pᵀ and dSᵀ of 128·64, two bytes each, and 2·64 LSE and D
+                "shared memory: 164,864 bytes of K, V, Q, dO and scores 128 wide, 101,376 available",
+            ],
+        ),
+        (
+            {"head_dim": 256, "arch": SmArch.SM_86, "deterministic": True},
+            [
+                registers(512, "dK and dV of 128 keys in 4 warps, 256 wide"),
+                registers(256, "dK and dV of 128 keys in 8 warps, 256 wide"),
+                registers(256, "dK and dV of 64 keys in 4 warps, 256 wide"),
+                "shared memory: 139,776 bytes of K, V, Q, dO and scores 256 wide, 101,376 available",
+                registers(256, "dQ of 32 queries a warp, 256 wide"),
+                "shared memory: 163,840 bytes of Q, dO, K and V 256 wide for dQ alone, 101,376 available",
+            ],
+        ),
+    ],
+)
+def test_refused_tiles_say_why(change, reasons):
+    assert refusals(Fa2Backward, problem(**change)) == reasons

@@ -5,7 +5,7 @@ import pytest
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import DType, SmArch
 from fa2_sm80.forward.entry import Fa2Forward
-from tests.testing.cases import small_problem
+from tests.testing.cases import refusals, small_problem
 
 
 def problem(**changes) -> AttentionProblem:
@@ -78,3 +78,40 @@ def test_reasons_name_the_value(change, word):
     assert Fa2Forward.supports(problem()) == []
     reasons = Fa2Forward.supports(problem(**change))
     assert len(reasons) >= 1 and any(word in reason for reason in reasons)
+
+
+SPILL_AT_64 = "registers spill: 3 accesses and 8.5 instructions per score at 64 keys, none and 6.3 at 48 (head_dim 128)"
+
+
+def o_registers(count: int) -> str:
+    what = f"O of 32 queries a warp, {count} wide"
+    return f"registers: {count} a thread for {what}, at most 128 of 255 beside scores and operands"
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        ({"head_dim": 96}, []),
+        ({"head_dim": 128}, [SPILL_AT_64]),
+        (
+            {"head_dim": 128, "window_left": 5, "softcap": 1.0},
+            [
+                SPILL_AT_64,
+                "registers spill with window_left and softcap: up to 15 accesses at 48 keys, none at 32",
+            ],
+        ),
+        (
+            {"head_dim": 64, "head_dim_v": 144, "arch": SmArch.SM_86},
+            3 * [o_registers(144)],
+        ),
+        (
+            {"head_dim": 200, "head_dim_v": 200, "arch": SmArch.SM_86},
+            [
+                *3 * [o_registers(208)],
+                "shared memory: 106,496 bytes of Q, K and V 208 wide, 101,376 available",
+            ],
+        ),
+    ],
+)
+def test_refused_tiles_say_why(change, reasons):
+    assert refusals(Fa2Forward, problem(**change)) == reasons

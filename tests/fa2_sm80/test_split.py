@@ -15,7 +15,7 @@ from cute_fa.semantics.types import Direction, SmArch
 from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa2_sm80.split.entry import Fa2Split
 from perf.sass import report_cubin
-from tests.testing.cases import FA2_FEATURES, fa2_cases, small_problem, spec_name, spec_of
+from tests.testing.cases import FA2_FEATURES, fa2_cases, refusals, small_problem, spec_name, spec_of
 from tests.testing.gradients import call_of
 from tests.testing.loads import recorded_copies
 from tests.testing.simulated import unwritten_is_nan
@@ -173,6 +173,28 @@ def test_every_pair_of_head_dims_fits_shared_memory(arch):
                 assert config.smem_bytes <= arch.smem_bytes and config.stages >= 1
                 assert config.row_warps * config.key_warps == 4
                 assert config.tile_n % (16 * config.key_warps) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        ({"seqlen_q": 1}, []),
+        (
+            {"seqlen_q": 5, "num_heads": 8, "num_heads_kv": 2, "head_dim": 256, "head_dim_v": 256},
+            [
+                "20 rows of a kv head: 2 tiles of 16 would each read its keys, 1 of 64",
+                # 32 rows of Q and 64 rows of K and of V a step, all 512 bytes
+                "shared memory: 278,528 bytes of Q and 4 steps of keys, 82,432 available with 2 CTAs an SM",
+                "shared memory: 212,992 bytes of Q and 3 steps of keys, 82,432 available with 2 CTAs an SM",
+                "shared memory: 147,456 bytes of Q and 2 steps of keys, 82,432 available with 2 CTAs an SM",
+                "shared memory: 278,528 bytes of Q and 4 steps of keys, 166,912 available with 1 CTA an SM",
+                "shared memory: 212,992 bytes of Q and 3 steps of keys, 166,912 available with 1 CTA an SM",
+            ],
+        ),
+    ],
+)
+def test_refused_tiles_say_why(change, reasons):
+    assert refusals(Fa2Split, small_problem(SmArch.SM_80, **change)) == reasons
 
 
 def test_reasons_name_the_value():

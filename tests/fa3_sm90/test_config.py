@@ -9,7 +9,7 @@ from cute_fa.semantics.problem import PAGE_SIZES, AttentionProblem
 from cute_fa.semantics.types import DType, PersistentMode, SmArch
 from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M, PipelineSpec
 from fa3_sm90.forward.entry import Fa3Forward
-from tests.testing.cases import small_problem
+from tests.testing.cases import refusals, small_problem
 
 HEAD_DIMS = range(8, 257, 8)
 REGISTERS = 65536  # of an SM
@@ -179,3 +179,55 @@ def test_reasons_name_the_value(change, word):
     assert Fa3Forward.supports(problem()) == []
     reasons = Fa3Forward.supports(problem(**change))
     assert any(word in reason for reason in reasons), reasons
+
+
+THREE_WARPGROUPS = [
+    "registers spill beyond head_dim 64 with 160 a thread: 10 accesses in the main loop at 80, and wgmma serialised",
+    "6.1 instructions per score with 96 keys and three warpgroups, 5.4 with 128 and two (head_dim 96)",
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        ({}, []),
+        (
+            {"softcap": 1.0, "window_left": 9},
+            ["registers spill with window_left and softcap: up to 43 accesses at 128 keys, none at 96"],
+        ),
+        ({"head_dim": 128, "head_dim_v": 128}, THREE_WARPGROUPS),
+        (
+            {"head_dim": 256, "head_dim_v": 256},
+            [
+                *THREE_WARPGROUPS,
+                "registers: about 264 a thread for 128 keys and O 256 wide, 240 available",
+                "registers: about 252 a thread for 112 keys and O 256 wide, 240 available",
+                # 128 rows of Q and 2·96 of K and of V, 512 bytes each, and the barriers
+                "shared memory: 263,168 bytes of Q, K, V and barriers, 232,448 available",
+            ],
+        ),
+        (
+            {"head_dim": 256, "head_dim_v": 256, "page_size": 16},
+            [
+                *THREE_WARPGROUPS,
+                "registers: about 264 a thread for 128 keys and O 256 wide, 240 available",
+                "registers: about 252 a thread for 112 keys and O 256 wide, 240 available",
+                *(
+                    f"paged keys: a block of {keys} and a page of 128 have {common} rows in common for a TMA copy, "
+                    "one of 64 has 64"
+                    for keys, common in ((96, 32), (80, 16))
+                ),
+            ],
+        ),
+        (
+            {"num_heads": 8, "num_heads_kv": 1, "seqlen_q": 4096},
+            # 21.33 tiles of 192 queries, 170.67 of 24 queries of 8 heads
+            ["packed heads fill 99.8% of the tiles' rows, heads apart 97.0%: a tenth more is needed"],
+        ),
+        ({"num_heads": 8, "num_heads_kv": 1, "seqlen_q": 1}, []),
+        ({"num_heads": 8, "num_heads_kv": 1, "seqlen_q": 1, "pack_gqa": False}, ["pack_gqa False is asked for"]),
+        ({"num_heads": 65, "num_heads_kv": 1, "seqlen_q": 1}, ["pack_gqa 65: a warpgroup holds 64 query heads"]),
+    ],
+)
+def test_refused_tiles_say_why(change, reasons):
+    assert refusals(Fa3Forward, problem(**change)) == reasons

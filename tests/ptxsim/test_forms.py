@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -75,7 +78,19 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize("instruction", UNKNOWN)
+def listed_as_refused() -> list[str]:
+    """The instructions of the table in ptxsim/README.md."""
+    page = (Path(__file__).parents[2] / "ptxsim" / "README.md").read_text()
+    rows = re.findall(r"^\| (?!what)[^|]* \| (`.*`) \|$", page.split("## Refused")[1], re.M)
+    return [instruction.replace("\\|", "|") for row in rows for instruction in re.findall("`([^`]*)`", row)]
+
+
+def test_the_page_lists_what_is_refused():
+    found = listed_as_refused()
+    assert len(found) > 30 and "setp.lt.f16x2 %p1|%p2, %r1, %r2" in found
+
+
+@pytest.mark.parametrize("instruction", [*UNKNOWN, *(x for x in listed_as_refused() if x not in UNKNOWN)])
 def test_unknown_forms(instruction):
     """Refused at translation, before anything runs, naming line and text."""
     text = kernel_text(f"add.u32 %r9, %t, 1; {instruction};", 1, 1, declarations="")

@@ -1,7 +1,12 @@
 """The page of mutations: its figures, and its list of what escaped."""
 
+import re
+
+import pytest
+
 from ptxsim.mutate import CAUGHT, EQUIVALENT, ESCAPED, NOT_EXECUTED, Record
-from tests.testing.mutations import VICTIMS, Victim, page
+from tests.testing import functions
+from tests.testing.mutations import NOTES, VICTIMS, Victim, note, page
 
 PLACE = "site-packages/flash_attn/cute/flash_fwd_sm90.py:157"
 FA4 = Victim("FA4", "fa4", "sm_90a", 64, "full")
@@ -28,9 +33,11 @@ def test_figures_and_escapes():
     assert "| FA4 sm_90a | fence | 3 | 4 | 3 (2 WgmmaError, 1 Deadlock) | 0 | 1 |" in text
     assert "| FA4 sm_90a | wait | 1 | 1 | 0 | 1 (1 peek) | 0 |" in text
     fence, barrier = text.split("## Escapes")[1].strip().splitlines()[-2:]
-    row = "| FA4 sm_90a | flash_attn/cute/flash_fwd_sm90.py:157 | `wgmma.fence.sync.aligned` | deleted | P·V"
-    assert fence.startswith(row)
+    place = "flash_attn/cute/flash_fwd_sm90.py FlashAttentionForwardSm90.__call__"
+    assert fence.startswith(f"| FA4 sm_90a | {place} | `wgmma.fence.sync.aligned` | deleted | P·V")
     assert fence.endswith("| d64-full: 3 |")
+    # what has no note keeps its line
+    assert barrier.startswith("| FA4 sm_90a | flash_attn/cute/flash_fwd_sm90.py:157 | `bar.sync` | deleted |")
     assert NOT_EXECUTED in barrier and barrier.endswith("| d64-full: 5 |")
 
 
@@ -40,3 +47,56 @@ def test_names_of_victims():
     assert (str(FA4), FA4.group) == ("FA4-sm_90a-d64-full", "FA4 sm_90a")
     assert (str(split), split.group) == ("FA2-split-sm_80-d128-paged", "FA2 split sm_80")
     assert len({str(victim) for victim in VICTIMS}) == len(VICTIMS)
+
+
+SOURCE = """\
+import functools
+
+limit = 5
+
+@functools.cache
+def first(): pass
+
+class Ring:
+    stages = 2
+
+    def release(self):
+        @functools.cache
+        def inner():
+            return 1
+        return inner()
+
+    async def wait(self): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "function"),
+    [(3, ""), (5, "first"), (6, "first"), (9, ""), (11, "Ring.release"), (12, "Ring.release.inner")]
+    + [(14, "Ring.release.inner"), (15, "Ring.release"), (16, ""), (17, "Ring.wait"), (99, "")],
+)
+def test_functions_of_lines(monkeypatch, tmp_path, line, function):
+    for folder in ("ROOT", "PACKAGES"):
+        path = tmp_path / folder / "device" / f"{folder}.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(SOURCE)
+        monkeypatch.setattr(functions, folder, tmp_path / folder)
+    expected = f"device/ROOT.py:{function}" if function else ""
+    assert functions.function_of(f"device/ROOT.py:{line}") == expected
+    assert functions.function_of(f"{tmp_path}/ROOT/device/ROOT.py:{line}") == expected
+    # another machine's folder of packages
+    installed = functions.function_of(f"/elsewhere/site-packages/device/PACKAGES.py:{line}")
+    assert installed == expected.replace("ROOT", "PACKAGES")
+    assert functions.function_of(f"device/absent.py:{line}") == ""
+
+
+@pytest.mark.parametrize(("family", "place", "instruction", "text"), NOTES)
+def test_notes_name_functions_that_exist(family, place, instruction, text):
+    file, name = place.split(":")
+    folders = (functions.ROOT, functions.PACKAGES, functions.PACKAGES / "flash_attn" / "cute")
+    (path,) = (folder / file for folder in folders if (folder / file).is_file())
+    found = [function for _, _, function in functions.functions(path) if re.fullmatch(name, function)]
+    assert found
+    for function in found:
+        assert note(family, f"{path}:{function}", f"@%p1 {instruction}.x;") == text
+        assert note(family, f"{path}:{function}_x", f"@%p1 {instruction}.x;") != text

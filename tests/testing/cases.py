@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from cute_fa.engine.contract import AttentionKernel
 from cute_fa.semantics.problem import AttentionProblem, LiteralWindow
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec
@@ -90,3 +91,11 @@ def small_problem(arch: SmArch, **changes) -> AttentionProblem:
         softmax_scale=0.125,
     )
     return AttentionProblem(arch=arch, **{**base, **changes})
+
+
+def refusals(kernel: type[AttentionKernel], problem: AttentionProblem) -> list[str]:
+    """Why a heuristic refuses what it prefers to its choice, which must come last and be what ``configure`` gives."""
+    *refused, last = kernel.candidates(problem)
+    assert last.config == kernel.configure(problem) and last.reason is None
+    assert all(candidate.reason for candidate in refused)
+    return [candidate.reason for candidate in refused]

@@ -24,8 +24,8 @@ from ptxsim.equivalence import CLASSES
 from ptxsim.mutants import KINDS
 from ptxsim.mutate import CAUGHT, EQUIVALENT, ESCAPED, Record, read
 from ptxsim.mutation_table import counts
+from tests.testing.functions import ROOT, function_of, short
 
-ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "build" / "mutations"
 PAGE = ROOT / "docs" / "mutations.md"
 
@@ -106,70 +106,69 @@ VICTIMS += [
 VICTIMS += [Victim(*FAMILIES[3], head_dim, mask, "backward") for head_dim in (64, 128) for mask in ("full", "causal")]
 
 
-# What escapes are: family, source line, instruction, and what it does there.
+# What escapes are: family, file and function, instruction, and what it does there.
+_SM90, _SM100 = "flash_fwd_sm90.py:FlashAttentionForwardSm90", "flash_fwd_sm100.py:FlashAttentionForwardSm100"
+_BACKWARD = "flash_bwd_sm90.py:FlashAttentionBackwardSm90"
 NOTES = (
-    ("FA3", r"cute_fa/device/ring.py:69", "mbarrier.arrive",
+    ("FA3", "cute_fa/device/ring.py:Ring.release", "mbarrier.arrive",
      "releases V from the third block at the right edge on; in these problems 128 queries meet two of 80 keys there"),
-    ("FA3", r"cute_fa/device/ring.py:58", "mbarrier.try_wait",
+    ("FA3", "cute_fa/device/ring.py:Ring.acquire", "mbarrier.try_wait",
      "before a tile's first K is loaded: where all tiles have as many blocks, the wait for V of the tile before, or at "
      "head_dim 256 for its Q, which is released with O, covers it"),
-    ("FA4", r"flash_bwd_sm90.py:994", "mbarrier.try_wait",
+    ("FA4", f"{_BACKWARD}.load", "mbarrier.try_wait",
      "before dO is loaded: the stage of the same block's Q, which is released later, was waited for"),
-    ("FA4", r"quack/sm90_utils.py:17[35]", "wgmma",
+    ("FA4", "quack/sm90_utils.py:gemm", "wgmma",
      "so that dO's stage is released when dV no longer reads it: the producer waits for the stage of Q first, which is "
      "released later"),
-    ("FA4", r"flash_bwd_sm90.py:343", "wgmma.fence",
+    ("FA4", f"{_BACKWARD}.__call__", "wgmma.fence",
      "its product follows another one, whose fence has covered these registers, too"),
-    ("FA4", r"flash_bwd_sm90.py:(1708|1761)", "cp.async.bulk",
-     "waits for the stores of the tile before, of which a CTA has none"),
-    ("FA4", r"flash_bwd_sm90.py:171[56]", "cp.async.bulk",
+    ("FA4", f"{_BACKWARD}.epilogue_dKV", "cp.async.bulk.commit_group",
      "lets dV's store go on beside dK's: each has memory of its own"),
-    ("FA4", r"flash_bwd_sm90.py:17(09|17)", "bar.sync",
+    ("FA4", f"{_BACKWARD}.epilogue_dKV", "cp.async.bulk.wait_group",
+     "waits for the stores of the tile before, of which a CTA has none, or lets dV's store go on beside "
+     "dK's: each has memory of its own"),
+    ("FA4", f"{_BACKWARD}.epilogue_dKV", "bar.sync",
      "before dV takes the place of V, or dK that of K: the loop's barrier after the last product with V, and the two "
      "barriers around dV, order the same"),
-    ("FA4", r"flash_fwd_sm90.py", "wgmma.fence",
+    ("FA4", f"{_SM90}.__call__", "wgmma.fence",
      "P·V follows Q·Kᵀ without a wait: the fence before Q·Kᵀ has covered its registers"),
-    ("FA4", r"flash_fwd_sm90.py:922", "mbarrier.try_wait",
+    ("FA4", f"{_SM90}.load", "mbarrier.try_wait",
      "producer_tail: by its own comment useful in clusters only, so that no CTA exits early"),
-    ("FA4", r"flash_fwd_sm100.py:3443", "mbarrier.try_wait",
+    ("FA4", f"{_SM100}.load_Q", "mbarrier.try_wait",
      "before the second stage of Q is loaded: the two stages are released together, and the first was waited for"),
-    ("FA4", r"flash_fwd_sm100.py:3502", "mbarrier.try_wait",
+    ("FA4", f"{_SM100}.load_KV", "mbarrier.try_wait",
      "before a tile's first V is loaded: the release of Q, which was waited for, follows all but the last P·V of the "
      "tile before"),
-    ("FA4", r"flash_fwd_sm100.py:(2563|3100)", "mbarrier.try_wait",
+    ("FA4", f"{_SM100}.(softmax|correction)_loop", "mbarrier.try_wait",
      "a producer's tail, as its comment says; behind it is the arrival that lets another warp free tensor memory: "
      "the waits for this warp's loads precede that"),
-    ("FA4", r"flash_fwd_sm100.py:174[58]", "mbarrier.try_wait",
+    ("FA4", f"{_SM100}.load", "mbarrier.try_wait",
      "producer_tail: nothing follows in this warp; the wait for the other phase was over at once"),
-    ("FA4", r"flash_fwd_sm100.py:336[69]", "cp.async.bulk",
+    ("FA4", f"{_SM100}.epilogue_s2g", "cp.async.bulk",
      "frees the first stage of O, which no tile takes where a CTA has one; the wait for both stages follows"),
-    ("FA4", r"flash_fwd_sm100.py:2045", "tcgen05.commit",
+    ("FA4", f"{_SM100}.mma", "tcgen05.commit",
      "releases Q, which no tile takes where a CTA has one"),
-    ("FA4", r"flash_fwd_sm100.py:2722", "bar.warp.sync",
+    ("FA4", f"{_SM100}.softmax_step", "bar.warp.sync",
      "between tcgen05.wait::st.sync.aligned and one lane's arrival: accepted without it, since FlashAttention-4's "
      "backward arrives so with two CTAs"),
-    ("FA4", r"flash_fwd_sm100.py:995", "fence.mbarrier_init",
+    ("FA4", f"{_SM100}.kernel", "fence.mbarrier_init",
      "behind the barrier that tensor memory is freed by: all threads execute the fence behind the other barriers, too"),
-    ("FA4", r"flash_fwd_sm100.py:3248", "fence.proxy.async",
+    ("FA4", f"{_SM100}.correction_epilogue", "fence.proxy.async",
      "behind what O's tile is written by: packed sequences leave without TMA, so that no async proxy reads it"),
-    ("FA4", r"flash_fwd.py", "cp.async.commit_group",
+    ("FA4", "flash_fwd.py:FlashAttentionForwardSm80.kernel", "cp.async.commit_group",
      "closes the group of the queries: the loop waits for the group of the first keys, which then has both"),
-    ("FA4", r"flash_fwd.py", "cp.async.wait_group",
+    ("FA4", "flash_fwd.py:FlashAttentionForwardSm80.kernel.preprocess_Q", "cp.async.wait_group",
      "waits for the queries before the loop, which waits itself before it reads them (Q_in_regs off)"),
-    ("FA4", r"flash_fwd.py", "bar.sync",
+    ("FA4", "flash_fwd.py:FlashAttentionForwardBase.epilogue", "bar.sync",
      "before O takes the queries' memory: each warp writes the rows that it alone has read"),
 )  # fmt: skip
 
 
-def note(family: str, record: Record) -> str:
-    found = (text for name, source, op, text in NOTES
-             if name == family and re.search(source, record.source) and op in record.text)  # fmt: skip
+def note(family: str, function: str, instruction: str) -> str:
+    """What is known of an escape in a ``file.py:function``."""
+    found = (text for name, place, op, text in NOTES
+             if name == family and re.search(f"(^|/){place}$", function) and op in instruction)  # fmt: skip
     return next(found, "")
-
-
-def place(source: str) -> str:
-    """A source line without the folder that the project or a package lies in."""
-    return source.split("site-packages/")[-1].replace(f"{ROOT}/", "")
 
 
 def page(known: dict[Victim, list[Record]]) -> str:
@@ -193,8 +192,11 @@ def page(known: dict[Victim, list[Record]]) -> str:
     for victim, mine in known.items():
         for record in mine:
             if record.outcome == ESCAPED:
-                what = ": ".join(filter(None, (record.by, note(victim.family, record)))) or "not explained"
-                row = (victim.group, place(record.source), f"`{_operation(record.text)}`")
+                function = function_of(record.source)
+                known_as = note(victim.family, function, record.text)
+                what = ": ".join(filter(None, (record.by, known_as))) or "not explained"
+                place = function.replace(":", " ") if known_as else short(record.source)
+                row = (victim.group, place, f"`{_operation(record.text)}`")
                 escapes[(*row, record.change, what)].append(f"d{victim.head_dim}-{victim.mask}: {record.line}")
     listed = [("kernels", "source", "instruction", "change", "what it is", "PTX lines")]
     listed += [(*row, ", ".join(where)) for row, where in escapes.items()]
