@@ -9,6 +9,7 @@ from cute_fa.api.kvcache import flash_attn_with_kvcache
 from cute_fa.api.merge import merge_states
 from cute_fa.api.requests import CumulativeSeqlens, Fa2BwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest
 from cute_fa.api.rotary import apply_rotary_emb
+from cute_fa.engine.recording import record_keys
 from cute_fa.engine.table import TABLE, DispatchKey, DispatchTable
 from cute_fa.engine.worlds import simulate
 from cute_fa.semantics import errors, reference
@@ -49,6 +50,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "merge_states",
+    "record_keys",
     "reference",
     "simulate",
 ]

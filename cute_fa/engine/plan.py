@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # A description that changes at every call (decoding, packed batches) must not fill the memory.
 _MAX_PLANS = 4096
 PLANS: dict[tuple, Any] = {}
+# What is told of each config that is about to be launched for the first time; see cute_fa.engine.recording.
+recorder: Callable[[KernelConfig], None] | None = None
 
 
 def plan_of(key: tuple, make: Callable[..., Any], *arguments: Any) -> Any:
@@ -62,6 +64,8 @@ class Plan:
 
     def _prepare(self, tensors: tuple) -> None:
         self.config = self.kernel.configure(self.problem)
+        if recorder is not None:
+            recorder(self.config)
         self.pack = packing(self._arguments, tensors)
         self.compiled = compiled(self.config)
 

@@ -46,6 +46,9 @@ _PIPE_WIDTH = 140  # columns of a table that goes to a pipe or file, which have 
 
 
 _SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch's generators take
+_EXPLAIN = click.option(
+    "--explain", is_flag=True, help="Say on stderr which kernels and configs were weighed, and why they were refused."
+)
 _RUN_OPTIONS = [
     click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the inputs."),
     click.option("--schedule-seed", type=int, help="Simulate, with warps in a seeded adversarial order."),
@@ -64,19 +67,24 @@ def main() -> None:
 
 @main.command()
 @with_options(PROBLEM_OPTIONS, _RUN_OPTIONS)
+@_EXPLAIN
 @click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write inputs and results (torch.save).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
-def run(context: click.Context, save: Path | None, as_json: bool, **given) -> None:
+def run(context: click.Context, explain: bool, save: Path | None, as_json: bool, **given) -> None:
     """Run one attention problem and compare it with the reference; without options, a tour of real model layers.
 
     On the GPU if there is one; else, or if --arch names another architecture, simulated. Exits with 0 only if every
     result is within tolerance.
     """
-    chosen = [name for name in (*given, "save") if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    names = (*given, "explain", "save")
+    chosen = [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     with _errors(as_json):
         if chosen:
-            _run_one(ProblemOptions(given), save, as_json)
+            options = ProblemOptions(given)
+            if explain:
+                _explain(options)
+            _run_one(options, save, as_json)
         else:
             _run_all(as_json)
 
@@ -131,6 +139,7 @@ def _run_all(as_json: bool) -> None:
 
 @main.command("compile")
 @with_options(PROBLEM_OPTIONS)
+@_EXPLAIN
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
 @click.option(
     "--keys",
@@ -141,7 +150,7 @@ def _run_all(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
 def compile_command(
-    context: click.Context, out: Path | None, keys: Path | None, jobs: int, as_json: bool, **given
+    context: click.Context, explain: bool, out: Path | None, keys: Path | None, jobs: int, as_json: bool, **given
 ) -> None:
     """Write the kernel that serves the problem as PTX and cubin, named by its compile name. Needs no GPU.
 
@@ -155,7 +164,10 @@ def compile_command(
         if keys is not None:
             _warm(keys, jobs, as_json)
             return
-        problem, kernel = ProblemOptions(given).compiled()
+        options = ProblemOptions(given)
+        if explain:
+            _explain(options)
+        problem, kernel = options.compiled()
         config = kernel.configure(problem)
         ptx, cubin = compile_artifacts(config)
         written = {"ptx": out / f"{config.compile_name}.ptx", "cubin": out / f"{config.compile_name}.cubin"}
@@ -218,6 +230,19 @@ def table(as_json: bool, markdown: bool) -> None:
         click.echo(support.to_markdown(rows))
     else:
         _console().print(*support.to_rich(rows))
+
+
+def _explain(options: ProblemOptions) -> None:
+    """Tells on stderr which kernels the table weighs for the problem and which configs the chosen one's heuristic does,
+    and why each was refused."""
+    problem, kernel = options.compiled()
+    notes = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH, highlight=False)
+    table = Table("kernel", "config", "", header_style="bold")
+    for name, reasons in TABLE.explain(problem, options["family"]).items():
+        table.add_row(name, "", ", ".join(reasons) or "serves the problem")
+    for candidate in kernel.candidates(problem):
+        table.add_row(kernel.__name__, _shown(candidate.config), candidate.reason or "[bold]chosen[/]")
+    notes.print(table)
 
 
 @contextmanager

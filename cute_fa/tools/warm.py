@@ -5,6 +5,9 @@ The list is text, a problem a line: the options of ``python -m cute_fa compile``
 
     --arch sm_90a --head-dim 128 --causal
     --arch sm_90a --head-dim 128 --causal --backward    # the same layer's backward
+    --arch sm_90a --head-dim 128 --append --page-size 16
+
+or what ``cute_fa.record_keys`` wrote down of a program's launches, a line of JSON a kernel.
 
 The cache's folder then holds all that a machine of the same kind needs to run them: no kernel in it is compiled again.
 """
@@ -17,7 +20,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TYPE_CHECKING, NamedTuple
 
-from cute_fa.engine import cache
+from cute_fa.engine import cache, recording
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.semantics.errors import ArgumentError, CuteFaError
 
@@ -44,8 +47,9 @@ def read_keys(path: Path, config_of: Callable[[list[str]], KernelConfig]) -> lis
     configs: dict[KernelConfig, None] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            options = shlex.split(line, comments=True)
-            if options:
+            if line.lstrip().startswith("{"):
+                configs[recording.config_of(line)] = None
+            elif options := shlex.split(line, comments=True):
                 configs[config_of(options)] = None
         except (CuteFaError, ValueError) as error:
             raise ArgumentError(f"{path}, line {number}: {error}") from error
