@@ -117,8 +117,8 @@ def attention(
     lse_shape = (heads, q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
     lse = torch.full(lse_shape, -math.inf, dtype=compute, device=q.device)
 
-    cache = page_table, cache_batch_idx, cache_leftpad
-    for span in _spans(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *cache):
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    for span in _spans(q, k, lengths, (page_table, cache_batch_idx, cache_leftpad)):
         k_s, v_s = (_keys(t, span, cu_seqlens_k, page_table).to(compute) for t in (k, v))
         slopes = _slopes(alibi_slopes, span, compute)
         for rows, distance, visible in _pieces(span, heads, left, right, sink_tokens, q.device):
@@ -162,7 +162,8 @@ def _gradients(q, k, v, dout, dlse, **options) -> tuple[Gradients, dict[str, tor
         if parameter is not None:
             sums[name] = torch.zeros(2, *parameter.shape, dtype=compute, device=q.device)
 
-    for span in _spans(q, k, o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_q, o.seqused_k, None, None, None):
+    lengths = o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_q, o.seqused_k
+    for span in _spans(q, k, lengths, (None, None, None)):
         k_s, v_s, dk_s, dv_s = (_keys(t, span, o.cu_seqlens_k, None) for t in (k, v, dk, dv))
         k_s, v_s = k_s.to(compute), v_s.to(compute)
         slopes = _slopes(alibi_slopes, span, compute)
@@ -232,10 +233,10 @@ def _masked(scores, slopes, distance, visible) -> torch.Tensor:
     return scores.masked_fill(~visible, -math.inf)
 
 
-def _spans(
-    q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, cache_batch_idx, cache_leftpad
-) -> list[_Span]:
-    """Every sequence of the batch."""
+def _spans(q, k, lengths: tuple, cache: tuple) -> list[_Span]:
+    """Every sequence of the batch; ``lengths``: cu_seqlens and seqused, ``cache``: page table, index and padding."""
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = lengths
+    page_table, cache_batch_idx, cache_leftpad = cache
     if cu_seqlens_q is not None:
         starts_q = cu_seqlens_q.tolist()
         batch, lengths_q = len(starts_q) - 1, [b - a for a, b in itertools.pairwise(starts_q)]
