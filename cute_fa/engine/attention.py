@@ -36,8 +36,6 @@ from cute_fa.semantics.tensors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch._ops import OpOverload
-
 _NO_TRANSFORM = (
     "attention inside a transform of torch.func, or with forward-mode differentiation: only torch.autograd (backward() "
     "or torch.autograd.grad) differentiates it"
@@ -188,7 +186,7 @@ def check_call_devices(call: Call, **others: torch.Tensor | None) -> None:
     check_devices(names.of(call.named_tensors() | others), names["q"])
 
 
-def _autocast(op: OpOverload, device: str) -> Callable:
+def _autocast(op: Callable, device: str) -> Callable:
     """The operator with q, k and v cast to autocast's dtype, as torch's own attention is; fp8 and fp64 stay."""
 
     def cast(*arguments: Any) -> Any:

@@ -18,7 +18,7 @@ from cute_fa.tools.cli import main
 SHIPPED = """
 import dataclasses, json, sys, torch
 import cute_fa
-from cute_fa import cache
+from cute_fa.engine import cache
 from tests.cute_fa.cache_kernels import forbid_compiling
 
 forbid_compiling()
@@ -83,7 +83,7 @@ def test_a_folder_of_compiled_kernels_is_used_without_the_compiler(tmp_path, fol
         ("--head-dim many", "line 2: Invalid value for '--head-dim': 'many' is not a valid integer"),
         ("--causall", "line 2: No such option"),
         ("--head-dim '16", "line 2: No closing quotation"),
-        ("--backward --pack-gqa", "line 2: --pack-gqa or --persistent of a backward"),
+        ("--backward --pack-gqa", "line 2: --pack-gqa of a backward"),
         ("# 16", None),
     ],
 )

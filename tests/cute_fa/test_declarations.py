@@ -1,0 +1,218 @@
+"""What follows from the declarations of features, and what is written out beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple, get_type_hints
+
+import pytest
+import torch
+
+import cute_fa
+from cute_fa.api import attention, kvcache
+from cute_fa.api.peers import PeerArguments
+from cute_fa.engine import contract
+from cute_fa.engine.library import schema
+from cute_fa.semantics import names
+from cute_fa.semantics.append_problem import AppendProblem
+from cute_fa.semantics.call import FIELDS, AppendCall, Call, Extras, Options
+from cute_fa.semantics.options import flags_of, is_used, options_of, rows_of
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import DType, SmArch
+from fa2_sm80.append import arguments as append_device
+from fa2_sm80.append import entry as append_host
+from fa2_sm80.backward import arguments as backward_device
+from fa2_sm80.backward import entry as backward_host
+from fa2_sm80.forward import arguments as forward_device
+from fa2_sm80.forward import entry as forward_host
+from fa2_sm80.split import arguments as split_device
+from fa2_sm80.split import entry as split_host
+from fa3_sm90.forward import arguments as fa3_device
+from fa3_sm90.forward import entry as fa3_host
+
+ROOT = Path(__file__).parents[2]
+PROBLEM = AttentionProblem(
+    arch=SmArch.SM_80,
+    dtype=DType.BF16,
+    batch=1,
+    seqlen_q=1,
+    seqlen_k=1,
+    num_heads=1,
+    num_heads_kv=1,
+    head_dim=64,
+    head_dim_v=64,
+    softmax_scale=1.0,
+)
+
+
+def keywords(function) -> dict:
+    """Keyword-only parameters with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_the_schema_follows_from_the_call():
+    assert schema(Options) == (
+        "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? softmax_scale, SymInt? window_left, SymInt? window_right, "
+        "SymInt sink_tokens, float softcap, SymInt num_splits, str? family, bool? pack_gqa, str persistent, "
+        "bool deterministic, str names"
+    )
+
+    class Mixed(NamedTuple):
+        a: torch.Tensor
+        b: torch.Tensor | None
+        c: int
+
+    assert schema("Tensor q", Mixed, written=("a",)) == "Tensor q, Tensor(a!) a, Tensor? b, SymInt c"
+    arguments = torch.ops.cute_fa.append_kv.default._schema.arguments
+    assert [argument.name for argument in arguments] == list(AppendCall._fields)
+    written = [argument.name for argument in arguments if argument.alias_info is not None]
+    assert written == ["k_cache", "v_cache"]
+
+
+def test_flat_and_back():
+    q = torch.zeros(1)
+    call = Call.made(q, q, q, softcap=2.0, learnable_sink=q)
+    assert call.extras == Extras(learnable_sink=q) and call.options == Options(softcap=2.0)
+    assert Call.of(call.flat()) == call and len(call.flat()) == len(FIELDS)
+    assert call.changed(num_splits=3, seqused_q=q).options.num_splits == 3
+    with pytest.raises(ValueError, match="softcapp"):
+        call.changed(softcapp=1.0)
+
+
+@pytest.mark.parametrize("function", [cute_fa.flash_attn_func, cute_fa.flash_attn_varlen_func])
+def test_public_defaults_are_the_options(function):
+    given = keywords(function)
+    for name, default in Options._field_defaults.items():
+        if name in given:
+            assert given[name] == default, name
+    assert given["window_size"] == (None, None) and given["causal"] is False
+    tensors = [name for name in Extras._fields if name in given]
+    assert tensors and all(given[name] is None for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (cute_fa.flash_attn_func, attention.AttentionOptions),
+        (cute_fa.flash_attn_varlen_func, attention.VarlenOptions),
+        (cute_fa.flash_attn_with_kvcache, kvcache.CacheOptions),
+    ],
+)
+def test_a_type_checker_sees_the_arguments_that_there_are(function, options):
+    declared = get_type_hints(options).keys() - get_type_hints(PeerArguments).keys()
+    returns = {"return_lse", "return_attn_probs", "return_softmax_lse"}
+    missing = {"persistent", "deterministic", "seqused_q", "seqused_k"} if options is kvcache.CacheOptions else set()
+    assert declared - missing == keywords(function).keys() - returns
+
+
+TUPLES = [
+    (forward_host.Launch, forward_device.ForwardArguments),
+    (split_host.Launch, split_device.SplitArguments),
+    (split_host.Parts, split_device.Parts),
+    (backward_host.Launch, backward_device.BackwardArguments),
+    (backward_host.Scratch, backward_device.Scratch),
+    (append_host.Launch, append_device.AppendArguments),
+    (append_host.NewRows, append_device.NewRows),
+    (append_host.Cache, append_device.Cache),
+    (append_host.Rotary, append_device.Rotary),
+    (fa3_host.Launch, fa3_device.ForwardArguments),
+    (fa3_host.Grid, fa3_device.TileGrid),
+    (contract.CommonArguments, forward_device.CommonArguments),
+    (contract.LengthArguments, get_type_hints(forward_device.CommonArguments)["lengths"]),
+    (contract.WindowArguments, get_type_hints(forward_device.CommonArguments)["window"]),
+]
+
+
+@pytest.mark.parametrize(("host", "device"), TUPLES, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_the_device_takes_what_the_host_gives(host, device):
+    assert host._fields == device._fields
+
+
+def test_flags_follow_from_the_problem():
+    assert not any(flags_of(PROBLEM).values())
+    used = dataclasses.replace(PROBLEM, window_right=-3, softcap=2.0, alibi=True, page_size=16, seqused_k=True)
+    expected = {"window_right": True, "softcap": True, "alibi": True, "seqused_k": True, "page_size": 16}
+    assert {name: value for name, value in flags_of(used).items() if value} == expected
+    # Sink tokens lift a left bound alone.
+    assert not is_used(dataclasses.replace(PROBLEM, sink_tokens=4), "sink_tokens")
+    assert is_used(dataclasses.replace(PROBLEM, sink_tokens=4, window_left=0), "sink_tokens")
+    flags = {of.flag for of in options_of(AttentionProblem).values() if of.flag}
+    fields = {field.name for field in dataclasses.fields(contract.FeatureConfig)}
+    assert fields - flags == {"arch", "dtype", "head_dim", "head_dim_v"}
+
+
+def test_every_token_has_a_place_in_the_names():
+    tokens = {of.token for of in options_of(AttentionProblem).values() if of.token}
+    assert tokens < set(names._ORDER)
+    assert set(names._ORDER) - tokens == {"causal", "varlen", "gqa"}
+
+
+@pytest.mark.parametrize("kind", [AttentionProblem, AppendProblem])
+def test_rows_change_fields_that_there_are(kind):
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for row, changes in rows_of(kind).items():
+        assert changes.keys() <= fields, row
+    # What a kernel could refuse has a row: every feature is changed by one, but for the two halves of a pair.
+    changed = {name for changes in rows_of(kind).values() for name in changes}
+    if kind is AttentionProblem:
+        assert {name for name, of in options_of(kind).items() if of.flag or of.token} <= changed
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_serving_loads_neither_the_compiler_nor_the_simulator():
+    code = """
+import sys, torch, cute_fa
+q = torch.zeros(1, 8, 2, 64, dtype=torch.float16)
+try:
+    cute_fa.flash_attn_func(q, q, q)
+except cute_fa.errors.NoDeviceError:
+    pass
+cute_fa.TABLE.lookup(cute_fa.DispatchKey(cute_fa.SmArch.SM_90A, cute_fa.DType.BF16, 128, causal=True))
+print([name for name in ("ptxsim", "cutlass") if name in sys.modules])
+"""
+    assert run_python(code).strip() == "[]"
+
+
+def test_torchs_private_names_stand_in_one_module():
+    private = []
+    for file in ROOT.joinpath("cute_fa").rglob("*.py"):
+        for line in file.read_text().splitlines():
+            if "torch._" in line and "torch._neg" not in line and not line.lstrip().startswith(("#", '"""')):
+                private.append((file.name, line.strip()))
+    assert {name for name, _ in private} <= {"torch_internals.py", "transformers.py"}, private
+    assert all("``torch._assert_async``" in line for name, line in private if name == "transformers.py")
+
+
+def test_a_torch_without_the_private_names_takes_the_slow_path():
+    """The same numbers, forward and backward, through the dispatcher alone."""
+    code = """
+import torch
+del torch._C._len_torch_dispatch_stack
+import cute_fa
+from cute_fa.engine import torch_internals
+from cute_fa import reference
+assert not torch_internals.HAS_FAST_PATH
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 24, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+with cute_fa.simulate("sm_80") as simulation:
+    for _ in range(2):
+        out, lse = cute_fa.flash_attn_func(q, k, v, causal=True, return_lse=True)
+    grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+dout = torch.ones_like(out)
+given = [t.detach() for t in (q, k, v)]
+assert reference.check(out.detach(), lse.detach(), *given, causal=True).ok
+errors = reference.check_gradients(reference.Gradients(*grads, None, None), *given, dout, None, causal=True)
+assert all(error.ok for error in errors.values()), errors
+print("right")
+"""
+    assert run_python(code).strip() == "right"
