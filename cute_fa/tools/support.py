@@ -1,5 +1,6 @@
 """The support table as Markdown and for the terminal: a feature a row, direction and architectures a column. A cell
-names the kernel, or "no", and the numbers of the notes that say why the kernels preferred to it do not serve."""
+names the kernel, or "no", and the numbers of the notes that say why the kernels preferred to it do not serve; "–" where
+a direction does not have the feature."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from rich.console import Group
 from rich.table import Table
 
 from cute_fa.engine.table import SupportRow
+from cute_fa.semantics.types import Direction
+
+_DIRECTIONS = [direction.value for direction in Direction]
 
 
 class _Grid(NamedTuple):
@@ -35,11 +39,11 @@ def _grid(rows: Iterable[SupportRow]) -> _Grid:
         columns.setdefault((row.direction, row.arch), {})[row.feature] = text
     # Architectures that agree in everything share a column.
     shared: dict[tuple, list[str]] = {}
-    for (direction, arch), column in sorted(columns.items(), key=lambda item: item[0][0] == "bwd"):
+    for (direction, arch), column in sorted(columns.items(), key=lambda item: _DIRECTIONS.index(item[0][0])):
         shared.setdefault((direction, *column.items()), []).append(arch)
     headers = [f"{key[0]} on {', '.join(archs)}" for key, archs in shared.items()]
-    features = next(iter(columns.values()))
-    return _Grid(headers, {feature: [dict(key[1:])[feature] for key in shared] for feature in features}, notes)
+    features = dict.fromkeys(feature for column in columns.values() for feature in column)
+    return _Grid(headers, {feature: [dict(key[1:]).get(feature, "–") for key in shared] for feature in features}, notes)
 
 
 def to_markdown(rows: Iterable[SupportRow]) -> str:

@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 
 from cute_fa.engine.contract import AttentionKernel
-from cute_fa.engine.table import FEATURES, TABLE, DispatchKey
+from cute_fa.engine.table import TABLE, DispatchKey
+from cute_fa.semantics.append_problem import AppendProblem
 from cute_fa.semantics.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
 from cute_fa.semantics.names import canonical_name
+from cute_fa.semantics.options import rows_of
+from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
 from cute_fa.tools.support import to_markdown
 from tests.testing.grid import pairwise
@@ -205,10 +208,12 @@ def test_a_kernel_passed_over_gives_its_reason(monkeypatch):
 
 def test_rows():
     rows = list(TABLE.rows())
-    assert len(rows) == len(SmArch) * len(Direction) * len(FEATURES)
+    assert len(rows) == len(SmArch) * (2 * len(rows_of(AttentionProblem)) + len(rows_of(AppendProblem)))
     cells = {(row.arch, row.direction, row.feature): row for row in rows}
     for row in rows:
         preferred = {"sm_90a": "fa3", "sm_100a": "fa4", "sm_103a": "fa4"}.get(row.arch, "fa2")
+        if row.direction == "append":
+            preferred = "fa2"
         assert bool(row.reasons) != (row.kernel == f"{preferred}_{row.direction}")
     assert cells["sm_80", "fwd", "causal"].kernel == "fa2_fwd"
     assert cells["sm_90a", "fwd", "head_dim 256"].kernel == "fa3_fwd"
@@ -229,6 +234,12 @@ def test_rows():
         assert cells["sm_90a", "fwd", feature].kernel == "fa3_fwd"
     for feature in ("GQA, query heads packed", "persistent", "split-KV"):
         assert cells["sm_80", "bwd", feature].kernel == "fa2_bwd"
+    for feature in ("paged KV by index", "RoPE", "head_dim 256"):
+        assert cells["sm_90a", "append", feature].kernel == "fa2_append"
+    assert cells["sm_80", "append", "fp8 e5m2"].reasons == ("fa2_append: dtype e5m2: no kernel writes an fp8 cache",)
+    assert ("sm_80", "append", "causal") not in cells
+    [causal] = [line for line in to_markdown(rows).splitlines() if line.startswith("| causal |")]
+    assert causal.endswith("| – |")
 
 
 class Named:
