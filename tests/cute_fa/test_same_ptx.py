@@ -17,6 +17,7 @@ from tests.testing.same_ptx import (
     given_names,
     missing,
     normalized,
+    read_kernels,
 )
 
 PTX = """//
@@ -110,8 +111,17 @@ def test_calls_are_counted_by_what_they_are_given():
     assert given_names({"causal": True, "k": None, "deterministic": False, "num_splits": 1}) == ["causal"]
     assert given_names({"num_splits": 0, "softcap": 15.0}) == ["softcap", "num_splits=0"]
     assert given_names({"num_splits": 3}) == ["num_splits>1"]
-    calls = [Made("f", "", ["causal"], []), Made("g", "", [], []), Made("f", "", ["k", "causal"], [])]
+    given = {"1": ("f", ["causal"]), "2": ("g", []), "3": ("f", ["k", "causal"])}
+    calls = [Made(name, function, "", names, []) for name, (function, names) in given.items()]
     assert coverage(calls) == ["f 2: causal 2, k 1", "g 1: "]
+
+
+def test_kernels_are_read_once_and_named_after_the_first_call(tmp_path):
+    for entry in "abc":
+        (tmp_path / "kernels" / entry).mkdir(parents=True)
+        (tmp_path / "kernels" / entry / "kernel.ptx").write_text(f"// comment\n.entry {entry}{entry}(")
+    calls = [Made("one", "", "", [], ["b"]), Made("two", "", "", [], ["a", "b"])]
+    assert read_kernels(calls, tmp_path) == [Kernel("one", ".entry entry0("), Kernel("two", ".entry entry0(")]
 
 
 def test_every_fixed_call_is_another():
@@ -140,11 +150,12 @@ def test_entries_are_noticed_when_they_are_opened(tmp_path):
     names = same_ptx._looked_up(tmp_path)
     there, absent = "0" * 32, "f" * 32
     (tmp_path / there).mkdir()
-    (tmp_path / f"{there}.lock").touch()
+    lock = tmp_path / f"{'1' * 32}.lock"
+    lock.touch()
     folder = os.open(tmp_path / there, os.O_RDONLY | os.O_DIRECTORY)
     with pytest.raises(FileNotFoundError):
         os.open(tmp_path / absent, os.O_RDONLY | os.O_DIRECTORY)
-    with open(tmp_path / f"{there}.lock"), pytest.raises(FileNotFoundError):
+    with open(lock), pytest.raises(FileNotFoundError):
         os.open("manifest.json", os.O_RDONLY, dir_fd=folder)
     os.close(folder)
     assert list(names) == [there, absent]

@@ -68,7 +68,7 @@ class Fixed(NamedTuple):
 
         with cute_fa.simulate(self.arch) as simulation:
             function, given = _FIXED[self.function](simulation, **self.options)
-        return Made(function, str(self), given_names(given), [])
+        return Made(str(self), function, str(self), given_names(given), [])
 
 
 class Drawn(NamedTuple):
@@ -81,21 +81,24 @@ class Drawn(NamedTuple):
         from tests.testing.fuzz import execute
         from tests.testing.fuzz.draw import GROUP, draw
 
-        problem = draw(self.seed, self.group * GROUP)
+        index = self.group * GROUP
+        problem = draw(self.seed, index)
         if not hasattr(execute, "_simulated"):
             raise AttributeError("tests.testing.fuzz.execute has no _simulated, in the place of which problems end")
         execute._simulated = _simulated_and_done
         try:
             execute.wrong_numbers(problem)
         except _DoneError:
-            return Made(problem.call, problem.to_json(), given_names(_given(problem)), [])
+            name = f"{problem.call} {problem.machine.arch.value}, problem {self.seed}:{index} of the fuzzer's"
+            return Made(name, problem.call, problem.to_json(), given_names(_given(problem)), [])
         raise AssertionError(f"{problem.to_json()} was not simulated")
 
 
 class Made(NamedTuple):
-    """A call that was made: the public ``function``, what it was ``given`` beside plain tensors, and which entries of
-    the compile cache were looked up for the first time."""
+    """A call that was made: the public ``function`` with a ``problem``, what it was ``given`` beside plain tensors, and
+    which entries of the compile cache were looked up for the first time."""
 
+    name: str
     function: str
     problem: str
     given: list[str]
@@ -381,9 +384,9 @@ def _looked_up(folder: Path) -> dict[str, None]:
 
 
 class Kernel(NamedTuple):
-    """``problem``: the first call that asked for it; ``ptx``: as :func:`normalized` leaves it."""
+    """``call``: the first one that asked for it; ``ptx``: as :func:`normalized` leaves it."""
 
-    problem: str
+    call: str
     ptx: str
 
 
@@ -429,11 +432,11 @@ def report(a: list[Kernel], b: list[Kernel]) -> list[str]:
     for side, kernels in (("A", only_a), ("B", only_b)):
         if kernels:
             lines.append(f"{len(kernels)} kernels of {side} alone, first asked for by:")
-            lines += [f"  {kernel.problem}" for kernel in kernels[:SHOWN]]
+            lines += [f"  {kernel.call}" for kernel in kernels[:SHOWN]]
             lines += ["  …"] * (len(kernels) > SHOWN)
     if only_a and only_b:
         first, second = closest(only_a, only_b)
-        labels = f"A: {first.problem}", f"B: {second.problem}"
+        labels = f"A: {first.call}", f"B: {second.call}"
         diff = difflib.unified_diff(first.ptx.splitlines(), second.ptx.splitlines(), *labels, n=2, lineterm="")
         shown = list(itertools.islice(diff, DIFF_LINES + 1))
         lines += ["the closest two:", *shown[:DIFF_LINES], *["…"] * (len(shown) > DIFF_LINES)]
@@ -497,10 +500,15 @@ def make_calls(checkout: Path, folder: Path, plan: Plan, jobs: int) -> list[Made
 
 
 def read_kernels(calls: list[Made], folder: Path) -> list[Kernel]:
-    """Each kernel that the calls asked for, once."""
-    first = {name: call.problem for call in reversed(calls) for name in call.kernels}
-    paths = {name: folder / "kernels" / name / "kernel.ptx" for name in sorted(first)}
-    return [Kernel(first[name], normalized(path.read_text())) for name, path in paths.items()]
+    """Each kernel that the calls asked for, once, in their order."""
+    first: dict[str, str] = {}
+    for call in calls:
+        for entry in call.kernels:
+            first.setdefault(entry, call.name)
+    return [
+        Kernel(call, normalized((folder / "kernels" / entry / "kernel.ptx").read_text()))
+        for entry, call in first.items()
+    ]
 
 
 def coverage(calls: list[Made]) -> list[str]:
@@ -547,6 +555,8 @@ def main(
             folder = cache_folder(checkout, chosen)
             calls.append(make_calls(checkout, folder, plan, jobs))
             kernels.append(read_kernels(calls[-1], folder))
+            if not kernels[-1]:
+                raise click.ClickException(f"{side}: no call looked for a kernel in {folder / 'kernels'}")
             click.echo(f"{side}: {len(kernels[-1])} kernels of {len(calls[-1])} calls, in {folder}")
     click.echo("\n".join(coverage(calls[0])))
     if b is None:
