@@ -23,6 +23,7 @@ from cute_fa.semantics.problem import LiteralWindow, normalize_window
 from cute_fa.semantics.tensors import used_lengths
 from cute_fa.semantics.types import PersistentMode
 
+_LOWER = (torch.float16, torch.bfloat16)
 _PAIRS = (tuple, list, LiteralWindow)
 # What callers of flash_attn_varlen_func call arguments of the operator.
 _BLOCK_TABLE = spelled(page_table="block_table")
@@ -177,7 +178,7 @@ def flash_attn_func(
         check_peers(peers)
     extras = NO_EXTRAS
     if alibi_slopes is not None or learnable_sink is not None:
-        extras = Extras(alibi_slopes=alibi_slopes, learnable_sink=learnable_sink)
+        extras = Extras(alibi_slopes=alibi_slopes, learnable_sink=_widened(learnable_sink))
     options = _options(
         window_size,
         causal,
@@ -335,7 +336,7 @@ def flash_attn_varlen_func(
         check_tensor("q", q)
         check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    extras = Extras(*lengths, page_table, alibi_slopes=alibi_slopes, learnable_sink=learnable_sink)
+    extras = Extras(*lengths, page_table, alibi_slopes=alibi_slopes, learnable_sink=_widened(learnable_sink))
     options = _options(
         window_size,
         causal,
@@ -367,6 +368,7 @@ def prepare(q: Any, k: Any, v: Any, **given: Any) -> Call:
     complaints name no rule, and choices normalised. ``names``: what the caller calls them
     (:mod:`cute_fa.semantics.argument_names`)."""
     extras = Extras(**{name: given.pop(name) for name in Extras._fields if name in given})
+    extras = extras._replace(learnable_sink=_widened(extras.learnable_sink))
     unknown = given.keys() - _DEFAULTS.keys()
     if unknown:
         raise TypeError(f"prepare: no such argument: {', '.join(sorted(unknown))}")
@@ -375,14 +377,16 @@ def prepare(q: Any, k: Any, v: Any, **given: Any) -> Call:
     return _checked(Call(q, k, v, extras, options))
 
 
+def _widened(sink: Any) -> Any:
+    """A sink of lower precision in float32."""
+    return sink.float() if isinstance(sink, torch.Tensor) and sink.dtype in _LOWER else sink
+
+
 def _checked(call: Call) -> Call:
-    """The call, its tensors known to be such, a sink of lower precision widened."""
+    """The call, its tensors known to be such."""
     for name, tensor in call.named_tensors().items():
         if tensor is not None or name in "qkv":
             check_tensor(name, tensor, call.options.names)
-    sink = call.extras.learnable_sink
-    if sink is not None and sink.dtype in (torch.float16, torch.bfloat16):
-        return call.changed(learnable_sink=sink.float())
     return call
 
 

@@ -56,6 +56,8 @@ class DispatchKey:
     splits: int = 1
 
     def __post_init__(self):
+        if self.direction is Direction.APPEND:
+            raise ArgumentError("direction=append: a key is of attention, an append is looked up by its AppendProblem")
         if self.paged != (self.page_size is not None):
             raise ArgumentError(f"paged={self.paged} with page_size={self.page_size}: give both or neither")
         if self.causal and self.window_right not in (None, 0):
@@ -180,7 +182,7 @@ class DispatchTable:
                 declared = options_of(kind)
                 for feature, changes in rows_of(kind).items():
                     # A backward is not asked for what its call chose for the forward, nor the other way round.
-                    others = {name for name in changes if declared[name].direction not in (None, direction)}
+                    others = {name for name, of in declared.items() if of.direction not in (None, direction)}
                     changes = {name: value for name, value in changes.items() if name not in others}
                     if kind is AttentionProblem:
                         changes["direction"] = direction

@@ -49,7 +49,7 @@ KEYS = {
     "sink": [0, 4],
     "page_size": [None, 64],
     "gqa_ratio": [1, 8],
-    "direction": list(Direction),
+    "direction": [Direction.FORWARD, Direction.BACKWARD],
     "softcap": [0.0, 30.0],
     "learnable_sink": [False, True],
     "splits": [1, 2],
