@@ -194,7 +194,7 @@ def flash_attn_func(
         deterministic,
         "",
     )
-    return _attention(Call(q, k, v, extras, options), out, return_lse, return_attn_probs, return_softmax_lse)
+    return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)
 
 
 @overload
@@ -352,7 +352,7 @@ def flash_attn_varlen_func(
         deterministic,
         names,
     )
-    return _attention(Call(q, k, v, extras, options), out, return_lse, return_attn_probs, return_softmax_lse)
+    return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)
 
 
 # How an option becomes one of ``Options``, by its type there.
@@ -431,18 +431,28 @@ def _choice(called: str, name: str, value: Any) -> Any:
     return _KINDS[kinds[0]](called, value)
 
 
-def _attention(call: Call, out: Any, return_lse: Any, return_attn_probs: Any, return_softmax_lse: Any) -> Result:
+def _attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    extras: Extras,
+    options: Options,
+    out: Any,
+    return_lse: Any,
+    return_attn_probs: Any,
+    return_softmax_lse: Any,
+) -> Result:
     if not (type(return_lse) is type(return_attn_probs) is type(return_softmax_lse) is bool):
         return_lse = flag("return_lse", return_lse)
         return_attn_probs = flag("return_attn_probs", return_attn_probs)
         return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
-    done = engine.again(*call) if out is None else None
+    done = engine.again(q, k, v, extras, options) if out is None else None
     if done is not None:
         out, lse = done
     elif out is None:
-        out, lse = engine.dispatched(_checked(call))
+        out, lse = engine.dispatched(_checked(Call(q, k, v, extras, options)))
     else:
-        call = _checked(call)
+        call = _checked(Call(q, k, v, extras, options))
         check_tensor("out", out)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*call.tensors, out) if t is not None):
             raise ArgumentError("out= with a tensor that requires a gradient: a result written in place has none")

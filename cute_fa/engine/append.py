@@ -61,7 +61,7 @@ def append_kv(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if plan.launches:
         queries = (None, None) if call.q is None else (canonical(call.q), canonical(rotated))
         rows = map(canonical, tensors.values())
-        plan.launch(AppendTensors(*rows, *queries, seqused_k, call))
+        plan.launch((*rows, *queries, seqused_k, call))
     return rotated, seqused_k
 
 
@@ -120,7 +120,14 @@ def _make_plan(target: Target, call: AppendCall) -> Plan:
         rotary_interleaved=rotary_dim > 0 and call.rotary_interleaved,
         rotary_seqlens=call.rotary_seqlens is not None,
     )
-    return Plan(problem=problem, names=names, kernel=TABLE.lookup(problem), target=target, launches=batch > 0)
+    return Plan(
+        kind=AppendTensors,
+        problem=problem,
+        names=names,
+        kernel=TABLE.lookup(problem),
+        target=target,
+        launches=batch > 0,
+    )
 
 
 def _new_rows(name: str, tensor: torch.Tensor, heads: str, cu_seqlens, offsets: str) -> tuple[int, int]:

@@ -49,16 +49,18 @@ ARGUMENTS = schema("Tensor q, Tensor k, Tensor v", Extras, Options)
 @dataclass(kw_only=True)
 class ForwardPlan(Plan):
     """``new_out`` and ``new_lse`` allocate on their argument's device. ``strides``: canonical strides of q, k, v and
-    out where a dimension of size 1 has odd ones; None if none has."""
+    out where a dimension of size 1 has odd ones; None if none has. ``expands_slopes``: whether those of all sequences
+    are alike, and kernels are given them as those of each."""
 
     new_out: Callable[[torch.Tensor], torch.Tensor]
     new_lse: Callable[[torch.Tensor], torch.Tensor]
     strides: tuple[tuple[int, ...] | None, ...] | None
+    expands_slopes: bool
 
 
 def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = Call.of(arguments)
-    return _run(_plan(call), call, (call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()))
+    return _run(_plan(call), *call, (call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()))
 
 
 def _attention_out(*arguments: Any) -> torch.Tensor:
@@ -66,7 +68,7 @@ def _attention_out(*arguments: Any) -> torch.Tensor:
     call = Call.of(tuple(flat))
     plan = _plan(call, out)
     check_separate(plan.names["out"], out, plan.names.of({"q": call.q, "k": call.k, "v": call.v}))
-    return _run(plan, call, (call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()), out)[1]
+    return _run(plan, *call, (call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()), out)[1]
 
 
 def _plan(call: Call, out: torch.Tensor | None = None) -> ForwardPlan:
@@ -82,7 +84,7 @@ def _key(q: Any, k: Any, v: Any, extras: Extras, options: Options, out: torch.Te
         (k.shape, k.stride(), k.dtype, k.device),
         (v.shape, v.stride(), v.dtype, v.device),
         extras if extras is NO_EXTRAS else signatures(extras),
-        signature(out),
+        None if out is None else signature(out),
     )
 
 
@@ -92,6 +94,7 @@ def _make_plan(call: Call, out: torch.Tensor | None) -> ForwardPlan:
     problem, kernel = TABLE.choose(problem, call.options.family, target.num_sms, call.options.num_splits)
     strides = tuple(map(odd_strides, (call.q, call.k, call.v, out)))
     return ForwardPlan(
+        kind=AttentionTensors,
         problem=problem,
         names=names_of(call.options.names),
         kernel=kernel,
@@ -100,6 +103,7 @@ def _make_plan(call: Call, out: torch.Tensor | None) -> ForwardPlan:
         new_out=new_like((*call.q.shape[:-1], call.v.shape[-1]), TORCH_DTYPES[problem.out_dtype]),
         new_lse=new_like(call.lse_shape, torch.float32),
         strides=None if strides == (None,) * 4 else strides,
+        expands_slopes=call.extras.alibi_slopes is not None and call.extras.alibi_slopes.dim() == 1,
     )
 
 
@@ -118,12 +122,20 @@ def validate(call: Call, out: torch.Tensor | None = None) -> None:
 
 
 def _run(
-    plan: ForwardPlan, call: Call, addresses: tuple[int, int, int], out: torch.Tensor | None = None
+    plan: ForwardPlan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extras: Extras,
+    options: Options,
+    addresses: tuple[int, int, int],
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse), the kernel launched; allocates what is to be returned. ``addresses``: those of q, k and v."""
+    """(out, lse) of a call, the kernel launched; allocates what is to be returned. ``addresses``: those of q, k and v.
+
+    Every call comes through here: its parts are passed on as they are, since making a NamedTuple takes 0.3 µs."""
     if worlds.checks_values():
-        check_values(plan.problem, call)
-    q, k, v, extras, _ = call
+        check_values(plan.problem, Call(q, k, v, extras, options))
     lse = plan.new_lse(q)
     bits = addresses[0] | addresses[1] | addresses[2]
     if out is None:
@@ -138,7 +150,9 @@ def _run(
     into = out
     if plan.strides is not None:
         q, k, v, into = map(restrided, (q, k, v, out), plan.strides)
-    plan.launch(AttentionTensors(q, k, v, into, lse, extras))
+    if plan.expands_slopes:
+        extras = extras._replace(alibi_slopes=extras.alibi_slopes.expand(plan.problem.batch, -1))
+    plan.launch((q, k, v, into, lse, extras))
     return out, lse
 
 
@@ -232,7 +246,7 @@ def again(q: Any, k: Any, v: Any, extras: Extras, options: Options) -> tuple[tor
         return None
     if plan is None or (plan.launches and 0 in addresses):
         return None
-    return _run(plan, Call(q, k, v, extras, options), addresses)
+    return _run(plan, q, k, v, extras, options, addresses)
 
 
 def attention_out(call: Call, out: torch.Tensor) -> torch.Tensor:

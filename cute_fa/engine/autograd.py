@@ -102,13 +102,14 @@ def _attention_backward(dout, dlse, out, lse, *arguments):
         dout = restrided(dout, strides_dout)
     forward = AttentionTensors(q, k, v, out, lse.contiguous(), call.extras)
     dlse = None if dlse is None else dlse.contiguous()
-    plan.launch(BackwardTensors(forward, dout, dlse, *_named(grads, call, slopes_gradient)))
+    plan.launch((forward, dout, dlse, *_named(grads, call, slopes_gradient)))
     return grads
 
 
 def _make_plan(target: Target, dout, dlse, out, lse, call: Call, slopes_gradient: bool) -> BackwardPlan:
     problem = problem_of_backward(target.arch, dout, dlse, out, lse, call, slopes_gradient)
     return BackwardPlan(
+        kind=BackwardTensors,
         problem=problem,
         names=names_of(call.options.names),
         kernel=TABLE.lookup(problem, call.options.family),

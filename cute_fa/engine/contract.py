@@ -279,15 +279,22 @@ class CommonArguments(NamedTuple):
 
 def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> CommonArguments:
     """The first argument of a launch."""
-    extras = tensors.extras
+    t, extras = tensors, tensors.extras
     slopes = extras.alibi_slopes
     if slopes is not None and slopes.dim() == 1:
         slopes = slopes.expand(problem.batch, -1)
     left, right = problem.window_left, problem.window_right
     sink_tokens = problem.sink_tokens if problem.sink_tokens and left is not None else None
     bounds = (None if b is None else max(-MAX_BOUND, min(b, MAX_BOUND)) for b in (left, right, sink_tokens))
-    given = extras._asdict() | {"alibi_slopes": slopes, "softmax_scale": problem.softmax_scale}
-    given |= {"softcap": problem.softcap or None, "window": WindowArguments(*bounds)}
-    given |= {name: getattr(tensors, name) for name in ("q", "k", "v", "out", "lse")}
-    given["lengths"] = LengthArguments(*(given[name] for name in LengthArguments._fields))
-    return CommonArguments(*(given[name] for name in CommonArguments._fields))
+    lengths = (extras.cu_seqlens_q, extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k, extras.cache_leftpad)
+    return CommonArguments(
+        *(t.q, t.k, t.v, t.out, t.lse),
+        lengths=LengthArguments(*lengths),
+        window=WindowArguments(*bounds),
+        alibi_slopes=slopes,
+        learnable_sink=extras.learnable_sink,
+        softmax_scale=problem.softmax_scale,
+        softcap=problem.softcap or None,
+        page_table=extras.page_table,
+        cache_batch_idx=extras.cache_batch_idx,
+    )

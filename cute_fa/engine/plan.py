@@ -43,10 +43,11 @@ def plan_of(key: tuple, make: Callable[..., Any], *arguments: Any) -> Any:
 
 @dataclass(kw_only=True)
 class Plan:
-    """``problem``: of the direction's kind; ``names``: what the caller calls the arguments; ``launches``: whether there
-    is anything to compute. ``compiled``, and ``pack``, which gives the kernel's arguments, are set by the first launch,
-    after all checks."""
+    """``kind``: the NamedTuple of the tensors that the kernel is launched with; ``problem``: of the direction's kind;
+    ``names``: what the caller calls the arguments; ``launches``: whether there is anything to compute. ``compiled``,
+    and ``pack``, which gives the kernel's arguments, are set by the first launch, after all checks."""
 
+    kind: Any
     problem: Any
     names: ArgumentNames
     kernel: type[AttentionKernel]
@@ -57,9 +58,9 @@ class Plan:
     pack: Callable[..., tuple] | None = None
 
     def launch(self, tensors: tuple) -> None:
-        """Run the kernel with a NamedTuple of tensors, possibly nested."""
+        """Run the kernel with the items of ``kind``."""
         if self.compiled is None:
-            self._prepare(tensors)
+            self._prepare(self.kind(*tensors))
         self.compiled.launch(self.pack(tensors))
 
     def _prepare(self, tensors: tuple) -> None:
@@ -70,7 +71,7 @@ class Plan:
         self.compiled = compiled(self.config)
 
     def _arguments(self, tensors: tuple) -> tuple:
-        return self.kernel.arguments(self.problem, self.config, tensors, self.target.num_sms)
+        return self.kernel.arguments(self.problem, self.config, self.kind(*tensors), self.target.num_sms)
 
 
 def packing(arguments: Callable[[tuple], tuple], tensors: tuple) -> Callable[[tuple], tuple]:
