@@ -2,7 +2,7 @@
 #
 #   make run        the tour: real model layers against the reference
 #   make test       the test suite (tests that need a GPU only where there is one)
-#   make lint       ruff
+#   make lint       ruff, mypy
 #   make fuzz       random problems over every public function, simulated: make fuzz ARGS="--problems 600 --seed 1 --jobs 2"
 #   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (hours)
 #   make gpu-check  GPU tests, compute-sanitizer, a short sweep; without a GPU the static checks
@@ -35,6 +35,7 @@ test: $(ENVIRONMENT)
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 fuzz: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.testing.fuzz $(ARGS)
@@ -46,7 +47,7 @@ gpu-check: $(ENVIRONMENT)
 	$(PY) -m perf gpu-check -- $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 
 # torch goes first: otherwise the resolver would pull its newest build, with gigabytes of CUDA libraries, also on a
 # machine without a GPU. A torch of the machine's own that sees its GPU is kept.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 from cute_fa.api import values
 from cute_fa.engine.attention import AUTOCAST_DEVICES, CAST
 from cute_fa.semantics.call import AppendCall
 
+Given = TypeVar("Given", torch.Tensor, torch.Tensor | None)
 _REQUIRED = ("k_cache", "v_cache", "k", "v", "cache_seqlens")
 
 
@@ -79,11 +82,12 @@ def append_kv(
     for name, tensor in call.tensors.items():
         if tensor is not None or name in _REQUIRED:
             values.check_tensor(name, tensor)
-    k, v, q = autocast_to(k_cache, k, v, q)
+    k, v = autocast_to(k_cache, k, v)
+    (q,) = autocast_to(k_cache, q)
     return append(call._replace(k=k, v=v, q=q))
 
 
-def autocast_to(cache: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def autocast_to(cache: torch.Tensor, *tensors: Given) -> tuple[Given, ...]:
     """Under autocast, tensors in the dtype of the cache that they meet, whatever autocast's is: the cache itself is
     written in place and can be no copy."""
     if not autocasts(cache.device) or cache.dtype not in (torch.float16, torch.bfloat16):

@@ -8,7 +8,7 @@ one page where it goes, which torch's operators look up on the device. Nothing i
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,13 @@ class RowsCall(NamedTuple):
     page_table: torch.Tensor | None
     page_indices: torch.Tensor | None
     page_indptr: torch.Tensor | None
+
+    @property
+    def pages(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """``page_table``, or ``page_indices`` and ``page_indptr``, which come together; None for contiguous caches."""
+        if self.page_indices is not None and self.page_indptr is not None:
+            return self.page_indices, self.page_indptr
+        return self.page_table
 
 
 def append_rows(
@@ -75,7 +82,7 @@ def append_rows(
     torch.ops.cute_fa.append_rows(*call)
 
 
-def _append_rows(*arguments):
+def _append_rows(*arguments: Any) -> None:
     call = RowsCall._make(arguments)
     _check(call)
     if call.k.shape[0] == 0:
@@ -90,10 +97,10 @@ def _sequences_of_one_row(call: RowsCall) -> AppendCall:
     sequence = batch.clamp(0, max(_batch(call) - 1, 0))
     place = positions
     present = (batch >= 0) & (batch < _batch(call)) & (positions >= 0)
-    page = None
-    if call.page_table is not None or call.page_indices is not None:
+    pages, page = call.pages, None
+    if pages is not None:
         column, place = positions // call.k_cache.shape[1], positions % call.k_cache.shape[1]
-        page, listed = _page(call, sequence, column)
+        page, listed = _page(pages, sequence, column)
         present, page = present & listed, page[:, None]
     else:
         present = present & (positions < call.k_cache.shape[1])
@@ -109,15 +116,17 @@ def _sequences_of_one_row(call: RowsCall) -> AppendCall:
     )
 
 
-def _page(call: RowsCall, sequence: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _page(
+    pages: torch.Tensor | tuple[torch.Tensor, torch.Tensor], sequence: torch.Tensor, column: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(the column-th page of the sequence, whether it lists one), each (rows)."""
-    if call.page_table is not None:
-        last = call.page_table.shape[1] - 1
-        return call.page_table[sequence, column.clamp(0, last)], column <= last
-    first = call.page_indptr[sequence]
-    index = first + column
-    inside = (index < call.page_indptr[sequence + 1]) & (index < call.page_indices.shape[0])
-    return call.page_indices[index.clamp(0, call.page_indices.shape[0] - 1)], inside
+    if isinstance(pages, torch.Tensor):
+        last = pages.shape[1] - 1
+        return pages[sequence, column.clamp(0, last)], column <= last
+    indices, starts = pages
+    index = starts[sequence] + column
+    inside = (index < starts[sequence + 1]) & (index < indices.shape[0])
+    return indices[index.clamp(0, indices.shape[0] - 1)], inside
 
 
 def _batch(call: RowsCall) -> int:
@@ -138,13 +147,14 @@ def _check(call: RowsCall) -> None:
         check_integers("page_table", call.page_table)
         if call.page_table.numel() == 0:
             raise EmptyCacheError(f"page_table {tuple(call.page_table.shape)}: it lists no page")
-    if call.page_indices is not None:
-        for name in ("page_indices", "page_indptr"):
-            check_dims(name, getattr(call, name), 1, "one dimension")
-            check_vector(name, getattr(call, name), torch.int32, (getattr(call, name).numel(),))
-        if call.page_indptr.shape[0] < 2:
-            raise ShapeError(f"page_indptr {tuple(call.page_indptr.shape)}: (batch + 1) is needed")
-        if call.page_indices.shape[0] == 0:
+    if isinstance(call.pages, tuple):
+        for name, tensor in zip(("page_indices", "page_indptr"), call.pages, strict=True):
+            check_dims(name, tensor, 1, "one dimension")
+            check_vector(name, tensor, torch.int32, (tensor.numel(),))
+        indices, starts = call.pages
+        if starts.shape[0] < 2:
+            raise ShapeError(f"page_indptr {tuple(starts.shape)}: (batch + 1) is needed")
+        if indices.shape[0] == 0:
             raise EmptyCacheError("page_indices (0,): it lists no page")
 
 
@@ -153,11 +163,11 @@ def _check_values(call: RowsCall) -> None:
     batch = _batch(call)
     rows = call.k_cache.shape[1]
     capacity, pages = [rows] * batch, None
-    if call.page_table is not None:
-        pages = call.page_table.tolist()
-    elif call.page_indices is not None:
-        starts, listed = call.page_indptr.tolist(), call.page_indices.tolist()
+    if isinstance(call.pages, tuple):
+        listed, starts = (tensor.tolist() for tensor in call.pages)
         pages = [listed[start:end] for start, end in itertools.pairwise(starts)]
+    elif call.pages is not None:
+        pages = call.pages.tolist()
     if pages is not None:
         capacity = [rows * len(of_sequence) for of_sequence in pages]
     for r, (b, position) in enumerate(zip(call.batch_indices.tolist(), call.positions.tolist(), strict=True)):
@@ -172,7 +182,7 @@ def _check_values(call: RowsCall) -> None:
             raise PageTableError(f"sequence {b} lists page {page}: the cache has {call.k_cache.shape[0]} pages")
 
 
-def _fake(*arguments):
+def _fake(*arguments: Any) -> None:
     _check(RowsCall._make(arguments))
 
 

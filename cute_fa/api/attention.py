@@ -37,8 +37,8 @@ _PAGED_LENGTHS = {
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class AttentionOptions(PeerArguments, total=False):
-    """Keyword arguments of :func:`flash_attn_func`, for type checkers; see there."""
+class SharedOptions(PeerArguments, total=False):
+    """Keyword arguments of all the public functions, for type checkers; see :func:`flash_attn_func`."""
 
     softmax_scale: float | None
     causal: bool
@@ -49,10 +49,15 @@ class AttentionOptions(PeerArguments, total=False):
     learnable_sink: torch.Tensor | None
     num_splits: int
     pack_gqa: bool | None
-    persistent: PersistentMode | str
-    deterministic: bool
     out: torch.Tensor | None
     family: str | None
+
+
+class AttentionOptions(SharedOptions, total=False):
+    """Keyword arguments of :func:`flash_attn_func`, for type checkers; see there."""
+
+    persistent: PersistentMode | str
+    deterministic: bool
 
 
 class VarlenOptions(AttentionOptions, total=False):
@@ -393,9 +398,10 @@ def _checked(call: Call) -> Call:
 
 def _options(window_size: Any, *choices: Any) -> Options:
     """``_normalized``, which is asked once for values that are equal and of the same types."""
-    if not is_dynamo_compiling() and type(window_size) in _PAIRS:
+    kind: Any = type(window_size)
+    if not is_dynamo_compiling() and kind in _PAIRS:
         try:
-            return _remembered(type(window_size), *window_size, *choices)
+            return _remembered(kind, *window_size, *choices)
         except TypeError:  # something has no hash, or is no constant, or the window is no pair
             pass
     return _normalized(window_size, *choices)

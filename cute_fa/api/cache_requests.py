@@ -52,7 +52,7 @@ class PagedKvCache:
     v_pages: torch.Tensor
     layout: KvLayout = KvLayout.NHD
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_kinds(self, k_pages=torch.Tensor, v_pages=torch.Tensor, layout=KvLayout)
         k, v = self.k_pages, self.v_pages
         order = {KvLayout.NHD: "page_size, kv_heads", KvLayout.HND: "kv_heads, page_size"}[self.layout]
@@ -172,7 +172,7 @@ class PagedAttentionRequest(ForwardRequest):
     k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_kinds(self, q=torch.Tensor, cache=PagedKvCache, page_table=torch.Tensor, seqlens=torch.Tensor)
         if self.cu_seqlens_q is not None:
             check_kinds(self, cu_seqlens_q=CumulativeSeqlens)
@@ -207,7 +207,7 @@ class PagedAttentionRequest(ForwardRequest):
         check_devices({"q": self.q, name: descale}, "q")
 
     def _choose(self) -> tuple[AttentionProblem, type[AttentionKernel]]:
-        num_sms = described(self.arch, self.q.device).num_sms
+        num_sms = described(self._arch, self.q.device).num_sms
         return TABLE.choose(self.problem(), self.family, num_sms, self.num_splits)
 
     def _options(self) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class ChunkLayout:
     total_chunks: int
     chunk_index: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("chunk_q_tokens", "prefix_kv_tokens", "total_chunks", "chunk_index"):
             _check_count(name, getattr(self, name))
         for name in ("chunk_q_tokens", "total_chunks"):
@@ -266,7 +266,7 @@ class ChunkedPrefillRequest:
     attention: PagedAttentionRequest | VarlenFwdRequest
     chunk: ChunkLayout
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.attention, (PagedAttentionRequest, VarlenFwdRequest)):
             kind = type(self.attention).__name__
             raise ArgumentError(f"attention is {kind}: a PagedAttentionRequest or a VarlenFwdRequest is needed")
@@ -298,8 +298,7 @@ class ChunkedPrefillRequest:
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) of the chunk's queries."""
-        on_device = isinstance(self.attention, PagedAttentionRequest)
-        if on_device and worlds.checks_values():
+        if isinstance(self.attention, PagedAttentionRequest) and worlds.checks_values():
             self._check_lengths_k(self.attention.seqlens.tolist())
         return self.attention.run()
 

@@ -10,7 +10,7 @@ import torch
 from typing_extensions import Unpack
 
 from cute_fa.api.append import append, autocast_to, autocasts
-from cute_fa.api.attention import Result, VarlenOptions, prepare
+from cute_fa.api.attention import Result, SharedOptions, prepare
 from cute_fa.api.peers import check_peers, too_many
 from cute_fa.api.scheduler_metadata import check_scheduler_metadata
 from cute_fa.api.values import check_tensor, flag, integer
@@ -27,7 +27,7 @@ _ATTENTION_NAMES = {table: spelled(**_CACHES, page_table=table) for table in _TA
 _APPEND_NAMES = {table: spelled(page_table=table) for table in _TABLES}
 
 
-class CacheOptions(VarlenOptions, total=False):
+class CacheOptions(SharedOptions, total=False):
     """Keyword arguments of :func:`flash_attn_with_kvcache`, for type checkers; see there."""
 
     rotary_cos: torch.Tensor | None
@@ -37,10 +37,13 @@ class CacheOptions(VarlenOptions, total=False):
     cache_seqlens: int | torch.Tensor | None
     cache_batch_idx: torch.Tensor | None
     cache_leftpad: torch.Tensor | None
+    page_table: torch.Tensor | None
+    block_table: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k_new: torch.Tensor | None
     max_seqlen_q: int | None
     max_seqlen_k_new: int | None
+    scheduler_metadata: torch.Tensor | None
 
 
 @overload
@@ -131,7 +134,7 @@ def flash_attn_with_kvcache(
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
     sink_tokens: int = 0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
@@ -190,7 +193,7 @@ def flash_attn_with_kvcache(
         rotary_seqlens = None
     table = "page_table" if block_table is None else "block_table"
     rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_seqlens": rotary_seqlens}
-    new = {"cu_seqlens_k_new": cu_seqlens_k_new, "max_seqlen_k_new": max_seqlen_k_new, **rotary}
+    new: dict[str, Any] = {"cu_seqlens_k_new": cu_seqlens_k_new, "max_seqlen_k_new": max_seqlen_k_new, **rotary}
     if k is None:
         for name, value in new.items():
             if value is not None:
@@ -225,9 +228,10 @@ def flash_attn_with_kvcache(
             check_tensor(name, tensor)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call.tensors, *given.values())):
         raise NoBackwardError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
-    query, k, v = autocast_to(call.k, call.q, k, v)
+    (query,) = autocast_to(call.k, call.q)
+    k, v = autocast_to(call.k, k, v)
     call = call.changed(q=query)
-    if k is not None:
+    if k is not None and v is not None:
         if max_seqlen_k_new is not None:
             new["max_seqlen_k_new"] = integer("max_seqlen_k_new", max_seqlen_k_new)
         new |= {"rotary_interleaved": rotary_interleaved, "names": _APPEND_NAMES[table]}
@@ -242,10 +246,10 @@ def flash_attn_with_kvcache(
 
 def _append(call: Call, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, new: dict[str, Any]) -> Call:
     """The call after the append: with q rotated, and lengths with the new tokens."""
-    if call.extras.seqused_k is None:
+    extras, options = call.extras, call.options
+    if extras.seqused_k is None:
         raise ArgumentError("k and v without cache_seqlens: where the new tokens go is not known")
     engine.validate(call, out)  # nothing is written for attention that cannot be
-    extras, options = call.extras, call.options
     appended = AppendCall(
         call.k,
         call.v,
@@ -260,8 +264,8 @@ def _append(call: Call, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | No
         rotate_each=options.window_left is not None or options.window_right is not None,
         **new,
     )
-    q, seqused_k = append(appended)
-    return call.changed(q=q, seqused_k=seqused_k)
+    rotated, seqused_k = append(appended)
+    return call.changed(q=rotated, seqused_k=seqused_k)
 
 
 def _lengths(cache_seqlens: Any, q: Any, cu_seqlens_q: Any) -> torch.Tensor | None:

@@ -48,7 +48,7 @@ class CumulativeSeqlens:
 
     offsets: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.offsets, Iterable):
             raise ArgumentError(f"cu_seqlens is {type(self.offsets).__name__}: a sequence of offsets is needed")
         offsets = tuple(self.offsets)
@@ -70,7 +70,7 @@ class CumulativeSeqlens:
     @classmethod
     def from_tensor(cls, cu_seqlens: torch.Tensor) -> CumulativeSeqlens:
         """Offsets read from a tensor (batch + 1): waits for the device."""
-        return cls(cu_seqlens.tolist())
+        return cls(tuple(cu_seqlens.tolist()))
 
     @property
     def batch(self) -> int:
@@ -128,7 +128,14 @@ class Request:
 
     family: ClassVar[str | None] = None
 
-    def __post_init__(self):
+    if TYPE_CHECKING:
+
+        @property
+        def k(self) -> torch.Tensor: ...
+        @property
+        def v(self) -> torch.Tensor: ...
+
+    def __post_init__(self) -> None:
         check_kinds(self, mask=MaskKind, position_bias=PositionBias)
         self._check_window()
         if (self.position_bias is PositionBias.ALIBI) != (self.alibi_slopes is not None):
@@ -137,8 +144,7 @@ class Request:
         call = self._call  # q is known to be a tensor from here on
         if call.extras.cu_seqlens_q is None and call.q.shape[:1] == (0,):
             raise EmptyBatchError(f"q {tuple(call.q.shape)}: a request is of at least one sequence")
-        if self.arch is None:
-            object.__setattr__(self, "arch", arch_of(call.q.device))
+        object.__setattr__(self, "arch", self._arch)
         check_kinds(self, arch=SmArch)
         self.problem()
 
@@ -165,7 +171,12 @@ class Request:
     def _check_device(self) -> None:
         actual = arch_of(self.q.device)
         if actual is not self.arch:
-            raise ArgumentError(f"arch={self.arch.value}: the tensors are on {self.q.device}, {actual.value}")
+            raise ArgumentError(f"arch={self._arch.value}: the tensors are on {self.q.device}, {actual.value}")
+
+    @property
+    def _arch(self) -> SmArch:
+        """The request's, or before it has one the tensors'."""
+        return arch_of(self.q.device) if self.arch is None else self.arch
 
     # What follows from the fields is found once: they never change.
     @cached_property
@@ -174,7 +185,7 @@ class Request:
 
     @cached_property
     def _problem(self) -> AttentionProblem:
-        return problem_of(self.arch, self._call)
+        return problem_of(self._arch, self._call)
 
     def _options(self) -> dict[str, Any]:
         """Keyword arguments of the public functions."""
@@ -182,7 +193,7 @@ class Request:
         alike = {field.name for field in fields(Request)} & set(FIELDS) - {"q"}
         return {name: getattr(self, name) for name in alike} | {"causal": causal, "window_size": self.window}
 
-    def _check_window(self):
+    def _check_window(self) -> None:
         left, right = normalize_window(self.window, causal=False, name="window")
         sliding = self.mask in (MaskKind.SLIDING, MaskKind.SLIDING_CAUSAL)
         if not sliding and (left, right) != (None, None):
@@ -226,7 +237,7 @@ class Fa3FwdRequest(_ContiguousForward):
     persistent: PersistentMode = PersistentMode.AUTO
     pack_gqa: bool | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_kinds(self, persistent=PersistentMode)
         super().__post_init__()
         TABLE.explain(self.problem(), self.family)  # raises Fa3ArchError
@@ -242,7 +253,7 @@ class VarlenFwdRequest(_ContiguousForward):
     cu_seqlens_q: CumulativeSeqlens
     cu_seqlens_k: CumulativeSeqlens
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_kinds(self, q=torch.Tensor, cu_seqlens_q=CumulativeSeqlens, cu_seqlens_k=CumulativeSeqlens)
         super().__post_init__()
         check_packed(self, "q", "k")
@@ -274,7 +285,7 @@ class Fa2BwdRequest(Request):
 
     family = "fa2"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_kinds(self, out=torch.Tensor, lse=torch.Tensor, dout=torch.Tensor, slopes_gradient=bool)
         if self.dlse is not None:
             check_kinds(self, dlse=torch.Tensor)
@@ -296,12 +307,12 @@ class Fa2BwdRequest(Request):
         return self.cu_seqlens_q is not None
 
     @property
-    def _given(self) -> tuple[torch.Tensor | None, ...]:
+    def _given(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         return self.dout, self.dlse, self.out, self.lse
 
     @cached_property
     def _problem(self) -> AttentionProblem:
-        return autograd.problem_of_backward(self.arch, *self._given, self._call, self.slopes_gradient)
+        return autograd.problem_of_backward(self._arch, *self._given, self._call, self.slopes_gradient)
 
     def _options(self) -> dict[str, Any]:
         offsets = packed(self, "q", "k") if self._is_packed else {}

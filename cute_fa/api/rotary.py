@@ -56,7 +56,7 @@ class _RotateInPlace(torch.autograd.Function):
     """As ``flash_attn`` does it: a leaf is overwritten too, which torch's own in-place operators refuse."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, interleaved):
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
         if not (x.is_leaf and x.requires_grad):
@@ -66,7 +66,7 @@ class _RotateInPlace(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         rotary_dim = 2 * cos.shape[-1]
         # the inverse of a rotation is the one by the negative angle
@@ -88,17 +88,25 @@ def _positions(x: torch.Tensor, cos: torch.Tensor, offsets: int | torch.Tensor, 
     rows = x.shape[1] if cu_seqlens is None else x.shape[0]
     if cu_seqlens is None and not isinstance(offsets, torch.Tensor):
         return slice(offsets, offsets + rows)
-    places = torch.arange(rows, dtype=torch.int32, device=x.device)
-    if cu_seqlens is None:
-        positions = offsets[:, None] + places
-    else:
-        sequence = torch.searchsorted(cu_seqlens, places, right=True).sub(1).clamp(0, cu_seqlens.shape[0] - 2)
-        positions = places - cu_seqlens[sequence]
-        positions = positions + (offsets[sequence] if isinstance(offsets, torch.Tensor) else offsets)
+    positions = torch.arange(rows, dtype=torch.int32, device=x.device)
+    sequence: Any = (slice(None), None)
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens, positions, right=True).sub(1).clamp(0, cu_seqlens.shape[0] - 2)
+        positions = positions - cu_seqlens[sequence]
+    positions = positions + (offsets[sequence] if isinstance(offsets, torch.Tensor) else offsets)
     return positions.clamp(0, cos.shape[0] - 1).long()
 
 
-def _check(x, cos, sin, interleaved, inplace, offsets, cu_seqlens, max_seqlen) -> None:
+def _check(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: Any,
+    inplace: Any,
+    offsets: Any,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: Any,
+) -> None:
     for name, tensor in {"x": x, "cos": cos, "sin": sin}.items():
         if not isinstance(tensor, torch.Tensor):
             raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
@@ -147,7 +155,14 @@ def _check(x, cos, sin, interleaved, inplace, offsets, cu_seqlens, max_seqlen) -
         _check_values(x, cos, batch, offsets, cu_seqlens, max_seqlen)
 
 
-def _check_values(x, cos, batch, offsets, cu_seqlens, max_seqlen) -> None:
+def _check_values(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    batch: int,
+    offsets: int | torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | torch.SymInt | None,
+) -> None:
     """Check the numbers in tensors: host synchronisations. Raises LengthError or CumulativeSeqlensError."""
     if any(type(t) is not torch.Tensor or t.is_meta for t in (offsets, cu_seqlens) if isinstance(t, torch.Tensor)):
         return  # shapes without data

@@ -39,9 +39,11 @@ def integer(name: str, value: Any) -> int:
     value = _on_host(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise ArgumentError(f"{name}={value!r}: an int is needed")
-    if _known(value < 0) or _known(value > INT32_MAX):
-        raise ArgumentError(f"{name}={value}: between 0 and {INT32_MAX}")
-    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+    # Any: while tracing, a SymInt stands for an int
+    size: Any = value if isinstance(value, (int, torch.SymInt)) else int(value)
+    if _known(size < 0) or _known(size > INT32_MAX):
+        raise ArgumentError(f"{name}={size}: between 0 and {INT32_MAX}")
+    return size
 
 
 def _known(condition: bool | torch.SymBool) -> bool:

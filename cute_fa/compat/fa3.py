@@ -133,8 +133,8 @@ def flash_attn_combine(
     dtype = given if out_dtype is None else out_dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise DTypeError("out_dtype", dtype, "float32, float16 or bfloat16 is needed")
-    merged, lse = merge_states(out_partial.float(), lse_partial.transpose(-1, -2))
-    merged, lse = merged.to(dtype), lse.transpose(-1, -2) if return_lse else None
+    merged, by_head = merge_states(out_partial.float(), lse_partial.transpose(-1, -2))
+    merged, lse = merged.to(dtype), by_head.transpose(-1, -2) if return_lse else None
     if out is None:
         return merged, lse
     check_like("out", out, merged.shape, dtype)

@@ -69,8 +69,9 @@ def append_paged_kv_cache(
     if isinstance(paged_kv_cache, torch.Tensor):
         if paged_kv_cache.dim() != 5 or paged_kv_cache.shape[1] != 2:
             raise ShapeError(f"paged_kv_cache {tuple(paged_kv_cache.shape)}: (pages, 2, …) of 5 dimensions is needed")
-        paged_kv_cache = paged_kv_cache.unbind(1)
-    k_cache, v_cache = paged_kv_cache
+        k_cache, v_cache = paged_kv_cache.unbind(1)
+    else:
+        k_cache, v_cache = paged_kv_cache
     if kv_layout == "HND":
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     check_vector("kv_last_page_len", kv_last_page_len, torch.int32, (kv_indptr.shape[0] - 1,))

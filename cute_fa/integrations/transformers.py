@@ -133,7 +133,7 @@ class Pattern:
     runs of tokens. Blocks raise, see :func:`require`.
     """
 
-    def __init__(self, sees: Callable[..., torch.Tensor], batch: int, first: int, length: int, device: torch.device):
+    def __init__(self, sees: Callable[..., Any], batch: int, first: int, length: int, device: torch.device | str):
         row, head = (torch.arange(size, device=device)[:, None] for size in (batch, 1))
         token = torch.arange(first, first + length - 1, device=device)
         require(look(~sees(row, head, token, token + 1).any()), _OWN_PATTERN)
@@ -150,7 +150,7 @@ def padding_mask(
     kv_length: int,
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., torch.Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool | None = None,
@@ -174,7 +174,7 @@ def padding_mask(
             f"attention_chunk_size={chunk} and {kv_offset + kv_length} keys: chunks are not implemented"
         )
     if not (allow_is_causal_skip if causal else allow_is_bidirectional_skip):
-        if not causal or use_vmap or attention_mask is not None:
+        if not causal or use_vmap or attention_mask is not None or isinstance(q_offset, torch.Tensor):
             raise ArgumentError(_OWN_PATTERN)
         return Pattern(mask_function, batch_size, q_offset, q_length, device)
     if attention_mask is None:
@@ -219,7 +219,7 @@ def attention(
         raise UnsupportedArgumentError("dropout", dropout)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = (None, None) if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1)
-    options = {"softmax_scale": scaling, "causal": causal, "window_size": window}
+    options: dict[str, Any] = {"softmax_scale": scaling, "causal": causal, "window_size": window}
     options |= {"softcap": softcap or 0.0, "learnable_sink": s_aux}
     q = query.transpose(1, 2)
     if isinstance(attention_mask, torch.Tensor):
@@ -246,14 +246,18 @@ def attention(
     if attention_mask is None:
         return flash_attn_func(q, k, v, **options), None
     rows_k = attention_mask.rows(k.shape[1])
-    rows_q = rows_k if aligned else Rows.all(*q.shape[:2], q.device)
+    rows_q = rows_k if aligned else Rows.all(q.shape[0], q.shape[1], q.device)
     return _packed(q, k, v, rows_q, rows_k, options), None
 
 
-def _packed(q, k, v, rows_q: Rows, rows_k: Rows, options: dict[str, Any]) -> torch.Tensor:
+def _packed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows_q: Rows, rows_k: Rows, options: dict[str, Any]
+) -> torch.Tensor:
     """Attention between the rows that count; others of the result are 0."""
     out = flash_attn_varlen_func(
-        *(t.flatten(0, 1) for t in (q, k, v)),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
         rows_q.cu_seqlens,
         rows_k.cu_seqlens,
         rows_q.longest,
@@ -270,7 +274,8 @@ class NewTokens:
     attention function ``cute_fa`` knows. Whatever else looks at them gets an ArgumentError."""
 
     def __init__(self, layer: PagedLayer, keys: torch.Tensor, values: torch.Tensor):
-        self._layer, self._new = layer, (keys, values)
+        self._layer = layer
+        self._new: tuple[torch.Tensor, torch.Tensor] | None = (keys, values)
 
     def __getattr__(self, name: str) -> Any:
         raise ArgumentError(f'{name} of keys in a PagedCache: the model needs attn_implementation="{NAME}"')
@@ -284,10 +289,10 @@ class NewTokens:
             raise NoBackwardError("a PagedCache has no gradient: call the model under torch.no_grad()")
         pages, seqlens, page_table = self._layer.pages, self._layer.seqlens, self._layer.page_table
         batch, seqlen_q = q.shape[:2]
-        packed = padding is not None and seqlen_q > 1
-        new, queries = {}, {"cu_seqlens_q": None, "max_seqlen_q": None}
-        if packed:
-            rows = padding.rows(seqlen_q)
+        rows = padding.rows(seqlen_q) if padding is not None and seqlen_q > 1 else None
+        new: dict[str, Any] = {}
+        queries: dict[str, Any] = {"cu_seqlens_q": None, "max_seqlen_q": None}
+        if rows is not None:
             q, k, v = (t.flatten(0, 1) for t in (q, k, v))
             new = {"cu_seqlens_k_new": rows.cu_seqlens, "max_seqlen_k_new": rows.longest, "seqused_k_new": rows.seqused}
             queries = {"cu_seqlens_q": rows.cu_seqlens, "max_seqlen_q": rows.longest, "seqused_q": rows.seqused}
@@ -298,7 +303,9 @@ class NewTokens:
         _, seqused_k = append_kv(k, v, pages.k, pages.v, seqlens, page_table=page_table, **new)
         seqlens.copy_(seqused_k)  # in place: a captured step moves on when it is replayed
         out = flash_attn_varlen_func(
-            *(q, pages.k, pages.v),
+            q,
+            pages.k,
+            pages.v,
             **queries,
             cu_seqlens_k=None,
             max_seqlen_k=None,
@@ -307,7 +314,7 @@ class NewTokens:
             num_splits=0,
             **options,
         )
-        return out.unflatten(0, (batch, seqlen_q)) if packed else out
+        return out if rows is None else out.unflatten(0, (batch, seqlen_q))
 
 
 class PagedLayer(CacheLayerMixin):
@@ -335,8 +342,8 @@ class PagedLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
-        batch, _, new, _ = key_states.shape
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        batch, new = key_states.shape[0], key_states.shape[2]
         if batch != self.batch_size:
             raise ShapeError(f"{batch} sequences: the PagedCache has {self.batch_size}")
         if self.length + new > self.get_max_length():

@@ -10,7 +10,7 @@ from cute_fa.semantics.problem import DTYPE_ROWS, HEAD_DIM_ROWS, HEAD_DIM_V_ROWS
 from cute_fa.semantics.types import Direction, DType, SmArch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AppendProblem:
     """What is asked of a kernel that writes new keys and values into a cache and rotates keys and queries on the way.
 
@@ -60,5 +60,5 @@ class AppendProblem:
 
     direction: ClassVar[Direction] = Direction.APPEND
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self, batch=self.batch, page_size=self.page_size)

@@ -6,7 +6,10 @@ with the arguments, as text since no schema takes a dictionary, so that compiled
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Value = TypeVar("Value")
 
@@ -17,7 +20,7 @@ class ArgumentNames(dict[str, str]):
     def __missing__(self, name: str) -> str:
         return name
 
-    def of(self, values: dict[str, Value]) -> dict[str, Value]:
+    def of(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """The same values under the caller's names."""
         return {self[name]: value for name, value in values.items()}
 

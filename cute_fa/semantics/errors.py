@@ -17,7 +17,8 @@ class CuteFaError(ValueError, RuntimeError):
     def __reduce__(self) -> tuple:
         """For pickle and copy. Exception's own calls the class with the message, which is not what ``__init__`` of some
         takes; a pool of processes then breaks or hangs."""
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        new = copyreg.__newobj__  # type: ignore[attr-defined]  # typeshed leaves it out
+        return new, (type(self), *self.args), self.__dict__
 
 
 class ArgumentError(CuteFaError):

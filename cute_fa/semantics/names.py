@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cute_fa.semantics.options import options_of
-from cute_fa.semantics.types import Direction
+from cute_fa.semantics.problem import AttentionProblem
 
 if TYPE_CHECKING:
     from cute_fa.semantics.append_problem import AppendProblem
-    from cute_fa.semantics.problem import AttentionProblem
 
 # Of attention; an append's are in the order of its fields.
 _ORDER = "causal varlen sw wr alibi sink softcap lsink page split gqa dlse dalibi det".split()
 
 
-class _Kernel(Protocol):
+class _OfFamily(Protocol):
     family: str
 
 
-def canonical_name(kernel: type[_Kernel], problem: AttentionProblem | AppendProblem) -> str:
+def canonical_name(kernel: _OfFamily, problem: AttentionProblem | AppendProblem) -> str:
     """What ran, run-time values included, e.g. ``fa3_fwd_sm90a_bf16_hd128_causal_varlen_sw4096_sink4_gqa8``: the
     kernel's family, then :func:`problem_name`."""
     return f"{kernel.family}_{problem_name(problem)}"
@@ -43,7 +42,7 @@ def problem_name(problem: AttentionProblem | AppendProblem) -> str:
         for name, option in options_of(problem).items()
         if option.token and getattr(problem, name) != problem.__dataclass_fields__[name].default
     }
-    if problem.direction is not Direction.APPEND:
+    if isinstance(problem, AttentionProblem):
         derived = {"causal": problem.causal, "varlen": problem.varlen, f"gqa{problem.gqa_ratio}": problem.gqa_ratio > 1}
         tokens |= {token.rstrip("0123456789"): token for token, present in derived.items() if present}
         if problem.causal:

@@ -94,7 +94,8 @@ def _bound(name: str, bound: Any) -> int | None:
     bound = _on_host(name, bound)
     if isinstance(bound, bool) or not isinstance(bound, numbers.Integral):
         raise WindowError(f"{name}={bound!r}: a bound is an int, or None for infinite")
-    return None if bound >= INT32_MAX else max(int(bound), -INT32_MAX)
+    bound = int(bound)
+    return None if bound >= INT32_MAX else max(bound, -INT32_MAX)
 
 
 def _infinite(name: str, bound: int | None) -> int | None:
@@ -104,7 +105,7 @@ def _infinite(name: str, bound: int | None) -> int | None:
     return None if bound == -1 else bound
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionProblem:
     """What is asked of a kernel: shapes, dtypes and every semantic choice. ``cute_fa.semantics.tensors.problem_of``
     makes one from tensors and options; making it by hand validates the same rules.
@@ -291,7 +292,7 @@ class AttentionProblem:
         rows={"gradient of the ALiBi slopes": {"alibi": True, "slopes_gradient": True}},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -301,12 +302,13 @@ class AttentionProblem:
         self._check_sizes()
         self._check_options()
         self._check_gradients()
-        if self.out_dtype is None:
-            object.__setattr__(self, "out_dtype", DType.BF16 if self.dtype.is_fp8 else self.dtype)
-        if self.out_dtype.is_fp8:
-            raise Fp8Error(f"out_dtype={self.out_dtype.value}: the output is fp16 or bf16")
+        own = DType.BF16 if self.dtype.is_fp8 else self.dtype
+        out_dtype = own if self.out_dtype is None else self.out_dtype
+        if out_dtype.is_fp8:
+            raise Fp8Error(f"out_dtype={out_dtype.value}: the output is fp16 or bf16")
+        object.__setattr__(self, "out_dtype", out_dtype)
 
-    def _check_sizes(self):
+    def _check_sizes(self) -> None:
         if self.direction not in (Direction.FORWARD, Direction.BACKWARD):
             raise ArgumentError(f"direction={self.direction.value}: of attention it is fwd or bwd")
         for name in ("seqlen_q", "seqlen_k"):
@@ -323,7 +325,7 @@ class AttentionProblem:
         if self.page_size is not None and self.varlen_k:
             raise ArgumentError("cu_seqlens_k with a paged cache: its lengths are seqused_k")
 
-    def _check_options(self):
+    def _check_options(self) -> None:
         check_factor("softmax_scale", self.softmax_scale)
         if self.softcap != 0.0:
             check_factor("softcap", self.softcap)
@@ -335,7 +337,7 @@ class AttentionProblem:
         if not 1 <= self.num_splits <= INT32_MAX:
             raise ArgumentError(f"num_splits={self.num_splits}: between 1 and {INT32_MAX}")
 
-    def _check_gradients(self):
+    def _check_gradients(self) -> None:
         for name in ("deterministic", "lse_gradient", "slopes_gradient"):
             value = getattr(self, name)
             if not isinstance(value, bool):

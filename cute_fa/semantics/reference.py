@@ -27,15 +27,16 @@ import itertools
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
+from typing_extensions import Unpack
 
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import default_scale, normalize_window
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 # Scores held at once, in elements: bounds the memory at long lengths.
 _MAX_SCORES = 2**24
@@ -56,8 +57,27 @@ class Gradients(NamedTuple):
     def of(cls, variables: Iterable[str], grads: Iterable[torch.Tensor]) -> Gradients:
         """Gradients of variables by their names: q, k, v, alibi_slopes, learnable_sink."""
         by_name = dict(zip(variables, grads, strict=True))
-        names = ("q", "k", "v", "alibi_slopes", "learnable_sink")
-        return cls(*(by_name.get(name) for name in names))
+        parameters = by_name.get("alibi_slopes"), by_name.get("learnable_sink")
+        return cls(by_name["q"], by_name["k"], by_name["v"], *parameters)
+
+
+class ReferenceOptions(TypedDict, total=False):
+    """Keyword arguments of :func:`attention` but for ``dtype``, for type checkers."""
+
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    seqused_q: torch.Tensor | None
+    seqused_k: torch.Tensor | None
+    page_table: torch.Tensor | None
+    cache_batch_idx: torch.Tensor | None
+    cache_leftpad: torch.Tensor | None
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int | None, int | None]
+    sink_tokens: int
+    softcap: float
+    alibi_slopes: torch.Tensor | None
+    learnable_sink: torch.Tensor | None
 
 
 class _Span(NamedTuple):
@@ -129,23 +149,43 @@ def attention(
     return out, lse
 
 
-def gradients(q, k, v, dout, dlse=None, **options) -> Gradients:
+_DEFAULTS = {name: value for name, value in (attention.__kwdefaults__ or {}).items() if name != "dtype"}
+
+
+def gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **options: Unpack[ReferenceOptions],
+) -> Gradients:
     """Reference gradients for those of out (``dout``) and lse (``dlse``, zero by default), in the shapes that
     :func:`attention` returns; options as there, without pages.
 
     A ``dtype`` lower than fp32 rounds what a plain implementation in that type would store: beside the forward's values
     dp, ds, dx and the results. The gradients of slopes and sink are never lower than fp32.
     """
-    return _gradients(q, k, v, dout, dlse, **options)[0]
+    return _gradients(q, k, v, dout, dlse, options, dtype)[0]
 
 
-def _gradients(q, k, v, dout, dlse, **options) -> tuple[Gradients, dict[str, torch.Tensor]]:
+def _gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    options: ReferenceOptions,
+    dtype: torch.dtype,
+) -> tuple[Gradients, dict[str, torch.Tensor]]:
     """The gradients, and of dalibi and dsink the sums of the squares of their terms."""
-    unknown = options.keys() - attention.__kwdefaults__.keys()
+    unknown = options.keys() - _DEFAULTS.keys()
     if unknown:
         raise TypeError(f"gradients: no such option: {', '.join(sorted(unknown))}")
-    o = SimpleNamespace(**attention.__kwdefaults__ | options)
-    dtype, softcap, alibi_slopes, learnable_sink = o.dtype, o.softcap, o.alibi_slopes, o.learnable_sink
+    o = SimpleNamespace(**_DEFAULTS | dict(options))
+    softcap, alibi_slopes, learnable_sink = o.softcap, o.alibi_slopes, o.learnable_sink
     if any(t is not None for t in (o.page_table, o.cache_batch_idx, o.cache_leftpad)):
         raise ArgumentError(
             "gradients of a paged cache, or of one by index or with left padding: nothing computes them"
@@ -195,7 +235,9 @@ def _gradients(q, k, v, dout, dlse, **options) -> tuple[Gradients, dict[str, tor
     return Gradients(dq, dk, dv, first.get("dalibi"), first.get("dsink")), squares
 
 
-def _pieces(span: _Span, heads: int, left, right, sink_tokens: int, device):
+def _pieces(
+    span: _Span, heads: int, left: int | None, right: int | None, sink_tokens: int, device: torch.device
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Rows of one sequence, as many at a time as memory allows, with i + D − j (rows, keys) and what is visible."""
     key = torch.arange(span.seqlen_k, device=device)
     step = max(1, _MAX_SCORES // max(1, heads * span.seqlen_k))
@@ -211,7 +253,7 @@ def _pieces(span: _Span, heads: int, left, right, sink_tokens: int, device):
         yield rows, distance, visible
 
 
-def _index(span: _Span, rows: slice, cu_seqlens_q) -> tuple[tuple, tuple]:
+def _index(span: _Span, rows: slice, cu_seqlens_q: torch.Tensor | None) -> tuple[tuple, tuple]:
     """Where a sequence's rows lie in q and O, and in LSE."""
     if cu_seqlens_q is None:
         return (span.batch, rows), (span.batch, slice(None), rows)
@@ -219,7 +261,7 @@ def _index(span: _Span, rows: slice, cu_seqlens_q) -> tuple[tuple, tuple]:
     return (rows,), (slice(None), rows)
 
 
-def _slopes(alibi_slopes, span: _Span, compute: torch.dtype) -> torch.Tensor | None:
+def _slopes(alibi_slopes: torch.Tensor | None, span: _Span, compute: torch.dtype) -> torch.Tensor | None:
     """(heads, 1, 1) of one sequence."""
     if alibi_slopes is None:
         return None
@@ -227,13 +269,15 @@ def _slopes(alibi_slopes, span: _Span, compute: torch.dtype) -> torch.Tensor | N
     return slopes.to(compute)[:, None, None]
 
 
-def _masked(scores, slopes, distance, visible) -> torch.Tensor:
+def _masked(
+    scores: torch.Tensor, slopes: torch.Tensor | None, distance: torch.Tensor, visible: torch.Tensor
+) -> torch.Tensor:
     if slopes is not None:
         scores = scores - slopes * distance.abs()
     return scores.masked_fill(~visible, -math.inf)
 
 
-def _spans(q, k, lengths: tuple, cache: tuple) -> list[_Span]:
+def _spans(q: torch.Tensor, k: torch.Tensor, lengths: tuple, cache: tuple) -> list[_Span]:
     """Every sequence of the batch; ``lengths``: cu_seqlens and seqused, ``cache``: page table, index and padding."""
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = lengths
     page_table, cache_batch_idx, cache_leftpad = cache
@@ -264,7 +308,9 @@ def _spans(q, k, lengths: tuple, cache: tuple) -> list[_Span]:
     return [_Span(b, sequences[b], starts_q[b], lengths_q[b], starts_k[b], lengths_k[b]) for b in range(batch)]
 
 
-def _keys(tensor, span: _Span, cu_seqlens_k, page_table) -> torch.Tensor:
+def _keys(
+    tensor: torch.Tensor, span: _Span, cu_seqlens_k: torch.Tensor | None, page_table: torch.Tensor | None
+) -> torch.Tensor:
     """Rows of k or v that belong to one sequence: (seqlen_k, heads_kv, …)."""
     if page_table is not None:
         page_size = tensor.shape[1]
@@ -276,7 +322,7 @@ def _keys(tensor, span: _Span, cu_seqlens_k, page_table) -> torch.Tensor:
     return tensor[rows] if cu_seqlens_k is not None else tensor[span.sequence, rows]
 
 
-def _scores(q, k, scale: float, softcap: float, dtype: torch.dtype) -> torch.Tensor:
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float, dtype: torch.dtype) -> torch.Tensor:
     """softcap(scale · q·kᵀ): (heads, rows, keys), rounded to ``dtype`` after every step, stored in q's dtype."""
     scores = _rounded(_rounded(_by_group(q, k), dtype) * scale, dtype)
     if softcap > 0.0:
@@ -284,18 +330,20 @@ def _scores(q, k, scale: float, softcap: float, dtype: torch.dtype) -> torch.Ten
     return scores
 
 
-def _by_group(rows, keys) -> torch.Tensor:
+def _by_group(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Products of (rows, heads, size) with their group's (keys, groups, size): (heads, rows, keys)."""
     products = _grouped(rows, keys.shape[1]) @ keys.permute(1, 2, 0)
     return products.reshape(rows.shape[1], rows.shape[0], keys.shape[0])
 
 
-def _grouped(rows, groups: int) -> torch.Tensor:
+def _grouped(rows: torch.Tensor, groups: int) -> torch.Tensor:
     """(rows, heads, size) as (groups, heads/groups · rows, size)."""
     return rows.transpose(0, 1).reshape(groups, rows.shape[1] // groups * rows.shape[0], rows.shape[2])
 
 
-def _softmax_pv(scores, v, learnable_sink, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _softmax_pv(
+    scores: torch.Tensor, v: torch.Tensor, learnable_sink: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rows, heads, head_dim_v), LSE (heads, rows) and P, of masked scores (heads, rows, keys)."""
     lse = torch.logsumexp(scores, dim=-1)
     if learnable_sink is not None:
@@ -354,7 +402,12 @@ class Expected:
 
 
 def expected(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, exact: torch.dtype = torch.float32, **options
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    exact: torch.dtype = torch.float32,
+    **options: Unpack[ReferenceOptions],
 ) -> Expected:
     """Reference result and tolerance for inputs of a low-precision type; options as for :func:`attention`. ``exact``,
     float32 or float64, is what the reference is computed in.
@@ -371,9 +424,18 @@ def expected(
     return Expected(out, lse, allowed)
 
 
-def check(out: torch.Tensor, lse: torch.Tensor | None, q, k, v, **options) -> Comparison:
+def check(
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    exact: torch.dtype = torch.float32,
+    **options: Unpack[ReferenceOptions],
+) -> Comparison:
     """Compare a kernel's result with the reference; options as for :func:`attention`."""
-    return expected(q, k, v, **options).check(out, lse)
+    return expected(q, k, v, exact=exact, **options).check(out, lse)
 
 
 class Error(NamedTuple):
@@ -405,7 +467,16 @@ class ExpectedGradients:
         return errors
 
 
-def expected_gradients(q, k, v, dout, dlse=None, *, exact: torch.dtype = torch.float32, **options) -> ExpectedGradients:
+def expected_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    exact: torch.dtype = torch.float32,
+    **options: Unpack[ReferenceOptions],
+) -> ExpectedGradients:
     """Reference gradients and tolerances for inputs of a low-precision type; options as for :func:`gradients`, and
     ``exact`` as for :func:`expected`.
 
@@ -413,21 +484,31 @@ def expected_gradients(q, k, v, dout, dlse=None, *, exact: torch.dtype = torch.f
     a single draw, which may hit by luck; there eps is taken of √Σ terms² in the place of the result, which is the
     error of terms rounded independently.
     """
-    reference, squares = _gradients(q, k, v, dout, dlse, **options, dtype=exact)
-    low, _ = _gradients(q, k, v, dout, dlse, **options, dtype=q.dtype)
+    reference, squares = _gradients(q, k, v, dout, dlse, options, exact)
+    low, _ = _gradients(q, k, v, dout, dlse, options, q.dtype)
     eps = torch.finfo(q.dtype).eps
     allowed = {}
     for name, right, rounded in zip(Gradients._fields, reference, low, strict=True):
-        if right is not None:
+        if right is not None and rounded is not None:
             size = squares[name].sqrt() if name in squares else right.abs()
             largest = size.max().item() if size.numel() else 0.0
             allowed[name] = 2.0 * _largest_error(rounded, right) + eps * largest
     return ExpectedGradients(reference, allowed)
 
 
-def check_gradients(actual: Gradients, q, k, v, dout, dlse=None, **options) -> dict[str, Error]:
+def check_gradients(
+    actual: Gradients,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    exact: torch.dtype = torch.float32,
+    **options: Unpack[ReferenceOptions],
+) -> dict[str, Error]:
     """Compare a backward's gradients with the reference; options as for :func:`gradients`."""
-    return expected_gradients(q, k, v, dout, dlse, **options).check(actual)
+    return expected_gradients(q, k, v, dout, dlse, exact=exact, **options).check(actual)
 
 
 def _largest_error(actual: torch.Tensor, reference: torch.Tensor) -> float:

@@ -41,7 +41,7 @@ from cute_fa.semantics.problem import (
 from cute_fa.semantics.types import DType, PersistentMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from cute_fa.semantics.call import Call, Extras
     from cute_fa.semantics.types import SmArch
@@ -135,13 +135,13 @@ def _check_extras(names: ArgumentNames, extras: Extras, batch: int, sequences: s
         check_vector(names["learnable_sink"], extras.learnable_sink, torch.float32, (heads,), of=of_heads)
 
 
-def check_devices(tensors: dict[str, torch.Tensor | None], first: str) -> None:
+def check_devices(tensors: Mapping[str, torch.Tensor | None], first: str) -> None:
     """Raise DeviceError unless all tensors are where ``first`` is."""
-    device = tensors[first].device
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    for name, device in devices.items():
+        if device != devices[first]:
             raise DeviceError(
-                f"{name} is on {tensor.device} and {first} on {device}: all tensors must be on one device"
+                f"{name} is on {device} and {first} on {devices[first]}: all tensors must be on one device"
             )
 
 
@@ -351,7 +351,15 @@ def batch_of(name: str, cu_seqlens: torch.Tensor) -> int:
 
 
 def keys_of(
-    names: ArgumentNames, q, k, v, batch: int, sequences: str, cu_seqlens_k, page_table, cache_batch_idx
+    names: ArgumentNames,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: int,
+    sequences: str,
+    cu_seqlens_k: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    cache_batch_idx: torch.Tensor | None,
 ) -> tuple[int, int | None]:
     """(rows that one sequence, or the packed tensor, can hold; page size or None). ``sequences``: how many there are,
     and what says so."""
@@ -442,7 +450,9 @@ def check_head_dim(name: str, tensor: torch.Tensor, size: str = "head_dim") -> N
         raise ShapeError(f"{name} {tuple(tensor.shape)}: {size}={tensor.shape[-1]}: {rule}")
 
 
-def check_vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shapes: tuple[int, ...], of: str = "") -> None:
+def check_vector(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, *shapes: tuple[int | torch.SymInt, ...], of: str = ""
+) -> None:
     """A tensor of one of these shapes with contiguous rows; ``of``: what its elements are one each for."""
     if tensor.dtype != dtype:
         raise DTypeError(name, tensor.dtype, f"{str(dtype).removeprefix('torch.')} is needed")

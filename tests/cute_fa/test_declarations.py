@@ -17,7 +17,7 @@ from cute_fa.api import attention, kvcache
 from cute_fa.api.peers import PeerArguments
 from cute_fa.engine import contract
 from cute_fa.engine.library import schema
-from cute_fa.semantics import names
+from cute_fa.semantics import names, reference
 from cute_fa.semantics.append_problem import AppendProblem
 from cute_fa.semantics.call import FIELDS, AppendCall, Call, Extras, Options
 from cute_fa.semantics.options import flags_of, is_used, options_of, rows_of
@@ -106,8 +106,13 @@ def test_public_defaults_are_the_options(function):
 def test_a_type_checker_sees_the_arguments_that_there_are(function, options):
     declared = get_type_hints(options).keys() - get_type_hints(PeerArguments).keys()
     returns = {"return_lse", "return_attn_probs", "return_softmax_lse"}
-    missing = {"persistent", "deterministic", "seqused_q", "seqused_k"} if options is kvcache.CacheOptions else set()
-    assert declared - missing == keywords(function).keys() - returns
+    assert declared == keywords(function).keys() - returns
+
+
+def test_a_type_checker_sees_the_options_of_the_reference():
+    options = get_type_hints(reference.ReferenceOptions)
+    hints = get_type_hints(reference.attention)
+    assert options == {name: hints[name] for name in keywords(reference.attention) if name != "dtype"}
 
 
 TUPLES = [

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import library
@@ -62,6 +62,8 @@ from cute_fa.semantics.tensors import check_devices, check_dims, check_like
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 _CACHES = ("k_cache", "v_cache")
 # What callers of these operators call arguments of those below.
 _QUERIES = {"cu_seqlens_q": "seq_start", "seqused_q": "seq_len", "cache_batch_idx": "cache_loc"}
@@ -78,18 +80,20 @@ _SDPA_NAMES = spelled(q="query", k="key", v="value", softmax_scale="scale")
 _CACHE = "(batch_cache, seqlen_cache, heads_kv, head_dim) or (num_pages, page_size, heads_kv, head_dim)"
 
 
-def _operator(*, mutates: tuple[str, ...] = (), fake: Callable | None = None) -> Callable[[Callable], Callable]:
+def _operator(
+    *, mutates: tuple[str, ...] = (), fake: Callable | None = None
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Makes a function the operator ``cute_fa::`` of its name, and gives a function that calls that. What depends on
     shapes alone is its own fake."""
 
-    def register(function: Callable) -> Callable:
+    def register(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         name = function.__name__
         arguments, _, returns = library.infer_schema(function, mutates_args=mutates).partition(" -> ")
         define(name, arguments.removeprefix("(").removesuffix(")"), returns, function, fake or function)
         operator = getattr(torch.ops.cute_fa, name).default
 
         @functools.wraps(function)
-        def call(*args, **kwargs):
+        def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             return operator(*args, **kwargs)
 
         return call
@@ -248,7 +252,15 @@ def prepare_paged_mha_metadata(
     return input_pos, rows, seq_len, seq_start, page_table, width * page_size
 
 
-def _fake_sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+def _fake_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
     check_devices({"query": query, "key": key, "value": value}, "query")
     batch, heads, seqlen = query.shape[:3]
     return query.new_empty((batch, seqlen, heads, value.shape[-1])).transpose(1, 2)
@@ -277,7 +289,7 @@ def scaled_dot_product_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_dims(name, tensor, 4, "(batch, heads, seqlen, head_dim)")
     _check_no_gradient(query, key, value)
-    window = (None, None)
+    window: tuple[int | None, int | None] = (None, None)
     if is_causal:
         # keys behind the last query are visible to none; without them the diagonal of the kernels is never negative
         key, value = (t[:, :, : query.shape[2]] for t in (key, value))
@@ -344,9 +356,10 @@ def _attend(
         if freqs_cis.shape[2] != 2:
             raise ShapeError(f"freqs_cis {tuple(freqs_cis.shape)}: (positions, rotary_dim / 2, 2) is needed")
         cos, sin = freqs_cis.unbind(2)
-    places = {"page_table": page_table, "cache_batch_idx": cache_batch_idx}
-    queries = {"cu_seqlens_q": cu_seqlens, "seqused_q": seq_len}
-    new = {"cu_seqlens_k_new": cu_seqlens, "seqused_k_new": seq_len, "rotary_cos": cos, "rotary_sin": sin}
+    places: dict[str, Any] = {"page_table": page_table, "cache_batch_idx": cache_batch_idx}
+    queries: dict[str, Any] = {"cu_seqlens_q": cu_seqlens, "seqused_q": seq_len}
+    new: dict[str, Any] = {"cu_seqlens_k_new": cu_seqlens, "seqused_k_new": seq_len}
+    new |= {"rotary_cos": cos, "rotary_sin": sin}
     choices = {"causal": True, "num_splits": 0, "softmax_scale": scale, "names": _ATTENTION_NAMES}
     call = prepare(q, k_cache, v_cache, seqused_k=input_pos, **queries, **places, **choices)
     if sequences > 0:
@@ -356,8 +369,8 @@ def _attend(
         out = q.new_zeros(shape)
     else:
         appended = AppendCall(k_cache, v_cache, k, v, input_pos, q=q, **queries, **new, **places, names=_APPEND_NAMES)
-        q, seqused_k = append(appended)
-        out = engine.attention(call.changed(q=q, seqused_k=seqused_k))[0].reshape(shape)
+        rotated, seqused_k = append(appended)
+        out = engine.attention(call.changed(q=rotated, seqused_k=seqused_k))[0].reshape(shape)
     return out if heads_apart else out.flatten(2)
 
 
@@ -375,7 +388,7 @@ def _sequences(
     batch, s = input_ids.shape
     if s == 1 and batch > seq_len.shape[0]:
         raise ShapeError(f"seq_len {tuple(seq_len.shape)}: a length for each of {batch} sequences is needed")
-    which = slice(batch if s == 1 else seq_len.shape[0])
+    which: slice | torch.Tensor = slice(batch if s == 1 else seq_len.shape[0])
     if s == 1 and batch == 1:
         which = (seq_len > 0).int().argmax(0, keepdim=True)
     seq_len = seq_len[which].clone()

@@ -25,7 +25,7 @@ class PositionalEmbeddingConfig:
     rope_theta: float = 10000.0
     rope_scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in (None, "rope"):
             raise ArgumentError(f"mode={self.mode!r}: None or 'rope'")
         if not 0.0 < self.rope_theta < math.inf:
@@ -120,7 +120,9 @@ class _Cached(AttentionDescriptor):
     """Two caches, k and v, and one table of rotations."""
 
     @classmethod
-    def get_cache_initializers(cls, get_info):
+    def get_cache_initializers(
+        cls, get_info: Callable[[], AttentionInfo]
+    ) -> dict[str, Callable[[SequenceInfo], torch.Tensor]]:
         def cache(head_dim: Callable[[AttentionInfo], int]) -> Callable[[SequenceInfo], torch.Tensor]:
             def initialize(sequences: SequenceInfo) -> torch.Tensor:
                 cls._check_pages(sequences)
@@ -136,7 +138,9 @@ class _Cached(AttentionDescriptor):
         }
 
     @classmethod
-    def get_global_buffer_initializers(cls, get_info):
+    def get_global_buffer_initializers(
+        cls, get_info: Callable[[], AttentionInfo]
+    ) -> dict[str, Callable[[SequenceInfo], torch.Tensor]]:
         info = get_info()
         config = info.pos_embd_config
 
@@ -160,19 +164,19 @@ class FlattenedAttention(_Cached):
     """``fused_flattened_mha_with_cache``: contiguous caches."""
 
     @classmethod
-    def is_paged(cls):
+    def is_paged(cls) -> bool:
         return False
 
     @classmethod
-    def get_attention_op(cls):
+    def get_attention_op(cls) -> tuple[Callable, int]:
         return torch.ops.cute_fa.fused_flattened_mha_with_cache, 3
 
     @classmethod
-    def get_prepare_metadata_op(cls):
+    def get_prepare_metadata_op(cls) -> tuple[Callable, int]:
         return torch.ops.cute_fa.prepare_fused_mha_metadata, 4
 
     @classmethod
-    def _check_pages(cls, sequences):
+    def _check_pages(cls, sequences: SequenceInfo) -> None:
         if sequences.is_paged:
             raise PageSizeError(
                 f"page_size={sequences.page_size} for contiguous caches: at least max_seq_len={sequences.max_seq_len}"
@@ -184,19 +188,19 @@ class PagedAttention(_Cached):
     """``fused_mha_with_paged_cache``: pages."""
 
     @classmethod
-    def is_paged(cls):
+    def is_paged(cls) -> bool:
         return True
 
     @classmethod
-    def get_attention_op(cls):
+    def get_attention_op(cls) -> tuple[Callable, int]:
         return torch.ops.cute_fa.fused_mha_with_paged_cache, 3
 
     @classmethod
-    def get_prepare_metadata_op(cls):
+    def get_prepare_metadata_op(cls) -> tuple[Callable, int]:
         return torch.ops.cute_fa.prepare_paged_mha_metadata, 6
 
     @classmethod
-    def _check_pages(cls, sequences):
+    def _check_pages(cls, sequences: SequenceInfo) -> None:
         if sequences.page_size not in PAGE_SIZES:
             raise PageSizeError(f"page_size={sequences.page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
 
