@@ -27,6 +27,11 @@ class QueryKernelTiles:
     def num_threads(self) -> int:
         return 32 * self.num_warps
 
+    @property
+    def rows_per_thread(self) -> int:
+        """Queries of which a thread holds scores: two for each m16n8k16 of its warp."""
+        return 2 * (self.tile_m // (16 * self.num_warps))
+
 
 @dataclass(frozen=True)
 class Fa2BackwardConfig(FeatureConfig):

@@ -15,7 +15,7 @@ from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fake_arguments import common_fakes
-from cute_fa.device.scores import score_params
+from cute_fa.device.score import Score
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, SmemTiles, TileLoader, store_tile
 from fa2_sm80.common.heads import head_matrix, head_row
 from fa2_sm80.forward.config import Fa2ForwardConfig
@@ -72,9 +72,9 @@ class Fa2ForwardKernel:
             load_k = TileLoader(k, smem.k, c.head_dim, tidx, c.num_threads)
             load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, c.num_threads)
             slopes = (args.common.alibi_slopes[batch, head],) * c.rows_per_thread if const_expr(c.alibi) else None
-            scores = score_params(args.common.softmax_scale, args.common.softcap, slopes)
+            score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
 
-            tile = QueryTile(c, tidx, smem, info, m_start, args.common.window, scores)
+            tile = QueryTile(c, tidx, smem, info, m_start, args.common.window, score)
             pipeline = KeyValuePipeline(c.stages, load_k, load_v, blocks, args.common.window, info.seqlen_k, c.tile_n)
             load_queries = load_q.load
             if blocks.total > 0:
@@ -88,7 +88,7 @@ class Fa2ForwardKernel:
             sink_logits = (
                 (args.common.learnable_sink[head],) * c.rows_per_thread if const_expr(c.learnable_sink) else None
             )
-            lse = tile.softmax.finalize(tile.acc_rows, scores.offset_log2, sink_logits)
+            lse = tile.softmax.finalize(tile.acc_rows, score.offset_log2, sink_logits)
             out = head_matrix(args.common.out, head, batch, info.offset_q, c.cu_seqlens_q)
             lse_row = head_row(args.common.lse, head, batch, info.offset_q, c.cu_seqlens_q)
             tile.store_lse(lse, lse_row, info, m_block * c.tile_m)

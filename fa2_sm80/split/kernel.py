@@ -12,7 +12,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.block_range import block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.scores import score_params
+from cute_fa.device.score import Score
 from fa2_sm80.common.copies import ELEMENT_BYTES, SMEM_ALIGNMENT, SmemTile
 from fa2_sm80.common.heads import head_row
 from fa2_sm80.split.arguments import SplitArguments, split_fakes
@@ -103,19 +103,19 @@ class Fa2SplitKernel:
                 step(ring, iteration)
                 release(iteration)
             cute.arch.sync_threads()
-            tile.to_smem(smem.merge, tile.params.offset_log2)
+            tile.to_smem(smem.merge, tile.score.offset_log2)
             cute.arch.sync_threads()
             self.store(args, smem, info, batch, head_kv, gqa_ratio, first_row, split, tidx)
 
     def row_tile(self, args: SplitArguments, smem: SplitTiles, info, batch, head_kv, gqa_ratio, first_row) -> RowTile:
         """The registers of this warp, with the slopes of its rows' heads."""
         c = self.config
-        params = score_params(args.common.softmax_scale, args.common.softcap, None)
-        tile = RowTile(c, smem, info, first_row, gqa_ratio, args.common.window, params)
+        score = Score.of(args.common.softmax_scale, args.common.softcap)
+        tile = RowTile(c, smem, info, first_row, gqa_ratio, args.common.window, score)
         if const_expr(c.alibi):
             heads = [head_kv * gqa_ratio + row % gqa_ratio for row in tile.rows]
             slopes = tuple(args.common.alibi_slopes[batch, head] for head in heads)
-            tile.params = score_params(args.common.softmax_scale, args.common.softcap, slopes)
+            tile.score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
         return tile
 
     def query_places(self, args: SplitArguments, info, batch, head_kv, gqa_ratio, first_row):

@@ -4,15 +4,15 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32
 
-from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
 from cute_fa.device.registers import narrow
-from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores
+from cute_fa.device.score import Score, apply_score
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
+from cute_fa.device.visibility import Window, mask_scores
 from fa2_sm80.common.copies import FragmentLoader, SmemTile, lane_offset
 from fa2_sm80.common.products import WarpPlace, WarpProduct, register_row
 from fa2_sm80.common.warp_grid import WarpGrid
@@ -39,11 +39,11 @@ class RowTile:
         first_row: Int32,
         gqa_ratio: Int32,
         window: Window,
-        params: ScoreParams,
+        score: Score,
     ):
         """``first_row``: of the tile; row r is query r // gqa_ratio of the group's head r % gqa_ratio."""
         c, dtype = config, CUTE_DTYPE[config.dtype]
-        self.config, self.dtype, self.info, self.window, self.params = c, dtype, info, window, params
+        self.config, self.dtype, self.info, self.window, self.score = c, dtype, info, window, score
         keys = c.tile_n // c.key_warps
         self.place = WarpPlace(WarpGrid(c.row_warps, c.key_warps), WARP_ROWS, keys)
         self.scores = WarpProduct(dtype, WARP_ROWS, keys, c.head_dim_padded)
@@ -53,7 +53,7 @@ class RowTile:
         self.load_k = FragmentLoader(smem.k, lane_offset(smem.k, rows_first=False), first_key)
         self.load_v = FragmentLoader(smem.v, lane_offset(smem.v, rows_first=True), first_key, transpose=True)
         self.acc = self.output.accumulator()
-        self.softmax = OnlineSoftmax(2, params.scale_log2)
+        self.softmax = OnlineSoftmax(2, score.scale_log2)
         self.rows = [first_row + self.place.row + register_row(r) for r in range(2)]
         self.queries = [row // gqa_ratio for row in self.rows]
         # coordinates of thread 0, every other thread's lie one constant offset away
@@ -69,9 +69,7 @@ class RowTile:
         scores = rows_and_columns(acc)
         first_key = ring.blocks.block(iteration, self.window) * self.config.tile_n + self.place.column
         diagonals = [self.info.seqlen_k - self.info.seqlen_q + query - first_key for query in self.queries]
-        if const_expr(self.config.alibi or self.config.softcap):
-            positions = [Float32(d) for d in diagonals] if const_expr(self.config.alibi) else None
-            modify_scores(scores, self.columns, positions, self.params)
+        apply_score(self.score, scores, self.columns, diagonals)
         keys_left = self.info.seqlen_k - first_key
         left_edge = self.config.window_left
         mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, True, left_edge)
