@@ -20,6 +20,15 @@ from cutlass import Boolean, Int32, const_expr
 from cute_fa.device.visibility import Window
 
 
+class MaskedRange(NamedTuple):
+    """Iterations [start, stop) of a tile's walk, and on which sides of a window a score of theirs may be hidden."""
+
+    start: Int32
+    stop: Int32
+    right_edge: bool
+    left_edge: bool
+
+
 class BlockRange(NamedTuple):
     """Iterations 0 … ``total`` of one tile: right edge up to ``right_end``, full up to ``full_end``, left edge up to
     ``window_end``, then the sink's blocks."""
@@ -29,6 +38,14 @@ class BlockRange(NamedTuple):
     full_end: Int32
     window_end: Int32
     total: Int32
+
+    def ranges(self, left_bound: bool) -> list[MaskedRange]:
+        """The walk over all iterations. ``left_bound``: whether there is a left edge; its range has the sink's, too."""
+        ranges = [
+            MaskedRange(Int32(0), self.right_end, True, left_bound),
+            MaskedRange(self.right_end, self.full_end, False, False),
+        ]
+        return [*ranges, MaskedRange(self.full_end, self.total, False, True)] if left_bound else ranges
 
     def block(self, iteration: Int32, window: Window) -> Int32:
         """Key block of an iteration."""

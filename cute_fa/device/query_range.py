@@ -14,6 +14,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Int32, const_expr
 
+from cute_fa.device.block_range import MaskedRange
 from cute_fa.device.visibility import Window
 
 
@@ -24,6 +25,15 @@ class QueryRange(NamedTuple):
     left_end: Int32
     full_end: Int32
     total: Int32
+
+    def ranges(self, left_bound: bool) -> list[MaskedRange]:
+        """The walk over all iterations; ``left_bound``: whether there is a left edge. A tile that ends beyond the keys
+        needs the right edge's mask there, too."""
+        ranges = [
+            MaskedRange(self.left_end, self.full_end, False, False),
+            MaskedRange(self.full_end, self.total, True, False),
+        ]
+        return [MaskedRange(Int32(0), self.left_end, True, True), *ranges] if left_bound else ranges
 
     def block(self, iteration: Int32) -> Int32:
         """Query block of an iteration."""

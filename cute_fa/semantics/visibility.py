@@ -25,12 +25,12 @@ class Neighbourhood(NamedTuple):
 
     @property
     def first(self):
-        """None if there is none."""
+        """None for −∞."""
         return None if self.before is None else self.position - self.before
 
     @property
     def last(self):
-        """None if there is none."""
+        """None for ∞; of device code, computed where it is asked for."""
         return None if self.after is None else self.position + self.after
 
 
@@ -44,7 +44,7 @@ class Interval(NamedTuple):
 def key_intervals(
     queries: range, seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, sink_tokens: int = 0
 ) -> list[Interval]:
-    """What these queries see: intervals that do not meet, in the order of their keys."""
+    """What these queries see: intervals of which no two have a key in common, in the order of the keys."""
     position = np.arange(queries.start, queries.stop, dtype=np.int64) + (seqlen_k - seqlen_q)
     window = Neighbourhood(position, left, right)
     first, last = window.first, window.last
@@ -67,6 +67,6 @@ def visible_keys(seqlen_q: int, seqlen_k: int, left: int | None, right: int | No
     intervals = key_intervals(range(seqlen_q), seqlen_q, seqlen_k, left, right, sink_tokens)
     start, stop = (np.concatenate(bounds) for bounds in zip(*intervals, strict=True))
     order = np.argsort(start)
-    start, reached = start[order], np.maximum.accumulate(stop[order])
-    new = np.maximum(start, np.concatenate(([0], reached[:-1]))) if len(start) else start
-    return int((reached - new).clip(0).sum())
+    reached = np.concatenate(([0], np.maximum.accumulate(stop[order])))
+    new = reached[1:] - np.maximum(start[order], reached[:-1])
+    return int(new.clip(0).sum())

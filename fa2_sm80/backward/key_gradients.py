@@ -4,6 +4,8 @@ It walks over the query blocks of all query heads of the kv head, so that dK and
 registers. S is computed transposed, K·Qᵀ: see :func:`fa2_sm80.backward.config.backward_config`.
 """
 
+from functools import partial
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
@@ -19,6 +21,7 @@ from fa2_sm80.backward.key_tile import BackwardTiles, KeyTile
 from fa2_sm80.backward.query_pipeline import QueryPipeline, StatsLoader, head_strides
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, TileLoader, store_tile
 from fa2_sm80.common.heads import head_matrix
+from fa2_sm80.common.walk import walk
 
 
 class KeyGradientKernel:
@@ -102,21 +105,14 @@ class KeyGradientKernel:
         first_tile: Int32,
         n_block: Int32,
     ):
-        """The query blocks of one head, ``index`` of its group, in three ranges, each with just the mask it needs."""
+        """The query blocks of one head, ``index`` of its group."""
         c = self.config
-        step = self.step
         if const_expr(c.alibi):
             score = score.with_slopes((args.common.alibi_slopes[batch, head],) * tile.register_rows)
         if const_expr(not c.deterministic):
             last_tile = first_tile + blocks.last_block
             tile.dq_address[0] = scratch_address(args.scratch.dq, last_tile, head)
-        if const_expr(c.window_left):
-            for iteration in cutlass.range(blocks.left_end, unroll=1):
-                step(args, tile, pipeline, blocks, index, iteration, score, True, True)
-        for iteration in cutlass.range(blocks.left_end, blocks.full_end, unroll=1):
-            step(args, tile, pipeline, blocks, index, iteration, score, False, False)
-        for iteration in cutlass.range(blocks.full_end, blocks.total, unroll=1):
-            step(args, tile, pipeline, blocks, index, iteration, score, True, False)
+        walk(blocks.ranges(c.window_left), partial(self.step, args, tile, pipeline, blocks, index, score))
         if const_expr(c.slopes_gradient):
             self.store_dslope(args, cute.arch.warp_reduction_sum(tile.dslope[0]), batch, head, n_block)
             tile.dslope[0] = Float32(0.0)
@@ -136,8 +132,8 @@ class KeyGradientKernel:
         pipeline: QueryPipeline,
         blocks: QueryRange,
         index: Int32,
-        iteration: Int32,
         score: Score,
+        iteration: Int32,
         masked: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
     ):

@@ -5,6 +5,7 @@ cost more memory or make CTAs wait for each other: one dQ buffer for each CTA th
 additions in turn (FlashAttention-3).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import cutlass
@@ -33,6 +34,7 @@ from fa2_sm80.common.copies import (
 )
 from fa2_sm80.common.heads import head_matrix
 from fa2_sm80.common.products import WarpPlace, WarpProduct, register_column, register_row
+from fa2_sm80.common.walk import walk
 from fa2_sm80.common.warp_grid import WarpGrid
 
 
@@ -106,8 +108,16 @@ class QueryGradientTile:
             self.lse_log2[r], self.delta[r] = lse, delta
 
     @cute.jit
-    def step(self, block: Int32, stage, right_edge: cutlass.Constexpr[bool], left_edge: cutlass.Constexpr[bool]):
+    def step(
+        self,
+        ring: TileRing,
+        iteration: Int32,
+        right_edge: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ):
         """One key block: dQ += dS·K."""
+        ring.wait(iteration)
+        block, stage = ring.blocks.block(iteration, ring.window), ring.stage(iteration)
         acc_s, acc_dp = self.scores.accumulator(), self.dprobabilities.accumulator()
         self.scores.add(acc_s, self.scores.from_smem(self.load_q, 0), self.load_k, stage, False)
         distance, hidden = self.positions(block * self.config.query_kernel.tile_n, right_edge, left_edge)
@@ -119,6 +129,7 @@ class QueryGradientTile:
         ds = cute.make_rmem_tensor_like(acc_dp, self.dtype)
         narrow(acc_dp, ds)
         self.dq.add(self.acc, self.dq.from_registers(as_operand_a(ds)), self.load_k_rows, stage, True)
+        ring.release(iteration)
 
     def positions(self, n_start: Int32, right_edge: bool, left_edge: bool):
         """|i + D − j| of a register (r, c), for ALiBi, and whether it is masked; None where not needed."""
@@ -181,7 +192,7 @@ class QueryGradientKernel:
             score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
             tile = QueryGradientTile(c, smem, info, m_start, args.common.window, score)
             tile.load_statistics(args.scratch.stats, args.first_tile(info, batch, c.tile_m), head)
-            self.main_loop(tile, ring, blocks)
+            walk(blocks.ranges(c.window_left), partial(tile.step, ring))
 
             m_block, head, batch = self.tile(args)
             info = args.common.info(batch)
@@ -193,32 +204,6 @@ class QueryGradientKernel:
             cute.arch.sync_threads()
             dq = head_matrix(args.dq, head, batch, info.offset_q, c.cu_seqlens_q)
             store_tile(smem.q, dq, m_block, info.rows_q - m_block * tiles.tile_m, c.head_dim, tidx, tiles.num_threads)
-
-    @cute.jit
-    def main_loop(self, tile: QueryGradientTile, ring: TileRing, blocks: BlockRange):
-        """The ranges of the tile in turn, each with just the mask it needs."""
-        step = self.step
-        for iteration in cutlass.range(blocks.right_end, unroll=1):
-            step(tile, ring, iteration, True, self.config.window_left)
-        for iteration in cutlass.range(blocks.right_end, blocks.full_end, unroll=1):
-            step(tile, ring, iteration, False, False)
-        if const_expr(self.config.window_left):
-            for iteration in cutlass.range(blocks.full_end, blocks.total, unroll=1):
-                step(tile, ring, iteration, False, True)
-
-    @cute.jit
-    def step(
-        self,
-        tile: QueryGradientTile,
-        ring: TileRing,
-        iteration: Int32,
-        right_edge: cutlass.Constexpr[bool],
-        left_edge: cutlass.Constexpr[bool],
-    ):
-        """Wait for one key block, and add what it gives."""
-        ring.wait(iteration)
-        tile.step(ring.blocks.block(iteration, ring.window), ring.stage(iteration), right_edge, left_edge)
-        ring.release(iteration)
 
     def smem_tiles(self) -> QueryGradientTiles:
         c, tiles, allocator = self.config, self.tiles, SmemAllocator()

@@ -4,20 +4,21 @@ Each warp owns 16 or 32 queries for the whole kernel, Q·Kᵀ and P·V run on mm
 V blocks flow through shared memory by cp.async in a ring of ``stages`` blocks each.
 """
 
+from functools import partial
 from typing import NamedTuple
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.arguments import CommonArguments
-from cute_fa.device.block_range import BlockRange, block_range
+from cute_fa.device.block_range import block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fake_arguments import common_fakes
 from cute_fa.device.score import Score
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, SmemTiles, TileLoader, store_tile
 from fa2_sm80.common.heads import head_matrix, head_row
+from fa2_sm80.common.walk import walk
 from fa2_sm80.forward.config import Fa2ForwardConfig
 from fa2_sm80.forward.key_value_pipeline import KeyValuePipeline
 from fa2_sm80.forward.query_tile import QueryTile
@@ -80,7 +81,7 @@ class Fa2ForwardKernel:
             if blocks.total > 0:
                 load_queries(m_block, 0, info.seqlen_q - m_start)
             pipeline.prologue()
-            self.main_loop(tile, pipeline, blocks)
+            walk(blocks.ranges(c.window_left), partial(tile.step, pipeline))
 
             # Where the tile lies is read again: kept over the main loop it would cost it 8 registers.
             m_block, head, batch = self.tile(args)
@@ -116,19 +117,6 @@ class Fa2ForwardKernel:
             v=SmemTile(v, c.tile_n, c.head_dim_v_padded),
             out=SmemTile(q_or_o, c.tile_m, c.head_dim_v_padded),
         )
-
-    @cute.jit
-    def main_loop(self, tile: QueryTile, pipeline: KeyValuePipeline, blocks: BlockRange):
-        """The ranges of the tile in turn, each with just the mask it needs."""
-        c = self.config
-        step = tile.step  # by name: an object whose method is called in a dynamic loop counts as carried by it
-        for iteration in cutlass.range(blocks.right_end, unroll=1):
-            step(pipeline, iteration, True, c.window_left)
-        for iteration in cutlass.range(blocks.right_end, blocks.full_end, unroll=1):
-            step(pipeline, iteration, False, False)
-        if const_expr(c.window_left):
-            for iteration in cutlass.range(blocks.full_end, blocks.total, unroll=1):
-                step(pipeline, iteration, False, True)
 
     @cute.jit
     def tile(self, args: ForwardArguments):

@@ -13,6 +13,7 @@ from cute_fa.device.score import Score, apply_score
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.device.visibility import Window, mask_scores
+from fa2_sm80.common.block_ring import BlockRing
 from fa2_sm80.common.copies import FragmentLoader, SmemTile, lane_offset
 from fa2_sm80.common.products import WarpPlace, WarpProduct, register_row
 from fa2_sm80.common.warp_grid import WarpGrid
@@ -61,8 +62,15 @@ class RowTile:
         self.columns = rows_and_columns(self.scores.mma.get_slice(0).partition_C(identity))
 
     @cute.jit
-    def step(self, ring, iteration: Int32):
-        """One key block: S = Q·Kᵀ, mask, softmax, O += P·V. Every block is masked: decoding waits for memory."""
+    def step(
+        self,
+        ring: BlockRing,
+        iteration: Int32,
+        right_edge: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ):
+        """One key block: S = Q·Kᵀ, mask, softmax, O += P·V."""
+        ring.wait(iteration)
         stage = ring.stage(iteration)
         acc = self.scores.accumulator()
         self.scores.add(acc, self.scores.from_smem(self.load_q, 0), self.load_k, stage, False)
@@ -71,12 +79,12 @@ class RowTile:
         diagonals = [self.info.seqlen_k - self.info.seqlen_q + query - first_key for query in self.queries]
         apply_score(self.score, scores, self.columns, diagonals)
         keys_left = self.info.seqlen_k - first_key
-        left_edge = self.config.window_left
-        mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, True, left_edge)
+        mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, right_edge, left_edge)
         self.softmax.update(scores, rows_and_columns(self.acc), True)
         p = cute.make_rmem_tensor_like(acc, self.dtype)
         narrow(acc, p)
         self.output.add(self.acc, self.output.from_registers(as_operand_a(p)), self.load_v, stage, True)
+        ring.release(iteration)
 
     @cute.jit
     def to_smem(self, merge: cute.Pointer, offset_log2):

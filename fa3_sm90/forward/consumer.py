@@ -100,11 +100,11 @@ class Consumer:
         c, blocks = self.config, work.blocks
         self.queries.wait(queries)
         self.first_block(work, softmax, score, keys)
-        if const_expr(c.window_right):
-            keys = self.steps(work, softmax, score, keys, Int32(1), blocks.right_end, True, c.window_left)
-        keys = self.steps(work, softmax, score, keys, blocks.right_end, blocks.full_end, False, False)
-        if const_expr(c.window_left):
-            keys = self.steps(work, softmax, score, keys, blocks.full_end, blocks.total, False, True)
+        ranges = blocks.ranges(c.window_left)
+        if const_expr(not c.window_right):
+            ranges = ranges[1:]  # the sequence's end is in the first block
+        for i in cutlass.range_constexpr(len(ranges)):
+            keys = self.steps(work, softmax, score, keys, *ranges[i])
         self.last_block(softmax, blocks.total, keys)
         if const_expr(c.own_output):
             self.queries.release(queries.stage)
