@@ -13,6 +13,7 @@ import pandas as pd
 
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.types import Direction, DType
+from cute_fa.semantics.visibility import visible_keys, visible_pairs
 from cute_fa.tools.inputs import InputSpec
 
 LENGTHS = ("dense", "equal", "uniform", "skewed")
@@ -122,9 +123,8 @@ class Workload:
         """
         pairs, keys = 0, 0
         for lengths, count in _counted(zip(self.lengths_q, self.lengths_k, strict=True)):
-            seen = visible(*lengths, *self.window_size)
-            pairs += count * seen.pairs
-            keys += count * seen.keys
+            pairs += count * visible_pairs(*lengths, *self.window_size)
+            keys += count * visible_keys(*lengths, *self.window_size)
         queries = sum(self.lengths_q)
         size, out_size = self.dtype.bytes, 2
         q, o = queries * self.heads * self.head_dim, queries * self.heads * self.head_dim_v
@@ -188,26 +188,6 @@ class Work(NamedTuple):
     pairs: int
     flops: int
     bytes: int
-
-
-class Visible(NamedTuple):
-    """``pairs`` of query and key, and how many different ``keys`` take part in them."""
-
-    pairs: int
-    keys: int
-
-
-def visible(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> Visible:
-    """What one sequence's window lets through: key j for query i iff i + D − left ≤ j ≤ i + D + right, with
-    D = seqlen_k − seqlen_q."""
-    diagonal = np.arange(seqlen_q, dtype=np.int64) + seqlen_k - seqlen_q
-    first = np.zeros_like(diagonal) if left is None else np.maximum(diagonal - left, 0)
-    end = np.full_like(diagonal, seqlen_k) if right is None else np.minimum(diagonal + right + 1, seqlen_k)
-    some = end > first
-    if not some.any():
-        return Visible(0, 0)
-    # both bounds move by at most one key a query, so that what is seen has no gaps
-    return Visible(int((end - first)[some].sum()), int(end[some][-1] - first[some][0]))
 
 
 def _counted(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], int]]:

@@ -5,8 +5,8 @@ from typing import NamedTuple, Optional
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from cute_fa.device.block_range import Window
 from cute_fa.device.seqlen import LengthTensors, SeqlenInfo, seqlen_info
+from cute_fa.device.visibility import Window
 
 
 class CommonArguments(NamedTuple):

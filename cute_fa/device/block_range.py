@@ -12,19 +12,21 @@ If the sink reaches the window's first block, or the right edge, its range is me
 then runs down to block 0.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass
 from cutlass import Boolean, Int32, const_expr
 
+from cute_fa.device.visibility import Window
 
-class Window(NamedTuple):
-    """Run-time bounds, between −2^30 and 2^30 so that adding a position stays within int32; negative ones are meant as
-    they are. None where infinite; ``sink_tokens`` is None if there are none, and needs a left bound."""
 
-    left: Optional[Int32]
-    right: Optional[Int32]
-    sink_tokens: Optional[Int32]
+class MaskedRange(NamedTuple):
+    """Iterations [start, stop) of a tile's walk, and on which sides of a window a score of theirs may be hidden."""
+
+    start: Int32
+    stop: Int32
+    right_edge: bool
+    left_edge: bool
 
 
 class BlockRange(NamedTuple):
@@ -36,6 +38,14 @@ class BlockRange(NamedTuple):
     full_end: Int32
     window_end: Int32
     total: Int32
+
+    def ranges(self, left_bound: bool) -> list[MaskedRange]:
+        """The walk over all iterations. ``left_bound``: whether there is a left edge; its range has the sink's, too."""
+        ranges = [
+            MaskedRange(Int32(0), self.right_end, True, left_bound),
+            MaskedRange(self.right_end, self.full_end, False, False),
+        ]
+        return [*ranges, MaskedRange(self.full_end, self.total, False, True)] if left_bound else ranges
 
     def block(self, iteration: Int32, window: Window) -> Int32:
         """Key block of an iteration."""
@@ -55,18 +65,19 @@ def block_range(
 
     key_end, full_key_end = seqlen_k, seqlen_k
     if const_expr(window.right is not None):
-        key_end = cutlass.min(seqlen_k, m_end + diagonal + window.right)
-        full_key_end = cutlass.min(seqlen_k, m_start + diagonal + 1 + window.right)
+        # the last key of the next query is where the keys of a query end
+        key_end = cutlass.min(seqlen_k, window.keys(m_end + diagonal).last)
+        full_key_end = cutlass.min(seqlen_k, window.keys(m_start + diagonal + 1).last)
     key_end = cutlass.max(key_end, 0)
     stop = (key_end + tile_n - 1) // tile_n
     full_stop = cutlass.max(full_key_end, 0) // tile_n
 
     start, full_start = Int32(0), Int32(0)
     if const_expr(window.left is not None):
-        start = cutlass.max(m_start + diagonal - window.left, 0) // tile_n
-        full_start = (cutlass.max(m_end - 1 + diagonal - window.left, 0) + tile_n - 1) // tile_n
+        start = cutlass.max(window.keys(m_start + diagonal).first, 0) // tile_n
+        full_start = (cutlass.max(window.keys(m_end - 1 + diagonal).first, 0) + tile_n - 1) // tile_n
         if const_expr(window.right is not None):
-            start = cutlass.select_(window.left + window.right < 0, stop, start)  # nothing is inside the window
+            start = cutlass.select_(window.empty, stop, start)
     sink_blocks = Int32(0)
     if const_expr(window.sink_tokens is not None):
         sink_blocks = cutlass.min((cutlass.min(window.sink_tokens, key_end) + tile_n - 1) // tile_n, stop)

@@ -6,9 +6,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from cute_fa.device.arguments import CommonArguments
-from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.seqlen import LengthTensors
+from cute_fa.device.visibility import Window
 from cute_fa.engine.contract import FeatureConfig
 from cute_fa.semantics.options import options_of
 from cute_fa.semantics.problem import AttentionProblem

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Int32, const_expr
 
-from cute_fa.device.block_range import Window
+from cute_fa.device.block_range import MaskedRange
+from cute_fa.device.visibility import Window
 
 
 class QueryRange(NamedTuple):
@@ -24,6 +25,15 @@ class QueryRange(NamedTuple):
     left_end: Int32
     full_end: Int32
     total: Int32
+
+    def ranges(self, left_bound: bool) -> list[MaskedRange]:
+        """The walk over all iterations; ``left_bound``: whether there is a left edge. A tile that ends beyond the keys
+        needs the right edge's mask there, too."""
+        ranges = [
+            MaskedRange(self.left_end, self.full_end, False, False),
+            MaskedRange(self.full_end, self.total, True, False),
+        ]
+        return [MaskedRange(Int32(0), self.left_end, True, True), *ranges] if left_bound else ranges
 
     def block(self, iteration: Int32) -> Int32:
         """Query block of an iteration."""
@@ -39,17 +49,17 @@ def query_range(
 
     start, full_start = Int32(0), Int32(0)
     if const_expr(window.right is not None):
-        start = cutlass.max(n_start - diagonal - window.right, 0)
-        full_start = cutlass.max(n_end - 1 - diagonal - window.right, 0)
+        start = cutlass.max(window.queries(n_start - diagonal).first, 0)
+        full_start = cutlass.max(window.queries(n_end - 1 - diagonal).first, 0)
     end, full_end = seqlen_q, seqlen_q
     if const_expr(window.left is not None):
         first_windowed = n_start  # the first key that the sink does not hold
         if const_expr(window.sink_tokens is not None):
             first_windowed = cutlass.max(n_start, window.sink_tokens)
-        end = cutlass.min(seqlen_q, n_end - diagonal + window.left)
+        end = cutlass.min(seqlen_q, window.queries(n_end - diagonal).last)
         if const_expr(window.right is not None):
-            end = cutlass.select_(window.left + window.right < 0, start, end)  # nothing is inside the window
-        full_end = cutlass.min(seqlen_q, first_windowed - diagonal + window.left + 1)
+            end = cutlass.select_(window.empty, start, end)
+        full_end = cutlass.min(seqlen_q, window.queries(first_windowed - diagonal).last + 1)
         if const_expr(window.sink_tokens is not None):
             end = cutlass.select_(n_start < window.sink_tokens, seqlen_q, end)
             full_end = cutlass.select_(n_end <= window.sink_tokens, seqlen_q, full_end)

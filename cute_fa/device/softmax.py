@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, const_expr
 
-from cute_fa.device.scores import LOG2_E
+from cute_fa.device.score import LOG2_E
 
 # P then stays below 2^8: harmless in fp16 and bf16, whose relative error does not depend on the magnitude.
 RESCALE_THRESHOLD = 8.0

@@ -238,11 +238,19 @@ def _canonical(value: Any) -> Any:
     )
 
 
+# What device code of all kernels is made from, in this package.
+SHARED_SOURCES = (
+    "device",
+    "engine/contract.py",
+    *(f"semantics/{name}.py" for name in ("names", "options", "problem", "types", "visibility")),
+)
+
+
 def _source_roots(cls: type) -> tuple[Path, ...]:
     """Files and folders whose Python sources shape the code of a config class: those that all kernels share, and the
     top-level packages of the class and its bases (the file itself for a module outside a package)."""
     package = Path(__file__).parents[1]
-    roots = {package / "device", package / "engine" / "contract.py", package / "semantics" / "types.py"}
+    roots = {package / place for place in SHARED_SOURCES}
     for base in cls.__mro__:
         if base.__module__ != KernelConfig.__module__ and issubclass(base, KernelConfig):
             file = Path(inspect.getfile(base)).resolve()

@@ -34,6 +34,7 @@ from typing_extensions import Unpack
 
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import default_scale, normalize_window
+from cute_fa.semantics.visibility import key_intervals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -239,17 +240,17 @@ def _pieces(
     span: _Span, heads: int, left: int | None, right: int | None, sink_tokens: int, device: torch.device
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Rows of one sequence, as many at a time as memory allows, with i + D − j (rows, keys) and what is visible."""
+    lengths = span.seqlen_q, span.seqlen_k
     key = torch.arange(span.seqlen_k, device=device)
     step = max(1, _MAX_SCORES // max(1, heads * span.seqlen_k))
     for first in range(0, span.seqlen_q, step):
         rows = slice(first, min(first + step, span.seqlen_q))
         position = torch.arange(rows.start, rows.stop, device=device) + span.seqlen_k - span.seqlen_q
         distance = position[:, None] - key
-        visible = torch.ones_like(distance, dtype=torch.bool)
-        if left is not None:
-            visible &= (distance <= left) | (key < sink_tokens)
-        if right is not None:
-            visible &= distance >= -right
+        visible = torch.zeros_like(distance, dtype=torch.bool)
+        for interval in key_intervals(range(rows.start, rows.stop), *lengths, left, right, sink_tokens):
+            start, stop = (torch.from_numpy(bound).to(device)[:, None] for bound in interval)
+            visible |= (key >= start) & (key < stop)
         yield rows, distance, visible
 
 

@@ -35,6 +35,11 @@ class QueryKernelTiles:
         """Rows of both head_dims in shared memory: those of Q and dO, and of K and V of every stage."""
         return self.tile_m + self.stages * self.tile_n
 
+    @property
+    def rows_per_thread(self) -> int:
+        """Queries of which a thread holds scores: two for each m16n8k16 of its warp."""
+        return 2 * (self.tile_m // (16 * self.num_warps))
+
 
 @dataclass(frozen=True)
 class Fa2BackwardConfig(FeatureConfig):

@@ -4,6 +4,8 @@ It walks over the query blocks of all query heads of the kv head, so that dK and
 registers. S is computed transposed, K·Qᵀ: see :func:`fa2_sm80.backward.config.backward_config`.
 """
 
+from functools import partial
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
@@ -11,7 +13,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.query_range import QueryRange, query_range
-from cute_fa.device.scores import score_params
+from cute_fa.device.score import Score
 from cute_fa.device.seqlen import key_rows
 from fa2_sm80.backward.arguments import BackwardArguments, scratch_address
 from fa2_sm80.backward.config import Fa2BackwardConfig
@@ -19,6 +21,7 @@ from fa2_sm80.backward.key_tile import BackwardTiles, KeyTile
 from fa2_sm80.backward.query_pipeline import QueryPipeline, StatsLoader, head_strides
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, TileLoader, store_tile
 from fa2_sm80.common.heads import head_matrix
+from fa2_sm80.common.walk import walk
 
 
 class KeyGradientKernel:
@@ -67,10 +70,10 @@ class KeyGradientKernel:
                 load_v(n_block, 0, keys_left)
 
             pipeline.prologue(load_keys)
-            params = score_params(args.common.softmax_scale, args.common.softcap, None)
-            tile = KeyTile(c, smem, info, n_start, args.common.window, params)
+            score = Score.of(args.common.softmax_scale, args.common.softcap)
+            tile = KeyTile(c, smem, info, n_start, args.common.window)
             for index in cutlass.range(gqa_ratio, unroll=1):
-                self.head(args, tile, pipeline, blocks, index, head + index, batch, first_tile, n_block)
+                self.head(args, tile, pipeline, blocks, score, index, head + index, batch, first_tile, n_block)
 
             n_block, head_kv, batch = self.tile(args)
             info = args.common.info(batch)
@@ -78,7 +81,7 @@ class KeyGradientKernel:
             # dQ is the last to read the K of other warps; with one stage the pipeline has waited for all of them
             if const_expr(not c.deterministic and c.stages > 1):
                 cute.arch.sync_threads()
-            tile.to_smem(args.common.softmax_scale)
+            tile.to_smem(score.gradient_scale)
             cute.arch.sync_threads()
             dk = head_matrix(args.dk, head_kv, batch, info.offset_k, c.cu_seqlens_k)
             dv = head_matrix(args.dv, head_kv, batch, info.offset_k, c.cu_seqlens_k)
@@ -95,29 +98,21 @@ class KeyGradientKernel:
         tile: KeyTile,
         pipeline: QueryPipeline,
         blocks: QueryRange,
+        score: Score,
         index: Int32,
         head: Int32,
         batch: Int32,
         first_tile: Int32,
         n_block: Int32,
     ):
-        """The query blocks of one head, ``index`` of its group, in three ranges, each with just the mask it needs."""
+        """The query blocks of one head, ``index`` of its group."""
         c = self.config
-        step = self.step
-        slope = None
         if const_expr(c.alibi):
-            slopes = (args.common.alibi_slopes[batch, head],)
-            slope = score_params(args.common.softmax_scale, args.common.softcap, slopes).slopes[0]
+            score = score.with_slopes((args.common.alibi_slopes[batch, head],) * tile.register_rows)
         if const_expr(not c.deterministic):
             last_tile = first_tile + blocks.last_block
             tile.dq_address[0] = scratch_address(args.scratch.dq, last_tile, head)
-        if const_expr(c.window_left):
-            for iteration in cutlass.range(blocks.left_end, unroll=1):
-                step(args, tile, pipeline, blocks, index, iteration, slope, True, True)
-        for iteration in cutlass.range(blocks.left_end, blocks.full_end, unroll=1):
-            step(args, tile, pipeline, blocks, index, iteration, slope, False, False)
-        for iteration in cutlass.range(blocks.full_end, blocks.total, unroll=1):
-            step(args, tile, pipeline, blocks, index, iteration, slope, True, False)
+        walk(blocks.ranges(c.window_left), partial(self.step, args, tile, pipeline, blocks, index, score))
         if const_expr(c.slopes_gradient):
             self.store_dslope(args, cute.arch.warp_reduction_sum(tile.dslope[0]), batch, head, n_block)
             tile.dslope[0] = Float32(0.0)
@@ -137,15 +132,15 @@ class KeyGradientKernel:
         pipeline: QueryPipeline,
         blocks: QueryRange,
         index: Int32,
+        score: Score,
         iteration: Int32,
-        slope,
         masked: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
     ):
         """Wait for one query block, and add what it gives."""
         c = self.config
         stage = pipeline.wait(index, iteration)
-        tile.step(blocks.block(iteration) * c.tile_m, stage, slope, masked, left_edge)
+        tile.step(blocks.block(iteration) * c.tile_m, stage, score, masked, left_edge)
         if const_expr(not c.deterministic):
             tile.dq_address[0] = tile.dq_address[0] - Int64(args.scratch.dq.stride[0]) * 4
         pipeline.release(index, iteration)

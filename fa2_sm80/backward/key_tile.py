@@ -8,13 +8,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.arch import inline_ptx
 
-from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
 from cute_fa.device.registers import narrow, opaque
-from cute_fa.device.score_gradients import SOFTCAP_FACTOR, probabilities, score_gradients
-from cute_fa.device.scores import ScoreParams
+from cute_fa.device.score import Score, probabilities, score_gradients
 from cute_fa.device.seqlen import SeqlenInfo
+from cute_fa.device.visibility import Window, hidden_queries
 from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.common.copies import ColumnPart, FragmentLoader, FragmentStore, SmemTile, lane_offset
 from fa2_sm80.common.products import WarpPlace, WarpProduct, register_column, register_row
@@ -43,16 +42,16 @@ class KeyTile:
         info: SeqlenInfo,
         n_start: Int32,
         window: Window,
-        params: ScoreParams,
     ):
         c, dtype = config, CUTE_DTYPE[config.dtype]
         self.config, self.dtype, self.smem = config, dtype, smem
-        self.info, self.n_start, self.window, self.params = info, n_start, window, params
+        self.info, self.n_start, self.window = info, n_start, window
 
         rows, columns = c.tile_n // c.scores.rows, c.tile_m // c.scores.columns
         place = self.place = WarpPlace(c.scores, rows, columns)
         self.scores = WarpProduct(dtype, rows, columns, c.head_dim_padded)
         self.dprobabilities = WarpProduct(dtype, rows, columns, c.head_dim_v_padded)
+        self.register_rows = rows // 8
         first_query = place.first_column if const_expr(c.scores.columns > 1) else 0
         tiles = [tile for tile in smem[:-1] if tile is not None]
         row_lanes = {tile.panel: lane_offset(tile, rows_first=True) for tile in tiles}
@@ -95,7 +94,7 @@ class KeyTile:
         self,
         m_start: Int32,
         stage: Int32,
-        slope: Optional[Float32],
+        score: Score,
         masked: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
     ):
@@ -106,11 +105,11 @@ class KeyTile:
         self.scores.add(acc_s, self.scores.from_smem(self.load_k, 0), self.load_q, stage, False)
         distance, hidden = self.positions(m_start, masked, left_edge)
         s = rows_and_columns(acc_s)
-        slopes_of_cap = probabilities(s, self.statistics(stage, 0), self.params, slope, distance, hidden)
+        derivatives = probabilities(score, s, self.statistics(stage, 0), distance, hidden)
         from_v = self.dprobabilities.from_smem(self.load_v, 0)
         self.dprobabilities.add(acc_dp, from_v, self.load_dout, stage, False)
         dslope = self.dslope if const_expr(c.slopes_gradient) else None
-        score_gradients(s, rows_and_columns(acc_dp), self.statistics(stage, 1), slopes_of_cap, distance, dslope)
+        score_gradients(s, rows_and_columns(acc_dp), self.statistics(stage, 1), derivatives, distance, dslope)
         p, ds = (cute.make_rmem_tensor_like(acc, self.dtype) for acc in (acc_s, acc_dp))
         narrow(acc_s, p)
         narrow(acc_dp, ds)
@@ -143,27 +142,16 @@ class KeyTile:
                 return cute.math.absf(position + float(register_column(c) - register_row(r)))
 
         if const_expr(masked):
-            rows = range(self.scores.rows // 8)
-            bounds = [self.visible_columns(register_row(r), first_key, diagonal, left_edge) for r in rows]
+            window, seqlen_k, columns = self.window, self.info.seqlen_k, self.config.tile_m
+            hidden_in_row = [
+                hidden_queries(window, row - diagonal, first_key + row, seqlen_k, columns, left_edge)
+                for row in map(register_row, range(self.register_rows))
+            ]
 
             def hidden(r: int, c: int):
-                (first, last), column = bounds[r], register_column(c)
-                return first > column if last is None else (first > column) | (last < column)
+                return hidden_in_row[r](register_column(c))
 
         return distance, hidden
-
-    def visible_columns(self, row: int, first_key: Int32, diagonal: Int32, left_edge: bool):
-        """First and last column, relative to the thread's own, whose query sees the key of a register row; None where
-        nothing bounds them."""
-        window, first, last = self.window, Int32(0), None
-        if window.right is not None:
-            first = row - diagonal - window.right
-        first = cutlass.select_(first_key + row >= self.info.seqlen_k, Int32(self.config.tile_m), first)
-        if left_edge:
-            last = row - diagonal + window.left
-            if window.sink_tokens is not None:
-                last = cutlass.select_(first_key + row < window.sink_tokens, Int32(self.config.tile_m), last)
-        return first, last
 
     def statistics(self, stage: Int32, which: int) -> Callable:
         """LSE (0) or D (1) of the query of register column c."""
@@ -179,9 +167,8 @@ class KeyTile:
         return lambda r, c: values[c]
 
     @cute.jit
-    def to_smem(self, softmax_scale: Float32):
-        """dK and dV in the input's dtype, over K and V, once all warps are done with these."""
-        scale = softmax_scale * SOFTCAP_FACTOR if const_expr(self.config.softcap) else softmax_scale
+    def to_smem(self, scale: Float32):
+        """dK times ``scale``, and dV, in the input's dtype, over K and V, once all warps are done with these."""
         self.acc_dk.store(self.acc_dk.load() * scale)
         for acc, tile, place in (
             (self.acc_dk, self.smem.k, self.place_dk),

@@ -2,13 +2,13 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int64, const_expr
+from cutlass import Float32, Int64
 from cutlass.cute.arch import inline_ptx
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.registers import narrow
-from cute_fa.device.score_gradients import SOFTCAP_FACTOR
+from cute_fa.device.score import Score
 from fa2_sm80.backward.arguments import BackwardArguments, scratch_address
 from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, FragmentStore, SmemTile, store_tile
@@ -44,8 +44,7 @@ class QueryGradientConversion:
             acc = WarpProduct(self.dtype, rows, columns, 0).accumulator()
             tile = args.first_tile(info, batch, c.tile_m) + m_block
             self.load(acc, scratch_address(args.scratch.dq, tile, head) + tidx * 4)
-            scale = args.common.softmax_scale * SOFTCAP_FACTOR if const_expr(c.softcap) else args.common.softmax_scale
-            acc.store(acc.load() * scale)
+            acc.store(acc.load() * Score.of(args.common.softmax_scale, args.common.softcap).gradient_scale)
             narrowed = cute.make_rmem_tensor_like(acc, self.dtype)
             narrow(acc, narrowed)
             place = WarpPlace(c.queries, rows, columns)

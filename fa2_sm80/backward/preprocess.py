@@ -8,7 +8,7 @@ from cutlass.cute.arch import inline_ptx
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.scores import LOG2_E
+from cute_fa.device.score import LOG2_E
 from fa2_sm80.backward.arguments import BackwardArguments, scratch_address
 from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.common.copies import CHUNK

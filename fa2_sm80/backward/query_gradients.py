@@ -5,6 +5,7 @@ cost more memory or make CTAs wait for each other: one dQ buffer for each CTA th
 additions in turn (FlashAttention-3).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import cutlass
@@ -12,13 +13,13 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_fa.device.block_range import BlockRange, Window, block_range
+from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
 from cute_fa.device.registers import narrow
-from cute_fa.device.score_gradients import SOFTCAP_FACTOR, probabilities, score_gradients
-from cute_fa.device.scores import score_params
+from cute_fa.device.score import Score, probabilities, score_gradients
 from cute_fa.device.seqlen import SeqlenInfo
+from cute_fa.device.visibility import Window, hidden_keys
 from fa2_sm80.backward.arguments import BackwardArguments
 from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.common.block_ring import BlockRing
@@ -33,6 +34,7 @@ from fa2_sm80.common.copies import (
 )
 from fa2_sm80.common.heads import head_matrix
 from fa2_sm80.common.products import WarpPlace, WarpProduct, register_column, register_row
+from fa2_sm80.common.walk import walk
 from fa2_sm80.common.warp_grid import WarpGrid
 
 
@@ -64,13 +66,18 @@ class TileRing(BlockRing):
 class QueryGradientTile:
     """The registers of one tile of queries and what is done to them; a warp owns whole rows."""
 
-    def __init__(self, config: Fa2BackwardConfig, smem: QueryGradientTiles, info: SeqlenInfo, m_start: Int32, args):
+    def __init__(
+        self,
+        config: Fa2BackwardConfig,
+        smem: QueryGradientTiles,
+        info: SeqlenInfo,
+        m_start: Int32,
+        window: Window,
+        score: Score,
+    ):
         c, tiles, dtype = config, config.query_kernel, CUTE_DTYPE[config.dtype]
         self.config, self.dtype, self.info, self.m_start = c, dtype, info, m_start
-        self.window, self.params = (
-            args.common.window,
-            score_params(args.common.softmax_scale, args.common.softcap, None),
-        )
+        self.window, self.score = window, score
         rows = tiles.tile_m // tiles.num_warps
         self.place = WarpPlace(WarpGrid(tiles.num_warps), rows, 0)
         self.scores = WarpProduct(dtype, rows, tiles.tile_n, c.head_dim_padded)
@@ -84,7 +91,7 @@ class QueryGradientTile:
         self.load_v = FragmentLoader(smem.v, column_lanes[smem.v.panel], Int32(0))
         self.load_k_rows = FragmentLoader(smem.k, row_lanes[smem.q.panel], Int32(0), True)
         self.acc = self.dq.accumulator()
-        self.rows = rows // 8
+        self.rows = tiles.rows_per_thread
         self.lse_log2 = cute.make_rmem_tensor(self.rows, Float32)
         self.delta = cute.make_rmem_tensor(self.rows, Float32)
 
@@ -101,19 +108,28 @@ class QueryGradientTile:
             self.lse_log2[r], self.delta[r] = lse, delta
 
     @cute.jit
-    def step(self, block: Int32, stage, slope, right_edge: cutlass.Constexpr[bool], left_edge: cutlass.Constexpr[bool]):
+    def step(
+        self,
+        ring: TileRing,
+        iteration: Int32,
+        right_edge: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ):
         """One key block: dQ += dS·K."""
+        ring.wait(iteration)
+        block, stage = ring.blocks.block(iteration, ring.window), ring.stage(iteration)
         acc_s, acc_dp = self.scores.accumulator(), self.dprobabilities.accumulator()
         self.scores.add(acc_s, self.scores.from_smem(self.load_q, 0), self.load_k, stage, False)
         distance, hidden = self.positions(block * self.config.query_kernel.tile_n, right_edge, left_edge)
         s = rows_and_columns(acc_s)
-        slopes_of_cap = probabilities(s, lambda r, c: self.lse_log2[r], self.params, slope, distance, hidden)
+        derivatives = probabilities(self.score, s, lambda r, c: self.lse_log2[r], distance, hidden)
         from_dout = self.dprobabilities.from_smem(self.load_dout, 0)
         self.dprobabilities.add(acc_dp, from_dout, self.load_v, stage, False)
-        score_gradients(s, rows_and_columns(acc_dp), lambda r, c: self.delta[r], slopes_of_cap, distance, None)
+        score_gradients(s, rows_and_columns(acc_dp), lambda r, c: self.delta[r], derivatives, distance, None)
         ds = cute.make_rmem_tensor_like(acc_dp, self.dtype)
         narrow(acc_dp, ds)
         self.dq.add(self.acc, self.dq.from_registers(as_operand_a(ds)), self.load_k_rows, stage, True)
+        ring.release(iteration)
 
     def positions(self, n_start: Int32, right_edge: bool, left_edge: bool):
         """|i + D − j| of a register (r, c), for ALiBi, and whether it is masked; None where not needed."""
@@ -128,29 +144,16 @@ class QueryGradientTile:
                 return cute.math.absf(position + float(register_row(r) - register_column(c)))
 
         if const_expr(right_edge or left_edge):
-            bounds = [self.visible_columns(register_row(r), first_key, diagonal, left_edge) for r in range(self.rows)]
+            keys_left = self.info.seqlen_k - first_key
+            hidden_in_row = [
+                hidden_keys(self.window, diagonal + register_row(r), first_key, keys_left, left_edge)
+                for r in range(self.rows)
+            ]
 
             def hidden(r: int, c: int):
-                (first, sink, last), column = bounds[r], register_column(c)
-                beyond = last < column
-                if first is None:
-                    return beyond
-                before = first > column if sink is None else (first > column) & (sink <= column)
-                return before | beyond
+                return hidden_in_row[r](register_column(c))
 
         return distance, hidden
-
-    def visible_columns(self, row: int, first_key: Int32, diagonal: Int32, left_edge: bool):
-        """First and last column, relative to the thread's own, whose key the query of a register row sees, and between
-        them the end of the sink; None where nothing bounds them."""
-        window, first, sink, last = self.window, None, None, self.info.seqlen_k - first_key - 1
-        if window.right is not None:
-            last = cutlass.min(last, diagonal + row + window.right)
-        if left_edge:
-            first = diagonal + row - window.left
-            if window.sink_tokens is not None:
-                sink = window.sink_tokens - first_key
-        return first, sink, last
 
 
 class QueryGradientKernel:
@@ -185,18 +188,15 @@ class QueryGradientKernel:
             load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, tiles.num_threads)
             ring = TileRing(tiles.stages, load_k, load_v, blocks, args.common.window, info.seqlen_k)
             ring.prologue(Int32(0))
-            slope = None
-            if const_expr(c.alibi):
-                slopes = (args.common.alibi_slopes[batch, head],)
-                slope = score_params(args.common.softmax_scale, args.common.softcap, slopes).slopes[0]
-            tile = QueryGradientTile(c, smem, info, m_start, args)
+            slopes = (args.common.alibi_slopes[batch, head],) * tiles.rows_per_thread if const_expr(c.alibi) else None
+            score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
+            tile = QueryGradientTile(c, smem, info, m_start, args.common.window, score)
             tile.load_statistics(args.scratch.stats, args.first_tile(info, batch, c.tile_m), head)
-            self.main_loop(tile, ring, blocks, slope)
+            walk(blocks.ranges(c.window_left), partial(tile.step, ring))
 
             m_block, head, batch = self.tile(args)
             info = args.common.info(batch)
-            scale = args.common.softmax_scale * SOFTCAP_FACTOR if const_expr(c.softcap) else args.common.softmax_scale
-            tile.acc.store(tile.acc.load() * scale)
+            tile.acc.store(tile.acc.load() * score.gradient_scale)
             narrowed = cute.make_rmem_tensor_like(tile.acc, self.dtype)
             narrow(tile.acc, narrowed)
             # a warp's rows of dQ take the place of the rows of Q that it alone has read
@@ -204,33 +204,6 @@ class QueryGradientKernel:
             cute.arch.sync_threads()
             dq = head_matrix(args.dq, head, batch, info.offset_q, c.cu_seqlens_q)
             store_tile(smem.q, dq, m_block, info.rows_q - m_block * tiles.tile_m, c.head_dim, tidx, tiles.num_threads)
-
-    @cute.jit
-    def main_loop(self, tile: QueryGradientTile, ring: TileRing, blocks: BlockRange, slope):
-        """The ranges of the tile in turn, each with just the mask it needs."""
-        step = self.step
-        for iteration in cutlass.range(blocks.right_end, unroll=1):
-            step(tile, ring, iteration, slope, True, self.config.window_left)
-        for iteration in cutlass.range(blocks.right_end, blocks.full_end, unroll=1):
-            step(tile, ring, iteration, slope, False, False)
-        if const_expr(self.config.window_left):
-            for iteration in cutlass.range(blocks.full_end, blocks.total, unroll=1):
-                step(tile, ring, iteration, slope, False, True)
-
-    @cute.jit
-    def step(
-        self,
-        tile: QueryGradientTile,
-        ring: TileRing,
-        iteration: Int32,
-        slope,
-        right_edge: cutlass.Constexpr[bool],
-        left_edge: cutlass.Constexpr[bool],
-    ):
-        """Wait for one key block, and add what it gives."""
-        ring.wait(iteration)
-        tile.step(ring.blocks.block(iteration, ring.window), ring.stage(iteration), slope, right_edge, left_edge)
-        ring.release(iteration)
 
     def smem_tiles(self) -> QueryGradientTiles:
         c, tiles, allocator = self.config, self.tiles, SmemAllocator()

@@ -4,16 +4,18 @@ Each warp owns 16 or 32 queries for the whole kernel, Q·Kᵀ and P·V run on mm
 V blocks flow through shared memory by cp.async in a ring of ``stages`` blocks each.
 """
 
-import cutlass
+from functools import partial
+
 import cutlass.cute as cute
 from cutlass import const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_fa.device.block_range import BlockRange, block_range
+from cute_fa.device.block_range import block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.scores import score_params
+from cute_fa.device.score import Score
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, SmemTiles, TileLoader, store_tile
 from fa2_sm80.common.heads import head_matrix, head_row
+from fa2_sm80.common.walk import walk
 from fa2_sm80.forward.arguments import ForwardArguments, forward_fakes
 from fa2_sm80.forward.config import Fa2ForwardConfig
 from fa2_sm80.forward.key_value_pipeline import KeyValuePipeline
@@ -62,15 +64,15 @@ class Fa2ForwardKernel:
             load_k = TileLoader(k, smem.k, c.head_dim, tidx, c.num_threads)
             load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, c.num_threads)
             slopes = (args.common.alibi_slopes[batch, head],) * c.rows_per_thread if const_expr(c.alibi) else None
-            scores = score_params(args.common.softmax_scale, args.common.softcap, slopes)
+            score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
 
-            tile = QueryTile(c, tidx, smem, info, m_start, args.common.window, scores)
+            tile = QueryTile(c, tidx, smem, info, m_start, args.common.window, score)
             pipeline = KeyValuePipeline(c.stages, load_k, load_v, blocks, args.common.window, info.seqlen_k, c.tile_n)
             load_queries = load_q.load
             if blocks.total > 0:
                 load_queries(m_block, 0, info.seqlen_q - m_start)
             pipeline.prologue()
-            self.main_loop(tile, pipeline, blocks)
+            walk(blocks.ranges(c.window_left), partial(tile.step, pipeline))
 
             # Where the tile lies is read again: kept over the main loop it would cost it 8 registers.
             m_block, head, batch = self.tile(args)
@@ -78,7 +80,7 @@ class Fa2ForwardKernel:
             sink_logits = (
                 (args.common.learnable_sink[head],) * c.rows_per_thread if const_expr(c.learnable_sink) else None
             )
-            lse = tile.softmax.finalize(tile.acc_rows, scores.offset_log2, sink_logits)
+            lse = tile.softmax.finalize(tile.acc_rows, score.offset_log2, sink_logits)
             out = head_matrix(args.common.out, head, batch, info.offset_q, c.cu_seqlens_q)
             lse_row = head_row(args.common.lse, head, batch, info.offset_q, c.cu_seqlens_q)
             tile.store_lse(lse, lse_row, info, m_block * c.tile_m)
@@ -106,19 +108,6 @@ class Fa2ForwardKernel:
             v=SmemTile(v, c.tile_n, c.head_dim_v_padded),
             out=SmemTile(q_or_o, c.tile_m, c.head_dim_v_padded),
         )
-
-    @cute.jit
-    def main_loop(self, tile: QueryTile, pipeline: KeyValuePipeline, blocks: BlockRange):
-        """The ranges of the tile in turn, each with just the mask it needs."""
-        c = self.config
-        step = tile.step  # by name: an object whose method is called in a dynamic loop counts as carried by it
-        for iteration in cutlass.range(blocks.right_end, unroll=1):
-            step(pipeline, iteration, True, c.window_left)
-        for iteration in cutlass.range(blocks.right_end, blocks.full_end, unroll=1):
-            step(pipeline, iteration, False, False)
-        if const_expr(c.window_left):
-            for iteration in cutlass.range(blocks.full_end, blocks.total, unroll=1):
-                step(pipeline, iteration, False, True)
 
     @cute.jit
     def tile(self, args: ForwardArguments):

@@ -4,7 +4,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from cute_fa.device.block_range import BlockRange, Window
+from cute_fa.device.block_range import BlockRange
+from cute_fa.device.visibility import Window
 from fa2_sm80.common.copies import TileLoader
 
 

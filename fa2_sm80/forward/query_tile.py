@@ -5,12 +5,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
 from cutlass.cute.nvgpu import warp
 
-from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
-from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores
+from cute_fa.device.score import Score, apply_score
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
+from cute_fa.device.visibility import Window, mask_scores
 from fa2_sm80.common.copies import FragmentLoader, SmemTile, SmemTiles, lane_offset
 from fa2_sm80.forward.config import Fa2ForwardConfig
 from fa2_sm80.forward.key_value_pipeline import KeyValuePipeline
@@ -27,10 +27,10 @@ class QueryTile:
         info: SeqlenInfo,
         m_start: Int32,
         window: Window,
-        params: ScoreParams,
+        score: Score,
     ):
         self.config, self.dtype = config, CUTE_DTYPE[config.dtype]
-        self.info, self.window, self.params = info, window, params
+        self.info, self.window, self.score = info, window, score
         warps, tile_m, tile_n = config.num_warps, config.tile_m, config.tile_n
         mma = cute.make_tiled_mma(warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16)), (warps, 1, 1))
         thread = mma.get_slice(tidx)
@@ -55,7 +55,7 @@ class QueryTile:
         self.column_offset = own[0, 0][1]
         self.rows = [own[r, 0][0] for r in range(cute.size(own, mode=[0]))]
         self.m_start = m_start
-        self.softmax = OnlineSoftmax(len(self.rows), params.scale_log2)
+        self.softmax = OnlineSoftmax(len(self.rows), score.scale_log2)
 
     @cute.jit
     def step(
@@ -105,14 +105,12 @@ class QueryTile:
         left_edge: cutlass.Constexpr[bool],
     ):
         """Softcap, ALiBi and the mask of one block of keys, in place; ``scores`` is the (rows, columns) view."""
-        masked = right_edge or left_edge
+        masked, diagonals = right_edge or left_edge, None
         if const_expr(masked or self.config.alibi):
             first_key = block * self.config.tile_n + self.column_offset
             diagonal = self.info.seqlen_k - self.info.seqlen_q + self.m_start - first_key
             diagonals = [diagonal + row for row in self.rows]
-        if const_expr(self.config.alibi or self.config.softcap):
-            positions = [Float32(d) for d in diagonals] if const_expr(self.config.alibi) else None
-            modify_scores(scores, self.columns, positions, self.params)
+        apply_score(self.score, scores, self.columns, diagonals)
         if const_expr(masked):
             keys_left = self.info.seqlen_k - first_key
             mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, right_edge, left_edge)

@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.scores import LOG2_E
+from cute_fa.device.score import LOG2_E
 from cute_fa.device.softmax import finite
 from fa2_sm80.split.config import Fa2SplitConfig
 

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 from cute_fa.device.tiling import ceil_div
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, padded
 from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.visibility import visible_keys
 
 WARPS = 4
 WARP_ROWS = 16
@@ -146,7 +147,8 @@ def num_splits(problem: AttentionProblem, num_sms: int) -> int | None:
         return None
     config = split_config(problem)
     tiles = problem.num_heads_kv * problem.batch
-    blocks = ceil_div(visible_keys(problem), config.tile_n)
+    window = problem.window_left, problem.window_right, problem.sink_tokens
+    blocks = ceil_div(visible_keys(problem.seqlen_q, problem.seqlen_k, *window), config.tile_n)
     ctas = num_sms * max(1, min(_MAX_CTAS_PER_SM, problem.arch.smem_bytes // config.smem_bytes))
 
     def time(splits: int) -> int:
@@ -154,11 +156,3 @@ def num_splits(problem: AttentionProblem, num_sms: int) -> int | None:
         return waves * (ceil_div(blocks, splits) + _START_BLOCKS) + (_COMBINE_BLOCKS if splits > 1 else 0)
 
     return min(range(1, min(_MAX_SPLITS, max(blocks, 1)) + 1), key=time)
-
-
-def visible_keys(problem: AttentionProblem) -> int:
-    """Keys that the queries of one sequence can see at most: those of a window and the sink tokens, or all."""
-    bounds = (problem.window_left, problem.window_right)
-    left, right = (problem.seqlen_k if bound is None else bound for bound in bounds)
-    before_end = problem.seqlen_k + min(right, 0)
-    return max(min(before_end, problem.sink_tokens + max(left + problem.seqlen_q + right, 0)), 0)

@@ -5,16 +5,19 @@ are shared by the warps, and those of a sequence by ``num_splits`` CTAs. All of 
 their LSE, which are merged by log-sum-exp: the warps' in shared memory, the CTAs' by a second kernel.
 """
 
+from functools import partial
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_fa.device.block_range import block_range
+from cute_fa.device.block_range import MaskedRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.scores import score_params
+from cute_fa.device.score import Score
 from fa2_sm80.common.copies import ELEMENT_BYTES, SMEM_ALIGNMENT, SmemTile
 from fa2_sm80.common.heads import head_row
+from fa2_sm80.common.walk import walk
 from fa2_sm80.split.arguments import SplitArguments, split_fakes
 from fa2_sm80.split.combine import COLUMNS, CombineKernel, merge_parts, merged_lse, store_chunk
 from fa2_sm80.split.config import Fa2SplitConfig
@@ -97,25 +100,22 @@ class Fa2SplitKernel:
             )
             ring.prologue(start)
             tile = self.row_tile(args, smem, info, batch, head_kv, gqa_ratio, first_row)
-            step, wait, release = tile.step, ring.wait, ring.release
-            for iteration in cutlass.range(start, stop, unroll=1):
-                wait(iteration)
-                step(ring, iteration)
-                release(iteration)
+            # every block is masked: decoding waits for memory
+            walk([MaskedRange(start, stop, True, c.window_left)], partial(tile.step, ring))
             cute.arch.sync_threads()
-            tile.to_smem(smem.merge, tile.params.offset_log2)
+            tile.to_smem(smem.merge, tile.score.offset_log2)
             cute.arch.sync_threads()
             self.store(args, smem, info, batch, head_kv, gqa_ratio, first_row, split, tidx)
 
     def row_tile(self, args: SplitArguments, smem: SplitTiles, info, batch, head_kv, gqa_ratio, first_row) -> RowTile:
         """The registers of this warp, with the slopes of its rows' heads."""
         c = self.config
-        params = score_params(args.common.softmax_scale, args.common.softcap, None)
-        tile = RowTile(c, smem, info, first_row, gqa_ratio, args.common.window, params)
+        score = Score.of(args.common.softmax_scale, args.common.softcap)
+        tile = RowTile(c, smem, info, first_row, gqa_ratio, args.common.window, score)
         if const_expr(c.alibi):
             heads = [head_kv * gqa_ratio + row % gqa_ratio for row in tile.rows]
             slopes = tuple(args.common.alibi_slopes[batch, head] for head in heads)
-            tile.params = score_params(args.common.softmax_scale, args.common.softcap, slopes)
+            tile.score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
         return tile
 
     def query_places(self, args: SplitArguments, info, batch, head_kv, gqa_ratio, first_row):

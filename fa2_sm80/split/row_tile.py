@@ -4,15 +4,16 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32
 
-from cute_fa.device.block_range import Window
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
 from cute_fa.device.registers import narrow
-from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores
+from cute_fa.device.score import Score, apply_score
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
+from cute_fa.device.visibility import Window, mask_scores
+from fa2_sm80.common.block_ring import BlockRing
 from fa2_sm80.common.copies import FragmentLoader, SmemTile, lane_offset
 from fa2_sm80.common.products import WarpPlace, WarpProduct, register_row
 from fa2_sm80.common.warp_grid import WarpGrid
@@ -39,11 +40,11 @@ class RowTile:
         first_row: Int32,
         gqa_ratio: Int32,
         window: Window,
-        params: ScoreParams,
+        score: Score,
     ):
         """``first_row``: of the tile; row r is query r // gqa_ratio of the group's head r % gqa_ratio."""
         c, dtype = config, CUTE_DTYPE[config.dtype]
-        self.config, self.dtype, self.info, self.window, self.params = c, dtype, info, window, params
+        self.config, self.dtype, self.info, self.window, self.score = c, dtype, info, window, score
         keys = c.tile_n // c.key_warps
         self.place = WarpPlace(WarpGrid(c.row_warps, c.key_warps), WARP_ROWS, keys)
         self.scores = WarpProduct(dtype, WARP_ROWS, keys, c.head_dim_padded)
@@ -53,7 +54,7 @@ class RowTile:
         self.load_k = FragmentLoader(smem.k, lane_offset(smem.k, rows_first=False), first_key)
         self.load_v = FragmentLoader(smem.v, lane_offset(smem.v, rows_first=True), first_key, transpose=True)
         self.acc = self.output.accumulator()
-        self.softmax = OnlineSoftmax(2, params.scale_log2)
+        self.softmax = OnlineSoftmax(2, score.scale_log2)
         self.rows = [first_row + self.place.row + register_row(r) for r in range(2)]
         self.queries = [row // gqa_ratio for row in self.rows]
         # coordinates of thread 0, every other thread's lie one constant offset away
@@ -61,24 +62,29 @@ class RowTile:
         self.columns = rows_and_columns(self.scores.mma.get_slice(0).partition_C(identity))
 
     @cute.jit
-    def step(self, ring, iteration: Int32):
-        """One key block: S = Q·Kᵀ, mask, softmax, O += P·V. Every block is masked: decoding waits for memory."""
+    def step(
+        self,
+        ring: BlockRing,
+        iteration: Int32,
+        right_edge: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ):
+        """One key block: S = Q·Kᵀ, mask, softmax, O += P·V."""
+        ring.wait(iteration)
         stage = ring.stage(iteration)
         acc = self.scores.accumulator()
         self.scores.add(acc, self.scores.from_smem(self.load_q, 0), self.load_k, stage, False)
         scores = rows_and_columns(acc)
         first_key = ring.blocks.block(iteration, self.window) * self.config.tile_n + self.place.column
         diagonals = [self.info.seqlen_k - self.info.seqlen_q + query - first_key for query in self.queries]
-        if const_expr(self.config.alibi or self.config.softcap):
-            positions = [Float32(d) for d in diagonals] if const_expr(self.config.alibi) else None
-            modify_scores(scores, self.columns, positions, self.params)
+        apply_score(self.score, scores, self.columns, diagonals)
         keys_left = self.info.seqlen_k - first_key
-        left_edge = self.config.window_left
-        mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, True, left_edge)
+        mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, right_edge, left_edge)
         self.softmax.update(scores, rows_and_columns(self.acc), True)
         p = cute.make_rmem_tensor_like(acc, self.dtype)
         narrow(acc, p)
         self.output.add(self.acc, self.output.from_registers(as_operand_a(p)), self.load_v, stage, True)
+        ring.release(iteration)
 
     @cute.jit
     def to_smem(self, merge: cute.Pointer, offset_log2):

@@ -2,15 +2,16 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
-from cute_fa.device.scores import ScoreParams, mask_scores, modify_scores, score_params
+from cute_fa.device.score import Score, apply_score
 from cute_fa.device.softmax import OnlineSoftmax
+from cute_fa.device.visibility import mask_scores
 from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, scheduler_of, tile_work
 from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.epilogue import Epilogue
@@ -70,40 +71,40 @@ class Consumer:
         """One tile, from these states of the rings on; returns the next one of K and V."""
         args, config = self.args, self.config
         work = tile_work(args, config, self.extents, scheduler.tile(state))
-        params = self.params(work)
-        softmax = OnlineSoftmax(ROWS, params.scale_log2)
+        score = self.score(work)
+        softmax = OnlineSoftmax(ROWS, score.scale_log2)
         self.products.acc_o.fill(0.0)
-        keys = self.walk(work, softmax, params, queries, keys)
+        keys = self.walk(work, softmax, score, queries, keys)
 
         # Where the tile lies is read again instead of being kept in registers over the main loop.
         work = tile_work(args, config, self.extents, scheduler.tile(state))
         head = work.tile.head * config.pack_gqa
-        lse = softmax.finalize(self.output, params.offset_log2, self.rows.per_head(args.common.learnable_sink, head))
+        lse = softmax.finalize(self.output, score.offset_log2, self.rows.per_head(args.common.learnable_sink, head))
         self.epilogue.store(self.products.acc_o, lse, work, queries)
         return keys
 
     @cute.jit
-    def params(self, work: TileWork):
+    def score(self, work: TileWork):
         """Constants of the tile's score formula."""
         slopes = None
         if const_expr(self.config.alibi):
             head = work.tile.head * self.config.pack_gqa
             slopes = self.rows.per_head(self.args.common.alibi_slopes[work.tile.batch, None], head)
-        return score_params(self.args.common.softmax_scale, self.args.common.softcap, slopes)
+        return Score.of(self.args.common.softmax_scale, self.args.common.softcap, slopes)
 
     @cute.jit
     def walk(
-        self, work: TileWork, softmax: OnlineSoftmax, params: ScoreParams, queries: RingState, keys: RingState
+        self, work: TileWork, softmax: OnlineSoftmax, score: Score, queries: RingState, keys: RingState
     ) -> RingState:
         """The key blocks of a tile, range by range, each with just the mask it needs. P·V runs one block behind."""
         c, blocks = self.config, work.blocks
         self.queries.wait(queries)
-        self.first_block(work, softmax, params, keys)
-        if const_expr(c.window_right):
-            keys = self.steps(work, softmax, params, keys, Int32(1), blocks.right_end, True, c.window_left)
-        keys = self.steps(work, softmax, params, keys, blocks.right_end, blocks.full_end, False, False)
-        if const_expr(c.window_left):
-            keys = self.steps(work, softmax, params, keys, blocks.full_end, blocks.total, False, True)
+        self.first_block(work, softmax, score, keys)
+        ranges = blocks.ranges(c.window_left)
+        if const_expr(not c.window_right):
+            ranges = ranges[1:]  # the sequence's end is in the first block
+        for i in cutlass.range_constexpr(len(ranges)):
+            keys = self.steps(work, softmax, score, keys, *ranges[i])
         self.last_block(softmax, blocks.total, keys)
         if const_expr(c.own_output):
             self.queries.release(queries.stage)
@@ -114,7 +115,7 @@ class Consumer:
         self,
         work: TileWork,
         softmax: OnlineSoftmax,
-        params: ScoreParams,
+        score: Score,
         keys: RingState,
         start: Int32,
         stop: Int32,
@@ -131,18 +132,18 @@ class Consumer:
         start, stop = cute.arch.make_warp_uniform(cutlass.max(start, 1)), cute.arch.make_warp_uniform(stop)
         keys = RingState(*(cute.arch.make_warp_uniform(number) for number in keys))
         for i in cutlass.range(start, stop, unroll=1):
-            keys = step(work, softmax, params, i, keys, right_edge, left_edge)
+            keys = step(work, softmax, score, i, keys, right_edge, left_edge)
         return keys
 
     @cute.jit
-    def first_block(self, work: TileWork, softmax: OnlineSoftmax, params: ScoreParams, state: RingState):
+    def first_block(self, work: TileWork, softmax: OnlineSoftmax, score: Score, state: RingState):
         """Exponentials of the first block, which may be of any range."""
         self.keys.wait(state)
         warpgroup.fence()
         self.products.start_scores(state.stage)
         warpgroup.wait_group(0)
         self.keys.release(state.stage)
-        self.modify_and_mask(work, params, Int32(0), True, self.config.window_left)
+        self.modify_and_mask(work, score, Int32(0), True, self.config.window_left)
         softmax.advance(self.scores)
         softmax.exponentiate(self.scores, True)
 
@@ -151,7 +152,7 @@ class Consumer:
         self,
         work: TileWork,
         softmax: OnlineSoftmax,
-        params: ScoreParams,
+        score: Score,
         iteration: Int32,
         before: RingState,
         right_edge: cutlass.Constexpr[bool],
@@ -177,7 +178,7 @@ class Consumer:
             self.turns.pass_on()
         warpgroup.wait_group(1)
         keys.release(state.stage)
-        self.modify_and_mask(work, params, iteration, right_edge, left_edge)
+        self.modify_and_mask(work, score, iteration, right_edge, left_edge)
         softmax.advance(self.scores)
         softmax.exponentiate(self.scores, right_edge or left_edge)
         return state
@@ -208,22 +209,20 @@ class Consumer:
     def modify_and_mask(
         self,
         work: TileWork,
-        params: ScoreParams,
+        score: Score,
         iteration: Int32,
         right_edge: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
     ):
         """Softcap, ALiBi and the mask of one block of keys, in place."""
         c, rows, info = self.config, self.rows, work.info
-        masked = right_edge or left_edge
+        masked, diagonals = right_edge or left_edge, None
         if const_expr(masked or c.alibi):
             first_key = work.blocks.block(iteration, self.args.common.window) * c.tile_n + rows.column
             first_token = work.first_token + self.index * c.tokens
             diagonal = info.seqlen_k - info.seqlen_q + first_token - first_key
             diagonals = [diagonal + token for token in rows.tokens]
-        if const_expr(c.alibi or c.softcap):
-            positions = [Float32(d) for d in diagonals] if const_expr(c.alibi) else None
-            modify_scores(self.scores, self.columns, positions, params)
+        apply_score(score, self.scores, self.columns, diagonals)
         if const_expr(masked):
             keys_left = info.seqlen_k - first_key
             mask_scores(

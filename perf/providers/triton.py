@@ -6,10 +6,12 @@ import importlib
 import importlib.metadata
 import itertools
 
+import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from cute_fa.semantics.problem import default_scale, normalize_window
+from cute_fa.semantics.visibility import Neighbourhood, key_intervals
 from cute_fa.tools.inputs import Inputs
 from perf.providers.base import HEADS_FIRST, Attention, Layout, Provider, Unavailable
 
@@ -50,33 +52,31 @@ def _block_mask(inputs: Inputs) -> BlockMask | None:
         return None
     rows_q, rows_k = (tensor.shape[0 if packed else 1] for tensor in (inputs.q, inputs.k))
     if packed:
-        first, last = _visible_keys(inputs, left, right)
+        start, stop = _visible_rows(inputs, left, right)
 
         def visible(batch, head, query, key):
-            return (key >= first[query]) & (key <= last[query])
+            return (key >= start[query]) & (key < stop[query])
 
     else:
-        shift = rows_k - rows_q
         # a bound that no key reaches, where there is none
         left, right = (rows_q + rows_k if bound is None else bound for bound in (left, right))
 
         def visible(batch, head, query, key):
-            return (key >= query + shift - left) & (key <= query + shift + right)
+            window = Neighbourhood(query + rows_k - rows_q, left, right)
+            return (key >= window.first) & (key <= window.last)
 
     return create_block_mask(visible, None, None, rows_q, rows_k, device=inputs.q.device)
 
 
-def _visible_keys(inputs: Inputs, left: int | None, right: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and last visible row of packed k for every row of packed q."""
-    firsts, lasts = [], []
-    starts = zip(
-        *(map(itertools.pairwise, (t.tolist() for t in (inputs.cu_seqlens_q, inputs.cu_seqlens_k)))), strict=True
-    )
-    for (start_q, end_q), (start_k, end_k) in starts:
-        diagonal = torch.arange(end_q - start_q) + end_k - (end_q - start_q)
-        firsts.append(torch.full_like(diagonal, start_k) if left is None else (diagonal - left).clamp(min=start_k))
-        lasts.append(torch.full_like(diagonal, end_k - 1) if right is None else (diagonal + right).clamp(max=end_k - 1))
-    return tuple(torch.cat(bounds).to(inputs.q.device) for bounds in (firsts, lasts))
+def _visible_rows(inputs: Inputs, left: int | None, right: int | None) -> list[torch.Tensor]:
+    """[start, stop) of the visible rows of packed k for every row of packed q."""
+    starts = (itertools.pairwise(lengths.tolist()) for lengths in (inputs.cu_seqlens_q, inputs.cu_seqlens_k))
+    bounds = []
+    for (start_q, end_q), (start_k, end_k) in zip(*starts, strict=True):
+        seqlen_q = end_q - start_q
+        window = key_intervals(range(seqlen_q), seqlen_q, end_k - start_k, left, right)[-1]
+        bounds.append(start_k + np.stack(window))
+    return list(torch.from_numpy(np.concatenate(bounds, axis=1)).to(inputs.q.device))
 
 
 class TritonTutorial(Provider):

@@ -406,12 +406,24 @@ def package(tmp_path, monkeypatch):
     cache._source_hash.cache_clear()
 
 
+def test_what_kernels_are_made_from_is_in_the_key():
+    """Every module of this package that device code or a kernel's folder imports."""
+    root = Path(cute_fa.__file__).parents[1]
+    covered = [root / "cute_fa" / place for place in cache.SHARED_SOURCES]
+    for folder in ("cute_fa/device", "fa2_sm80", "fa3_sm90"):
+        for file in root.joinpath(folder).rglob("*.py"):
+            if file.name == "entry.py":  # the host's part
+                continue
+            for module in re.findall(r"^from (cute_fa[\w.]*) import", file.read_text(), re.M):
+                source = root.joinpath(*module.split(".")).with_suffix(".py")
+                assert any(source == place or place in source.parents for place in covered), (file, module)
+
+
 def test_a_source_change_anywhere_in_the_arch_folder_changes_the_key(package):
     config = importlib.import_module("arch_folder.forward").Config(SmArch.SM_80)
     before = cache.key_of(config)
     shared = Path(cute_fa.__file__).parent
-    of_all = {shared / "device", shared / "engine" / "contract.py", shared / "semantics" / "types.py"}
-    assert set(before.roots) == {package, *of_all}
+    assert set(before.roots) == {package, *(shared / place for place in cache.SHARED_SOURCES)}
     (package / "parts" / "tile.py").write_text("M = 32")
     cache._source_hash.cache_clear()  # as in the next process
     edited = cache.key_of(config)

@@ -16,7 +16,7 @@ from cute_fa.semantics import errors
 from cute_fa.semantics.reference import expected
 from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa2_sm80.forward.entry import Fa2Forward
-from fa2_sm80.split.config import num_splits, visible_keys
+from fa2_sm80.split.config import num_splits
 from fa2_sm80.split.entry import Fa2Split
 from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.caches import scattered
@@ -187,27 +187,6 @@ def test_many_rows_are_left_to_the_table():
     assert num_splits(decoding(seqlen_q=8), 108) is not None
     assert num_splits(decoding(seqlen_q=9), 108) is None
     assert AttentionKernel.num_splits(decoding(), 108) is None
-
-
-@pytest.mark.parametrize(
-    ("window", "sink_tokens", "visible"),
-    [
-        ((None, None), 4, 1000),
-        ((50, 0), 4, 56),
-        ((50, None), 4, 1000),
-        ((50, 30), 0, 82),
-        ((None, 0), 0, 1000),
-        ((-10, 30), 4, 26),
-        ((30, -40), 4, 4),
-        ((-900, None), 0, 102),
-        ((None, -300), 0, 700),
-        ((None, -3000), 0, 0),
-    ],
-)
-def test_visible_keys(window, sink_tokens, visible):
-    left, right = window
-    problem = decoding(seqlen_k=1000, seqlen_q=2, window_left=left, window_right=right, sink_tokens=sink_tokens)
-    assert visible_keys(problem) == visible
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

@@ -8,9 +8,10 @@ import torch
 from cutlass import Int32
 
 import ptxsim
-from cute_fa.device.block_range import BlockRange, Window, block_range
+from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.fake_arguments import fake_tensor, optional
 from cute_fa.device.query_range import QueryRange, query_range
+from cute_fa.device.visibility import Window
 
 THREADS = 32
 
