@@ -10,23 +10,23 @@ from typing import Any
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import UnsupportedKeyError
+from cute_fa.semantics.options import rows_of
 from cute_fa.semantics.problem import AttentionProblem, default_scale
 from cute_fa.semantics.types import DType, PersistentMode, SmArch
 from perf.sass import KernelReport, add_per_score, report_cubin
 
+_ROWS = rows_of(AttentionProblem)
 # What each feature sets in the problem. Where two set one field the later wins: paged keys are not packed, and causal
 # is a right bound of 0.
 FEATURES: dict[str, dict[str, Any]] = {
-    "varlen": {"varlen_q": True, "varlen_k": True},
-    "seqused": {"seqused_q": True, "seqused_k": True},
-    "window": {"window_left": 256, "window_right": 128},
+    **{name: _ROWS[name] for name in ("varlen", "seqused")},
+    "window": _ROWS["window left and right"],
     "sink": {"window_left": 256, "sink_tokens": 4},
     "causal": {"window_right": 0},
-    "alibi": {"alibi": True},
-    "softcap": {"softcap": 50.0},
-    "learnable_sink": {"learnable_sink": True},
+    "alibi": _ROWS["ALiBi"],
+    **{name: _ROWS[name] for name in ("softcap", "learnable sink")},
     "pack_gqa": {"num_heads_kv": 2, "pack_gqa": True},
-    "paged": {"page_size": 64, "varlen_k": False, "seqused_k": True},
+    "paged": _ROWS["paged KV"] | {"varlen_k": False},
     "single": {"persistent": PersistentMode.OFF},
 }
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))

@@ -109,7 +109,8 @@ class Inputs:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments, beside q, k and v, for ``cute_fa.reference.attention`` and ``expected``."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
+        absent = {name for name in _CACHE_TENSORS if getattr(self, name) is None}
+        tensors = {name: getattr(self, name) for name in _TENSORS if name not in absent}
         choices = {name: getattr(self.spec, name) for name in _CHOICES}
         return tensors | choices | {"window_size": self.spec.window}
 
@@ -121,8 +122,6 @@ class Inputs:
             used, ignored = options.pop("seqused_k"), ("cu_seqlens_k", "seqused_q")
             options = {name: value for name, value in options.items() if name not in ignored}
             return options | {"cache_seqlens": used, "max_seqlen_q": self.spec.seqlen_q}
-        for name in _CACHE_TENSORS:
-            del options[name]
         lengths = {name: options.pop(name) for name in _LENGTH_TENSORS}
         if all(tensor is None for tensor in lengths.values()):
             return options

@@ -81,7 +81,7 @@ class Layer:
 
 
 # Fields that a layer and a spec have alike.
-_OF_A_SPEC = {field.name for field in fields(Layer)} & {field.name for field in fields(InputSpec)}
+_OF_A_SPEC = {field.name for field in fields(Layer)} & {field.name for field in fields(InputSpec)} - {"window"}
 
 LLAMA3 = Layer("Llama-3-8B", 32, 8, 128, 8192, rope_theta=500000.0)
 MISTRAL = Layer("Mistral-7B", 32, 8, 128, 16384, window=4096)

@@ -11,7 +11,6 @@ import torch
 import cute_fa
 from cute_fa import flash_attn_func, flash_attn_varlen_func
 from cute_fa.compat import fa2, fa3, fa4
-from cute_fa.compat.order import REQUIRED
 from cute_fa.semantics import reference
 from cute_fa.semantics.errors import ArgumentError, UnsupportedKeyError
 from cute_fa.semantics.types import DType, PersistentMode
@@ -52,7 +51,7 @@ PEER_NAMES = {
     for module in (fa2, fa3, fa4)
     for function in (module.flash_attn_func, module.flash_attn_varlen_func)
     for name, parameter in inspect.signature(function).parameters.items()
-    if (default := parameter.default) is not REQUIRED
+    if (default := parameter.default) is not inspect.Parameter.empty
 }
 ONLY_VARLEN = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "page_table"}
 ONLY_VARLEN |= {"block_table"}

@@ -192,7 +192,7 @@ def test_a_spec_has_the_problem_of_its_tensors(spec):
         wanted = {"deterministic": True, "lse_gradient": True, "slopes_gradient": spec.alibi}
         out, lse = reference.attention(inputs.q, inputs.k, inputs.v, **inputs.options())
         out = out.to(inputs.q.dtype)
-        given = (out, lse, out, lse, call._replace(deterministic=True), spec.alibi)
+        given = (out, lse, out, lse, call.changed(deterministic=True), spec.alibi)
         backward = problem_of_spec(spec, SmArch.SM_90A, direction=Direction.BACKWARD, **wanted)
         assert backward == problem_of_backward(SmArch.SM_90A, *given)
 

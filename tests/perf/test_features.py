@@ -31,7 +31,7 @@ def test_features_that_set_one_field():
     paged = problem("varlen", "paged")
     assert (paged.varlen_q, paged.varlen_k, paged.seqused_k, paged.page_size) == (True, False, True, 64)
     window = problem("window", "causal")
-    assert (window.window_left, window.window_right) == (256, 0)
+    assert (window.window_left, window.window_right) == (512, 0)
     packed = problem("pack_gqa", "single")
     assert (packed.gqa_ratio, packed.pack_gqa, packed.persistent) == (4, True, PersistentMode.OFF)
 

@@ -245,11 +245,8 @@ class Problem:
         """Why the table has no kernel."""
         try:
             for problem in self._problems():
-                if self.num_splits == 0:
-                    sms = self.machine.num_sms or described(self.machine.arch, torch.device("meta")).num_sms
-                    TABLE.choose(problem, self._family, sms)
-                else:
-                    TABLE.lookup(problem, self._family)
+                sms = self.machine.num_sms or described(self.machine.arch, torch.device("meta")).num_sms
+                TABLE.choose(problem, self._family, sms, self.num_splits)
         except (UnsupportedKeyError, Fa3ArchError, Fp8Error) as error:
             return str(error)
         return None
