@@ -11,8 +11,9 @@ import cute_fa
 from cute_fa import flash_attn_varlen_func
 from cute_fa.compat import fa2, fa4
 from cute_fa.engine import plan as plans
+from cute_fa.engine.contract import AttentionTensors
 from cute_fa.semantics import reference
-from cute_fa.semantics.call import Call
+from cute_fa.semantics.call import Call, Extras
 from cute_fa.semantics.errors import (
     CumulativeSeqlensError,
     CuteFaError,
@@ -35,10 +36,10 @@ def launches(monkeypatch):
 
     class Kernel:
         def launch(self, arguments):
-            problem, _, tensors = arguments
+            problem, tensors = arguments[0], AttentionTensors(*arguments[2])
             made.append((problem, tensors))
             given = tensors._asdict()
-            given |= given.pop("extras")._asdict()
+            given |= Extras(*given.pop("extras"))._asdict()
             out, lse = given.pop("out"), given.pop("lse")
             assert given.pop("cache_batch_idx") is given.pop("cache_leftpad") is None
             window = problem.window_left, problem.window_right
