@@ -36,10 +36,11 @@ def launches(monkeypatch):
 
     class Kernel:
         def launch(self, arguments):
-            problem, tensors = arguments[0], AttentionTensors(*arguments[2])
+            problem = arguments[0]
+            tensors = AttentionTensors(*arguments[2][:-1], Extras(*arguments[2][-1]))
             made.append((problem, tensors))
             given = tensors._asdict()
-            given |= Extras(*given.pop("extras"))._asdict()
+            given |= given.pop("extras")._asdict()
             out, lse = given.pop("out"), given.pop("lse")
             assert given.pop("cache_batch_idx") is given.pop("cache_leftpad") is None
             window = problem.window_left, problem.window_right
@@ -81,13 +82,13 @@ def test_lengths(launches, spec):
     for longest in (None, 56, 1000):
         assert_right(call(inputs, max_seqlen_k=longest), inputs)
     for problem, tensors in launches:
-        assert (tensors.cu_seqlens_k, problem.varlen_k) == (None, False)
+        assert (tensors.extras.cu_seqlens_k, problem.varlen_k) == (None, False)
         assert problem.page_size == 8
         assert problem.varlen_q is (spec is PACKED)
-        assert problem.seqused_k is (tensors.seqused_k is not None)
-        assert tensors.page_table.shape == (3, 7)
+        assert problem.seqused_k is (tensors.extras.seqused_k is not None)
+        assert tensors.extras.page_table.shape == (3, 7)
     assert [problem.seqlen_k for problem, _ in launches] == [*[50] * 5, *[56] * 3]
-    assert [tensors.seqused_k is None for _, tensors in launches] == [*[False] * 5, *[True] * 3]
+    assert [tensors.extras.seqused_k is None for _, tensors in launches] == [*[False] * 5, *[True] * 3]
     with pytest.raises(LengthError, match="max_seqlen_k=55: without seqused_k each sequence has the 56 tokens"):
         call(inputs, max_seqlen_k=55)
 
@@ -118,7 +119,7 @@ def test_a_table_may_have_room_for_more(launches):
     assert_right(call(inputs, page_table=wide[:3, :20]), inputs)
     [(problem, tensors)] = launches
     assert problem.seqlen_k == 50
-    assert (tensors.page_table.shape, tensors.page_table.stride()) == ((3, 20), (40, 1))
+    assert (tensors.extras.page_table.shape, tensors.page_table.stride()) == ((3, 20), (40, 1))
     call(inputs, page_table=wide[:3], max_seqlen_k=None)
     assert launches[-1][0].seqlen_k == 320
 
