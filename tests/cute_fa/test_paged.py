@@ -119,7 +119,7 @@ def test_a_table_may_have_room_for_more(launches):
     assert_right(call(inputs, page_table=wide[:3, :20]), inputs)
     [(problem, tensors)] = launches
     assert problem.seqlen_k == 50
-    assert (tensors.extras.page_table.shape, tensors.page_table.stride()) == ((3, 20), (40, 1))
+    assert (tensors.extras.page_table.shape, tensors.extras.page_table.stride()) == ((3, 20), (40, 1))
     call(inputs, page_table=wide[:3], max_seqlen_k=None)
     assert launches[-1][0].seqlen_k == 320
 
