@@ -116,7 +116,7 @@ def _make_plan(target: Target, call: AppendCall) -> Plan:
         used_q=call.seqused_q is not None,
         used_k=call.seqused_k_new is not None,
         rotary_dim=rotary_dim,
-        rotary_dtype="fp32" if call.rotary_cos is None else _ROTARY_DTYPES[call.rotary_cos.dtype],
+        rotary_dtype=None if call.rotary_cos is None else _ROTARY_DTYPES[call.rotary_cos.dtype],
         rotary_interleaved=rotary_dim > 0 and call.rotary_interleaved,
         rotary_seqlens=call.rotary_seqlens is not None,
     )

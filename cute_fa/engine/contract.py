@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from cute_fa.semantics.names import kind_of_code
-from cute_fa.semantics.options import flags_of, options_of
+from cute_fa.semantics.options import flag_tokens, flags_of, options_of
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
 
@@ -101,20 +101,20 @@ class KernelConfig(ABC):
         return importlib.import_module(self.kernel_module).build(self)
 
 
-_FLAGS = make_dataclass(
-    "_Flags",
-    [
-        (of.flag, int | None if of.flag_value else bool, field(default=None if of.flag_value else False))
-        for of in options_of(AttentionProblem).values()
-        if of.flag
-    ],
-    frozen=True,
-    kw_only=True,
-)
+def flags_class(problem: type) -> type:
+    """A dataclass of the flags that the class of a problem declares, each absent by default: what its configs are made
+    of beside sizes and tiles."""
+    declared = [(name, of) for name, of in options_of(problem).items() if of.flag]
+    defaults = problem.__dataclass_fields__
+    flags = [(of.flag, Any, field(default=defaults[name].default if of.flag_value else False)) for name, of in declared]
+    return make_dataclass(f"{problem.__name__}Flags", flags, frozen=True, kw_only=True)
+
+
+_AttentionFlags: Any = flags_class(AttentionProblem)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureConfig(_FLAGS, KernelConfig):
+class FeatureConfig(_AttentionFlags, KernelConfig):
     """What every config holds beside its tiles, and a flag for each feature that ``AttentionProblem`` declares one of:
     whether it is used, never its value; a page's size alone, None for contiguous keys, is in the code."""
 
@@ -141,9 +141,8 @@ class FeatureConfig(_FLAGS, KernelConfig):
     def named(self, kernel: str, **choices: bool) -> str:
         """The compile name: ``kernel``, arch, dtype and head_dim, then a token for each flag that is set, then
         ``choices``: the kernel's own tokens."""
-        declared = [of for of in options_of(AttentionProblem).values() if of.flag_token]
-        flags = {of.flag_token: getattr(self, of.flag) for of in declared} | choices
-        return "_".join([kernel, kind_of_code(self), *(token for token, on in flags.items() if on)])
+        own = [token for token, on in choices.items() if on]
+        return "_".join([kernel, kind_of_code(self), *flag_tokens(self, AttentionProblem), *own])
 
 
 @dataclass(frozen=True)

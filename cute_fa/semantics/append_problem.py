@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.options import option
 from cute_fa.semantics.problem import DTYPE_ROWS, HEAD_DIM_ROWS, HEAD_DIM_V_ROWS, check_sizes
 from cute_fa.semantics.types import Direction, DType, SmArch
+
+ROTARY_DTYPES = ("fp16", "bf16", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +20,8 @@ class AppendProblem:
     ``tokens_k``, ``tokens_q``: new keys, and queries that rotate, of the longest sequence. ``num_heads``: heads of
     these queries. ``page_size`` None: contiguous sequences. ``packed_*``: with cu_seqlens; ``used_*``: with seqused.
     ``rotary_dim``: how many of a head's first elements rotate, 0 for none; ``rotary_dtype``: fp16, bf16 or fp32, of
-    cosine and sine; ``rotary_seqlens``: rotations start elsewhere than the new rows.
+    cosine and sine, fp32 by default and None where nothing rotates; ``rotary_seqlens``: rotations start elsewhere than
+    the new rows.
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``). Raises ShapeError,
     EmptyBatchError, PageSizeError or ArgumentError.
@@ -32,33 +36,58 @@ class AppendProblem:
     head_dim_v: int = option(rows=HEAD_DIM_V_ROWS)
     tokens_q: int = 0
     num_heads: int = 0
-    page_size: int | None = option(None, token="page", rows={"paged KV": {"page_size": 64}})
+    page_size: int | None = option(
+        None, flag="page_size", flag_value=True, flag_token="page", token="page", rows={"paged KV": {"page_size": 64}}
+    )
     cache_batch_idx: bool = option(
         False,
+        flag="cache_batch_idx",
+        flag_token="index",
         token="index",
         rows={
             "KV cache by index": {"cache_batch_idx": True},
             "paged KV by index": {"page_size": 64, "cache_batch_idx": True},
         },
     )
-    query: bool = option(False, token="query", help="Queries rotate, too.")
-    packed_q: bool = option(False, token="cuq")
-    packed_k: bool = option(False, token="cuk", rows={"varlen": {"packed_k": True}})
-    used_q: bool = option(False, token="usedq")
-    used_k: bool = option(False, token="usedk", rows={"seqused": {"used_k": True}})
+    query: bool = option(False, flag="query", flag_token="query", token="query", help="Queries rotate, too.")
+    packed_q: bool = option(False, flag="packed_q", flag_token="cuq", token="cuq")
+    packed_k: bool = option(False, flag="packed_k", flag_token="cuk", token="cuk", rows={"varlen": {"packed_k": True}})
+    used_q: bool = option(False, flag="used_q", flag_token="usedq", token="usedq")
+    used_k: bool = option(False, flag="used_k", flag_token="usedk", token="usedk", rows={"seqused": {"used_k": True}})
     rotary_dim: int = option(
         0,
+        flag="rotary_dim",
+        flag_value=True,
+        flag_token="rotary",
         token="rotary",
         help="First elements of each head that rotate.",
         rows={"RoPE": {"rotary_dim": 64, "query": True, "tokens_q": 1, "num_heads": 1}},
     )
-    rotary_dtype: str = option("fp32", help="Of cosine and sine: fp16, bf16 or fp32.")
-    rotary_interleaved: bool = option(
-        False, token="interleaved", help="Neighbours are pairs, else element i and i + rotary_dim / 2."
+    rotary_dtype: str | None = option(
+        None, flag="rotary_dtype", flag_value=True, help="Of cosine and sine: fp16, bf16 or fp32. [default: fp32]"
     )
-    rotary_seqlens: bool = option(False, token="shifted", help="Rotations start elsewhere than the new rows.")
+    rotary_interleaved: bool = option(
+        False,
+        flag="rotary_interleaved",
+        flag_token="interleaved",
+        token="interleaved",
+        help="Neighbours are pairs, else element i and i + rotary_dim / 2.",
+    )
+    rotary_seqlens: bool = option(
+        False,
+        flag="rotary_seqlens",
+        flag_token="shifted",
+        token="shifted",
+        help="Rotations start elsewhere than the new rows.",
+    )
 
     direction: ClassVar[Direction] = Direction.APPEND
 
     def __post_init__(self) -> None:
         check_sizes(self, batch=self.batch, page_size=self.page_size)
+        if not self.rotary_dim:
+            object.__setattr__(self, "rotary_dtype", None)
+        elif self.rotary_dtype is None:
+            object.__setattr__(self, "rotary_dtype", "fp32")
+        elif self.rotary_dtype not in ROTARY_DTYPES:
+            raise ArgumentError(f"rotary_dtype={self.rotary_dtype!r}: one of {', '.join(ROTARY_DTYPES)}")

@@ -81,6 +81,13 @@ def flags_of(problem: Any) -> dict[str, Any]:
     }
 
 
+def flag_tokens(config: Any, problem: type) -> list[str]:
+    """The tokens of a compile name: of each flag of a config that is set, as the class of its problem declares it."""
+    values = [(of, getattr(config, of.flag)) for of in options_of(problem).values() if of.flag]
+    named = [(of, value) for of, value in values if value and (of.flag_token or isinstance(value, str))]
+    return [of.flag_token + (str(value) if of.flag_value else "") for of, value in named]
+
+
 def rows_of(problem: Any) -> dict[str, dict[str, Any]]:
     """The support table's rows about a problem, or its class: changes of its fields, by the row's name."""
     return {row: changes for of in options_of(problem).values() for row, changes in of.rows}

@@ -23,6 +23,7 @@ from cute_fa.semantics.call import FIELDS, AppendCall, Call, Extras, Options
 from cute_fa.semantics.options import flags_of, is_used, options_of, rows_of
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.trial import problem_of_spec
 from fa2_sm80.append import arguments as append_device
 from fa2_sm80.append import entry as append_host
 from fa2_sm80.backward import arguments as backward_device
@@ -33,6 +34,10 @@ from fa2_sm80.split import arguments as split_device
 from fa2_sm80.split import entry as split_host
 from fa3_sm90.forward import arguments as fa3_device
 from fa3_sm90.forward import entry as fa3_host
+from tests.fa2_sm80 import test_forward as test_fa2_forward
+from tests.fa2_sm80 import test_split as test_fa2_split
+from tests.fa3_sm90 import test_forward as test_fa3_forward
+from tests.testing.cases import fa2_cases, spec_of
 
 ROOT = Path(__file__).parents[2]
 PROBLEM = AttentionProblem(
@@ -221,3 +226,20 @@ assert all(error.ok for error in errors.values()), errors
 print("right")
 """
     assert run_python(code).strip() == "right"
+
+
+@pytest.mark.parametrize(
+    ("cases", "left_out"),
+    [
+        (fa2_cases(test_fa2_forward.FEATURES), {"page_size"}),
+        (fa2_cases(test_fa2_split.FEATURES), set()),
+        (test_fa3_forward.cases(), set()),
+    ],
+    ids=["fa2", "split", "fa3"],
+)
+def test_the_kernels_grids_have_every_feature_that_shapes_code(cases, left_out):
+    """Where the rows of a cache lie has tests of its own, test_cache_index.py; the random problems have everything."""
+    flags = {name for name, of in options_of(AttentionProblem).items() if of.flag}
+    problems = [problem_of_spec(spec_of(case), SmArch.SM_90A) for case in cases]
+    used = {name for name in flags for problem in problems if is_used(problem, name)}
+    assert flags - used == left_out | {"cache_batch_idx", "cache_leftpad"}

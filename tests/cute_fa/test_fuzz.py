@@ -3,6 +3,7 @@
 import itertools
 import re
 import shlex
+from dataclasses import MISSING
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +13,8 @@ from cute_fa.engine import attention as engine
 from cute_fa.engine import autograd
 from cute_fa.engine import plan as plans
 from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.options import options_of
+from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec
 from cute_fa.tools.trial import Machine
@@ -96,6 +99,11 @@ class TestDrawing:
             assert {getattr(problem, name) for problem in problems} == {False, True}, name
         for name in ("new", "packed", "leftpad", "indexed", "rotary_dim", "rotary_starts", "one_length"):
             assert {bool(getattr(cache, name)) for cache in caches} == {False, True}, name
+        # Every feature that is declared, with and without it.
+        asked = [problem for p in problems for problem in p._problems()]
+        for name in options_of(AttentionProblem):
+            default = AttentionProblem.__dataclass_fields__[name].default
+            assert len({getattr(problem, name) == default for problem in asked} | {default is MISSING}) == 2, name
         assert {0, 1, 30} == {p.tail for p in problems}
         assert any(0 in p.lengths_q for p in problems) and any(0 in p.lengths_k for p in problems)
         assert 0.45 < sum(p.machine.race for p in problems) / len(problems) < 0.55
