@@ -16,7 +16,7 @@ from cute_fa.engine.library import define, schema
 from cute_fa.engine.plan import Plan, canonical, plan_of, signatures
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import target_of
-from cute_fa.semantics.append_problem import AppendProblem
+from cute_fa.semantics.append_problem import MAX_HEAD_DIM, ROTARY_STEP, AppendProblem
 from cute_fa.semantics.argument_names import ArgumentNames, names_of
 from cute_fa.semantics.call import AppendCall
 from cute_fa.semantics.errors import ArgumentError, DTypeError, Fp8Error, LengthError, ShapeError
@@ -42,8 +42,6 @@ from cute_fa.semantics.tensors import (
 if TYPE_CHECKING:
     from cute_fa.engine.worlds import Target
 
-_MAX_HEAD_DIM = 256
-_ROTARY_STEP = 16
 _ROTARY_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -158,8 +156,8 @@ def _check_cache(names: ArgumentNames, call: AppendCall, batch: int, sequences: 
         new, old = names[name], names[f"{name}_cache"]
         size = "head_dim" if name == "k" else "head_dim_v"
         check_head_dim(old, cache, size)
-        if cache.shape[-1] > _MAX_HEAD_DIM:
-            raise ShapeError(f"{old} {tuple(cache.shape)}: {size}={cache.shape[-1]}: at most {_MAX_HEAD_DIM}")
+        if cache.shape[-1] > MAX_HEAD_DIM:
+            raise ShapeError(f"{old} {tuple(cache.shape)}: {size}={cache.shape[-1]}: at most {MAX_HEAD_DIM}")
         check_like(new, tensor, (*k.shape[:-2], *cache.shape[-2:]), k.dtype, old)
         check_loadable(new, tensor)
         check_loadable(old, cache)
@@ -185,10 +183,10 @@ def _check_rotary(names: ArgumentNames, call: AppendCall) -> int:
         raise DTypeError(name, cos.dtype, "float16, bfloat16 or float32 is needed")
     check_like(other, sin, cos.shape, cos.dtype, name)
     rotary_dim = 2 * cos.shape[1]
-    if rotary_dim % _ROTARY_STEP or not 0 < rotary_dim <= call.k.shape[-1]:
+    if rotary_dim % ROTARY_STEP or not 0 < rotary_dim <= call.k.shape[-1]:
         raise ShapeError(
             f"{name} {tuple(cos.shape)} rotates {rotary_dim} of {call.k.shape[-1]} elements: "
-            f"a multiple of {_ROTARY_STEP}, at most head_dim, is needed"
+            f"a multiple of {ROTARY_STEP}, at most head_dim, is needed"
         )
     if cos.shape[0] == 0:
         raise ShapeError(f"{name} {tuple(cos.shape)}: at least one position is needed")

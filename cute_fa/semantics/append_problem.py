@@ -10,6 +10,8 @@ from cute_fa.semantics.options import option
 from cute_fa.semantics.problem import DTYPE_ROWS, HEAD_DIM_ROWS, HEAD_DIM_V_ROWS, check_sizes
 from cute_fa.semantics.types import Direction, DType, SmArch
 
+MAX_HEAD_DIM = 256
+ROTARY_STEP = 16  # of rotary_dim: two halves in 16-byte chunks of fp16 or bf16
 ROTARY_DTYPES = ("fp16", "bf16", "fp32")
 
 

@@ -14,7 +14,6 @@ from cute_fa.semantics.types import DType
 NUM_THREADS = 128
 CHUNK = 8  # elements of fp16 or bf16 that a thread moves: 16 bytes
 MAX_ROWS = 2**31 - 1
-ROTARY_STEP = 16  # of rotary_dim: two halves in 16-byte chunks of fp16 or bf16
 
 
 _AppendFlags: Any = flags_class(AppendProblem)

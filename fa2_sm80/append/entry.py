@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cute_fa.device.tiling import ceil_div
 from cute_fa.engine.contract import AppendTensors, AttentionKernel
-from cute_fa.semantics.append_problem import AppendProblem
+from cute_fa.semantics.append_problem import MAX_HEAD_DIM, ROTARY_STEP, AppendProblem
 from cute_fa.semantics.types import Direction
-from fa2_sm80.append.config import MAX_ROWS, ROTARY_STEP, AppendConfig, rows_per_cta
+from fa2_sm80.append.config import MAX_ROWS, AppendConfig, rows_per_cta
 from fa2_sm80.common.rules import MAX_CTAS
 
 if TYPE_CHECKING:
     import torch
-
-_MAX_HEAD_DIM = 256
 
 
 class NewRows(NamedTuple):
@@ -71,8 +69,8 @@ class Fa2Append(AttentionKernel):
             reasons.append(f"dtype {problem.dtype.value}: no kernel writes an fp8 cache")
         for name in ("head_dim", "head_dim_v"):
             size = getattr(problem, name)
-            if size % 8 or not 8 <= size <= _MAX_HEAD_DIM:
-                reasons.append(f"{name} {size}: a multiple of 8 from 8 to {_MAX_HEAD_DIM} is needed (16-byte copies)")
+            if size % 8 or not 8 <= size <= MAX_HEAD_DIM:
+                reasons.append(f"{name} {size}: a multiple of 8 from 8 to {MAX_HEAD_DIM} is needed (16-byte copies)")
         if problem.rotary_dim % ROTARY_STEP or problem.rotary_dim > problem.head_dim:
             rule = f"a multiple of {ROTARY_STEP}, at most head_dim {problem.head_dim}, is needed"
             reasons.append(f"rotary_dim {problem.rotary_dim}: {rule}")
