@@ -79,7 +79,7 @@ def append_kv(
         rotary_interleaved=values.flag("rotary_interleaved", rotary_interleaved),
         rotate_each=values.flag("rotate_each", rotate_each),
     )
-    for name, tensor in call.tensors.items():
+    for name, tensor in call.tensors().items():
         if tensor is not None or name in _REQUIRED:
             values.check_tensor(name, tensor)
     k, v = autocast_to(k_cache, k, v)

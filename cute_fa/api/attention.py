@@ -427,6 +427,8 @@ def _choice(called: str, name: str, value: Any) -> Any:
     if name == "softcap" and value is None:
         return 0.0
     if name == "persistent":
+        if isinstance(value, PersistentMode):
+            return value.value
         return value if isinstance(value, str) else PersistentMode.named(value).value
     kinds = _HINTS[name]
     if value is None and type(None) in kinds:
@@ -461,7 +463,7 @@ def _attention(
     else:
         call = _checked(Call(q, k, v, extras, options))
         check_tensor("out", out)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*call.tensors, out) if t is not None):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*call.tensors(), out) if t is not None):
             raise ArgumentError("out= with a tensor that requires a gradient: a result written in place has none")
         lse = engine.attention_out(call, out)
     return (out, lse) if return_lse or return_attn_probs or return_softmax_lse else out

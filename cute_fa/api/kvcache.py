@@ -226,7 +226,7 @@ def flash_attn_with_kvcache(
     for name, tensor in given.items():
         if tensor is not None:
             check_tensor(name, tensor)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call.tensors, *given.values())):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call.tensors(), *given.values())):
         raise NoBackwardError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
     (query,) = autocast_to(call.k, call.q)
     k, v = autocast_to(call.k, k, v)

@@ -49,7 +49,7 @@ def append_kv(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(q rotated, or an empty tensor without q; tokens in the cache now) for the fields of AppendCall."""
     call = AppendCall._make(arguments)
     target = target_of(call.k_cache.device)
-    key = ("append", target, signatures(tuple(call.tensors.values())), call.options)
+    key = ("append", target, signatures(tuple(call.tensors().values())), call.options)
     plan = plan_of(key, _make_plan, target, call)
     if worlds.checks_values():
         _check_values(call)
@@ -246,7 +246,7 @@ def _lengths(
 def _check_devices(call: AppendCall) -> None:
     """Raise DeviceError unless all tensors are where the cache is."""
     names = names_of(call.names)
-    check_devices(names.of(call.tensors), names["k_cache"])
+    check_devices(names.of(call.tensors()), names["k_cache"])
 
 
 def _fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

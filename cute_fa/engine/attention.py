@@ -110,7 +110,7 @@ def _make_plan(call: Call, out: torch.Tensor | None) -> ForwardPlan:
 def validate(call: Call, out: torch.Tensor | None = None) -> None:
     """Raise what the operator would raise for these arguments, nothing for tensors that are shapes alone; nothing
     runs."""
-    if is_dynamo_compiling() or not all(map(has_values, (*call.tensors, out))):
+    if is_dynamo_compiling() or not all(map(has_values, (*call.tensors(), out))):
         return
     plan = _plan(call, out)
     inputs = plan.names.of({"q": call.q, "k": call.k, "v": call.v})
@@ -230,14 +230,15 @@ def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 def dispatched(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a call for which :func:`again` has nothing: the operator ``cute_fa::attention``."""
     if not is_dynamo_compiling() and torch_internals.transformed():
-        _check_derivatives(call.tensors)
+        _check_derivatives(call.tensors())
     return _attention_op(*call.flat())
 
 
 def again(q: Any, k: Any, v: Any, extras: Extras, options: Options) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(out, lse) of a call, without the dispatcher, if there is a plan for it and the tensors are
     :func:`~cute_fa.engine.torch_internals.unwatched`. None otherwise, whatever the tensors are."""
-    if not unwatched((q, k, v) if extras is NO_EXTRAS else (q, k, v, *extras)):
+    # Asked first: torch.compile before 2.11 cannot trace the comparison of NamedTuples.
+    if is_dynamo_compiling() or not unwatched((q, k, v) if extras is NO_EXTRAS else (q, k, v, *extras)):
         return None
     try:
         plan = plans.PLANS.get(_key(q, k, v, extras, options))
@@ -252,7 +253,7 @@ def again(q: Any, k: Any, v: Any, extras: Extras, options: Options) -> tuple[tor
 def attention_out(call: Call, out: torch.Tensor) -> torch.Tensor:
     """lse of a call whose out is written to a tensor: the operator ``cute_fa::attention_out``."""
     if not is_dynamo_compiling() and torch_internals.transformed():
-        _check_derivatives((*call.tensors, out))
+        _check_derivatives((*call.tensors(), out))
         # No transform knows what an operator writes, but all know copy_.
         result, lse = _attention_op(*call.flat())
         check_like("out", out, result.shape, result.dtype)

@@ -83,7 +83,7 @@ def _attention_backward(dout, dlse, out, lse, *arguments):
     *flat, slopes_gradient = arguments
     call = Call.of(tuple(flat))
     target = target_of(call.q.device)
-    key = ("backward", target, signatures((dout, dlse, out, lse, *call.tensors)), call.options, slopes_gradient)
+    key = ("backward", target, signatures((dout, dlse, out, lse, *call.tensors())), call.options, slopes_gradient)
     plan = plan_of(key, _make_plan, target, dout, dlse, out, lse, call, slopes_gradient)
     if worlds.checks_values():
         check_values(plan.problem, call)
@@ -179,7 +179,7 @@ def attention_backward(
     """The operator ``cute_fa::attention_backward``: gradients of the inputs of ``call``, whose forward gave ``out`` and
     ``lse``, from those of these two; ``dlse`` None is zero."""
     given = (dout, dlse, out, lse)
-    unwatched = torch_internals.unwatched((*given, *call.tensors))
+    unwatched = torch_internals.unwatched((*given, *call.tensors()))
     direct = unwatched and not call.q.is_meta and torch_internals.have_memory(dout, dlse)
     run = _attention_backward if direct else _attention_backward_op
     return _named(run(*given, *call.flat(), slopes_gradient), call, slopes_gradient)

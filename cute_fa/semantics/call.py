@@ -87,13 +87,13 @@ class Call(NamedTuple):
         """The operator's arguments."""
         return (self.q, self.k, self.v, *self.extras, *self.options)
 
-    @property
+    # No property, which torch.compile before 2.11 cannot trace of a NamedTuple.
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return (self.q, self.k, self.v, *self.extras)
 
     def named_tensors(self) -> dict[str, torch.Tensor | None]:
         """The tensors by name, None for what is absent."""
-        return dict(zip(TENSORS, self.tensors, strict=True))
+        return dict(zip(TENSORS, self.tensors(), strict=True))
 
     @property
     def lse_shape(self) -> tuple[int, ...]:
@@ -134,7 +134,6 @@ class AppendCall(NamedTuple):
     rotate_each: bool = True
     names: str = ""
 
-    @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """The tensors by name, None for what is absent."""
         return {name: value for name, value in self._asdict().items() if name not in _APPEND_OPTIONS}
