@@ -327,7 +327,8 @@ def flash_attn_varlen_func(
     """
     if by_position:
         raise too_many("flash_attn_varlen_func", "what stands before seqused_q", by_position)
-    check_peers(peers)
+    if peers:
+        check_peers(peers)
     if page_table is not None and block_table is not None:
         raise ArgumentError("page_table and block_table: two names of one argument, give one")
     names = ""
@@ -341,8 +342,9 @@ def flash_attn_varlen_func(
         check_tensor("q", q)
         check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    sink = None if learnable_sink is None else _widened(learnable_sink)
     # Extras by position, made in a third of the time that its own constructor takes.
-    extras = tuple.__new__(Extras, (*lengths, page_table, None, None, alibi_slopes, _widened(learnable_sink)))
+    extras = tuple.__new__(Extras, (*lengths, page_table, None, None, alibi_slopes, sink))
     options = _options(
         window_size,
         causal,

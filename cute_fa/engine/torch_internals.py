@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 try:
     from torch._C import (
@@ -63,10 +63,12 @@ def unwatched(tensors: tuple) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    needs_grad = is_grad_enabled()
-    for tensor in tensors:
-        if type(tensor) not in PLAIN or (needs_grad and tensor is not None and tensor.requires_grad):
-            return False
+    if not PLAIN.issuperset(map(type, tensors)):
+        return False
+    if is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return False
     return True
 
 
