@@ -73,6 +73,8 @@ def test_a_line_is_the_config(config):
         "{",
         '{"head_dim": 64}',
         '{"config": "fa2_sm80.append.config:Gone"}',
+        '{"config": "os:getcwd"}',
+        '{"config": "builtins:dict"}',
         line_of(CONFIGS[2]).replace("head_dim_v", "head_dimension"),
         line_of(CONFIGS[2]).replace("sm_80", "sm_1"),
     ],
@@ -103,7 +105,28 @@ def test_each_kernel_is_written_once(tmp_path, nothing_compiles):
     assert [config.compile_name for config in configs] == ["fa2_fwd_sm80_bf16_hd64", "fa2_fwd_sm80_bf16_hd64_right"]
 
 
+def test_a_file_whose_last_line_has_no_end(tmp_path, nothing_compiles):
+    file = tmp_path / "keys"
+    file.write_text("--head-dim 64")
+    q = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
+    with cute_fa.simulate("sm_80"), cute_fa.record_keys(file):
+        cute_fa.flash_attn_func(q, q, q)
+        cute_fa.flash_attn_func(q, q, q, causal=True)
+    first, *recorded = file.read_text().splitlines()
+    assert first == "--head-dim 64"
+    assert [config_of(line).compile_name for line in recorded] == [
+        "fa2_fwd_sm80_bf16_hd64",
+        "fa2_fwd_sm80_bf16_hd64_right",
+    ]
+
+
 def test_where_a_recording_cannot_begin(tmp_path):
+    known = dict(plans.PLANS)
+    (tmp_path / "bytes").write_bytes(b"\xff\n")
+    for file in (tmp_path, tmp_path / "bytes"):
+        with pytest.raises(ArgumentError, match=r"record_keys\('"):
+            cute_fa.record_keys(file).__enter__()
+    assert known == plans.PLANS
     with pytest.raises(ArgumentError, match=r"record_keys\('.*keys'\): .*/gone is no folder"):
         cute_fa.record_keys(tmp_path / "gone" / "keys").__enter__()
     with cute_fa.record_keys(tmp_path / "keys"), pytest.raises(ArgumentError, match="another recording is on"):
