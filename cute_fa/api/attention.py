@@ -399,10 +399,10 @@ def _checked(call: Call) -> Call:
 def _options(window_size: Any, *choices: Any) -> Options:
     """``_normalized``, which is asked once for values that are equal and of the same types."""
     kind: Any = type(window_size)
-    if not is_dynamo_compiling() and kind in _PAIRS:
+    if not is_dynamo_compiling() and kind in _PAIRS and len(window_size) == 2:
         try:
             return _remembered(kind, *window_size, *choices)
-        except TypeError:  # something has no hash, or is no constant, or the window is no pair
+        except TypeError:  # something has no hash, or is no constant
             pass
     return _normalized(window_size, *choices)
 
