@@ -259,6 +259,44 @@ def test_refusals(request_, message):
     assert not Path("never-made").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--causal", "--causal: an append does not have it"),
+        ("--window 3 -1", "--window: an append does not have it"),
+        ("--softcap 3", "--softcap: an append does not have it"),
+        ("--backward", "--append with --backward"),
+        ("--seqused-q", "--seqused-q: an append without --query has none"),
+        ("--seqlen-q -1", "tokens_k=-1"),
+        ("--heads -2 --heads-kv 2 --query", "num_heads=-2"),
+        ("--rotary-dim -16", "rotary_dim=-16"),
+        ("--rotary-dim 16 --rotary-dtype half", "rotary_dtype='half'"),
+        ("--rotary-seqlens", "rotary_seqlens without rotary_dim"),
+        ("--page-size 24", "page_size=24"),
+    ],
+)
+def test_refusals_of_an_append(options, message):
+    for command in (["run", "--json"], ["compile", "--out", "never-made", "--json"]):
+        done = invoke(*command, "--append", "--seqlen-q", "4", *options.split())
+        assert done.exit_code == 2, done.output
+        assert message in json.loads(done.stdout)["message"]
+    assert not Path("never-made").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seqlen-k 3", "seqlen-k=3"),
+        ("--seqlen-k 0", "seqlen-k=0"),
+        ("--inputs peaked", "--inputs peaked with --append"),
+        ("--save x", "--save with --append"),
+    ],
+)
+def test_refusals_of_a_run_of_an_append(options, message):
+    done = invoke("run", "--append", "--seqlen-q", "4", *options.split(), "--json")
+    assert (done.exit_code, message in json.loads(done.stdout)["message"]) == (2, True), done.output
+
+
 def test_save_into_no_folder_is_refused_before_any_work(tmp_path):
     done = invoke("run", *SMALL, "--save", str(tmp_path / "missing" / "file"))
     assert done.exit_code == 2
