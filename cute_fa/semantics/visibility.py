@@ -24,12 +24,12 @@ class Neighbourhood(NamedTuple):
     after: Any
 
     @property
-    def first(self):
+    def first(self) -> Any:
         """None for −∞."""
         return None if self.before is None else self.position - self.before
 
     @property
-    def last(self):
+    def last(self) -> Any:
         """None for ∞; of device code, computed where it is asked for."""
         return None if self.after is None else self.position + self.after
 
