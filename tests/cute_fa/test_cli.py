@@ -19,7 +19,7 @@ from cute_fa.engine.table import TABLE
 from cute_fa.semantics import reference
 from cute_fa.semantics.tensors import problem_of
 from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
-from cute_fa.tools import cli, support
+from cute_fa.tools import append_trial, cli, support
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from cute_fa.tools.tour import GPT_OSS, Stop
 from cute_fa.tools.trial import Machine, choose_machine, problem_of_spec
@@ -257,6 +257,28 @@ def test_refusals(request_, message):
         assert "Traceback" not in done.stderr
         assert message in json.loads(done.stdout)["message"]
     assert not Path("never-made").exists()
+
+
+@pytest.mark.parametrize("wrong", ["k_cache", "v_cache", "seqused_k", "q"])
+def test_a_wrong_append_exits_with_one(monkeypatch, wrong):
+    """Whatever of it is wrong, NaN too; what is right is found to be so."""
+    right = append_trial.append_kv
+    options = "run --append --seqlen-q 4 --batch 2 --heads 2 --head-dim 32 --query --rotary-dim 16 --json".split()
+
+    def damaged(k, v, k_cache, v_cache, *others, **given):
+        q, seqused_k = right(k, v, k_cache, v_cache, *others, **given)
+        written = {"k_cache": k_cache, "v_cache": v_cache, "seqused_k": seqused_k, "q": q}[wrong]
+        written.flatten()[-1] = 99 if wrong == "seqused_k" else torch.nan
+        return q, seqused_k
+
+    assert json.loads(invoke(*options).stdout)["ok"]
+    monkeypatch.setattr(append_trial, "append_kv", damaged)
+    done = invoke(*options)
+    errors = json.loads(done.stdout, parse_constant=pytest.fail)["errors"]
+    assert done.exit_code == 1
+    assert [name for name, error in errors.items() if error["error"] is None or error["error"] > error["allowed"]] == [
+        wrong
+    ]
 
 
 @pytest.mark.parametrize(
