@@ -71,6 +71,6 @@ class AppendProblem:
             raise ArgumentError(f"rotary_dim={self.rotary_dim}: at least 0 is needed")
         if self.rotary_dtype not in ROTARY_DTYPES:
             raise ArgumentError(f"rotary_dtype={self.rotary_dtype!r}: one of {', '.join(ROTARY_DTYPES)}")
-        for name in ("rotary_interleaved", "rotary_seqlens"):
-            if getattr(self, name) and not self.rotary_dim:
+        for name in ("rotary_dtype", "rotary_interleaved", "rotary_seqlens"):
+            if not self.rotary_dim and getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ArgumentError(f"{name} without rotary_dim: nothing rotates")

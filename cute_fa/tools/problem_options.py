@@ -91,6 +91,8 @@ class ProblemOptions:
             raise ArgumentError("--append with --backward: an append has no gradient")
         if self.append and self["seqused_q"] and not self["query"]:
             raise ArgumentError("--seqused-q: an append without --query has none")
+        if self.append and self["query"] and not self["rotary_dim"]:
+            raise ArgumentError("--query without --rotary-dim: nothing rotates")
 
     def __getitem__(self, name: str) -> Any:
         return self.given[name]
@@ -144,6 +146,10 @@ class ProblemOptions:
             raise ArgumentError("--deterministic without --backward: the forward is deterministic anyway")
         if not self["backward"] and self["lse_gradient"]:
             raise ArgumentError("--lse-gradient without --backward: a forward takes no gradient")
+        if self.spec.is_cache and PersistentMode(self["persistent"]) is not PersistentMode.AUTO:
+            raise ArgumentError(
+                "--persistent with --cache-batch-idx or --cache-leftpad: the function for caches takes none"
+            )
         choices = {name: value for name, value in self.choices.items() if name != "family"}
         choices["num_splits"] = self["num_splits"] or 1
         return problem_of_spec(self.spec, self.machine.arch, **choices)

@@ -15,6 +15,7 @@ import cute_fa
 from cute_fa import simulate
 from cute_fa.api.attention import prepare
 from cute_fa.engine.autograd import problem_of_backward
+from cute_fa.engine.recording import config_of
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics import reference
 from cute_fa.semantics.tensors import problem_of
@@ -22,7 +23,7 @@ from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
 from cute_fa.tools import append_trial, cli, support
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from cute_fa.tools.tour import GPT_OSS, Stop
-from cute_fa.tools.trial import Machine, choose_machine, problem_of_spec
+from cute_fa.tools.trial import Machine, choose_machine, config_fields, problem_of_spec
 from perf.__main__ import main as perf_main
 from ptxsim.cli import main as ptxsim_main
 
@@ -197,6 +198,27 @@ def test_a_spec_has_the_problem_of_its_tensors(spec):
         assert backward == problem_of_backward(SmArch.SM_90A, *given)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--cache-batch-idx",
+        "--cache-leftpad --causal",
+        "--cache-batch-idx --num-splits 0 --seqlen-k 900",
+        "--page-size 16 --cache-leftpad --num-splits 2",
+        "--append --query --rotary-dim 16 --varlen",
+    ],
+)
+def test_what_is_named_is_what_ran_and_what_is_compiled(tmp_path, options):
+    given = ["--seqlen-q", "2", "--heads", "2", "--head-dim", "32", "--arch", "sm_80", *options.split(), "--json"]
+    with cute_fa.record_keys(tmp_path / "keys"):
+        ran = json.loads(invoke("run", *given).stdout)
+    (launched,) = map(config_of, (tmp_path / "keys").read_text().splitlines())
+    assert ran["ok"] and ran["config"] == config_fields(launched)
+    compiled = json.loads(invoke("compile", *given, "--out", str(tmp_path)).stdout)
+    names = ("canonical_name", "compile_name", "config")
+    assert [compiled[name] for name in names] == [ran[name] for name in names]
+
+
 def test_a_wrong_result_exits_with_one(monkeypatch):
     right = Inputs.run
 
@@ -247,6 +269,7 @@ def test_a_wrong_gradient_exits_with_one(monkeypatch):
         ("--softcap nan", "softcap=nan"),
         ("--heads-kv 1 --pack-gqa --persistent on", "pack_gqa: this kernel's tiles"),
         ("--persistent on", "persistent: this kernel launches"),
+        ("--cache-leftpad --persistent off", "--persistent with --cache-batch-idx or --cache-leftpad"),
     ],
 )
 def test_refusals(request_, message):
@@ -289,8 +312,9 @@ def test_a_wrong_append_exits_with_one(monkeypatch, wrong):
         ("--softcap 3", "--softcap: an append does not have it"),
         ("--backward", "--append with --backward"),
         ("--seqused-q", "--seqused-q: an append without --query has none"),
+        ("--query", "--query without --rotary-dim"),
         ("--seqlen-q -1", "tokens_k=-1"),
-        ("--heads -2 --heads-kv 2 --query", "num_heads=-2"),
+        ("--heads -2 --heads-kv 2 --query --rotary-dim 16", "num_heads=-2"),
         ("--rotary-dim -16", "rotary_dim=-16"),
         ("--rotary-dim 16 --rotary-dtype half", "rotary_dtype='half'"),
         ("--rotary-seqlens", "rotary_seqlens without rotary_dim"),

@@ -199,6 +199,7 @@ def test_problems_that_raise(changes, error, message):
         ({"page_size": 48}, PageSizeError, "page_size=48"),
         ({"rotary_dim": -16}, ArgumentError, "rotary_dim=-16"),
         ({"rotary_dtype": "f32"}, ArgumentError, "rotary_dtype='f32': one of fp16, bf16, fp32"),
+        ({"rotary_dtype": "bf16"}, ArgumentError, "rotary_dtype without rotary_dim"),
         ({"rotary_interleaved": True}, ArgumentError, "rotary_interleaved without rotary_dim"),
         ({"rotary_seqlens": True}, ArgumentError, "rotary_seqlens without rotary_dim"),
     ],
