@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 import os
+import threading
 import typing
 from contextlib import contextmanager
 from enum import Enum
@@ -69,11 +70,14 @@ class Recorder:
         self.file = file
         text = file.read_text() if file.exists() else ""
         self.written: set[str] = set(text.splitlines())
+        self._lock = threading.Lock()
         self._before = "" if text.endswith("\n") or not text else "\n"  # ends a last line that has no end
 
     def __call__(self, config: KernelConfig) -> None:
         line = line_of(config)
-        if line not in self.written:
+        with self._lock:
+            if line in self.written:
+                return
             with self.file.open("a") as stream:  # one write of a line: other processes may add to the file
                 stream.write(self._before + line + "\n")
             self._before = ""

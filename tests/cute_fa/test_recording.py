@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from click.testing import CliRunner
 
 import cute_fa
 from cute_fa.engine import plan as plans
-from cute_fa.engine.recording import config_of, line_of
+from cute_fa.engine.recording import Recorder, config_of, line_of
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
@@ -118,6 +120,19 @@ def test_a_file_whose_last_line_has_no_end(tmp_path, nothing_compiles):
         "fa2_fwd_sm80_bf16_hd64",
         "fa2_fwd_sm80_bf16_hd64_right",
     ]
+
+
+def test_threads_write_each_kernel_once(tmp_path):
+    recorder, start = Recorder(tmp_path / "keys"), threading.Barrier(8)
+
+    def record(_) -> None:
+        start.wait()
+        for config in CONFIGS:
+            recorder(config)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(record, range(8)))
+    assert sorted((tmp_path / "keys").read_text().splitlines()) == sorted(map(line_of, CONFIGS))
 
 
 def test_where_a_recording_cannot_begin(tmp_path):
