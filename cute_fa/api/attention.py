@@ -368,20 +368,18 @@ _KINDS = {int: integer, float: number, bool: flag}
 _HINTS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Options).items()}
 _CHOICES = tuple(name for name in Options._fields if not name.startswith("window_"))
 # What callers of :func:`prepare` may leave out: the defaults of the public functions.
-_DEFAULTS = {name: Options._field_defaults[name] for name in _CHOICES} | {"causal": False, "window_size": (None, None)}
+_CHOICE_DEFAULTS = tuple(Options._field_defaults[name] for name in _CHOICES)
 
 
-def prepare(q: Any, k: Any, v: Any, **given: Any) -> Call:
+def prepare(q: Any, k: Any, v: Any, *, causal: Any = False, window_size: Any = (None, None), **given: Any) -> Call:
     """The call of arguments of the public functions and fields of ``Extras``: kinds checked, since the dispatcher's own
     complaints name no rule, and choices normalised. ``names``: what the caller calls them
     (:mod:`cute_fa.semantics.argument_names`)."""
-    extras = Extras(**{name: given.pop(name) for name in Extras._fields if name in given})
-    extras = extras._replace(learnable_sink=_widened(extras.learnable_sink))
-    unknown = given.keys() - _DEFAULTS.keys()
-    if unknown:
-        raise TypeError(f"prepare: no such argument: {', '.join(sorted(unknown))}")
-    choices = _DEFAULTS | given
-    options = _options(choices["window_size"], choices["causal"], *(choices[name] for name in _CHOICES))
+    given["learnable_sink"] = _widened(given.get("learnable_sink"))
+    extras = Extras._make(map(given.pop, Extras._fields, NO_EXTRAS))
+    options = _options(window_size, causal, *map(given.pop, _CHOICES, _CHOICE_DEFAULTS))
+    if given:
+        raise TypeError(f"prepare: no such argument: {', '.join(sorted(given))}")
     return _checked(Call(q, k, v, extras, options))
 
 
@@ -401,10 +399,10 @@ def _checked(call: Call) -> Call:
 def _options(window_size: Any, *choices: Any) -> Options:
     """``_normalized``, which is asked once for values that are equal and of the same types."""
     kind: Any = type(window_size)
-    if not is_dynamo_compiling() and kind in _PAIRS:
+    if not is_dynamo_compiling() and kind in _PAIRS and len(window_size) == 2:
         try:
             return _remembered(kind, *window_size, *choices)
-        except TypeError:  # something has no hash, or is no constant, or the window is no pair
+        except TypeError:  # something has no hash, or is no constant
             pass
     return _normalized(window_size, *choices)
 

@@ -229,9 +229,10 @@ def flash_attn_with_kvcache(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call.tensors(), *given.values())):
         raise NoBackwardError("flash_attn_with_kvcache has no gradient: call it under torch.no_grad()")
     (query,) = autocast_to(call.k, call.q)
-    k, v = autocast_to(call.k, k, v)
-    call = call.changed(q=query)
+    if query is not call.q:
+        call = call.changed(q=query)
     if k is not None and v is not None:
+        k, v = autocast_to(call.k, k, v)
         if max_seqlen_k_new is not None:
             new["max_seqlen_k_new"] = integer("max_seqlen_k_new", max_seqlen_k_new)
         new |= {"rotary_interleaved": rotary_interleaved, "names": _APPEND_NAMES[table]}

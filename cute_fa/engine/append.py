@@ -6,6 +6,7 @@ host.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +14,12 @@ import torch
 from cute_fa.engine import worlds
 from cute_fa.engine.contract import AppendTensors
 from cute_fa.engine.library import define, schema
-from cute_fa.engine.plan import Plan, canonical, plan_of, signatures
+from cute_fa.engine.plan import Plan, odd_strides, plan_of, restrided, signatures
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import target_of
 from cute_fa.semantics.append_problem import MAX_HEAD_DIM, ROTARY_STEP, AppendProblem
 from cute_fa.semantics.argument_names import ArgumentNames, names_of
-from cute_fa.semantics.call import AppendCall
+from cute_fa.semantics.call import APPEND_TENSORS, AppendCall
 from cute_fa.semantics.errors import ArgumentError, DTypeError, Fp8Error, LengthError, ShapeError
 from cute_fa.semantics.problem import INT32_MAX
 from cute_fa.semantics.tensors import (
@@ -45,11 +46,19 @@ if TYPE_CHECKING:
 _ROTARY_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
+@dataclass(kw_only=True)
+class AppendPlan(Plan):
+    """``strides``: canonical strides of k, v, the caches and q where a dimension of size 1 has odd ones; None if none
+    has."""
+
+    strides: tuple[tuple[int, ...] | None, ...] | None
+
+
 def append_kv(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(q rotated, or an empty tensor without q; tokens in the cache now) for the fields of AppendCall."""
     call = AppendCall._make(arguments)
     target = target_of(call.k_cache.device)
-    key = ("append", target, signatures(tuple(call.tensors().values())), call.options)
+    key = ("append", target, signatures(arguments[:APPEND_TENSORS]), arguments[APPEND_TENSORS:])
     plan = plan_of(key, _make_plan, target, call)
     if worlds.checks_values():
         _check_values(call)
@@ -57,9 +66,10 @@ def append_kv(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     check_pointers(plan.names.of(tensors | ({} if call.q is None else {"q": call.q})))
     rotated, seqused_k = _outputs(call)
     if plan.launches:
-        queries = (None, None) if call.q is None else (canonical(call.q), canonical(rotated))
-        rows = map(canonical, tensors.values())
-        plan.launch((*rows, *queries, seqused_k, call))
+        *rows, q = call.k, call.v, call.k_cache, call.v_cache, call.q
+        if plan.strides is not None:
+            *rows, q = map(restrided, (*rows, q), plan.strides)
+        plan.launch((*rows, q, None if q is None else rotated, seqused_k, call))
     return rotated, seqused_k
 
 
@@ -69,7 +79,7 @@ def _outputs(call: AppendCall) -> tuple[torch.Tensor, torch.Tensor]:
     return rotated, call.cache_seqlens.new_empty(call.cache_seqlens.shape)
 
 
-def _make_plan(target: Target, call: AppendCall) -> Plan:
+def _make_plan(target: Target, call: AppendCall) -> AppendPlan:
     """Every rule that shapes, strides and dtypes can break."""
     names = names_of(call.names)
     _check_devices(call)
@@ -118,13 +128,15 @@ def _make_plan(target: Target, call: AppendCall) -> Plan:
         rotary_interleaved=rotary_dim > 0 and call.rotary_interleaved,
         rotary_seqlens=call.rotary_seqlens is not None,
     )
-    return Plan(
+    strides = tuple(map(odd_strides, (call.k, call.v, call.k_cache, call.v_cache, call.q)))
+    return AppendPlan(
         kind=AppendTensors,
         problem=problem,
         names=names,
         kernel=TABLE.lookup(problem),
         target=target,
         launches=batch > 0,
+        strides=strides if any(strides) else None,
     )
 
 

@@ -64,8 +64,7 @@ def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _attention_out(*arguments: Any) -> torch.Tensor:
-    *flat, out = arguments
-    call = Call.of(tuple(flat))
+    call, out = Call.of(arguments[:-1]), arguments[-1]
     plan = _plan(call, out)
     check_separate(plan.names["out"], out, plan.names.of({"q": call.q, "k": call.k, "v": call.v}))
     return _run(plan, *call, (call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr()), out)[1]
@@ -188,8 +187,7 @@ def _fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fake_out(*arguments: Any) -> torch.Tensor:
-    *flat, out = arguments
-    call = Call.of(tuple(flat))
+    call, out = Call.of(arguments[:-1]), arguments[-1]
     check_call_devices(call, out=out)
     return call.q.new_empty(call.lse_shape, dtype=torch.float32)
 
@@ -229,7 +227,7 @@ def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dispatched(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a call for which :func:`again` has nothing: the operator ``cute_fa::attention``."""
-    if not is_dynamo_compiling() and torch_internals.transformed():
+    if not is_dynamo_compiling() and torch_internals.transformed(call.tensors()):
         _check_derivatives(call.tensors())
     return _attention_op(*call.flat())
 
@@ -252,7 +250,7 @@ def again(q: Any, k: Any, v: Any, extras: Extras, options: Options) -> tuple[tor
 
 def attention_out(call: Call, out: torch.Tensor) -> torch.Tensor:
     """lse of a call whose out is written to a tensor: the operator ``cute_fa::attention_out``."""
-    if not is_dynamo_compiling() and torch_internals.transformed():
+    if not is_dynamo_compiling() and torch_internals.transformed((*call.tensors(), out)):
         _check_derivatives((*call.tensors(), out))
         # No transform knows what an operator writes, but all know copy_.
         result, lse = _attention_op(*call.flat())

@@ -80,8 +80,7 @@ def problem_of_backward(
 
 
 def _attention_backward(dout, dlse, out, lse, *arguments):
-    *flat, slopes_gradient = arguments
-    call = Call.of(tuple(flat))
+    call, slopes_gradient = Call.of(arguments[:-1]), arguments[-1]
     target = target_of(call.q.device)
     key = ("backward", target, signatures((dout, dlse, out, lse, *call.tensors())), call.options, slopes_gradient)
     plan = plan_of(key, _make_plan, target, dout, dlse, out, lse, call, slopes_gradient)
@@ -152,8 +151,7 @@ def _without_keys(grads: tuple[torch.Tensor, ...], dlse: torch.Tensor | None, ls
 
 
 def _fake(dout, dlse, out, lse, *arguments):
-    *flat, slopes_gradient = arguments
-    call = Call.of(tuple(flat))
+    call, slopes_gradient = Call.of(arguments[:-1]), arguments[-1]
     check_call_devices(call, dout=dout, dlse=dlse, out=out, lse=lse)
     return _new_gradients(call, slopes_gradient)
 

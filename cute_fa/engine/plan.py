@@ -199,8 +199,3 @@ def odd_strides(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
 def restrided(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
     """The same elements with other strides, the tensor itself for None."""
     return tensor if strides is None else tensor.as_strided(tensor.shape, strides)
-
-
-def canonical(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with the strides that kernels ask for."""
-    return restrided(tensor, odd_strides(tensor))

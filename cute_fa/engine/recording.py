@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 import os
+import threading
 import typing
 from contextlib import contextmanager
 from enum import Enum
@@ -29,17 +30,16 @@ def record_keys(file: str | os.PathLike) -> Iterator[None]:
     """Add to a file each kernel that calls inside launch, once; ``CUTE_FA_RECORD_KEYS=FILE`` records from the start of
     the program. What the file holds already stays, and is not added again.
 
-    Raises ArgumentError where recordings nest, or for a folder that does not exist.
+    Raises ArgumentError where recordings nest, for a folder that does not exist, and for what is no file of text.
     """
     file = Path(file)
     if plan.recorder is not None:
         raise ArgumentError(f"record_keys({str(file)!r}): another recording is on")
-    if not file.absolute().parent.is_dir():
-        raise ArgumentError(f"record_keys({str(file)!r}): {file.parent} is no folder")
+    recorder = _recorder(file, f"record_keys({str(file)!r})")
     # Plans that are there already have been launched before: their kernels would be missed.
     known = dict(plan.PLANS)
     plan.PLANS.clear()
-    plan.recorder = Recorder(file)
+    plan.recorder = recorder
     try:
         yield
     finally:
@@ -50,9 +50,17 @@ def record_keys(file: str | os.PathLike) -> Iterator[None]:
 def _record_from_the_start() -> None:
     file = os.environ.get("CUTE_FA_RECORD_KEYS")
     if file:
-        if not Path(file).absolute().parent.is_dir():
-            raise ArgumentError(f"CUTE_FA_RECORD_KEYS={file!r}: {Path(file).parent} is no folder")
-        plan.recorder = Recorder(Path(file))
+        plan.recorder = _recorder(Path(file), f"CUTE_FA_RECORD_KEYS={file!r}")
+
+
+def _recorder(file: Path, asked: str) -> Recorder:
+    """Raises ArgumentError, which begins with ``asked``, for a file that cannot be read or made."""
+    if not file.absolute().parent.is_dir():
+        raise ArgumentError(f"{asked}: {file.parent} is no folder")
+    try:
+        return Recorder(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{asked}: {error}") from error
 
 
 class Recorder:
@@ -60,14 +68,20 @@ class Recorder:
 
     def __init__(self, file: Path):
         self.file = file
-        self.written: set[str] = set(file.read_text().splitlines()) if file.exists() else set()
+        text = file.read_text() if file.exists() else ""
+        self.written: set[str] = set(text.splitlines())
+        self._lock = threading.Lock()
+        self._before = "" if text.endswith("\n") or not text else "\n"  # ends a last line that has no end
 
     def __call__(self, config: KernelConfig) -> None:
         line = line_of(config)
-        if line not in self.written:
-            self.written.add(line)
+        with self._lock:
+            if line in self.written:
+                return
             with self.file.open("a") as stream:  # one write of a line: other processes may add to the file
-                stream.write(line + "\n")
+                stream.write(self._before + line + "\n")
+            self._before = ""
+            self.written.add(line)
 
 
 def line_of(config: KernelConfig) -> str:
@@ -81,6 +95,8 @@ def config_of(line: str) -> KernelConfig:
         fields = json.loads(line)
         module, _, name = fields.pop("config").partition(":")
         kind = getattr(importlib.import_module(module), name)
+        if not issubclass(kind, KernelConfig):
+            raise TypeError(f"{name} is no config")
         return _made(kind, fields)
     except (KeyError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise ArgumentError(f"{line}: no config of this version ({error})") from error

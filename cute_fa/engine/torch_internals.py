@@ -96,15 +96,19 @@ def has_values(tensor: torch.Tensor | None) -> bool:
     return type(tensor) in PLAIN and not (tensor.is_meta or (HAS_FAST_PATH and is_functorch_wrapped_tensor(tensor)))
 
 
-def transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is on."""
+def transformed(tensors: tuple) -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is on, or, for a torch that does not say
+    so, follows one of the tensors in forward mode: the dispatcher would drop its tangent."""
     if not HAS_FAST_PATH:
-        return False
+        return is_differentiated(tensors)
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_differentiated(tensors: tuple) -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation follows one of the tensors."""
+    """Whether a transform of ``torch.func`` or forward-mode differentiation follows one of the tensors; of transforms
+    torch itself complains where it does not say which are on."""
+    if not HAS_FAST_PATH:
+        return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
     stack = get_interpreter_stack() or []
     reverse = any(interpreter.key() == TransformType.Grad for interpreter in stack)
     forward = forward_ad._current_level >= 0

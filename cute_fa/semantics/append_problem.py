@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.errors import ArgumentError, ShapeError
 from cute_fa.semantics.options import option
 from cute_fa.semantics.problem import DTYPE_ROWS, HEAD_DIM_ROWS, HEAD_DIM_V_ROWS, check_sizes
 from cute_fa.semantics.types import Direction, DType, SmArch
@@ -26,7 +26,7 @@ class AppendProblem:
     the new rows.
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``). Raises ShapeError,
-    EmptyBatchError, PageSizeError or ArgumentError.
+    EmptyBatchError, LengthError, PageSizeError or ArgumentError.
     """
 
     arch: SmArch
@@ -86,10 +86,15 @@ class AppendProblem:
     direction: ClassVar[Direction] = Direction.APPEND
 
     def __post_init__(self) -> None:
-        check_sizes(self, batch=self.batch, page_size=self.page_size)
-        if not self.rotary_dim:
-            object.__setattr__(self, "rotary_dtype", None)
-        elif self.rotary_dtype is None:
-            object.__setattr__(self, "rotary_dtype", "fp32")
-        elif self.rotary_dtype not in ROTARY_DTYPES:
+        check_sizes(self, ("num_heads_kv", "head_dim", "head_dim_v"), lengths=("tokens_k", "tokens_q"))
+        if self.num_heads < 0:
+            raise ShapeError(f"num_heads={self.num_heads}: at least 0 is needed")
+        if self.rotary_dim < 0:
+            raise ArgumentError(f"rotary_dim={self.rotary_dim}: at least 0 is needed")
+        if self.rotary_dtype not in (None, *ROTARY_DTYPES):
             raise ArgumentError(f"rotary_dtype={self.rotary_dtype!r}: one of {', '.join(ROTARY_DTYPES)}")
+        for name in ("rotary_dtype", "rotary_interleaved", "rotary_seqlens"):
+            if not self.rotary_dim and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ArgumentError(f"{name} without rotary_dim: nothing rotates")
+        if self.rotary_dim and self.rotary_dtype is None:
+            object.__setattr__(self, "rotary_dtype", "fp32")

@@ -68,9 +68,8 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, arguments: tuple) -> Call:
         """The call of an operator's flat arguments."""
-        q, k, v, *others = arguments
-        count = len(Extras._fields)
-        return cls(q, k, v, Extras._make(others[:count]), Options._make(others[count:]))
+        count = len(TENSORS)
+        return cls._make((*arguments[:3], Extras._make(arguments[3:count]), Options._make(arguments[count:])))
 
     @classmethod
     def made(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **fields: Any) -> Call:
@@ -136,11 +135,8 @@ class AppendCall(NamedTuple):
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """The tensors by name, None for what is absent."""
-        return {name: value for name, value in self._asdict().items() if name not in _APPEND_OPTIONS}
-
-    @property
-    def options(self) -> tuple:
-        return tuple(getattr(self, name) for name in _APPEND_OPTIONS)
+        tensors: Any = self[:APPEND_TENSORS]
+        return dict(zip(self._fields, tensors, strict=False))
 
 
-_APPEND_OPTIONS = ("max_seqlen_q", "max_seqlen_k_new", "rotary_interleaved", "rotate_each", "names")
+APPEND_TENSORS = AppendCall._fields.index("max_seqlen_q")  # how many come first

@@ -311,12 +311,7 @@ class AttentionProblem:
     def _check_sizes(self) -> None:
         if self.direction not in (Direction.FORWARD, Direction.BACKWARD):
             raise ArgumentError(f"direction={self.direction.value}: of attention it is fwd or bwd")
-        for name in ("seqlen_q", "seqlen_k"):
-            if not 0 <= getattr(self, name) <= INT32_MAX:
-                raise LengthError(f"{name}={getattr(self, name)}: a length is between 0 and {INT32_MAX}")
-        check_sizes(self, batch=self.batch, page_size=self.page_size)
-        if self.num_heads < 1:
-            raise ShapeError(f"num_heads={self.num_heads}: at least 1 is needed")
+        check_sizes(self, _SIZES, lengths=("seqlen_q", "seqlen_k"))
         if self.num_heads % self.num_heads_kv:
             raise ShapeError(
                 f"{self.num_heads} query heads and {self.num_heads_kv} kv heads: "
@@ -372,15 +367,19 @@ class AttentionProblem:
         return PositionBias.ALIBI if self.alibi else PositionBias.NONE
 
 
-def check_sizes(problem: Any, batch: int, page_size: int | None) -> None:
-    """The rules of every kind of problem about its batch, its heads and its pages."""
-    if batch < 1:
-        raise EmptyBatchError(f"batch={batch}: at least one sequence is needed")
-    for name in ("num_heads_kv", "head_dim", "head_dim_v"):
+def check_sizes(problem: Any, sizes: tuple[str, ...], lengths: tuple[str, ...]) -> None:
+    """The rules of every kind of problem about its batch, its lengths, its sizes, which are at least 1, and its
+    pages; ``sizes``, ``lengths``: fields."""
+    if problem.batch < 1:
+        raise EmptyBatchError(f"batch={problem.batch}: at least one sequence is needed")
+    for name in lengths:
+        if not 0 <= getattr(problem, name) <= INT32_MAX:
+            raise LengthError(f"{name}={getattr(problem, name)}: a length is between 0 and {INT32_MAX}")
+    for name in sizes:
         if getattr(problem, name) < 1:
             raise ShapeError(f"{name}={getattr(problem, name)}: at least 1 is needed")
-    if page_size is not None and page_size not in PAGE_SIZES:
-        raise PageSizeError(f"page_size={page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
+    if problem.page_size is not None and problem.page_size not in PAGE_SIZES:
+        raise PageSizeError(f"page_size={problem.page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
 
 
 def default_scale(head_dim: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,8 @@ class AppendInputs:
 
 @dataclass(frozen=True)
 class AppendResult:
-    """What one append gave; ``errors``: of the caches and, where they rotate, of the queries, by name. Seconds as in
-    ``cute_fa.tools.trial.TrialResult``."""
+    """What one append gave; ``errors``: of the caches, of the lengths afterwards and, where they rotate, of the
+    queries, by name. Seconds as in ``cute_fa.tools.trial.TrialResult``."""
 
     canonical_name: str
     config: KernelConfig
@@ -53,14 +54,18 @@ class AppendResult:
         return all(error.ok for error in self.errors.values())
 
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON: errors are None where they are not finite."""
+        errors = {
+            name: {"error": error.error if math.isfinite(error.error) else None, "allowed": error.allowed}
+            for name, error in self.errors.items()
+        }
         return {
             "ok": self.ok,
             "canonical_name": self.canonical_name,
             "compile_name": self.compile_name,
             "config": config_fields(self.config),
             **config_fields(self.machine),
-            "errors": {name: error._asdict() for name, error in self.errors.items()},
+            "errors": errors,
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
         }
@@ -116,9 +121,11 @@ def make_append_inputs(problem: AppendProblem, capacity: int, seed: int, device:
 
 
 def expected_append(inputs: AppendInputs) -> dict[str, torch.Tensor]:
-    """The caches afterwards and, where they rotate, the queries: row by row, in plain torch."""
+    """The caches and lengths afterwards and, where they rotate, the queries: row by row, in plain torch."""
     given = inputs.tensors
     after = {name: given[name].clone() for name in ("k_cache", "v_cache")}
+    lengths = torch.tensor(inputs.lengths, dtype=torch.int32, device=given["k"].device)
+    after["seqused_k"] = given["cache_seqlens"] + lengths
     if "q" in given:
         after["q"] = given["q"].clone()
     starts = given.get("rotary_seqlens", given["cache_seqlens"]).tolist()
@@ -163,21 +170,21 @@ def run_append_trial(problem: AppendProblem, machine: Machine, capacity: int, se
         given |= longest
     expected = expected_append(inputs)
 
-    def run() -> tuple[float, float, torch.Tensor | None]:
+    def run() -> tuple[float, float, torch.Tensor | None, torch.Tensor]:
         started = time.perf_counter()
         compiled(config)
         ready = time.perf_counter()
-        q, _ = append_kv(*arguments, **given)
+        q, seqused_k = append_kv(*arguments, **given)
         if not machine.simulated:
             torch.cuda.synchronize()
-        return ready - started, time.perf_counter() - ready, q
+        return ready - started, time.perf_counter() - ready, q, seqused_k
 
     if machine.simulated:
         with machine.simulate():
-            compile_seconds, seconds, q = run()
+            compile_seconds, seconds, q, seqused_k = run()
     else:
-        compile_seconds, seconds, q = run()
-    written = {"k_cache": arguments[2], "v_cache": arguments[3]}
+        compile_seconds, seconds, q, seqused_k = run()
+    written = {"k_cache": arguments[2], "v_cache": arguments[3], "seqused_k": seqused_k}
     errors = {}
     for name, tensor in (written | ({"q": q} if "q" in expected else {})).items():
         wanted, found = expected[name].float(), tensor.float()
@@ -185,7 +192,7 @@ def run_append_trial(problem: AppendProblem, machine: Machine, capacity: int, se
             inside = torch.arange(problem.tokens_q)[None] < torch.tensor(inputs.lengths)[:, None]
             if not problem.packed_q:
                 wanted, found = wanted[inside], found[inside]
-        rotates = problem.rotary_dim > 0 and name != "v_cache"
+        rotates = problem.rotary_dim > 0 and name in ("k_cache", "q")
         step = (
             2 * torch.finfo(expected[name].dtype).eps * float(wanted.abs().max()) if rotates and wanted.numel() else 0.0
         )

@@ -103,8 +103,9 @@ def _run_one(options: ProblemOptions, save: Path | None, as_json: bool) -> None:
     if options.append:
         if save:
             raise ArgumentError("--save with --append: there is no attention to recompute")
-        capacity = options["seqlen_k"] or 2 * options["seqlen_q"]
-        result = run_append_trial(options.append_problem, machine, capacity, options["seed"])
+        if options["inputs"] == "peaked":
+            raise ArgumentError("--inputs peaked with --append: there are no scores to peak")
+        result = run_append_trial(options.append_problem, machine, options.capacity, options["seed"])
     else:
         inputs = make_inputs(options.spec, options["inputs"], options["seed"], device=machine.device)
         result = _run_attention(options, inputs, machine)

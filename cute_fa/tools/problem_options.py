@@ -14,7 +14,7 @@ import click
 
 from cute_fa.engine.table import FAMILIES, TABLE
 from cute_fa.semantics.append_problem import AppendProblem
-from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.errors import ArgumentError, LengthError
 from cute_fa.semantics.options import options_of
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
@@ -72,7 +72,7 @@ PROBLEM_OPTIONS = [
     *_feature_options(AppendProblem),
 ]
 _OF_AN_APPEND = {of.cli or name for name, of in options_of(AppendProblem).items() if of.help}
-_OF_ATTENTION = {of.cli or name for name, of in options_of(AttentionProblem).items() if of.help}
+_OF_ATTENTION = {of.cli or name for name, of in options_of(AttentionProblem).items() if of.help} | {"causal", "window"}
 _OF_BOTH = {"page_size", "cache_batch_idx", "varlen", "seqused_q", "seqused_k"}
 
 
@@ -89,6 +89,10 @@ class ProblemOptions:
             raise ArgumentError(f"--{name.replace('_', '-')}: {asked}")
         if self.append and self["backward"]:
             raise ArgumentError("--append with --backward: an append has no gradient")
+        if self.append and self["seqused_q"] and not self["query"]:
+            raise ArgumentError("--seqused-q: an append without --query has none")
+        if self.append and self["query"] and not self["rotary_dim"]:
+            raise ArgumentError("--query without --rotary-dim: nothing rotates")
 
     def __getitem__(self, name: str) -> Any:
         return self.given[name]
@@ -142,6 +146,10 @@ class ProblemOptions:
             raise ArgumentError("--deterministic without --backward: the forward is deterministic anyway")
         if not self["backward"] and self["lse_gradient"]:
             raise ArgumentError("--lse-gradient without --backward: a forward takes no gradient")
+        if self.spec.is_cache and PersistentMode(self["persistent"]) is not PersistentMode.AUTO:
+            raise ArgumentError(
+                "--persistent with --cache-batch-idx or --cache-leftpad: the function for caches takes none"
+            )
         choices = {name: value for name, value in self.choices.items() if name != "family"}
         choices["num_splits"] = self["num_splits"] or 1
         return problem_of_spec(self.spec, self.machine.arch, **choices)
@@ -156,6 +164,15 @@ class ProblemOptions:
             lse_gradient=self["lse_gradient"],
             slopes_gradient=self["alibi"],
         )
+
+    @property
+    def capacity(self) -> int:
+        """Of an append: tokens that a sequence of the cache has room for."""
+        if self["seqlen_k"] is None:
+            return 2 * self["seqlen_q"]
+        if self["seqlen_k"] < self["seqlen_q"]:
+            raise LengthError(f"seqlen-k={self['seqlen_k']}: a cache with room for {self['seqlen_q']} tokens is needed")
+        return self["seqlen_k"]
 
     @property
     def append_problem(self) -> AppendProblem:
@@ -194,9 +211,10 @@ def _defaults() -> dict[str, Any]:
 
     @click.command()
     @with_options(PROBLEM_OPTIONS)
-    def command(**given: Any) -> None: ...
+    def command(**given: Any) -> dict[str, Any]:
+        return given
 
-    return {parameter.name: parameter.get_default(click.Context(command)) for parameter in command.params}
+    return command.main([], standalone_mode=False)
 
 
 def with_options(*groups: list) -> Callable:

@@ -149,7 +149,7 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionP
     described |= {"num_heads": spec.heads, "num_heads_kv": spec.heads_kv, "window_left": left, "window_right": right}
     described |= {
         "alibi": spec.alibi or spec.alibi_per_batch,
-        "seqused_k": spec.seqused_k or spec.page_size is not None,
+        "seqused_k": spec.seqused_k or spec.page_size is not None or spec.cache_leftpad,
     }
     if spec.softmax_scale is None:
         described["softmax_scale"] = default_scale(spec.head_dim)
@@ -170,6 +170,7 @@ def _plain(value: Any) -> Any:
 def run_trial(inputs: Inputs, machine: Machine, **choices: Any) -> TrialResult:
     """Run the inputs, which lie on the machine's device, through the public API and compare out and lse. ``choices``:
     pack_gqa, persistent, num_splits and family."""
+    choices = {"num_splits": 1} | choices  # the function for caches has another default
     call = inputs.call(**choices)
     problem = problem_of(machine.arch, call)
     problem, kernel = TABLE.choose(problem, call.options.family, machine.sms, call.options.num_splits)

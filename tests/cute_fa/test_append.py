@@ -139,6 +139,24 @@ def generate(**changes):
     return arguments, {**options, **changes}, expected, given
 
 
+def test_strides_of_dimensions_of_size_1_mean_nothing():
+    """One token, one head, one sequence: whatever these strides are, in both calls of one plan."""
+    new, shape = torch.randn(2, 64).bfloat16(), (1, 1, 1, 64)
+    cos, sin = torch.zeros(8, 32), torch.ones(8, 32)  # a quarter turn
+    for row in new:
+        odd = torch.cat((row, torch.zeros(8).bfloat16())).as_strided(shape, (3, 5, 7, 1))
+        caches = [torch.zeros(1, 8, 1, 64).bfloat16().as_strided((1, 8, 1, 64), (9, 64, 11, 1)) for _ in "kv"]
+        with cute_fa.simulate("sm_80"):
+            length = torch.tensor([3], dtype=torch.int32)
+            q, total = append_kv(odd, odd, *caches, length, q=odd, rotary_cos=cos, rotary_sin=sin)
+        turned = torch.cat((-row[32:], row[:32]))
+        assert total.tolist() == [4]
+        assert torch.equal(q.flatten(), turned)
+        for cache, expected in zip(caches, (turned, row), strict=True):
+            assert torch.equal(cache[0, 3, 0], expected)
+            assert cache.count_nonzero() == expected.count_nonzero()
+
+
 def test_sequences_without_tokens_write_nothing():
     """Generate-only, some sequences being the padding of a captured graph."""
     rotary = Rotary.random(41, 64)

@@ -15,14 +15,15 @@ import cute_fa
 from cute_fa import simulate
 from cute_fa.api.attention import prepare
 from cute_fa.engine.autograd import problem_of_backward
+from cute_fa.engine.recording import config_of
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics import reference
 from cute_fa.semantics.tensors import problem_of
 from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
-from cute_fa.tools import cli, support
+from cute_fa.tools import append_trial, cli, support
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from cute_fa.tools.tour import GPT_OSS, Stop
-from cute_fa.tools.trial import Machine, choose_machine, problem_of_spec
+from cute_fa.tools.trial import Machine, choose_machine, config_fields, problem_of_spec
 from perf.__main__ import main as perf_main
 from ptxsim.cli import main as ptxsim_main
 
@@ -197,6 +198,27 @@ def test_a_spec_has_the_problem_of_its_tensors(spec):
         assert backward == problem_of_backward(SmArch.SM_90A, *given)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--cache-batch-idx",
+        "--cache-leftpad --causal",
+        "--cache-batch-idx --num-splits 0 --seqlen-k 900",
+        "--page-size 16 --cache-leftpad --num-splits 2",
+        "--append --query --rotary-dim 16 --varlen",
+    ],
+)
+def test_what_is_named_is_what_ran_and_what_is_compiled(tmp_path, options):
+    given = ["--seqlen-q", "2", "--heads", "2", "--head-dim", "32", "--arch", "sm_80", *options.split(), "--json"]
+    with cute_fa.record_keys(tmp_path / "keys"):
+        ran = json.loads(invoke("run", *given).stdout)
+    (launched,) = map(config_of, (tmp_path / "keys").read_text().splitlines())
+    assert ran["ok"] and ran["config"] == config_fields(launched)
+    compiled = json.loads(invoke("compile", *given, "--out", str(tmp_path)).stdout)
+    names = ("canonical_name", "compile_name", "config")
+    assert [compiled[name] for name in names] == [ran[name] for name in names]
+
+
 def test_a_wrong_result_exits_with_one(monkeypatch):
     right = Inputs.run
 
@@ -247,6 +269,7 @@ def test_a_wrong_gradient_exits_with_one(monkeypatch):
         ("--softcap nan", "softcap=nan"),
         ("--heads-kv 1 --pack-gqa --persistent on", "pack_gqa: this kernel's tiles"),
         ("--persistent on", "persistent: this kernel launches"),
+        ("--cache-leftpad --persistent off", "--persistent with --cache-batch-idx or --cache-leftpad"),
     ],
 )
 def test_refusals(request_, message):
@@ -257,6 +280,67 @@ def test_refusals(request_, message):
         assert "Traceback" not in done.stderr
         assert message in json.loads(done.stdout)["message"]
     assert not Path("never-made").exists()
+
+
+@pytest.mark.parametrize("wrong", ["k_cache", "v_cache", "seqused_k", "q"])
+def test_a_wrong_append_exits_with_one(monkeypatch, wrong):
+    """Whatever of it is wrong, NaN too; what is right is found to be so."""
+    right = append_trial.append_kv
+    options = "run --append --seqlen-q 4 --batch 2 --heads 2 --head-dim 32 --query --rotary-dim 16 --json".split()
+
+    def damaged(k, v, k_cache, v_cache, *others, **given):
+        q, seqused_k = right(k, v, k_cache, v_cache, *others, **given)
+        written = {"k_cache": k_cache, "v_cache": v_cache, "seqused_k": seqused_k, "q": q}[wrong]
+        written.flatten()[-1] = 99 if wrong == "seqused_k" else torch.nan
+        return q, seqused_k
+
+    assert json.loads(invoke(*options).stdout)["ok"]
+    monkeypatch.setattr(append_trial, "append_kv", damaged)
+    done = invoke(*options)
+    errors = json.loads(done.stdout, parse_constant=pytest.fail)["errors"]
+    assert done.exit_code == 1
+    assert [name for name, error in errors.items() if error["error"] is None or error["error"] > error["allowed"]] == [
+        wrong
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--causal", "--causal: an append does not have it"),
+        ("--window 3 -1", "--window: an append does not have it"),
+        ("--softcap 3", "--softcap: an append does not have it"),
+        ("--backward", "--append with --backward"),
+        ("--seqused-q", "--seqused-q: an append without --query has none"),
+        ("--query", "--query without --rotary-dim"),
+        ("--seqlen-q -1", "tokens_k=-1"),
+        ("--heads -2 --heads-kv 2 --query --rotary-dim 16", "num_heads=-2"),
+        ("--rotary-dim -16", "rotary_dim=-16"),
+        ("--rotary-dim 16 --rotary-dtype half", "rotary_dtype='half'"),
+        ("--rotary-seqlens", "rotary_seqlens without rotary_dim"),
+        ("--page-size 24", "page_size=24"),
+    ],
+)
+def test_refusals_of_an_append(options, message):
+    for command in (["run", "--json"], ["compile", "--out", "never-made", "--json"]):
+        done = invoke(*command, "--append", "--seqlen-q", "4", *options.split())
+        assert done.exit_code == 2, done.output
+        assert message in json.loads(done.stdout)["message"]
+    assert not Path("never-made").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seqlen-k 3", "seqlen-k=3"),
+        ("--seqlen-k 0", "seqlen-k=0"),
+        ("--inputs peaked", "--inputs peaked with --append"),
+        ("--save x", "--save with --append"),
+    ],
+)
+def test_refusals_of_a_run_of_an_append(options, message):
+    done = invoke("run", "--append", "--seqlen-q", "4", *options.split(), "--json")
+    assert (done.exit_code, message in json.loads(done.stdout)["message"]) == (2, True), done.output
 
 
 def test_save_into_no_folder_is_refused_before_any_work(tmp_path):

@@ -243,3 +243,22 @@ def test_the_kernels_grids_have_every_feature_that_shapes_code(cases, left_out):
     problems = [problem_of_spec(spec_of(case), SmArch.SM_90A) for case in cases]
     used = {name for name in flags for problem in problems if is_used(problem, name)}
     assert flags - used == left_out | {"cache_batch_idx", "cache_leftpad"}
+
+
+def test_without_the_private_names_no_tangent_is_dropped():
+    """Forward-mode differentiation, which torch would let through with a tangent of zero."""
+    code = """
+import torch
+del torch._C._functorch.get_interpreter_stack
+import cute_fa
+from torch.autograd import forward_ad
+q, out = torch.ones(1, 8, 2, 64, dtype=torch.bfloat16), torch.empty(1, 8, 2, 64, dtype=torch.bfloat16)
+with cute_fa.simulate("sm_80"), forward_ad.dual_level():
+    dual = forward_ad.make_dual(q, q)
+    for given in ({"q": dual, "k": q, "v": q}, {"q": q, "k": q, "v": dual}, {"q": q, "k": dual, "v": q, "out": out}):
+        try:
+            cute_fa.flash_attn_func(**given)
+        except cute_fa.errors.NoBackwardError:
+            print("refused")
+"""
+    assert run_python(code).split() == ["refused"] * 3

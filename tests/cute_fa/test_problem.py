@@ -11,6 +11,7 @@ import cute_fa
 from cute_fa.api.attention import prepare
 from cute_fa.api.requests import CumulativeSeqlens, Fa2FwdRequest, Fa3FwdRequest, PersistentMode, VarlenFwdRequest
 from cute_fa.semantics import reference
+from cute_fa.semantics.append_problem import AppendProblem
 from cute_fa.semantics.call import Call
 from cute_fa.semantics.errors import (
     ArgumentError,
@@ -97,6 +98,15 @@ def test_windows_that_raise(window, causal):
         normalize_window(window, causal)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [(), (1,), (1, 2, False), (1, 2, 3, 4), [1, 2, True]], ids=str)
+def test_windows_that_are_no_pair_of_a_call(window, causal):
+    """A value too many or too few is no other argument's."""
+    q = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
+    with cute_fa.simulate("sm_80"), pytest.raises(WindowError, match="a pair \\(left, right\\) is needed"):
+        cute_fa.flash_attn_func(q, q, q, window_size=window, causal=causal)
+
+
 def test_windows_on_a_device_are_not_read():
     with pytest.raises(WindowError, match="window_size is a tensor on meta: the host would wait"):
         normalize_window(torch.zeros(2, dtype=torch.int32, device="meta"), False)
@@ -143,6 +153,8 @@ def test_derived():
         ({"head_dim": 64.0}, ArgumentError, "head_dim=64.0: int is needed"),
         ({"batch": True}, ArgumentError, "batch=True: int is needed"),
         ({"batch": 0}, EmptyBatchError, "batch=0"),
+        ({"batch": 0, "seqlen_q": -1}, EmptyBatchError, "batch=0"),
+        ({"num_heads": 0, "num_heads_kv": 0}, ShapeError, "num_heads=0"),
         ({"seqlen_q": -1}, LengthError, "seqlen_q=-1"),
         ({"seqlen_k": 2**31}, LengthError, "seqlen_k=2147483648"),
         ({"num_heads": 0}, ShapeError, "num_heads=0"),
@@ -173,6 +185,29 @@ def test_derived():
 def test_problems_that_raise(changes, error, message):
     with pytest.raises(error, match=message):
         dataclasses.replace(BASE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch": 0}, EmptyBatchError, "batch=0"),
+        ({"tokens_k": -1}, LengthError, "tokens_k=-1"),
+        ({"tokens_q": -1}, LengthError, "tokens_q=-1"),
+        ({"num_heads": -1}, ShapeError, "num_heads=-1"),
+        ({"num_heads_kv": 0}, ShapeError, "num_heads_kv=0"),
+        ({"head_dim_v": 0}, ShapeError, "head_dim_v=0"),
+        ({"page_size": 48}, PageSizeError, "page_size=48"),
+        ({"rotary_dim": -16}, ArgumentError, "rotary_dim=-16"),
+        ({"rotary_dtype": "f32"}, ArgumentError, "rotary_dtype='f32': one of fp16, bf16, fp32"),
+        ({"rotary_dtype": "bf16"}, ArgumentError, "rotary_dtype without rotary_dim"),
+        ({"rotary_interleaved": True}, ArgumentError, "rotary_interleaved without rotary_dim"),
+        ({"rotary_seqlens": True}, ArgumentError, "rotary_seqlens without rotary_dim"),
+    ],
+)
+def test_appends_that_raise(changes, error, message):
+    sizes = {"batch": 1, "tokens_k": 1, "num_heads_kv": 1, "head_dim": 64, "head_dim_v": 64}
+    with pytest.raises(error, match=message):
+        AppendProblem(arch=SmArch.SM_80, dtype=DType.BF16, **sizes | changes)
 
 
 @pytest.mark.parametrize("size", PAGE_SIZES)

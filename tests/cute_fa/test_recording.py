@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from click.testing import CliRunner
 
 import cute_fa
 from cute_fa.engine import plan as plans
-from cute_fa.engine.recording import config_of, line_of
+from cute_fa.engine.recording import Recorder, config_of, line_of
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
@@ -73,6 +75,8 @@ def test_a_line_is_the_config(config):
         "{",
         '{"head_dim": 64}',
         '{"config": "fa2_sm80.append.config:Gone"}',
+        '{"config": "os:getcwd"}',
+        '{"config": "builtins:dict"}',
         line_of(CONFIGS[2]).replace("head_dim_v", "head_dimension"),
         line_of(CONFIGS[2]).replace("sm_80", "sm_1"),
     ],
@@ -103,7 +107,41 @@ def test_each_kernel_is_written_once(tmp_path, nothing_compiles):
     assert [config.compile_name for config in configs] == ["fa2_fwd_sm80_bf16_hd64", "fa2_fwd_sm80_bf16_hd64_right"]
 
 
+def test_a_file_whose_last_line_has_no_end(tmp_path, nothing_compiles):
+    file = tmp_path / "keys"
+    file.write_text("--head-dim 64")
+    q = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
+    with cute_fa.simulate("sm_80"), cute_fa.record_keys(file):
+        cute_fa.flash_attn_func(q, q, q)
+        cute_fa.flash_attn_func(q, q, q, causal=True)
+    first, *recorded = file.read_text().splitlines()
+    assert first == "--head-dim 64"
+    assert [config_of(line).compile_name for line in recorded] == [
+        "fa2_fwd_sm80_bf16_hd64",
+        "fa2_fwd_sm80_bf16_hd64_right",
+    ]
+
+
+def test_threads_write_each_kernel_once(tmp_path):
+    recorder, start = Recorder(tmp_path / "keys"), threading.Barrier(8)
+
+    def record(_) -> None:
+        start.wait()
+        for config in CONFIGS:
+            recorder(config)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(record, range(8)))
+    assert sorted((tmp_path / "keys").read_text().splitlines()) == sorted(map(line_of, CONFIGS))
+
+
 def test_where_a_recording_cannot_begin(tmp_path):
+    known = dict(plans.PLANS)
+    (tmp_path / "bytes").write_bytes(b"\xff\n")
+    for file in (tmp_path, tmp_path / "bytes"):
+        with pytest.raises(ArgumentError, match=r"record_keys\('"):
+            cute_fa.record_keys(file).__enter__()
+    assert known == plans.PLANS
     with pytest.raises(ArgumentError, match=r"record_keys\('.*keys'\): .*/gone is no folder"):
         cute_fa.record_keys(tmp_path / "gone" / "keys").__enter__()
     with cute_fa.record_keys(tmp_path / "keys"), pytest.raises(ArgumentError, match="another recording is on"):
