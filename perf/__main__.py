@@ -30,7 +30,7 @@ from perf.workload import LENGTHS, Workload, grid
 _ARCHS = [arch.value for arch in SmArch]
 # The architectures that have a kernel of their own.
 _KERNEL_ARCHS = [SmArch.SM_80.value, SmArch.SM_90A.value]
-_DIRECTIONS = [direction.value for direction in Direction]
+_DIRECTIONS = [Direction.FORWARD.value, Direction.BACKWARD.value]
 
 
 class _Pair(click.ParamType):
@@ -227,7 +227,7 @@ def sass(files: tuple[Path, ...], score: str | None, all_loops: bool, csv: Path 
 def _grid_options(command):
     """The options of ``sweep`` that span its grid: each may be given several times."""
     choices = {
-        "--direction": dict(type=click.Choice([d.value for d in Direction]), default=["fwd"]),
+        "--direction": dict(type=click.Choice(_DIRECTIONS), default=["fwd"]),
         "--dtype": dict(type=click.Choice(["fp16", "bf16", "e4m3"]), default=["bf16"]),
         "--head-dim": dict(type=_HEAD_DIMS, default=["64", "128", "256"], metavar="D[,DV]"),
         "--heads": dict(type=_HEADS, default=["16"], metavar="H[,HKV]"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cute_fa.semantics.errors import ArgumentError, ShapeError
-from cute_fa.semantics.options import option
+from cute_fa.semantics.options import declares, option
 from cute_fa.semantics.problem import DTYPE_ROWS, HEAD_DIM_ROWS, HEAD_DIM_V_ROWS, check_sizes
 from cute_fa.semantics.types import Direction, DType, SmArch
 
@@ -15,7 +15,7 @@ ROTARY_STEP = 16  # of rotary_dim: two halves in 16-byte chunks of fp16 or bf16
 ROTARY_DTYPES = ("fp16", "bf16", "fp32")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AppendProblem:
     """What is asked of a kernel that writes new keys and values into a cache and rotates keys and queries on the way.
 
@@ -30,12 +30,12 @@ class AppendProblem:
     """
 
     arch: SmArch
-    dtype: DType = option(rows=DTYPE_ROWS)
+    dtype: DType = field(metadata=declares(rows=DTYPE_ROWS))
     batch: int
     tokens_k: int
     num_heads_kv: int
-    head_dim: int = option(rows=HEAD_DIM_ROWS)
-    head_dim_v: int = option(rows=HEAD_DIM_V_ROWS)
+    head_dim: int = field(metadata=declares(rows=HEAD_DIM_ROWS))
+    head_dim_v: int = field(metadata=declares(rows=HEAD_DIM_V_ROWS))
     tokens_q: int = 0
     num_heads: int = 0
     page_size: int | None = option(

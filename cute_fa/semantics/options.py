@@ -8,7 +8,7 @@ options and the rows of the support table.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,10 +53,14 @@ class Option:
     rows: tuple[tuple[str, dict[str, Any]], ...] = ()
 
 
-def option(default: Any = MISSING, *, rows: dict[str, dict[str, Any]] | None = None, **declared: Any) -> Any:
-    """A dataclass field with this default and an :class:`Option`."""
-    declared["rows"] = tuple((rows or {}).items())
-    return dataclasses.field(default=default, metadata={"option": Option(**declared)})
+def declares(*, rows: dict[str, dict[str, Any]] | None = None, **declared: Any) -> dict[str, Option]:
+    """The metadata of a dataclass field: an :class:`Option`."""
+    return {"option": Option(**declared, rows=tuple((rows or {}).items()))}
+
+
+def option(default: Any, **declared: Any) -> Any:
+    """A dataclass field with this default and what :func:`declares` makes of the rest."""
+    return dataclasses.field(default=default, metadata=declares(**declared))
 
 
 def options_of(problem: Any) -> dict[str, Option]:

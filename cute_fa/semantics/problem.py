@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from cute_fa.semantics.errors import (
@@ -16,7 +16,7 @@ from cute_fa.semantics.errors import (
     ShapeError,
     WindowError,
 )
-from cute_fa.semantics.options import TensorOption, option
+from cute_fa.semantics.options import TensorOption, declares, option
 from cute_fa.semantics.types import Direction, DType, MaskKind, PersistentMode, PositionBias, SmArch
 
 INT32_MAX = 2**31 - 1
@@ -105,7 +105,7 @@ def _infinite(name: str, bound: int | None) -> int | None:
     return None if bound == -1 else bound
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AttentionProblem:
     """What is asked of a kernel: shapes, dtypes and every semantic choice. ``cute_fa.semantics.tensors.problem_of``
     makes one from tensors and options; making it by hand validates the same rules.
@@ -129,15 +129,15 @@ class AttentionProblem:
     Raises EmptyBatchError, ShapeError, LengthError, WindowError, PageSizeError, Fp8Error or ArgumentError.
     """
 
-    arch: SmArch = option(key="arch")
-    dtype: DType = option(key="dtype", rows=DTYPE_ROWS)
+    arch: SmArch = field(metadata=declares(key="arch"))
+    dtype: DType = field(metadata=declares(key="dtype", rows=DTYPE_ROWS))
     batch: int
     seqlen_q: int
     seqlen_k: int
-    num_heads: int = option(rows={"GQA": {"num_heads": 8}})
+    num_heads: int = field(metadata=declares(rows={"GQA": {"num_heads": 8}}))
     num_heads_kv: int
-    head_dim: int = option(key="head_dim", rows=HEAD_DIM_ROWS)
-    head_dim_v: int = option(key="head_dim_v", rows=HEAD_DIM_V_ROWS)
+    head_dim: int = field(metadata=declares(key="head_dim", rows=HEAD_DIM_ROWS))
+    head_dim_v: int = field(metadata=declares(key="head_dim_v", rows=HEAD_DIM_V_ROWS))
     softmax_scale: float
     window_left: int | None = option(
         None,

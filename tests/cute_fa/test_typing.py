@@ -57,7 +57,7 @@ WRONG = {
     "fa4.flash_attn_varlen_func(q, k, v, block_table=k)": 'Unexpected keyword argument "block_table"',
     "DispatchKey(SmArch.SM_80, DType.BF16, 64, window=3)": 'Unexpected keyword argument "window"',
     "DispatchKey(SmArch.SM_80, DType.BF16, '64')": 'Argument 3 to "DispatchKey" has incompatible type "str"',
-    f"AttentionProblem({FIELDS})": 'Missing named argument "softmax_scale"',
+    f"AttentionProblem({FIELDS})": 'Missing positional argument "softmax_scale"',
     f"AttentionProblem({FIELDS}, softmax_scale=1.0, window=3)": 'Unexpected keyword argument "window"',
     f"AttentionProblem({FIELDS}, softmax_scale=1.0, alibi=k)": 'Argument "alibi" to "AttentionProblem" has',
 }
