@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cute_fa.engine import append, worlds
-from cute_fa.engine.library import define, schema
+from cute_fa.engine.operators import define, schema
 from cute_fa.semantics.call import AppendCall
 from cute_fa.semantics.errors import (
     ArgumentError,

@@ -13,7 +13,7 @@ import torch
 
 from cute_fa.engine import worlds
 from cute_fa.engine.contract import AppendTensors
-from cute_fa.engine.library import define, schema
+from cute_fa.engine.operators import define, schema
 from cute_fa.engine.plan import Plan, odd_strides, plan_of, restrided, signatures
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import target_of

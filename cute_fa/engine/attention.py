@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from cute_fa.engine import plan as plans
 from cute_fa.engine import torch_internals, worlds
 from cute_fa.engine.contract import AttentionTensors
-from cute_fa.engine.library import LIBRARY, define, schema
+from cute_fa.engine.operators import LIBRARY, define, schema
 from cute_fa.engine.plan import Plan, new_like, odd_strides, plan_of, restrided, signature, signatures
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.torch_internals import has_values, unwatched

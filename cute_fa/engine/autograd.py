@@ -15,7 +15,7 @@ from torch import library
 from cute_fa.engine import torch_internals, worlds
 from cute_fa.engine.attention import ARGUMENTS, check_call_devices
 from cute_fa.engine.contract import AttentionTensors, BackwardTensors
-from cute_fa.engine.library import LIBRARY, define
+from cute_fa.engine.operators import LIBRARY, define
 from cute_fa.engine.plan import Plan, odd_strides, plan_of, restrided, signatures
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import target_of

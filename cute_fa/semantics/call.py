@@ -1,7 +1,7 @@
 """The arguments of attention as they travel from the public functions to a launch: declared here, once.
 
 The torch operators take them flat, in this order: q, k, v, :class:`Extras`, :class:`Options`
-(:meth:`Call.of`, :meth:`Call.flat`), and their schema follows from the types here (``cute_fa.engine.library``).
+(:meth:`Call.of`, :meth:`Call.flat`), and their schema follows from the types here (``cute_fa.engine.operators``).
 """
 
 from __future__ import annotations

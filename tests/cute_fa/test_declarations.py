@@ -16,7 +16,7 @@ import cute_fa
 from cute_fa.api import attention, kvcache
 from cute_fa.api.peers import PeerArguments
 from cute_fa.engine import contract
-from cute_fa.engine.library import schema
+from cute_fa.engine.operators import schema
 from cute_fa.semantics import names, reference
 from cute_fa.semantics.append_problem import AppendProblem
 from cute_fa.semantics.call import FIELDS, AppendCall, Call, Extras, Options

@@ -44,7 +44,7 @@ from cute_fa.api.append import append
 from cute_fa.api.attention import prepare
 from cute_fa.engine import attention as engine
 from cute_fa.engine import worlds
-from cute_fa.engine.library import define
+from cute_fa.engine.operators import define
 from cute_fa.engine.torch_internals import has_values
 from cute_fa.semantics.argument_names import spelled
 from cute_fa.semantics.call import AppendCall
