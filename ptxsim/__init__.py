@@ -24,7 +24,7 @@ from ptxsim.errors import (
     WgmmaError,
 )
 from ptxsim.runtime import Launch, Simulation, current, device_view, register_ptx, simulate
-from ptxsim.standin import RuntimeAlreadyLoaded, install
+from ptxsim.standin import RuntimeAlreadyLoaded, attach, install
 from ptxsim.views import DeviceView
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "Trap",
     "UninitializedRead",
     "WgmmaError",
+    "attach",
     "current",
     "device_view",
     "install",

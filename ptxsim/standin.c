@@ -1,6 +1,8 @@
-/* Stand-in for libcute_dsl_runtime.so, the library through which the CuTe DSL's host code calls CUDA.
+/* The simulated CUDA runtime, and its stand-in for libcute_dsl_runtime.so, through which the CuTe DSL's host code calls
+ * CUDA.
  *
- * The DSL's engine binds the symbols of that library once per process, to the copy loaded first. So this one is loaded
+ * A runtime library that can be switched asks ptxsim_function(name) for the functions below. NVIDIA's cannot: the DSL's
+ * engine binds the symbols of that library once per process, to the copy loaded first. So this one is loaded
  * instead of it: it exports every symbol of the real library (PTXSIM_SYMBOLS, enumerated by standin.py from the real
  * library's ELF symbol table) as a jump through a table, and ptxsim_switch() fills the table with the addresses of
  * either world: the real library, opened privately, or the functions below. A call in the real world costs one jump
@@ -10,6 +12,7 @@
  * _cudaLaunchKernel, whose dim3s are six integers. What needs thought is done in Python: report(event, arguments...).
  *
  * Build: cc -shared -fPIC -include symbols.h -DPTXSIM_REAL='"/path/of/the/real/library"' standin.c -ldl
+ * Without PTXSIM_SYMBOLS and PTXSIM_REAL, where there is no DSL, the trampolines are left out.
  */
 #ifndef __x86_64__
 #error "the trampolines are written for x86-64"
@@ -28,6 +31,7 @@ enum { ERROR_NOT_SIMULATED = 801, ERROR_NO_LIBRARY = 999, ERROR_INVALID_HANDLE =
 
 /* ---- trampolines ------------------------------------------------------------------------------------------------ */
 
+#ifdef PTXSIM_SYMBOLS
 enum {
 #define X(index, name) index_of_##name = index,
   PTXSIM_SYMBOLS(X)
@@ -55,6 +59,7 @@ PTXSIM_SYMBOLS(X)
 #define X(index, name) extern HIDDEN char ptxsim_missing_##index[];
 PTXSIM_SYMBOLS(X)
 #undef X
+#endif
 
 /* ---- Python ----------------------------------------------------------------------------------------------------- */
 
@@ -71,7 +76,9 @@ static int report(enum event event, const uint64_t *arguments) {
 #define U(x) ((uint64_t)(uintptr_t)(x))
 #define REPORT(event, ...) report(event, (const uint64_t[]){__VA_ARGS__})
 
+#ifdef PTXSIM_SYMBOLS
 HIDDEN int ptxsim_not_simulated(int index) { return REPORT(NOT_SIMULATED, U(symbol_name[index])); }
+#endif
 
 PUBLIC void ptxsim_set_callback(callback_t f) { callback = f; }
 PUBLIC void ptxsim_set_message(const char *text) { snprintf(message, sizeof message, "%s", text); }
@@ -115,6 +122,9 @@ static int sim_cuda_dialect_init_library_once(void **slot, int (*init)(void **),
   }
   *slot = library;
   return 0;
+}
+static void sim_cuda_dialect_unload_library_once(void **slot) {
+  if (is_simulated(*slot)) *slot = NULL;
 }
 
 /* ---- the device ------------------------------------------------------------------------------------------------- */
@@ -201,7 +211,7 @@ static const struct { const char *name; void *function; } simulated[] = {
 #define S(name) {#name, (void *)sim_##name},
     S(_cudaLibraryLoadData) S(_cuLibraryLoadData) S(_cudaLibraryGetKernel) S(_cuLibraryGetKernel)
     S(_cudaKernelSetAttributeForDevice) S(_cudaFuncSetAttribute) S(_cuKernelGetAttribute)
-    S(cuda_dialect_init_library_once) S(_cudaGetDevice) S(_cudaSetDevice) S(_cudaGetDeviceCount) S(_cuDeviceGet)
+    S(cuda_dialect_init_library_once) S(cuda_dialect_unload_library_once) S(_cudaGetDevice) S(_cudaSetDevice) S(_cudaGetDeviceCount) S(_cuDeviceGet)
     S(_cudaDeviceGetAttribute) S(_cudaDeviceSynchronize) S(_cudaOccupancyMaxActiveBlocksPerMultiprocessor)
     S(_cudaStreamSynchronize) S(_cudaStreamCreate) S(_cudaStreamDestroy) S(_cudaLaunchKernelEx) S(_cudaLaunchKernel)
     S(_cuTensorMapEncodeTiled) S(_cudaMalloc) S(_cudaMallocAsync) S(_cudaFree) S(_cudaFreeAsync) S(_cudaMemcpy)
@@ -211,6 +221,14 @@ static const struct { const char *name; void *function; } simulated[] = {
 #undef S
 };
 
+/* The function that stands for one of the runtime's in the simulated world; NULL if there is none. */
+PUBLIC void *ptxsim_function(const char *name) {
+  for (size_t i = 0; i < sizeof simulated / sizeof *simulated; i++)
+    if (!strcmp(name, simulated[i].name)) return simulated[i].function;
+  return NULL;
+}
+
+#ifdef PTXSIM_SYMBOLS
 /* ---- functions that obey the handle they are given, in both worlds ----------------------------------------------- */
 
 #define REAL(name, ...) ((int (*)())real_target[index_of_##name])(__VA_ARGS__)
@@ -261,11 +279,10 @@ __attribute__((constructor)) static void open_real_library(void) {
     void *found = real ? dlsym(real, symbol_name[i]) : NULL;
     real_target[i] = found ? found : (void *)no_real_library;
   }
-#define X(index, name) simulated_target[index] = ptxsim_missing_##index;
+#define X(index, name) \
+  simulated_target[index] = ptxsim_function(#name) ? ptxsim_function(#name) : (void *)ptxsim_missing_##index;
   PTXSIM_SYMBOLS(X)
 #undef X
-  for (int i = 0; i < N_SYMBOLS; i++)
-    for (size_t j = 0; j < sizeof simulated / sizeof *simulated; j++)
-      if (!strcmp(symbol_name[i], simulated[j].name)) simulated_target[i] = simulated[j].function;
   ptxsim_switch(0);
 }
+#endif

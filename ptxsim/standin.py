@@ -4,12 +4,16 @@ The DSL's engine resolves the runtime's symbols once per process, from whichever
 therefore puts a library of our own (standin.c) in its place before the engine loads anything: it exports the same
 symbols and forwards each call either to the real library, which it opens privately, or to the simulator.
 
+Exported kernels may also be linked to a runtime library that can be switched; ``attach`` tells of one. Where the DSL is
+not installed, those are all there is.
+
 The library is built on first use (``ptxsim.compiled``).
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import struct
@@ -22,6 +26,7 @@ from ptxsim.errors import SimError
 SOURCE = Path(__file__).with_name("standin.c")
 RUNTIME_LIBRARY = "cute_dsl_runtime"
 CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_uint64))
+DSL = "nvidia_cutlass_dsl"
 
 
 class RuntimeAlreadyLoaded(SimError):
@@ -29,28 +34,42 @@ class RuntimeAlreadyLoaded(SimError):
 
 
 class Standin:
-    """The loaded stand-in library of this process."""
+    """The loaded stand-in library of this process; ``of_dsl``: whether it stands for the DSL's runtime library."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, of_dsl: bool):
+        self.path, self.of_dsl, self._simulating = path, of_dsl, False
         self._library = ctypes.CDLL(str(path))
-        self._library.ptxsim_load_error.restype = ctypes.c_char_p
         self._library.ptxsim_set_callback.argtypes = [CALLBACK]
         self._library.ptxsim_set_message.argtypes = [ctypes.c_char_p]
         self._callback = CALLBACK()
-        problem = self._library.ptxsim_load_error().decode()
-        if problem:
-            raise SimError(f"the DSL's runtime library cannot be opened: {problem}")
+        if of_dsl:
+            self._library.ptxsim_load_error.restype = ctypes.c_char_p
+            problem = self._library.ptxsim_load_error().decode()
+            if problem:
+                raise SimError(f"the DSL's runtime library cannot be opened: {problem}")
 
     def simulate(self, callback) -> None:
         """Enter the simulated world: calls go to ``callback(event, arguments) -> CUDA error code``."""
         self._callback = CALLBACK(callback)
         self._library.ptxsim_set_callback(self._callback)
-        self._library.ptxsim_switch(1)
+        self._switch(True)
 
     def leave(self) -> None:
-        """Enter the real world: calls go to the DSL's own library."""
-        self._library.ptxsim_switch(0)
+        """Enter the real world: calls go to the libraries themselves."""
+        self._switch(False)
+
+    def _switch(self, simulating: bool) -> None:
+        self._simulating = simulating
+        if self.of_dsl:
+            self._library.ptxsim_switch(int(simulating))
+        for library in _attached:
+            self.switch_attached(library)
+
+    def switch_attached(self, library: ctypes.CDLL) -> None:
+        """Bring an attached library into the present world."""
+        missing = library.host_runtime_switch(self._library.ptxsim_function if self._simulating else None)
+        if missing:
+            raise SimError(f"{missing.decode()} of {library._name} is not simulated")
 
     def set_idle(self, idle: bool) -> None:
         """Whether simulated launches succeed at once, unseen by the callback."""
@@ -62,15 +81,34 @@ class Standin:
 
 
 _installed: Standin | None = None
+_attached: list[ctypes.CDLL] = []
+
+
+def attach(library: ctypes.CDLL) -> None:
+    """Let simulations take over a loaded runtime library that can be switched; idempotent.
+
+    It exports ``const char *host_runtime_switch(void *(*find)(const char *name))``: its functions then do what those do
+    that ``find`` gives for the names of the CUDA runtime's (with a leading underscore) or the DSL's, or their own again
+    for NULL; it returns the name of one that ``find`` does not know, and then changes nothing.
+    """
+    if all(library._handle != other._handle for other in _attached):
+        library.host_runtime_switch.argtypes, library.host_runtime_switch.restype = [ctypes.c_void_p], ctypes.c_char_p
+        if _installed is not None:
+            _installed.switch_attached(library)
+        _attached.append(library)
 
 
 def install() -> Standin:
     """Put the stand-in library in the place of the DSL's runtime library, for the rest of the process; idempotent.
 
     Plain (real) use of the DSL goes on working. Raises RuntimeAlreadyLoaded if the DSL has compiled or loaded a
-    function before, CompilerMissing if the library must be built and there is no C compiler.
+    function before, CompilerMissing if the library must be built and there is no C compiler. Where the DSL is not
+    installed, only attached libraries are simulated.
     """
     global _installed
+    if _installed is None and importlib.util.find_spec(DSL) is None:
+        _require_platform()
+        _installed = Standin(compiled(SOURCE, "libptxsim_runtime.so", ["-O2"], "the simulated runtime"), of_dsl=False)
     if _installed is None:
         environment = _dsl().envar
         libraries = (environment.shared_libs or "").split(os.pathsep)
@@ -83,7 +121,7 @@ def install() -> Standin:
                 "simulation once, or call ptxsim.install(), before the first cute.compile, @cute.jit call or "
                 "cute.runtime.load_module of the process"
             )
-        standin = Standin(build(Path(real)))
+        standin = Standin(build(Path(real)), of_dsl=True)
         environment.shared_libs = environment.shared_libs.replace(real, str(standin.path))
         _redirect_discovery(real, str(standin.path))
         _installed = standin
@@ -121,14 +159,18 @@ def _mapped(name: str) -> bool:
 
 def build(real: Path) -> Path:
     """Path of the stand-in for the runtime library ``real``, built if it is not in the cache."""
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise SimError(f"the simulator needs Linux on x86_64, not {platform.system()} on {platform.machine()}")
+    _require_platform()
     real = real.resolve()
     symbols = exported_functions(real.read_bytes())
     listed = " ".join(f"X({index}, {name})" for index, name in enumerate(symbols))
     header = f'#define PTXSIM_SYMBOLS(X) {listed}\n#define PTXSIM_REAL "{real}"\n'
     # The file name stays: the DSL looks for a path that ends so.
     return compiled(SOURCE, real.name, ["-O2", "-ldl"], "the stand-in library", header)
+
+
+def _require_platform() -> None:
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise SimError(f"the simulator needs Linux on x86_64, not {platform.system()} on {platform.machine()}")
 
 
 def exported_functions(elf: bytes) -> list[str]:

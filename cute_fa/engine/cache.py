@@ -9,9 +9,8 @@ machine's temporary one takes its place, with a warning. One folder an entry, na
     kernel.cubin   the cubin alone, by whose bytes the simulator finds the PTX
     manifest.json  the key in full and the SHA-256 of the three
 
-An entry is executed only from bytes that were read once, found to be what the manifest says, and lie in a folder that
-nobody but this user or root can write. Anything else there is replaced by a fresh compile. The hashes find damage, not
-forgery: who can write as this user can run code as this user anyway.
+An entry is executed only from bytes that :mod:`cute_fa.engine.files` has verified; anything else there is replaced by a
+fresh compile.
 
 Nothing here imports the DSL; :mod:`cute_fa.engine.compiler` does the compiling and loading.
 """
@@ -22,37 +21,32 @@ import dataclasses
 import errno
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import logging
 import os
-import platform
 import shutil
-import stat
-import sys
 import tempfile
 import threading
 import warnings
 from dataclasses import dataclass
-from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import filelock
 import platformdirs
 
-from cute_fa.engine.contract import KernelConfig
+from cute_fa.engine import files, keys
 from cute_fa.engine.environment import switch
-from cute_fa.semantics.errors import ArgumentError
+from cute_fa.engine.files import RejectedError
+from cute_fa.engine.keys import Key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-logger = logging.getLogger(__name__)
+    from cute_fa.engine.contract import KernelConfig
 
-# Raised whenever the meaning of an entry changes: its files, the compile options, how a kernel is called.
-FORMAT = 1
+logger = logging.getLogger(__name__)
 
 # A holder of the lock that neither finishes nor dies (a stopped process) must not stop the others for ever: after
 # this many seconds they compile for themselves. The slowest kernel takes about a tenth of it.
@@ -96,15 +90,6 @@ class Stats:
 
 
 stats = Stats()
-
-
-@dataclass(frozen=True)
-class Key:
-    """What an entry depends on: ``fields`` in words, ``digest`` (32 hex digits) as the name of its folder."""
-
-    fields: dict[str, Any]
-    digest: str
-    roots: tuple[Path, ...]  # the files and folders behind fields["sources"]
 
 
 def enabled() -> bool:
@@ -156,23 +141,9 @@ def clear() -> int:
 
 
 def key_of(config: KernelConfig, line_info: bool = False) -> Key:
-    """The cache key of a config: its fields, the sources that shape its code, the tools, the target, the host, and
-    whether the PTX names lines of Python."""
-    roots = _source_roots(type(config))
-    fields = {
-        "format": FORMAT,
-        "name": config.compile_name,
-        "config": _canonical(config),
-        "sources": _source_hash(roots),
-        "versions": _versions(),
-        "target": config.arch.value,
-        "python": sys.implementation.cache_tag,
-        "host": _host(),
-        "settings": _settings(),
-        "line_info": line_info,
-    }
-    text = json.dumps(fields, sort_keys=True)
-    return Key(fields, hashlib.sha256(text.encode()).hexdigest()[:32], roots)
+    """The cache key of a config: what the kernel is, and the tools and settings that it is compiled with."""
+    key = keys.key_of(config, line_info)
+    return Key({**key.fields, "versions": versions(), "settings": _settings()}, key.roots)
 
 
 def fetch(key: Key, build: Callable[[], Artifacts]) -> Artifacts:
@@ -184,7 +155,7 @@ def fetch(key: Key, build: Callable[[], Artifacts]) -> Artifacts:
         return build()
     try:
         found = _read(key)
-    except _RejectedError:
+    except RejectedError:
         found = None  # replaced under the lock below, unless another process has done so by then
     if found is not None:
         return found
@@ -204,7 +175,7 @@ def fetch(key: Key, build: Callable[[], Artifacts]) -> Artifacts:
     try:
         try:
             found = _read(key)
-        except _RejectedError as reason:
+        except RejectedError as reason:
             stats.count("rejected")
             logger.warning("%s is not used: %s", directory() / key.digest, reason)
         if found is None:
@@ -218,65 +189,8 @@ def fetch(key: Key, build: Callable[[], Artifacts]) -> Artifacts:
 # ---- the key ---------------------------------------------------------------------------------------------------------
 
 
-def _canonical(value: Any) -> Any:
-    """JSON-able form of a config or a value in it, the same in every process."""
-    if isinstance(value, Enum):
-        return f"{type(value).__qualname__}.{value.name}"
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value.hex()
-    if isinstance(value, (tuple, list)):
-        return [_canonical(item) for item in value]
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: _canonical(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"class": _canonical(type(value)), **fields}
-    raise ArgumentError(
-        f"{value!r} in a kernel config: must be None, a bool, number, string, enum, class, tuple or dataclass of these"
-    )
-
-
-# What device code of all kernels is made from, in this package.
-SHARED_SOURCES = (
-    "device",
-    "engine/contract.py",
-    *(f"semantics/{name}.py" for name in ("append_problem", "names", "options", "problem", "types", "visibility")),
-)
-
-
-def _source_roots(cls: type) -> tuple[Path, ...]:
-    """Files and folders whose Python sources shape the code of a config class: those that all kernels share, and the
-    top-level packages of the class and its bases (the file itself for a module outside a package)."""
-    package = Path(__file__).parents[1]
-    roots = {package / place for place in SHARED_SOURCES}
-    for base in cls.__mro__:
-        if base.__module__ != KernelConfig.__module__ and issubclass(base, KernelConfig):
-            file = Path(inspect.getfile(base)).resolve()
-            # "fa2_sm80.forward.entry" lies one folder below its top-level package's parent, "fa2_sm80.a.b" two.
-            depth = base.__module__.count(".") + (file.name == "__init__.py")
-            roots.add(file.parents[depth - 1] if depth else file)
-    return tuple(sorted(roots))
-
-
-@cache  # The code is imported once: a key must not follow later edits of its source.
-def _source_hash(roots: tuple[Path, ...]) -> str:
-    return _hash_sources(roots)
-
-
-def _hash_sources(roots: tuple[Path, ...]) -> str:
-    digest = hashlib.sha256()
-    for root in roots:
-        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(root.parent).as_posix()} {len(content)}\n".encode())
-            digest.update(content)
-    return digest.hexdigest()
-
-
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions of what generates and runs the code; the DSL's two CUDA flavours bring different ptxas."""
     versions = {}
     dsl = "nvidia-cutlass-dsl"
@@ -286,19 +200,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "absent"
     return versions
-
-
-@cache
-def _host() -> str:
-    """The machine that host code is generated for: LLVM uses every vector extension of the CPU at hand (seen:
-    AVX-512), and a home directory may be shared with a machine that has fewer."""
-    features = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as lines:  # one processor's are enough, there may be hundreds
-            features = next((line.rstrip() for line in lines if line.startswith(("flags", "Features"))), features)
-    except OSError:
-        logger.debug("no /proc/cpuinfo: the processor's name stands for its features")
-    return f"{platform.system()} {platform.machine()} {hashlib.sha256(features.encode()).hexdigest()[:16]}"
 
 
 def _settings() -> dict[str, str]:
@@ -313,76 +214,29 @@ def _settings() -> dict[str, str]:
 # ---- entries ---------------------------------------------------------------------------------------------------------
 
 
-class _RejectedError(Exception):
-    """An entry that must not be used; the text says why."""
-
-
 def _read(key: Key) -> Artifacts | None:
-    """The verified content of an entry, None if there is none. Each file is read once, through descriptors below the
-    folder that was checked, so what was verified is what is returned whatever happens to the names meanwhile."""
+    """The verified content of an entry, None if there is none."""
     try:
-        folder = os.open(directory() / key.digest, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with files.opened(directory() / key.digest) as folder:
+            manifest = files.parse_json(files.read(folder, _MANIFEST), {"key": dict, "files": dict})
+            if manifest["key"] != key.fields:
+                raise RejectedError("the manifest holds another key")
+            contents = {name: files.read(folder, name) for name in (_OBJECT, _PTX, _CUBIN)}
+            for name, content in contents.items():
+                files.verify(name, content, manifest["files"].get(name))
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise _RejectedError(f"not a readable folder: {error.strerror}") from error
-    try:
-        _check_owner(folder, "the folder")
-        manifest = _parse_manifest(_read_file(folder, _MANIFEST))
-        if manifest["key"] != key.fields:
-            raise _RejectedError("the manifest holds another key")
-        contents = {name: _read_file(folder, name) for name in (_OBJECT, _PTX, _CUBIN)}
-        for name, content in contents.items():
-            if hashlib.sha256(content).hexdigest() != manifest["files"].get(name):
-                raise _RejectedError(f"the hash of {name} is not the manifest's")
-    finally:
-        os.close(folder)
     stats.count("loaded")
     return Artifacts(contents[_OBJECT], contents[_PTX].decode(), contents[_CUBIN])
-
-
-def _read_file(folder: int, name: str) -> bytes:
-    try:
-        # Non-blocking: a pipe put in the file's place must not hang the reader.
-        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        try:
-            _check_owner(file, name)
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise _RejectedError(f"{name} is not a regular file")
-            with open(file, "rb", closefd=False) as stream:
-                return stream.read()
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise _RejectedError(f"{name}: {error.strerror}") from error
-
-
-def _check_owner(descriptor: int, name: str) -> None:
-    status = os.fstat(descriptor)
-    if status.st_uid not in (os.geteuid(), 0):
-        raise _RejectedError(f"{name} belongs to user {status.st_uid}")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise _RejectedError(f"{name} can be written by others (mode {stat.S_IMODE(status.st_mode):o})")
-
-
-def _parse_manifest(content: bytes) -> dict[str, Any]:
-    try:
-        manifest = json.loads(content)
-        sound = isinstance(manifest["key"], dict) and isinstance(manifest["files"], dict)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _RejectedError(f"{_MANIFEST} cannot be parsed: {error!r}") from error
-    if not sound:
-        raise _RejectedError(f"{_MANIFEST} is not that of an entry")
-    return manifest
 
 
 def _write(key: Key, artifacts: Artifacts) -> None:
     """Store an entry: written beside its place, then renamed into it. The caller holds the lock."""
     target = directory() / key.digest
-    files = {_OBJECT: artifacts.object, _PTX: artifacts.ptx.encode(), _CUBIN: artifacts.cubin}
-    manifest = {"key": key.fields, "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
+    contents = {_OBJECT: artifacts.object, _PTX: artifacts.ptx.encode(), _CUBIN: artifacts.cubin}
+    manifest = {"key": key.fields, "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}}
     try:
-        if _hash_sources(key.roots) != key.fields["sources"]:
+        if not key.sources_as_imported():
             # The code in memory may be of either state, or older than both: the entry would lie about its origin.
             logger.warning("%s is not stored: its sources have been edited meanwhile", key.fields["name"])
             return
@@ -391,7 +245,7 @@ def _write(key: Key, artifacts: Artifacts) -> None:
                 _remove(leftover)
         temporary = Path(tempfile.mkdtemp(prefix=f"{key.digest}.", dir=directory()))
         try:
-            for name, data in {**files, _MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
+            for name, data in {**contents, _MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
                 # The mode is explicit, since an open umask would make an entry that _read rejects.
                 with open(os.open(temporary / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
                     stream.write(data)

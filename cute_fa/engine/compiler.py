@@ -1,9 +1,12 @@
-"""From a kernel config to a function that runs: memory, disk (:mod:`cute_fa.engine.cache`), then the DSL's compiler.
+"""From a kernel config to a function that runs: memory, bundles (:mod:`cute_fa.engine.bundles`), the disk cache
+(:mod:`cute_fa.engine.cache`), then the DSL's compiler.
 
 A kernel is always compiled without the DSL's own JIT engine, exported to an object file under a name of its own, and
 run from that object. So a fresh compile and a cached entry take one path; compiling needs no GPU, no C compiler and
 does not load the CUDA runtime library; and kernels whose mangled names collide do not meet (the DSL cuts its names at
 180 characters).
+
+Host code is compiled for x86-64-v2, so that a kernel compiled here runs on any such machine.
 
 The kernel callable of ``KernelConfig.build()`` takes one tuple of arguments and the environment stream, which TVM-FFI
 sets to torch's current stream.
@@ -11,7 +14,10 @@ sets to torch's current stream.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+import platform
 import tempfile
 import threading
 from contextlib import contextmanager
@@ -21,23 +27,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cute_fa.engine import cache, worlds
+from cute_fa.engine import bundles, cache, keys, worlds
 from cute_fa.engine.cache import Artifacts
-from cute_fa.semantics.errors import NoDeviceError
+from cute_fa.semantics.errors import CompilerMissingError, NoDeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cute_fa.engine.bundles import BundledKernel
     from cute_fa.engine.contract import KernelConfig
     from cute_fa.semantics.types import SmArch
 
 
 @dataclass(frozen=True, eq=False)
 class CompiledKernel:
-    """A kernel loaded into one world: ``simulated`` or real. ``function`` is the ``tvm_ffi.Function``."""
+    """A kernel loaded into one world: ``simulated`` or real. ``function`` is the ``tvm_ffi.Function``; ``artifacts`` say
+    where it comes from: a bundle, or the cache and the compiler."""
 
     name: str
-    artifacts: Artifacts
+    artifacts: Artifacts | BundledKernel
     function: Any
     simulated: bool
 
@@ -89,6 +97,16 @@ def compile_artifacts(config: KernelConfig) -> tuple[str, bytes]:
     return artifacts.ptx, artifacts.cubin
 
 
+def exported(config: KernelConfig) -> Artifacts:
+    """The object of a config, with its PTX and cubin, from the disk cache or compiled: what bundles are linked from."""
+    return _artifacts(config, line_info=False)
+
+
+def export_name(config: KernelConfig, line_info: bool = False) -> str:
+    """The function that an object exports; its symbol is ``__tvm_ffi_`` and this."""
+    return f"cute_fa_{cache.key_of(config, line_info).digest}"
+
+
 def _line_info() -> bool:
     """Whether the DSL compiles with line information now: what a simulation was asked for."""
     simulation = worlds.simulation()
@@ -108,30 +126,41 @@ def _prepare(config: KernelConfig, simulated: bool, line_info: bool) -> Compiled
     with lock:
         kernel = _kernels.get((config, simulated, line_info))
         if kernel is None:
-            artifacts = _artifacts(config, line_info)
-            if simulated:
-                from cute_fa.engine.worlds import simulated as simulator
-
-                simulator.register_ptx(artifacts.cubin, artifacts.ptx)
-            function = _load(artifacts, cache.key_of(config, line_info))
-            kernel = CompiledKernel(config.compile_name, artifacts, function, simulated)
-            _kernels[config, simulated, line_info] = kernel
+            kernel = _kernels[config, simulated, line_info] = _loaded(config, simulated, line_info)
     return kernel
 
 
+def _loaded(config: KernelConfig, simulated: bool, line_info: bool) -> CompiledKernel:
+    bundled = bundles.find(keys.key_of(config, line_info))
+    artifacts = bundled or _artifacts(config, line_info)
+    if simulated:
+        from cute_fa.engine.worlds import simulated as simulator
+
+        simulator.register_ptx(artifacts.cubin, artifacts.ptx)
+        if bundled:
+            simulator.attach(bundles.host_runtime(bundled.bundle))
+    function = bundled.load(simulated) if bundled else _load(artifacts, export_name(config, line_info))
+    return CompiledKernel(config.compile_name, artifacts, function, simulated)
+
+
 def _artifacts(config: KernelConfig, line_info: bool) -> Artifacts:
-    loaded = _kernels.get((config, True, line_info)) or _kernels.get((config, False, line_info))
-    if loaded:
-        return loaded.artifacts
+    for simulated in (True, False):
+        loaded = _kernels.get((config, simulated, line_info))
+        if loaded and isinstance(loaded.artifacts, Artifacts):
+            return loaded.artifacts
     key = cache.key_of(config, line_info)
-    return cache.fetch(key, lambda: _compile(config, key))
+    if not dsl_installed():
+        raise CompilerMissingError(config.compile_name, bundles.looked_into(keys.key_of(config, line_info)))
+    return cache.fetch(key, lambda: _compile(config, export_name(config, line_info)))
 
 
-def _export_name(key: cache.Key) -> str:
-    return f"cute_fa_{key.digest}"
+@functools.cache
+def dsl_installed() -> bool:
+    """Whether kernels can be compiled, and loaded from the disk cache: what a bundle needs no DSL for."""
+    return importlib.util.find_spec("nvidia_cutlass_dsl") is not None
 
 
-def _compile(config: KernelConfig, key: cache.Key) -> Artifacts:
+def _compile(config: KernelConfig, name: str) -> Artifacts:
     from cutlass import cute
     from cutlass.base_dsl.compiler import DumpDir
 
@@ -140,9 +169,31 @@ def _compile(config: KernelConfig, key: cache.Key) -> Artifacts:
         options = (cute.EnableTVMFFI, cute.KeepPTX, cute.KeepCUBIN, DumpDir(scratch))
         function, arguments = config.build()
         result = cute.compile[options](function, *arguments, no_jit_engine=True)
+        _compile_host_code_for_all(result.ir_module)
         path = Path(scratch, "kernel.o")
-        result.export_to_c(str(path), function_name=_export_name(key))
+        result.export_to_c(str(path), function_name=name)
         return Artifacts(path.read_bytes(), result.artifacts.PTX, result.artifacts.CUBIN)
+
+
+def _compile_host_code_for_all(module: Any) -> None:
+    """Set the processor that a module's functions are compiled for: LLVM takes the one at hand with all its extensions
+    otherwise. (The DSL's own option for it, HostTarget, is refused together with TVM-FFI.)"""
+    from cutlass._mlir import ir
+
+    if platform.machine() != "x86_64":
+        return
+    listed = ", ".join(f'"{feature}"' for feature in keys.HOST_FEATURES)
+    with module.context:
+        processor = ir.StringAttr.get(keys.HOST_CPU)
+        features = ir.Attribute.parse(f"#llvm.target_features<[{listed}]>")
+
+        def visit(operation: Any) -> Any:
+            if operation.name == "llvm.func" and operation.regions[0].blocks:  # not a declaration
+                operation.attributes["target_cpu"] = processor
+                operation.attributes["target_features"] = features
+            return ir.WalkResult.ADVANCE
+
+        module.operation.walk(visit)
 
 
 @contextmanager
@@ -164,7 +215,7 @@ def _target(arch: SmArch) -> Iterator[None]:
         dsl.envar.arch, dsl.compile_options = saved
 
 
-def _load(artifacts: Artifacts, key: cache.Key) -> Any:
+def _load(artifacts: Artifacts, name: str) -> Any:
     """Link the object in this process. It comes from memory, not from the cache folder: these bytes were verified."""
     from cutlass import cute
 
@@ -174,7 +225,7 @@ def _load(artifacts: Artifacts, key: cache.Key) -> Any:
             stream.write(artifacts.object)
         with _loading:
             module = cute.runtime.load_module(f"/proc/self/fd/{file}", enable_tvm_ffi=True)
-            return module[_export_name(key)]
+            return module[name]
     finally:
         os.close(file)
 

@@ -70,6 +70,21 @@ class NoDeviceError(CuteFaError):
     """CPU tensors without a simulator chosen, or a GPU needed where there is none."""
 
 
+class BundleError(CuteFaError):
+    """A bundle of compiled kernels that cannot be used: damaged, of another version, for a newer driver."""
+
+
+class CompilerMissingError(CuteFaError):
+    """A kernel that has to be compiled where nvidia-cutlass-dsl is not installed."""
+
+    def __init__(self, kernel: str, looked_into: str):
+        super().__init__(
+            f"{kernel}: {looked_into}; and nvidia-cutlass-dsl, which compiles kernels and loads them from the disk "
+            "cache, is not installed. Install it, or bundle the kernel: python -m cute_fa bundle"
+        )
+        self.kernel = kernel
+
+
 class WindowError(CuteFaError):
     """A window bound that is neither a size nor infinite (−1 or None)."""
 

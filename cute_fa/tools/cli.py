@@ -29,6 +29,7 @@ from cute_fa.semantics.errors import ArgumentError, CuteFaError
 from cute_fa.semantics.names import canonical_name
 from cute_fa.tools import support
 from cute_fa.tools.append_trial import AppendResult, run_append_trial
+from cute_fa.tools.bundle import WHEEL_TAG, check_out, write_bundle
 from cute_fa.tools.inputs import Inputs, make_inputs, output_gradients
 from cute_fa.tools.problem_options import PROBLEM_OPTIONS, ProblemOptions, with_options
 from cute_fa.tools.tour import run_tour, tour_table
@@ -40,7 +41,7 @@ from cute_fa.tools.trial import (
     run_backward_trial,
     run_trial,
 )
-from cute_fa.tools.warm import read_keys, warm
+from cute_fa.tools.warm import Warmed, read_keys, warm
 
 _PIPE_WIDTH = 140  # columns of a table that goes to a pipe or file, which have no width of their own
 
@@ -155,8 +156,7 @@ def compile_command(
 ) -> None:
     """Write the kernel that serves the problem as PTX and cubin, named by its compile name. Needs no GPU.
 
-    With --keys, fill the cache ahead of time: CUTE_FA_CACHE_DIR=DIR names a folder that can be shipped to machines with
-    the same kind of CPU and used there as their cache, without compiling anything.
+    With --keys, fill the cache ahead of time; CUTE_FA_CACHE_DIR=DIR names another folder for it.
     """
     chosen = [name for name in given if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     if (out is None) == (keys is None) or (keys and chosen):
@@ -187,6 +187,49 @@ def compile_command(
                 click.echo(f"wrote           {path}")
 
 
+@main.command("bundle")
+@click.option(
+    "--keys",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="The kernels: problems as for compile --keys, or what record_keys wrote.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help=f"Folder, or NAME-VERSION-{WHEEL_TAG}.whl.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that compile.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def bundle_command(keys: Path, out: Path, jobs: int, as_json: bool) -> None:
+    """Make a bundle: compiled kernels that run without nvidia-cutlass-dsl, on any Python. Needs a C compiler, no GPU.
+
+    CUTE_FA_BUNDLES=DIR, cute_fa.use_bundles(DIR) or installing the wheel makes them be found, before the cache and the
+    compiler.
+    """
+    with _errors(as_json):
+        check_out(out)
+        configs = read_keys(keys, _config_of)
+        _compile_all(configs, jobs)
+        done = []
+        with _writing("--out", out):
+            for kernel in track(write_bundle(configs, out), "linking", len(configs), console=_notes()):
+                done.append(kernel)
+        bytes_of = {"library_bytes": sum(k.library_bytes for k in done), "ptx_bytes": sum(k.ptx_bytes for k in done)}
+        if as_json:
+            kernels = [kernel._asdict() for kernel in done]
+            click.echo(json.dumps({"ok": True, "out": str(out), **bytes_of, "kernels": kernels}))
+            return
+        for kernel in done:
+            click.echo(f"{kernel.library_bytes / 1e3:8.0f} kB, PTX {kernel.ptx_bytes / 1e3:5.0f} kB  {kernel.name}")
+        megabytes = {name: f"{size / 1e6:.1f} MB" for name, size in bytes_of.items()}
+        packed = f", {out.stat().st_size / 1e6:.1f} MB packed" if out.is_file() else ""
+        click.echo(
+            f"{len(done)} kernels: {megabytes['library_bytes']}, PTX {megabytes['ptx_bytes']}{packed}, in {out}"
+        )
+
+
 @click.command(add_help_option=False)
 @with_options(PROBLEM_OPTIONS)
 def _one_problem(**given) -> ProblemOptions:
@@ -203,18 +246,25 @@ def _config_of(options: list[str]) -> KernelConfig:
 
 
 def _warm(keys: Path, jobs: int, as_json: bool) -> None:
-    configs = read_keys(keys, _config_of)
-    notes = Console(stderr=True, highlight=False)
-    done = []
-    for kernel in track(warm(configs, jobs), "compiling", len(configs), console=notes):
-        notes.print(f"{kernel.name}: " + (f"compiled in {kernel.seconds:.1f} s" if kernel.compiled else "in the cache"))
-        done.append(kernel)
+    done = _compile_all(read_keys(keys, _config_of), jobs)
     compiled = sum(kernel.compiled for kernel in done)
     if as_json:
         kernels = [kernel._asdict() for kernel in done]
         click.echo(json.dumps({"ok": True, "directory": str(cache.directory()), "kernels": kernels}))
     else:
         click.echo(f"{compiled} compiled, {len(done) - compiled} there already, in {cache.directory()}")
+
+
+def _compile_all(configs: list[KernelConfig], jobs: int) -> list[Warmed]:
+    notes, done = _notes(), []
+    for kernel in track(warm(configs, jobs), "compiling", len(configs), console=notes):
+        notes.print(f"{kernel.name}: " + (f"compiled in {kernel.seconds:.1f} s" if kernel.compiled else "in the cache"))
+        done.append(kernel)
+    return done
+
+
+def _notes() -> Console:
+    return Console(stderr=True, highlight=False)
 
 
 @main.command()

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 current = ptxsim.current
+attach = ptxsim.attach
 register_ptx = ptxsim.register_ptx
 SimError = ptxsim.SimError
 
