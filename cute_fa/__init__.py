@@ -9,15 +9,15 @@ from cute_fa.api.kvcache import flash_attn_with_kvcache
 from cute_fa.api.merge import merge_states
 from cute_fa.api.requests import CumulativeSeqlens, Fa2BwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest
 from cute_fa.api.rotary import apply_rotary_emb
+from cute_fa.engine.bundles import use_bundles
 from cute_fa.engine.recording import record_keys
 from cute_fa.engine.table import TABLE, DispatchKey, DispatchTable
+from cute_fa.engine.version import __version__
 from cute_fa.engine.worlds import simulate
 from cute_fa.semantics import errors, reference
 from cute_fa.semantics.errors import CuteFaError
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, KvLayout, MaskKind, PersistentMode, PositionBias, SmArch
-
-__version__ = "0.1.0"
 
 __all__ = [
     "TABLE",
@@ -41,6 +41,7 @@ __all__ = [
     "PositionBias",
     "SmArch",
     "VarlenFwdRequest",
+    "__version__",
     "append_kv",
     "append_rows",
     "apply_rotary_emb",
@@ -53,4 +54,5 @@ __all__ = [
     "record_keys",
     "reference",
     "simulate",
+    "use_bundles",
 ]

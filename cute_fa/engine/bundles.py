@@ -1,4 +1,4 @@
-"""Bundles: kernels compiled elsewhere, which load through TVM-FFI without nvidia-cutlass-dsl, whatever the Python version.
+"""Bundles: kernels compiled elsewhere, which load through TVM-FFI without nvidia-cutlass-dsl, on any Python.
 
 A bundle is a folder that ``python -m cute_fa bundle`` writes, alone or inside a wheel:
 
@@ -7,10 +7,10 @@ A bundle is a folder that ``python -m cute_fa bundle`` writes, alone or inside a
     NAME.so, NAME.ptx.gz       a kernel: host code with the cubin in it, and what the simulator runs
 
 Kernels are looked for by :func:`keys.key_of`: config, sources, target, ABI. Looked into are, in this order, the folders
-given to :func:`use_bundles`, those of ``CUTE_FA_BUNDLES`` (separated by ``:``), and installed wheels (entry points of the
-group ``cute_fa.bundles``, each a package that holds a bundle). A file is used only from bytes that were read once and have
-the manifest's hash; in a folder that was named, only where nobody but this user or root can write. What a wheel installs
-is trusted as its code is.
+given to :func:`use_bundles`, those of ``CUTE_FA_BUNDLES`` (separated by ``:``), and installed wheels (entry points of
+the group ``cute_fa.bundles``, each a package that holds a bundle). A file is used only from bytes that were read once
+and have the manifest's hash; in a folder that was named, only where nobody but this user or root can write. What a
+wheel installs is trusted as its code is.
 
 Nothing here imports the DSL.
 """
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from cute_fa.engine import files
 from cute_fa.engine.files import RejectedError
+from cute_fa.engine.version import __version__
 from cute_fa.semantics.errors import BundleError
 
 if TYPE_CHECKING:
@@ -57,8 +58,6 @@ class Bundle:
         self._runtime = manifest["runtime"]
 
     def _manifest(self) -> dict[str, Any]:
-        from cute_fa import __version__
-
         try:
             manifest = files.parse_json(self._bytes(MANIFEST), {"format": int})
             if manifest["format"] == FORMAT:
@@ -129,8 +128,8 @@ class BundledKernel:
         least = self.bundle.least_driver[self.entry["key"]["target"]]
         if 0 < present < least:
             raise BundleError(
-                f"{self.entry['key']['name']} of {self.bundle.folder} needs a driver for CUDA {_version(least)}, this one "
-                f"is for CUDA {_version(present)}: update the driver, or make the bundle with the DSL's libraries for an "
+                f"{self.entry['key']['name']} of {self.bundle.folder} needs a driver for CUDA {_version(least)}, this "
+                f"one is for CUDA {_version(present)}: update it, or make the bundle with the DSL's libraries for an "
                 "older CUDA"
             )
 

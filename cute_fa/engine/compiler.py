@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class CompiledKernel:
-    """A kernel loaded into one world: ``simulated`` or real. ``function`` is the ``tvm_ffi.Function``; ``artifacts`` say
-    where it comes from: a bundle, or the cache and the compiler."""
+    """A kernel loaded into one world: ``simulated`` or real. ``function`` is the ``tvm_ffi.Function``; ``artifacts``
+    tell where it comes from: a bundle, or the cache and the compiler."""
 
     name: str
     artifacts: Artifacts | BundledKernel

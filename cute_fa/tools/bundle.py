@@ -1,5 +1,5 @@
-"""Makes bundles (:mod:`cute_fa.engine.bundles`): objects from the compile cache or fresh ones, linked into shared libraries
-by the machine's C compiler, with a manifest; as a folder or as a wheel.
+"""Makes bundles (:mod:`cute_fa.engine.bundles`): objects from the compile cache or fresh ones, linked into shared
+libraries by the machine's C compiler, with a manifest; as a folder or as a wheel.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Bundled(NamedTuple):
 
 
 def write_bundle(configs: list[KernelConfig], out: Path) -> Iterator[Bundled]:
-    """Write a bundle of these kernels to a folder, or to a wheel if ``out`` ends in ``.whl``, and tell each kernel as it is
-    ready. A folder or wheel that is there is replaced, once all is written.
+    """Write a bundle of these kernels to a folder, or to a wheel if ``out`` ends in ``.whl``; gives each kernel as it
+    is ready. A folder or wheel that is there is replaced, once all is written.
 
     Raises what :func:`check_out` does, BundleError where the kernels cannot be linked, and whatever a compile raises.
     """
@@ -102,7 +102,7 @@ def _write_folder(configs: list[KernelConfig], folder: Path, scratch: Path) -> I
 
 
 def _least_driver(arch: SmArch, ptx: str) -> int:
-    """Machine code runs with every driver of its CUDA's major version, if that knows the architecture ("CUDA minor version
+    """Machine code runs with every driver of its CUDA's major version that knows the architecture ("CUDA minor version
     compatibility"). PTX ISA 8 is that of CUDA 12, 9 that of CUDA 13."""
     isa = int(re.search(r"^\.version (\d+)\.", ptx, re.MULTILINE)[1])
     return max(1000 * (isa + 4), _FIRST_CUDA.get(arch, 0))

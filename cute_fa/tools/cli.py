@@ -225,9 +225,7 @@ def bundle_command(keys: Path, out: Path, jobs: int, as_json: bool) -> None:
             click.echo(f"{kernel.library_bytes / 1e3:8.0f} kB, PTX {kernel.ptx_bytes / 1e3:5.0f} kB  {kernel.name}")
         megabytes = {name: f"{size / 1e6:.1f} MB" for name, size in bytes_of.items()}
         packed = f", {out.stat().st_size / 1e6:.1f} MB packed" if out.is_file() else ""
-        click.echo(
-            f"{len(done)} kernels: {megabytes['library_bytes']}, PTX {megabytes['ptx_bytes']}{packed}, in {out}"
-        )
+        click.echo(f"{len(done)} kernels: {megabytes['library_bytes']}, PTX {megabytes['ptx_bytes']}{packed}, in {out}")
 
 
 @click.command(add_help_option=False)

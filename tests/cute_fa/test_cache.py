@@ -24,7 +24,7 @@ import torch
 
 import cute_fa
 import ptxsim
-from cute_fa.engine import cache, compiler
+from cute_fa.engine import cache, compiler, files, keys
 from cute_fa.engine.cache import Artifacts
 from cute_fa.engine.contract import KernelConfig
 from cute_fa.semantics.errors import ArgumentError, NoDeviceError
@@ -210,7 +210,7 @@ def test_whose_entry_is_used(monkeypatch, owner):
     monkeypatch.setattr(cache.os, "geteuid", lambda: 1000)
     key = cache.key_of(CONFIG)
     if owner == 54321:
-        with pytest.raises(cache._RejectedError, match="the folder belongs to user 54321"):
+        with pytest.raises(files.RejectedError, match="the folder belongs to user 54321"):
             cache._read(key)
     else:
         assert cache._read(key) == GOOD
@@ -218,14 +218,14 @@ def test_whose_entry_is_used(monkeypatch, owner):
 
 def test_a_file_swapped_after_it_was_checked_is_not_seen(monkeypatch):
     entry = store()
-    real = cache._read_file
+    real = files.read
 
     def read_then_swap(descriptor, name):
         content = real(descriptor, name)
         (entry / name).write_bytes(b"swapped")
         return content
 
-    monkeypatch.setattr(cache, "_read_file", read_then_swap)
+    monkeypatch.setattr(files, "read", read_then_swap)
     assert cache.fetch(cache.key_of(CONFIG), must_not_build) == GOOD
 
 
@@ -350,12 +350,11 @@ def test_every_part_of_the_key_counts(monkeypatch):
     assert len(digests) == 3
     for change in (
         lambda: monkeypatch.setattr(cache.importlib.metadata, "version", lambda name: f"{name} 99"),
-        lambda: monkeypatch.setattr(cache.platform, "machine", lambda: "riscv"),
-        lambda: monkeypatch.setattr(cache.sys.implementation, "cache_tag", "cpython-399"),
+        lambda: monkeypatch.setattr(keys.platform, "machine", lambda: "riscv"),
         lambda: monkeypatch.setenv("CUTE_DSL_LINEINFO", "1"),
-        lambda: monkeypatch.setattr(cache, "FORMAT", 99),
+        lambda: monkeypatch.setattr(keys, "FORMAT", 99),
     ):
-        for cached in (cache._versions, cache._host):
+        for cached in (cache.versions, keys._host):
             cached.cache_clear()
         change()
         digest = cache.key_of(CONFIG).digest
@@ -365,17 +364,17 @@ def test_every_part_of_the_key_counts(monkeypatch):
     monkeypatch.setenv("CUTE_DSL_LIBS", "elsewhere.so")
     assert cache.key_of(CONFIG).digest in digests
     monkeypatch.undo()
-    for cached in (cache._versions, cache._host):
+    for cached in (cache.versions, keys._host):
         cached.cache_clear()
 
 
 def test_a_version_change_leaves_the_old_entry_alone(monkeypatch):
     store()
-    cache._versions.cache_clear()
+    cache.versions.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(cache.importlib.metadata, "version", lambda name: "99")
         assert cache.fetch(cache.key_of(CONFIG), lambda: FRESH) == FRESH
-    cache._versions.cache_clear()
+    cache.versions.cache_clear()
     assert cache.fetch(cache.key_of(CONFIG), must_not_build) == GOOD
 
 
@@ -403,13 +402,13 @@ def package(tmp_path, monkeypatch):
     yield root
     for name in [name for name in sys.modules if name.partition(".")[0] == "arch_folder"]:
         del sys.modules[name]
-    cache._source_hash.cache_clear()
+    keys._source_hash.cache_clear()
 
 
 def test_what_kernels_are_made_from_is_in_the_key():
     """Every module of this package that device code or a kernel's folder imports."""
     root = Path(cute_fa.__file__).parents[1]
-    covered = [root / "cute_fa" / place for place in cache.SHARED_SOURCES]
+    covered = [root / "cute_fa" / place for place in keys.SHARED_SOURCES]
     for folder in ("cute_fa/device", "fa2_sm80", "fa3_sm90"):
         for file in root.joinpath(folder).rglob("*.py"):
             if file.name == "entry.py":  # the host's part
@@ -423,15 +422,15 @@ def test_a_source_change_anywhere_in_the_arch_folder_changes_the_key(package):
     config = importlib.import_module("arch_folder.forward").Config(SmArch.SM_80)
     before = cache.key_of(config)
     shared = Path(cute_fa.__file__).parent
-    assert set(before.roots) == {package, *(shared / place for place in cache.SHARED_SOURCES)}
+    assert set(before.roots) == {package, *(shared / place for place in keys.SHARED_SOURCES)}
     (package / "parts" / "tile.py").write_text("M = 32")
-    cache._source_hash.cache_clear()  # as in the next process
+    keys._source_hash.cache_clear()  # as in the next process
     edited = cache.key_of(config)
     assert edited.digest != before.digest
     assert {name for name in before.fields if before.fields[name] != edited.fields[name]} == {"sources"}
     (package / "parts" / "tile.py").write_text("M = 64")
     (package / "notes.txt").write_text("not code")
-    cache._source_hash.cache_clear()
+    keys._source_hash.cache_clear()
     assert cache.key_of(config).digest == before.digest
 
 

@@ -17,6 +17,7 @@ from cute_fa.semantics import errors
 from cute_fa.semantics.errors import (
     AlignmentError,
     ArgumentError,
+    CompilerMissingError,
     CumulativeSeqlensError,
     CuteFaError,
     DeviceError,
@@ -349,6 +350,7 @@ EXAMPLES = {
     StrideError: (("q", torch.zeros(2, 3).stride(), "a rule"), {}),
     AlignmentError: (("q", 0x1002, 16), {}),
     DTypeError: (("q", torch.float32, "bfloat16 is needed"), {}),
+    CompilerMissingError: (("fa2_fwd_sm80_bf16_hd64", "no bundle is at hand"), {}),
     UnsupportedKeyError: (
         (dispatch.DispatchKey(SmArch.SM_80, DType.BF16, 64, softcap=9e3), {"fa2_fwd": ["a reason", "another"]}),
         {},
