@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -18,7 +20,8 @@ from rich.progress import track
 from cute_fa import __version__
 from cute_fa.semantics.errors import ArgumentError, CuteFaError, DeviceError
 from cute_fa.semantics.types import Direction, DType, SmArch
-from perf.device import CudaDevice
+from perf import cuda_driver
+from perf.device import Clocks, CudaDevice
 from perf.providers import PROVIDERS, CuteFa
 from perf.results import ResultFile, read_results, result_path, speed_table
 from perf.sass import add_per_score, assemble_ptx, report_cubin
@@ -258,8 +261,21 @@ def _grid_options(command):
 )
 @click.option("--retry", is_flag=True, help="Measure again what the file has as skipped or wrong.")
 @click.option("--dry-run", is_flag=True, help="Print the problems and what they cost at least; needs no GPU.")
+@click.option(
+    "--pose",
+    type=click.Choice(_ARCHS),
+    help="With --dry-run: walk our calls up to the launch, as if there were a GPU of this architecture.",
+)
 def sweep(
-    tokens: int, names: tuple[str, ...], budget: float, seed: int, out: Path | None, retry: bool, dry_run: bool, **given
+    tokens: int,
+    names: tuple[str, ...],
+    budget: float,
+    seed: int,
+    out: Path | None,
+    retry: bool,
+    dry_run: bool,
+    pose: str | None,
+    **given,
 ) -> None:
     """Time attention of several providers on this machine's GPU over a grid of problems.
 
@@ -272,8 +288,15 @@ def sweep(
     workloads = _workloads(tokens, **given)
     if not workloads:
         raise click.UsageError("no problem of this grid makes sense")
+    if pose and not dry_run:
+        raise click.UsageError(f"--pose {pose}: with --dry-run")
     if dry_run:
         _print(pd.DataFrame(map(_least, workloads)), markdown=False)
+        if pose:
+            from perf.gpu_check.dry_run import launch_once
+
+            for workload in workloads:
+                launch_once(workload, pose)
         return
     device = _device()
     if device.arch.number < 89 and any(workload.dtype.is_fp8 for workload in workloads):
@@ -352,22 +375,61 @@ def compare(
 
 
 @main.command("gpu-check")
+@click.option("--minutes", type=click.FloatRange(min=0.5), default=30.0, show_default=True, help="8 are useful.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of results.  [default: perf/results/GPU/DATE-check-TIME]",
+)
+@click.option("--dry-run", "dry", type=click.Choice(_ARCHS), help="Walk the plan without a GPU, this one simulated.")
+@click.option("--everything", is_flag=True, help="Also composable_kernel's grid of 6144 runs.")
 @click.argument("pytest_arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
-def gpu_check(context: click.Context, pytest_arguments: tuple[str, ...]) -> None:
-    """What a machine with a GPU can check: the tests marked gpu, compute-sanitizer on a few problems, a short sweep.
+def gpu_check(
+    context: click.Context,
+    minutes: float,
+    out: Path | None,
+    dry: str | None,
+    everything: bool,
+    pytest_arguments: tuple[str, ...],
+) -> None:
+    """What a machine with a GPU can check, in an order of value, within a time: one problem per kernel, a short sweep
+    beside torch's FlashAttention 2 and cuDNN, the tests marked gpu, compute-sanitizer.
 
-    Writes perf/results/GPU/DATE-check-TIME.csv, a summary (.md) and a folder of logs beside it, and exits with 1 if
-    anything failed. On a machine without a GPU it says so and runs "static".
+    Everything is written to the folder as it comes. Exits with 1 if anything failed. On a machine without a GPU it says
+    so and runs "static".
     """
-    from perf import cuda_driver
-    from perf.gpu_check import check
+    began = time.monotonic()
+    if dry is None:
+        found = cuda_driver.driver()
+        if found is None:
+            click.echo("No GPU on this machine: nothing is run on one. Static figures of the compiled kernels:")
+            context.invoke(static)
+            return
+        _require_torch_sees(found)
+    # The plan is not imported before: it takes the kernels with it.
+    from perf.gpu_check import report, steps
 
-    found = cuda_driver.driver()
-    if found is None:
-        click.echo("No GPU on this machine: nothing is run on one. Static figures of the compiled kernels:")
-        context.invoke(static)
-        return
+    with _errors():
+        device = None if dry else CudaDevice()
+        columns = device.columns() if device else {"gpu": f"simulated {dry}", "arch": dry, "torch": torch.__version__}
+        facts = report.machine_facts(columns, device.clocks() if device else Clocks())
+    folder = out or result_path(columns["gpu"], f"check-{datetime.now():%H%M%S}.csv").with_suffix("")
+    plan = steps.Plan(folder.absolute(), dry, everything, pytest_arguments, len(os.sched_getaffinity(0)))
+    written = report.Report(folder, facts, list(plan.steps()))
+    del device  # its memory is for the steps
+
+    def tell(outcome: steps.Outcome) -> None:
+        written.add(outcome)
+        click.echo(f"{outcome.step.phase}, {outcome.step.name}: {outcome.result} after {outcome.seconds:.0f} s")
+
+    outcomes = steps.run(plan, began + 60 * minutes, tell)
+    click.echo(written.summary())
+    if any(outcome.bad for outcome in outcomes):
+        sys.exit(1)
+
+
+def _require_torch_sees(found: cuda_driver.Driver) -> None:
     if not torch.cuda.is_available():
         cuda = ".".join(map(str, found.cuda))
         click.echo(
@@ -375,13 +437,6 @@ def gpu_check(context: click.Context, pytest_arguments: tuple[str, ...]) -> None
             f"{torch.version.cuda} sees none: install a build for at most CUDA {cuda}.",
             err=True,
         )
-        sys.exit(1)
-    with _errors():
-        gpu = CudaDevice().columns()["gpu"]
-    csv = result_path(gpu, f"check-{datetime.now():%H%M%S}.csv")
-    outcomes = check(csv, pytest_arguments, click.echo)
-    click.echo(csv.with_suffix(".md").read_text())
-    if any(outcome.bad for outcome in outcomes):
         sys.exit(1)
 
 

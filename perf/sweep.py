@@ -66,6 +66,10 @@ class Sweep:
             except Unavailable as reason:
                 self.versions[name] = reason
         self.dtypes: set[torch.dtype] = set()
+        try:
+            self.dsl = importlib.metadata.version("nvidia-cutlass-dsl")
+        except importlib.metadata.PackageNotFoundError:
+            self.dsl = "absent, bundled kernels"
 
     @cached_property
     def ceilings(self) -> Ceilings:
@@ -125,7 +129,7 @@ class Sweep:
             **self.device.columns(),
             "flops": workload.work.flops,
             "bytes": workload.work.bytes,
-            "dsl": importlib.metadata.version("nvidia-cutlass-dsl"),
+            "dsl": self.dsl,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 

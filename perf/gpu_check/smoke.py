@@ -1,0 +1,89 @@
+"""``python -m perf.gpu_check.smoke NAME``: one small problem for one kernel, compared with the reference.
+
+On the GPU, or simulated with ``--arch``. Prints a line; exit code 0 only if the result is within tolerance, 3 if the
+kernel is not bundled where nothing can compile it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from cute_fa.semantics.append_problem import AppendProblem
+from cute_fa.semantics.errors import CompilerMissingError
+from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.append_trial import AppendResult, run_append_trial
+from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
+from cute_fa.tools.trial import Machine, TrialResult, choose_machine, run_backward_trial, run_trial
+
+NOT_BUNDLED = 3
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A forward, or a forward and its backward; ``choices``: num_splits, family … of the call."""
+
+    spec: InputSpec
+    backward: bool = False
+    choices: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, machine: Machine) -> TrialResult:
+        inputs = make_inputs(self.spec, "peaked", device=machine.device)
+        if not self.backward:
+            return run_trial(inputs, machine, **self.choices)
+        return run_backward_trial(inputs, machine, output_gradients(inputs)[0], **self.choices)
+
+
+def _append(machine: Machine) -> AppendResult:
+    """New tokens into pages, keys and queries rotated."""
+    sizes = {"batch": 3, "tokens_k": 5, "tokens_q": 5, "num_heads": 8, "num_heads_kv": 2, "head_dim": 128}
+    rotation = {"query": True, "rotary_dim": 64, "rotary_dtype": "fp32"}
+    problem = AppendProblem(machine.arch, DType.BF16, head_dim_v=128, page_size=16, **sizes, **rotation)
+    return run_append_trial(problem, machine, capacity=100)
+
+
+# A problem per kernel, small enough to be simulated in seconds: batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim.
+# The order is that of value: the first ones tell most.
+SMOKE: dict[str, Callable[[Machine], Any]] = {
+    "d128 causal": Attention(InputSpec(1, 300, 300, 4, 2, 128, causal=True)),
+    "d64": Attention(InputSpec(1, 300, 300, 2, 2, 64)),
+    "d256": Attention(InputSpec(1, 150, 200, 2, 1, 256, causal=True)),
+    "backward d128": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), backward=True),
+    "split": Attention(InputSpec(2, 1, 700, 4, 1, 128, page_size=64), choices={"num_splits": 3}),
+    "append": _append,
+    "varlen": Attention(InputSpec(3, 200, 200, 2, 1, 128, causal=True, window=(64, 0), varlen_q=True, varlen_k=True)),
+    "pages": Attention(InputSpec(2, 60, 300, 4, 2, 128, causal=True, page_size=64)),
+    "expanded heads": Attention(InputSpec(1, 150, 150, 4, 2, 64, causal=True, layout="expanded")),
+    "largest shared memory": Attention(InputSpec(1, 150, 300, 1, 1, 256, 176, window=(64, 64))),
+    "backward d64, deterministic": Attention(
+        InputSpec(1, 150, 150, 2, 2, 64, causal=True), backward=True, choices={"deterministic": True}
+    ),
+    "fa2 d128 causal": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), choices={"family": "fa2"}),
+}
+
+
+@click.command()
+@click.argument("name", type=click.Choice(list(SMOKE)))
+@click.option("--arch", type=click.Choice([arch.value for arch in SmArch]), help="Simulated, with the race check.")
+def main(name: str, arch: str | None) -> None:
+    """Run one problem."""
+    machine = choose_machine(SmArch(arch) if arch else None, **({"race": True} if arch else {}))
+    if machine.simulated and not arch:
+        raise click.UsageError("no GPU: --arch simulates one")
+    try:
+        result = SMOKE[name](machine)
+    except CompilerMissingError as error:
+        click.echo(f"{name}: {error}")
+        sys.exit(NOT_BUNDLED)
+    verdict = "within tolerance" if result.ok else f"OUTSIDE TOLERANCE: {result.summary()}"
+    time = "" if machine.simulated else f", {result.seconds * 1e6:.1f} µs"
+    click.echo(f"{name}: {result.compile_name} on {machine}, {verdict}{time}")
+    sys.exit(0 if result.ok else 1)
+
+
+if __name__ == "__main__":
+    main()

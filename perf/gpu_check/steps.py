@@ -1,0 +1,208 @@
+"""The plan of ``gpu-check``, and its execution within a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from perf.gpu_check.smoke import NOT_BUNDLED, SMOKE
+
+_TOOLS = ("memcheck", "racecheck", "synccheck")
+# synccheck takes arrivals on an mbarrier by another role for a fault, which is how every TMA pipeline works.
+_INFORMATIVE_TOOLS = ("synccheck",)
+# Our kernels' names in PTX begin so: torch's kernels around them are not instrumented, which would take minutes.
+_KERNELS = "kns=kernel_cutlass"
+# What compute-sanitizer exits with for what it finds; the program's own codes are 0, 1 and 2.
+_FOUND = 86
+SANITIZED = (
+    "--head-dim 64 --batch 1 --heads 2 --seqlen-q 200 --causal",
+    "--head-dim 128 --batch 3 --heads 4 --heads-kv 2 --seqlen-q 300 --varlen --window 64 0",
+    "--head-dim 256 --batch 1 --heads 1 --seqlen-q 130 --seqlen-k 70",
+    "--head-dim 128 --batch 2 --heads 8 --heads-kv 2 --seqlen-q 4 --seqlen-k 500 --causal --page-size 16",
+    "--head-dim 64 --batch 2 --heads 4 --heads-kv 2 --seqlen-q 200 --causal --backward",
+)
+# Grids in an order of value, each with the milliseconds timed for a provider: ours beside the two that a machine with
+# nothing but torch has.
+SWEEP = (
+    "--direction fwd --head-dim 128 --seqlen 8192 --seqlen 2048 --budget 30",
+    "--direction fwd --head-dim 64 --head-dim 256 --seqlen 8192 --budget 30",
+    "--direction bwd --head-dim 128 --head-dim 64 --mask causal --seqlen 8192 --seqlen 2048 --budget 30",
+    "--phase decode --head-dim 128 --heads 32,8 --seqlen 8192 --tokens 131072 --budget 30",
+    "--direction fwd --head-dim 128 --heads 32,8 --mask causal --lengths skewed --seqlen 4096 --budget 30",
+    "--direction fwd --head-dim 128 --heads 32,8 --mask causal --window 1024 --seqlen 16384 --budget 30",
+)
+PROVIDERS = ("cute-fa", "FA2", "cuDNN")
+# Files with tests marked gpu, in an order of value; composable_kernel's grid, 6144 runs, is for machines of one's own.
+TESTS = tuple(
+    "fa3_sm90/test_forward fa2_sm80/test_split fa2_sm80/test_backward fa2_sm80/test_forward cute_fa/test_append "
+    "cute_fa/test_kvcache cute_fa/test_backward_ops cute_fa/test_cache cute_fa/test_service cute_fa/test_transformers "
+    "perf/test_device cute_fa/test_cli".split()
+)
+_SMOKE_LIMIT_S, _SANITIZER_LIMIT_S, _TEST_LIMIT_S = 60, 120, 600
+_SHORTEST_S = 15  # what is left must be more than this for another step to begin: importing torch takes most of it
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command to run, at most ``limit_s``; ``log``: which file its output is added to; ``together``: how many steps
+    of its phase run at a time; ``missing``: why it cannot run; ``informative``: whether what it finds is no failure."""
+
+    phase: str
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    together: int = 1
+    missing: str | None = None
+    informative: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``result``: ok, failed, timed out, found (informative), not bundled, not run (missing) or not reached."""
+
+    step: Step
+    result: str
+    seconds: float = 0.0
+    output: str = ""
+
+    @property
+    def bad(self) -> bool:
+        return self.result in ("failed", "timed out")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``out``: the folder of results; ``dry``: the architecture to simulate where there is no GPU; ``everything``: also
+    the 6144-run grid; ``pytest_arguments``: for the tests."""
+
+    out: Path
+    dry: str | None = None
+    everything: bool = False
+    pytest_arguments: tuple[str, ...] = ()
+    processors: int = 2
+
+    def steps(self) -> Iterator[Step]:
+        """Everything that is checked, in an order of value."""
+        yield from self._smoke()
+        yield from self._sweep()
+        yield from self._tests()
+        yield from self._sanitizers()
+
+    def _smoke(self) -> Iterator[Step]:
+        simulated = ("--arch", self.dry) if self.dry else ()
+        for name in SMOKE:
+            command = (sys.executable, "-m", "perf.gpu_check.smoke", name, *simulated)
+            # In parallel: on a GPU a process waits for its imports more than for the kernel.
+            yield Step("smoke", name, command, _SMOKE_LIMIT_S * (10 if self.dry else 1), min(4, self.processors))
+
+    def _sweep(self) -> Iterator[Step]:
+        csv = str(self.out / "sweep.csv")
+        providers = [word for name in PROVIDERS for word in ("--provider", name)]
+        for grid in SWEEP:
+            command = (sys.executable, "-m", "perf", "sweep", *grid.split(), *providers, "--out", csv)
+            if self.dry:
+                command = (sys.executable, "-m", "perf", "sweep", *grid.split(), "--dry-run", "--pose", self.dry)
+            yield Step("sweep", grid, command, 120)
+
+    def _tests(self) -> Iterator[Step]:
+        files = TESTS + (("cute_fa/test_composable_kernel_grid",) if self.everything else ())
+        workers = str(max(1, min(8, self.processors // 2 if self.processors > 2 else self.processors)))
+        plugin = ("-p", "perf.gpu_check.dry_run", "--dry-gpu", self.dry) if self.dry else ()
+        for file in files:
+            command = (sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-n", workers, *plugin, f"tests/{file}.py")
+            yield Step("tests", file, (*command, *self.pytest_arguments), _TEST_LIMIT_S)
+
+    def _sanitizers(self) -> Iterator[Step]:
+        sanitizer = _compute_sanitizer()
+        missing = None if sanitizer else "compute-sanitizer is neither on the PATH nor in a CUDA toolkit"
+        missing = "a GPU is needed" if self.dry else missing
+        for tool in _TOOLS:
+            options = ("--tool", tool, "--kernel-name", _KERNELS, "--error-exitcode", str(_FOUND))
+            # "no": calls of torch's and ours that ask whether something is supported, and fail by design.
+            options += ("--target-processes", "all", "--report-api-errors", "no")
+            for problem in SANITIZED:
+                run = (sys.executable, "-m", "cute_fa", "run", *problem.split())
+                command = (sanitizer or "compute-sanitizer", *options, *run)
+                informative = tool in _INFORMATIVE_TOOLS
+                name = f"{tool} {problem}"
+                yield Step("sanitizers", name, command, _SANITIZER_LIMIT_S, 1, missing, informative)
+
+
+def run(plan: Plan, deadline: float, tell: Callable[[Outcome], None]) -> list[Outcome]:
+    """Run all steps, also behind one that fails, until ``deadline`` (of ``time.monotonic``); tell each as it ends."""
+    outcomes = []
+    for phase, steps in _phases(plan):
+        with ThreadPoolExecutor(steps[0].together) as pool:
+            futures = [pool.submit(_run, step, plan.out / f"{phase}.log", deadline) for step in steps]
+            for future in as_completed(futures):
+                outcomes.append(future.result())
+                tell(outcomes[-1])
+    return outcomes
+
+
+def _phases(plan: Plan) -> Iterator[tuple[str, list[Step]]]:
+    phases: dict[str, list[Step]] = {}
+    for step in plan.steps():
+        phases.setdefault(step.phase, []).append(step)
+    yield from phases.items()
+
+
+def _run(step: Step, log: Path, deadline: float) -> Outcome:
+    """One step in a process group of its own, so that nothing of it survives its limit."""
+    if step.missing:
+        return Outcome(step, "not run")
+    limit = min(step.limit_s, deadline - time.monotonic())
+    if limit < _SHORTEST_S:
+        return Outcome(step, "not reached")
+    start = time.monotonic()
+    shared = step.together > 1  # the output of steps that run together goes to the log when each ends
+    own = log.with_suffix(f".{abs(hash(step.name))}") if shared else log
+    with own.open("ab") as output:
+        begin = output.tell()
+        output.write(f"\n$ {' '.join(step.command)}\n".encode())
+        output.flush()
+        process = subprocess.Popen(step.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    seconds = time.monotonic() - start
+    with own.open("rb") as written:
+        written.seek(begin)
+        text = written.read().decode(errors="replace")
+    if shared:
+        with log.open("a") as together:
+            together.write(text)
+        own.unlink()
+    return Outcome(step, _result(step, code), seconds, text)
+
+
+def _result(step: Step, code: int | None) -> str:
+    if code is None:
+        return "timed out"
+    if step.phase == "smoke" and code == NOT_BUNDLED:
+        return "not bundled"
+    if step.phase == "tests" and code == 5:
+        return "not run"  # nothing was collected
+    if code == 0:
+        return "ok"
+    return "found" if step.informative and code == _FOUND else "failed"
+
+
+def _compute_sanitizer() -> str | None:
+    toolkits = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{toolkit}/bin" for toolkit in toolkits if toolkit)])
+    return shutil.which("compute-sanitizer", path=path)
