@@ -261,21 +261,8 @@ def _grid_options(command):
 )
 @click.option("--retry", is_flag=True, help="Measure again what the file has as skipped or wrong.")
 @click.option("--dry-run", is_flag=True, help="Print the problems and what they cost at least; needs no GPU.")
-@click.option(
-    "--pose",
-    type=click.Choice(_ARCHS),
-    help="With --dry-run: walk our calls up to the launch, as if there were a GPU of this architecture.",
-)
 def sweep(
-    tokens: int,
-    names: tuple[str, ...],
-    budget: float,
-    seed: int,
-    out: Path | None,
-    retry: bool,
-    dry_run: bool,
-    pose: str | None,
-    **given,
+    tokens: int, names: tuple[str, ...], budget: float, seed: int, out: Path | None, retry: bool, dry_run: bool, **given
 ) -> None:
     """Time attention of several providers on this machine's GPU over a grid of problems.
 
@@ -288,15 +275,8 @@ def sweep(
     workloads = _workloads(tokens, **given)
     if not workloads:
         raise click.UsageError("no problem of this grid makes sense")
-    if pose and not dry_run:
-        raise click.UsageError(f"--pose {pose}: with --dry-run")
     if dry_run:
         _print(pd.DataFrame(map(_least, workloads)), markdown=False)
-        if pose:
-            from perf.gpu_check.dry_run import launch_once
-
-            for workload in workloads:
-                launch_once(workload, pose)
         return
     device = _device()
     if device.arch.number < 89 and any(workload.dtype.is_fp8 for workload in workloads):
@@ -427,6 +407,25 @@ def gpu_check(
     click.echo(written.summary())
     if any(outcome.bad for outcome in outcomes):
         sys.exit(1)
+
+
+@main.command("gpu-pack")
+@click.option("--arch", type=click.Choice(_ARCHS), default="sm_90a", show_default=True, help="Of the GPU.")
+@click.option("--python", default="3.12", show_default=True, metavar="X.Y", help="The machine's Python.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("build", "gpu-pack"), show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes that compile.")
+def gpu_pack(arch: str, python: str, out: Path, jobs: int) -> None:
+    """Make a folder, and a .tar.xz of it, that runs gpu-check on a machine without a package index and without
+    nvidia-cutlass-dsl: the tree, TVM-FFI for its Python, and a bundle of the kernels that a dry run launched.
+
+    There, unpacked: ./gpu-check.sh --minutes 8 --out results
+    """
+    from perf.gpu_check.pack import write_pack
+
+    notes = Console(stderr=True, highlight=False)
+    with _errors():
+        archive = write_pack(out, arch, python, jobs, notes.print)
+    click.echo(f"{archive}: {archive.stat().st_size / 1e6:.1f} MB")
 
 
 def _require_torch_sees(found: cuda_driver.Driver) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -14,13 +17,16 @@ from click.testing import CliRunner
 
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
-from cute_fa.semantics.types import SmArch
+from cute_fa.semantics.types import Direction, SmArch
 from cute_fa.tools.cli import main as cute_fa_main
+from cute_fa.tools.trial import problem_of_spec
 from perf import __main__ as command_line
-from perf import cuda_driver, gpu_check
+from perf import cuda_driver
 from perf import results as results_module
 from perf.cuda_driver import Driver
-from perf.gpu_check import Step
+from perf.gpu_check import steps
+from perf.gpu_check.smoke import SMOKE, Attention
+from perf.gpu_check.steps import Outcome, Plan, Step
 from tests.testing.cases import small_problem
 from tests.testing.clock import FakeDevice
 
@@ -79,18 +85,59 @@ def test_make_installs_what_the_driver_supports(tmp_path, version, extra, index)
     assert "-m perf gpu-check" in done.stdout
 
 
-def test_steps_run_each_tool_on_each_problem(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check, "_compute_sanitizer", lambda: "/cuda/compute-sanitizer")
-    csv = tmp_path / "check.csv"
-    steps = list(gpu_check.steps(csv, ("-k", "forward")))
-    tools = [f"{tool} {n}" for tool in ("memcheck", "racecheck", "synccheck") for n in range(1, 6)]
-    assert [step.name for step in steps] == ["gpu tests", *tools, "sweep 1", "sweep 2"]
-    assert steps[0].command[1:] == ("-m", "pytest", "-m", "gpu", "-k", "forward")
-    assert all(step.command[:3] == ("/cuda/compute-sanitizer", "--tool", step.name.split()[0]) for step in steps[1:-2])
-    assert all(step.command[-1] == str(csv) for step in steps[-2:])
+def test_the_plan_is_in_an_order_of_value(monkeypatch, tmp_path):
+    monkeypatch.setattr(steps, "_compute_sanitizer", lambda: "/cuda/compute-sanitizer")
+    planned = list(Plan(tmp_path, pytest_arguments=("-k", "forward"), processors=16).steps())
+    phases = [phase for phase, _ in itertools.groupby(step.phase for step in planned)]
+    assert phases == ["smoke", "sweep", "tests", "sanitizers"]
+    of = {phase: [step for step in planned if step.phase == phase] for phase in phases}
+    assert [step.name for step in of["smoke"]] == list(SMOKE)
+    assert all("perf.gpu_check.smoke" in step.command and step.together == 4 for step in of["smoke"])
+    assert of["sweep"][0].command[-2:] == ("--out", str(tmp_path / "sweep.csv"))
+    assert all(step.command[-2:] == ("-k", "forward") and "8" in step.command for step in of["tests"])
+    tools = [step.name.split()[0] for step in of["sanitizers"]]
+    assert tools == [tool for tool in ("memcheck", "racecheck", "synccheck") for _ in steps.SANITIZED]
+    assert {step.name.split()[0] for step in of["sanitizers"] if step.informative} == {"synccheck"}
+    for step in of["sanitizers"]:
+        assert step.command[:3] == ("/cuda/compute-sanitizer", "--tool", step.name.split()[0])
+        assert step.command[step.command.index("--report-api-errors") + 1] == "no"
 
 
-@pytest.mark.parametrize("problem", gpu_check._SANITIZED)
+def test_the_plan_has_every_test_that_needs_a_gpu(tmp_path):
+    marked = {
+        file.relative_to(ROOT / "tests").with_suffix("").as_posix()
+        for file in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"^@pytest.mark.gpu$", file.read_text(), re.MULTILINE)
+    }
+    assert {file for files in steps.TESTS.values() for file in files.split()} == marked
+    run = {word for step in Plan(tmp_path).steps() if step.phase == "tests" for word in step.command}
+    assert "tests/cute_fa/test_composable_kernel_grid.py" not in run
+    everything = {word for step in Plan(tmp_path, everything=True).steps() for word in step.command}
+    assert "tests/cute_fa/test_composable_kernel_grid.py" in everything
+
+
+def test_smoke_has_every_kernel_of_a_hopper():
+    """Every entry of the table that serves it, at head dims and features that differ most; and what asks for all of
+    an SM's shared memory."""
+    configs = {}
+    for name, problem in SMOKE.items():
+        if isinstance(problem, Attention):
+            direction = Direction.BACKWARD if problem.backward else Direction.FORWARD
+            described = problem_of_spec(problem.spec, SmArch.SM_90A, direction=direction)
+            choices = problem.choices.get("family"), 132, problem.choices.get("num_splits", 1)
+            chosen, kernel = TABLE.choose(described, *choices) if not problem.backward else (described, None)
+            kernel = kernel or TABLE.lookup(described)
+            configs[name] = kernel.configure(chosen)
+    kinds = {type(config) for config in configs.values()}
+    assert {kind.__module__.rpartition(".")[0] for kind in kinds} == {
+        "fa3_sm90.forward", "fa2_sm80.forward", "fa2_sm80.split", "fa2_sm80.backward"
+    }  # fmt: skip
+    assert {config.head_dim for config in configs.values()} == {64, 128, 256}
+    largest = configs["largest shared memory"]
+    assert (largest.head_dim, largest.head_dim_v) == (256, 176)
+
+
+@pytest.mark.parametrize("problem", steps.SANITIZED)
 def test_sanitized_problems_are_served_on_every_architecture(problem, tmp_path, monkeypatch):
     monkeypatch.setattr("cute_fa.tools.cli.compile_artifacts", lambda config: ("", b""))
     for arch in SmArch:
@@ -102,22 +149,22 @@ def test_sanitized_problems_are_served_on_every_architecture(problem, tmp_path, 
 def test_our_kernels_have_the_name_that_is_instrumented():
     ptx, _ = compile_artifacts(TABLE.lookup(problem := small_problem(SmArch.SM_90A)).configure(problem))
     (name,) = re.findall(r"\.entry (\w+)", ptx)
-    assert name.startswith(gpu_check._KERNELS.removeprefix("kns="))
+    assert name.startswith(steps._KERNELS.removeprefix("kns="))
 
 
-@pytest.mark.parametrize("grid", gpu_check._SWEEP)
-def test_swept_grids_make_sense(grid):
-    done = CliRunner().invoke(command_line.main, ["sweep", *grid.split(), "--dry-run"])
-    assert done.exit_code == 0, done.output
+class FakePlan(Plan):
+    """Commands that only pretend; ``out`` is where they leave what they wrote."""
 
-
-def fake_steps(csv, pytest_arguments):
-    python = sys.executable
-    yield Step("fine", (python, "-c", "print('all well')"))
-    yield Step("bad", (python, "-c", "import sys; print('out of bounds'); sys.exit(86)"))
-    yield Step("slow", (python, "-c", "import time; time.sleep(60)"), limit_s=1)
-    yield Step("absent", ("no-such-tool",), missing="not found")
-    yield Step("last", (python, "-c", f"open({str(csv)!r}, 'w').write('measured')"))
+    def steps(self):
+        python = sys.executable
+        yield Step("smoke", "fine", (python, "-c", "print('all well')"), 60, together=3)
+        yield Step("smoke", "slow", (python, "-c", "import time; print('begun', flush=True); time.sleep(60)"), 1, 3)
+        yield Step("smoke", "unbundled", (python, "-c", "import sys; sys.exit(3)"), 60, 3)
+        yield Step("tests", "bad", (python, "-c", "import sys; print('out of bounds'); sys.exit(1)"), 60)
+        yield Step("tests", "nothing there", (python, "-c", "import sys; sys.exit(5)"), 60)
+        yield Step("sanitizers", "absent", ("no-such-tool",), 60, missing="not found")
+        yield Step("sanitizers", "told", (python, "-c", "import sys; sys.exit(86)"), 60, informative=True)
+        yield Step("sanitizers", "last", (python, "-c", f"open({str(self.out / 'x.csv')!r}, 'w').write('y')"), 60)
 
 
 @pytest.fixture
@@ -126,43 +173,95 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command_line, "CudaDevice", FakeDevice)
     monkeypatch.setattr(results_module, "_FOLDER", tmp_path)
-    monkeypatch.setattr(gpu_check, "steps", fake_steps)
+    monkeypatch.setattr(steps, "Plan", FakePlan)
 
 
 def invoke(*arguments: str):
     return CliRunner().invoke(command_line.main, ["gpu-check", *arguments])
 
 
+def results_of(summary: Path) -> dict[str, str]:
+    rows = [line.split(" | ") for line in summary.read_text().splitlines() if line.startswith("| ")][1:]
+    return {row[1]: row[2] for row in rows}
+
+
 def test_every_step_runs_and_the_summary_tells(gpu, tmp_path):
     done = invoke()
     assert done.exit_code == 1, done.output
-    (summary,) = tmp_path.glob("fake-h100/*-check-*.md")
-    assert summary.with_suffix(".csv").read_text() == "measured"
-    lines = summary.read_text().splitlines()
-    results = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in lines[2:7]}
-    assert results == {"fine": "ok", "bad": "failed", "slow": "timed out", "absent": "not found", "last": "ok"}
-    assert "out of bounds" in lines and "all well" not in lines
-    assert (summary.with_suffix("") / "fine.log").read_text() == "all well\n"
-    assert summary.read_text() in done.stdout
+    (summary,) = tmp_path.glob("fake-h100/*-check-*/summary.md")
+    assert results_of(summary) == {
+        "fine": "ok",
+        "slow": "timed out",
+        "unbundled": "not bundled",
+        "bad": "failed",
+        "nothing there": "nothing to run",
+        "absent": "not run",
+        "told": "found",
+        "last": "ok",
+    }
+    folder, text = summary.parent, summary.read_text()
+    assert (folder / "x.csv").read_text() == "y"
+    assert "out of bounds" in text.splitlines() and "all well" not in text.splitlines()
+    assert {file.name for file in folder.iterdir()} == {
+        "machine.json", "summary.md", "smoke.log", "tests.log", "sanitizers.log", "x.csv"
+    }  # fmt: skip
+    log = (folder / "smoke.log").read_text().splitlines()
+    assert "all well" in log and "begun" in log  # also of one that was stopped
+    facts = json.loads((folder / "machine.json").read_text())
+    assert facts["gpu"] == FakeDevice().columns()["gpu"] and facts["versions"]["numpy"] and "sm_mhz" in facts["clocks"]
+    assert text in done.stdout
+
+
+def test_a_step_that_hangs_leaves_nothing_behind(tmp_path):
+    """Its children go with it: one that held the GPU would keep the next from it."""
+    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    step = Step("smoke", "hangs", (sys.executable, "-c", child), 2)
+    outcome = steps._run(step, tmp_path / "log", time.monotonic() + 100)
+    assert outcome.result == "timed out" and outcome.seconds < 30
+    pid = int(outcome.output.splitlines()[-1])
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_it_stops_in_time_and_tells_what_it_did_not_reach(gpu, tmp_path):
+    class Long(FakePlan):
+        def steps(self):
+            for name in ("first", "second", "third"):
+                yield Step("tests", name, (sys.executable, "-c", "import time; time.sleep(60)"), 60)
+
+    began = time.monotonic()
+    plan = Long(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "_SHORTEST_S", 2)
+        outcomes = steps.run(plan, began + 4, lambda outcome: None)
+    assert time.monotonic() - began < 8
+    assert [outcome.result for outcome in outcomes] == ["timed out", "not reached", "not reached"]
+    # nothing can be reached in half a minute
+    done = invoke("--minutes", "0.5", "--out", str(tmp_path / "out"))
+    assert done.exit_code in (0, 1)
+    assert set(results_of(tmp_path / "out" / "summary.md")) >= {"fine", "last"}
 
 
 def test_a_check_cut_short_keeps_its_summary(gpu, tmp_path, monkeypatch):
-    def cut_short(csv, pytest_arguments):
-        yield next(fake_steps(csv, pytest_arguments))
+    def cut_short(plan, deadline, tell):
+        tell(Outcome(next(plan.steps()), "ok", 1.0, "all well"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu_check, "steps", cut_short)
+    monkeypatch.setattr(steps, "run", cut_short)
     assert invoke().exit_code == 1
-    (summary,) = tmp_path.glob("fake-h100/*-check-*.md")
-    assert summary.read_text().splitlines()[-1].startswith("| fine | ok | ")
+    (summary,) = tmp_path.glob("fake-h100/*-check-*/summary.md")
+    assert results_of(summary)["fine"] == "ok" and results_of(summary)["last"] == "not reached"
 
 
 def test_what_is_not_installed_does_not_fail(gpu, monkeypatch):
-    chosen = [step for step in fake_steps("unused", ()) if step.name in ("fine", "absent")]
-    monkeypatch.setattr(gpu_check, "steps", lambda *arguments: chosen)
+    monkeypatch.setattr(
+        FakePlan,
+        "steps",
+        lambda plan, all_steps=FakePlan.steps: (s for s in all_steps(plan) if s.name in ("fine", "absent", "told")),
+    )
     done = invoke()
     assert done.exit_code == 0, done.output
-    assert "absent: not found" in done.stdout
+    assert "| absent | not run | 0 | not found |" in done.stdout
 
 
 def test_without_a_gpu_the_static_figures_are_made(monkeypatch):

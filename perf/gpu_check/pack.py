@@ -1,0 +1,116 @@
+"""The folder of ``make gpu-pack``: ``gpu-check`` for a machine with a GPU, torch and no package index.
+
+The tree, TVM-FFI and what is pure Python for that machine's interpreter, and a bundle of exactly the kernels that the
+dry run launched. ``gpu-check.sh`` in it runs with the machine's own python3 and torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from cute_fa.semantics.errors import ArgumentError, BundleError
+from perf.gpu_check.steps import SANITIZED, Plan, run
+
+LIMIT_MB = 60
+_TREE = (
+    "cute_fa fa2_sm80 fa3_sm90 fa4_sm100 ptxsim perf tests examples pyproject.toml Makefile README.md LICENSE".split()
+)
+_LEFT_OUT = ("__pycache__", "results", "*.png", "*.pyc")
+# Beside the machine's own torch, NumPy and pandas: what is small and may be missing there.
+_PURE = (
+    "click rich markdown-it-py mdurl pygments platformdirs filelock typing-extensions pytest iniconfig pluggy "
+    "packaging pytest-xdist execnet hypothesis sortedcontainers nvidia-ml-py"
+).split()
+_SCRIPT = """#!/bin/sh
+# ./gpu-check.sh --minutes 8 --out results: what this machine's GPU can tell; PY names another python3.
+here=$(cd "$(dirname "$0")" && pwd)
+PYTHONPATH="$here:$here/site" CUTE_FA_BUNDLES="$here/bundle"
+export PYTHONPATH CUTE_FA_BUNDLES
+cd "$here" && exec "${PY:-python3}" -m perf gpu-check "$@"
+"""
+
+
+def write_pack(folder: Path, arch: str, python: str, jobs: int, tell: Callable[[str], None]) -> Path:
+    """Write the folder anew and pack it: ``folder`` and ``folder.tar.xz``, whose path is returned. ``python``: the
+    machine's version, such as 3.12.
+
+    Raises ArgumentError for a folder that holds something else, BundleError where a step fails or the archive is larger
+    than 60 MB.
+    """
+    if folder.exists() and not (folder / "gpu-check.sh").is_file():
+        raise ArgumentError(f"--out {folder}: is there already and is no pack")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    keys = folder / "kernels.keys"
+    _record(keys, arch, tell)
+    tell("compiling and linking")
+    _call([sys.executable, "-m", "cute_fa", "bundle", "--keys", str(keys), "--out", str(folder / "bundle"), "--jobs",
+           str(jobs)])  # fmt: skip
+    tell(f"fetching TVM-FFI for Python {python}")
+    _fetch(folder / "site", python)
+    root = Path(__file__).parents[2]
+    for name in _TREE:
+        source = root / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+        elif source.exists():
+            shutil.copy2(source, folder / name)
+    script = folder / "gpu-check.sh"
+    script.write_text(_SCRIPT)
+    script.chmod(0o755)
+    tell("packing")
+    archive = folder.with_name(f"{folder.name}.tar.xz")
+    with tarfile.open(archive, "w:xz") as packed:
+        packed.add(folder, folder.name, filter=_of_root)
+    size = archive.stat().st_size / 1e6
+    if size > LIMIT_MB:
+        raise BundleError(f"{archive} has {size:.0f} MB: at most {LIMIT_MB} are useful where such a folder travels")
+    return archive
+
+
+def _record(keys: Path, arch: str, tell: Callable[[str], None]) -> None:
+    """Write down which kernels the plan launches: its dry run's, and those of the problems that are sanitized."""
+    keys.write_text("".join(f"--arch {arch} {problem}\n" for problem in SANITIZED))
+    os.environ["CUTE_FA_RECORD_KEYS"] = str(keys)
+    try:
+        plan = Plan(keys.with_name("dry-run"), dry=arch, processors=len(os.sched_getaffinity(0)))
+        plan.out.mkdir()
+        outcomes = run(
+            plan, time.monotonic() + 3600, lambda outcome: tell(f"dry run, {outcome.step.name}: {outcome.result}")
+        )
+    finally:
+        del os.environ["CUTE_FA_RECORD_KEYS"]
+    bad = [outcome for outcome in outcomes if outcome.bad]
+    if bad:
+        raise BundleError(f"the dry run's {bad[0].step.name} {bad[0].result}:\n{bad[0].output[-2000:]}")
+    shutil.rmtree(plan.out)
+
+
+def _fetch(site: Path, python: str) -> None:
+    """TVM-FFI as it is here, for the machine's Python, and the pure ones."""
+    wheels = [f"apache-tvm-ffi=={version('apache-tvm-ffi')}", *_PURE]
+    platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)]
+    _call([sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-compile",
+           "--only-binary=:all:", f"--python-version={python}", "--implementation=cp", *platforms,
+           "--platform=manylinux2014_x86_64", f"--target={site}", *wheels])  # fmt: skip
+
+
+def _call(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise BundleError(f"{' '.join(command)}\n{done.stdout[-2000:]}")
+
+
+def _of_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Whoever unpacks it owns it: a bundle is used only where nobody else could have written it."""
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = "root"
+    return entry

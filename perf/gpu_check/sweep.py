@@ -1,0 +1,71 @@
+"""``python -m perf.gpu_check.sweep --out FILE.csv``: a short sweep in one process, ours beside the two peers that a
+machine with nothing but torch has. Rows are written problem by problem; ``--pose`` walks our calls without a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from cute_fa.semantics.types import Direction, SmArch
+from perf.device import CudaDevice
+from perf.providers import PROVIDERS, CuteFa
+from perf.results import ResultFile
+from perf.sweep import Sweep
+from perf.timing import Effort
+from perf.workload import Workload
+
+PEERS = ("cute-fa", "FA2", "cuDNN")
+_BACKWARD = {"direction": Direction.BACKWARD, "causal": True}
+_GQA = {"heads": 32, "heads_kv": 8}
+# In an order of value; 16384 tokens, bf16, 16 heads of 128 unless said otherwise.
+WORKLOADS = (
+    Workload(seqlen=8192, causal=True),
+    Workload(seqlen=8192),
+    Workload(seqlen=8192, **_BACKWARD),
+    Workload(seqlen=8192, tokens=131072, decode=True, **_GQA),
+    Workload(seqlen=8192, causal=True, head_dim=64, head_dim_v=64),
+    Workload(seqlen=8192, causal=True, head_dim=256, head_dim_v=256),
+    Workload(seqlen=2048, causal=True),
+    Workload(seqlen=2048, **_BACKWARD),
+    Workload(seqlen=8192, head_dim=64, head_dim_v=64),
+    Workload(seqlen=8192, head_dim=64, head_dim_v=64, **_BACKWARD),
+    Workload(seqlen=4096, causal=True, lengths="skewed", **_GQA),
+    Workload(seqlen=8192, tokens=131072, decode=True, page_size=64, **_GQA),
+    Workload(seqlen=16384, causal=True, window=1024, **_GQA),
+    Workload(seqlen=8192, head_dim=256, head_dim_v=256),
+    Workload(seqlen=512, causal=True),
+    Workload(seqlen=512, causal=True, head_dim=64, head_dim_v=64),
+)
+
+
+@click.command()
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option("--budget", type=float, default=30.0, show_default=True, help="Milliseconds timed for each provider.")
+@click.option("--pose", type=click.Choice([arch.value for arch in SmArch]))
+def main(out: Path, budget: float, pose: str | None) -> None:
+    """Time the problems; exits with 1 if our kernels disagree with the reference anywhere."""
+    if pose:
+        from perf.gpu_check.dry_run import launch_once
+
+        for workload in WORKLOADS:
+            launch_once(workload, pose)
+            click.echo(f"{workload}: launched")
+        return
+    providers = {name: PROVIDERS[name] for name in PEERS}
+    wrong = False
+    for workload, rows in Sweep(CudaDevice(), providers, ResultFile(out), Effort(budget_ms=budget)).run(WORKLOADS):
+        told = [f"{row['provider']} " + (_figures(row) if row["status"] == "ok" else row["status"]) for row in rows]
+        click.echo(f"{workload}: {', '.join(told) or 'already there'}")
+        wrong = wrong or any(row["status"] == "wrong" and row["provider"] == CuteFa.name for row in rows)
+    sys.exit(wrong)
+
+
+def _figures(row: dict) -> str:
+    return f"{row['ms_p50']:.4g} ms {row['tflops']:.0f} TFLOP/s {row['gbps']:.0f} GB/s"
+
+
+if __name__ == "__main__":
+    main()
