@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pandas as pd
@@ -73,10 +75,50 @@ def test_make_installs_what_the_driver_supports(tmp_path, version, extra, index)
     )
     installs = [line for line in done.stdout.splitlines() if "pip install" in line]
     assert f"[dev,perf,{extra}]" in installs[-1]
-    assert ('"torch"' in installs[0]) == bool(version)
+    assert installs[0].endswith('"torch==2.13.0"')
     assert ("--index-url" in installs[0]) == bool(index)
     assert index in installs[0]
     assert "-m perf gpu-check" in done.stdout
+
+
+FAKE_PIP = """
+import os, sys
+with open(os.environ["INSTALLED"], "a") as file:
+    print(*sys.argv[1:], file=file)
+"""
+FAKE_TORCH = """
+__version__ = {version!r}
+class cuda:
+    is_available = staticmethod(lambda: {sees_gpu})
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "sees_gpu", "kept"), [("2.11.0+cu130", True, True), ("2.10.1", True, False), ("2.13.0", False, False)]
+)
+def test_make_keeps_the_torch_of_a_virtual_environment(tmp_path, version, sees_gpu, kept):
+    """python3 is a virtual environment, whose torch sees a GPU, is too old, or sees none. pip only notes its calls."""
+    checkout, outer, pip = (tmp_path / name for name in ("checkout", "outer", "pip"))
+    for name in ("Makefile", "pyproject.toml", "perf/cuda_driver.py"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    fake_driver(tmp_path)
+    venv.create(outer, symlinks=True)
+    (packages,) = outer.glob("lib/python*/site-packages")
+    (packages / "torch.py").write_text(FAKE_TORCH.format(version=version, sees_gpu=sees_gpu))
+    (packages / "behind.pth").write_text(str(tmp_path / "behind"))
+    (tmp_path / "behind").mkdir()
+    (tmp_path / "behind" / "a_dependency.py").touch()
+    pip.mkdir()
+    (pip / "pip.py").write_text(FAKE_PIP)
+    environment = {"PATH": f"{outer / 'bin'}:/usr/bin:/bin", "LD_LIBRARY_PATH": str(tmp_path)}
+    fakes = {"PYTHONPATH": str(pip), "INSTALLED": str(tmp_path / "installed")}
+    subprocess.run(["make", ".venv/.installed"], cwd=checkout, env=environment | fakes, check=True)
+    installs = (tmp_path / "installed").read_text().splitlines()
+    assert [line.split()[-1] for line in installs] == ["torch==2.13.0"] * (not kept) + [".[dev,perf,cu12]"]
+    code = "import torch, a_dependency; print(torch.__file__)"
+    found = subprocess.run([checkout / ".venv/bin/python", "-c", code], capture_output=True, text=True, env=environment)
+    assert found.stdout.strip() == (str(packages / "torch.py") if kept else ""), found.stderr
 
 
 def test_steps_run_each_tool_on_each_problem(monkeypatch, tmp_path):
