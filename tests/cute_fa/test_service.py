@@ -65,7 +65,7 @@ class Gate:
 
     def __call__(self, request):
         self.begun.set()
-        assert self.open.wait(WAIT)
+        assert self.open.wait(2 * WAIT)
         return request
 
 
