@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -119,6 +120,25 @@ def test_make_keeps_the_torch_of_a_virtual_environment(tmp_path, version, sees_g
     code = "import torch, a_dependency; print(torch.__file__)"
     found = subprocess.run([checkout / ".venv/bin/python", "-c", code], capture_output=True, text=True, env=environment)
     assert found.stdout.strip() == (str(packages / "torch.py") if kept else ""), found.stderr
+
+
+def test_a_folder_of_packages_is_enough():
+    """The page's line for machines without a package index, with this environment's packages as the folder, and an
+    interpreter that has none of its own (-S), so that no .pth file is read."""
+    (line,) = re.findall(r"^    (export PYTHONPATH=.*)$", (ROOT / "docs/performance.md").read_text(), re.M)
+    spec = importlib.util.find_spec("nvidia_cutlass_dsl")
+    folder = Path(next(iter(spec.submodule_search_locations))).parent
+    code = "import cutlass.cute, torch; print(cutlass.cute.__file__)"
+
+    def imported(line: str) -> subprocess.CompletedProcess:
+        command = ["bash", "-euc", f"{line}\nexec {sys.executable} -W ignore -S -c '{code}'"]
+        return subprocess.run(
+            command, env={"FOLDER": str(folder), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+        )
+
+    done = imported(line)
+    assert done.stdout.startswith(str(folder)), done.stderr
+    assert "No module named 'cutlass'" in imported("export PYTHONPATH=$FOLDER").stderr
 
 
 def test_steps_run_each_tool_on_each_problem(monkeypatch, tmp_path):
