@@ -19,7 +19,7 @@ SHELL := /bin/bash
 # The major version of CUDA that the driver supports; empty without a GPU.
 CUDA_MAJOR := $(shell $(if $(filter undefined,$(origin PY)),python3,$(PY)) perf/cuda_driver.py 2>/dev/null)
 EXTRAS := dev,perf,$(if $(filter-out 12,$(CUDA_MAJOR)),cu13,cu12)
-TORCH := $(if $(CUDA_MAJOR),torch,torch==2.13.0)
+TORCH := torch==2.13.0
 
 ifeq ($(origin PY),undefined)
 PY := .venv/bin/python
@@ -50,7 +50,9 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 
 # torch goes first: otherwise the resolver would pull its newest build, with gigabytes of CUDA libraries, also on a
-# machine without a GPU. A torch of the machine's own that sees its GPU is kept.
+# machine without a GPU. A torch of the machine's own that sees its GPU is kept, from 2.11 on. Where python3 is itself a
+# virtual environment, --system-site-packages shows the packages of the interpreter below it, and not its own: these a
+# .pth file adds.
 .venv/.installed: pyproject.toml
 	@python=
 	for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do
@@ -58,11 +60,23 @@ clean:
 	done
 	if [ -z "$$python" ]; then echo "No Python from 3.10 on with its venv module was found on the PATH." >&2; exit 1; fi
 	site=
-	if [ -n "$(CUDA_MAJOR)" ] && $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+	if [ -n "$(CUDA_MAJOR)" ] && $$python -c '
+	import sys, torch
+	sys.exit(not torch.cuda.is_available() or [int(part) for part in torch.__version__.split(".")[:2]] < [2, 11])
+	' 2>/dev/null; then
 	  site=--system-site-packages
 	fi
 	echo "Setting up .venv with $$($$python --version); this takes a few minutes."
 	$$python -m venv $$site .venv
-	[ -n "$$site" ] || .venv/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	if [ -n "$$site" ]; then
+	  packages=$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	  $$python -c '
+	import site, sys
+	outer = site.getsitepackages() if sys.prefix != sys.base_prefix else []
+	print(*(f"import site; site.addsitedir({path!r})" for path in outer), sep="\n")
+	' > "$$packages/outer.pth"
+	else
+	  .venv/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	fi
 	.venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]"
 	touch $@

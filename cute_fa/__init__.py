@@ -1,6 +1,6 @@
 """Attention kernels in NVIDIA's CuTe DSL behind one dispatch table and one API that drops in for ``flash_attn``."""
 
-from cute_fa import compat
+from cute_fa import compat, service
 from cute_fa.api.append import append_kv
 from cute_fa.api.append_by_position import append_rows
 from cute_fa.api.attention import flash_attn_func, flash_attn_varlen_func
@@ -18,10 +18,12 @@ from cute_fa.semantics import errors, reference
 from cute_fa.semantics.errors import CuteFaError
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, KvLayout, MaskKind, PersistentMode, PositionBias, SmArch
+from cute_fa.service import AttentionService
 
 __all__ = [
     "TABLE",
     "AttentionProblem",
+    "AttentionService",
     "ChunkLayout",
     "ChunkedPrefillRequest",
     "CumulativeSeqlens",
@@ -53,6 +55,7 @@ __all__ = [
     "merge_states",
     "record_keys",
     "reference",
+    "service",
     "simulate",
     "use_bundles",
 ]

@@ -302,6 +302,10 @@ class ChunkedPrefillRequest:
             self._check_lengths_k(self.attention.seqlens.tolist())
         return self.attention.run()
 
+    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) by ``cute_fa.reference``, as of ``attention``."""
+        return self.attention.reference()
+
     @property
     def _lengths_q(self) -> tuple[int, ...]:
         offsets, q = self.attention.cu_seqlens_q, self.attention.q

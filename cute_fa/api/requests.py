@@ -19,7 +19,8 @@ from cute_fa.api.attention import prepare
 from cute_fa.engine import attention as engine
 from cute_fa.engine import autograd
 from cute_fa.engine.table import TABLE, DispatchKey
-from cute_fa.engine.worlds import arch_of
+from cute_fa.engine.worlds import arch_of, described_arch
+from cute_fa.semantics import reference
 from cute_fa.semantics.call import FIELDS
 from cute_fa.semantics.errors import (
     ArgumentError,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from cute_fa.engine.contract import AttentionKernel
     from cute_fa.semantics.call import Call
     from cute_fa.semantics.problem import AttentionProblem
-    from cute_fa.semantics.reference import Gradients
+    from cute_fa.semantics.reference import Gradients, ReferenceOptions
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Request:
     @property
     def _arch(self) -> SmArch:
         """The request's, or before it has one the tensors'."""
-        return arch_of(self.q.device) if self.arch is None else self.arch
+        return described_arch(self.q.device) if self.arch is None else self.arch
 
     # What follows from the fields is found once: they never change.
     @cached_property
@@ -192,6 +193,18 @@ class Request:
         causal = self.mask in (MaskKind.CAUSAL, MaskKind.SLIDING_CAUSAL)
         alike = {field.name for field in fields(Request)} & set(FIELDS) - {"q"}
         return {name: getattr(self, name) for name in alike} | {"causal": causal, "window_size": self.window}
+
+    def _reference_options(self) -> ReferenceOptions:
+        """Keyword arguments of the reference."""
+        extras: Any = self._call.extras._asdict()
+        options = self._call.options
+        return {
+            **extras,
+            "softmax_scale": options.softmax_scale,
+            "window_size": (options.window_left, options.window_right),
+            "sink_tokens": options.sink_tokens,
+            "softcap": options.softcap,
+        }
 
     def _check_window(self) -> None:
         left, right = normalize_window(self.window, causal=False, name="window")
@@ -212,6 +225,13 @@ class ForwardRequest(Request):
         """(out, lse), on the device of the tensors, whose architecture must be the request's."""
         self._check_device()
         return engine.attention(self._call)
+
+    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) by ``cute_fa.reference`` in fp32, on any device and rounded as a kernel's; raises what
+        ``kernel()`` raises."""
+        self.kernel()
+        out, lse = reference.attention(*self._call[:3], **self._reference_options())
+        return out.to(self.q.dtype), lse
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,6 +321,15 @@ class Fa2BwdRequest(Request):
         """The gradients, on the device of the tensors, whose architecture must be the request's."""
         self._check_device()
         return autograd.attention_backward(*self._given, self._call, self.slopes_gradient)
+
+    def reference(self) -> Gradients:
+        """The gradients by ``cute_fa.reference`` in fp32, on any device and rounded as a kernel's; raises what
+        ``kernel()`` raises."""
+        self.kernel()
+        q, k, v = self._call[:3]
+        grads = reference.gradients(q, k, v, self.dout, self.dlse, **self._reference_options())
+        rounded = {"dq": grads.dq.to(q.dtype), "dk": grads.dk.to(k.dtype), "dv": grads.dv.to(v.dtype)}
+        return grads._replace(**rounded, dalibi=grads.dalibi if self.slopes_gradient else None)
 
     @property
     def _is_packed(self) -> bool:

@@ -85,6 +85,18 @@ class CompilerMissingError(CuteFaError):
         self.kernel = kernel
 
 
+class MockModeError(NoDeviceError):
+    """A service begun where there is neither a GPU nor a simulation: ``cute_fa.service.mock()`` is for tests there."""
+
+
+class QueueFullError(CuteFaError):
+    """A service that has as many requests waiting as it may."""
+
+
+class ServiceClosedError(CuteFaError):
+    """A request to a service that takes no more."""
+
+
 class WindowError(CuteFaError):
     """A window bound that is neither a size nor infinite (−1 or None)."""
 

@@ -673,12 +673,18 @@ def test_a_gpu_runs_compiled_and_loaded_kernels_on_the_current_stream(next_proce
     for found in ({"compiled": 1, "stored": 1}, {"loaded": 1}):
         kernel = compiler.compiled(config)
         a, b = torch.zeros(N, device="cuda"), torch.full((N + 3,), -1.0, device="cuda")
+        values = torch.arange(1.0, N + 1, device="cuda")
+        kernel.launch((a, b, 1.0, N))  # loads the module, which may wait for the whole device
+        b.fill_(-1.0)
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)  # on another stream the kernel would read the zeros
-            a.copy_(torch.arange(1.0, N + 1))
+            # The values arrive when the wait is over, and nothing blocks the host until then, as a copy from pageable
+            # memory would: a kernel on any other stream, torch's waiting for none, runs at once and reads the zeros.
+            torch.cuda._sleep(400_000_000)
+            a.copy_(values)
             kernel.launch((a, b, 1.0, N))
+            assert not stream.query()  # else the wait was over before the launch, and this showed nothing
         stream.synchronize()
         torch.testing.assert_close(b.cpu(), expected(2.0), rtol=0, atol=0)
         assert counts() == found

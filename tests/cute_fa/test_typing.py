@@ -10,7 +10,7 @@ GIVEN = """
 import torch
 
 from cute_fa import AttentionProblem, DispatchKey, DType, SmArch, append_kv, flash_attn_func, flash_attn_varlen_func
-from cute_fa import flash_attn_with_kvcache, reference
+from cute_fa import AttentionService, Fa2BwdRequest, Fa2FwdRequest, flash_attn_with_kvcache, reference
 from cute_fa.compat import fa2, fa3, fa4
 
 q = k = v = offsets = torch.empty(0)
@@ -35,6 +35,8 @@ RIGHT = [
     "fa4_out, fa4_lse = fa4.flash_attn_func(q, k, v, learnable_sink=k); fa4_out.float()",
     "fa4.flash_attn_varlen_func(q, k, v, None, offsets, offsets)[0].float()",
     "DispatchKey(SmArch.SM_80, DType.BF16, 64, causal=True)",
+    "AttentionService().submit(Fa2FwdRequest(q, k, v)).result()[0].float()",
+    "AttentionService().submit(Fa2BwdRequest(q, k, v, q, q, q)).result(1.0).dq.float()",
     f"AttentionProblem({FIELDS}, softmax_scale=1.0, window_left=3, alibi=True)",
 ]
 # Others, with what mypy's first words about them hold.
@@ -55,6 +57,8 @@ WRONG = {
     "fa4.flash_attn_func(q, k, v).float()": '"tuple[Tensor, Tensor | None]" has no attribute "float"',
     "fa4.flash_attn_func(q, k, v, 0.1)": 'Argument 4 to "flash_attn_func" has incompatible type "float"',
     "fa4.flash_attn_varlen_func(q, k, v, block_table=k)": 'Unexpected keyword argument "block_table"',
+    "AttentionService().submit(q)": 'Argument 1 to "submit" of "AttentionService" has incompatible type "Tensor"',
+    "AttentionService().submit(Fa2FwdRequest(q, k, v)).result().dq": '"tuple[Tensor, Tensor]" has no attribute "dq"',
     "DispatchKey(SmArch.SM_80, DType.BF16, 64, window=3)": 'Unexpected keyword argument "window"',
     "DispatchKey(SmArch.SM_80, DType.BF16, '64')": 'Argument 3 to "DispatchKey" has incompatible type "str"',
     f"AttentionProblem({FIELDS})": 'Missing positional argument "softmax_scale"',

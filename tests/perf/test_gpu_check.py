@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 
 import pandas as pd
@@ -79,10 +82,69 @@ def test_make_installs_what_the_driver_supports(tmp_path, version, extra, index)
     )
     installs = [line for line in done.stdout.splitlines() if "pip install" in line]
     assert f"[dev,perf,{extra}]" in installs[-1]
-    assert ('"torch"' in installs[0]) == bool(version)
+    assert installs[0].endswith('"torch==2.13.0"')
     assert ("--index-url" in installs[0]) == bool(index)
     assert index in installs[0]
     assert "-m perf gpu-check" in done.stdout
+
+
+FAKE_PIP = """
+import os, sys
+with open(os.environ["INSTALLED"], "a") as file:
+    print(*sys.argv[1:], file=file)
+"""
+FAKE_TORCH = """
+__version__ = {version!r}
+class cuda:
+    is_available = staticmethod(lambda: {sees_gpu})
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "sees_gpu", "kept"), [("2.11.0+cu130", True, True), ("2.10.1", True, False), ("2.13.0", False, False)]
+)
+def test_make_keeps_the_torch_of_a_virtual_environment(tmp_path, version, sees_gpu, kept):
+    """python3 is a virtual environment, whose torch sees a GPU, is too old, or sees none. pip only notes its calls."""
+    checkout, outer, pip = (tmp_path / name for name in ("checkout", "outer", "pip"))
+    for name in ("Makefile", "pyproject.toml", "perf/cuda_driver.py"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    fake_driver(tmp_path)
+    venv.create(outer, symlinks=True)
+    (packages,) = outer.glob("lib/python*/site-packages")
+    (packages / "torch.py").write_text(FAKE_TORCH.format(version=version, sees_gpu=sees_gpu))
+    (packages / "behind.pth").write_text(str(tmp_path / "behind"))
+    (tmp_path / "behind").mkdir()
+    (tmp_path / "behind" / "a_dependency.py").touch()
+    pip.mkdir()
+    (pip / "pip.py").write_text(FAKE_PIP)
+    environment = {"PATH": f"{outer / 'bin'}:/usr/bin:/bin", "LD_LIBRARY_PATH": str(tmp_path)}
+    fakes = {"PYTHONPATH": str(pip), "INSTALLED": str(tmp_path / "installed")}
+    subprocess.run(["make", ".venv/.installed"], cwd=checkout, env=environment | fakes, check=True)
+    installs = (tmp_path / "installed").read_text().splitlines()
+    assert [line.split()[-1] for line in installs] == ["torch==2.13.0"] * (not kept) + [".[dev,perf,cu12]"]
+    code = "import torch, a_dependency; print(torch.__file__)"
+    found = subprocess.run([checkout / ".venv/bin/python", "-c", code], capture_output=True, text=True, env=environment)
+    assert found.stdout.strip() == (str(packages / "torch.py") if kept else ""), found.stderr
+
+
+def test_a_folder_of_packages_is_enough():
+    """The page's line for machines without a package index, with this environment's packages as the folder, and an
+    interpreter that has none of its own (-S), so that no .pth file is read."""
+    (line,) = re.findall(r"^    (export PYTHONPATH=.*)$", (ROOT / "docs/performance.md").read_text(), re.M)
+    spec = importlib.util.find_spec("nvidia_cutlass_dsl")
+    folder = Path(next(iter(spec.submodule_search_locations))).parent
+    code = "import cutlass.cute, torch; print(cutlass.cute.__file__)"
+
+    def imported(line: str) -> subprocess.CompletedProcess:
+        command = ["bash", "-euc", f"{line}\nexec {sys.executable} -W ignore -S -c '{code}'"]
+        return subprocess.run(
+            command, env={"FOLDER": str(folder), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+        )
+
+    done = imported(line)
+    assert done.stdout.startswith(str(folder)), done.stderr
+    assert "No module named 'cutlass'" in imported("export PYTHONPATH=$FOLDER").stderr
 
 
 def test_the_plan_is_in_an_order_of_value(monkeypatch, tmp_path):

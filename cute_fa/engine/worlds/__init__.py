@@ -41,6 +41,7 @@ class Target(NamedTuple):
 
 
 _simulated: Target | None = None
+_assumed: SmArch | None = None
 
 
 @contextmanager
@@ -86,6 +87,17 @@ def simulate(
             _simulated = None
 
 
+@contextmanager
+def assume(arch: SmArch) -> Iterator[None]:
+    """Requests made of CPU tensors are described as those of a GPU of ``arch``, outside simulations; nothing runs."""
+    global _assumed
+    before, _assumed = _assumed, arch
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
 def simulation() -> Any | None:
     """The ``ptxsim.Simulation`` that is on, whoever began it, or None. The simulator is not imported to be asked."""
     if "ptxsim" not in sys.modules:
@@ -113,6 +125,13 @@ def simulated_target() -> Target | None:
 def arch_of(device: torch.device) -> SmArch:
     """The architecture that kernels for tensors on ``device`` are built for."""
     return target_of(device).arch
+
+
+def described_arch(device: torch.device) -> SmArch:
+    """:func:`arch_of`, or for the CPU what is assumed where nothing is simulated."""
+    if _assumed is not None and _simulated is None and device.type == "cpu":
+        return _assumed
+    return arch_of(device)
 
 
 def num_sms(device: torch.device) -> int:
