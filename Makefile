@@ -5,16 +5,20 @@
 #   make lint       ruff, mypy
 #   make fuzz       random problems over every public function, simulated: make fuzz ARGS="--problems 600 --seed 1 --jobs 2"
 #   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (hours)
-#   make gpu-check  GPU tests, compute-sanitizer, a short sweep; without a GPU the static checks
+#   make gpu-check  one problem per kernel, a short sweep, GPU tests, compute-sanitizer, in MINUTES (30), results to OUT;
+#                   without a GPU the static checks
+#   make gpu-pack   the same as a folder for a machine without a package index: make gpu-pack ARGS="--python 3.12"
 #
 # Variables: PY=python3 uses an interpreter that already has everything instead of making .venv.
 #            TORCH_INDEX=URL names a package index for torch: one that has builds for the CPU alone, or, where the driver
 #            supports no CUDA beyond 12, one that has builds for CUDA 12.
 
+MINUTES := 30
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
-.PHONY: run test lint fuzz mutations gpu-check clean
+.PHONY: run test lint fuzz mutations gpu-check gpu-pack clean
 
 # The major version of CUDA that the driver supports; empty without a GPU.
 CUDA_MAJOR := $(shell $(if $(filter undefined,$(origin PY)),python3,$(PY)) perf/cuda_driver.py 2>/dev/null)
@@ -44,7 +48,10 @@ mutations: $(ENVIRONMENT)
 	$(PY) -m tests.testing.mutations $(ARGS)
 
 gpu-check: $(ENVIRONMENT)
-	$(PY) -m perf gpu-check -- $(ARGS)
+	$(PY) -m perf gpu-check --minutes $(MINUTES) $(if $(OUT),--out "$(OUT)") -- $(ARGS)
+
+gpu-pack: $(ENVIRONMENT)
+	$(PY) -m perf gpu-pack $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
