@@ -62,6 +62,7 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
     "backward d64, deterministic": Attention(
         InputSpec(1, 150, 150, 2, 2, 64, causal=True), backward=True, choices={"deterministic": True}
     ),
+    "split d256": Attention(InputSpec(1, 1, 500, 2, 1, 256), choices={"num_splits": 2}),
     "fa2 d128 causal": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), choices={"family": "fa2"}),
 }
 

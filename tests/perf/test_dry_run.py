@@ -1,0 +1,63 @@
+"""gpu-check's plan on a machine without a GPU: all of it is walked, with the simulator in the place of the GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cute_fa
+from cute_fa.engine import recording
+from perf.gpu_check import dry_run
+from perf.gpu_check.sweep import WORKLOADS
+from perf.workload import Workload
+from tests.perf.test_gpu_check import results_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: gpu-check itself runs")
+def test_the_whole_plan_is_walked(tmp_path):
+    out, keys = tmp_path / "out", tmp_path / "kernels.keys"
+    command = [sys.executable, "-m", "perf", "gpu-check", "--dry-run", "sm_90a", "--minutes", "20", "--out", str(out)]
+    environment = {**os.environ, "CUTE_FA_RECORD_KEYS": str(keys), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    results = results_of(out / "summary.md")
+    sanitized = {name for name in results if "check " in name}
+    assert {results[name] for name in sanitized} == {"not run"}
+    assert {result for name, result in results.items() if name not in sanitized} == {"ok"}
+    # Every test got as far as a kernel, and said why it went no further.
+    log = (out / "tests.log").read_text()
+    assert "nothing was computed that could be compared" in log
+    assert "SKIPPED" in log and "PASSED" not in log and "FAILED" not in log
+    configs = [recording.config_of(line) for line in keys.read_text().splitlines()]
+    families = {type(config).__module__.rpartition(".")[0] for config in configs}
+    assert families >= {f"fa2_sm80.{part}" for part in ("forward", "split", "backward", "append")} | {
+        "fa3_sm90.forward"
+    }
+    assert {config.arch.value for config in configs} == {"sm_90a"} and len(configs) > 250
+
+
+def test_a_dry_launch_makes_the_plan_of_a_gpu(tmp_path):
+    """The kernel is that of 132 SMs and full size, and nothing is compiled; afterwards no GPU is believed in."""
+    workload = Workload(seqlen=8192, tokens=16384, decode=True, heads=32, heads_kv=8)
+    with cute_fa.record_keys(tmp_path / "keys"):
+        dry_run.launch_once(workload, "sm_90a")
+    (line,) = (tmp_path / "keys").read_text().splitlines()
+    assert json.loads(line)["config"] == "fa2_sm80.split.config:Fa2SplitConfig"
+    q = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
+    with pytest.raises(cute_fa.errors.NoDeviceError):
+        cute_fa.flash_attn_func(q, q, q)
+
+
+def test_the_sweep_begins_with_what_tells_most():
+    assert len(set(WORKLOADS)) == len(WORKLOADS)
+    assert [str(workload) for workload in WORKLOADS[:3]] == [
+        "fwd bf16 2×8192 d128 h16/16 causal",
+        "fwd bf16 2×8192 d128 h16/16 full",
+        "bwd bf16 2×8192 d128 h16/16 causal",
+    ]
