@@ -5,16 +5,19 @@
 #   make lint       ruff, mypy
 #   make fuzz       random problems over every public function, simulated: make fuzz ARGS="--problems 600 --seed 1 --jobs 2"
 #   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (hours)
+#   make bundle-h100, make bundle-a100
+#                   the kernels of the tour and the examples, to run without the compiler: docs/bundles.md
 #   make gpu-check  GPU tests, compute-sanitizer, a short sweep; without a GPU the static checks
 #
 # Variables: PY=python3 uses an interpreter that already has everything instead of making .venv.
+#            OUT=build/bundle-h100 is where the bundle goes, a folder or a wheel.
 #            TORCH_INDEX=URL names a package index for torch: one that has builds for the CPU alone, or, where the driver
 #            supports no CUDA beyond 12, one that has builds for CUDA 12.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
-.PHONY: run test lint fuzz mutations gpu-check clean
+.PHONY: run test lint fuzz mutations bundle-h100 bundle-a100 gpu-check clean
 
 # The major version of CUDA that the driver supports; empty without a GPU.
 CUDA_MAJOR := $(shell $(if $(filter undefined,$(origin PY)),python3,$(PY)) perf/cuda_driver.py 2>/dev/null)
@@ -42,6 +45,21 @@ fuzz: $(ENVIRONMENT)
 
 mutations: $(ENVIRONMENT)
 	$(PY) -m tests.testing.mutations $(ARGS)
+
+bundle-h100: BUNDLE_ARCH := sm_90a
+bundle-a100: BUNDLE_ARCH := sm_80
+bundle-h100 bundle-a100: OUT = build/$@
+# The examples run simulated, with as many SMs as the GPU has, whatever GPU this machine has.
+bundle-h100 bundle-a100: $(ENVIRONMENT)
+	mkdir -p build
+	keys=build/$@.keys
+	export CUDA_VISIBLE_DEVICES= PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}"
+	$(PY) -W ignore -m cute_fa.tools.tour_keys --arch $(BUNDLE_ARCH) > $$keys
+	export CUTE_FA_RECORD_KEYS=$$keys
+	$(PY) -W ignore examples/generate_llama.py --arch $(BUNDLE_ARCH)
+	$(PY) -W ignore examples/serve.py --arch $(BUNDLE_ARCH)
+	unset CUTE_FA_RECORD_KEYS
+	$(PY) -W ignore -m cute_fa bundle --keys $$keys --out $(OUT) --jobs 2
 
 gpu-check: $(ENVIRONMENT)
 	$(PY) -m perf gpu-check -- $(ARGS)

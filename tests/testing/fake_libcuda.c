@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 enum { DEVICES = 3, STATIC_BYTES = 1024, OPT_IN_BYTES = 232448, CONTEXT = 0x1000, LIBRARY = 0x2000, KERNEL = 0x3000 };
-enum { INVALID_VALUE = 1, INVALID_CONTEXT = 201 };
+enum { INVALID_VALUE = 1, INVALID_CONTEXT = 201, INVALID_HANDLE = 400 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char calls[1 << 20];
@@ -54,6 +54,7 @@ static int called(const char *name, const char *format, ...) {
 }
 #define CALLED(...) do { int error = called(__func__, __VA_ARGS__); if (error) return error; } while (0)
 #define LONG(pointer) ((long)(uintptr_t)(pointer))
+#define IS_LOADED(handle, first) (LONG(handle) > first && LONG(handle) <= first + libraries)
 
 __attribute__((constructor)) static void start(void) {
   const char *asked = getenv("FAKE_CUDA_FAIL"), *newest = getenv("FAKE_CUDA_VERSION");
@@ -99,17 +100,18 @@ int cuLibraryLoadData(void **library, const void *image, int *a, void **b, unsig
 }
 int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
   CALLED("%ld %s", LONG(library) - LIBRARY, name);
+  if (!IS_LOADED(library, LIBRARY)) return INVALID_HANDLE;
   *kernel = (void *)(LONG(library) - LIBRARY + KERNEL);
   return 0;
 }
 int cuKernelGetAttribute(int *value, int attribute, void *kernel, int device) {
   CALLED("%d %ld %d", attribute, LONG(kernel) - KERNEL, device);
   *value = STATIC_BYTES;
-  return attribute == 1 ? 0 : INVALID_VALUE; /* CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES */
+  return !IS_LOADED(kernel, KERNEL) ? INVALID_HANDLE : attribute == 1 ? 0 : INVALID_VALUE; /* CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES */
 }
 int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
   CALLED("%d %d %ld %d", attribute, value, LONG(kernel) - KERNEL, device);
-  return 0;
+  return IS_LOADED(kernel, KERNEL) ? 0 : INVALID_HANDLE;
 }
 
 typedef struct {
@@ -127,5 +129,5 @@ int cuLaunchKernelEx(const launch_config *c, void *kernel, void **arguments, voi
   }
   CALLED("%ld %d %u %u %u %u %u %u %u %ld%s", LONG(kernel) - KERNEL, context ? (int)(context - CONTEXT) : -1, c->grid[0],
          c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->smem, LONG(c->stream), attributes);
-  return arguments && !extra ? 0 : INVALID_VALUE;
+  return !IS_LOADED(kernel, KERNEL) ? INVALID_HANDLE : arguments && !extra ? 0 : INVALID_VALUE;
 }
