@@ -71,7 +71,9 @@ def write_bundle(configs: list[KernelConfig], out: Path) -> Iterator[Bundled]:
 
 
 def check_out(out: Path) -> None:
-    """Raises ArgumentError for a name that is no wheel's, and where something is that is no bundle."""
+    """Raises ArgumentError for a name that is no wheel's, and where something is that is no bundle; BundleError where
+    there is no C compiler."""
+    _c_compiler()
     if out.suffix == ".whl":
         _wheel_name(out)
     elif out.exists() and not (out / bundles.MANIFEST).is_file():
@@ -160,11 +162,15 @@ def _link_kernel(config: KernelConfig, folder: Path, scratch: Path) -> tuple[dic
     return entry, artifacts
 
 
-def _run_compiler(arguments: list[str], out: Path) -> None:
+def _c_compiler() -> list[str]:
     chosen = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if shutil.which(chosen[0]) is None:
         raise BundleError(f"bundles are linked by a C compiler: {chosen[0]!r} is not there, install one or set $CC")
-    command = [*chosen, "-shared", "-fPIC", "-o", str(out), *arguments]
+    return chosen
+
+
+def _run_compiler(arguments: list[str], out: Path) -> None:
+    command = [*_c_compiler(), "-shared", "-fPIC", "-o", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BundleError(f"{out.name} cannot be linked: {shlex.join(command)}\n{done.stderr}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).parents[2]
-_DSL = ("nvidia_cutlass", "cutlass", "flash_attn", "quack")  # what needs it goes with it
+_DSL = ("nvidia_cutlass", "cutlass", "cuda", "flash_attn", "quack")  # what it needs and what needs it go with it
 
 
 class Processes:

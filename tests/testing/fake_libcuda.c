@@ -107,7 +107,8 @@ int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
 int cuKernelGetAttribute(int *value, int attribute, void *kernel, int device) {
   CALLED("%d %ld %d", attribute, LONG(kernel) - KERNEL, device);
   *value = STATIC_BYTES;
-  return !IS_LOADED(kernel, KERNEL) ? INVALID_HANDLE : attribute == 1 ? 0 : INVALID_VALUE; /* CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES */
+  if (!IS_LOADED(kernel, KERNEL)) return INVALID_HANDLE;
+  return attribute == 1 ? 0 : INVALID_VALUE; /* CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES */
 }
 int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
   CALLED("%d %d %ld %d", attribute, value, LONG(kernel) - KERNEL, device);
