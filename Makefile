@@ -5,11 +5,14 @@
 #   make lint       ruff, mypy
 #   make fuzz       random problems over every public function, simulated: make fuzz ARGS="--problems 600 --seed 1 --jobs 2"
 #   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (hours)
+#   make bundle-h100, make bundle-a100
+#                   the kernels of the tour and the examples, to run without the compiler: docs/bundles.md
 #   make gpu-check  one problem per kernel, a short sweep, GPU tests, compute-sanitizer, in MINUTES (30), results to OUT;
 #                   without a GPU the static checks
 #   make gpu-pack   the same as a folder for a machine without a package index: make gpu-pack ARGS="--python 3.12"
 #
 # Variables: PY=python3 uses an interpreter that already has everything instead of making .venv.
+#            OUT is where a bundle goes, a folder or a wheel (build/bundle-h100), or the results of gpu-check.
 #            TORCH_INDEX=URL names a package index for torch: one that has builds for the CPU alone, or, where the driver
 #            supports no CUDA beyond 12, one that has builds for CUDA 12.
 
@@ -18,7 +21,7 @@ MINUTES := 30
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
-.PHONY: run test lint fuzz mutations gpu-check gpu-pack clean
+.PHONY: run test lint fuzz mutations bundle-h100 bundle-a100 gpu-check gpu-pack clean
 
 # The major version of CUDA that the driver supports; empty without a GPU.
 CUDA_MAJOR := $(shell $(if $(filter undefined,$(origin PY)),python3,$(PY)) perf/cuda_driver.py 2>/dev/null)
@@ -46,6 +49,21 @@ fuzz: $(ENVIRONMENT)
 
 mutations: $(ENVIRONMENT)
 	$(PY) -m tests.testing.mutations $(ARGS)
+
+bundle-h100: BUNDLE_ARCH := sm_90a
+bundle-a100: BUNDLE_ARCH := sm_80
+bundle-h100 bundle-a100: OUT = build/$@
+# The examples run simulated, with as many SMs as the GPU has, whatever GPU this machine has.
+bundle-h100 bundle-a100: $(ENVIRONMENT)
+	mkdir -p build
+	keys=build/$@.keys
+	export CUDA_VISIBLE_DEVICES= PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}"
+	$(PY) -W ignore -m cute_fa.tools.tour_keys --arch $(BUNDLE_ARCH) > $$keys
+	export CUTE_FA_RECORD_KEYS=$$keys
+	$(PY) -W ignore examples/generate_llama.py --arch $(BUNDLE_ARCH)
+	$(PY) -W ignore examples/serve.py --arch $(BUNDLE_ARCH)
+	unset CUTE_FA_RECORD_KEYS
+	$(PY) -W ignore -m cute_fa bundle --keys $$keys --out $(OUT) --jobs 2
 
 gpu-check: $(ENVIRONMENT)
 	$(PY) -m perf gpu-check --minutes $(MINUTES) $(if $(OUT),--out "$(OUT)") -- $(ARGS)

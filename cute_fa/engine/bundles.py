@@ -2,7 +2,8 @@
 
 A bundle is a folder that ``python -m cute_fa bundle`` writes, alone or inside a wheel:
 
-    manifest.json              versions, the least driver, and of each kernel its key, its files and their SHA-256
+    manifest.json              versions, the least driver, and of each kernel its key, its files and their SHA-256;
+                               and the SHA-256 of all that
     libcute_fa_runtime.so.1    host_runtime.c: what the kernels' host code asks of CUDA
     NAME.so, NAME.ptx.gz       a kernel: host code with the cubin in it, and what the simulator runs
 
@@ -19,9 +20,11 @@ from __future__ import annotations
 
 import ctypes
 import gzip
+import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
+import json
 import os
 import threading
 from dataclasses import dataclass
@@ -46,6 +49,12 @@ ENTRY_POINTS = "cute_fa.bundles"
 VARIABLE = "CUTE_FA_BUNDLES"
 
 
+def hash_of(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own field for it."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 class Bundle:
     """A bundle, opened: ``folder``, and the entries of its manifest by their keys' digests. Raises BundleError for what
     is none, or one of another version."""
@@ -61,16 +70,16 @@ class Bundle:
         try:
             manifest = files.parse_json(self._bytes(MANIFEST), {"format": int})
             if manifest["format"] == FORMAT:
-                fields = {"cute_fa": str, "least_driver": dict, "kernels": list, "runtime": str}
+                fields = {"cute_fa": str, "least_driver": dict, "kernels": list, "runtime": str, "sha256": str}
                 manifest = files.parse_json(self._bytes(MANIFEST), fields)
+                if manifest["sha256"] != hash_of(manifest):
+                    raise RejectedError(f"{MANIFEST} has another hash than it says")
         except (RejectedError, FileNotFoundError, NotADirectoryError) as error:
             raise BundleError(f"{self.folder}: no bundle ({error})") from error
         if manifest["format"] != FORMAT or manifest["cute_fa"] != __version__:
-            made = (
-                f"of format {manifest['format']}" if manifest["format"] != FORMAT else f"cute-fa {manifest['cute_fa']}"
-            )
+            told = "is of format {format}" if manifest["format"] != FORMAT else "was made by cute-fa {cute_fa}"
             raise BundleError(
-                f"{self.folder} was made by {made}, this is cute-fa {__version__}, format {FORMAT}: make it anew"
+                f"{self.folder} {told.format(**manifest)}, this is cute-fa {__version__}, format {FORMAT}: make it anew"
             )
         return manifest
 
@@ -184,11 +193,12 @@ def looked_into(key: Key) -> str:
     for bundle in bundles:
         same = [entry for entry in bundle.entries.values() if entry["key"]["config"] == key.fields["config"]]
         differing = {name for entry in same for name, value in entry["key"].items() if value != key.fields[name]}
-        reasons.append(
-            f"{bundle.folder} has it with other {', '.join(sorted(differing))}"
-            if same
-            else f"{bundle.folder} has it not"
-        )
+        if not same:
+            reasons.append(f"{bundle.folder} has it not")
+        elif differing:
+            reasons.append(f"{bundle.folder} has it with other {', '.join(sorted(differing))}")
+        else:
+            reasons.append(f"{bundle.folder} has it to run, and no more")
     return "; ".join(reasons)
 
 

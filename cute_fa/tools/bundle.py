@@ -71,7 +71,9 @@ def write_bundle(configs: list[KernelConfig], out: Path) -> Iterator[Bundled]:
 
 
 def check_out(out: Path) -> None:
-    """Raises ArgumentError for a name that is no wheel's, and where something is that is no bundle."""
+    """Raises ArgumentError for a name that is no wheel's, and where something is that is no bundle; BundleError where
+    there is no C compiler."""
+    _c_compiler()
     if out.suffix == ".whl":
         _wheel_name(out)
     elif out.exists() and not (out / bundles.MANIFEST).is_file():
@@ -96,7 +98,9 @@ def _write_folder(configs: list[KernelConfig], folder: Path, scratch: Path) -> I
         "runtime": runtime,
         "kernels": entries,
     }
+    manifest["sha256"] = bundles.hash_of(manifest)
     folder.joinpath(bundles.MANIFEST).write_text(json.dumps(manifest, indent=1))
+    folder.chmod(0o755)  # explicit, since an open umask would make a bundle that is refused
     for file in folder.iterdir():
         file.chmod(0o644)
 
@@ -114,7 +118,8 @@ def _least_driver(arch: SmArch, ptx: str) -> int:
 def _link_runtime(folder: Path) -> str:
     """Build the host runtime; its SHA-256."""
     library = folder / bundles.RUNTIME
-    options = ["-O2", "-fvisibility=hidden", f"-Wl,-soname,{bundles.RUNTIME}", "-Wl,--no-as-needed", "-ldl"]
+    # libdl by its file's name: from glibc 2.34 on there is none to link with, but an older one has dlopen there.
+    options = ["-O2", "-fvisibility=hidden", f"-Wl,-soname,{bundles.RUNTIME}", "-Wl,--no-as-needed", "-l:libdl.so.2"]
     _run_compiler([str(RUNTIME_SOURCE), *options], library)
     return _sha256(library.read_bytes())
 
@@ -157,11 +162,15 @@ def _link_kernel(config: KernelConfig, folder: Path, scratch: Path) -> tuple[dic
     return entry, artifacts
 
 
-def _run_compiler(arguments: list[str], out: Path) -> None:
+def _c_compiler() -> list[str]:
     chosen = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if shutil.which(chosen[0]) is None:
         raise BundleError(f"bundles are linked by a C compiler: {chosen[0]!r} is not there, install one or set $CC")
-    command = [*chosen, "-shared", "-fPIC", "-o", str(out), *arguments]
+    return chosen
+
+
+def _run_compiler(arguments: list[str], out: Path) -> None:
+    command = [*_c_compiler(), "-shared", "-fPIC", "-o", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BundleError(f"{out.name} cannot be linked: {shlex.join(command)}\n{done.stderr}")
@@ -172,9 +181,12 @@ def _run_compiler(arguments: list[str], out: Path) -> None:
 
 def _wheel_name(out: Path) -> tuple[str, str]:
     """Name and version of a wheel from its file's name (PEP 427)."""
-    match = re.fullmatch(r"([A-Za-z0-9][\w.]*)-(\d[\w.!+]*)-" + re.escape(WHEEL_TAG) + r"\.whl", out.name)
-    if not match:
-        raise ArgumentError(f"--out {out}: a wheel's name is NAME-VERSION-{WHEEL_TAG}.whl, NAME without hyphens")
+    match = re.fullmatch(r"([a-z][a-z0-9_]*)-([0-9][0-9a-zA-Z.!+_]*)-" + re.escape(WHEEL_TAG) + r"\.whl", out.name)
+    if not match or match[1] == "cute_fa":
+        raise ArgumentError(
+            f"--out {out}: a wheel's name is NAME-VERSION-{WHEEL_TAG}.whl; NAME becomes a package: small letters, "
+            "digits and underscores, not cute_fa"
+        )
     return match[1], match[2]
 
 

@@ -1,7 +1,10 @@
 """Requests over a paged cache and the chunks of a prefill: what they describe, what they refuse, and that they run."""
 
 import dataclasses
+import importlib.util
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,3 +389,32 @@ class TestChunkedPrefill:
                 ChunkedPrefillRequest(
                     PagedAttentionRequest(q, cache, attention.page_table, attention.seqlens), ChunkLayout(32, 64, 4, 2)
                 )
+
+
+def test_example(monkeypatch, capsys):
+    """examples/serve.py: what its steps give is what the whole sequences give, or it raises SystemExit."""
+    path = Path(__file__).parents[2] / "examples" / "serve.py"
+    spec = importlib.util.spec_from_file_location("serve", path)
+    example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "serve", example)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--arch", "sm_90a"])
+    example.main()
+    told = capsys.readouterr().out
+    assert re.findall(r"(\w) is done: \[([\d, ]+)\]", told) == [
+        ("A", "56, 37, 39"),
+        ("C", "21, 21"),
+        ("B", "50, 1, 39, 59"),
+    ]
+    assert re.search(r"C: chunk 1 of 1.*\n  B: one token", told)  # a prompt is read while others are written
+    assert "A: chunk 1 of 2, fa3_fwd_sm90a_bf16_hd128_causal_varlen_page16_gqa4" in told
+
+    append = example.Layer.append
+
+    def swap_pages(layer, sequences, new):
+        q, page_table, seqlens = append(layer, sequences, new)
+        return q, page_table[:, [1, 0, 2, 3, 4, 5]], seqlens
+
+    monkeypatch.setattr(example.Layer, "append", swap_pages)
+    with pytest.raises(SystemExit, match="wrong: A, C, B"):
+        example.main()

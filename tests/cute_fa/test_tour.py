@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import cute_fa
+from cute_fa.engine import plan as plans
+from cute_fa.engine.recording import config_of
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics import reference
 from cute_fa.semantics.names import canonical_name
 from cute_fa.semantics.types import SmArch
+from cute_fa.tools.inputs import Inputs
 from cute_fa.tools.tour import (
     GEMMA2_LOCAL,
     GPT_OSS,
@@ -25,6 +30,7 @@ from cute_fa.tools.tour import (
     itinerary,
     layer_inputs,
 )
+from cute_fa.tools.tour_keys import tour_configs
 from cute_fa.tools.trial import problem_of_spec
 
 # What leaves each feature out, in the reference's options.
@@ -115,3 +121,24 @@ def test_the_documentation_shows_the_present_tour(monkeypatch):
 def test_more_text_than_there_is():
     with pytest.raises(ValueError, match="the text has 45325 bytes"):
         layer_inputs(replace(LLAMA3, heads=1, heads_kv=1), 10**5)
+
+
+@pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_90A, SmArch.SM_100A], ids=lambda arch: arch.value)
+def test_the_kernels_that_bundles_have_of_it_are_those_that_it_launches(tmp_path, monkeypatch, arch):
+    """Each layer at full length, forward and backward, up to the launch; the memory is never touched."""
+    monkeypatch.setattr(plans, "compiled", lambda config: types.SimpleNamespace(launch=lambda arguments: None))
+    monkeypatch.setattr(plans, "PLANS", {})
+    with cute_fa.simulate(arch), cute_fa.record_keys(tmp_path / "keys"):
+        for layer in LAYERS:
+            sizes = (
+                (1, layer.length, heads, layer.head_dim) for heads in (layer.heads, layer.heads_kv, layer.heads_kv)
+            )
+            q, k, v = (torch.empty(size, dtype=torch.bfloat16, requires_grad=True) for size in sizes)
+            slopes = alibi_slopes(layer.heads) if layer.alibi else None
+            sink = torch.zeros(layer.heads, requires_grad=True) if layer.learnable_sink else None
+            inputs = Inputs(layer.spec(layer.length), q, k, v, alibi_slopes=slopes, learnable_sink=sink)
+            out = inputs.run(num_splits=1)
+            torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    recorded = [config_of(line) for line in (tmp_path / "keys").read_text().splitlines()]
+    assert recorded == tour_configs(arch)
+    assert len(recorded) == 14
