@@ -24,12 +24,13 @@ TORCH := $(if $(CUDA_MAJOR),torch,torch==2.13.0)
 ifeq ($(origin PY),undefined)
 PY := .venv/bin/python
 ENVIRONMENT := .venv/.installed
+FLAVOURS := .venv/.flavours
 endif
 
 run: $(ENVIRONMENT)
 	$(PY) -m cute_fa run
 
-test: $(ENVIRONMENT)
+test: $(ENVIRONMENT) $(FLAVOURS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(ENVIRONMENT)
@@ -65,4 +66,9 @@ clean:
 	$$python -m venv $$site .venv
 	[ -n "$$site" ] || .venv/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	.venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]"
+	touch $@
+
+# The DSL's libraries for the other CUDA beside the environment: tests compile with both.
+.venv/.flavours: .venv/.installed
+	.venv/bin/python -m perf flavours --install
 	touch $@

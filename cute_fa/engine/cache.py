@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import platformdirs
 
+from cute_fa.engine import flavour
 from cute_fa.engine.contract import KernelConfig
 from cute_fa.engine.environment import switch
 from cute_fa.semantics.errors import ArgumentError
@@ -277,10 +278,10 @@ def _hash_sources(roots: tuple[Path, ...]) -> str:
 
 @cache
 def _versions() -> dict[str, str]:
-    """Versions of what generates and runs the code; the DSL's two CUDA flavours bring different ptxas."""
-    versions = {}
-    dsl = "nvidia-cutlass-dsl"
-    for name in (dsl, f"{dsl}-libs-cu12", f"{dsl}-libs-cu13", "apache-tvm-ffi"):
+    """Versions of what generates and runs the code. Of the DSL's flavours, which bring different ptxas, the active one
+    counts; its libraries have the DSL's version."""
+    versions = {"flavour": flavour.active() or "absent"}
+    for name in ("nvidia-cutlass-dsl", "apache-tvm-ffi"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
