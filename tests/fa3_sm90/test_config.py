@@ -200,6 +200,7 @@ THREE_WARPGROUPS = [
             ["registers spill with window_right and alibi: up to 20 accesses at 128 keys, none at 96"],
         ),
         ({"alibi": True}, []),
+        ({"window_right": 0, "alibi": True, "head_dim_v": 32}, []),
         ({"head_dim": 128, "head_dim_v": 128}, THREE_WARPGROUPS),
         (
             {"head_dim": 256, "head_dim_v": 256},

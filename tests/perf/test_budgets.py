@@ -15,6 +15,7 @@ from cute_fa.semantics.types import Direction, SmArch
 from perf import static as static_module
 from perf.__main__ import main
 from perf.budgets import Budget, load
+from perf.features import FeatureKey, feature_rows
 from perf.static import StaticKey, our_report
 from perf.static_page import to_page
 
@@ -35,6 +36,13 @@ def test_the_documentation_has_the_present_figures(budget):
     title, *_, line = to_page(pd.DataFrame([row])).splitlines()
     paragraphs = PAGE.read_text().split("\n\n")
     assert line in paragraphs[paragraphs.index(title) + 1].splitlines()
+
+
+@pytest.mark.parametrize("features", [("causal", "alibi"), ("varlen", "causal", "alibi")])
+def test_alibi_and_a_right_bound_have_enough_registers(features):
+    """Of FA3's forward at head_dim 64, which has the fewest."""
+    (row,) = feature_rows([FeatureKey(SmArch.SM_90A, 64, 64, features)])
+    assert (row["spills"], row["serialised"]) == ("0/0", False)
 
 
 def test_every_kernel_has_a_budget():
