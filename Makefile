@@ -31,12 +31,13 @@ TORCH := torch==2.13.0
 ifeq ($(origin PY),undefined)
 PY := .venv/bin/python
 ENVIRONMENT := .venv/.installed
+FLAVOURS := .venv/.flavours
 endif
 
 run: $(ENVIRONMENT)
 	$(PY) -m cute_fa run
 
-test: $(ENVIRONMENT)
+test: $(ENVIRONMENT) $(FLAVOURS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(ENVIRONMENT)
@@ -68,8 +69,8 @@ bundle-h100 bundle-a100: $(ENVIRONMENT)
 gpu-check: $(ENVIRONMENT)
 	$(PY) -m perf gpu-check --minutes $(MINUTES) $(if $(OUT),--out "$(OUT)") -- $(ARGS)
 
-gpu-pack: $(ENVIRONMENT)
-	$(PY) -m perf gpu-pack $(ARGS)
+gpu-pack: $(ENVIRONMENT) $(FLAVOURS)
+	$(PY) -m perf gpu-pack --flavour cu13 $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
@@ -104,4 +105,9 @@ clean:
 	  .venv/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	fi
 	.venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]"
+	touch $@
+
+# The DSL's libraries for the other CUDA beside the environment: tests compile with both.
+.venv/.flavours: .venv/.installed
+	.venv/bin/python -m perf flavours --install
 	touch $@

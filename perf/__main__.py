@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.progress import track
 
 from cute_fa import __version__
+from cute_fa.engine.flavour import active as active_flavour
 from cute_fa.semantics.errors import ArgumentError, CuteFaError, DeviceError
 from cute_fa.semantics.types import Direction, DType, SmArch
 from perf import cuda_driver
+from perf import flavours as dsl_flavours
 from perf.device import Clocks, CudaDevice
 from perf.providers import PROVIDERS, CuteFa
 from perf.results import ResultFile, read_results, result_path, speed_table
@@ -73,7 +75,33 @@ def main() -> None:
     """Performance figures of the kernels."""
 
 
-@main.command()
+class _Compiling(click.Command):
+    """A command that compiles kernels and has :data:`_FLAVOUR`: keeps its arguments for a process that repeats it."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        context.meta["arguments"] = tuple(args)
+        return super().parse_args(context, args)
+
+
+def _with_flavour(context: click.Context, parameter: click.Parameter, flavour: str | None) -> None:
+    """Repeats the command in a process that has another flavour than this one, and ends with its exit code."""
+    if flavour in (None, active_flavour()) or context.resilient_parsing:
+        return
+    with _errors():
+        done = dsl_flavours.run(flavour, ["-m", "perf", context.info_name, *context.meta["arguments"]])
+    context.exit(done.returncode)
+
+
+_FLAVOUR = click.option(
+    "--flavour",
+    type=click.Choice(dsl_flavours.FLAVOURS),
+    callback=_with_flavour,
+    expose_value=False,
+    help='Of the DSL, see "flavours".  [default: the active one]',
+)
+
+
+@main.command(cls=_Compiling)
 @click.option(
     "--arch", "archs", multiple=True, type=click.Choice(_ARCHS), default=["sm_80", "sm_90a"], show_default=True
 )
@@ -87,6 +115,7 @@ def main() -> None:
 @click.option(
     "--gate", is_flag=True, help="Hold the main loops to perf/budgets.toml instead; exits with 1 if one fails."
 )
+@_FLAVOUR
 def static(archs, head_dims, directions, fa4: bool | None, csv: Path | None, markdown: bool, gate: bool) -> None:
     """Static figures of our kernels (bf16, full and causal) beside the peers'. Needs no GPU.
 
@@ -140,7 +169,7 @@ def _gate(archs: tuple[str, ...], head_dims: tuple[int, ...], directions: tuple[
         notes.print(f"{key}: {'; '.join(breaches) or 'within its budget'}", highlight=False)
     if not held:
         raise click.UsageError(f"{FILE.name} has no budget for these kernels")
-    click.echo(f"{held - failed} of {held} main loops within their budgets")
+    click.echo(f"{held - failed} of {held} main loops within their budgets ({active_flavour()})")
     if failed:
         sys.exit(1)
 
@@ -174,12 +203,13 @@ def host(archs: tuple[str, ...], head_dim: int, causal: bool, repetitions: int, 
     _print(pd.DataFrame(rows), markdown)
 
 
-@main.command()
+@main.command(cls=_Compiling)
 @click.option("--arch", type=click.Choice(_ARCHS), default="sm_90a", show_default=True)
 @click.option("--head-dim", "head_dims", multiple=True, type=_HEAD_DIMS, help="[default: 64 … 256, and 192,128]")
 @click.option("--offenders", is_flag=True, help="Only the kernels that spill in a loop or whose wgmma are serialised.")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Also write the table to this file.")
 @click.option("--markdown", is_flag=True, help="Print Markdown instead of a terminal table.")
+@_FLAVOUR
 def features(
     arch: str, head_dims: tuple[tuple[int, int], ...], offenders: bool, csv: Path | None, markdown: bool
 ) -> None:
@@ -200,6 +230,25 @@ def features(
     if csv:
         table.to_csv(csv, index=False)
     _print(table[table.offends] if offenders else table, markdown)
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("flavour", type=click.Choice(dsl_flavours.FLAVOURS), required=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--install", is_flag=True, help="First fetch the libraries that are missing, 90 MB a flavour.")
+def flavours(flavour: str | None, arguments: tuple[str, ...], install: bool) -> None:
+    """The DSL's libraries for CUDA 12 and for CUDA 13, which make different code: which are there, which is active.
+
+    With FLAVOUR it runs "python ARGUMENTS" in a process where that one is active:
+    python -m perf flavours cu13 -m cute_fa run --head-dim 64
+    """
+    with _errors():
+        if install:
+            dsl_flavours.install()
+        if flavour is not None:
+            sys.exit(dsl_flavours.run(flavour, arguments).returncode)
+    for name, state in dsl_flavours.states().items():
+        click.echo(f"{name}: {state}")
 
 
 @main.command()
@@ -409,11 +458,12 @@ def gpu_check(
         sys.exit(1)
 
 
-@main.command("gpu-pack")
+@main.command("gpu-pack", cls=_Compiling)
 @click.option("--arch", type=click.Choice(_ARCHS), default="sm_90a", show_default=True, help="Of the GPU.")
 @click.option("--python", default="3.12", show_default=True, metavar="X.Y", help="The machine's Python.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build", "gpu-pack"), show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes that compile.")
+@_FLAVOUR
 def gpu_pack(arch: str, python: str, out: Path, jobs: int) -> None:
     """Make a folder, and a .tar.xz of it, that runs gpu-check on a machine without a package index and without
     nvidia-cutlass-dsl: the tree, TVM-FFI for its Python, and a bundle of the kernels that a dry run launched.

@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cute_fa.engine import flavour
 from cute_fa.semantics.types import Direction, SmArch
+from perf.flavours import FLAVOURS
 from perf.sass import KernelReport
 from perf.static import StaticKey
 
@@ -43,15 +45,22 @@ class Budget:
         return found
 
 
-def load(path: Path = FILE) -> list[Budget]:
-    """The budgets of a file, in its order: a table for each arch and direction, a line for each head dim and mask."""
+def load(path: Path = FILE, of: str | None = None) -> list[Budget]:
+    """The budgets of a file, in its order: a table for each arch and direction, a line for each head dim and mask.
+    ``of``: the flavour of the DSL that compiles, by default the active one. A line's figures are those of all
+    flavours, but where it has others under the flavour's name."""
+    of = of or flavour.active()
     tables = tomllib.loads(path.read_text())
     return [
-        Budget(_key(SmArch(arch), Direction(direction), shape), **figures)
+        Budget(_key(SmArch(arch), Direction(direction), shape), **_figures(line, of))
         for arch, directions in tables.items()
         for direction, shapes in directions.items()
-        for shape, figures in shapes.items()
+        for shape, line in shapes.items()
     ]
+
+
+def _figures(line: dict, of: str | None) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in FLAVOURS} | line.get(of, {})
 
 
 def _key(arch: SmArch, direction: Direction, shape: str) -> StaticKey:

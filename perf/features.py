@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cute_fa.engine import flavour
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import UnsupportedKeyError
@@ -97,6 +98,7 @@ def feature_rows(keys: list[FeatureKey]) -> Iterator[dict[str, Any]]:
             "head_dim": key.head_dim,
             "head_dim_v": key.head_dim_v,
             "features": " ".join(key.features) or "plain",
+            "flavour": flavour.active(),
             "kernel": kernel.family,
             "tile_n": config.tile_n,
             "regs": report.resources["regs"],

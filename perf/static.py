@@ -2,6 +2,7 @@
 
 The peers are those compiled in the same run (FlashAttention-4, where it is installed) and the figures recorded in
 ``peer_figures.csv``, whose ``source`` column says of which revision; all were compiled with nvidia-cutlass-dsl 4.8.1.
+``flavour``: by which of its flavours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from cute_fa.engine import flavour
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.problem import AttentionProblem
@@ -25,7 +27,7 @@ from cute_fa.tools.trial import problem_of_spec
 from perf.sass import KernelReport, add_per_score, report_cubin
 
 COLUMNS = (
-    "arch direction head_dim causal source per_score copy_per_score cond_per_score regs setmaxnreg spills "
+    "arch direction head_dim causal source flavour per_score copy_per_score cond_per_score regs setmaxnreg spills "
     "spills_in_loops serialised instr cond ex2 stall cond_stall tc mufu alu smem"
 ).split()
 _PEER_FIGURES = Path(__file__).with_name("peer_figures.csv")
@@ -133,12 +135,13 @@ def _main_report(cubins: list[bytes], key: StaticKey) -> KernelReport:
 
 
 def table_row(key: StaticKey, source: str, report: KernelReport) -> dict:
-    """The row of one kernel, in ``COLUMNS``."""
+    """The row of one kernel compiled here, in ``COLUMNS``."""
     loop = report.main_loop
     kernel, figures = report.row(), loop.row()
     return {
         **dict(zip(COLUMNS, key.columns, strict=False)),
         "source": source,
+        "flavour": flavour.active(),
         "per_score": loop.per_score,
         "copy_per_score": loop.copy_per_score,
         "cond_per_score": loop.cond_per_score,

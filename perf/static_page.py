@@ -11,15 +11,19 @@ from cute_fa.semantics.types import Direction, SmArch
 from perf.tables import to_markdown
 
 _OURS = "cute-fa"
+_USUAL = "cu12"  # the flavour that the page's titles do not name
 
 
 def to_page(table: pd.DataFrame) -> str:
-    """Markdown of a table in ``perf.static.COLUMNS``."""
-    return "\n\n".join(f"{title}:\n\n{to_markdown(section)}" for title, section in _sections(table))
+    """Markdown of a table in ``perf.static.COLUMNS``: of what our kernels' flavour has compiled."""
+    (flavour,) = table.flavour[table.source == _OURS].unique()
+    suffix = "" if flavour == _USUAL else f", {flavour}"
+    sections = _sections(table[table.flavour == flavour])
+    return "\n\n".join(f"{title}{suffix}:\n\n{to_markdown(section)}" for title, section in sections)
 
 
 def _sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    shown = pd.DataFrame([to_row(row) for row in table.to_dict("records")])
+    shown = pd.DataFrame([to_row(row) for row in table.to_dict("records")], index=table.index)
     forward = table.direction == Direction.FORWARD.value
     for arch in table.arch[forward].unique():
         has_roles = SmArch(arch).number >= 90

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 import filelock
 import platformdirs
 
-from cute_fa.engine import files, keys
+from cute_fa.engine import files, flavour, keys
 from cute_fa.engine.environment import switch
 from cute_fa.engine.files import RejectedError
 from cute_fa.engine.keys import Key
@@ -191,10 +191,10 @@ def fetch(key: Key, build: Callable[[], Artifacts]) -> Artifacts:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of what generates and runs the code; the DSL's two CUDA flavours bring different ptxas."""
-    versions = {}
-    dsl = "nvidia-cutlass-dsl"
-    for name in (dsl, f"{dsl}-libs-cu12", f"{dsl}-libs-cu13", "apache-tvm-ffi"):
+    """Versions of what generates and runs the code. Of the DSL's flavours, which bring different ptxas, the active one
+    counts; its libraries have the DSL's version."""
+    versions = {"flavour": flavour.active() or "absent"}
+    for name in ("nvidia-cutlass-dsl", "apache-tvm-ffi"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

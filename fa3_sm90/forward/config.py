@@ -140,8 +140,15 @@ class Tiles(NamedTuple):
 # In order of preference.
 _TILES = (Tiles(3, 128), Tiles(3, 96), *(Tiles(2, tile_n) for tile_n in (128, 112, 96, 80, 64)))
 # Accesses to local memory in the loops of (3, 128) at head_dim 64, at most, of bf16 kernels with and without a right
-# bound, sink tokens and packed sequences; with 96 keys there are none.
-_SPILLS = {("window_left",): 16, ("softcap",): 14, ("window_left", "softcap"): 43}
+# bound, sink tokens and packed sequences; of those with a right bound and ALiBi, with and without each of the other
+# features, compiled by either flavour of the DSL (none where head_dim_v is at most 32: there 128 keys take 7.5
+# instructions per score, 96 take 7.7). With 96 keys there are none.
+_SPILLS = {
+    ("window_left",): 16,
+    ("softcap",): 14,
+    ("window_left", "softcap"): 43,
+    ("window_right", "alibi"): 20,
+}
 
 
 @lru_cache(maxsize=4096)
@@ -186,6 +193,8 @@ def _three_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
         return "6.1 instructions per score with 96 keys and three warpgroups, 5.4 with 128 and two (head_dim 96)"
     given = {"window_left": problem.window_left is not None, "softcap": problem.softcap > 0.0}
     crowd = tuple(name for name, present in given.items() if present)
+    if not crowd and problem.alibi and problem.window_right is not None and padded(problem.head_dim_v) > 32:
+        crowd = ("window_right", "alibi")
     if crowd and tiles.tile_n == 128:
         return f"registers spill with {' and '.join(crowd)}: up to {_SPILLS[crowd]} accesses at 128 keys, none at 96"
     return None

@@ -195,6 +195,12 @@ THREE_WARPGROUPS = [
             {"softcap": 1.0, "window_left": 9},
             ["registers spill with window_left and softcap: up to 43 accesses at 128 keys, none at 96"],
         ),
+        (
+            {"window_right": 0, "alibi": True},
+            ["registers spill with window_right and alibi: up to 20 accesses at 128 keys, none at 96"],
+        ),
+        ({"alibi": True}, []),
+        ({"window_right": 0, "alibi": True, "head_dim_v": 32}, []),
         ({"head_dim": 128, "head_dim_v": 128}, THREE_WARPGROUPS),
         (
             {"head_dim": 256, "head_dim_v": 256},
