@@ -21,6 +21,7 @@ from rich.table import Table
 
 from cute_fa import __version__
 from cute_fa.engine import cache
+from cute_fa.engine.bundles import use_bundles
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.contract import KernelConfig
 from cute_fa.engine.table import TABLE
@@ -69,10 +70,19 @@ def main() -> None:
 @main.command()
 @with_options(PROBLEM_OPTIONS, _RUN_OPTIONS)
 @_EXPLAIN
+@click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    metavar="DIR",
+    help="Take kernels from this bundle; may be given several times.",
+)
 @click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write inputs and results (torch.save).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
-def run(context: click.Context, explain: bool, save: Path | None, as_json: bool, **given) -> None:
+def run(
+    context: click.Context, explain: bool, bundles: tuple[str, ...], save: Path | None, as_json: bool, **given
+) -> None:
     """Run one attention problem and compare it with the reference; without options, a tour of real model layers.
 
     On the GPU if there is one; else, or if --arch names another architecture, simulated. Exits with 0 only if every
@@ -81,6 +91,8 @@ def run(context: click.Context, explain: bool, save: Path | None, as_json: bool,
     names = (*given, "explain", "save")
     chosen = [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     with _errors(as_json):
+        if bundles:
+            use_bundles(*bundles)
         if chosen:
             options = ProblemOptions(given)
             if explain:

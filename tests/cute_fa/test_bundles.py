@@ -295,6 +295,18 @@ def test_what_the_compiler_gives_is_never_a_bundles(small, tmp_path):
     assert cache.stats.compiled == 1
 
 
+def test_the_command_line_takes_bundles(real, small, tmp_path):
+    options = ["run", *PROBLEMS[0].split(), "--json"]
+    for folder in (small.folder, real):
+        options += ["--bundle", str(folder)]
+    done = CliRunner().invoke(main, options)
+    assert done.exit_code == 0, done.output
+    (kernel,) = [k for k in compiler._kernels.values() if k.name == json.loads(done.stdout)["compile_name"]]
+    assert kernel.artifacts.bundle.folder == real.resolve()
+    done = CliRunner().invoke(main, ["run", "--bundle", str(tmp_path)])
+    assert done.exit_code == 2 and f"BundleError: {tmp_path}: no bundle" in done.output
+
+
 def test_line_information_is_not_a_bundles(small):
     cute_fa.use_bundles(small.folder)
     with cute_fa.simulate("sm_80", line_info=True):
