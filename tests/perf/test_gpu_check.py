@@ -178,6 +178,28 @@ def test_the_plan_has_every_test_that_needs_a_gpu(tmp_path):
     assert "tests/cute_fa/test_composable_kernel_grid.py" in everything
 
 
+def test_no_file_stops_the_others_where_only_torch_is_installed(tmp_path):
+    """What a pack and its machine have not: one file that cannot be imported, and pytest runs no test of any."""
+    absent = "transformers", "flash_attn", "quack", "cutlass", "matplotlib", "pyarrow", "viztracer", "wasmtime"
+    code = f"""
+import sys
+import pytest
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        return None if name.startswith({absent!r}) else PathFinder.find_spec(name, *rest)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", "--dry-gpu", "sm_90a", "-p", "perf.gpu_check.dry_run",
+                      *sys.argv[1:]]))
+"""
+    files = [word for step in Plan(tmp_path).steps() for word in step.command if word.startswith("tests/")]
+    done = subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+
+
 def test_smoke_has_every_kernel_of_a_hopper():
     """Every entry of the table that serves it, at head dims and features that differ most; and what asks for all of
     an SM's shared memory."""
