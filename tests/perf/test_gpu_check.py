@@ -32,7 +32,7 @@ from perf import __main__ as command_line
 from perf import cuda_driver
 from perf import results as results_module
 from perf.cuda_driver import Driver
-from perf.gpu_check import pack, steps
+from perf.gpu_check import pack, steps, sweep
 from perf.gpu_check.smoke import SMOKE, Attention
 from perf.gpu_check.steps import Outcome, Plan, Step
 from perf.workload import Workload
@@ -275,6 +275,30 @@ def test_failures_are_told_when_they_happen(tmp_path):
     outcome = steps._run(Step("tests", "two", command, 12), tmp_path / "log", time.monotonic() + 100)
     assert outcome.result == "timed out"
     assert outcome.output.count("assert 1 == 2") >= 1
+
+
+@pytest.mark.parametrize(
+    ("provider", "status", "reason", "code"),
+    [
+        ("cute-fa", "skipped", "RuntimeError: CUDA error 700", 1),
+        ("cute-fa", "wrong", "out disagrees with the reference", 1),
+        ("cute-fa", "skipped", "CompilerMissingError: fa3_fwd: no bundle", 0),
+        ("cute-fa", "skipped", "the reference is CUDA out of memory", 0),
+        ("cuDNN", "skipped", "RuntimeError: no plan", 0),
+    ],
+)
+def test_the_sweep_fails_where_ours_does_and_says_why(provider, status, reason, code, monkeypatch, tmp_path):
+    class OneRow:
+        def __init__(self, *_):
+            pass
+
+        def run(self, workloads):
+            yield workloads[0], [{"provider": provider, "status": status, "reason": reason}]
+
+    monkeypatch.setattr(sweep, "Sweep", OneRow)
+    monkeypatch.setattr(sweep, "CudaDevice", FakeDevice)
+    done = CliRunner().invoke(sweep.main, ["--out", str(tmp_path / "a.csv")])
+    assert (done.exit_code, f"{provider} {status} ({reason})" in done.output) == (code, True), done.output
 
 
 def test_smoke_has_every_kernel_of_a_hopper():
