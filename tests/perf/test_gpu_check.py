@@ -277,6 +277,29 @@ def test_failures_are_told_when_they_happen(tmp_path):
     assert outcome.output.count("assert 1 == 2") >= 1
 
 
+def test_a_broken_context_fails_no_later_test(tmp_path):
+    """The worker ends with it; the tests that it had still to run pass in another."""
+    (tmp_path / "test_three.py").write_text("""
+import pytest, torch
+torch.cuda.is_initialized = lambda: True
+broken = []
+def synchronize():
+    if broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+torch.cuda.synchronize = synchronize
+def test_breaks():
+    broken.append(1)
+    assert broken == [2]
+def test_fails(): assert 3 == 4
+@pytest.mark.parametrize("i", range(4))
+def test_later(i): torch.cuda.synchronize()
+""")
+    command = (sys.executable, "-m", "pytest", "-n", "1", "-p", "perf.gpu_check.failures", str(tmp_path))
+    outcome = steps._run(Step("tests", "three", command, 60), tmp_path / "log", time.monotonic() + 100)
+    assert outcome.result == "failed" and "assert [1] == [2]" in outcome.output
+    assert re.search(r"4 passed", outcome.output.splitlines()[-1]), outcome.output
+
+
 @pytest.mark.parametrize(
     ("provider", "status", "reason", "code"),
     [
