@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -431,6 +432,33 @@ def test_a_step_that_hangs_leaves_nothing_behind(tmp_path):
             return
         time.sleep(0.1)
     raise AssertionError(f"{state} is still there")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_what_interrupts_it_ends_what_is_running(number, tmp_path):
+    """At once, also what waits for its turn; a step that went on would hold the GPU."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from perf.gpu_check.steps import Plan, Step, run
+
+class Long(Plan):
+    def steps(self):
+        for i in range(4):
+            program = f"import os, time; open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w'); time.sleep(60)"
+            yield Step("smoke", str(i), (sys.executable, "-c", program), 60, 2)
+
+run(Long(Path({str(tmp_path)!r})), time.monotonic() + 600, print)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if len(begun := [path.name for path in tmp_path.iterdir() if path.name.isdigit()]) == 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(20) != 0
+    assert {path.name for path in tmp_path.iterdir() if path.name.isdigit()} == set(begun)
+    assert not any(Path("/proc", pid).exists() for pid in begun)
 
 
 def test_a_process_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
