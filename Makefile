@@ -64,7 +64,7 @@ bundle-h100 bundle-a100: $(ENVIRONMENT)
 	$(PY) -W ignore examples/generate_llama.py --arch $(BUNDLE_ARCH)
 	$(PY) -W ignore examples/serve.py --arch $(BUNDLE_ARCH)
 	unset CUTE_FA_RECORD_KEYS
-	$(PY) -W ignore -m cute_fa bundle --keys $$keys --out $(OUT) --jobs 2
+	$(PY) -W ignore -m cute_fa bundle --keys $$keys --out "$(OUT)" --jobs 2
 
 gpu-check: $(ENVIRONMENT)
 	$(PY) -m perf gpu-check --minutes $(MINUTES) $(if $(OUT),--out "$(OUT)") -- $(ARGS)

@@ -433,7 +433,8 @@ def gpu_check(
         found = cuda_driver.driver()
         if found is None:
             click.echo("No GPU on this machine: nothing is run on one. Static figures of the compiled kernels:")
-            context.invoke(static)
+            with _errors():
+                context.invoke(static)
             return
         _require_torch_sees(found)
     # The plan is not imported before: it takes the kernels with it.
@@ -460,7 +461,13 @@ def gpu_check(
 
 @main.command("gpu-pack", cls=_Compiling)
 @click.option("--arch", type=click.Choice(_ARCHS), default="sm_90a", show_default=True, help="Of the GPU.")
-@click.option("--python", default="3.12", show_default=True, metavar="X.Y", help="The machine's Python.")
+@click.option(
+    "--python",
+    type=click.Choice([f"3.{minor}" for minor in range(10, 15)]),
+    default="3.12",
+    show_default=True,
+    help="The machine's Python.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build", "gpu-pack"), show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes that compile.")
 @_FLAVOUR

@@ -28,6 +28,7 @@ from perf.workload import Workload
 # Buffer sets that calls rotate over, at least and at most; as many as hold the L2 in between.
 _LEAST_SETS, _MOST_SETS = 2, 8
 _REASON_LENGTH = 400
+NO_REFERENCE = "the reference is "  # so begins the reason of rows for which there is no room on the device
 
 Row = dict[str, Any]
 
@@ -95,7 +96,7 @@ class Sweep:
         try:
             peaked, check = self._expected(workload)
         except torch.OutOfMemoryError as error:
-            return [row | _skipped(f"the reference is {error}") for row in rows.values()]
+            return [row | _skipped(f"{NO_REFERENCE}{error}") for row in rows.values()]
         trusted = {}
         for name, row in rows.items():
             try:

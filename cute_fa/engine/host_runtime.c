@@ -39,6 +39,7 @@ typedef struct { /* CUlaunchConfig; cudaLaunchConfig_t has the same layout, but 
   X(cuCtxGetCurrent, (void **context))                                                                                  \
   X(cuCtxSetCurrent, (void *context))                                                                                   \
   X(cuCtxGetDevice, (int *device))                                                                                      \
+  X(cuThreadExchangeStreamCaptureMode, (int *mode))                                                                     \
   X(cuDevicePrimaryCtxRetain, (void **context, int device))                                                             \
   X(cuDeviceGetAttribute, (int *value, int attribute, int device))                                                      \
   X(cuLibraryLoadData, (void **library, const void *code, int *jit_options, void **jit_values, unsigned n_jit,          \
@@ -54,6 +55,8 @@ static struct {
 #undef X
 } driver;
 
+enum { NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14 }; /* CU_FUNC_ATTRIBUTE_… */
+enum { CAPTURE_MODE_RELAXED = 2 };               /* CU_STREAM_CAPTURE_MODE_… */
 enum { SUCCESS = 0, NO_DRIVER = -1, WRONG_WORLD = -2, READY = -3 }; /* CUDA's codes are positive */
 static char no_driver[512]; /* why libcuda cannot be used */
 static int driver_state;    /* 0: not tried; READY; NO_DRIVER; a code of cuInit */
@@ -136,7 +139,10 @@ static int gpu__cuKernelGetAttribute(int *value, int attribute, void *kernel, in
   return driver.cuKernelGetAttribute(value, attribute, kernel, device);
 }
 static int gpu__cudaKernelSetAttributeForDevice(void *kernel, int attribute, int value, int device) {
-  return driver.cuKernelSetAttribute(attribute, value, kernel, device);
+  int error = driver.cuKernelSetAttribute(attribute, value, kernel, device);
+  /* Host code asks for clusters beyond the portable size for every kernel, with clusters or without, also on devices that
+   * have none. Where it is refused, the launch of a kernel that needs it says so. */
+  return attribute == NON_PORTABLE_CLUSTER_SIZE_ALLOWED ? SUCCESS : error;
 }
 static int gpu__cudaFuncSetAttribute(void *kernel, int attribute, int value) { /* a cudaKernel_t passes for a function */
   int device, error = current_device(&device);
@@ -180,7 +186,14 @@ static int gpu_cuda_dialect_init_library_once(void **slot, init_t init, load_t l
   if (!error) {
     if (found && device < 64 && __atomic_load_n(&found->devices, __ATOMIC_ACQUIRE) >> device & 1) return SUCCESS;
     pthread_mutex_lock(&lock);
-    error = prepare(slot, device, init, load);
+    /* While a stream is being captured, the driver refuses what may wait for the device, loading code among it, unless
+     * the thread says that it does no harm. */
+    int mode = CAPTURE_MODE_RELAXED;
+    error = driver.cuThreadExchangeStreamCaptureMode(&mode);
+    if (!error) {
+      error = prepare(slot, device, init, load);
+      driver.cuThreadExchangeStreamCaptureMode(&mode);
+    }
     pthread_mutex_unlock(&lock);
   }
   if (!error) return SUCCESS;

@@ -138,7 +138,8 @@ def _link_kernel(config: KernelConfig, folder: Path, scratch: Path) -> tuple[dic
     tvm = Path(tvm_ffi.libinfo.find_libtvm_ffi())
     _run_compiler(
         [
-            *(str(obj), "-nostdlib", f"-Wl,--version-script={symbols}", "-Wl,-z,defs,-z,now,--build-id=none"),
+            # -Xlinker, since -Wl would take a comma in the path for the end of the option.
+            *(str(obj), "-nostdlib", "-Xlinker", f"--version-script={symbols}", "-Wl,-z,defs,-z,now,--build-id=none"),
             *(f"-Wl,--wrap={symbol}" for symbol in RUNTIME_FUNCTIONS),
             *(str(folder / bundles.RUNTIME), f"-L{tvm.parent}", f"-l:{tvm.name}", "-lc"),
         ],

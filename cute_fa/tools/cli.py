@@ -324,6 +324,8 @@ def _writing(option: str, path: Path) -> Iterator[None]:
     """Turns a failure to write what ``option`` names into one message and exit code 2."""
     try:
         yield
+    except CuteFaError:  # has its own message
+        raise
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         raise click.BadParameter(f"cannot write {path}: {str(error).splitlines()[0]}", param_hint=option) from None
 

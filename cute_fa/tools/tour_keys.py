@@ -15,14 +15,19 @@ from cute_fa.tools.tour import LAYERS
 from cute_fa.tools.trial import problem_of_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cute_fa.engine.contract import KernelConfig
 
 
-def tour_configs(arch: SmArch) -> list[KernelConfig]:
+_TRAINED = Direction.FORWARD, Direction.BACKWARD
+
+
+def tour_configs(arch: SmArch, directions: Iterable[Direction] = _TRAINED) -> list[KernelConfig]:
     """Each kernel once. ALiBi's slopes are a formula and have no gradient."""
     configs: dict[KernelConfig, None] = {}
     for layer in LAYERS:
-        for direction in (Direction.FORWARD, Direction.BACKWARD):
+        for direction in directions:
             problem = problem_of_spec(layer.spec(layer.length), arch, direction=direction)
             configs[TABLE.lookup(problem).configure(problem)] = None
     return list(configs)

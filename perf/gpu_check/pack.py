@@ -16,7 +16,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from cute_fa.engine.recording import line_of
 from cute_fa.semantics.errors import ArgumentError, BundleError
+from cute_fa.semantics.types import Direction, SmArch
+from cute_fa.tools.tour_keys import tour_configs
 from perf.gpu_check.steps import SANITIZED, Plan, run
 
 LIMIT_MB = 60
@@ -27,14 +30,23 @@ _LEFT_OUT = ("__pycache__", "results", "*.png", "*.pyc")
 # Beside the machine's own torch, NumPy and pandas: what is small and may be missing there.
 _PURE = (
     "click rich markdown-it-py mdurl pygments platformdirs filelock typing-extensions pytest iniconfig pluggy "
-    "packaging pytest-xdist execnet hypothesis sortedcontainers nvidia-ml-py"
+    "packaging pytest-xdist execnet pytest-timeout hypothesis sortedcontainers nvidia-ml-py"
 ).split()
+_BEFORE_3_11 = ["exceptiongroup", "tomli"]  # of pytest
+# Problems of tests whose dry run ends before their kernels: test_cli, test_device, test_service, test_backward_ops.
+_NOT_WALKED = (
+    "--causal",
+    "--batch 2 --heads 4 --heads-kv 2 --seqlen-q 512 --causal",
+    "--batch 2 --heads 4 --heads-kv 2 --seqlen-q 40 --seqlen-k 70 --head-dim 64 --causal",
+    "--batch 2 --heads 4 --heads-kv 2 --seqlen-q 20 --seqlen-k 36 --head-dim 32 --causal --backward",
+)
 _SCRIPT = """#!/bin/sh
 # ./gpu-check.sh --minutes 8 --out results: what this machine's GPU can tell; PY names another python3.
 here=$(cd "$(dirname "$0")" && pwd)
 PYTHONPATH="$here:$here/site" CUTE_FA_BUNDLES="$here/bundle"
 export PYTHONPATH CUTE_FA_BUNDLES
-cd "$here" && exec "${PY:-python3}" -m perf gpu-check "$@"
+# From where the caller is, whose --out is relative to it; what lies there is not imported.
+PYTHONSAFEPATH=1 exec "${PY:-python3}" -m perf gpu-check "$@"
 """
 
 
@@ -49,6 +61,9 @@ def write_pack(folder: Path, arch: str, python: str, jobs: int, tell: Callable[[
         raise ArgumentError(f"--out {folder}: is there already and is no pack")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    script = folder / "gpu-check.sh"  # first: what is left by a failure is known as a pack, and replaced
+    script.write_text(_SCRIPT)
+    script.chmod(0o755)
     keys = folder / "kernels.keys"
     _record(keys, arch, tell)
     tell("compiling and linking")
@@ -63,9 +78,6 @@ def write_pack(folder: Path, arch: str, python: str, jobs: int, tell: Callable[[
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(*_LEFT_OUT))
         elif source.exists():
             shutil.copy2(source, folder / name)
-    script = folder / "gpu-check.sh"
-    script.write_text(_SCRIPT)
-    script.chmod(0o755)
     tell("packing")
     archive = folder.with_name(f"{folder.name}.tar.xz")
     with tarfile.open(archive, "w:xz") as packed:
@@ -77,8 +89,8 @@ def write_pack(folder: Path, arch: str, python: str, jobs: int, tell: Callable[[
 
 
 def _record(keys: Path, arch: str, tell: Callable[[str], None]) -> None:
-    """Write down which kernels the plan launches: its dry run's, and those of the problems that are sanitized."""
-    keys.write_text("".join(f"--arch {arch} {problem}\n" for problem in SANITIZED))
+    """Write down which kernels the plan launches: those that its dry run does not come to, and its dry run's."""
+    keys.write_text(_not_walked(arch))
     os.environ["CUTE_FA_RECORD_KEYS"] = str(keys)
     try:
         plan = Plan(keys.with_name("dry-run"), dry=arch, processors=len(os.sched_getaffinity(0)))
@@ -94,9 +106,20 @@ def _record(keys: Path, arch: str, tell: Callable[[str], None]) -> None:
     shutil.rmtree(plan.out)
 
 
+def _not_walked(arch: str) -> str:
+    """Keys of the problems that are sanitized, of the tour, and of some tests. A backward has a forward before it."""
+    problems = dict.fromkeys(
+        forward for problem in (*SANITIZED, *_NOT_WALKED) for forward in (problem.removesuffix(" --backward"), problem)
+    )
+    lines = [f"--arch {arch} {problem}" for problem in problems]
+    lines += [line_of(config) for config in tour_configs(SmArch(arch), (Direction.FORWARD,))]
+    return "".join(f"{line}\n" for line in lines)
+
+
 def _fetch(site: Path, python: str) -> None:
     """TVM-FFI as it is here, for the machine's Python, and the pure ones."""
-    wheels = [f"apache-tvm-ffi=={version('apache-tvm-ffi')}", *_PURE]
+    older = _BEFORE_3_11 if int(python.split(".")[1]) < 11 else []
+    wheels = [f"apache-tvm-ffi=={version('apache-tvm-ffi')}", *_PURE, *older]
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)]
     _call([sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-compile",
            "--only-binary=:all:", f"--python-version={python}", "--implementation=cp", *platforms,

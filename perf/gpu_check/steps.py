@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from perf.gpu_check.smoke import NOT_BUNDLED, SMOKE
 
+_ROOT = Path(__file__).parents[2]  # where commands run: they name files below it
 _TOOLS = ("memcheck", "racecheck", "synccheck")
 # synccheck takes arrivals on an mbarrier by another role for a fault, which is how every TMA pipeline works.
 _INFORMATIVE_TOOLS = ("synccheck",)
@@ -41,6 +43,10 @@ TESTS = {
 }
 _SMOKE_LIMIT_S, _SWEEP_LIMIT_S, _SANITIZER_LIMIT_S, _TESTS_LIMIT_S = 60, 300, 120, 900
 _TEST_LIMIT_S = 90  # of one test, where pytest-timeout is installed
+# A process that waits for a GPU which does not answer cannot always be killed: it is left behind.
+_KILL_LIMIT_S = 10
+_GLANCE_S = 0.5  # how often a step looks whether all has been stopped
+_KEPT_BYTES = 1 << 20  # of the end of a step's output: a kernel that prints must not fill the memory
 _SHORTEST_S = 15  # what is left must be more than this for another step to begin: importing torch takes most of it
 
 
@@ -60,7 +66,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``result``: ok, failed, timed out, found (informative), not bundled, not run (missing) or not reached."""
+    """``result``: ok, failed, timed out, cut short (by the end of the run), found (informative), not bundled, not run
+    (missing) or not reached."""
 
     step: Step
     result: str
@@ -103,11 +110,14 @@ class Plan:
         yield Step("sweep", "ours, FA2, cuDNN", command, _SWEEP_LIMIT_S)
 
     def _tests(self) -> Iterator[Step]:
-        options = ["-v", "-m", "gpu", "-n", str(max(2, min(8, self.processors // 2)))]
+        workers = str(max(2, min(8, self.processors // 2)))
+        options = ["-v", "-m", "gpu", "-n", workers, "-p", "perf.gpu_check.failures"]
         if self.dry:
             options += ["-p", "perf.gpu_check.dry_run", "--dry-gpu", self.dry]
         elif importlib.util.find_spec("pytest_timeout"):
-            options += ["--timeout", str(_TEST_LIMIT_S)]
+            # By a thread, which ends the process, and xdist starts another: a signal's handler would wait for the
+            # call that hangs.
+            options += ["--timeout", str(_TEST_LIMIT_S), "--timeout-method", "thread"]
         for name, files in TESTS.items():
             if self.everything or files != TESTS["composable_kernel's grid"]:
                 paths = [f"tests/{file}.py" for file in files.split()]
@@ -131,15 +141,43 @@ class Plan:
 
 
 def run(plan: Plan, deadline: float, tell: Callable[[Outcome], None]) -> list[Outcome]:
-    """Run all steps, also behind one that fails, until ``deadline`` (of ``time.monotonic``); tell each as it ends."""
-    outcomes = []
-    for phase, steps in _phases(plan):
-        with ThreadPoolExecutor(steps[0].together) as pool:
-            futures = [pool.submit(_run, step, plan.out / f"{phase}.log", deadline) for step in steps]
-            for future in as_completed(futures):
-                outcomes.append(future.result())
-                tell(outcomes[-1])
+    """Run all steps, also behind one that fails, until ``deadline`` (of ``time.monotonic``); tell each as it ends.
+    Whatever interrupts it, also SIGTERM or SIGHUP, ends what is running."""
+    outcomes, stopped = [], threading.Event()
+    with _signals_raise():
+        for phase, steps in _phases(plan):
+            with ThreadPoolExecutor(steps[0].together) as pool:
+                log = plan.out / f"{phase}.log"
+                futures = [pool.submit(_run, step, log, deadline, stopped) for step in steps]
+                try:
+                    for future in as_completed(futures):
+                        outcomes.append(future.result())
+                        tell(outcomes[-1])
+                except BaseException:
+                    stopped.set()
+                    raise
     return outcomes
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """A signal that would end this process at once, and leave behind what it runs, raises SystemExit."""
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Not where it is ignored, as under nohup.
+    ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _phases(plan: Plan) -> Iterator[tuple[str, list[Step]]]:
@@ -149,44 +187,49 @@ def _phases(plan: Plan) -> Iterator[tuple[str, list[Step]]]:
     yield from phases.items()
 
 
-def _run(step: Step, log: Path, deadline: float) -> Outcome:
-    """One step in a process group of its own, so that nothing of it survives its limit."""
+def _run(step: Step, log: Path, deadline: float, stopped: threading.Event | None = None) -> Outcome:
+    """One step in a process group of its own, so that nothing of it survives its limit, or that ``stopped`` is set."""
+    stopped = stopped or threading.Event()
     if step.missing:
         return Outcome(step, "not run")
     left = deadline - time.monotonic()
-    if left < _SHORTEST_S:
+    if left < _SHORTEST_S or stopped.is_set():
         return Outcome(step, "not reached")
     limit = min(step.limit_s, left)
     start = time.monotonic()
     shared = step.together > 1  # the output of steps that run together goes to the log when each ends
-    own = log.with_suffix(f".{abs(hash(step.name))}") if shared else log
+    own = log.with_suffix(f".{step.name}.log") if shared else log
     with own.open("ab") as output:
         begin = output.tell()
         output.write(f"\n$ {' '.join(step.command)}\n".encode())
         output.flush()
-        process = subprocess.Popen(step.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            step.command, cwd=_ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        code = None
         try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
+            while code is None and time.monotonic() < start + limit and not stopped.is_set():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(min(_GLANCE_S, max(0, start + limit - time.monotonic())))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_KILL_LIMIT_S)
     seconds = time.monotonic() - start
     with own.open("rb") as written:
-        written.seek(begin)
+        written.seek(max(begin, written.seek(0, os.SEEK_END) - _KEPT_BYTES))
         text = written.read().decode(errors="replace")
     if shared:
         with log.open("a") as together:
             together.write(text)
         own.unlink()
-    return Outcome(step, _result(step, code), seconds, text)
+    return Outcome(step, _result(step, code, limit), seconds, text)
 
 
-def _result(step: Step, code: int | None) -> str:
+def _result(step: Step, code: int | None, limit: float) -> str:
     if code is None:
-        return "timed out"
+        return "timed out" if limit == step.limit_s else "cut short"
     if step.phase == "smoke" and code == NOT_BUNDLED:
         return "not bundled"
     if step.phase == "tests" and code == 5:

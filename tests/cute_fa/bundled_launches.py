@@ -167,6 +167,20 @@ def errors():
     return told
 
 
+def captured():
+    """The first launch of a kernel while its stream is being captured, and the mode of capture behind it."""
+    kernel = scale(2.0)
+    driver().calls()
+    driver().library.fake_set_capturing(1)
+    return {"error": error_of(launch, kernel), "mode": driver().library.fake_capture_mode(), "calls": driver().calls()}
+
+
+def without_clusters():
+    """A launch on a device that has no clusters, and refuses to be asked for large ones."""
+    driver().library.fake_set_no_clusters(1)
+    return {"error": error_of(launch, scale(2.0)), "calls": driver().calls()}
+
+
 def refused():
     """The errors of two launches."""
     return [error_of(lambda: launch(scale(2.0))) for _ in range(2)]

@@ -27,6 +27,7 @@ from cute_fa.engine.cache import Artifacts
 from cute_fa.engine.version import __version__
 from cute_fa.semantics.errors import ArgumentError, BundleError, CompilerMissingError
 from cute_fa.semantics.types import SmArch
+from cute_fa.tools import cli
 from cute_fa.tools.bundle import RUNTIME_FUNCTIONS, WHEEL_TAG, write_bundle
 from cute_fa.tools.cli import main
 from tests.testing.bundled import Processes, edited, replace_file, result
@@ -488,6 +489,22 @@ def test_a_bundle_is_made_whatever_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert use(tmp_path / "bundle").equal(torch.arange(300.0))
+
+
+def test_a_bundle_is_made_and_used_wherever_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    list(write_bundle([DOUBLE], Path("a, b:c", "bundle")))
+    assert use(Path("a, b:c", "bundle")).equal(torch.arange(300.0))
+
+
+def test_the_command_says_what_the_linker_said(tmp_path, monkeypatch):
+    (tmp_path / "keys.txt").write_text("--head-dim 64")
+    (tmp_path / "cc").write_text("#!/bin/sh\necho no room >&2; exit 1\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    monkeypatch.setattr(cli, "_compile_all", lambda configs, jobs: [])
+    done = CliRunner().invoke(main, ["bundle", "--keys", str(tmp_path / "keys.txt"), "--out", str(tmp_path / "bundle")])
+    assert done.exit_code == 2 and "no room" in done.stderr and "cannot write" not in done.stderr, done.stderr
 
 
 class Broken(ScaleConfig):

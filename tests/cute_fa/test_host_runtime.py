@@ -122,6 +122,17 @@ def test_errors_of_the_driver_have_their_names_and_pass(told):
     assert last is None and names(calls) == ["cuLaunchKernelEx"]
 
 
+@pytest.mark.parametrize("part", ["captured", "without_clusters"])
+def test_the_first_launch_of_a_process(part, bundle, processes, tmp_path):
+    """Inside the capture of a CUDA graph, where a thread may load code only if it says so, for as long as it does; and
+    where the driver refuses an attribute that the kernel has no need of."""
+    environment = fake_driver.build(tmp_path) | {bundles.VARIABLE: str(bundle)}
+    told = processes.run(LAUNCHES, part, **environment)[part]
+    assert told["error"] is None and names(told["calls"])[-1] == "cuLaunchKernelEx"
+    assert told.get("mode", 0) == 0
+    assert [call[1] for call in named(told["calls"], "cuKernelSetAttribute")] == [8, 14]
+
+
 def test_what_no_kernel_can_run_on_is_told(bundle, processes, tmp_path):
     """The error says why, also the second time."""
     cases: dict[str, tuple[dict[str, str], str]] = {}

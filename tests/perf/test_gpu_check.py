@@ -7,10 +7,12 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import venv
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,16 +22,23 @@ from click.testing import CliRunner
 
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
+from cute_fa.semantics.errors import ArgumentError, BundleError, CompilerMissingError
 from cute_fa.semantics.types import Direction, SmArch
+from cute_fa.tools.cli import _config_of
 from cute_fa.tools.cli import main as cute_fa_main
+from cute_fa.tools.tour import LAYERS
 from cute_fa.tools.trial import problem_of_spec
+from cute_fa.tools.warm import read_keys
 from perf import __main__ as command_line
 from perf import cuda_driver
 from perf import results as results_module
 from perf.cuda_driver import Driver
-from perf.gpu_check import steps
+from perf.gpu_check import pack, steps, sweep
 from perf.gpu_check.smoke import SMOKE, Attention
 from perf.gpu_check.steps import Outcome, Plan, Step
+from perf.workload import Workload
+from tests.cute_fa.test_backward_ops import FULL
+from tests.cute_fa.test_service import DENSE as SERVED
 from tests.testing.cases import small_problem
 from tests.testing.clock import FakeDevice
 
@@ -178,6 +187,144 @@ def test_the_plan_has_every_test_that_needs_a_gpu(tmp_path):
     assert "tests/cute_fa/test_composable_kernel_grid.py" in everything
 
 
+def test_no_file_stops_the_others_where_only_torch_is_installed(tmp_path):
+    """What a pack and its machine have not: one file that cannot be imported, and pytest runs no test of any."""
+    absent = "transformers", "flash_attn", "quack", "cutlass", "matplotlib", "pyarrow", "viztracer", "wasmtime"
+    code = f"""
+import sys
+import pytest
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        return None if name.startswith({absent!r}) else PathFinder.find_spec(name, *rest)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", "--dry-gpu", "sm_90a", "-p", "perf.gpu_check.dry_run",
+                      *sys.argv[1:]]))
+"""
+    files = [word for step in Plan(tmp_path).steps() for word in step.command if word.startswith("tests/")]
+    done = subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_a_pack_has_what_no_dry_run_comes_to(arch, tmp_path):
+    """Both kernels of a backward, the tour, and the problems of tests that ask the GPU something before they launch."""
+    keys = tmp_path / "keys"
+    keys.write_text(pack._not_walked(arch))
+    packed = read_keys(keys, _config_of)
+    needed = [f"--arch {arch} {problem}".split() for problem in steps.SANITIZED]
+    needed += [[word for word in line if word != "--backward"] for line in needed]
+    needed = [_config_of(line) for line in [*needed, ["--arch", arch, "--causal"]]]  # test_cli's
+    plain = replace(FULL, alibi=False, learnable_sink=False)
+    specs = [SERVED, plain, Workload(heads=4, heads_kv=2, seqlen=512, tokens=1024, causal=True).spec()]
+    specs += [layer.spec(layer.length) for layer in LAYERS]
+    problems = [problem_of_spec(spec, SmArch(arch)) for spec in specs]
+    problems.append(problem_of_spec(plain, SmArch(arch), direction=Direction.BACKWARD))
+    needed += [TABLE.lookup(problem).configure(problem) for problem in problems]
+    assert set(packed) == set(needed)
+
+
+def test_a_pack_that_failed_is_made_anew(tmp_path, monkeypatch):
+    """What it leaves is no reason to refuse the next attempt."""
+
+    def fail(*arguments):
+        raise BundleError("the first step")
+
+    monkeypatch.setattr(pack, "_record", fail)
+    for _ in range(2):
+        with pytest.raises(BundleError, match="the first step"):
+            pack.write_pack(tmp_path / "pack", "sm_90a", "3.12", 1, print)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ArgumentError, match="is no pack"):
+        pack.write_pack(tmp_path / "other", "sm_90a", "3.12", 1, print)
+
+
+@pytest.mark.parametrize(("python", "older"), [("3.10", True), ("3.12", False)])
+def test_a_pack_has_what_stops_a_test_that_hangs(python, older, tmp_path, monkeypatch):
+    """pytest-timeout, and what pytest needs on the older Python."""
+    called = []
+    monkeypatch.setattr(pack, "_call", called.append)
+    pack._fetch(tmp_path, python)
+    assert "pytest-timeout" in called[0] and f"--python-version={python}" in called[0]
+    assert ({"exceptiongroup", "tomli"} <= set(called[0])) is older
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "pytest_timeout")
+    tests = [step for step in Plan(tmp_path).steps() if step.phase == "tests"]
+    # A signal is handled only when the call that hangs returns; the thread ends the process.
+    assert all("--timeout 90 --timeout-method thread" in " ".join(step.command) for step in tests)
+
+
+def test_results_go_where_the_caller_is(tmp_path):
+    """--out is relative to the caller's folder, and nothing is imported from there."""
+    (tmp_path / "pack/perf").mkdir(parents=True)
+    (tmp_path / "pack/perf/__main__.py").write_text("import os, sys; print(os.getcwd(), *sys.argv[1:])")
+    (tmp_path / "caller/perf").mkdir(parents=True)
+    (tmp_path / "caller/perf/__main__.py").write_text("print('another')")
+    (tmp_path / "pack/gpu-check.sh").write_text(pack._SCRIPT)
+    command = ["sh", "../pack/gpu-check.sh", "--out", "results"]
+    environment = {"PY": sys.executable, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=tmp_path / "caller", env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(tmp_path / "caller"), "gpu-check", "--out", "results"], done.stderr
+
+
+def test_failures_are_told_when_they_happen(tmp_path):
+    """Also by a run that is stopped before its end, where pytest itself would tell of them."""
+    (tmp_path / "test_two.py").write_text("def test_a(): assert 1 == 2\ndef test_b(): import time; time.sleep(60)\n")
+    command = (sys.executable, "-u", "-m", "pytest", "-n", "1", "-p", "perf.gpu_check.failures", str(tmp_path))
+    outcome = steps._run(Step("tests", "two", command, 12), tmp_path / "log", time.monotonic() + 100)
+    assert outcome.result == "timed out"
+    assert outcome.output.count("assert 1 == 2") >= 1
+
+
+def test_a_broken_context_fails_no_later_test(tmp_path):
+    """The worker ends with it; the tests that it had still to run pass in another."""
+    (tmp_path / "test_three.py").write_text("""
+import pytest, torch
+torch.cuda.is_initialized = lambda: True
+broken = []
+def synchronize():
+    if broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+torch.cuda.synchronize = synchronize
+def test_breaks():
+    broken.append(1)
+    assert broken == [2]
+def test_fails(): assert 3 == 4
+@pytest.mark.parametrize("i", range(4))
+def test_later(i): torch.cuda.synchronize()
+""")
+    command = (sys.executable, "-m", "pytest", "-n", "1", "-p", "perf.gpu_check.failures", str(tmp_path))
+    outcome = steps._run(Step("tests", "three", command, 60), tmp_path / "log", time.monotonic() + 100)
+    assert outcome.result == "failed" and "assert [1] == [2]" in outcome.output
+    assert re.search(r"4 passed", outcome.output.splitlines()[-1]), outcome.output
+
+
+@pytest.mark.parametrize(
+    ("provider", "status", "reason", "code"),
+    [
+        ("cute-fa", "skipped", "RuntimeError: CUDA error 700", 1),
+        ("cute-fa", "wrong", "out disagrees with the reference", 1),
+        ("cute-fa", "skipped", "CompilerMissingError: fa3_fwd: no bundle", 0),
+        ("cute-fa", "skipped", "the reference is CUDA out of memory", 0),
+        ("cuDNN", "skipped", "RuntimeError: no plan", 0),
+    ],
+)
+def test_the_sweep_fails_where_ours_does_and_says_why(provider, status, reason, code, monkeypatch, tmp_path):
+    class OneRow:
+        def __init__(self, *_):
+            pass
+
+        def run(self, workloads):
+            yield workloads[0], [{"provider": provider, "status": status, "reason": reason}]
+
+    monkeypatch.setattr(sweep, "Sweep", OneRow)
+    monkeypatch.setattr(sweep, "CudaDevice", FakeDevice)
+    done = CliRunner().invoke(sweep.main, ["--out", str(tmp_path / "a.csv")])
+    assert (done.exit_code, f"{provider} {status} ({reason})" in done.output) == (code, True), done.output
+
+
 def test_smoke_has_every_kernel_of_a_hopper():
     """Every entry of the table that serves it, at head dims and features that differ most; and what asks for all of
     an SM's shared memory."""
@@ -287,6 +434,49 @@ def test_a_step_that_hangs_leaves_nothing_behind(tmp_path):
     raise AssertionError(f"{state} is still there")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_what_interrupts_it_ends_what_is_running(number, tmp_path):
+    """At once, also what waits for its turn; a step that went on would hold the GPU."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from perf.gpu_check.steps import Plan, Step, run
+
+class Long(Plan):
+    def steps(self):
+        for i in range(4):
+            program = f"import os, time; open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w'); time.sleep(60)"
+            yield Step("smoke", str(i), (sys.executable, "-c", program), 60, 2)
+
+run(Long(Path({str(tmp_path)!r})), time.monotonic() + 600, print)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if len(begun := [path.name for path in tmp_path.iterdir() if path.name.isdigit()]) == 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(20) != 0
+    assert {path.name for path in tmp_path.iterdir() if path.name.isdigit()} == set(begun)
+    assert not any(Path("/proc", pid).exists() for pid in begun)
+
+
+def test_a_process_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
+    """As one that waits in the driver for a GPU that does not answer."""
+    monkeypatch.setattr(steps.os, "killpg", lambda *_: None)
+    monkeypatch.setattr(steps, "_KILL_LIMIT_S", 1)
+    step = Step("smoke", "stuck", (sys.executable, "-c", "import time; time.sleep(20)"), 1)
+    outcome = steps._run(step, tmp_path / "log", time.monotonic() + 100)
+    assert (outcome.result, outcome.seconds < 10) == ("timed out", True)
+
+
+def test_of_long_output_the_end_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "_KEPT_BYTES", 1000)
+    step = Step("smoke", "prints", (sys.executable, "-c", "print('x' * 10**6); print('the end')"), 60, 2)
+    outcome = steps._run(step, tmp_path / "log", time.monotonic() + 100)
+    assert len(outcome.output) == 1000 and outcome.output.endswith("the end\n")
+
+
 def test_it_stops_in_time_and_tells_what_it_did_not_reach(gpu, tmp_path):
     class Long(FakePlan):
         def steps(self):
@@ -299,7 +489,8 @@ def test_it_stops_in_time_and_tells_what_it_did_not_reach(gpu, tmp_path):
         patch.setattr(steps, "_SHORTEST_S", 2)
         outcomes = steps.run(plan, began + 4, lambda outcome: None)
     assert time.monotonic() - began < 8
-    assert [outcome.result for outcome in outcomes] == ["timed out", "not reached", "not reached"]
+    assert [outcome.result for outcome in outcomes] == ["cut short", "not reached", "not reached"]
+    assert not any(outcome.bad for outcome in outcomes)  # the time was over: nothing failed
     # nothing can be reached in half a minute
     done = invoke("--minutes", "0.5", "--out", str(tmp_path / "out"))
     assert done.exit_code in (0, 1)
@@ -342,6 +533,19 @@ def test_without_a_gpu_the_static_figures_are_made(monkeypatch):
     assert "No GPU on this machine" in done.stdout and "5.5" in done.stdout
     named = {(key.arch.value, key.head_dim, key.causal) for key in asked}
     assert named == {(a, d, causal) for a in ("sm_80", "sm_90a") for d in (64, 128, 256) for causal in (False, True)}
+
+
+def test_without_a_gpu_and_the_compiler_it_says_so(monkeypatch):
+    """In a pack, on a machine whose GPU is not there."""
+    monkeypatch.setattr(cuda_driver, "driver", lambda: None)
+
+    def static_table(keys, **_):
+        raise CompilerMissingError("fa2_fwd", "nothing")
+
+    monkeypatch.setattr("perf.static.static_table", static_table)
+    done = invoke()
+    assert done.exit_code == 1 and "No GPU on this machine" in done.stdout
+    assert done.stderr.startswith("CompilerMissingError: fa2_fwd: nothing")
 
 
 def test_a_torch_that_does_not_see_the_gpu_is_an_error(monkeypatch):

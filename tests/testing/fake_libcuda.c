@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 enum { DEVICES = 3, STATIC_BYTES = 1024, OPT_IN_BYTES = 232448, CONTEXT = 0x1000, LIBRARY = 0x2000, KERNEL = 0x3000 };
-enum { INVALID_VALUE = 1, INVALID_CONTEXT = 201, INVALID_HANDLE = 400 };
+enum { INVALID_VALUE = 1, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, CAPTURE_UNSUPPORTED = 900 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char calls[1 << 20];
@@ -22,6 +22,8 @@ static char failing[64];
 static int code, times, load_microseconds, libraries, version = 13000;
 static const void *last_code;
 static __thread uintptr_t context;
+static __thread int capturing, capture_mode; /* 2: relaxed */
+static int no_clusters;
 
 const char *fake_calls(void) { return calls; }
 void fake_clear(void) { calls[written = 0] = 0; }
@@ -30,6 +32,9 @@ void fake_fail(const char *name, int with, int how_often) {
   code = with, times = how_often;
 }
 void fake_set_load_time(int microseconds) { load_microseconds = microseconds; }
+void fake_set_capturing(int value) { capturing = value; } /* in this thread */
+int fake_capture_mode(void) { return capture_mode; }
+void fake_set_no_clusters(int value) { no_clusters = value; }
 const void *fake_last_code(void) { return last_code; }
 
 static void write_down(const char *format, ...) {
@@ -53,6 +58,7 @@ static int called(const char *name, const char *format, ...) {
   return error;
 }
 #define CALLED(...) do { int error = called(__func__, __VA_ARGS__); if (error) return error; } while (0)
+#define NOT_CAPTURING do { if (capturing && capture_mode != 2) return CAPTURE_UNSUPPORTED; } while (0)
 #define LONG(pointer) ((long)(uintptr_t)(pointer))
 #define IS_LOADED(handle, first) (LONG(handle) > first && LONG(handle) <= first + libraries)
 
@@ -81,6 +87,12 @@ int cuCtxGetDevice(int *device) {
   *device = (int)(context - CONTEXT);
   return 0;
 }
+int cuThreadExchangeStreamCaptureMode(int *mode) {
+  int before = capture_mode;
+  capture_mode = *mode;
+  *mode = before;
+  return 0;
+}
 int cuDevicePrimaryCtxRetain(void **found, int device) {
   CALLED("%d", device);
   *found = (void *)(uintptr_t)(CONTEXT + device);
@@ -92,6 +104,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
   return *value ? 0 : INVALID_VALUE;
 }
 int cuLibraryLoadData(void **library, const void *image, int *a, void **b, unsigned n, int *c, void **d, unsigned m) {
+  NOT_CAPTURING;
   usleep(load_microseconds);
   last_code = image;
   CALLED("%u %u", n, m);
@@ -111,7 +124,9 @@ int cuKernelGetAttribute(int *value, int attribute, void *kernel, int device) {
   return attribute == 1 ? 0 : INVALID_VALUE; /* CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES */
 }
 int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
+  NOT_CAPTURING;
   CALLED("%d %d %ld %d", attribute, value, LONG(kernel) - KERNEL, device);
+  if (attribute == 14 && no_clusters) return INVALID_VALUE; /* CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED */
   return IS_LOADED(kernel, KERNEL) ? 0 : INVALID_HANDLE;
 }
 
