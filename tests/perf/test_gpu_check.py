@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import venv
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +227,19 @@ def test_a_pack_has_what_no_dry_run_comes_to(arch, tmp_path):
     problems.append(problem_of_spec(plain, SmArch(arch), direction=Direction.BACKWARD))
     needed += [TABLE.lookup(problem).configure(problem) for problem in problems]
     assert set(packed) == set(needed)
+
+
+@pytest.mark.parametrize("result", ["ok", "failed", "timed out", "cut short", "not reached", "not run"])
+def test_a_pack_is_of_a_whole_dry_run(result, tmp_path, monkeypatch):
+    def walked(plan, deadline, tell):
+        (plan.out / "log").touch()
+        missing = Step("sanitizers", "memcheck", (), 1, missing="a GPU is needed")
+        return [Outcome(Step("tests", "kernels", (), 1), result), Outcome(missing, "not run")]
+
+    monkeypatch.setattr(pack, "run", walked)
+    with nullcontext() if result == "ok" else pytest.raises(BundleError, match=f"the dry run's kernels {result}"):
+        pack._record(tmp_path / "keys", "sm_90a", print)
+    assert "CUTE_FA_RECORD_KEYS" not in os.environ
 
 
 def test_a_pack_that_failed_is_made_anew(tmp_path, monkeypatch):
