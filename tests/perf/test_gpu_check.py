@@ -266,9 +266,11 @@ def test_a_pack_has_what_stops_a_test_that_hangs(python, older, tmp_path, monkey
     assert "pytest-timeout" in called[0] and f"--python-version={python}" in called[0]
     assert ({"exceptiongroup", "tomli"} <= set(called[0])) is older
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "pytest_timeout")
-    tests = [step for step in Plan(tmp_path).steps() if step.phase == "tests"]
-    # A signal is handled only when the call that hangs returns; the thread ends the process.
-    assert all("--timeout 90 --timeout-method thread" in " ".join(step.command) for step in tests)
+    for compiles, limit in ((False, 90), (True, 270)):
+        monkeypatch.setattr(steps, "dsl_installed", lambda compiles=compiles: compiles)
+        commands = [" ".join(step.command) for step in Plan(tmp_path).steps() if step.phase == "tests"]
+        # A signal is handled only when the call that hangs returns; the thread ends the process.
+        assert all(f"--timeout {limit} --timeout-method thread" in command for command in commands)
 
 
 def test_results_go_where_the_caller_is(tmp_path):
