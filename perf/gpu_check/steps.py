@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from cute_fa.engine.compiler import dsl_installed
 from perf.gpu_check.smoke import NOT_BUNDLED, SMOKE
 
 _ROOT = Path(__file__).parents[2]  # where commands run: they name files below it
@@ -117,7 +118,8 @@ class Plan:
         elif importlib.util.find_spec("pytest_timeout"):
             # By a thread, which ends the process, and xdist starts another: a signal's handler would wait for the
             # call that hangs.
-            options += ["--timeout", str(_TEST_LIMIT_S), "--timeout-method", "thread"]
+            limit = _TEST_LIMIT_S * (3 if dsl_installed() else 1)  # it may have to compile a dozen kernels
+            options += ["--timeout", str(limit), "--timeout-method", "thread"]
         for name, files in TESTS.items():
             if self.everything or files != TESTS["composable_kernel's grid"]:
                 paths = [f"tests/{file}.py" for file in files.split()]

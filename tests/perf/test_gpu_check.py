@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import venv
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,6 +229,19 @@ def test_a_pack_has_what_no_dry_run_comes_to(arch, tmp_path):
     assert set(packed) == set(needed)
 
 
+@pytest.mark.parametrize("result", ["ok", "failed", "timed out", "cut short", "not reached", "not run"])
+def test_a_pack_is_of_a_whole_dry_run(result, tmp_path, monkeypatch):
+    def walked(plan, deadline, tell):
+        (plan.out / "log").touch()
+        missing = Step("sanitizers", "memcheck", (), 1, missing="a GPU is needed")
+        return [Outcome(Step("tests", "kernels", (), 1), result), Outcome(missing, "not run")]
+
+    monkeypatch.setattr(pack, "run", walked)
+    with nullcontext() if result == "ok" else pytest.raises(BundleError, match=f"the dry run's kernels {result}"):
+        pack._record(tmp_path / "keys", "sm_90a", print)
+    assert "CUTE_FA_RECORD_KEYS" not in os.environ
+
+
 def test_a_pack_that_failed_is_made_anew(tmp_path, monkeypatch):
     """What it leaves is no reason to refuse the next attempt."""
 
@@ -251,9 +266,11 @@ def test_a_pack_has_what_stops_a_test_that_hangs(python, older, tmp_path, monkey
     assert "pytest-timeout" in called[0] and f"--python-version={python}" in called[0]
     assert ({"exceptiongroup", "tomli"} <= set(called[0])) is older
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "pytest_timeout")
-    tests = [step for step in Plan(tmp_path).steps() if step.phase == "tests"]
-    # A signal is handled only when the call that hangs returns; the thread ends the process.
-    assert all("--timeout 90 --timeout-method thread" in " ".join(step.command) for step in tests)
+    for compiles, limit in ((False, 90), (True, 270)):
+        monkeypatch.setattr(steps, "dsl_installed", lambda compiles=compiles: compiles)
+        commands = [" ".join(step.command) for step in Plan(tmp_path).steps() if step.phase == "tests"]
+        # A signal is handled only when the call that hangs returns; the thread ends the process.
+        assert all(f"--timeout {limit} --timeout-method thread" in command for command in commands)
 
 
 def test_results_go_where_the_caller_is(tmp_path):
