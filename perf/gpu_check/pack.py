@@ -45,6 +45,11 @@ _SCRIPT = """#!/bin/sh
 here=$(cd "$(dirname "$0")" && pwd)
 PYTHONPATH="$here:$here/site" CUTE_FA_BUNDLES="$here/bundle"
 export PYTHONPATH CUTE_FA_BUNDLES
+"${PY:-python3}" -c '
+import importlib.util, sys
+missing = [name for name in ("torch", "numpy", "pandas") if not importlib.util.find_spec(name)]
+sys.exit(bool(missing) and "gpu-check.sh: this python3 has no " + ", ".join(missing) + "; PY=... names another")
+' || exit
 # From where the caller is, whose --out is relative to it; what lies there is not imported.
 PYTHONSAFEPATH=1 exec "${PY:-python3}" -m perf gpu-check "$@"
 """

@@ -284,6 +284,13 @@ def test_results_go_where_the_caller_is(tmp_path):
     environment = {"PY": sys.executable, "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=tmp_path / "caller", env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [str(tmp_path / "caller"), "gpu-check", "--out", "results"], done.stderr
+    bare = tmp_path / "bare"  # an interpreter without packages
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    environment["PY"] = str(bare)
+    done = subprocess.run(command, cwd=tmp_path / "caller", env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "gpu-check.sh: this python3 has no torch, numpy, pandas; PY=... names another\n"
 
 
 def test_failures_are_told_when_they_happen(tmp_path):
