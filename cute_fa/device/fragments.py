@@ -5,6 +5,7 @@ The accumulator of a tile is ((2, 2), MMA_M, MMA_N) for mma.sync: two neighbouri
 the repeats. One wgmma m64nN holds the same for all of N: ((2, 2, N / 8), 1, 1).
 """
 
+import cutlass
 import cutlass.cute as cute
 
 
@@ -45,3 +46,14 @@ def as_warpgroup_operand_a(p: cute.Tensor) -> cute.Tensor:
         ((shape[0], shape[1], 2), 1, shape[2] // 2), stride=((stride[0], stride[1], stride[2]), 0, 2 * stride[2])
     )
     return cute.make_tensor(p.iterator, layout)
+
+
+def e4m3_operand_a(p: cute.Tensor) -> cute.Tensor:
+    """Registers for an accumulator-shaped fragment as operand A of m64nNk32, ((4, 2, 2), 1, N / 32).
+
+    Of 16 columns a thread t of a row holds 2t, 2t + 1, 8 + 2t and 9 + 2t, in one register; the instruction takes what
+    is there for columns 4t … 4t + 3. Operand B has its rows in that order: place 4t + 2u + e is row 8u + 2t + e of 16.
+    """
+    columns = p.layout.shape[0][2]
+    layout = cute.make_layout(((4, 2, 2), 1, columns // 4), stride=((1, 4, 8), 0, 16))
+    return cute.make_rmem_tensor(layout, cutlass.Float8E4M3FN)

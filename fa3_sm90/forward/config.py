@@ -38,6 +38,17 @@ class Fa3ForwardConfig(FeatureConfig):
     stages: int
     pack_gqa: int = 1
     persistent: bool = True
+    descales: bool = False
+
+    @property
+    def transposers(self) -> int:
+        """Producer warps that transpose V: wgmma takes fp8 operands only with the keys contiguous."""
+        return 2 if self.dtype.is_fp8 else 0
+
+    @property
+    def mma_k(self) -> int:
+        """Elements of a dot product that one wgmma takes, 32 bytes."""
+        return 32 // self.dtype.bytes
 
     @property
     def num_threads(self) -> int:
@@ -77,13 +88,13 @@ class Fa3ForwardConfig(FeatureConfig):
     @property
     def q_bytes(self) -> int:
         """Q of one warpgroup, or O where that is larger and takes its place."""
-        columns = self.head_dim_padded if self.own_output else max(self.head_dim_padded, self.head_dim_v_padded)
-        return WGMMA_M * columns * self.dtype.bytes
+        q = WGMMA_M * self.head_dim_padded * self.dtype.bytes
+        return q if self.own_output else max(q, self.o_bytes)
 
     @property
     def o_bytes(self) -> int:
         """O of one warpgroup."""
-        return WGMMA_M * self.head_dim_v_padded * self.dtype.bytes
+        return WGMMA_M * self.head_dim_v_padded * self.out_dtype.bytes
 
     @property
     def own_output(self) -> bool:
@@ -93,7 +104,8 @@ class Fa3ForwardConfig(FeatureConfig):
 
     @property
     def kv_bytes(self) -> int:
-        return self.stages * self.tile_n * (self.head_dim_padded + self.head_dim_v_padded) * self.dtype.bytes
+        values = self.head_dim_v_padded * (2 if self.transposers else 1)
+        return self.stages * self.tile_n * (self.head_dim_padded + values) * self.dtype.bytes
 
     @property
     def smem_bytes(self) -> int:
@@ -109,8 +121,16 @@ class Fa3ForwardConfig(FeatureConfig):
         everyone = 4 * self.warpgroups
         queries = tuple(PipelineSpec(f"q{i}", 1, rows * self.head_dim_padded * size, 4) for i in range(self.warpgroups))
         keys = PipelineSpec("k", self.stages, self.tile_n * self.head_dim_padded * size, everyone)
-        values = PipelineSpec("v", self.stages, self.tile_n * self.head_dim_v_padded * size, everyone)
-        return (*queries, keys, values)
+        loaded = PipelineSpec("v", self.stages, self.tile_n * self.head_dim_v_padded * size, self.transposers or everyone)
+        if not self.transposers:
+            return (*queries, keys, loaded)
+        transposed = PipelineSpec("vt", self.stages, 0, everyone, self.transposers)
+        return (*queries, keys, loaded, transposed)
+
+    @property
+    def values(self) -> str:
+        """The ring of V that the consumers read."""
+        return "vt" if self.transposers else "v"
 
     @property
     def pingpong(self) -> bool:

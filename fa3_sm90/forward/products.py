@@ -18,24 +18,27 @@ class Products:
         """``thread``: index within the warpgroup."""
         c = config
         dtype = CUTE_DTYPE[c.dtype]
-        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        shape_s, shape_o = (WGMMA_M, c.tile_n, 16), (WGMMA_M, c.head_dim_v_padded, 16)
+        shape_s, shape_o = (WGMMA_M, c.tile_n, c.mma_k), (WGMMA_M, c.head_dim_v_padded, c.mma_k)
         smem, registers = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
-        self.op_s = warpgroup.MmaF16BF16Op(dtype, Float32, shape_s, smem, k_major, k_major)
-        self.op_o = warpgroup.MmaF16BF16Op(dtype, Float32, shape_o, registers, k_major, mn_major)
+        self.op_s = _operation(dtype, shape_s, smem, OperandMajorMode.K)
+        self.op_o = _operation(dtype, shape_o, registers, OperandMajorMode.K if c.transposers else OperandMajorMode.MN)
         mma_s, mma_o = cute.make_tiled_mma(self.op_s), cute.make_tiled_mma(self.op_o)
         self.mma_o = mma_o
         layout = tile_layout(dtype, WGMMA_M, c.head_dim_padded, 1).outer
         stride = (*layout.stride[:2], c.q_bytes // c.dtype.bytes)
         sQ = cute.make_tensor(storage.q[0], cute.make_layout((*layout.shape[:2], c.warpgroups), stride=stride))
         sK = _tiles(storage.k, dtype, c.tile_n, c.head_dim_padded, c.stages)
-        sV = _tiles(storage.v, dtype, c.tile_n, c.head_dim_v_padded, c.stages)
-        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
+        if c.transposers:
+            sVt = _tiles(storage.vt, dtype, c.head_dim_v_padded, c.tile_n, c.stages)
+        else:
+            sV = _tiles(storage.v, dtype, c.tile_n, c.head_dim_v_padded, c.stages)
+            sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
         slice_s, slice_o = mma_s.get_slice(0), mma_o.get_slice(0)
         self.rQ = mma_s.make_fragment_A(slice_s.partition_A(sQ))[None, None, None, warpgroup_index]
         self.rK = mma_s.make_fragment_B(slice_s.partition_B(sK))
         self.rV = mma_o.make_fragment_B(slice_o.partition_B(sVt))
         self.acc_s = cute.make_rmem_tensor(slice_s.partition_shape_C(shape_s[:2]), Float32)
+        self.from_zero = bool(c.transposers)
         self.acc_o = cute.make_rmem_tensor(slice_o.partition_shape_C(shape_o[:2]), Float32)
         identity = cute.make_identity_tensor(shape_s[:2])
         self.static_coordinates = slice_s.partition_C(identity)
@@ -49,9 +52,16 @@ class Products:
 
     @cute.jit
     def start_output(self, rP: cute.Tensor, stage: Int32):
-        """O += P·V with V of a stage."""
+        """O += P·V with V of a stage; where sums are promoted P·V alone, see :mod:`fa3_sm90.forward.accumulation`."""
         atom = cute.make_mma_atom(self.op_o)
-        _multiply(atom, self.acc_o, rP, self.rV[None, None, None, stage], False)
+        _multiply(atom, self.acc_o, rP, self.rV[None, None, None, stage], self.from_zero)
+
+
+def _operation(dtype, shape: tuple[int, int, int], source: warpgroup.OperandSource, major: OperandMajorMode):
+    """wgmma of a shape, A from ``source``, B laid out as ``major``; fp8 has both with K contiguous."""
+    if dtype.width == 8:
+        return warpgroup.MmaF8Op(dtype, dtype, Float32, shape, source, OperandMajorMode.K, major)
+    return warpgroup.MmaF16BF16Op(dtype, Float32, shape, source, OperandMajorMode.K, major)
 
 
 def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> cute.Tensor:
@@ -65,7 +75,7 @@ def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) ->
 
 
 def _multiply(atom: cute.MmaAtom, acc: cute.Tensor, rA: cute.Tensor, rB: cute.Tensor, from_zero: bool):
-    """One group of wgmma over all k16 steps."""
+    """One group of wgmma over all steps of the dot products."""
     for k in range(cute.size(rA, mode=[2])):
         atom.set(warpgroup.Field.ACCUMULATE, not (from_zero and k == 0))
         cute.gemm(atom, acc, rA[None, None, k], rB[None, None, k], acc)
