@@ -4,18 +4,24 @@ wgmma keeps about 14 bits of a sum of fp8 products (DeepSeek-V3 technical report
 few for the keys of a long context: there each block's P·V starts from zero and is added to O in fp32 registers.
 """
 
+from collections.abc import Callable
+
 import cutlass.cute as cute
+from cutlass import Float32
+from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.fragments import warpgroup_rows_and_columns
 from cute_fa.device.softmax import OnlineSoftmax
+from fa3_sm90.forward.products import Products
 from fa3_sm90.forward.rows import ROWS
 
 
 class Direct:
     """wgmma adds to O itself, which is rescaled between two products."""
 
-    def __init__(self, acc: cute.Tensor):
-        self.output, self.rows = acc, warpgroup_rows_and_columns(acc)
+    def __init__(self, products: Products):
+        self.output = products.acc_o
+        self.rows = warpgroup_rows_and_columns(self.output)
 
     def clear(self):
         """Before a tile."""
@@ -25,18 +31,21 @@ class Direct:
         """Between the wait for a block's product and the start of the next."""
         softmax.rescale(self.rows)
 
+    def go_on(self, start: Callable[[int], None]):
+        """Beside a block's softmax: what is left of the product that has been started, ``start(part)`` starts it."""
+
     def finish(self):
         """After the wait for the last product."""
 
 
 class Promoted:
-    """O = O · factor + P·V of a block, one fma an element: rescaling comes with it."""
+    """O = O · factor + P·V of a block, one fma an element: rescaling comes with it. Where registers do not hold a whole
+    P·V beside O, its columns are computed in ``parts``, one after the other."""
 
-    def __init__(self, acc: cute.Tensor):
-        """``acc``: the accumulator of one block's P·V."""
-        self.partial = acc
-        self.output = cute.make_rmem_tensor_like(acc)
-        self.factors = cute.make_rmem_tensor(ROWS, self.output.element_type)
+    def __init__(self, products: Products, parts: int):
+        self.partial, self.parts = products.acc_o, parts
+        self.output = cute.make_rmem_tensor(products.shape_output, Float32)
+        self.factors = cute.make_rmem_tensor(ROWS, Float32)
 
     def clear(self):
         """Before a tile."""
@@ -45,13 +54,26 @@ class Promoted:
         self.factors.fill(1.0)
 
     def settle(self, softmax: OnlineSoftmax):
-        """Between the wait for a block's product and the start of the next; the next one's factors are known by then."""
+        """Between the wait for a block's last part and the start of the next block, whose factors are known by then."""
         self.finish()
         softmax.take_factors(self.factors)
 
+    def go_on(self, start: Callable[[int], None]):
+        """All parts but the first, each once the one before is done."""
+        for part in range(1, self.parts):
+            warpgroup.wait_group(0)
+            self.promote(part - 1)
+            warpgroup.fence()
+            start(part)
+
     def finish(self):
-        """After the wait for the last product."""
-        output, partial = warpgroup_rows_and_columns(self.output), warpgroup_rows_and_columns(self.partial)
+        """After the wait for the last part."""
+        self.promote(self.parts - 1)
+
+    def promote(self, part: int):
+        """Add a part of P·V to O."""
+        output = warpgroup_rows_and_columns(cute.make_tensor(self.output[None, None, part].iterator, self.partial.layout))
+        partial = warpgroup_rows_and_columns(self.partial)
         for r in range(ROWS):
             row = output[r, None]
             row.store(row.load() * self.factors[r] + partial[r, None].load())

@@ -39,11 +39,17 @@ class Fa3ForwardConfig(FeatureConfig):
     pack_gqa: int = 1
     persistent: bool = True
     descales: bool = False
+    promoted_columns: int | None = None
 
     @property
     def transposers(self) -> int:
         """Producer warps that transpose V: wgmma takes fp8 operands only with the keys contiguous."""
         return 2 if self.dtype.is_fp8 else 0
+
+    @property
+    def output_parts(self) -> int:
+        """Products one after the other that P·V is split into, by columns."""
+        return 1 if self.promoted_columns is None else self.head_dim_v_padded // self.promoted_columns
 
     @property
     def mma_k(self) -> int:

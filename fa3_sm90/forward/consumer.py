@@ -49,10 +49,10 @@ class Consumer:
         self.epilogue = Epilogue(config, args, tma, storage, self.products, self.rows, self.queries, index, thread)
         self.scores = warpgroup_rows_and_columns(self.products.acc_s)
         if config.dtype.is_fp8:
-            self.accumulation, self.exponents, self.narrow = Promoted(self.products.acc_o), E4M3, narrow_to_e4m3
+            self.accumulation, self.exponents, self.narrow = Promoted(self.products, config.output_parts), E4M3, narrow_to_e4m3
             self.probabilities = self.operand_p = e4m3_operand_a(self.products.acc_s)
         else:
-            self.accumulation, self.exponents, self.narrow = Direct(self.products.acc_o), WIDE, narrow
+            self.accumulation, self.exponents, self.narrow = Direct(self.products), WIDE, narrow
             self.probabilities = cute.make_rmem_tensor_like(self.products.acc_s, CUTE_DTYPE[config.dtype])
             self.operand_p = as_warpgroup_operand_a(self.probabilities)
 
@@ -197,6 +197,7 @@ class Consumer:
         keys.release(state.stage)
         self.modify_and_mask(work, score, iteration, right_edge, left_edge)
         softmax.advance(self.scores)
+        self.accumulation.go_on(lambda part: products.start_output(self.operand_p, before.stage, part))
         softmax.exponentiate(self.scores, right_edge or left_edge)
         return state
 
@@ -219,6 +220,7 @@ class Consumer:
         self.settle(softmax, total > 1, previous_stage(state, self.config.stages))
         warpgroup.fence()
         self.products.start_output(self.operand_p, state.stage)
+        self.accumulation.go_on(lambda part: self.products.start_output(self.operand_p, state.stage, part))
         warpgroup.wait_group(0)
         self.values.release(state.stage)
         self.accumulation.finish()

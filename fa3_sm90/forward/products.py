@@ -1,5 +1,6 @@
 """The two matrix products of a warpgroup on wgmma: S = Q·Kᵀ from shared memory, O += P·V with P in registers."""
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
@@ -18,7 +19,7 @@ class Products:
         """``thread``: index within the warpgroup."""
         c = config
         dtype = CUTE_DTYPE[c.dtype]
-        shape_s, shape_o = (WGMMA_M, c.tile_n, c.mma_k), (WGMMA_M, c.head_dim_v_padded, c.mma_k)
+        shape_s, shape_o = (WGMMA_M, c.tile_n, c.mma_k), (WGMMA_M, c.head_dim_v_padded // c.output_parts, c.mma_k)
         smem, registers = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
         self.op_s = _operation(dtype, shape_s, smem, OperandMajorMode.K)
         self.op_o = _operation(dtype, shape_o, registers, OperandMajorMode.K if c.transposers else OperandMajorMode.MN)
@@ -36,10 +37,11 @@ class Products:
         slice_s, slice_o = mma_s.get_slice(0), mma_o.get_slice(0)
         self.rQ = mma_s.make_fragment_A(slice_s.partition_A(sQ))[None, None, None, warpgroup_index]
         self.rK = mma_s.make_fragment_B(slice_s.partition_B(sK))
-        self.rV = mma_o.make_fragment_B(slice_o.partition_B(sVt))
+        self.rV = [mma_o.make_fragment_B(slice_o.partition_B(part)) for part in _column_parts(sVt, c.output_parts)]
         self.acc_s = cute.make_rmem_tensor(slice_s.partition_shape_C(shape_s[:2]), Float32)
         self.from_zero = bool(c.transposers)
         self.acc_o = cute.make_rmem_tensor(slice_o.partition_shape_C(shape_o[:2]), Float32)
+        self.shape_output = slice_o.partition_shape_C((WGMMA_M, c.head_dim_v_padded))
         identity = cute.make_identity_tensor(shape_s[:2])
         self.static_coordinates = slice_s.partition_C(identity)
         self.own_coordinates = mma_s.get_slice(thread).partition_C(identity)
@@ -51,10 +53,10 @@ class Products:
         _multiply(atom, self.acc_s, self.rQ, self.rK[None, None, None, stage], True)
 
     @cute.jit
-    def start_output(self, rP: cute.Tensor, stage: Int32):
-        """O += P·V with V of a stage; where sums are promoted P·V alone, see :mod:`fa3_sm90.forward.accumulation`."""
+    def start_output(self, rP: cute.Tensor, stage: Int32, part: cutlass.Constexpr[int] = 0):
+        """O += P·V with V of a stage; where sums are promoted a part of P·V's columns alone, see :mod:`fa3_sm90.forward.accumulation`."""
         atom = cute.make_mma_atom(self.op_o)
-        _multiply(atom, self.acc_o, rP, self.rV[None, None, None, stage], self.from_zero)
+        _multiply(atom, self.acc_o, rP, self.rV[part][None, None, None, stage], self.from_zero)
 
 
 def _operation(dtype, shape: tuple[int, int, int], source: warpgroup.OperandSource, major: OperandMajorMode):
@@ -62,6 +64,15 @@ def _operation(dtype, shape: tuple[int, int, int], source: warpgroup.OperandSour
     if dtype.width == 8:
         return warpgroup.MmaF8Op(dtype, dtype, Float32, shape, source, OperandMajorMode.K, major)
     return warpgroup.MmaF16BF16Op(dtype, Float32, shape, source, OperandMajorMode.K, major)
+
+
+def _column_parts(sVt: cute.Tensor, parts: int) -> list[cute.Tensor]:
+    """V transposed (columns, keys, stages), split by columns."""
+    if parts == 1:
+        return [sVt]
+    columns = cute.size(sVt, mode=[0]) // parts
+    keys, stages = (cute.size(sVt, mode=[mode]) for mode in (1, 2))
+    return [cute.local_tile(sVt, (columns, keys, stages), (part, 0, 0)) for part in range(parts)]
 
 
 def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> cute.Tensor:
