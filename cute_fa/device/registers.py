@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32
+from cutlass import Float32, Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
 
@@ -38,3 +38,10 @@ def narrow_to_e4m3(source: cute.Tensor, target: cute.Tensor):
             write_only_types=[Uint32],
             read_only_args=columns,
         )
+
+
+def placed_fma(a: Float32, b: Float32, c: Float32) -> Float32:
+    """a · b + c where it stands: NVVM moves what it understands to the use of the result, over products that write c."""
+    return inline_ptx(
+        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
+    )

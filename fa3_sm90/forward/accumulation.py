@@ -11,6 +11,7 @@ from cutlass import Float32
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.fragments import warpgroup_rows_and_columns
+from cute_fa.device.registers import placed_fma
 from cute_fa.device.softmax import OnlineSoftmax
 from fa3_sm90.forward.products import Products
 from fa3_sm90.forward.rows import ROWS
@@ -75,5 +76,5 @@ class Promoted:
         output = warpgroup_rows_and_columns(cute.make_tensor(self.output[None, None, part].iterator, self.partial.layout))
         partial = warpgroup_rows_and_columns(self.partial)
         for r in range(ROWS):
-            row = output[r, None]
-            row.store(row.load() * self.factors[r] + partial[r, None].load())
+            for c in range(cute.size(partial, mode=[1])):
+                output[r, c] = placed_fma(output[r, c], self.factors[r], partial[r, c])
