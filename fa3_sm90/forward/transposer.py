@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32, const_expr
+from cutlass import Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.registers import opaque
@@ -79,30 +79,19 @@ class Transposer:
         self.transposed.wait_free(state)
         offset = state.stage * (c.tile_n * c.head_dim_v_padded)
         source, target = self.source + offset, self.target + offset
-        steps = c.tile_n // KEYS
-        pieces = [(chunk, step) for chunk in range(self.chunks) for step in range(steps)]
-        matrices = self.load(source, *pieces[0])
-        for i in cutlass.range_constexpr(len(pieces)):
-            current = matrices
-            if const_expr(i + 1 < len(pieces)):
-                matrices = self.load(source, *pieces[i + 1])  # on its way while these are permuted
-            self.store(target, *pieces[i], current)
+        for chunk in cutlass.range_constexpr(self.chunks):
+            panel, byte = divmod(chunk * CHUNK, self.width)
+            column = (source ^ byte) + panel * c.tile_n * self.width
+            for step in cutlass.range_constexpr(c.tile_n // KEYS):
+                panel_t, byte_t = divmod(step * KEYS, self.width_t)
+                matrices = _load_transposed(column, step * KEYS * self.width)
+                words = [
+                    _permute(*pair, selector) for pair in (matrices[:2], matrices[2:]) for selector in self.selectors
+                ]
+                place = panel_t * c.head_dim_v_padded * self.width_t + chunk * CHUNK * self.width_t
+                _store(target ^ byte_t, place, words)
         self.transposed.publish(state.stage)
         self.loaded.release(state.stage)
-
-
-    def load(self, source: Int32, chunk: int, step: int) -> tuple[Uint32, ...]:
-        """16 columns of 32 keys: a matrix for each 8 keys."""
-        panel, byte = divmod(chunk * CHUNK, self.width)
-        place = panel * self.config.tile_n * self.width + step * KEYS * self.width
-        return _load_transposed(source ^ byte, place)
-
-    def store(self, target: Int32, chunk: int, step: int, matrices: tuple[Uint32, ...]):
-        """The same transposed: two matrices for each 16 keys, of eight columns each."""
-        panel, byte = divmod(step * KEYS, self.width_t)
-        place = panel * self.config.head_dim_v_padded * self.width_t + chunk * CHUNK * self.width_t
-        words = [_permute(*pair, selector) for pair in (matrices[:2], matrices[2:]) for selector in self.selectors]
-        _store(target ^ byte, place, words)
 
 
 def _swizzle(row: Int32, width: int) -> Int32:
