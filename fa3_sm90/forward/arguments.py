@@ -24,7 +24,7 @@ class Descales(NamedTuple):
 
 class ForwardArguments(NamedTuple):
     """``grid``: what the tile scheduler is told of the tiles; ``num_ctas``: the grid of the launch; ``descales``: of
-    fp8, or None."""
+    fp8, None for 16 bits."""
 
     common: CommonArguments
     grid: TileGrid

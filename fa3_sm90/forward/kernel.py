@@ -97,7 +97,7 @@ def build(config: Fa3ForwardConfig):
         common_fakes(config),
         grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),
         num_ctas=Int32(0),
-        descales=Descales(*(fake_strided(Float32, 2) for _ in Descales._fields)) if config.descales else None,
+        descales=Descales(*(fake_strided(Float32, 2) for _ in Descales._fields)) if config.dtype.is_fp8 else None,
     )
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return Fa3ForwardKernel(config), (arguments, stream)
