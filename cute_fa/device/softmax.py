@@ -14,7 +14,6 @@ from cutlass import Boolean, Float32, const_expr
 from cute_fa.device.score import LOG2_E
 
 
-
 class ExponentRange(NamedTuple):
     """Exponents of P in log2. ``top``: of a row's maximum when the reference is moved; ``limit``: at which it is."""
 
@@ -71,7 +70,9 @@ class OnlineSoftmax:
         scale, running, total, factors = self.scale_log2, self.reference, self.total, self.factors
         exponents = self.exponents
         maximum = row_maxima(scores)
-        while cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents.limit)):  # a loop that runs once, see update()
+        while cute.arch.vote_any_sync(
+            outgrown(maximum, scale, running, exponents.limit)
+        ):  # a loop that runs once, see update()
             for r in cutlass.range_constexpr(self.num_rows):
                 reference = cute.arch.fmax(running[r], topped(quad_max(maximum[r]) * scale, exponents))
                 factors[r] = cute.math.exp2(running[r] - finite(reference), fastmath=True)

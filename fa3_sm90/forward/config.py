@@ -132,7 +132,9 @@ class Fa3ForwardConfig(FeatureConfig):
         everyone = 4 * self.warpgroups
         queries = tuple(PipelineSpec(f"q{i}", 1, rows * self.head_dim_padded * size, 4) for i in range(self.warpgroups))
         keys = PipelineSpec("k", self.stages, self.tile_n * self.head_dim_padded * size, everyone)
-        loaded = PipelineSpec("v", self.stages, self.tile_n * self.head_dim_v_padded * size, self.transposers or everyone)
+        loaded = PipelineSpec(
+            "v", self.stages, self.tile_n * self.head_dim_v_padded * size, self.transposers or everyone
+        )
         if not self.transposers:
             return (*queries, keys, loaded)
         transposed = PipelineSpec("vt", self.stages, 0, everyone, self.transposers)
@@ -171,9 +173,9 @@ class Tiles(NamedTuple):
 
 # In order of preference.
 _TILES = (Tiles(3, 128), Tiles(3, 96), *(Tiles(2, tile_n) for tile_n in (128, 112, 96, 80, 64)))
-# Of fp8, by head_dim. What was measured, of the main loop, in instructions per score and accesses to local memory: at 64
-# with 160 keys 5.9, with 192 16 accesses, with 128 6.1; three warpgroups 7.0 with 96 keys and 13 accesses. At 128 with
-# 128 keys 7.1 in two parts of 64 columns, 7.7 and 48 accesses in one, 7.6 with 96 keys in one. At 256 with 64 keys 12.3
+# Of fp8, by head_dim. Measured of the main loop, in instructions per score and accesses to local memory: at 64 with
+# 160 keys 5.9, with 192 16 accesses, with 128 6.1; three warpgroups 7.0 with 96 keys and 13 accesses. At 128 with
+# 128 keys 7.1 in two parts of 64 columns, 7.7 and 48 accesses in one, 7.6 with 96 keys in one. At 256 with 64 keys 12.0
 # in four parts, 12.9 and 39 accesses in two.
 _FP8_TILES = {
     64: Tiles(2, 160),

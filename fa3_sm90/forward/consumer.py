@@ -6,16 +6,16 @@ from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fragments import as_warpgroup_operand_a, e4m3_operand_a, warpgroup_rows_and_columns
-from cute_fa.device.registers import narrow, narrow_to_e4m3
+from cute_fa.device.fragments import warpgroup_rows_and_columns
 from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score
-from cute_fa.device.softmax import E4M3, WIDE, OnlineSoftmax
+from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.device.visibility import mask_scores
 from fa3_sm90.forward.accumulation import Direct, Promoted
 from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, kv_head, scheduler_of, tile_work
 from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.epilogue import Epilogue
+from fa3_sm90.forward.probabilities import EightBits, SixteenBits
 from fa3_sm90.forward.products import Products
 from fa3_sm90.forward.rows import ROWS, Rows
 from fa3_sm90.forward.storage import Storage
@@ -49,12 +49,11 @@ class Consumer:
         self.epilogue = Epilogue(config, args, tma, storage, self.products, self.rows, self.queries, index, thread)
         self.scores = warpgroup_rows_and_columns(self.products.acc_s)
         if config.dtype.is_fp8:
-            self.accumulation, self.exponents, self.narrow = Promoted(self.products, config.output_parts), E4M3, narrow_to_e4m3
-            self.probabilities = self.operand_p = e4m3_operand_a(self.products.acc_s)
+            self.probabilities = EightBits(self.products.acc_s)
+            self.accumulation = Promoted(self.products, config.output_parts)
         else:
-            self.accumulation, self.exponents, self.narrow = Direct(self.products), WIDE, narrow
-            self.probabilities = cute.make_rmem_tensor_like(self.products.acc_s, CUTE_DTYPE[config.dtype])
-            self.operand_p = as_warpgroup_operand_a(self.probabilities)
+            self.probabilities = SixteenBits(self.products.acc_s, CUTE_DTYPE[config.dtype])
+            self.accumulation = Direct(self.products)
 
     @cute.jit
     def run(self):
@@ -77,7 +76,7 @@ class Consumer:
         args, config = self.args, self.config
         work = tile_work(args, config, self.extents, scheduler.tile(state))
         score = self.score(work)
-        softmax = OnlineSoftmax(ROWS, score.scale_log2, self.exponents)
+        softmax = OnlineSoftmax(ROWS, score.scale_log2, self.probabilities.exponents)
         self.accumulation.clear()
         keys = self.walk(work, softmax, score, queries, keys)
 
@@ -190,14 +189,14 @@ class Consumer:
         warpgroup.fence()  # for P·V, too, which follows without a wait
         products.start_scores(state.stage)
         values.wait(before)
-        products.start_output(self.operand_p, before.stage)
+        products.start_output(self.probabilities.operand, before.stage)
         if const_expr(self.config.pingpong):
             self.turns.pass_on()
         warpgroup.wait_group(1)
         keys.release(state.stage)
         self.modify_and_mask(work, score, iteration, right_edge, left_edge)
         softmax.advance(self.scores)
-        self.accumulation.go_on(lambda part: products.start_output(self.operand_p, before.stage, part))
+        self.accumulation.go_on(lambda part: products.start_output(self.probabilities.operand, before.stage, part))
         softmax.exponentiate(self.scores, right_edge or left_edge)
         return state
 
@@ -211,7 +210,7 @@ class Consumer:
         if const_expr(not second):
             self.values.release(stage, multiplied)
         self.accumulation.settle(softmax)
-        self.narrow(self.products.acc_s, self.probabilities)
+        self.probabilities.narrow()
 
     @cute.jit
     def last_block(self, softmax: OnlineSoftmax, total: Int32, state: RingState):
@@ -219,8 +218,8 @@ class Consumer:
         self.values.wait(state)
         self.settle(softmax, total > 1, previous_stage(state, self.config.stages))
         warpgroup.fence()
-        self.products.start_output(self.operand_p, state.stage)
-        self.accumulation.go_on(lambda part: self.products.start_output(self.operand_p, state.stage, part))
+        self.products.start_output(self.probabilities.operand, state.stage)
+        self.accumulation.go_on(lambda part: self.products.start_output(self.probabilities.operand, state.stage, part))
         warpgroup.wait_group(0)
         self.values.release(state.stage)
         self.accumulation.finish()

@@ -37,7 +37,10 @@ class Products:
         slice_s, slice_o = mma_s.get_slice(0), mma_o.get_slice(0)
         self.rQ = mma_s.make_fragment_A(slice_s.partition_A(sQ))[None, None, None, warpgroup_index]
         self.rK = mma_s.make_fragment_B(slice_s.partition_B(sK))
-        self.rV = [mma_o.make_fragment_B(slice_o.partition_B(part)) for part in _column_parts(sVt, c.output_parts)]
+        if c.output_parts > 1:  # (columns of a part, keys, stages, parts)
+            sVt = cute.local_tile(sVt, (shape_o[1], c.tile_n, c.stages), (None, 0, 0))
+        self.rV = mma_o.make_fragment_B(slice_o.partition_B(sVt))
+        self.parts = c.output_parts
         self.acc_s = cute.make_rmem_tensor(slice_s.partition_shape_C(shape_s[:2]), Float32)
         self.from_zero = bool(c.transposers)
         self.acc_o = cute.make_rmem_tensor(slice_o.partition_shape_C(shape_o[:2]), Float32)
@@ -54,9 +57,10 @@ class Products:
 
     @cute.jit
     def start_output(self, rP: cute.Tensor, stage: Int32, part: cutlass.Constexpr[int] = 0):
-        """O += P·V with V of a stage; where sums are promoted a part of P·V's columns alone, see :mod:`fa3_sm90.forward.accumulation`."""
+        """O += P·V with V of a stage; in fp8 a part of P·V alone, see :mod:`fa3_sm90.forward.accumulation`."""
         atom = cute.make_mma_atom(self.op_o)
-        _multiply(atom, self.acc_o, rP, self.rV[part][None, None, None, stage], self.from_zero)
+        place = (stage, part) if self.parts > 1 else (stage,)
+        _multiply(atom, self.acc_o, rP, self.rV[(None, None, None, *place)], self.from_zero)
 
 
 def _operation(dtype, shape: tuple[int, int, int], source: warpgroup.OperandSource, major: OperandMajorMode):
@@ -64,15 +68,6 @@ def _operation(dtype, shape: tuple[int, int, int], source: warpgroup.OperandSour
     if dtype.width == 8:
         return warpgroup.MmaF8Op(dtype, dtype, Float32, shape, source, OperandMajorMode.K, major)
     return warpgroup.MmaF16BF16Op(dtype, Float32, shape, source, OperandMajorMode.K, major)
-
-
-def _column_parts(sVt: cute.Tensor, parts: int) -> list[cute.Tensor]:
-    """V transposed (columns, keys, stages), split by columns."""
-    if parts == 1:
-        return [sVt]
-    columns = cute.size(sVt, mode=[0]) // parts
-    keys, stages = (cute.size(sVt, mode=[mode]) for mode in (1, 2))
-    return [cute.local_tile(sVt, (columns, keys, stages), (part, 0, 0)) for part in range(parts)]
 
 
 def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> cute.Tensor:

@@ -1,4 +1,4 @@
-"""Producer warps that turn a block of V, (keys, columns) as TMA brings it, into (columns, keys) as fp8 wgmma takes it."""
+"""Producer warps that turn a block of V, (keys, columns) as TMA brings it, into (columns, keys) for fp8 wgmma."""
 
 import cutlass
 import cutlass.cute as cute
