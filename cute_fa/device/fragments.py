@@ -42,6 +42,16 @@ def warpgroup_rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(acc.iterator, layout)
 
 
+def share_of_columns(acc: cute.Tensor, i: int, n: int) -> cute.Tensor:
+    """Share i of n of a wgmma accumulator's columns, as :func:`warpgroup_rows_and_columns` has them."""
+    if n == 1:
+        return warpgroup_rows_and_columns(acc)
+    shape, stride = acc.layout.shape[0], acc.layout.stride[0]
+    first, last = (share * shape[2] // n for share in (i, i + 1))
+    layout = cute.make_layout((shape[1], (shape[0], last - first)), stride=(stride[1], (stride[0], stride[2])))
+    return cute.make_tensor(acc.iterator + first * stride[2], layout)
+
+
 def as_warpgroup_operand_a(p: cute.Tensor) -> cute.Tensor:
     """A wgmma accumulator-shaped fragment seen as operand A in registers of the next m64nNk16, ((2, 2, 2), 1, N / 16):
     two neighbouring blocks of 8 columns are one k16 step."""

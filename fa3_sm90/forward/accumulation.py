@@ -32,8 +32,10 @@ class Direct:
         """Between the wait for a block's product and the start of the next."""
         softmax.rescale(self.rows)
 
-    def go_on(self, start: Callable[[int], None]):
-        """Beside a block's softmax: what is left of the product that has been started, ``start(part)`` starts it."""
+    def go_on(self, start: Callable[[int], None], beside: Callable[[int, int], None]):
+        """What is left of the product that has been started, ``start(part)`` starts it. Beside it all shares of the
+        exponentials are computed: ``beside(i, n)`` is share i of n."""
+        beside(0, 1)
 
     def finish(self):
         """After the wait for the last product."""
@@ -59,13 +61,16 @@ class Promoted:
         self.finish()
         softmax.take_factors(self.factors)
 
-    def go_on(self, start: Callable[[int], None]):
-        """All parts but the first, each once the one before is done."""
+    def go_on(self, start: Callable[[int], None], beside: Callable[[int, int], None]):
+        """All parts but the first, each once the one before is done, with a share of the exponentials beside each."""
+        if self.parts == 1:
+            beside(0, 1)
         for part in range(1, self.parts):
             warpgroup.wait_group(0)
             self.promote(part - 1)
             warpgroup.fence()
             start(part)
+            beside(part - 1, self.parts - 1)
 
     def finish(self):
         """After the wait for the last part."""

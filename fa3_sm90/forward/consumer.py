@@ -6,7 +6,7 @@ from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fragments import warpgroup_rows_and_columns
+from cute_fa.device.fragments import share_of_columns, warpgroup_rows_and_columns
 from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score
 from cute_fa.device.softmax import OnlineSoftmax
@@ -196,8 +196,10 @@ class Consumer:
         keys.release(state.stage)
         self.modify_and_mask(work, score, iteration, right_edge, left_edge)
         softmax.advance(self.scores)
-        self.accumulation.go_on(lambda part: products.start_output(self.probabilities.operand, before.stage, part))
-        softmax.exponentiate(self.scores, right_edge or left_edge)
+        self.accumulation.go_on(
+            lambda part: products.start_output(self.probabilities.operand, before.stage, part),
+            lambda i, n: softmax.exponentiate(share_of_columns(products.acc_s, i, n), right_edge or left_edge),
+        )
         return state
 
     @cute.jit
@@ -219,7 +221,9 @@ class Consumer:
         self.settle(softmax, total > 1, previous_stage(state, self.config.stages))
         warpgroup.fence()
         self.products.start_output(self.probabilities.operand, state.stage)
-        self.accumulation.go_on(lambda part: self.products.start_output(self.probabilities.operand, state.stage, part))
+        self.accumulation.go_on(
+            lambda part: self.products.start_output(self.probabilities.operand, state.stage, part), lambda i, n: None
+        )
         warpgroup.wait_group(0)
         self.values.release(state.stage)
         self.accumulation.finish()
