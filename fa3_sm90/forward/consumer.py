@@ -5,7 +5,6 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import share_of_columns, warpgroup_rows_and_columns
 from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score
@@ -15,7 +14,7 @@ from fa3_sm90.forward.accumulation import Direct, Promoted
 from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, kv_head, scheduler_of, tile_work
 from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.epilogue import Epilogue
-from fa3_sm90.forward.probabilities import EightBits, SixteenBits
+from fa3_sm90.forward.probabilities import EightBits, SixteenBits, probability_type
 from fa3_sm90.forward.products import Products
 from fa3_sm90.forward.rows import ROWS, Rows
 from fa3_sm90.forward.storage import Storage
@@ -52,7 +51,7 @@ class Consumer:
             self.probabilities = EightBits(self.products.acc_s)
             self.accumulation = Promoted(self.products, config.output_parts)
         else:
-            self.probabilities = SixteenBits(self.products.acc_s, CUTE_DTYPE[config.dtype])
+            self.probabilities = SixteenBits(self.products.acc_s, probability_type(config.dtype))
             self.accumulation = Direct(self.products)
 
     @cute.jit

@@ -2,9 +2,16 @@
 
 import cutlass.cute as cute
 
+from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_warpgroup_operand_a, e4m3_operand_a
 from cute_fa.device.registers import narrow, narrow_to_e4m3
 from cute_fa.device.softmax import E4M3, WIDE
+from cute_fa.semantics.types import DType
+
+
+def probability_type(dtype: DType):
+    """P's type for inputs of a dtype: e4m3, whichever fp8 type they have."""
+    return CUTE_DTYPE[DType.E4M3 if dtype.is_fp8 else dtype]
 
 
 class SixteenBits:
@@ -24,7 +31,7 @@ class SixteenBits:
 
 
 class EightBits:
-    """P in e4m3, whatever fp8 type V has."""
+    """P in e4m3."""
 
     exponents = E4M3
 

@@ -8,6 +8,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.tma_boxes import tile_layout
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
+from fa3_sm90.forward.probabilities import probability_type
 from fa3_sm90.forward.storage import TILE_ALIGNMENT, Storage
 
 
@@ -21,8 +22,9 @@ class Products:
         dtype = CUTE_DTYPE[c.dtype]
         shape_s, shape_o = (WGMMA_M, c.tile_n, c.mma_k), (WGMMA_M, c.head_dim_v_padded // c.output_parts, c.mma_k)
         smem, registers = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
-        self.op_s = _operation(dtype, shape_s, smem, OperandMajorMode.K)
-        self.op_o = _operation(dtype, shape_o, registers, OperandMajorMode.K if c.transposers else OperandMajorMode.MN)
+        self.op_s = _operation(dtype, dtype, shape_s, smem, OperandMajorMode.K)
+        major = OperandMajorMode.K if c.transposers else OperandMajorMode.MN
+        self.op_o = _operation(probability_type(c.dtype), dtype, shape_o, registers, major)
         mma_s, mma_o = cute.make_tiled_mma(self.op_s), cute.make_tiled_mma(self.op_o)
         self.mma_o = mma_o
         layout = tile_layout(dtype, WGMMA_M, c.head_dim_padded, 1).outer
@@ -63,11 +65,12 @@ class Products:
         _multiply(atom, self.acc_o, rP, self.rV[(None, None, None, *place)], self.from_zero)
 
 
-def _operation(dtype, shape: tuple[int, int, int], source: warpgroup.OperandSource, major: OperandMajorMode):
-    """wgmma of a shape, A from ``source``, B laid out as ``major``; fp8 has both with K contiguous."""
-    if dtype.width == 8:
-        return warpgroup.MmaF8Op(dtype, dtype, Float32, shape, source, OperandMajorMode.K, major)
-    return warpgroup.MmaF16BF16Op(dtype, Float32, shape, source, OperandMajorMode.K, major)
+def _operation(a, b, shape: tuple[int, int, int], source: warpgroup.OperandSource, major: OperandMajorMode):
+    """wgmma of a shape on elements of types ``a`` and ``b``, A from ``source``, B laid out as ``major``; fp8 has both
+    with K contiguous."""
+    if b.width == 8:
+        return warpgroup.MmaF8Op(a, b, Float32, shape, source, OperandMajorMode.K, major)
+    return warpgroup.MmaF16BF16Op(b, Float32, shape, source, OperandMajorMode.K, major)
 
 
 def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> cute.Tensor:

@@ -1,4 +1,4 @@
-"""The FA3 forward in e4m3, launched as the engine launches it: the public functions do not offer it yet."""
+"""The FA3 forward in fp8, launched as the engine launches it: the public functions do not offer it yet."""
 
 import math
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from cute_fa.semantics.types import DType, SmArch
 from fa3_sm90.forward.entry import Descales, Fa3Forward
 
 E4M3 = torch.float8_e4m3fn
+CODES = {DType.E4M3: E4M3, DType.E5M2: torch.float8_e5m2}
 # P is e4m3 and at most 2^8.75; the references of a row lie 2^8 below its maximum.
 P_SCALE = 2.0**8
 
@@ -30,11 +31,12 @@ class Case(NamedTuple):
     heads_kv: int = 1
     batch: int = 1
     spread: float = 1.5
+    dtype: DType = DType.E4M3
 
     def problem(self) -> AttentionProblem:
         return AttentionProblem(
             arch=SmArch.SM_90A,
-            dtype=DType.E4M3,
+            dtype=self.dtype,
             batch=self.batch,
             seqlen_q=self.seqlen_q,
             seqlen_k=self.seqlen_k,
@@ -48,7 +50,7 @@ class Case(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """q, k, v in e4m3 and their descales, fp32 (batch, heads_kv)."""
+    """q, k, v in fp8 and their descales, fp32 (batch, heads_kv)."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -63,13 +65,13 @@ class Codes(NamedTuple):
         def normal(tokens: int, heads: int, spread: float) -> torch.Tensor:
             return torch.randn(case.batch, tokens, heads, case.head_dim, generator=generator) * spread
 
-        q = normal(case.seqlen_q, case.heads, case.spread).to(E4M3)
-        k = normal(case.seqlen_k, case.heads_kv, case.spread).to(E4M3)
+        q = normal(case.seqlen_q, case.heads, case.spread).to(CODES[case.dtype])
+        k = normal(case.seqlen_k, case.heads_kv, case.spread).to(CODES[case.dtype])
         v = normal(case.seqlen_k, case.heads_kv, 1.0)
         digits = (torch.arange(case.seqlen_k)[:, None] >> torch.arange(10)) % 2 * 2 - 1
         v[..., :10] = digits[None, :, None]
         scales = (torch.rand(case.batch, case.heads_kv, generator=generator) + 0.5 for _ in range(3))
-        return cls(q, k, v.to(E4M3), Descales(*scales))
+        return cls(q, k, v.to(CODES[case.dtype]), Descales(*scales))
 
     def run(self, case: Case, num_sms: int = 2, **simulation) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) of the kernel, simulated."""
@@ -113,6 +115,8 @@ CASES = [
     Case(256, 66, 193, heads=2, heads_kv=2, spread=4.0),
     Case(128, 70, 300, causal=True, spread=5.0),
     Case(64, 40, 500, spread=5.0),
+    Case(128, 70, 300, causal=True, dtype=DType.E5M2),
+    Case(64, 70, 300, dtype=DType.E5M2),
 ]
 SCHEDULES = [{"race": True}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2, "race": True}]
 
