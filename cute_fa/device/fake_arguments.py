@@ -29,6 +29,12 @@ def fake_vector(element, dimensions: int = 1) -> cute.Tensor:
     return fake_tensor(element, *(cute.sym_int() for _ in range(dimensions)))
 
 
+def fake_strided(element, dimensions: int) -> cute.Tensor:
+    """A tensor of that many dimensions of any size and stride."""
+    shape, strides = ([cute.sym_int() for _ in range(dimensions)], [cute.sym_int64() for _ in range(dimensions)])
+    return cute.runtime.make_fake_tensor(element, shape, stride=strides, assumed_align=element.width // 8)
+
+
 def fake_activations(element, packed: bool, head_dim: int) -> cute.Tensor:
     """(batch, rows, heads, head_dim), or (rows, heads, head_dim) if packed, in multiples of 16 bytes."""
     shape = [cute.sym_int() for _ in range(2 if packed else 3)]
@@ -55,7 +61,7 @@ def common_fakes(config: FeatureConfig) -> CommonArguments:
         "q": fake_activations(dtype, c.cu_seqlens_q, c.head_dim),
         "k": fake_activations(dtype, c.cu_seqlens_k, c.head_dim),
         "v": fake_activations(dtype, c.cu_seqlens_k, c.head_dim_v),
-        "out": fake_activations(dtype, c.cu_seqlens_q, c.head_dim_v),
+        "out": fake_activations(CUTE_DTYPE[config.out_dtype], c.cu_seqlens_q, c.head_dim_v),
         "lse": fake_vector(Float32, 2 if c.cu_seqlens_q else 3),
         "lengths": LengthTensors(*(fakes[name] for name in LengthTensors._fields)),
         "window": Window(*(optional(given, lambda: Int32(0)) for given in bounds)),

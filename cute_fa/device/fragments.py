@@ -5,6 +5,7 @@ The accumulator of a tile is ((2, 2), MMA_M, MMA_N) for mma.sync: two neighbouri
 the repeats. One wgmma m64nN holds the same for all of N: ((2, 2, N / 8), 1, 1).
 """
 
+import cutlass
 import cutlass.cute as cute
 
 
@@ -31,10 +32,24 @@ def as_operand_a(p: cute.Tensor) -> cute.Tensor:
 
 
 def warpgroup_rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
-    """A wgmma accumulator as a matrix (2 rows, (2, N / 8) columns) of what one thread holds."""
+    """A wgmma accumulator as a matrix (2 rows, (2, N / 8) columns) of what one thread holds; of several side by side,
+    ((2, 2, N / 8), 1, parts), with (2, N / 8, parts) columns."""
     shape, stride = acc.layout.shape[0], acc.layout.stride[0]
-    layout = cute.make_layout((shape[1], (shape[0], shape[2])), stride=(stride[1], (stride[0], stride[2])))
+    columns, columns_stride = (shape[0], shape[2]), (stride[0], stride[2])
+    if cute.size(acc, mode=[2]) > 1:
+        columns, columns_stride = (*columns, acc.layout.shape[2]), (*columns_stride, acc.layout.stride[2])
+    layout = cute.make_layout((shape[1], columns), stride=(stride[1], columns_stride))
     return cute.make_tensor(acc.iterator, layout)
+
+
+def share_of_columns(acc: cute.Tensor, i: int, n: int) -> cute.Tensor:
+    """Share i of n of a wgmma accumulator's columns, as :func:`warpgroup_rows_and_columns` has them."""
+    if n == 1:
+        return warpgroup_rows_and_columns(acc)
+    shape, stride = acc.layout.shape[0], acc.layout.stride[0]
+    first, last = (share * shape[2] // n for share in (i, i + 1))
+    layout = cute.make_layout((shape[1], (shape[0], last - first)), stride=(stride[1], (stride[0], stride[2])))
+    return cute.make_tensor(acc.iterator + first * stride[2], layout)
 
 
 def as_warpgroup_operand_a(p: cute.Tensor) -> cute.Tensor:
@@ -45,3 +60,14 @@ def as_warpgroup_operand_a(p: cute.Tensor) -> cute.Tensor:
         ((shape[0], shape[1], 2), 1, shape[2] // 2), stride=((stride[0], stride[1], stride[2]), 0, 2 * stride[2])
     )
     return cute.make_tensor(p.iterator, layout)
+
+
+def e4m3_operand_a(p: cute.Tensor) -> cute.Tensor:
+    """Registers for an accumulator-shaped fragment as operand A of m64nNk32, ((4, 2, 2), 1, N / 32).
+
+    Of 16 columns a thread t of a row holds 2t, 2t + 1, 8 + 2t and 9 + 2t, in one register; the instruction takes what
+    is there for columns 4t … 4t + 3. Operand B has its rows in that order: place 4t + 2u + e is row 8u + 2t + e of 16.
+    """
+    columns = p.layout.shape[0][2]
+    layout = cute.make_layout(((4, 2, 2), 1, columns // 4), stride=((1, 4, 8), 0, 16))
+    return cute.make_rmem_tensor(layout, cutlass.Float8E4M3FN)

@@ -46,7 +46,7 @@ class Ring:
     def initialize(self):
         """By one thread, before a fence and a barrier of the CTA."""
         for stage in range(self.spec.stages):
-            cute.arch.mbarrier_init(self.full + stage, 1)
+            cute.arch.mbarrier_init(self.full + stage, self.spec.producer_warps)
             cute.arch.mbarrier_init(self.empty + stage, self.spec.consumer_warps)
 
     def acquire(self, state: RingState) -> cute.Pointer:
@@ -56,6 +56,20 @@ class Ring:
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(full, self.spec.stage_bytes)
         return full
+
+    def wait_free(self, state: RingState):
+        """Warp that writes a stage itself: wait until it is free."""
+        cute.arch.mbarrier_wait(self.empty + state.stage, state.phase ^ 1)
+
+    def publish(self, stage: Int32):
+        """Warp that has written its part of a stage: hand it to consumers that read it by wgmma or TMA."""
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        inline_ptx(
+            "mbarrier.arrive.shared.b64 _, [{$r0}];",
+            read_only_args=[(self.full + stage).toint()],
+            predicate=cute.arch.lane_idx() == 0,
+        )
 
     def wait(self, state: RingState):
         """Consumer: wait until the tile is there."""

@@ -5,7 +5,7 @@ Two departures, both exact: the running reference of a row follows its maximum o
 stay per thread until the end.
 """
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -13,8 +13,18 @@ from cutlass import Boolean, Float32, const_expr
 
 from cute_fa.device.score import LOG2_E
 
-# P then stays below 2^8: harmless in fp16 and bf16, whose relative error does not depend on the magnitude.
-RESCALE_THRESHOLD = 8.0
+
+class ExponentRange(NamedTuple):
+    """Exponents of P in log2. ``top``: of a row's maximum when the reference is moved; ``limit``: at which it is."""
+
+    top: float
+    limit: float
+
+
+# Harmless in fp16 and bf16, whose relative error does not depend on the magnitude.
+WIDE = ExponentRange(0.0, 8.0)
+# e4m3 ends at 448 = 2^8.8 and loses bits below 2^-6: P starts high up, and moves on before it saturates.
+E4M3 = ExponentRange(8.0, 8.75)
 
 
 class OnlineSoftmax:
@@ -22,9 +32,9 @@ class OnlineSoftmax:
     −inf before the first visible key; ``total``: this thread's part of the sum of exponentials; ``factors``: what the
     accumulator has still to be multiplied by."""
 
-    def __init__(self, num_rows: int, scale_log2: Float32):
-        """``scale_log2``: factor from scores to log2 units."""
-        self.num_rows = num_rows
+    def __init__(self, num_rows: int, scale_log2: Float32, exponents: ExponentRange = WIDE):
+        """``scale_log2``: factor from scores to log2 units; ``exponents``: of P."""
+        self.num_rows, self.exponents = num_rows, exponents
         self.scale_log2 = scale_log2
         self.reference = cute.make_rmem_tensor(num_rows, Float32)
         self.total = cute.make_rmem_tensor(num_rows, Float32)
@@ -39,13 +49,13 @@ class OnlineSoftmax:
 
         ``scores`` and ``acc`` are (rows, columns) views. ``may_be_hidden``: a row can have no visible key so far.
         """
-        scale, running, total = self.scale_log2, self.reference, self.total
+        scale, running, total, exponents = self.scale_log2, self.reference, self.total, self.exponents
         maximum = row_maxima(scores)
         # A loop that runs once, not an "if": ptxas turns the branch into 130 predicated instructions, which cost as
         # much as executing them (11.7 against 8.5 instructions per score at head_dim 128).
-        while cute.arch.vote_any_sync(outgrown(maximum, scale, running)):
+        while cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents.limit)):
             for r in cutlass.range_constexpr(self.num_rows):
-                reference = cute.arch.fmax(running[r], quad_max(maximum[r]) * scale)
+                reference = cute.arch.fmax(running[r], topped(quad_max(maximum[r]) * scale, exponents))
                 factor = cute.math.exp2(running[r] - finite(reference), fastmath=True)
                 running[r] = reference
                 total[r] = total[r] * factor
@@ -58,13 +68,21 @@ class OnlineSoftmax:
         outgrown theirs, and the sums, move on. :meth:`exponentiate` is the second part, and :meth:`rescale` the third,
         once the accumulator is there."""
         scale, running, total, factors = self.scale_log2, self.reference, self.total, self.factors
+        exponents = self.exponents
         maximum = row_maxima(scores)
-        while cute.arch.vote_any_sync(outgrown(maximum, scale, running)):  # a loop that runs once, see update()
+        while cute.arch.vote_any_sync(
+            outgrown(maximum, scale, running, exponents.limit)
+        ):  # a loop that runs once, see update()
             for r in cutlass.range_constexpr(self.num_rows):
-                reference = cute.arch.fmax(running[r], quad_max(maximum[r]) * scale)
+                reference = cute.arch.fmax(running[r], topped(quad_max(maximum[r]) * scale, exponents))
                 factors[r] = cute.math.exp2(running[r] - finite(reference), fastmath=True)
                 running[r] = reference
                 total[r] = total[r] * factors[r]
+
+    def take_factors(self, factors: cute.Tensor):
+        """The rows' factors since the last time, for an accumulator that is multiplied by them in any case."""
+        factors.store(self.factors.load())
+        self.factors.fill(1.0)
 
     @cute.jit
     def rescale(self, acc: cute.Tensor):
@@ -90,12 +108,16 @@ class OnlineSoftmax:
 
     @cute.jit
     def finalize(
-        self, acc: cute.Tensor, offset_log2: Optional[Float32], sink_logits: Optional[tuple[Float32, ...]]
+        self,
+        acc: cute.Tensor,
+        offset_log2: Optional[Float32],
+        sink_logits: Optional[tuple[Float32, ...]],
+        value_scale: Optional[Float32] = None,
     ) -> cute.Tensor:
         """Normalise ``acc`` in place and return the rows' natural-log LSE; a row without keys gives 0 and −inf.
 
         ``offset_log2``: what all scores lack, in log2 units, or None; ``sink_logits``: an extra logit for each row,
-        without a value row, or None.
+        without a value row, or None; ``value_scale``: factor of all values, or None.
         """
         offset = offset_log2 if const_expr(offset_log2 is not None) else Float32(0.0)
         lse = cute.make_rmem_tensor(self.num_rows, Float32)
@@ -111,6 +133,8 @@ class OnlineSoftmax:
             empty = total == 0.0  # not "visible = total > 0", so that NaN in the input stays NaN
             factor = Float32(0.0) if empty else factor / total
             lse[r] = -Float32.inf if empty else (reference + offset + cute.math.log2(total, fastmath=True)) / LOG2_E
+            if const_expr(value_scale is not None):
+                factor = factor * value_scale
             scale_row(acc, r, factor)
         return lse
 
@@ -132,16 +156,21 @@ def row_maxima(scores: cute.Tensor) -> cute.Tensor:
     return maxima
 
 
-def outgrown(maximum: cute.Tensor, scale: Float32, running: cute.Tensor) -> Boolean:
+def topped(maximum: Float32, exponents: ExponentRange) -> Float32:
+    """The reference by which a row's maximum, in log2 units, gets the exponent ``exponents.top``."""
+    return maximum - exponents.top if exponents.top else maximum
+
+
+def outgrown(maximum: cute.Tensor, scale: Float32, running: cute.Tensor, limit: float) -> Boolean:
     """Whether one of this thread's scores lies so far beyond its row's reference that the row must be rescaled;
-    ``maximum`` are raw scores, ``scale`` takes them to log2 units.
+    ``maximum`` are raw scores, ``scale`` takes them to log2 units, in which ``limit`` is.
 
     Asked of every thread, this bounds all exponentials, so that the maximum over the threads of a row is needed only
     where the answer is yes: 4 shuffles and 4 maxima less on the way from the scores to their exponentials.
     """
-    grown = maximum[0] * scale - running[0] > RESCALE_THRESHOLD
+    grown = maximum[0] * scale - running[0] > limit
     for r in range(1, cute.size(maximum)):
-        grown = grown | (maximum[r] * scale - running[r] > RESCALE_THRESHOLD)
+        grown = grown | (maximum[r] * scale - running[r] > limit)
     return grown
 
 

@@ -1,7 +1,7 @@
 """Swizzled tiles in shared memory, and the TMA copies that fill and drain them box by box.
 
-A tile (rows, columns) is split into panels of 64, 32 or 16 columns, whichever divides them; a panel holds the rows one
-after the other with the swizzle of 128, 64 or 32 bytes that TMA and wgmma share. A box is what one TMA instruction
+A tile (rows, columns) is split into panels of 128, 64 or 32 bytes a row, whichever divides them; a panel holds the rows
+one after the other with the swizzle of that many bytes that TMA and wgmma share. A box is what one TMA instruction
 moves: a panel's columns of some rows, 8 or a multiple, so that it starts at a swizzle atom.
 """
 
@@ -13,20 +13,26 @@ from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 _ATOMS = {
-    64: warpgroup.SmemLayoutAtomKind.K_SW128,
-    32: warpgroup.SmemLayoutAtomKind.K_SW64,
-    16: warpgroup.SmemLayoutAtomKind.K_SW32,
+    128: warpgroup.SmemLayoutAtomKind.K_SW128,
+    64: warpgroup.SmemLayoutAtomKind.K_SW64,
+    32: warpgroup.SmemLayoutAtomKind.K_SW32,
 }
 
 
-def panel_columns(columns: int) -> int:
-    """Columns of a panel of a tile with ``columns``, a multiple of 16."""
-    return next(width for width in _ATOMS if columns % width == 0)
+def panel_bytes(row_bytes: int) -> int:
+    """Bytes of a panel's rows, for a tile's rows of ``row_bytes``, a multiple of 32."""
+    return next(width for width in _ATOMS if row_bytes % width == 0)
+
+
+def swizzle_atom(dtype, columns: int) -> cute.ComposedLayout:
+    """The swizzled layout of 8 rows of a panel with ``columns``."""
+    return warpgroup.make_smem_layout_atom(_ATOMS[columns * dtype.width // 8], dtype)
 
 
 def tile_layout(dtype, rows: int, columns: int, tiles: int) -> cute.ComposedLayout:
     """(rows, columns, tiles), the panels of a tile one after the other."""
-    atom = warpgroup.make_smem_layout_atom(_ATOMS[panel_columns(columns)], dtype)
+    size = dtype.width // 8
+    atom = swizzle_atom(dtype, panel_bytes(columns * size) // size)
     return cute.tile_to_shape(atom, (rows, columns, tiles), order=(0, 1, 2))
 
 
@@ -78,8 +84,7 @@ def tma_tensor(op, tensor: cute.Tensor, box: BoxShape, packed: bool) -> TmaTenso
         ((shape[rows + 1], extent), shape[rows + 2], *outer_shape),
         stride=((stride[rows + 1], stride[rows]), stride[rows + 2], *outer_stride),
     )
-    atom_layout = warpgroup.make_smem_layout_atom(_ATOMS[box.columns], tensor.element_type)
-    smem_layout = cute.make_composed_layout(atom_layout.inner, 0, box.layout())
+    smem_layout = cute.make_composed_layout(swizzle_atom(tensor.element_type, box.columns).inner, 0, box.layout())
     atom, coordinates = cpasync.make_tiled_tma_atom(op, cute.make_tensor(start, layout), smem_layout, box.tiler)
     return TmaTensor(atom, coordinates)
 

@@ -129,6 +129,11 @@ class FeatureConfig(_AttentionFlags, KernelConfig):
         return sizes | flags_of(problem)
 
     @property
+    def out_dtype(self) -> DType:
+        """Of O."""
+        return DType.BF16 if self.dtype.is_fp8 else self.dtype
+
+    @property
     def head_dim_padded(self) -> int:
         """head_dim as the tiles hold it."""
         return padded(self.head_dim)

@@ -1,8 +1,9 @@
 """What the compiled kernel takes, and how both roles read where a tile lies in it."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cutlass
+import cutlass.cute as cute
 from cutlass import Int32
 
 from cute_fa.device.arguments import CommonArguments
@@ -13,12 +14,22 @@ from cute_fa.device.tma_boxes import TmaTensor
 from fa3_sm90.forward.config import Fa3ForwardConfig
 
 
+class Descales(NamedTuple):
+    """What codes of q, k and v are multiplied by to give values: fp32 (batch, heads_kv) each, of any strides."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+
+
 class ForwardArguments(NamedTuple):
-    """``grid``: what the tile scheduler is told of the tiles; ``num_ctas``: the grid of the launch."""
+    """``grid``: what the tile scheduler is told of the tiles; ``num_ctas``: the grid of the launch; ``descales``: of
+    fp8, None for 16 bits."""
 
     common: CommonArguments
     grid: TileGrid
     num_ctas: Int32
+    descales: Optional[Descales]
 
 
 class TmaTensors(NamedTuple):
@@ -49,6 +60,13 @@ class TileWork(NamedTuple):
 def dense_extents(args: ForwardArguments) -> Extents:
     """Lengths of the tensors."""
     return Extents(*(Int32(rows) for rows in args.common.dense))
+
+
+def kv_head(args: ForwardArguments, config: Fa3ForwardConfig, head: Int32) -> Int32:
+    """The kv head of a tile's ``head``."""
+    if config.pack_gqa > 1:
+        return head
+    return head // (args.common.q.shape[-2] // args.common.k.shape[-2])
 
 
 def scheduler_of(args: ForwardArguments, config: Fa3ForwardConfig):

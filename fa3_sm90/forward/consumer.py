@@ -5,16 +5,16 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
-from cute_fa.device.registers import narrow
+from cute_fa.device.fragments import share_of_columns, warpgroup_rows_and_columns
 from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score
 from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.device.visibility import mask_scores
-from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, scheduler_of, tile_work
+from fa3_sm90.forward.accumulation import Direct, Promoted
+from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, kv_head, scheduler_of, tile_work
 from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.epilogue import Epilogue
+from fa3_sm90.forward.probabilities import EightBits, SixteenBits, probability_type
 from fa3_sm90.forward.products import Products
 from fa3_sm90.forward.rows import ROWS, Rows
 from fa3_sm90.forward.storage import Storage
@@ -40,16 +40,19 @@ class Consumer:
         self.config, self.args, self.extents, self.index = config, args, extents, index
         # the rings of Q come first in memory, one for each warpgroup
         self.queries = Ring(config.pipelines[0], storage.barriers + 2 * index)
-        self.keys, self.values = rings["k"], rings["v"]
+        self.keys, self.values = rings["k"], rings[config.values]
         self.turns = Turns(config.warpgroups, index)
         self.products = Products(config, storage, index, thread)
         self.rows = Rows(config, warpgroup_rows_and_columns(self.products.own_coordinates))
         self.columns = warpgroup_rows_and_columns(self.products.static_coordinates)
         self.epilogue = Epilogue(config, args, tma, storage, self.products, self.rows, self.queries, index, thread)
         self.scores = warpgroup_rows_and_columns(self.products.acc_s)
-        self.output = warpgroup_rows_and_columns(self.products.acc_o)
-        self.probabilities = cute.make_rmem_tensor_like(self.products.acc_s, CUTE_DTYPE[config.dtype])
-        self.operand_p = as_warpgroup_operand_a(self.probabilities)
+        if config.dtype.is_fp8:
+            self.probabilities = EightBits(self.products.acc_s)
+            self.accumulation = Promoted(self.products, config.output_parts)
+        else:
+            self.probabilities = SixteenBits(self.products.acc_s, probability_type(config.dtype))
+            self.accumulation = Direct(self.products)
 
     @cute.jit
     def run(self):
@@ -72,15 +75,17 @@ class Consumer:
         args, config = self.args, self.config
         work = tile_work(args, config, self.extents, scheduler.tile(state))
         score = self.score(work)
-        softmax = OnlineSoftmax(ROWS, score.scale_log2)
-        self.products.acc_o.fill(0.0)
+        softmax = OnlineSoftmax(ROWS, score.scale_log2, self.probabilities.exponents)
+        self.accumulation.clear()
         keys = self.walk(work, softmax, score, queries, keys)
 
         # Where the tile lies is read again instead of being kept in registers over the main loop.
         work = tile_work(args, config, self.extents, scheduler.tile(state))
         head = work.tile.head * config.pack_gqa
-        lse = softmax.finalize(self.output, score.offset_log2, self.rows.per_head(args.common.learnable_sink, head))
-        self.epilogue.store(self.products.acc_o, lse, work, queries)
+        sinks = self.rows.per_head(args.common.learnable_sink, head)
+        output = self.accumulation.output
+        lse = softmax.finalize(warpgroup_rows_and_columns(output), score.offset_log2, sinks, self.value_scale(work))
+        self.epilogue.store(output, lse, work, queries)
         return keys
 
     @cute.jit
@@ -90,7 +95,17 @@ class Consumer:
         if const_expr(self.config.alibi):
             head = work.tile.head * self.config.pack_gqa
             slopes = self.rows.per_head(self.args.common.alibi_slopes[work.tile.batch, None], head)
-        return Score.of(self.args.common.softmax_scale, self.args.common.softcap, slopes)
+        scale, descales = self.args.common.softmax_scale, self.args.descales
+        if const_expr(descales is not None):
+            batch, head = work.tile.batch, kv_head(self.args, self.config, work.tile.head)
+            scale = scale * (descales.q[batch, head] * descales.k[batch, head])
+        return Score.of(scale, self.args.common.softcap, slopes)
+
+    def value_scale(self, work: TileWork):
+        """Factor of all values of the tile, or None."""
+        if const_expr(self.args.descales is None):
+            return None
+        return self.args.descales.v[work.tile.batch, kv_head(self.args, self.config, work.tile.head)]
 
     @cute.jit
     def walk(
@@ -173,14 +188,17 @@ class Consumer:
         warpgroup.fence()  # for P·V, too, which follows without a wait
         products.start_scores(state.stage)
         values.wait(before)
-        products.start_output(self.operand_p, before.stage)
+        products.start_output(self.probabilities.operand, before.stage)
         if const_expr(self.config.pingpong):
             self.turns.pass_on()
         warpgroup.wait_group(1)
         keys.release(state.stage)
         self.modify_and_mask(work, score, iteration, right_edge, left_edge)
         softmax.advance(self.scores)
-        softmax.exponentiate(self.scores, right_edge or left_edge)
+        self.accumulation.go_on(
+            lambda part: products.start_output(self.probabilities.operand, before.stage, part),
+            lambda i, n: softmax.exponentiate(share_of_columns(products.acc_s, i, n), right_edge or left_edge),
+        )
         return state
 
     @cute.jit
@@ -192,8 +210,8 @@ class Consumer:
         warpgroup.wait_group(0)
         if const_expr(not second):
             self.values.release(stage, multiplied)
-        softmax.rescale(self.output)
-        narrow(self.products.acc_s, self.probabilities)
+        self.accumulation.settle(softmax)
+        self.probabilities.narrow()
 
     @cute.jit
     def last_block(self, softmax: OnlineSoftmax, total: Int32, state: RingState):
@@ -201,9 +219,13 @@ class Consumer:
         self.values.wait(state)
         self.settle(softmax, total > 1, previous_stage(state, self.config.stages))
         warpgroup.fence()
-        self.products.start_output(self.operand_p, state.stage)
+        self.products.start_output(self.probabilities.operand, state.stage)
+        self.accumulation.go_on(
+            lambda part: self.products.start_output(self.probabilities.operand, state.stage, part), lambda i, n: None
+        )
         warpgroup.wait_group(0)
         self.values.release(state.stage)
+        self.accumulation.finish()
 
     @cute.jit
     def modify_and_mask(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cute_fa.device.tiling import MAX_TILES, ceil_div, dense_tiles, head_group, num_ctas, packed_tiles
 from cute_fa.engine.contract import (
@@ -30,12 +30,21 @@ class Grid(NamedTuple):
     head_group: int
 
 
+class Descales(NamedTuple):
+    """fp32 tensors in the order of ``fa3_sm90.forward.arguments.Descales``."""
+
+    q: Any
+    k: Any
+    v: Any
+
+
 class Launch(NamedTuple):
     """What a launch takes, in the order of ``fa3_sm90.forward.arguments.ForwardArguments``."""
 
     common: CommonArguments
     grid: Grid
     num_ctas: int
+    descales: Descales | None = None
 
 
 class Fa3Forward(AttentionKernel):

@@ -36,7 +36,7 @@ class Epilogue:
         c = config
         self.config, self.args, self.tma, self.rows = c, args, tma, rows
         self.queries, self.index, self.thread = queries, index, thread
-        self.boxes, self.dtype = Boxes.of(c), CUTE_DTYPE[c.dtype]
+        self.boxes, self.dtype = Boxes.of(c), CUTE_DTYPE[c.out_dtype]
         self.out, self.mma = storage.out[0], products.mma_o
 
     @cute.jit
@@ -114,7 +114,7 @@ class Epilogue:
     def tile(self) -> cute.Tensor:
         """O of the warpgroup in shared memory (rows, columns)."""
         c = self.config
-        stride = (c.o_bytes if c.own_output else c.q_bytes) // c.dtype.bytes
+        stride = (c.o_bytes if c.own_output else c.q_bytes) // c.out_dtype.bytes
         layout = tile_layout(self.dtype, WGMMA_M, c.head_dim_v_padded, 1).outer
         layout = cute.make_layout((*layout.shape[:2], c.warpgroups), stride=(*layout.stride[:2], stride))
         return cute.make_tensor(self.out, layout)[None, None, self.index]

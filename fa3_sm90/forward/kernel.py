@@ -2,18 +2,19 @@
 compute on wgmma, CTAs walk over tiles of queries."""
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from cute_fa.device.fake_arguments import common_fakes
+from cute_fa.device.fake_arguments import common_fakes, fake_strided
 from cute_fa.device.ring import Ring, rings
 from cute_fa.device.tile_scheduler import TileGrid
 from cute_fa.device.tma_boxes import tma_tensor
-from fa3_sm90.forward.arguments import ForwardArguments, TmaTensors, dense_extents
+from fa3_sm90.forward.arguments import Descales, ForwardArguments, TmaTensors, dense_extents
 from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
 from fa3_sm90.forward.consumer import Consumer
 from fa3_sm90.forward.loader import Loader
 from fa3_sm90.forward.storage import Boxes, Storage, allocate
+from fa3_sm90.forward.transposer import Transposer
 
 
 class Fa3ForwardKernel:
@@ -48,7 +49,7 @@ class Fa3ForwardKernel:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         storage = allocate(c)
         pipelines = rings(c.pipelines, storage.barriers)
-        prepare, load, consume = self.prepare, self.load, self.consume
+        prepare, load, consume, transpose = self.prepare, self.load, self.consume, self.transpose
         if warp == 0:
             prepare(tma, pipelines)
         cute.arch.sync_threads()
@@ -58,6 +59,9 @@ class Fa3ForwardKernel:
             cute.arch.setmaxregister_decrease(producer_registers)
             if warp == 0:
                 load(args, tma, storage, pipelines)
+            if const_expr(c.transposers > 0):
+                if warp > 0 and warp <= c.transposers:
+                    transpose(args, storage, pipelines, warp - 1)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consume(args, tma, storage, pipelines)
@@ -75,6 +79,10 @@ class Fa3ForwardKernel:
         """The producer warp."""
         Loader(self.config, args, tma, dense_extents(args), storage, pipelines).run()
 
+    def transpose(self, args: ForwardArguments, storage: Storage, pipelines: dict[str, Ring], index: Int32):
+        """A producer warp that transposes V."""
+        Transposer(self.config, args, dense_extents(args), storage, pipelines, index).run()
+
     def consume(self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
         """A consumer warpgroup."""
         tidx, _, _ = cute.arch.thread_idx()
@@ -89,6 +97,7 @@ def build(config: Fa3ForwardConfig):
         common_fakes(config),
         grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),
         num_ctas=Int32(0),
+        descales=Descales(*(fake_strided(Float32, 2) for _ in Descales._fields)) if config.dtype.is_fp8 else None,
     )
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return Fa3ForwardKernel(config), (arguments, stream)

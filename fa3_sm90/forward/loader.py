@@ -6,7 +6,7 @@ from cutlass import Int32, const_expr
 
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.tma_boxes import BoxCopy
-from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, scheduler_of, tile_work
+from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, kv_head, scheduler_of, tile_work
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
 from fa3_sm90.forward.storage import Boxes, Storage
 
@@ -81,7 +81,7 @@ class Loader:
         c, info = self.config, work.info
         tma, box = getattr(self.tma, name), getattr(self.boxes, name)
         columns = c.head_dim_padded if const_expr(name == "k") else c.head_dim_v_padded
-        head = work.tile.head if const_expr(c.pack_gqa > 1) else work.tile.head // self.heads_per_kv()
+        head = kv_head(self.args, c, work.tile.head)
         barrier = self.rings[name].acquire(state)
         target = getattr(self.storage, name) + state.stage * (c.tile_n * columns)
         first_key = work.blocks.block(iteration, self.args.common.window) * c.tile_n
@@ -110,7 +110,3 @@ class Loader:
             listed = cute.arch.shuffle_sync(page, piece)
             copy = BoxCopy(tma, box, c.tile_n, head, (listed,))
             copy.load(target, piece * c.key_rows, key % c.page_size, seqlen_k - key, barrier)
-
-    def heads_per_kv(self) -> Int32:
-        """Query heads that share a kv head."""
-        return self.args.common.q.shape[-2] // self.args.common.k.shape[-2]

@@ -1,5 +1,6 @@
 """The two matrix products of a warpgroup on wgmma: S = Q·Kᵀ from shared memory, O += P·V with P in registers."""
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
@@ -7,6 +8,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.tma_boxes import tile_layout
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
+from fa3_sm90.forward.probabilities import probability_type
 from fa3_sm90.forward.storage import TILE_ALIGNMENT, Storage
 
 
@@ -18,25 +20,33 @@ class Products:
         """``thread``: index within the warpgroup."""
         c = config
         dtype = CUTE_DTYPE[c.dtype]
-        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        shape_s, shape_o = (WGMMA_M, c.tile_n, 16), (WGMMA_M, c.head_dim_v_padded, 16)
+        shape_s, shape_o = (WGMMA_M, c.tile_n, c.mma_k), (WGMMA_M, c.head_dim_v_padded // c.output_parts, c.mma_k)
         smem, registers = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
-        self.op_s = warpgroup.MmaF16BF16Op(dtype, Float32, shape_s, smem, k_major, k_major)
-        self.op_o = warpgroup.MmaF16BF16Op(dtype, Float32, shape_o, registers, k_major, mn_major)
+        self.op_s = _operation(dtype, dtype, shape_s, smem, OperandMajorMode.K)
+        major = OperandMajorMode.K if c.transposers else OperandMajorMode.MN
+        self.op_o = _operation(probability_type(c.dtype), dtype, shape_o, registers, major)
         mma_s, mma_o = cute.make_tiled_mma(self.op_s), cute.make_tiled_mma(self.op_o)
         self.mma_o = mma_o
         layout = tile_layout(dtype, WGMMA_M, c.head_dim_padded, 1).outer
         stride = (*layout.stride[:2], c.q_bytes // c.dtype.bytes)
         sQ = cute.make_tensor(storage.q[0], cute.make_layout((*layout.shape[:2], c.warpgroups), stride=stride))
         sK = _tiles(storage.k, dtype, c.tile_n, c.head_dim_padded, c.stages)
-        sV = _tiles(storage.v, dtype, c.tile_n, c.head_dim_v_padded, c.stages)
-        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
+        if c.transposers:
+            sVt = _tiles(storage.vt, dtype, c.head_dim_v_padded, c.tile_n, c.stages)
+        else:
+            sV = _tiles(storage.v, dtype, c.tile_n, c.head_dim_v_padded, c.stages)
+            sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
         slice_s, slice_o = mma_s.get_slice(0), mma_o.get_slice(0)
         self.rQ = mma_s.make_fragment_A(slice_s.partition_A(sQ))[None, None, None, warpgroup_index]
         self.rK = mma_s.make_fragment_B(slice_s.partition_B(sK))
+        if c.output_parts > 1:  # (columns of a part, keys, stages, parts)
+            sVt = cute.local_tile(sVt, (shape_o[1], c.tile_n, c.stages), (None, 0, 0))
         self.rV = mma_o.make_fragment_B(slice_o.partition_B(sVt))
+        self.parts = c.output_parts
         self.acc_s = cute.make_rmem_tensor(slice_s.partition_shape_C(shape_s[:2]), Float32)
+        self.from_zero = bool(c.transposers)
         self.acc_o = cute.make_rmem_tensor(slice_o.partition_shape_C(shape_o[:2]), Float32)
+        self.shape_output = slice_o.partition_shape_C((WGMMA_M, c.head_dim_v_padded))
         identity = cute.make_identity_tensor(shape_s[:2])
         self.static_coordinates = slice_s.partition_C(identity)
         self.own_coordinates = mma_s.get_slice(thread).partition_C(identity)
@@ -48,10 +58,19 @@ class Products:
         _multiply(atom, self.acc_s, self.rQ, self.rK[None, None, None, stage], True)
 
     @cute.jit
-    def start_output(self, rP: cute.Tensor, stage: Int32):
-        """O += P·V with V of a stage."""
+    def start_output(self, rP: cute.Tensor, stage: Int32, part: cutlass.Constexpr[int] = 0):
+        """O += P·V with V of a stage; in fp8 a part of P·V alone, see :mod:`fa3_sm90.forward.accumulation`."""
         atom = cute.make_mma_atom(self.op_o)
-        _multiply(atom, self.acc_o, rP, self.rV[None, None, None, stage], False)
+        place = (stage, part) if self.parts > 1 else (stage,)
+        _multiply(atom, self.acc_o, rP, self.rV[(None, None, None, *place)], self.from_zero)
+
+
+def _operation(a, b, shape: tuple[int, int, int], source: warpgroup.OperandSource, major: OperandMajorMode):
+    """wgmma of a shape on elements of types ``a`` and ``b``, A from ``source``, B laid out as ``major``; fp8 has both
+    with K contiguous."""
+    if b.width == 8:
+        return warpgroup.MmaF8Op(a, b, Float32, shape, source, OperandMajorMode.K, major)
+    return warpgroup.MmaF16BF16Op(b, Float32, shape, source, OperandMajorMode.K, major)
 
 
 def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> cute.Tensor:
@@ -65,7 +84,7 @@ def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) ->
 
 
 def _multiply(atom: cute.MmaAtom, acc: cute.Tensor, rA: cute.Tensor, rB: cute.Tensor, from_zero: bool):
-    """One group of wgmma over all k16 steps."""
+    """One group of wgmma over all steps of the dot products."""
     for k in range(cute.size(rA, mode=[2])):
         atom.set(warpgroup.Field.ACCUMULATE, not (from_zero and k == 0))
         cute.gemm(atom, acc, rA[None, None, k], rB[None, None, k], acc)

@@ -1,6 +1,6 @@
 """What lies where in shared memory, and which boxes TMA moves there."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cutlass.cute as cute
 from cutlass import Int64
@@ -8,7 +8,8 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.ring import barrier_count
-from cute_fa.device.tma_boxes import BoxShape, panel_columns, tile_layout
+from cute_fa.device.tma_boxes import BoxShape, panel_bytes, tile_layout
+from cute_fa.semantics.types import DType
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
 
 # A swizzle atom of 8 rows of 128 bytes, of which the pattern of TMA and wgmma is a function of the absolute address.
@@ -17,41 +18,43 @@ TILE_ALIGNMENT = 1024
 
 class Storage(NamedTuple):
     """Shared memory of a CTA: pointers, swizzled like their tiles. ``q`` and ``out`` have one for each warpgroup (the
-    same ones if O has no memory of its own), ``k`` and ``v`` are the first stages."""
+    same ones if O has no memory of its own), ``k`` and ``v`` are the first stages, ``vt`` of V transposed, or None."""
 
     barriers: cute.Pointer
     q: tuple[cute.Pointer, ...]
     out: tuple[cute.Pointer, ...]
     k: cute.Pointer
     v: cute.Pointer
+    vt: Optional[cute.Pointer]
 
 
 def allocate(config: Fa3ForwardConfig) -> Storage:
     """The CTA's shared memory; the same pointers wherever it is called once."""
     c = config
     allocator = SmemAllocator()
-    dtype = CUTE_DTYPE[c.dtype]
+    dtype, out_dtype = CUTE_DTYPE[c.dtype], CUTE_DTYPE[c.out_dtype]
 
-    def tiles(rows: int, columns: int, count: int, elements: int = 0) -> cute.Pointer:
+    def tiles(dtype, rows: int, columns: int, count: int, elements: int = 0) -> cute.Pointer:
         layout = tile_layout(dtype, rows, columns, count)
         elements = max(elements, cute.cosize(layout.outer))
         raw = allocator.allocate_tensor(dtype, cute.make_layout(elements), TILE_ALIGNMENT).iterator
         return cute.recast_ptr(raw, layout.inner, dtype=dtype)
 
-    def per_warpgroup(columns: int, elements: int = 0) -> tuple[cute.Pointer, ...]:
-        return tuple(tiles(WGMMA_M, columns, 1, elements) for _ in range(c.warpgroups))
+    def per_warpgroup(dtype, columns: int, elements: int = 0) -> tuple[cute.Pointer, ...]:
+        return tuple(tiles(dtype, WGMMA_M, columns, 1, elements) for _ in range(c.warpgroups))
 
     size = c.dtype.bytes
-    q = per_warpgroup(c.head_dim_padded, c.q_bytes // size)
-    k = tiles(c.tile_n, c.head_dim_padded, c.stages)
-    v = tiles(c.tile_n, c.head_dim_v_padded, c.stages)
+    q = per_warpgroup(dtype, c.head_dim_padded, c.q_bytes // size)
+    k = tiles(dtype, c.tile_n, c.head_dim_padded, c.stages)
+    v = tiles(dtype, c.tile_n, c.head_dim_v_padded, c.stages)
+    vt = tiles(dtype, c.head_dim_v_padded, c.tile_n, c.stages) if c.transposers else None
     if c.own_output:
-        out = per_warpgroup(c.head_dim_v_padded)
+        out = per_warpgroup(out_dtype, c.head_dim_v_padded)
     else:
-        swizzle = tile_layout(dtype, WGMMA_M, c.head_dim_v_padded, 1).inner
-        out = tuple(cute.recast_ptr(pointer, swizzle, dtype=dtype) for pointer in q)
+        swizzle = tile_layout(out_dtype, WGMMA_M, c.head_dim_v_padded, 1).inner
+        out = tuple(cute.recast_ptr(pointer, swizzle, dtype=out_dtype) for pointer in q)
     barriers = allocator.allocate_array(Int64, barrier_count(c.pipelines))
-    return Storage(barriers, q, out, k, v)
+    return Storage(barriers, q, out, k, v, vt)
 
 
 class Boxes(NamedTuple):
@@ -66,10 +69,14 @@ class Boxes(NamedTuple):
     def of(cls, config: Fa3ForwardConfig) -> "Boxes":
         """O is ragged in packed tensors, where the rows behind a sequence are the next one's."""
         c = config
-        columns, columns_v = panel_columns(c.head_dim_padded), panel_columns(c.head_dim_v_padded)
+
+        def panel(columns: int, dtype: DType) -> int:
+            return panel_bytes(columns * dtype.bytes) // dtype.bytes
+
+        columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.head_dim_v_padded, c.dtype)
         return cls(
             q=BoxShape(c.pack_gqa, c.tokens, columns, False),
             k=BoxShape(1, c.key_rows, columns, c.ragged_keys),
             v=BoxShape(1, c.key_rows, columns_v, c.ragged_keys),
-            out=BoxShape(c.pack_gqa, c.tokens, columns_v, c.cu_seqlens_q),
+            out=BoxShape(c.pack_gqa, c.tokens, panel(c.head_dim_v_padded, c.out_dtype), c.cu_seqlens_q),
         )

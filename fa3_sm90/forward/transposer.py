@@ -1,0 +1,123 @@
+"""Producer warps that turn a block of V, (keys, columns) as TMA brings it, into (columns, keys) for fp8 wgmma."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Uint32
+from cutlass.cute.arch import inline_ptx
+
+from cute_fa.device.registers import opaque
+from cute_fa.device.ring import Ring, ring_next, ring_start
+from cute_fa.device.tma_boxes import panel_bytes
+from fa3_sm90.forward.arguments import Extents, ForwardArguments, scheduler_of, tile_work
+from fa3_sm90.forward.config import Fa3ForwardConfig
+from fa3_sm90.forward.storage import Storage
+
+# Bytes of a row of an 8×8 matrix of 16 bits: 16 columns of V, or 16 keys of V transposed.
+CHUNK = 16
+# Keys that one ldmatrix.x4 brings: of one wgmma's dot product.
+KEYS = 32
+
+
+class Transposer:
+    """One warp, which has a share of the columns.
+
+    ldmatrix.trans takes pairs of bytes: lane 4g + t gets columns 2g and 2g + 1 of keys 2t and 2t + 1. Two such
+    registers, of keys 0 … 7 and 8 … 15, hold for each of the two columns what is at 4t … 4t + 3 of the order of keys
+    that P's registers have (``cute_fa.device.fragments.e4m3_operand_a``), and one byte permutation each puts it
+    together. Lanes with g < 4 store the even column first and the others the odd one, so that the eight rows of a
+    matrix lie in different banks.
+    """
+
+    def __init__(
+        self,
+        config: Fa3ForwardConfig,
+        args: ForwardArguments,
+        extents: Extents,
+        storage: Storage,
+        rings: dict[str, Ring],
+        index: Int32,
+    ):
+        """``index``: which of the transposing warps."""
+        c = config
+        self.config, self.args, self.extents = c, args, extents
+        self.loaded, self.transposed = rings["v"], rings["vt"]
+        self.width, self.width_t = panel_bytes(c.head_dim_v_padded), panel_bytes(c.tile_n)
+        self.chunks = c.head_dim_v_padded // CHUNK // c.transposers
+        lane = cute.arch.lane_idx()
+        matrix, row = lane // 8, lane % 8
+        first = index * self.chunks * CHUNK
+        panel, byte = first // self.width, first % self.width
+        place = (8 * matrix + row) * self.width + (byte ^ _swizzle(row, self.width))
+        self.source = opaque(storage.v.toint() + panel * (c.tile_n * self.width) + place)
+        upper = row // 4
+        column = 2 * row + ((matrix % 2) ^ upper)
+        place = column * self.width_t + ((matrix // 2 * CHUNK) ^ _swizzle(column, self.width_t))
+        self.target = opaque(storage.vt.toint() + first * self.width_t + place)
+        odd = Uint32(lane // 16)  # lanes 4g + t with g of 4 … 7
+        self.selectors = Uint32(0x6420) + odd * 0x1111, Uint32(0x7531) - odd * 0x1111
+
+    @cute.jit
+    def run(self):
+        """Walk over the blocks of the CTA's tiles."""
+        args, config, extents = self.args, self.config, self.extents
+        scheduler = scheduler_of(args, config)
+        valid, tile, advance, transpose = scheduler.valid, scheduler.tile, scheduler.next, self.transpose
+        values = ring_start()
+        state = scheduler.first()
+        while valid(state):
+            work = tile_work(args, config, extents, tile(state))
+            for _ in cutlass.range(work.blocks.total, unroll=1):
+                transpose(values)
+                values = ring_next(values, config.stages)
+            state = advance(state)
+
+    @cute.jit
+    def transpose(self, state):
+        """One block."""
+        c = self.config
+        self.loaded.wait(state)
+        self.transposed.wait_free(state)
+        offset = state.stage * (c.tile_n * c.head_dim_v_padded)
+        source, target = self.source + offset, self.target + offset
+        for chunk in cutlass.range_constexpr(self.chunks):
+            panel, byte = divmod(chunk * CHUNK, self.width)
+            column = (source ^ byte) + panel * c.tile_n * self.width
+            for step in cutlass.range_constexpr(c.tile_n // KEYS):
+                panel_t, byte_t = divmod(step * KEYS, self.width_t)
+                matrices = _load_transposed(column, step * KEYS * self.width)
+                words = [
+                    _permute(*pair, selector) for pair in (matrices[:2], matrices[2:]) for selector in self.selectors
+                ]
+                place = panel_t * c.head_dim_v_padded * self.width_t + chunk * CHUNK * self.width_t
+                _store(target ^ byte_t, place, words)
+        self.transposed.publish(state.stage)
+        self.loaded.release(state.stage)
+
+
+def _swizzle(row: Int32, width: int) -> Int32:
+    """What the swizzle of a panel with rows of ``width`` bytes does to addresses in a row."""
+    return (row * width // 128) % (width // CHUNK) * CHUNK
+
+
+def _load_transposed(address: Int32, offset: int) -> tuple[Uint32, ...]:
+    """ldmatrix.x4.trans."""
+    return inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(offset) + "];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[address],
+    )
+
+
+def _permute(low: Uint32, high: Uint32, selector: Uint32) -> Uint32:
+    """Four bytes of two registers."""
+    return inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Uint32], read_only_args=[low, high, selector]
+    )
+
+
+def _store(address: Int32, offset: int, words: list[Uint32]):
+    """stmatrix.x4."""
+    inline_ptx(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}+" + str(offset) + "], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[address, *words],
+    )
