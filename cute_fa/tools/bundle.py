@@ -45,7 +45,7 @@ class Bundled(NamedTuple):
     """What was made of one kernel: bytes of its library and of its compressed PTX."""
 
     name: str
-    library_bytes: int
+    linked_bytes: int
     ptx_bytes: int
 
 

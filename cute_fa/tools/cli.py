@@ -228,16 +228,16 @@ def bundle_command(keys: Path, out: Path, jobs: int, as_json: bool) -> None:
         with _writing("--out", out):
             for kernel in track(write_bundle(configs, out), "linking", len(configs), console=_notes()):
                 done.append(kernel)
-        bytes_of = {"library_bytes": sum(k.library_bytes for k in done), "ptx_bytes": sum(k.ptx_bytes for k in done)}
+        bytes_of = {"linked_bytes": sum(k.linked_bytes for k in done), "ptx_bytes": sum(k.ptx_bytes for k in done)}
         if as_json:
             kernels = [kernel._asdict() for kernel in done]
             click.echo(json.dumps({"ok": True, "out": str(out), **bytes_of, "kernels": kernels}))
             return
         for kernel in done:
-            click.echo(f"{kernel.library_bytes / 1e3:8.0f} kB, PTX {kernel.ptx_bytes / 1e3:5.0f} kB  {kernel.name}")
+            click.echo(f"{kernel.linked_bytes / 1e3:8.0f} kB, PTX {kernel.ptx_bytes / 1e3:5.0f} kB  {kernel.name}")
         megabytes = {name: f"{size / 1e6:.1f} MB" for name, size in bytes_of.items()}
         packed = f", {out.stat().st_size / 1e6:.1f} MB packed" if out.is_file() else ""
-        click.echo(f"{len(done)} kernels: {megabytes['library_bytes']}, PTX {megabytes['ptx_bytes']}{packed}, in {out}")
+        click.echo(f"{len(done)} kernels: {megabytes['linked_bytes']}, PTX {megabytes['ptx_bytes']}{packed}, in {out}")
 
 
 @click.command(add_help_option=False)

@@ -127,7 +127,7 @@ def raw_config(address: int) -> list[int]:
 
 def threads():
     """Eight threads launch a kernel for the first time, all at once, half of them on device 1."""
-    driver().library.fake_set_load_time(100_000)
+    driver().cuda.fake_set_load_time(100_000)
     kernel, errors, start = scale(3.0), [], threading.Barrier(8)
 
     def run(device):
@@ -142,7 +142,7 @@ def threads():
         thread.start()
     for thread in running:
         thread.join()
-    driver().library.fake_set_load_time(0)
+    driver().cuda.fake_set_load_time(0)
     return {"errors": errors, "calls": driver().calls()}
 
 
@@ -171,13 +171,13 @@ def captured():
     """The first launch of a kernel while its stream is being captured, and the mode of capture behind it."""
     kernel = scale(2.0)
     driver().calls()
-    driver().library.fake_set_capturing(1)
-    return {"error": error_of(launch, kernel), "mode": driver().library.fake_capture_mode(), "calls": driver().calls()}
+    driver().cuda.fake_set_capturing(1)
+    return {"error": error_of(launch, kernel), "mode": driver().cuda.fake_capture_mode(), "calls": driver().calls()}
 
 
 def without_clusters():
     """A launch on a device that has no clusters, and refuses to be asked for large ones."""
-    driver().library.fake_set_no_clusters(1)
+    driver().cuda.fake_set_no_clusters(1)
     return {"error": error_of(launch, scale(2.0)), "calls": driver().calls()}
 
 

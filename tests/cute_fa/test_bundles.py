@@ -86,7 +86,7 @@ def real(tmp_path_factory) -> Path:
     assert done.exit_code == 0, done.output
     told, folder = json.loads(done.stdout), place / "bundle"
     assert len(told["kernels"]) == len(PROBLEMS)
-    assert told["library_bytes"] == sum(file.stat().st_size for file in folder.glob("*.so"))
+    assert told["linked_bytes"] == sum(file.stat().st_size for file in folder.glob("*.so"))
     assert told["ptx_bytes"] == sum(file.stat().st_size for file in folder.glob("*.ptx.gz"))
     return folder
 

@@ -24,26 +24,26 @@ class Driver:
     """Of this process."""
 
     def __init__(self):
-        self.library = ctypes.CDLL("libcuda.so.1")
-        self.library.fake_calls.restype = ctypes.c_char_p
-        self.library.fake_last_code.restype = ctypes.c_void_p
+        self.cuda = ctypes.CDLL("libcuda.so.1")
+        self.cuda.fake_calls.restype = ctypes.c_char_p
+        self.cuda.fake_last_code.restype = ctypes.c_void_p
 
     def calls(self) -> list[list[Any]]:
         """Name and numbers of every call since the last question."""
-        lines = self.library.fake_calls().decode().splitlines()
-        self.library.fake_clear()
+        lines = self.cuda.fake_calls().decode().splitlines()
+        self.cuda.fake_clear()
         return [[int(word) if word.lstrip("-").isdigit() else word for word in line.split()] for line in lines]
 
     def fail(self, name: str, code: int, times: int = 1) -> None:
-        self.library.fake_fail(name.encode(), code, times)
+        self.cuda.fake_fail(name.encode(), code, times)
 
     def make_current(self, device: int) -> None:
         """In this thread."""
-        assert not self.library.cuCtxSetCurrent(ctypes.c_void_p(_CONTEXT + device))
+        assert not self.cuda.cuCtxSetCurrent(ctypes.c_void_p(_CONTEXT + device))
 
     def last_code(self) -> bytes:
         """The image that was loaded last: a fat binary, which tells its size behind a header of its own."""
-        address = self.library.fake_last_code()
+        address = self.cuda.fake_last_code()
         magic, header, size = (
             kind.from_address(address + at).value
             for kind, at in ((ctypes.c_uint32, 0), (ctypes.c_uint16, 6), (ctypes.c_uint64, 8))
