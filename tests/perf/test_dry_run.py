@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 
 import cute_fa
 from cute_fa.engine import recording
+from cute_fa.tools.inputs import make_inputs
 from perf.gpu_check import dry_run
+from perf.gpu_check.steps import Plan
 from perf.gpu_check.sweep import WORKLOADS
 from perf.workload import Workload
 from tests.perf.test_gpu_check import results_of
@@ -30,9 +33,8 @@ def test_the_whole_plan_is_walked(tmp_path):
     sanitized = {name for name in results if "check " in name}
     assert {results[name] for name in sanitized} == {"not run"}
     assert {result for name, result in results.items() if name not in sanitized} == {"ok"}
-    # Every test got as far as a kernel, and said why it went no further.
+    # Every test got as far as a launch, but for those that are named; none failed.
     log = (out / "tests.log").read_text()
-    assert "nothing was computed that could be compared" in log
     assert "SKIPPED" in log and "PASSED" not in log and "FAILED" not in log
     configs = [recording.config_of(line) for line in keys.read_text().splitlines()]
     families = {type(config).__module__.rpartition(".")[0] for config in configs}
@@ -42,6 +44,47 @@ def test_the_whole_plan_is_walked(tmp_path):
     assert {config.arch.value for config in configs} == {"sm_90a"} and len(configs) > 250
 
 
+GPU_TESTS = """
+import pytest, torch
+import cute_fa
+from cute_fa.semantics.reference import expected
+
+def launched():
+    q = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16, device="cuda")
+    return q, cute_fa.flash_attn_func(q, q, q)
+
+def test_compares():
+    q, out = launched()
+    expected(q, q, q)
+
+def test_compares_itself(): assert launched()[1].shape == "another"
+def test_captures(): launched(); raise RuntimeError("Tried to instantiate dummy base class CUDAGraph")
+def test_passes(): launched()
+def test_compares_too_early(): expected(*torch.zeros(3, 1, 8, 2, 64))
+def test_is_wrong(): cute_fa.flash_attn_func(1, 2, 3)
+def test_is_wrong_later(): launched(); raise ValueError("a mistake")
+def test_launches_nothing(): pass
+"""
+
+
+def test_a_dry_test_that_launches_nothing_or_is_wrong_fails(tmp_path):
+    """What it would have launched is missing in a pack: that must not look like a test that was walked."""
+    (tmp_path / "test_gpu.py").write_text(GPU_TESTS)
+    options = ["-q", "-rsfp", "-p", "perf.gpu_check.dry_run", "--dry-gpu", "sm_90a", "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *options, "-c", "/dev/null", str(tmp_path / "test_gpu.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    told = set(re.findall(r"^(PASSED|FAILED) .*::(\w+)", done.stdout, re.MULTILINE))
+    wrong = "compares_too_early", "is_wrong", "is_wrong_later", "launches_nothing"
+    assert told == {("FAILED", f"test_{name}") for name in wrong} | {("PASSED", "test_passes")}, done.stdout
+    assert "3 skipped" in done.stdout
+
+
+def test_tests_that_are_not_walked_exist(tmp_path):
+    files = {file for step in Plan(tmp_path).steps() for file in step.command if file.startswith("tests/")}
+    sources = "".join((ROOT / file).read_text() for file in files)
+    assert all(f"def {name}(" in sources for name in dry_run.NOT_WALKED)
+
+
 def test_a_dry_launch_makes_the_plan_of_a_gpu(tmp_path):
     """The kernel is that of 132 SMs and full size, and nothing is compiled; afterwards no GPU is believed in."""
     workload = Workload(seqlen=8192, tokens=16384, decode=True, heads=32, heads_kv=8)
@@ -49,9 +92,9 @@ def test_a_dry_launch_makes_the_plan_of_a_gpu(tmp_path):
         dry_run.launch_once(workload, "sm_90a")
     (line,) = (tmp_path / "keys").read_text().splitlines()
     assert json.loads(line)["config"] == "fa2_sm80.split.config:Fa2SplitConfig"
-    q = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
+    given = make_inputs(workload.spec(), "random", poison=False)  # the plan of the same call is forgotten
     with pytest.raises(cute_fa.errors.NoDeviceError):
-        cute_fa.flash_attn_func(q, q, q)
+        given.run(num_splits=0)
 
 
 def test_the_sweep_begins_with_what_tells_most():
