@@ -33,8 +33,8 @@ _PURE = (
     "packaging pytest-xdist execnet pytest-timeout hypothesis sortedcontainers nvidia-ml-py"
 ).split()
 _BEFORE_3_11 = ["exceptiongroup", "tomli"]  # of pytest
-# Problems of tests whose dry run ends before their kernels: of dry_run.NOT_WALKED all but test_cache's, whose kernel is its
-# own and is not bundled, and the one of test_cli.
+# Problems of tests whose dry run ends before their kernels: those of dry_run.NOT_WALKED but for test_cache's, whose
+# kernel is the test's own and not bundled, and test_cli's.
 _NOT_WALKED = (
     "--causal",
     "--batch 2 --heads 4 --heads-kv 2 --seqlen-q 512 --causal",
