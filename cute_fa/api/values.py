@@ -67,6 +67,13 @@ def number(name: str, value: Any) -> float:
         raise ArgumentError(f"{name}: the number is beyond any float") from None
 
 
+def descale(name: str, value: Any, device: torch.device) -> torch.Tensor | None:
+    """A tensor, or None, as it is; a number as a tensor on the device. Raises ArgumentError for anything else."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    return torch.full((), number(name, value), dtype=torch.float32, device=device)
+
+
 def _on_host(name: str, value: Any) -> Any:
     """The number in a tensor of no dimensions; other values as they are. Raises ArgumentError for a tensor on a device:
     the host would have to wait for it."""

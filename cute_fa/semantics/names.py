@@ -52,9 +52,15 @@ def problem_name(problem: AttentionProblem | AppendProblem) -> str:
 
 
 def kind_of_code(sized: Any) -> str:
-    """Architecture, dtype and head_dims of a problem or a config."""
+    """Architecture, dtypes and head_dims of a problem or a config."""
     head_dim = f"hd{sized.head_dim}" + (f"v{sized.head_dim_v}" if sized.head_dim_v != sized.head_dim else "")
-    return f"{sized.arch.short}_{sized.dtype.value}_{head_dim}"
+    return f"{sized.arch.short}_{dtypes_of_code(sized)}_{head_dim}"
+
+
+def dtypes_of_code(sized: Any) -> str:
+    """q's dtype, then ``k`` and ``v`` with theirs where these are others: ``e4m3``, ``bf16ke4m3ve4m3``."""
+    others = (("k", getattr(sized, "dtype_k", sized.dtype)), ("v", getattr(sized, "dtype_v", sized.dtype)))
+    return sized.dtype.value + "".join(name + dtype.value for name, dtype in others if dtype is not sized.dtype)
 
 
 def _digits(value: bool | float) -> str:
