@@ -166,7 +166,7 @@ def _new_rows(name: str, tensor: torch.Tensor, heads: str, cu_seqlens, offsets: 
 
 def _check_dtypes(names: ArgumentNames, call: AppendCall) -> tuple[DType, DType, DType]:
     """Those of new keys and of both caches, which fit each other and the new values."""
-    k, v, k_cache, v_cache = call.k, call.v, call.k_cache, call.v_cache
+    k, k_cache, v_cache = call.k, call.k_cache, call.v_cache
     if k.dtype not in DTYPES:
         raise DTypeError(names["k"], k.dtype, f"{_either(*DTYPES)} is needed")
     like_k, codes = f"as {names['k']} is", f"as {names['k_cache']} is fp8"
@@ -179,7 +179,11 @@ def _check_dtypes(names: ArgumentNames, call: AppendCall) -> tuple[DType, DType,
     elif k_cache.dtype in _FP8:
         asked = [("v", (k.dtype,), like_k), ("v_cache", _FP8, codes)]
     else:
-        asked = [("v", (k.dtype,), like_k), ("k_cache", (k.dtype, *_FP8), f"for {names['k']}"), ("v_cache", (k.dtype,), like_k)]
+        asked = [
+            ("v", (k.dtype,), like_k),
+            ("k_cache", (k.dtype, *_FP8), f"for {names['k']}"),
+            ("v_cache", (k.dtype,), like_k),
+        ]
     for name, dtypes, why in asked:
         dtype = getattr(call, name).dtype
         if dtype not in dtypes:

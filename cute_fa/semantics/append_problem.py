@@ -22,9 +22,9 @@ _CACHE_ROWS = {
 class AppendProblem:
     """What is asked of a kernel that writes new keys and values into a cache and rotates keys and queries on the way.
 
-    ``dtype``: of the new rows and of queries; ``dtype_k``, ``dtype_v``: of the caches, alike by default. Rows in fp16 or
-    bf16 are divided by a descale and rounded where the caches are fp8; those in fp8 are copied to caches of their own
-    type, new values having that of the cache of values.
+    ``dtype``: of the new rows and of queries; ``dtype_k``, ``dtype_v``: of the caches, alike by default. Rows in fp16
+    or bf16 are divided by a descale and rounded where the caches are fp8; those in fp8 are copied to caches of their
+    own type, new values having that of the cache of values.
     ``tokens_k``, ``tokens_q``: new keys, and queries that rotate, of the longest sequence. ``num_heads``: heads of
     these queries. ``page_size`` None: contiguous sequences. ``packed_*``: with cu_seqlens; ``used_*``: with seqused.
     ``rotary_dim``: how many of a head's first elements rotate, 0 for none; ``rotary_dtype``: fp16, bf16 or fp32, of

@@ -49,7 +49,8 @@ def _feature_option(name: str, hint: Any, default: Any, text: str) -> Callable:
         return click.option(f"--{dashed}/--no-{dashed}", name, default=default, help=text)
     if issubclass(kinds[0], Enum):
         choices = click.Choice([member.value for member in kinds[0]])
-        return click.option(f"--{dashed}", name, type=choices, default=default.value, show_default=True, help=text)
+        shown = {} if default is None else {"default": default.value, "show_default": True}
+        return click.option(f"--{dashed}", name, type=choices, help=text, **shown)
     return click.option(f"--{dashed}", name, type=kinds[0], default=default, help=text)
 
 
@@ -178,6 +179,7 @@ class ProblemOptions:
     def append_problem(self) -> AppendProblem:
         alike = {field.name for field in fields(AppendProblem)} & self.given.keys()
         described = {name: self.given[name] for name in alike} | {"dtype": DType(self["dtype"])}
+        described |= {name: DType(self[name]) for name in ("dtype_k", "dtype_v") if self[name] is not None}
         described["arch"] = self.machine.arch
         described["head_dim_v"] = self["head_dim"] if self["head_dim_v"] is None else self["head_dim_v"]
         described |= {"tokens_k": self["seqlen_q"], "num_heads_kv": self._sizes["heads_kv"]}

@@ -35,7 +35,6 @@ class AppendConfig(_AppendFlags, KernelConfig):
     def compile_name(self) -> str:
         return "_".join(["append", kind_of_code(self), *flag_tokens(self, AppendProblem)])
 
-
     @property
     def quantises(self) -> bool:
         """Whether rows in fp16 or bf16 are rounded to fp8."""

@@ -105,7 +105,7 @@ class AppendKernel:
 
     @cute.jit
     def move_rotated(self, args: AppendArguments, source, target, batch, chunk, position, steps, descale):
-        """One chunk of a row whose angle is that of ``steps`` behind the sequence's first new row; with ``descale`` to an
+        """One chunk of a row whose angle is that of ``steps`` behind the sequence's first new row; with a descale to an
         fp8 cache."""
         c = self.config
         values = load(source, chunk, self.chunk)

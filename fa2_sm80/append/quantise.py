@@ -36,9 +36,10 @@ def _assembled(values: list, dtype) -> Uint32:
 
 
 def _code(value: Float32, dtype) -> Uint32:
-    """In the arithmetic of fp32. For values of exponent e, or with the smallest normal one's below it, codes are
-    multiples of 2^(e − m) with m bits of mantissa: adding and subtracting 1.5 · 2^(e − m + 23) rounds to these. Scaled by
-    the difference of the biases, fp32's highest bits behind the sign, and those of its subnormals, are the code's."""
+    """In the arithmetic of fp32. For values of exponent e, which is that of the smallest normal code or higher, codes
+    are multiples of 2^(e − m) with m bits of mantissa: adding and subtracting 1.5 · 2^(e − m + 23) rounds to these.
+    Scaled by the difference of the biases, the highest bits of an fp32 behind its sign are the code's, those of
+    subnormal ones too."""
     mantissa, bias, largest = (3, 7, 0x43E00000) if dtype is cutlass.Float8E4M3FN else (2, 15, 0x47600000)
     least = (128 - bias) << 23  # exponent of the smallest normal value, 1 − bias, in fp32
     magic = ((23 - mantissa) << 23) + (1 << 22)
