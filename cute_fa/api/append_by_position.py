@@ -24,7 +24,7 @@ from cute_fa.semantics.errors import (
     PageTableError,
     ShapeError,
 )
-from cute_fa.semantics.tensors import check_devices, check_dims, check_integers, check_vector
+from cute_fa.semantics.tensors import check_descale, check_devices, check_dims, check_integers, check_vector
 
 
 class RowsCall(NamedTuple):
@@ -77,12 +77,12 @@ def append_rows(
     A place outside of the cache is an error where values are checked (``CUTE_FA_CHECK=1``, simulating), else the row is
     not written. Raises a subclass of ``cute_fa.errors.CuteFaError`` before anything is written.
     """
-    call = RowsCall(k_cache, v_cache, k, v, batch_indices, positions, page_table, page_indices, page_indptr)
+    descales = values.descale("k_descale", k_descale, k_cache), values.descale("v_descale", v_descale, k_cache)
+    places = batch_indices, positions, page_table, page_indices, page_indptr
+    call = RowsCall(k_cache, v_cache, k, v, *places, *descales)
     for name, tensor in zip(RowsCall._fields, call, strict=True):
         if not isinstance(tensor, torch.Tensor) and not (tensor is None and name in RowsCall._field_defaults):
             raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
-    descales = {"k_descale": k_descale, "v_descale": v_descale}
-    call = call._replace(**{name: values.descale(name, given, k_cache.device) for name, given in descales.items()})
     if (page_indices is None) != (page_indptr is None):
         raise ArgumentError("page_indices and page_indptr: give both or neither")
     if page_table is not None and page_indices is not None:
@@ -159,8 +159,8 @@ def _check(call: RowsCall) -> None:
         check_vector(name, getattr(call, name), torch.int32, (call.k.shape[0],))
     for name in ("k_descale", "v_descale"):
         descale, shape = getattr(call, name), (_batch(call), call.k.shape[1])
-        if descale is not None and tuple(descale.shape) != shape and descale.numel() != 1:
-            raise ShapeError(f"{name} {tuple(descale.shape)}: (batch, heads_kv), {shape}, or one number is needed")
+        if descale is not None:
+            check_descale(name, descale, shape, f"{shape[0]} sequences and {shape[1]} heads of k")
     if call.page_table is not None:
         check_dims("page_table", call.page_table, 2, "(batch, max_pages)")
         check_integers("page_table", call.page_table)

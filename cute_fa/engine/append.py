@@ -26,6 +26,8 @@ from cute_fa.semantics.tensors import (
     DTYPES,
     batch_of,
     check_cache_places,
+    check_descale,
+    check_descale_values,
     check_devices,
     check_dims,
     check_head_dim,
@@ -73,14 +75,10 @@ def append_kv(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if plan.strides is not None:
             *rows, q = map(restrided, (*rows, q), plan.strides)
         if plan.descales is not None:
-            k_descale, v_descale = (_expanded(t, plan.descales) for t in (call.k_descale, call.v_descale))
+            k_descale, v_descale = (descale.expand(plan.descales) for descale in (call.k_descale, call.v_descale))
             call = call._replace(k_descale=k_descale, v_descale=v_descale)
         plan.launch((*rows, q, None if q is None else rotated, seqused_k, call))
     return rotated, seqused_k
-
-
-def _expanded(descale: Any, shape: tuple[int, int]) -> torch.Tensor:
-    return descale if descale.shape == shape else descale.reshape(()).expand(shape)
 
 
 def _outputs(call: AppendCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,12 +228,7 @@ def _check_descales(names: ArgumentNames, call: AppendCall, batch: int, sequence
             if descale is None:
                 rule = f"{cache} takes {names[rows]} in {DTYPES[new.dtype].value} divided by it"
                 raise ArgumentError(f"{name} is missing: {rule}")
-            if descale.dtype != torch.float32:
-                raise DTypeError(name, descale.dtype, "float32 is needed")
-            if tuple(descale.shape) != shape and descale.numel() != 1:
-                heads = f"{shape[1]} heads of {names[f'{rows}_cache']}"
-                asked = f"{shape}, or one number, is needed for the {sequences} and {heads}"
-                raise ShapeError(f"{name} {tuple(descale.shape)}: {asked}")
+            check_descale(name, descale, shape, f"{sequences} and {shape[1]} heads of {names[rows]}")
         elif descale is not None:
             what = f"{cache}: only fp8 caches have descales"
             if not is_16_bit:
@@ -299,6 +292,10 @@ def _check_values(call: AppendCall) -> None:
             )
         totals.append(before + length)
     check_cache_places(names, call.k_cache, totals, call.page_table, call.cache_batch_idx)
+    for name in ("k_descale", "v_descale"):
+        descale = getattr(call, name)
+        if descale is not None:
+            check_descale_values(names[name], descale)
     if call.rotary_cos is not None:
         starts = call.cache_seqlens if call.rotary_seqlens is None else call.rotary_seqlens
         for b, (start, length, query) in enumerate(zip(starts.tolist(), new, queries, strict=True)):

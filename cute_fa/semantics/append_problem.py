@@ -130,6 +130,11 @@ class AppendProblem:
         return cast("DType", self.dtype_k), cast("DType", self.dtype_v)
 
     @property
+    def is_fp8(self) -> bool:
+        """Whether the caches are."""
+        return self.cache_dtypes[0].is_fp8
+
+    @property
     def quantises(self) -> bool:
         """Whether rows in fp16 or bf16 are rounded to fp8."""
-        return not self.dtype.is_fp8 and self.cache_dtypes[0].is_fp8
+        return self.is_fp8 and not self.dtype.is_fp8

@@ -5,6 +5,7 @@ from typing import NamedTuple, Optional
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, const_expr
 
+from cute_fa.device.arguments import Descales
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fake_arguments import fake_activations, fake_strided, fake_vector, optional
 from fa2_sm80.append.config import AppendConfig
@@ -76,16 +77,9 @@ class Rotary(NamedTuple):
     query_step: Int32
 
 
-class Descales(NamedTuple):
-    """fp32 (batch, heads_kv), any strides: what codes of keys and values in an fp8 cache are multiplied by."""
-
-    k: cute.Tensor
-    v: cute.Tensor
-
-
 class AppendArguments(NamedTuple):
     """``cache_seqlens`` (batch): tokens in the cache before; ``seqused_k`` (batch), written: and after. ``q_rotated``:
-    like q's tensor, written."""
+    like q's tensor, written. ``descales``: of k and v where rows are rounded to fp8."""
 
     q: Optional[NewRows]
     q_rotated: Optional[cute.Tensor]
@@ -128,5 +122,5 @@ def append_fakes(config: AppendConfig) -> AppendArguments:
         cache_seqlens=fake_vector(Int32),
         seqused_k=fake_vector(Int32),
         rotary=optional(c.rotary_dim > 0, rotary),
-        descales=optional(c.quantises, lambda: Descales(*(fake_strided(Float32, 2) for _ in Descales._fields))),
+        descales=optional(c.quantises, lambda: Descales(None, *(fake_strided(Float32, 2) for _ in "kv"))),
     )

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, NamedTuple
 
 from cute_fa.device.tiling import ceil_div
-from cute_fa.engine.contract import AppendTensors, AttentionKernel
+from cute_fa.engine.contract import AppendTensors, AttentionKernel, Descales
 from cute_fa.semantics.append_problem import MAX_HEAD_DIM, ROTARY_STEP, AppendProblem
 from cute_fa.semantics.types import Direction
 from fa2_sm80.append.config import MAX_ROWS, AppendConfig, chunk_of, rows_per_cta
@@ -41,13 +41,6 @@ class Rotary(NamedTuple):
     sin: torch.Tensor
     seqlens: torch.Tensor | None
     query_step: int
-
-
-class Descales(NamedTuple):
-    """In the order of ``fa2_sm80.append.arguments.Descales``."""
-
-    k: torch.Tensor
-    v: torch.Tensor
 
 
 class Launch(NamedTuple):
@@ -98,7 +91,7 @@ class Fa2Append(AttentionKernel):
             rotary = Rotary(call.rotary_cos, call.rotary_sin, call.rotary_seqlens, int(call.rotate_each))
         descales = None
         if problem.quantises:
-            descales = Descales(call.k_descale, call.v_descale)
+            descales = Descales(None, call.k_descale, call.v_descale)
         return Launch(
             q=q,
             q_rotated=t.q_rotated,
