@@ -383,7 +383,8 @@ def _saved(options: ProblemOptions, inputs: Inputs, result: TrialResult) -> dict
     tensors |= {"out": result.out, "lse": result.lse}
     if isinstance(result, BackwardResult):
         tensors |= {"dout": result.dout, "dlse": result.dlse, **result.gradients._asdict()}
-    spec = {**asdict(inputs.spec), "dtype": inputs.spec.dtype.value}
+    dtypes = zip(("dtype", "dtype_k", "dtype_v"), inputs.spec.dtypes, strict=True)
+    spec = asdict(inputs.spec) | {name: dtype.value for name, dtype in dtypes}
     return {
         "options": {**options.given, "resolved": spec},
         "canonical_name": result.canonical_name,
