@@ -89,10 +89,8 @@ class AppendProblem:
         help="Rotations start elsewhere than the new rows.",
     )
 
-    dtype_k: DType | None = option(
-        None, rows=_CACHE_ROWS, help="Of the cache of keys: e4m3 or e5m2 for rows in fp16 or bf16. [default: dtype]"
-    )
-    dtype_v: DType | None = option(None, help="Of the cache of values. [default: dtype]")
+    dtype_k: DType | None = option(None, rows=_CACHE_ROWS)
+    dtype_v: DType | None = None
 
     direction: ClassVar[Direction] = Direction.APPEND
 

@@ -159,7 +159,7 @@ def check_descale(name: str, descale: torch.Tensor, shape: tuple[int, int], of: 
     if descale.dtype != torch.float32:
         raise DTypeError(name, descale.dtype, "float32 is needed")
     if tuple(descale.shape) != shape and (descale.numel() != 1 or descale.dim() > 2):
-        raise ShapeError(f"{name} {tuple(descale.shape)}: {shape}, or one number, is needed for the {of}")
+        raise ShapeError(f"{name} {tuple(descale.shape)}: {shape} is needed, or one number, for the {of}")
 
 
 def check_devices(tensors: Mapping[str, torch.Tensor | None], first: str) -> None:

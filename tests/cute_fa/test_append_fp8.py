@@ -333,7 +333,7 @@ def test_rows_by_position_that_break_a_rule():
     rows, place = torch.zeros(5, 3, 64).half(), torch.zeros(5, dtype=torch.int32)
     with cute_fa.simulate("sm_80"):
         with pytest.raises(
-            ShapeError, match=r"k_descale \(5, 3\): \(3, 3\), or one number, .* 3 sequences and 3 heads"
+            ShapeError, match=r"k_descale \(5, 3\): \(3, 3\) is needed, or one number, .* 3 sequences and 3 heads"
         ):
             append_rows(rows, rows, cache, cache.clone(), place, place, k_descale=torch.ones(5, 3), v_descale=1.0)
         with pytest.raises(ArgumentError, match="v_descale is missing: v_cache in e4m3 takes v in fp16 divided by it"):
@@ -352,9 +352,9 @@ def rows(*shape, dtype=torch.bfloat16) -> torch.Tensor:
         (
             {"k_descale": torch.ones(2)},
             ShapeError,
-            r"k_descale \(2,\): \(2, 2\), or one number, .* 2 sequences of k and",
+            r"k_descale \(2,\): \(2, 2\) is needed, or one number, .* 2 sequences of k and",
         ),
-        ({"v_descale": torch.ones(2, 1)}, ShapeError, r"v_descale \(2, 1\): \(2, 2\), or one number"),
+        ({"v_descale": torch.ones(2, 1)}, ShapeError, r"v_descale \(2, 1\): \(2, 2\) is needed, or one number"),
         ({"v_descale": torch.ones(1, 1, 1)}, ShapeError, r"v_descale \(1, 1, 1\)"),
         ({"v_descale": torch.ones(2, 2).double()}, DTypeError, "v_descale is float64: float32 is needed"),
         ({"k_descale": torch.ones(2, 2, device="meta")}, DeviceError, "k_descale is on meta and k_cache on cpu"),
