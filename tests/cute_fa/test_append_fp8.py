@@ -22,23 +22,12 @@ from cute_fa.semantics.errors import (
 )
 from cute_fa.semantics.types import DType
 from tests.cute_fa.test_append import make
-from tests.testing.caches import assert_rotated, places, rotated_queries, scattered, take_last
+from tests.testing.caches import assert_rotated, coded_rows, codes, rotated_queries, rounded, scattered, take_last
 from tests.testing.grid import pairwise
 from tests.testing.simulated import unwritten_is_nan
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 LENGTHS = (41, 9, 70)
-
-
-def rounded(values: torch.Tensor, descale, dtype: torch.dtype) -> torch.Tensor:
-    """Codes of fp32 values / descale."""
-    return (values / descale).clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
-
-
-def codes(tensor: torch.Tensor) -> torch.Tensor:
-    """As bytes, all NaN alike: torch keeps their sign."""
-    return torch.where(tensor.float().isnan(), torch.tensor(255, dtype=torch.uint8), tensor.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -107,50 +96,6 @@ FEATURES = {
 }
 
 
-class Rows(NamedTuple):
-    """New rows of one kind: what is given, the cache before, NaN where they go, and what each sequence's rows become
-    there: the least and the largest codes that are right."""
-
-    new: torch.Tensor
-    cache: torch.Tensor
-    least: torch.Tensor
-    largest: torch.Tensor
-
-    def check(self, cache: torch.Tensor) -> None:
-        """The cache after the append: bit for bit but where a rotation's last bits decide between two codes."""
-        alike = codes(self.least) == codes(self.largest)
-        assert codes(cache)[alike].equal(codes(self.least)[alike])
-        between = [t.float()[~alike] for t in (self.least, cache, self.largest)]
-        assert (between[0] <= between[1]).all() and (between[1] <= between[2]).all()
-        assert (~alike).sum() < 0.002 * alike.numel() + 3
-
-
-def rows_of(case: dict, name: str, given, new: list[int], index, descale: torch.Tensor, rotary, shift: int) -> Rows:
-    """Those of k or v."""
-    dtype = case["caches"]["kv".index(name)]
-    before = take_last(given, new, case["packed"], None, index)
-    cache, rows = getattr(before, f"{name}_cache").to(dtype), getattr(before, name)
-    if case["rows"] == "codes":
-        rows = rows.to(dtype)
-    ends = [cache.clone(), cache.clone()]
-    values = getattr(given, name)
-    for b, (length, count) in enumerate(zip(LENGTHS, new, strict=True)):
-        at = places(given, b, range(length - count, length), index)
-        for sign, end in zip((-1, 1), ends, strict=True):
-            exact = values[at]
-            if case["rows"] == "codes":
-                end[at] = exact.to(dtype)
-                continue
-            exact = exact.double()
-            slack = torch.zeros_like(exact)
-            if rotary is not None and name == "k":
-                slack = slack + 2.0**-22 * exact.abs().amax(-1, keepdim=True)  # two products of fp32, and their sum
-                slack[..., 2 * rotary.cos.shape[-1] :] = 0
-                exact = rotary(exact, length - count + shift + torch.arange(count))
-            end[at] = rounded((exact + sign * slack).float(), descale[b][:, None], dtype)
-    return Rows(rows, cache, *ends)
-
-
 def run(case: dict, device: str = "cpu") -> None:
     given, index, rotary = make(case)
     new = [5, 0, 6] if case["packed"] else [6, 6, 6]
@@ -158,9 +103,11 @@ def run(case: dict, device: str = "cpu") -> None:
     rotary = None if copies else rotary
     shift = 3 if case["shifted"] and rotary else 0
     descales = Descales.of_kind(case["descales"], case["heads"][1])
-    k = rows_of(case, "k", given, new, index, descales.k, rotary, shift)
-    v = rows_of(case, "v", given, new, index, descales.v, rotary, shift)
     before = take_last(given, new, case["packed"], None, index)
+    starts = (before.cache_seqlens + shift).tolist()
+    types, scales = case["caches"], (None, None) if copies else (descales.k, descales.v)
+    k = coded_rows("k", before, given, new, types[0], scales[0], index, rotary, starts)
+    v = coded_rows("v", before, given, new, types[1], scales[1], index)
     page_table = given.page_table
     if index is not None and page_table is not None:
         page_table = scattered(page_table, index, 5)
@@ -185,7 +132,7 @@ def run(case: dict, device: str = "cpu") -> None:
     v.check(caches[1].cpu())
     assert seqused_k.tolist() == given.seqused_k.tolist()
     if rotary:
-        assert_rotated(rotated.cpu(), rotated_queries(given, rotary, (before.cache_seqlens + shift).tolist()))
+        assert_rotated(rotated.cpu(), rotated_queries(given, rotary, starts))
     else:
         assert rotated is options["q"]
 
