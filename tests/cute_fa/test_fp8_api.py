@@ -217,7 +217,7 @@ def test_requests_of_one_kind_each(nothing_runs):
         lambda: cute_fa.Fa3FwdRequest(Q, K, V),
         lambda: cute_fa.VarlenFwdRequest(*packed, *offsets),
     ):
-        with pytest.raises(errors.Fp8Error, match="q, k and v in e4m3, e4m3, e4m3: .*Fa3FwdFp8Request fp8"):
+        with pytest.raises(errors.Fp8Error, match=r"q, k and v in e4m3, e4m3, e4m3: .*Fa3FwdFp8Request fp8"):
             make()
     with pytest.raises(errors.Fa3ArchError):
         cute_fa.Fa3FwdFp8Request(Q, K, V, arch=cute_fa.SmArch.SM_80)
