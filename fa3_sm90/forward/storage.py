@@ -46,7 +46,7 @@ def allocate(config: Fa3ForwardConfig) -> Storage:
     size = c.dtype.bytes
     q = per_warpgroup(dtype, c.head_dim_padded, c.q_bytes // size)
     k = tiles(dtype, c.tile_n, c.head_dim_padded, c.stages)
-    v = tiles(dtype, c.tile_n, c.head_dim_v_padded, c.stages)
+    v = tiles(dtype, c.tile_n, c.value_columns, c.stages)
     vt = tiles(dtype, c.head_dim_v_padded, c.tile_n, c.stages) if c.transposers else None
     if c.own_output:
         out = per_warpgroup(out_dtype, c.head_dim_v_padded)
@@ -73,7 +73,7 @@ class Boxes(NamedTuple):
         def panel(columns: int, dtype: DType) -> int:
             return panel_bytes(columns * dtype.bytes) // dtype.bytes
 
-        columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.head_dim_v_padded, c.dtype)
+        columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.value_columns, c.dtype)
         return cls(
             q=BoxShape(c.pack_gqa, c.tokens, columns, False),
             k=BoxShape(1, c.key_rows, columns, c.ragged_keys),

@@ -32,6 +32,7 @@ class Case(NamedTuple):
     batch: int = 1
     spread: float = 1.5
     dtype: DType = DType.E4M3
+    head_dim_v: int | None = None
 
     def problem(self) -> AttentionProblem:
         return AttentionProblem(
@@ -43,7 +44,7 @@ class Case(NamedTuple):
             num_heads=self.heads,
             num_heads_kv=self.heads_kv,
             head_dim=self.head_dim,
-            head_dim_v=self.head_dim,
+            head_dim_v=self.head_dim_v or self.head_dim,
             softmax_scale=self.head_dim**-0.5,
             window_right=0 if self.causal else None,
         )
@@ -62,12 +63,12 @@ class Codes(NamedTuple):
         """The first columns of V are digits ±1 of the key's index: a key too many or too few moves O by about 1."""
         generator = torch.Generator().manual_seed(0)
 
-        def normal(tokens: int, heads: int, spread: float) -> torch.Tensor:
-            return torch.randn(case.batch, tokens, heads, case.head_dim, generator=generator) * spread
+        def normal(tokens: int, heads: int, spread: float, columns: int = case.head_dim) -> torch.Tensor:
+            return torch.randn(case.batch, tokens, heads, columns, generator=generator) * spread
 
         q = normal(case.seqlen_q, case.heads, case.spread).to(CODES[case.dtype])
         k = normal(case.seqlen_k, case.heads_kv, case.spread).to(CODES[case.dtype])
-        v = normal(case.seqlen_k, case.heads_kv, 1.0)
+        v = normal(case.seqlen_k, case.heads_kv, 1.0, case.head_dim_v or case.head_dim)
         digits = (torch.arange(case.seqlen_k)[:, None] >> torch.arange(10)) % 2 * 2 - 1
         v[..., :10] = digits[None, :, None]
         scales = (torch.rand(case.batch, case.heads_kv, generator=generator) + 0.5 for _ in range(3))
@@ -77,7 +78,7 @@ class Codes(NamedTuple):
         """(out, lse) of the kernel, simulated."""
         problem = case.problem()
         config = Fa3Forward.configure(problem)
-        out = torch.full(self.q.shape, math.nan, dtype=torch.bfloat16)
+        out = torch.full((*self.q.shape[:3], self.v.shape[3]), math.nan, dtype=torch.bfloat16)
         lse = torch.full((case.batch, case.heads, case.seqlen_q), math.nan)
         tensors = AttentionTensors(self.q, self.k, self.v, out, lse, NO_EXTRAS)
         with cute_fa.simulate("sm_90a", num_sms=num_sms, **simulation):
