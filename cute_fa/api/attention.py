@@ -14,13 +14,13 @@ from typing_extensions import Unpack
 
 from cute_fa.api.peers import PeerArguments, check_peers, too_many
 from cute_fa.api.scheduler_metadata import check_scheduler_metadata
-from cute_fa.api.values import check_tensor, flag, integer, number
+from cute_fa.api.values import check_tensor, descale, flag, integer, number
 from cute_fa.engine import attention as engine
 from cute_fa.semantics.argument_names import names_of, spelled
 from cute_fa.semantics.call import NO_EXTRAS, Call, Extras, Options
-from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.errors import ArgumentError, DTypeError
 from cute_fa.semantics.problem import LiteralWindow, normalize_window
-from cute_fa.semantics.tensors import used_lengths
+from cute_fa.semantics.tensors import DTYPES, used_lengths
 from cute_fa.semantics.types import PersistentMode
 
 _LOWER = (torch.float16, torch.bfloat16)
@@ -47,9 +47,13 @@ class SharedOptions(PeerArguments, total=False):
     softcap: float | None
     alibi_slopes: torch.Tensor | None
     learnable_sink: torch.Tensor | None
+    q_descale: torch.Tensor | float | None
+    k_descale: torch.Tensor | float | None
+    v_descale: torch.Tensor | float | None
     num_splits: int
     pack_gqa: bool | None
     out: torch.Tensor | None
+    out_dtype: torch.dtype | None
     family: str | None
 
 
@@ -137,6 +141,9 @@ def flash_attn_func(
     softcap: float | None = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    q_descale: torch.Tensor | float | None = None,
+    k_descale: torch.Tensor | float | None = None,
+    v_descale: torch.Tensor | float | None = None,
     num_splits: int = 1,
     pack_gqa: bool | None = None,
     persistent: PersistentMode | str = "auto",
@@ -145,14 +152,16 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     return_softmax_lse: bool = False,
     out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     family: str | None = None,
     **peers: Any,
 ) -> Result:
     """Attention over sequences of one length.
 
     q: (batch, seqlen_q, heads, head_dim); k: (batch, seqlen_k, heads_kv, head_dim); v: (batch, seqlen_k, heads_kv,
-    head_dim_v), fp16 or bf16. heads is a multiple of heads_kv: query head h uses kv head h // (heads / heads_kv). The
-    last dimension is contiguous, other strides and the first address are multiples of 16 bytes, stride 0 included.
+    head_dim_v), fp16 or bf16, or all three fp8 (e4m3, e5m2, mixed or not), see ``q_descale``. heads is a multiple of
+    heads_kv: query head h uses kv head h // (heads / heads_kv). The last dimension is contiguous, other strides and the
+    first address are multiples of 16 bytes, stride 0 included.
 
     softmax_scale: 1/√head_dim by default.
     causal: query i sees keys up to i + seqlen_k − seqlen_q.
@@ -163,6 +172,8 @@ def flash_attn_func(
         that no bias overflows fp32: a head's results may be NaN otherwise.
     learnable_sink: (heads), a logit that takes part in the softmax and has no value; −inf for none. +inf or NaN make a
         head's results NaN.
+    q_descale, k_descale, v_descale: fp32 (batch, heads_kv) of any strides, or one number: what the codes of fp8 q, k
+        and v are multiplied by; 1 by default. Numbers between 2^-32 and 2^32. ``cute_fa.fp8`` quantises.
     num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
     pack_gqa: whether query heads of one kv head share a tile; None lets the kernel choose, as "auto" does below.
     persistent: "auto", "on" (a CTA computes one tile after the other) or "off" (one CTA a tile).
@@ -170,6 +181,7 @@ def flash_attn_func(
         forward always is.
     return_lse (return_attn_probs, return_softmax_lse): also return the LSE.
     out: where to write the result; it then has no gradient.
+    out_dtype: of fp8 inputs float16 or bfloat16; by default that of ``out``, else bfloat16. Of others theirs.
     family: ``fa2``, ``fa3`` or ``fa4`` for kernels of that family alone; the best there is by default.
 
     Other arguments of FlashAttention 2, 3 and 4 are accepted at their defaults and raise UnsupportedArgumentError
@@ -182,8 +194,9 @@ def flash_attn_func(
     if peers:
         check_peers(peers)
     extras = NO_EXTRAS
-    if alibi_slopes is not None or learnable_sink is not None:
-        extras = Extras(alibi_slopes=alibi_slopes, learnable_sink=_widened(learnable_sink))
+    if not alibi_slopes is learnable_sink is q_descale is k_descale is v_descale is None:
+        descales = _descales(q, q_descale, k_descale, v_descale)
+        extras = Extras(alibi_slopes=alibi_slopes, learnable_sink=_widened(learnable_sink), **descales)
     options = _options(
         window_size,
         causal,
@@ -197,6 +210,7 @@ def flash_attn_func(
         pack_gqa,
         persistent,
         deterministic,
+        out_dtype,
         "",
     )
     return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)
@@ -297,6 +311,9 @@ def flash_attn_varlen_func(
     softcap: float | None = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    q_descale: torch.Tensor | float | None = None,
+    k_descale: torch.Tensor | float | None = None,
+    v_descale: torch.Tensor | float | None = None,
     scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 1,
     pack_gqa: bool | None = None,
@@ -306,6 +323,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     return_softmax_lse: bool = False,
     out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     family: str | None = None,
     **peers: Any,
 ) -> Result:
@@ -344,7 +362,9 @@ def flash_attn_varlen_func(
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     sink = None if learnable_sink is None else _widened(learnable_sink)
     # Extras by position, made in a third of the time that its own constructor takes.
-    extras = tuple.__new__(Extras, (*lengths, page_table, None, None, alibi_slopes, sink))
+    extras = tuple.__new__(Extras, (*lengths, page_table, None, None, alibi_slopes, sink, None, None, None))
+    if not q_descale is k_descale is v_descale is None:
+        extras = extras._replace(**_descales(q, q_descale, k_descale, v_descale))
     options = _options(
         window_size,
         causal,
@@ -358,6 +378,7 @@ def flash_attn_varlen_func(
         pack_gqa,
         persistent,
         deterministic,
+        out_dtype,
         names,
     )
     return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)
@@ -376,6 +397,7 @@ def prepare(q: Any, k: Any, v: Any, *, causal: Any = False, window_size: Any = (
     complaints name no rule, and choices normalised. ``names``: what the caller calls them
     (:mod:`cute_fa.semantics.argument_names`)."""
     given["learnable_sink"] = _widened(given.get("learnable_sink"))
+    given |= _descales(q, *(given.get(f"{name}_descale") for name in "qkv"))
     extras = Extras._make(map(given.pop, Extras._fields, NO_EXTRAS))
     options = _options(window_size, causal, *map(given.pop, _CHOICES, _CHOICE_DEFAULTS))
     if given:
@@ -386,6 +408,12 @@ def prepare(q: Any, k: Any, v: Any, *, causal: Any = False, window_size: Any = (
 def _widened(sink: Any) -> Any:
     """A sink of lower precision in float32."""
     return sink.float() if isinstance(sink, torch.Tensor) and sink.dtype in _LOWER else sink
+
+
+def _descales(q: Any, q_descale: Any, k_descale: Any, v_descale: Any) -> dict[str, Any]:
+    """By name, numbers as tensors."""
+    given = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    return {name: descale(name, value, q) for name, value in given.items()}
 
 
 def _checked(call: Call) -> Call:
@@ -430,6 +458,10 @@ def _choice(called: str, name: str, value: Any) -> Any:
         if isinstance(value, PersistentMode):
             return value.value
         return value if isinstance(value, str) else PersistentMode.named(value).value
+    if name == "out_dtype" and isinstance(value, torch.dtype):
+        if value not in _LOWER:
+            raise DTypeError(called, value, "float16 or bfloat16 is needed")
+        return DTYPES[value].value
     kinds = _HINTS[name]
     if value is None and type(None) in kinds:
         return None

@@ -138,6 +138,9 @@ def flash_attn_with_kvcache(
     rotary_interleaved: bool = True,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    q_descale: torch.Tensor | float | None = None,
+    k_descale: torch.Tensor | float | None = None,
+    v_descale: torch.Tensor | float | None = None,
     scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 0,
     pack_gqa: bool | None = None,
@@ -145,6 +148,7 @@ def flash_attn_with_kvcache(
     return_attn_probs: bool = False,
     return_softmax_lse: bool = False,
     out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     family: str | None = None,
     **peers: Any,
 ) -> Result:
@@ -215,9 +219,13 @@ def flash_attn_with_kvcache(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         learnable_sink=learnable_sink,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
         num_splits=num_splits,
         family=family,
         pack_gqa=pack_gqa,
+        out_dtype=out_dtype,
         names=_ATTENTION_NAMES[table],
     )
     if scheduler_metadata is not None:

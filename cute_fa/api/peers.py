@@ -15,9 +15,6 @@ class PeerArguments(TypedDict, total=False):
 
     dropout_p: Annotated[float | None, 0.0, None]
     qv: Annotated[None, None]
-    q_descale: Annotated[None, None]
-    k_descale: Annotated[None, None]
-    v_descale: Annotated[None, None]
     attention_chunk: Annotated[int | None, 0, None]
     sm_margin: Annotated[int, 0]
     score_mod: Annotated[None, None]

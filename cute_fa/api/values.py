@@ -67,6 +67,14 @@ def number(name: str, value: Any) -> float:
         raise ArgumentError(f"{name}: the number is beyond any float") from None
 
 
+def descale(name: str, value: Any, q: Any) -> Any:
+    """What fp8 codes are multiplied by: a number as a tensor where q is, a tensor or None as it is. Raises
+    ArgumentError for anything else."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    return torch.full((), number(name, value), dtype=torch.float32, device=getattr(q, "device", None))
+
+
 def _on_host(name: str, value: Any) -> Any:
     """The number in a tensor of no dimensions; other values as they are. Raises ArgumentError for a tensor on a device:
     the host would have to wait for it."""

@@ -9,6 +9,27 @@ from cute_fa.device.seqlen import LengthTensors, SeqlenInfo, seqlen_info
 from cute_fa.device.visibility import Window
 
 
+class Descales(NamedTuple):
+    """What codes of q, k and v are multiplied by to give values: fp32 (batch, heads_kv) of any strides, or None."""
+
+    q: Optional[cute.Tensor]
+    k: Optional[cute.Tensor]
+    v: Optional[cute.Tensor]
+
+    def of_scores(self, batch: Int32, kv_head: Int32):
+        """Factor of the products of q and k, or None."""
+        factor = None
+        for descale in (self.q, self.k):
+            if const_expr(descale is not None):
+                own = descale[batch, kv_head]
+                factor = own if const_expr(factor is None) else factor * own
+        return factor
+
+    def of_values(self, batch: Int32, kv_head: Int32):
+        """Factor of v, or None."""
+        return None if const_expr(self.v is None) else self.v[batch, kv_head]
+
+
 class CommonArguments(NamedTuple):
     """Dense q, out (batch, seqlen_q, heads, d), k, v (batch, seqlen_k, heads_kv, d) or, paged, (num_pages, page_size,
     heads_kv, d), lse fp32 (batch, heads, seqlen_q); packed without the batch dimension, lse (heads, total_q).
@@ -28,6 +49,7 @@ class CommonArguments(NamedTuple):
     softcap: Optional[Float32]
     page_table: Optional[cute.Tensor]
     cache_batch_idx: Optional[cute.Tensor]
+    descales: Descales
 
     @property
     def batches(self):

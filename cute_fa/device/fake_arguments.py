@@ -5,12 +5,12 @@ from functools import partial
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from cute_fa.device.arguments import CommonArguments
+from cute_fa.device.arguments import CommonArguments, Descales
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.seqlen import LengthTensors
 from cute_fa.device.visibility import Window
 from cute_fa.engine.contract import FeatureConfig
-from cute_fa.semantics.options import options_of
+from cute_fa.semantics.options import TensorOption, options_of
 from cute_fa.semantics.problem import AttentionProblem
 
 _ELEMENTS = {"int32": Int32, "float32": Float32}
@@ -46,26 +46,30 @@ def optional(wanted: bool, make):
     return make() if wanted else None
 
 
+def _fake_option(tensor: TensorOption) -> cute.Tensor:
+    make = fake_strided if tensor.strided else fake_vector
+    return make(_ELEMENTS[tensor.dtype], tensor.dimensions)
+
+
 def common_fakes(config: FeatureConfig) -> CommonArguments:
     """What ``cute_fa.engine.contract.common_arguments`` gives at run time."""
-    c, dtype = config, CUTE_DTYPE[config.dtype]
+    c = config
     fakes = {
-        of.tensor.name: optional(
-            getattr(c, of.flag), partial(fake_vector, _ELEMENTS[of.tensor.dtype], of.tensor.dimensions)
-        )
+        of.tensor.name: optional(getattr(c, of.flag), partial(_fake_option, of.tensor))
         for of in options_of(AttentionProblem).values()
         if of.tensor is not None
     }
     bounds = (c.window_left, c.window_right, c.sink_tokens)
     fakes |= {
-        "q": fake_activations(dtype, c.cu_seqlens_q, c.head_dim),
-        "k": fake_activations(dtype, c.cu_seqlens_k, c.head_dim),
-        "v": fake_activations(dtype, c.cu_seqlens_k, c.head_dim_v),
-        "out": fake_activations(CUTE_DTYPE[config.out_dtype], c.cu_seqlens_q, c.head_dim_v),
+        "q": fake_activations(CUTE_DTYPE[c.dtype], c.cu_seqlens_q, c.head_dim),
+        "k": fake_activations(CUTE_DTYPE[c.dtype_k], c.cu_seqlens_k, c.head_dim),
+        "v": fake_activations(CUTE_DTYPE[c.dtype_v], c.cu_seqlens_k, c.head_dim_v),
+        "out": fake_activations(CUTE_DTYPE[c.out_dtype], c.cu_seqlens_q, c.head_dim_v),
         "lse": fake_vector(Float32, 2 if c.cu_seqlens_q else 3),
         "lengths": LengthTensors(*(fakes[name] for name in LengthTensors._fields)),
         "window": Window(*(optional(given, lambda: Int32(0)) for given in bounds)),
         "softmax_scale": Float32(0.0),
         "softcap": optional(c.softcap, lambda: Float32(0.0)),
+        "descales": Descales(*(fakes[name] for name in ("q_descale", "k_descale", "v_descale"))),
     }
     return CommonArguments(*(fakes[name] for name in CommonArguments._fields))

@@ -32,9 +32,12 @@ from cute_fa.semantics.tensors import (
     check_values,
     problem_of,
 )
+from cute_fa.semantics.types import DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from cute_fa.semantics.problem import AttentionProblem
 
 _NO_TRANSFORM = (
     "attention inside a transform of torch.func, or with forward-mode differentiation: only torch.autograd (backward() "
@@ -49,13 +52,13 @@ ARGUMENTS = schema("Tensor q, Tensor k, Tensor v", Extras, Options)
 @dataclass(kw_only=True)
 class ForwardPlan(Plan):
     """``new_out`` and ``new_lse`` allocate on their argument's device. ``strides``: canonical strides of q, k, v and
-    out where a dimension of size 1 has odd ones; None if none has. ``expands_slopes``: whether those of all sequences
-    are alike, and kernels are given them as those of each."""
+    out where a dimension of size 1 has odd ones; None if none has. ``expanded``: tensors of Extras that hold one number
+    for all sequences, or all heads, too, and the shapes in which kernels are given them."""
 
     new_out: Callable[[torch.Tensor], torch.Tensor]
     new_lse: Callable[[torch.Tensor], torch.Tensor]
     strides: tuple[tuple[int, ...] | None, ...] | None
-    expands_slopes: bool
+    expanded: dict[str, tuple[int, ...]]
 
 
 def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +105,17 @@ def _make_plan(call: Call, out: torch.Tensor | None) -> ForwardPlan:
         new_out=new_like((*call.q.shape[:-1], call.v.shape[-1]), TORCH_DTYPES[problem.out_dtype]),
         new_lse=new_like(call.lse_shape, torch.float32),
         strides=None if strides == (None,) * 4 else strides,
-        expands_slopes=call.extras.alibi_slopes is not None and call.extras.alibi_slopes.dim() == 1,
+        expanded=_expanded(problem, call.extras),
     )
+
+
+def _expanded(problem: AttentionProblem, extras: Extras) -> dict[str, tuple[int, ...]]:
+    """Slopes and descales that are not one for each head of each sequence, and the shape of those."""
+    descales = dict.fromkeys(("q_descale", "k_descale", "v_descale"), problem.num_heads_kv)
+    heads = {"alibi_slopes": problem.num_heads} | descales
+    given = {name: getattr(extras, name) for name in heads}
+    shapes = {name: (problem.batch, heads[name]) for name, tensor in given.items() if tensor is not None}
+    return {name: shape for name, shape in shapes.items() if given[name].shape != shape}
 
 
 def validate(call: Call, out: torch.Tensor | None = None) -> None:
@@ -149,8 +161,8 @@ def _run(
     into = out
     if plan.strides is not None:
         q, k, v, into = map(restrided, (q, k, v, out), plan.strides)
-    if plan.expands_slopes:
-        extras = extras._replace(alibi_slopes=extras.alibi_slopes.expand(plan.problem.batch, -1))
+    if plan.expanded:
+        extras = extras._replace(**{n: getattr(extras, n).expand(shape) for n, shape in plan.expanded.items()})
     plan.launch((q, k, v, into, lse, extras))
     return out, lse
 
@@ -182,6 +194,8 @@ def _fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     check_call_devices(call)
     q, v = call.q, call.v
     dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
+    if call.options.out_dtype is not None:
+        dtype = TORCH_DTYPES[DType(call.options.out_dtype)]
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
     return out, q.new_empty(call.lse_shape, dtype=torch.float32)
 

@@ -21,7 +21,7 @@ from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import target_of
 from cute_fa.semantics.argument_names import names_of
 from cute_fa.semantics.call import FIELDS, TENSORS, Call
-from cute_fa.semantics.errors import NoBackwardError
+from cute_fa.semantics.errors import Fp8Error, NoBackwardError
 from cute_fa.semantics.reference import Gradients
 from cute_fa.semantics.tensors import (
     ALIGNMENT,
@@ -29,6 +29,7 @@ from cute_fa.semantics.tensors import (
     check_like,
     check_pointers,
     check_values,
+    is_fp8,
     load_rule,
     problem_of,
 )
@@ -183,9 +184,14 @@ def attention_backward(
     return _named(run(*given, *call.flat(), slopes_gradient), call, slopes_gradient)
 
 
-def _check_family(arguments: tuple) -> None:
-    """Raise UnsupportedKeyError where gradients will be asked of a family that has no backward for them."""
+def _check_differentiable(arguments: tuple) -> None:
+    """Raise Fp8Error where gradients will be asked of fp8 tensors, UnsupportedKeyError where of a family that has no
+    backward for them."""
     call = Call.of(arguments)
+    for name, tensor in names_of(call.options.names).of({"q": call.q, "k": call.k, "v": call.v}).items():
+        if is_fp8(tensor):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise Fp8Error(f"{name} is {dtype}: attention in fp8 has no gradient, call it under torch.no_grad()")
     if call.options.family is None or not torch_internals.has_values(call.q):
         return
     backward = {"direction": Direction.BACKWARD, "deterministic": call.options.deterministic}
@@ -215,5 +221,5 @@ def _second_derivative(ctx, *_):
     raise NoBackwardError("attention differentiated twice: gradients of its gradients are not computed")
 
 
-torch_internals.differentiate(LIBRARY, "attention", _check_family, _gradients, len(TENSORS))
+torch_internals.differentiate(LIBRARY, "attention", _check_differentiable, _gradients, len(TENSORS))
 library.register_autograd("cute_fa::attention_backward", _second_derivative, lib=LIBRARY)

@@ -119,19 +119,17 @@ class FeatureConfig(_AttentionFlags, KernelConfig):
     whether it is used, never its value; a page's size alone, None for contiguous keys, is in the code."""
 
     dtype: DType
+    dtype_k: DType
+    dtype_v: DType
+    out_dtype: DType
     head_dim: int
     head_dim_v: int
 
     @staticmethod
     def features(problem: AttentionProblem) -> dict[str, Any]:
         """The fields above for a problem."""
-        sizes = {name: getattr(problem, name) for name in ("arch", "dtype", "head_dim", "head_dim_v")}
-        return sizes | flags_of(problem)
-
-    @property
-    def out_dtype(self) -> DType:
-        """Of O."""
-        return DType.BF16 if self.dtype.is_fp8 else self.dtype
+        names = ("arch", "dtype", "dtype_k", "dtype_v", "out_dtype", "head_dim", "head_dim_v")
+        return {name: getattr(problem, name) for name in names} | flags_of(problem)
 
     @property
     def head_dim_padded(self) -> int:
@@ -144,9 +142,11 @@ class FeatureConfig(_AttentionFlags, KernelConfig):
         return padded(self.head_dim_v)
 
     def named(self, kernel: str, **choices: bool) -> str:
-        """The compile name: ``kernel``, arch, dtype and head_dim, then a token for each flag that is set, then
+        """The compile name: ``kernel``, arch, dtypes and head_dim, then a token for each flag that is set, then
         ``choices``: the kernel's own tokens."""
         own = [token for token, on in choices.items() if on]
+        if self.dtype.is_fp8 and self.out_dtype is not DType.BF16:
+            own.append(f"out{self.out_dtype.value}")
         return "_".join([kernel, kind_of_code(self), *flag_tokens(self, AttentionProblem), *own])
 
 
@@ -235,8 +235,8 @@ def common_objections(problem: AttentionProblem, head_dim_rule: str, splits: boo
             reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed ({head_dim_rule})")
     if problem.num_splits > 1 and not splits:
         reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
-    if problem.out_dtype is not None and problem.out_dtype is not problem.dtype:
-        reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the input's dtype")
+    if problem.out_dtype is not problem.dtype and not problem.dtype.is_fp8:
+        reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the dtype of q, {problem.dtype.value}")
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_BOUND:
         reasons.append(f"a sequence longer than {MAX_BOUND}: positions are int32")
     if problem.softcap > MAX_SOFTCAP:
@@ -262,6 +262,14 @@ class WindowArguments(NamedTuple):
     sink_tokens: Any
 
 
+class Descales(NamedTuple):
+    """What codes of q, k and v are multiplied by to give values: fp32 (batch, heads_kv) of any strides, or None."""
+
+    q: Any
+    k: Any
+    v: Any
+
+
 class CommonArguments(NamedTuple):
     """What all kernels of attention take first. The order is declared here, without the DSL, whose own tuple
     (``cute_fa.device.arguments``) has the same fields: a test compares them."""
@@ -279,6 +287,7 @@ class CommonArguments(NamedTuple):
     softcap: Any
     page_table: Any
     cache_batch_idx: Any
+    descales: Descales
 
 
 def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> CommonArguments:
@@ -301,4 +310,5 @@ def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> Co
         softcap=problem.softcap or None,
         page_table=extras.page_table,
         cache_batch_idx=extras.cache_batch_idx,
+        descales=Descales(extras.q_descale, extras.k_descale, extras.v_descale),
     )

@@ -6,11 +6,11 @@ import importlib
 import itertools
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cute_fa.semantics.append_problem import AppendProblem
 from cute_fa.semantics.errors import ArgumentError, Fa3ArchError, Fp8Error, UnsupportedKeyError
-from cute_fa.semantics.names import problem_name
+from cute_fa.semantics.names import dtypes_of_code, problem_name
 from cute_fa.semantics.options import options_of, rows_of
 from cute_fa.semantics.problem import AttentionProblem, default_scale
 from cute_fa.semantics.types import Direction, DType, SmArch
@@ -33,8 +33,8 @@ class DispatchKey:
 
     ``sliding_window`` and ``window_right`` are the window's bounds in tokens, literal, None where infinite
     (``window_right`` is None for causal, which is bound 0); ``sink`` counts sink tokens; ``head_dim_v`` None means
-    ``head_dim``. What changes only how a kernel computes (``persistent``, ``pack_gqa``) is left out: a key stands for
-    its own choice.
+    ``head_dim``, ``dtype_k`` and ``dtype_v`` None ``dtype``, ``out_dtype`` None bf16 for fp8, else ``dtype``. What
+    changes only how a kernel computes (``persistent``, ``pack_gqa``) is left out: a key stands for its own choice.
     """
 
     arch: SmArch
@@ -54,6 +54,9 @@ class DispatchKey:
     learnable_sink: bool = False
     page_size: int | None = None
     splits: int = 1
+    dtype_k: DType | None = None
+    dtype_v: DType | None = None
+    out_dtype: DType | None = None
 
     def __post_init__(self):
         if self.direction is Direction.APPEND:
@@ -65,6 +68,10 @@ class DispatchKey:
         # one spelling of equal keys
         if self.head_dim_v is None:
             object.__setattr__(self, "head_dim_v", self.head_dim)
+        usual = DType.BF16 if self.dtype.is_fp8 else self.dtype
+        for name, dtype in (("dtype_k", self.dtype), ("dtype_v", self.dtype), ("out_dtype", usual)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, dtype)
         if self.window_right == 0:
             object.__setattr__(self, "causal", True)
             object.__setattr__(self, "window_right", None)
@@ -145,9 +152,10 @@ class DispatchTable:
         if isinstance(problem, DispatchKey):
             problem = problem.problem()
         reasons = self.explain(problem, family)
-        if problem.dtype.is_fp8 and self._find(_in_bf16(problem), family):
+        if problem.is_fp8 and self._find(_in_bf16(problem), family):
             listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
-            raise Fp8Error(f"{problem.dtype.value} input on {problem.arch.value}: no kernel offers fp8 here ({listed})")
+            dtypes = dtypes_of_code(problem)
+            raise Fp8Error(f"{dtypes} input on {problem.arch.value}: no kernel offers fp8 here ({listed})")
         key = DispatchKey.of(problem) if isinstance(problem, AttentionProblem) else problem_name(problem)
         raise UnsupportedKeyError(key, reasons)
 
@@ -212,8 +220,11 @@ class DispatchTable:
 
 
 def _in_bf16(problem: Problem) -> Problem:
-    of_output = {"out_dtype": None} if isinstance(problem, AttentionProblem) else {}
-    return replace(problem, dtype=DType.BF16, **of_output)
+    others: dict[str, Any] = {}
+    if isinstance(problem, AttentionProblem):
+        others = dict.fromkeys(("dtype_k", "dtype_v", "out_dtype"))
+        others |= dict.fromkeys(("q_descale", "k_descale", "v_descale"), False)
+    return replace(problem, dtype=DType.BF16, **others)
 
 
 @cache

@@ -85,6 +85,10 @@ class AppendProblem:
 
     direction: ClassVar[Direction] = Direction.APPEND
 
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype.is_fp8
+
     def __post_init__(self) -> None:
         check_sizes(self, ("num_heads_kv", "head_dim", "head_dim_v"), lengths=("tokens_k", "tokens_q"))
         if self.num_heads < 0:

@@ -17,7 +17,8 @@ class Extras(NamedTuple):
     ``cu_seqlens_*`` int32 (batch + 1): q and out, or k and v, are packed; ``seqused_*`` int32 (batch): rows that count;
     ``page_table`` int32 (batch, max_pages): k and v are pages; ``cache_batch_idx`` int32 (batch): which sequence of k
     and v, or row of page_table, each one of the batch reads; ``cache_leftpad`` int32 (batch): rows of k and v before
-    its first key; ``alibi_slopes`` fp32 (heads) or (batch, heads); ``learnable_sink`` fp32 (heads).
+    its first key; ``alibi_slopes`` fp32 (heads) or (batch, heads); ``learnable_sink`` fp32 (heads); ``*_descale`` fp32
+    (batch, heads_kv) or one number: what codes of fp8 q, k, v are multiplied by.
     """
 
     cu_seqlens_q: torch.Tensor | None = None
@@ -29,11 +30,15 @@ class Extras(NamedTuple):
     cache_leftpad: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     learnable_sink: torch.Tensor | None = None
+    q_descale: torch.Tensor | None = None
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
 
 
 class Options(NamedTuple):
     """The choices of a call; meanings as in ``cute_fa.api.attention``, the window normalised: bounds are literal, None
-    alone is infinite. ``num_splits`` 0: the table chooses. ``names``: what the caller calls the arguments
+    alone is infinite. ``num_splits`` 0: the table chooses. ``out_dtype``: the value of a
+    :class:`~cute_fa.semantics.types.DType`, None for the usual one. ``names``: what the caller calls the arguments
     (``cute_fa.semantics.argument_names``)."""
 
     max_seqlen_q: int | None = None
@@ -48,6 +53,7 @@ class Options(NamedTuple):
     pack_gqa: bool | None = None
     persistent: str = "auto"
     deterministic: bool = False
+    out_dtype: str | None = None
     names: str = ""
 
 

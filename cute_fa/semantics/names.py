@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cute_fa.semantics.options import options_of
 from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import DType
 
 if TYPE_CHECKING:
     from cute_fa.semantics.append_problem import AppendProblem
 
 # Of attention; an append's are in the order of its fields.
-_ORDER = "causal varlen sw wr alibi sink softcap lsink page split gqa dlse dalibi det".split()
+_ORDER = "out causal varlen sw wr alibi sink softcap lsink page split gqa dlse dalibi det".split()
 
 
 class _OfFamily(Protocol):
@@ -25,12 +26,14 @@ def canonical_name(kernel: _OfFamily, problem: AttentionProblem | AppendProblem)
 
 
 def problem_name(problem: AttentionProblem | AppendProblem) -> str:
-    """The problem in tokens: direction, architecture, dtype, ``hd`` head_dim (``v`` head_dim_v if it differs), then
+    """The problem in tokens: direction, architecture, dtype (``k`` and ``v`` with k's and v's if they differ), ``hd``
+    head_dim (``v`` head_dim_v if it differs), then
 
-    of attention ``causal``, ``varlen``, ``sw`` window left, ``wr`` window right (where not causal; ``wr-1`` if
-    literally −1), ``alibi``, ``sink`` sink tokens, ``softcap`` cap (``p`` for the point), ``lsink`` learnable sink,
-    ``page`` page size, ``split`` number of splits, ``gqa`` query heads per kv head; of a backward ``dlse`` where the
-    gradient of LSE is given, ``dalibi`` where that of the slopes is wanted, ``det`` deterministic;
+    of attention ``out`` the output's dtype (where not the usual one), ``causal``, ``varlen``, ``sw`` window left,
+    ``wr`` window right (where not causal; ``wr-1`` if literally −1), ``alibi``, ``sink`` sink tokens, ``softcap`` cap
+    (``p`` for the point), ``lsink`` learnable sink, ``page`` page size, ``split`` number of splits, ``gqa`` query heads
+    per kv head; of a backward ``dlse`` where the gradient of LSE is given, ``dalibi`` where that of the slopes is
+    wanted, ``det`` deterministic;
 
     of an append ``page`` page size, ``index``, ``query``, ``cuq``, ``cuk``, ``usedq``, ``usedk``, ``rotary``
     rotary_dim, ``interleaved``, ``shifted``.
@@ -45,6 +48,8 @@ def problem_name(problem: AttentionProblem | AppendProblem) -> str:
     if isinstance(problem, AttentionProblem):
         derived = {"causal": problem.causal, "varlen": problem.varlen, f"gqa{problem.gqa_ratio}": problem.gqa_ratio > 1}
         tokens |= {token.rstrip("0123456789"): token for token, present in derived.items() if present}
+        if problem.dtype.is_fp8 and problem.out_dtype is not DType.BF16:
+            tokens["out"] = f"out{problem.out_dtype.value}"
         if problem.causal:
             del tokens["wr"]
         tokens = {token: tokens[token] for token in _ORDER if token in tokens}
@@ -52,9 +57,15 @@ def problem_name(problem: AttentionProblem | AppendProblem) -> str:
 
 
 def kind_of_code(sized: Any) -> str:
-    """Architecture, dtype and head_dims of a problem or a config."""
+    """Architecture, dtypes and head_dims of a problem or a config."""
     head_dim = f"hd{sized.head_dim}" + (f"v{sized.head_dim_v}" if sized.head_dim_v != sized.head_dim else "")
-    return f"{sized.arch.short}_{sized.dtype.value}_{head_dim}"
+    return f"{sized.arch.short}_{dtypes_of_code(sized)}_{head_dim}"
+
+
+def dtypes_of_code(sized: Any) -> str:
+    """q's dtype, then ``k`` and ``v`` with theirs where these are others: ``e4m3``, ``bf16ke4m3ve4m3``."""
+    others = (("k", getattr(sized, "dtype_k", sized.dtype)), ("v", getattr(sized, "dtype_v", sized.dtype)))
+    return sized.dtype.value + "".join(name + dtype.value for name, dtype in others if dtype is not sized.dtype)
 
 
 def _digits(value: bool | float) -> str:

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TensorOption:
     """The tensor of ``cute_fa.semantics.call.Extras`` whose presence says that a feature is used, as kernels take it:
-    its dtype and number of dimensions."""
+    its dtype and number of dimensions; ``strided``: its last dimension may have any stride."""
 
     name: str
     dtype: str = "int32"
     dimensions: int = 1
+    strided: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from cute_fa.semantics.errors import (
     ArgumentError,
@@ -35,10 +35,22 @@ DTYPE_ROWS: dict[str, dict[str, Any]] = {
     "fp8 e4m3": {"dtype": DType.E4M3},
     "fp8 e5m2": {"dtype": DType.E5M2},
 }
+DTYPE_K_ROWS: dict[str, dict[str, Any]] = {
+    "fp8 e4m3, k and v e5m2": {"dtype": DType.E4M3, "dtype_k": DType.E5M2, "dtype_v": DType.E5M2},
+    "bf16, k and v e4m3": {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3},
+}
+DESCALE_ROWS: dict[str, dict[str, Any]] = {
+    "fp8 with descales": {"dtype": DType.E4M3, "q_descale": True, "k_descale": True, "v_descale": True},
+}
 HEAD_DIM_ROWS: dict[str, dict[str, Any]] = {
     f"head_dim {size}": {"head_dim": size, "head_dim_v": size} for size in (8, 64, 128, 192, 256, 512)
 }
 HEAD_DIM_V_ROWS: dict[str, dict[str, Any]] = {"head_dim 192, head_dim_v 128": {"head_dim": 192}}
+
+
+def descale(name: str) -> TensorOption:
+    """A tensor that fp8 codes are multiplied by: fp32 (batch, heads_kv)."""
+    return TensorOption(name, "float32", dimensions=2, strided=True)
 
 
 class LiteralWindow(NamedTuple):
@@ -115,7 +127,9 @@ class AttentionProblem:
     lengths: ``max_seqlen_*`` for varlen. ``varlen_*``: the tensor is packed, with cu_seqlens; ``seqused_*``: lengths
     shorter than what the tensor holds are given. ``page_size``: k and v are pages; ``cache_batch_idx``: an index says
     which sequences of k and v, or rows of the page table, are the batch's; ``cache_leftpad``: they begin behind rows
-    that do not count. ``out_dtype`` is q's by default, bf16 for fp8.
+    that do not count. ``dtype`` is q's; ``dtype_k`` and ``dtype_v`` are alike by default, and others only if both are
+    fp8; ``out_dtype`` is q's by default, bf16 for fp8. ``q_descale``, ``k_descale``, ``v_descale``: fp8 codes are
+    multiplied by given numbers.
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``).
 
@@ -258,7 +272,14 @@ class AttentionProblem:
         rows={"split-KV": {"num_splits": 4}},
     )
     direction: Direction = option(Direction.FORWARD, key="direction")
-    out_dtype: DType | None = None
+    dtype_k: DType | None = option(None, key="dtype_k", rows=DTYPE_K_ROWS)
+    dtype_v: DType | None = option(None, key="dtype_v")
+    out_dtype: DType | None = option(None, key="out_dtype")
+    q_descale: bool = option(
+        False, tensor=descale("q_descale"), flag="q_descale", flag_token="qscale", rows=DESCALE_ROWS
+    )
+    k_descale: bool = option(False, tensor=descale("k_descale"), flag="k_descale", flag_token="kscale")
+    v_descale: bool = option(False, tensor=descale("v_descale"), flag="v_descale", flag_token="vscale")
     persistent: PersistentMode = option(
         PersistentMode.AUTO,
         direction=Direction.FORWARD,
@@ -302,11 +323,7 @@ class AttentionProblem:
         self._check_sizes()
         self._check_options()
         self._check_gradients()
-        own = DType.BF16 if self.dtype.is_fp8 else self.dtype
-        out_dtype = own if self.out_dtype is None else self.out_dtype
-        if out_dtype.is_fp8:
-            raise Fp8Error(f"out_dtype={out_dtype.value}: the output is fp16 or bf16")
-        object.__setattr__(self, "out_dtype", out_dtype)
+        self._check_dtypes()
 
     def _check_sizes(self) -> None:
         if self.direction not in (Direction.FORWARD, Direction.BACKWARD):
@@ -341,6 +358,34 @@ class AttentionProblem:
                 raise ArgumentError(f"{name} of a forward: only a backward has gradients")
         if self.slopes_gradient and not self.alibi:
             raise ArgumentError("slopes_gradient without alibi: there are no slopes")
+
+    def _check_dtypes(self) -> None:
+        """Set those that are left open, too."""
+        own = DType.BF16 if self.dtype.is_fp8 else self.dtype
+        for name, default in (("dtype_k", self.dtype), ("dtype_v", self.dtype), ("out_dtype", own)):
+            value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, default)
+            elif not isinstance(value, DType):
+                raise ArgumentError(f"{name}={value!r}: a DType is needed")
+        q, k, v, out = self.dtypes + (cast("DType", self.out_dtype),)
+        if not (k.is_fp8 and v.is_fp8) and not q is k is v:
+            raise Fp8Error(f"dtypes {q.value}, {k.value}, {v.value} of q, k, v: k and v are of q's, or both fp8")
+        if out.is_fp8:
+            raise Fp8Error(f"out_dtype={out.value}: the output is fp16 or bf16")
+        for name, dtype in zip("qkv", self.dtypes, strict=True):
+            if getattr(self, f"{name}_descale") and not dtype.is_fp8:
+                raise Fp8Error(f"{name}_descale with {name} in {dtype.value}: only fp8 codes have descales")
+
+    @property
+    def dtypes(self) -> tuple[DType, DType, DType]:
+        """Of q, k and v."""
+        return self.dtype, cast("DType", self.dtype_k), cast("DType", self.dtype_v)
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether any of q, k and v is."""
+        return any(dtype.is_fp8 for dtype in self.dtypes)
 
     @property
     def causal(self) -> bool:

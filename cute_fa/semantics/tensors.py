@@ -22,6 +22,7 @@ from cute_fa.semantics.errors import (
     DTypeError,
     EmptyBatchError,
     EmptyCacheError,
+    Fp8Error,
     LengthError,
     PagedHeadDimError,
     PageSizeError,
@@ -67,19 +68,21 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
     q, k, v, extras, options = call
     names = names_of(options.names)
     cu_seqlens_q, cu_seqlens_k = extras.cu_seqlens_q, extras.cu_seqlens_k
-    dtype = _dtype(names, q, k, v)
+    dtype, dtype_k, dtype_v = _dtypes(names, q, k, v)
     batch, rows_q = _queries(names, q, cu_seqlens_q)
     sequences = f"{batch} sequences of {names['q' if cu_seqlens_q is None else 'cu_seqlens_q']}"
     places = cu_seqlens_k, extras.page_table, extras.cache_batch_idx
     rows_k, page_size = keys_of(names, q, k, v, batch, sequences, *places)
     _check_heads(names, q, k, v)
     tensors = {"q": q, "k": k, "v": v}
+    out_dtype = _out_dtype(dtype, options.out_dtype, out)
     if out is not None:
-        _output(names["out"], out, q, v)
+        _output(names["out"], out, q, v, out_dtype)
         tensors["out"] = out
     for name, tensor in names.of(tensors).items():
         check_loadable(name, tensor)
     _check_extras(names, extras, batch, sequences, q.shape[-2])
+    _check_descales(names, call, batch, sequences)
     check_devices(names.of(tensors | extras._asdict()), names["q"])
     for name, cu_seqlens, rows in (("cu_seqlens_q", cu_seqlens_q, rows_q), ("cu_seqlens_k", cu_seqlens_k, rows_k)):
         if cu_seqlens is not None and rows > INT32_MAX:
@@ -100,6 +103,9 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
         "num_splits": options.num_splits or 1,  # 0 is for the table to choose
         "persistent": PersistentMode.named(options.persistent),
         "deterministic": False,  # of a backward alone
+        "dtype_k": dtype_k,
+        "dtype_v": dtype_v,
+        "out_dtype": out_dtype,
     }
     return AttentionProblem(
         arch=arch,
@@ -133,6 +139,23 @@ def _check_extras(names: ArgumentNames, extras: Extras, batch: int, sequences: s
         check_vector(names["alibi_slopes"], extras.alibi_slopes, torch.float32, *shapes, of=of_heads)
     if extras.learnable_sink is not None:
         check_vector(names["learnable_sink"], extras.learnable_sink, torch.float32, (heads,), of=of_heads)
+
+
+def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str) -> None:
+    """Raise the error of descales for 16-bit tensors, or of another dtype or shape than the batch and the kv heads ask
+    for."""
+    shape = batch, call.k.shape[-2]
+    for name in "qkv":
+        descale, of = getattr(call.extras, f"{name}_descale"), getattr(call, name)
+        if descale is not None:
+            called = names[f"{name}_descale"]
+            if not is_fp8(of):
+                raise Fp8Error(f"{called} with {names[name]} in {_short(of.dtype)}: only fp8 codes have descales")
+            if descale.dtype != torch.float32:
+                raise DTypeError(called, descale.dtype, "float32 is needed")
+            if tuple(descale.shape) != shape and descale.numel() != 1:
+                asked = f"{sequences} and {shape[1]} heads of {names['k']}"
+                raise ShapeError(f"{called} {tuple(descale.shape)}: {shape}, or one number, is needed for the {asked}")
 
 
 def check_devices(tensors: Mapping[str, torch.Tensor | None], first: str) -> None:
@@ -232,9 +255,16 @@ def check_values(problem: AttentionProblem, call: Call) -> None:
         if max(used, default=0) > longest:
             raise LengthError(f"{names[name]}={longest}: a sequence has {max(used)} tokens")
     check_cache_places(names, k, used_k, table, extras.cache_batch_idx)
+    scale = problem.softmax_scale
+    for name in ("q_descale", "k_descale", "v_descale"):
+        descale = getattr(extras, name)
+        if descale is not None:
+            rule = "between 2^-32 and 2^32"
+            _check_numbers(names[name], descale, lambda number: 2.0**-32 <= number <= 2.0**32, rule)
+            scale *= 1.0 if name == "v_descale" else min(descale.flatten().tolist(), default=1.0)
     if extras.alibi_slopes is not None:
-        # Kernels hold scores, before the exponential's factor, in units of softmax_scale or of twice the cap.
-        unit = min(2.0 * problem.softcap or problem.softmax_scale, 1.0)
+        # Kernels hold scores, before the exponential's factor, in units of the scale or of twice the cap.
+        unit = min(2.0 * problem.softcap or scale, 1.0)
         bound = _LARGEST_LOGIT * unit / max(problem.seqlen_q, problem.seqlen_k, 1)
         rule = f"between -{bound:.3g} and {bound:.3g}, so that no bias overflows float32"
         _check_numbers(names["alibi_slopes"], extras.alibi_slopes, lambda slope: abs(slope) <= bound, rule)
@@ -252,8 +282,8 @@ def _check_numbers(name: str, tensor: torch.Tensor, allowed: Callable[[float], b
     """Raise ArgumentError unless every element is allowed; NaN is not."""
     for index, number in enumerate(tensor.flatten().tolist()):
         if not allowed(number):
-            place = [index] if tensor.dim() == 1 else list(divmod(index, tensor.shape[1]))
-            raise ArgumentError(f"{name}{place}={number:.4g}: {rule}")
+            place = list(map(int, torch.unravel_index(torch.tensor(index), tensor.shape)))
+            raise ArgumentError(f"{name}{place or ''}={number:.4g}: {rule}")
 
 
 def check_cache_places(
@@ -321,15 +351,40 @@ def used_within(name: str, seqused: torch.Tensor | None, held: list[int], holder
     return used
 
 
-def _dtype(names: ArgumentNames, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> DType:
+def _dtypes(names: ArgumentNames, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[DType, DType, DType]:
+    """Of q, k and v: k's and v's are q's, or both fp8."""
     if q.dtype not in DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise DTypeError(names["q"], q.dtype, f"one of {known} is needed")
+        raise DTypeError(names["q"], q.dtype, f"one of {', '.join(map(_short, DTYPES))} is needed{_viewed(q)}")
+    both_fp8 = is_fp8(k) and is_fp8(v)
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            rule = f"{names['q']} is {str(q.dtype).removeprefix('torch.')}, {names['k']} and {names['v']} must be too"
+        if not both_fp8 and not (is_fp8(tensor) if is_fp8(q) else tensor.dtype == q.dtype):
+            must = "must be fp8, too" if is_fp8(q) else "must be too, or both fp8"
+            rule = f"{names['q']} is {_short(q.dtype)}, {names['k']} and {names['v']} {must}{_viewed(tensor)}"
             raise DTypeError(names[name], tensor.dtype, rule)
-    return DTYPES[q.dtype]
+    return DTYPES[q.dtype], DTYPES[k.dtype], DTYPES[v.dtype]
+
+
+def is_fp8(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in DTYPES and DTYPES[tensor.dtype].is_fp8
+
+
+def _viewed(tensor: torch.Tensor) -> str:
+    """What to do about fp8 codes that are bytes."""
+    return "; fp8 codes in bytes are given as tensor.view(torch.float8_e4m3fn)" if tensor.dtype == torch.uint8 else ""
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _out_dtype(dtype: DType, asked: str | None, out: torch.Tensor | None) -> DType:
+    """The output's: what is asked for, of fp8 else that of ``out``, else bf16."""
+    usual = DType.BF16 if dtype.is_fp8 else dtype
+    if asked is not None:
+        return DType(asked)
+    if dtype.is_fp8 and out is not None and out.dtype == torch.float16:
+        return DType.FP16
+    return usual
 
 
 def _queries(names: ArgumentNames, q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, int]:
@@ -426,13 +481,12 @@ def _check_heads(names: ArgumentNames, q: torch.Tensor, k: torch.Tensor, v: torc
         )
 
 
-def _output(name: str, out: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> None:
+def _output(name: str, out: torch.Tensor, q: torch.Tensor, v: torch.Tensor, dtype: DType) -> None:
     expected = (*q.shape[:-1], v.shape[-1])
     if tuple(out.shape) != expected:
         raise ShapeError(f"{name} {tuple(out.shape)}: {expected} is needed")
-    expected_dtype = torch.bfloat16 if DTYPES[q.dtype].is_fp8 else q.dtype
-    if out.dtype != expected_dtype:
-        raise DTypeError(name, out.dtype, f"{str(expected_dtype).removeprefix('torch.')} is needed")
+    if out.dtype != TORCH_DTYPES[dtype]:
+        raise DTypeError(name, out.dtype, f"{_short(TORCH_DTYPES[dtype])} is needed")
     check_writable(name, out)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cute_fa.engine.contract import common_objections
+from cute_fa.semantics.names import dtypes_of_code
 from cute_fa.semantics.problem import AttentionProblem
-from cute_fa.semantics.types import Direction, DType, PersistentMode
+from cute_fa.semantics.types import Direction, PersistentMode
 
 MAX_CTAS = 2**31 - 1  # of a grid in x
 # Of a thread's 255 registers, those of the products that a CTA sums up over its whole loop.
@@ -23,8 +24,8 @@ def objections(
     be split.
     """
     reasons = []
-    if problem.dtype not in (DType.FP16, DType.BF16):
-        reasons.append(f"dtype {problem.dtype.value}: sm_80 tensor cores take fp16 and bf16, fp8 has no FA2 kernel")
+    if problem.is_fp8:
+        reasons.append(f"dtype {dtypes_of_code(problem)}: sm_80 tensor cores take fp16 and bf16, fp8 has no FA2 kernel")
     reasons += common_objections(problem, "16-byte copies", splits=rows_of_any_head)
     if not rows_of_any_head:
         if problem.page_size is not None:

@@ -1,9 +1,8 @@
 """What the compiled kernel takes, and how both roles read where a tile lies in it."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass
-import cutlass.cute as cute
 from cutlass import Int32
 
 from cute_fa.device.arguments import CommonArguments
@@ -14,22 +13,12 @@ from cute_fa.device.tma_boxes import TmaTensor
 from fa3_sm90.forward.config import Fa3ForwardConfig
 
 
-class Descales(NamedTuple):
-    """What codes of q, k and v are multiplied by to give values: fp32 (batch, heads_kv) each, of any strides."""
-
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-
-
 class ForwardArguments(NamedTuple):
-    """``grid``: what the tile scheduler is told of the tiles; ``num_ctas``: the grid of the launch; ``descales``: of
-    fp8, None for 16 bits."""
+    """``grid``: what the tile scheduler is told of the tiles; ``num_ctas``: the grid of the launch."""
 
     common: CommonArguments
     grid: TileGrid
     num_ctas: Int32
-    descales: Optional[Descales]
 
 
 class TmaTensors(NamedTuple):

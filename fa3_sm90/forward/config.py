@@ -181,7 +181,8 @@ class Tiles(NamedTuple):
 
 # In order of preference.
 _TILES = (Tiles(3, 128), Tiles(3, 96), *(Tiles(2, tile_n) for tile_n in (128, 112, 96, 80, 64)))
-# Of fp8, each with P·V in the fewest parts that the registers allow; narrower than that wgmma reads P more often than pays.
+# Of fp8, each with P·V in the fewest parts that the registers allow. Columns of a part, at least: with fewer, wgmma
+# reads P for too few products.
 _FP8_KEYS = (160, 128, 96, 64)
 _FP8_PART = 48
 # Accesses to local memory in the loops of (3, 128) at head_dim 64, at most, of bf16 kernels with and without a right

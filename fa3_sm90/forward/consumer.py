@@ -95,17 +95,17 @@ class Consumer:
         if const_expr(self.config.alibi):
             head = work.tile.head * self.config.pack_gqa
             slopes = self.rows.per_head(self.args.common.alibi_slopes[work.tile.batch, None], head)
-        scale, descales = self.args.common.softmax_scale, self.args.descales
-        if const_expr(descales is not None):
-            batch, head = work.tile.batch, kv_head(self.args, self.config, work.tile.head)
-            scale = scale * (descales.q[batch, head] * descales.k[batch, head])
+        scale = self.args.common.softmax_scale
+        head = kv_head(self.args, self.config, work.tile.head)
+        descale = self.args.common.descales.of_scores(work.tile.batch, head)
+        if const_expr(descale is not None):
+            scale = scale * descale
         return Score.of(scale, self.args.common.softcap, slopes)
 
     def value_scale(self, work: TileWork):
         """Factor of all values of the tile, or None."""
-        if const_expr(self.args.descales is None):
-            return None
-        return self.args.descales.v[work.tile.batch, kv_head(self.args, self.config, work.tile.head)]
+        head = kv_head(self.args, self.config, work.tile.head)
+        return self.args.common.descales.of_values(work.tile.batch, head)
 
     @cute.jit
     def walk(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cute_fa.device.tiling import MAX_TILES, ceil_div, dense_tiles, head_group, num_ctas, packed_tiles
 from cute_fa.engine.contract import (
@@ -13,8 +13,9 @@ from cute_fa.engine.contract import (
     common_arguments,
     common_objections,
 )
+from cute_fa.semantics.names import dtypes_of_code
 from cute_fa.semantics.problem import AttentionProblem
-from cute_fa.semantics.types import Direction, DType
+from cute_fa.semantics.types import Direction
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig, forward_candidates, forward_config
 
 # Of an H100 and an H200 (NVIDIA H100 whitepaper): what the order of tiles is planned for.
@@ -30,25 +31,16 @@ class Grid(NamedTuple):
     head_group: int
 
 
-class Descales(NamedTuple):
-    """fp32 tensors in the order of ``fa3_sm90.forward.arguments.Descales``."""
-
-    q: Any
-    k: Any
-    v: Any
-
-
 class Launch(NamedTuple):
     """What a launch takes, in the order of ``fa3_sm90.forward.arguments.ForwardArguments``."""
 
     common: CommonArguments
     grid: Grid
     num_ctas: int
-    descales: Descales | None = None
 
 
 class Fa3Forward(AttentionKernel):
-    """Forward with TMA and wgmma, for sm_90a: fp16 and bf16, head_dim 8 … 256."""
+    """Forward with TMA and wgmma, for sm_90a: fp16, bf16 and fp8, head_dim 8 … 256."""
 
     family = "fa3"
     direction = Direction.FORWARD
@@ -56,8 +48,10 @@ class Fa3Forward(AttentionKernel):
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
         reasons = []
-        if problem.dtype not in (DType.FP16, DType.BF16):
-            reasons.append(f"dtype {problem.dtype.value}: this kernel takes fp16 and bf16")
+        if problem.is_fp8 and not problem.dtype.is_fp8:
+            reasons.append(f"dtype {dtypes_of_code(problem)}: k and v in fp8 with q in 16 bits")
+        if problem.dtype.is_fp8 and not problem.head_dim == problem.head_dim_v in (64, 128, 256):
+            reasons.append("fp8: head_dim 64, 128 or 256")
         reasons += common_objections(problem, "16-byte strides of TMA")
         if problem.cache_leftpad and problem.page_size is not None:
             reasons.append(f"cache_leftpad with page_size {problem.page_size}: blocks of keys start where pages do")

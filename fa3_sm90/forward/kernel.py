@@ -2,14 +2,14 @@
 compute on wgmma, CTAs walk over tiles of queries."""
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from cute_fa.device.fake_arguments import common_fakes, fake_strided
+from cute_fa.device.fake_arguments import common_fakes
 from cute_fa.device.ring import Ring, rings
 from cute_fa.device.tile_scheduler import TileGrid
 from cute_fa.device.tma_boxes import tma_tensor
-from fa3_sm90.forward.arguments import Descales, ForwardArguments, TmaTensors, dense_extents
+from fa3_sm90.forward.arguments import ForwardArguments, TmaTensors, dense_extents
 from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
 from fa3_sm90.forward.consumer import Consumer
 from fa3_sm90.forward.loader import Loader
@@ -97,7 +97,6 @@ def build(config: Fa3ForwardConfig):
         common_fakes(config),
         grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),
         num_ctas=Int32(0),
-        descales=Descales(*(fake_strided(Float32, 2) for _ in Descales._fields)) if config.dtype.is_fp8 else None,
     )
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return Fa3ForwardKernel(config), (arguments, stream)

@@ -45,6 +45,7 @@ BASE = AttentionProblem(
     head_dim_v=64,
     softmax_scale=0.125,
 )
+FP8 = {"dtype": DType.E4M3} | dict.fromkeys(("dtype_k", "dtype_v", "out_dtype"))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_mask_kind(changes, mask, causal):
 def test_derived():
     assert BASE.gqa_ratio == 4
     assert BASE.out_dtype is DType.BF16
-    assert dataclasses.replace(BASE, dtype=DType.E4M3, out_dtype=None).out_dtype is DType.BF16
+    assert dataclasses.replace(BASE, **FP8).out_dtype is DType.BF16
     assert not BASE.varlen
     assert dataclasses.replace(BASE, seqused_k=True).varlen
     assert dataclasses.replace(BASE, alibi=True).position_bias is PositionBias.ALIBI
@@ -176,6 +177,10 @@ def test_derived():
         ({"sink_tokens": -1}, ArgumentError, "sink_tokens=-1"),
         ({"num_splits": 0}, ArgumentError, "num_splits=0"),
         ({"out_dtype": DType.E4M3}, Fp8Error, "out_dtype=e4m3"),
+        ({"out_dtype": "bf16"}, ArgumentError, "out_dtype='bf16': a DType"),
+        ({"dtype_k": DType.E4M3}, Fp8Error, "dtypes bf16, e4m3, bf16 of q, k, v: k and v are of q's, or both fp8"),
+        (FP8 | {"dtype_v": DType.BF16}, Fp8Error, "dtypes e4m3, e4m3, bf16 of q, k, v"),
+        ({"k_descale": True}, Fp8Error, "k_descale with k in bf16: only fp8 codes have descales"),
         ({"persistent": "on"}, ArgumentError, "persistent='on': PersistentMode is needed"),
         ({"persistent": None}, ArgumentError, "persistent=None: PersistentMode is needed"),
         ({"pack_gqa": 1}, ArgumentError, "pack_gqa=1: True, False, or None for the kernel's own choice"),

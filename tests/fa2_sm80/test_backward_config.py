@@ -8,6 +8,8 @@ from fa2_sm80.backward.entry import Fa2Backward
 from fa2_sm80.common.copies import panel_width
 from tests.testing.cases import refusals, small_problem
 
+FP8 = {"dtype": DType.E4M3} | dict.fromkeys(("dtype_k", "dtype_v", "out_dtype"))
+
 
 def problem(**changes) -> AttentionProblem:
     return small_problem(**{"arch": SmArch.SM_80, "direction": Direction.BACKWARD, **changes})
@@ -71,7 +73,7 @@ def test_each_feature_has_its_own_code(change, flag):
     ("change", "word"),
     [
         ({"head_dim": 260, "head_dim_v": 260}, "head_dim 260"),
-        ({"dtype": DType.E4M3}, "e4m3"),
+        (FP8, "e4m3"),
         ({"page_size": 16, "seqused_k": True}, "page_size 16"),
         ({"num_splits": 2}, "num_splits 2"),
         ({"softcap": 8193.0}, "softcap 8193"),

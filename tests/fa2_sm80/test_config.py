@@ -7,6 +7,8 @@ from cute_fa.semantics.types import DType, SmArch
 from fa2_sm80.forward.entry import Fa2Forward
 from tests.testing.cases import refusals, small_problem
 
+FP8 = {"dtype": DType.E4M3} | dict.fromkeys(("dtype_k", "dtype_v", "out_dtype"))
+
 
 def problem(**changes) -> AttentionProblem:
     return small_problem(**{"arch": SmArch.SM_80, **changes})
@@ -66,7 +68,7 @@ def test_sink_tokens_without_a_left_bound_change_nothing():
         ({"head_dim": 260, "head_dim_v": 260}, "head_dim 260"),
         ({"head_dim": 12}, "head_dim 12"),
         ({"head_dim_v": 20}, "head_dim_v 20"),
-        ({"dtype": DType.E4M3}, "e4m3"),
+        (FP8, "e4m3"),
         ({"page_size": 16}, "page_size 16"),
         ({"num_splits": 2}, "num_splits 2"),
         ({"seqlen_k": 2**30}, "1073741823"),

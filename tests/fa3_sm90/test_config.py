@@ -167,7 +167,7 @@ def test_what_changes_nothing_is_no_new_kernel(change):
         ({"head_dim": 264, "head_dim_v": 264}, "head_dim 264"),
         ({"head_dim": 12}, "head_dim 12"),
         ({"head_dim_v": 20}, "head_dim_v 20"),
-        ({"dtype": DType.E4M3}, "e4m3"),
+        ({"dtype_k": DType.E4M3, "dtype_v": DType.E5M2}, "bf16ke4m3ve5m2"),
         ({"num_splits": 2}, "num_splits 2"),
         ({"seqlen_k": 2**30}, "1073741823"),
         ({"softcap": 8193.0}, "softcap 8193"),
