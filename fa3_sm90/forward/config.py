@@ -290,7 +290,8 @@ def _page_objection(problem: AttentionProblem, tile_n: int) -> str | None:
     common = math.gcd(tile_n, 128)
     if problem.page_size is None or common >= 64:
         return None
-    return f"paged keys: a block of {tile_n} and a page of 128 have {common} rows in common for a TMA copy, one of 64 has 64"
+    rows = f"{common} rows in common for a TMA copy, one of 64 has 64"
+    return f"paged keys: a block of {tile_n} and a page of 128 have {rows}"
 
 
 def _memory_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
