@@ -7,7 +7,14 @@ from cute_fa.api.attention import flash_attn_func, flash_attn_varlen_func
 from cute_fa.api.cache_requests import ChunkedPrefillRequest, ChunkLayout, PagedAttentionRequest, PagedKvCache
 from cute_fa.api.kvcache import flash_attn_with_kvcache
 from cute_fa.api.merge import merge_states
-from cute_fa.api.requests import CumulativeSeqlens, Fa2BwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest
+from cute_fa.api.requests import (
+    CumulativeSeqlens,
+    Fa2BwdRequest,
+    Fa2FwdRequest,
+    Fa3FwdFp8Request,
+    Fa3FwdRequest,
+    VarlenFwdRequest,
+)
 from cute_fa.api.rotary import apply_rotary_emb
 from cute_fa.engine.bundles import use_bundles
 from cute_fa.engine.recording import record_keys
@@ -34,6 +41,7 @@ __all__ = [
     "DispatchTable",
     "Fa2BwdRequest",
     "Fa2FwdRequest",
+    "Fa3FwdFp8Request",
     "Fa3FwdRequest",
     "KvLayout",
     "MaskKind",

@@ -30,7 +30,7 @@ from cute_fa.semantics.errors import (
     ZeroLengthError,
 )
 from cute_fa.semantics.problem import PAGE_SIZES
-from cute_fa.semantics.tensors import DTYPES, check_devices, check_dims, check_head_dim, check_like, check_loadable
+from cute_fa.semantics.tensors import DTYPES, check_dims, check_head_dim, check_loadable, is_fp8
 from cute_fa.semantics.types import DType, KvLayout
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class PagedKvCache:
     fp16, bf16, e4m3 or e5m2, page_size one of 8, 16, 32, 64, 128, 256. With ``layout`` HND tensors are (num_pages,
     kv_heads, page_size, …): kernels follow strides, nothing is copied.
 
-    Raises ArgumentError, ShapeError, DTypeError, DeviceError, StrideError, EmptyCacheError or PageSizeError. What fp8
-    pages hold is multiplied by the descales of the request that reads them; no kernel does yet.
+    Raises ArgumentError, ShapeError, DTypeError, DeviceError, StrideError, EmptyCacheError or PageSizeError. Pages of k
+    and v may be of different fp8 types. What they hold is multiplied by the descales of the request that reads them.
     """
 
     k_pages: torch.Tensor
@@ -63,7 +63,8 @@ class PagedKvCache:
         if k.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise DTypeError("k_pages", k.dtype, f"one of {names} is needed")
-        if v.dtype != k.dtype:
+        both_fp8 = is_fp8(k) and is_fp8(v)
+        if v.dtype != k.dtype and not both_fp8:
             raise DTypeError("v_pages", v.dtype, f"{str(k.dtype).removeprefix('torch.')} is needed, as k_pages are")
         if v.device != k.device:
             raise DeviceError(f"v_pages are on {v.device} and k_pages on {k.device}: they must be on one device")
@@ -155,12 +156,15 @@ class PagedAttentionRequest(ForwardRequest):
     them, by default all that a row of page_table can hold.
     num_splits: parts that the keys are split into; 0 leaves kernel and number to the table, and ``problem()`` and
     ``dispatch_key()`` then stand for one part.
-    k_descale, v_descale: fp32 (batch, kv_heads), needed for fp8 pages and refused for others.
+    k_descale, v_descale: fp32 (batch, kv_heads), needed for fp8 pages and refused for others; q_descale: of fp8
+    queries, which fp8 pages are read with, 1 by default. ``out_dtype`` as for ``cute_fa.flash_attn_func``.
 
     Beside the errors of the public functions: PagedHeadDimError, LengthError and, where values are checked (see
-    ``cute_fa.flash_attn_varlen_func``), PageTableError from ``run()``; ``kernel()`` and ``run()`` raise Fp8Error for
-    fp8 pages, which no kernel reads.
+    ``cute_fa.flash_attn_varlen_func``), PageTableError from ``run()``; ``kernel()`` and ``run()`` raise Fp8Error where
+    no kernel reads fp8 pages, or none with such queries.
     """
+
+    fp8 = None
 
     cache: PagedKvCache
     page_table: torch.Tensor
@@ -169,18 +173,20 @@ class PagedAttentionRequest(ForwardRequest):
     cu_seqlens_q: CumulativeSeqlens | None = None
     max_seqlen_k: int | None = None
     num_splits: int = 0
+    q_descale: torch.Tensor | float | None = None
     k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
+    out_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_kinds(self, q=torch.Tensor, cache=PagedKvCache, page_table=torch.Tensor, seqlens=torch.Tensor)
+        for name in ("k_descale", "v_descale"):
+            self._check_given(name, getattr(self, name))
         if self.cu_seqlens_q is not None:
             check_kinds(self, cu_seqlens_q=CumulativeSeqlens)
         super().__post_init__()
         if self.cu_seqlens_q is not None:
             check_packed(self, "q")
-        for name in ("k_descale", "v_descale"):
-            self._check_descale(name, getattr(self, name))
 
     @property
     def k(self) -> torch.Tensor:
@@ -195,7 +201,8 @@ class PagedAttentionRequest(ForwardRequest):
         """Tokens that a row of page_table can hold."""
         return self.page_table.shape[1] * self.cache.page_size
 
-    def _check_descale(self, name: str, descale: torch.Tensor | None) -> None:
+    def _check_given(self, name: str, descale: torch.Tensor | None) -> None:
+        """Whether there are descales where the pages need some, and there alone."""
         if not self.cache.dtype.is_fp8:
             if descale is not None:
                 raise ArgumentError(f"{name} with {self.cache.dtype.value} pages: only fp8 pages have descales")
@@ -203,8 +210,6 @@ class PagedAttentionRequest(ForwardRequest):
         if not isinstance(descale, torch.Tensor):
             rule = f"{self.cache.dtype.value} pages need a tensor (batch, kv_heads)"
             raise ArgumentError(f"{name} is {type(descale).__name__}: {rule}")
-        check_like(name, descale, (self.problem().batch, self.cache.kv_heads), torch.float32)
-        check_devices({"q": self.q, name: descale}, "q")
 
     def _choose(self) -> tuple[AttentionProblem, type[AttentionKernel]]:
         num_sms = described(self._arch, self.q.device).num_sms
@@ -218,6 +223,10 @@ class PagedAttentionRequest(ForwardRequest):
             "page_table": self.page_table,
             "max_seqlen_k": self.max_seqlen_k,
             "num_splits": self.num_splits,
+            "q_descale": self.q_descale,
+            "k_descale": self.k_descale,
+            "v_descale": self.v_descale,
+            "out_dtype": self.out_dtype,
             "names": _NAMES,
         }
 

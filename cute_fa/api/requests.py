@@ -11,7 +11,7 @@ import numbers
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -27,12 +27,13 @@ from cute_fa.semantics.errors import (
     ChunkIndexError,
     CumulativeSeqlensError,
     EmptyBatchError,
+    Fp8Error,
     WindowError,
     ZeroLengthError,
 )
 from cute_fa.semantics.names import canonical_name
 from cute_fa.semantics.problem import INT32_MAX, normalize_window
-from cute_fa.semantics.tensors import lengths_of, problem_of
+from cute_fa.semantics.tensors import TORCH_DTYPES, lengths_of, problem_of
 from cute_fa.semantics.types import MaskKind, PersistentMode, PositionBias, SmArch
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cute_fa.semantics.call import Call
     from cute_fa.semantics.problem import AttentionProblem
     from cute_fa.semantics.reference import Gradients, ReferenceOptions
+    from cute_fa.semantics.types import DType
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ class Request:
     arch: SmArch | None = None
 
     family: ClassVar[str | None] = None
+    # Whether it is of fp8 tensors or of 16-bit ones; None: of either.
+    fp8: ClassVar[bool | None] = False
 
     if TYPE_CHECKING:
 
@@ -147,7 +151,7 @@ class Request:
             raise EmptyBatchError(f"q {tuple(call.q.shape)}: a request is of at least one sequence")
         object.__setattr__(self, "arch", self._arch)
         check_kinds(self, arch=SmArch)
-        self.problem()
+        self._check_dtypes()
 
     def problem(self) -> AttentionProblem:
         """The validated problem."""
@@ -206,6 +210,13 @@ class Request:
             "softcap": options.softcap,
         }
 
+    def _check_dtypes(self) -> None:
+        problem = self.problem()
+        if self.fp8 is not None and self.fp8 is not problem.is_fp8:
+            given = f"q, k and v in {', '.join(dtype.value for dtype in problem.dtypes)}"
+            rule = "takes fp8 alone" if self.fp8 else "takes fp16 and bf16, Fa3FwdFp8Request fp8"
+            raise Fp8Error(f"{given}: {type(self).__name__} {rule}")
+
     def _check_window(self) -> None:
         left, right = normalize_window(self.window, causal=False, name="window")
         sliding = self.mask in (MaskKind.SLIDING, MaskKind.SLIDING_CAUSAL)
@@ -231,7 +242,7 @@ class ForwardRequest(Request):
         ``kernel()`` raises."""
         self.kernel()
         out, lse = reference.attention(*self._call[:3], **self._reference_options())
-        return out.to(self.q.dtype), lse
+        return out.to(TORCH_DTYPES[cast("DType", self.problem().out_dtype)]), lse
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +275,23 @@ class Fa3FwdRequest(_ContiguousForward):
 
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "persistent": self.persistent, "pack_gqa": self.pack_gqa}
+
+
+@dataclass(frozen=True, eq=False)
+class Fa3FwdFp8Request(Fa3FwdRequest):
+    """A forward in fp8 by FA3-style kernels: q, k and v in e4m3 or e5m2, of the same type or not; descales and
+    ``out_dtype`` as for ``cute_fa.flash_attn_func``. Raises Fp8Error for 16-bit tensors."""
+
+    fp8 = True
+
+    q_descale: torch.Tensor | float | None = None
+    k_descale: torch.Tensor | float | None = None
+    v_descale: torch.Tensor | float | None = None
+    out_dtype: torch.dtype | None = None
+
+    def _options(self) -> dict[str, Any]:
+        names = ("q_descale", "k_descale", "v_descale", "out_dtype")
+        return super()._options() | {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,9 +84,11 @@ class KernelConfig(ABC):
     """Everything that shapes the machine code of one kernel: frozen, hashable, printable; the compile cache's key.
 
     ``kernel_module``: the module of its device code, whose ``build`` takes the config. Named, not imported, since what
-    launches a kernel from the cache must not load the DSL's compiler."""
+    launches a kernel from the cache must not load the DSL's compiler. ``derived``: properties that are printed beside
+    the fields."""
 
     kernel_module: ClassVar[str]
+    derived: ClassVar[tuple[str, ...]] = ()
 
     arch: SmArch
 

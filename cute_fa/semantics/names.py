@@ -48,8 +48,8 @@ def problem_name(problem: AttentionProblem | AppendProblem) -> str:
     if isinstance(problem, AttentionProblem):
         derived = {"causal": problem.causal, "varlen": problem.varlen, f"gqa{problem.gqa_ratio}": problem.gqa_ratio > 1}
         tokens |= {token.rstrip("0123456789"): token for token, present in derived.items() if present}
-        if problem.dtype.is_fp8 and problem.out_dtype is not DType.BF16:
-            tokens["out"] = f"out{problem.out_dtype.value}"
+        if problem.dtype.is_fp8 and problem.out_dtype is DType.FP16:
+            tokens["out"] = "outfp16"
         if problem.causal:
             del tokens["wr"]
         tokens = {token: tokens[token] for token in _ORDER if token in tokens}

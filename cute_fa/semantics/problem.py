@@ -272,9 +272,11 @@ class AttentionProblem:
         rows={"split-KV": {"num_splits": 4}},
     )
     direction: Direction = option(Direction.FORWARD, key="direction")
-    dtype_k: DType | None = option(None, key="dtype_k", rows=DTYPE_K_ROWS)
-    dtype_v: DType | None = option(None, key="dtype_v")
-    out_dtype: DType | None = option(None, key="out_dtype")
+    dtype_k: DType | None = option(
+        None, key="dtype_k", help="k's, where it is another than q's. [default: dtype]", rows=DTYPE_K_ROWS
+    )
+    dtype_v: DType | None = option(None, key="dtype_v", help="v's, where it is another than q's. [default: dtype]")
+    out_dtype: DType | None = option(None, key="out_dtype", help="The output's. [default: dtype, bf16 for fp8]")
     q_descale: bool = option(
         False, tensor=descale("q_descale"), flag="q_descale", flag_token="qscale", rows=DESCALE_ROWS
     )

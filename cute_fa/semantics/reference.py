@@ -3,6 +3,7 @@
 The formula, with D = seqlen_k − seqlen_q of the sequence, for query i, key j and query head h:
 
     s = softmax_scale · q_i · k_j;   s = c·tanh(s/c) if softcap c > 0;   s = s − slope[h]·|i + D − j| with ALiBi
+    with q, k, v of fp8 the codes times q_descale[b, g], k_descale[b, g], v_descale[b, g], g the kv head
     key j is visible iff j ≤ i + D + right, and j ≥ i + D − left or j < sink_tokens
     O_i = Σ_j p_j v_j with p the softmax over the visible keys and, if given, the extra logit learnable_sink[h]
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 _MAX_SCORES = 2**24
 LSE_TOLERANCE = 1e-3
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_P_OFFSET = 8.0 * math.log(2.0)  # of exponents in fp8: e4m3 ends at 448
 
 
 class Gradients(NamedTuple):
@@ -79,6 +81,9 @@ class ReferenceOptions(TypedDict, total=False):
     softcap: float
     alibi_slopes: torch.Tensor | None
     learnable_sink: torch.Tensor | None
+    q_descale: torch.Tensor | None
+    k_descale: torch.Tensor | None
+    v_descale: torch.Tensor | None
 
 
 class _Span(NamedTuple):
@@ -112,6 +117,9 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reference attention; returns (out, lse).
@@ -122,13 +130,14 @@ def attention(
     else the differences of ``cu_seqlens_k``, else whole rows of the table.
     cache_batch_idx (batch): which sequence of k and v, or row of page_table, each one of the batch reads; cache_leftpad
     (batch): rows before its first key, which its length counts.
-    alibi_slopes: (heads) or (batch, heads). learnable_sink: (heads). softmax_scale: 1/√head_dim by default.
+    alibi_slopes: (heads) or (batch, heads). learnable_sink: (heads). q_descale, k_descale, v_descale: (batch, heads_kv)
+    or one number, 1 by default. softmax_scale: 1/√head_dim by default.
     out: q's shape with head_dim_v, of ``dtype``; lse: (batch, heads, seqlen_q) or (heads, total_q).
 
     ``dtype`` float32 or float64 computes in that precision. A lower one (bfloat16, float16) rounds to it whatever a
     plain implementation in that type would store: scores, probabilities and O; the ALiBi bias, whose positions such
-    types cannot hold, stays fp32, as does the softmax. An fp8 type rounds the exponentials alone, relative to the row's
-    maximum, and leaves O in fp32: its scores and results are never fp8. LSE is never lower than fp32.
+    types cannot hold, stays fp32, as does the softmax. An fp8 type rounds the exponentials alone, times 2^8 relative to
+    the row's maximum, and leaves O in fp32: its scores and results are never fp8. LSE is never lower than fp32.
     """
     compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     left, right = normalize_window(window_size, causal)
@@ -141,10 +150,12 @@ def attention(
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     for span in _spans(q, k, lengths, (page_table, cache_batch_idx, cache_leftpad)):
         k_s, v_s = (_keys(t, span, cu_seqlens_k, page_table).to(compute) for t in (k, v))
+        k_s, v_s = _descaled(k_s, k_descale, span), _descaled(v_s, v_descale, span)
         slopes = _slopes(alibi_slopes, span, compute)
         for rows, distance, visible in _pieces(span, heads, left, right, sink_tokens, q.device):
             at, at_lse = _index(span, rows, cu_seqlens_q)
-            scores = _scores(q[at].to(compute), k_s, scale, softcap, compute if dtype in _FP8 else dtype)
+            q_s = _descaled(q[at].to(compute), q_descale, span)
+            scores = _scores(q_s, k_s, scale, softcap, compute if dtype in _FP8 else dtype)
             scores = _masked(scores, slopes, distance, visible)
             out[at], lse[at_lse], _ = _softmax_pv(scores, v_s, learnable_sink, dtype)
     return out, lse
@@ -186,6 +197,8 @@ def _gradients(
     if unknown:
         raise TypeError(f"gradients: no such option: {', '.join(sorted(unknown))}")
     o = SimpleNamespace(**_DEFAULTS | dict(options))
+    if any(t is not None for t in (o.q_descale, o.k_descale, o.v_descale)):
+        raise ArgumentError("gradients with descales: nothing computes gradients in fp8")
     softcap, alibi_slopes, learnable_sink = o.softcap, o.alibi_slopes, o.learnable_sink
     if any(t is not None for t in (o.page_table, o.cache_batch_idx, o.cache_leftpad)):
         raise ArgumentError(
@@ -270,6 +283,14 @@ def _slopes(alibi_slopes: torch.Tensor | None, span: _Span, compute: torch.dtype
     return slopes.to(compute)[:, None, None]
 
 
+def _descaled(rows: torch.Tensor, descale: torch.Tensor | None, span: _Span) -> torch.Tensor:
+    """Values of codes (rows, heads or kv heads, size) of one sequence."""
+    if descale is None:
+        return rows
+    factors = descale[span.batch] if descale.numel() > 1 else descale.reshape(1)
+    return rows * factors.to(rows.dtype).repeat_interleave(rows.shape[1] // factors.numel())[:, None]
+
+
 def _masked(
     scores: torch.Tensor, slopes: torch.Tensor | None, distance: torch.Tensor, visible: torch.Tensor
 ) -> torch.Tensor:
@@ -352,8 +373,8 @@ def _softmax_pv(
     # exp(−inf − −inf) is NaN where nothing is visible: subtract 0 there
     reference = lse.masked_fill(lse == -math.inf, 0.0)
     if dtype in _FP8 and scores.shape[-1]:
-        # at most 1 before rounding, as in a kernel, which normalises last: fp8 would flush small probabilities to 0
-        reference = scores.amax(-1)
+        # at most 2^8 before rounding, as in a kernel, which normalises last: fp8 would flush small probabilities to 0
+        reference = scores.amax(-1) - _P_OFFSET
         reference = reference.masked_fill(reference == -math.inf, 0.0)
     p = _rounded(torch.exp(scores - reference[..., None]), dtype)
     heads, rows, keys = p.shape
@@ -408,20 +429,22 @@ def expected(
     v: torch.Tensor,
     *,
     exact: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
     **options: Unpack[ReferenceOptions],
 ) -> Expected:
     """Reference result and tolerance for inputs of a low-precision type; options as for :func:`attention`. ``exact``,
-    float32 or float64, is what the reference is computed in.
+    float32 or float64, is what the reference is computed in; ``out_dtype`` the output's, bf16 for fp8 by default.
 
     The rule: max|out − ref32| ≤ 2·max|lowprec − ref32| + eps·max|ref32|, where lowprec is the same formula in the
-    input's type, for fp8 the fp32 formula with P rounded to e4m3, and eps that of the output's type, bf16 for fp8; LSE
-    within 1e-3, −inf exactly where the reference has it.
+    input's type, for fp8 the fp32 formula with P rounded to e4m3, and eps that of the output's type; LSE within 1e-3,
+    −inf exactly where the reference has it.
     """
     fp8 = q.dtype in _FP8
     out, lse = attention(q, k, v, **options, dtype=exact)
     low, _ = attention(q, k, v, **options, dtype=torch.float8_e4m3fn if fp8 else q.dtype)
     largest = out.abs().max().item() if out.numel() else 0.0
-    allowed = 2.0 * _largest_error(low, out) + torch.finfo(torch.bfloat16 if fp8 else q.dtype).eps * largest
+    eps = torch.finfo(out_dtype or (torch.bfloat16 if fp8 else q.dtype)).eps
+    allowed = 2.0 * _largest_error(low, out) + eps * largest
     return Expected(out, lse, allowed)
 
 
@@ -436,7 +459,7 @@ def check(
     **options: Unpack[ReferenceOptions],
 ) -> Comparison:
     """Compare a kernel's result with the reference; options as for :func:`attention`."""
-    return expected(q, k, v, exact=exact, **options).check(out, lse)
+    return expected(q, k, v, exact=exact, out_dtype=out.dtype, **options).check(out, lse)
 
 
 class Error(NamedTuple):

@@ -155,7 +155,7 @@ def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str
                 raise DTypeError(called, descale.dtype, "float32 is needed")
             if tuple(descale.shape) != shape and descale.numel() != 1:
                 asked = f"{sequences} and {shape[1]} heads of {names['k']}"
-                raise ShapeError(f"{called} {tuple(descale.shape)}: {shape}, or one number, is needed for the {asked}")
+                raise ShapeError(f"{called} {tuple(descale.shape)}: {shape} is needed, or one number, for the {asked}")
 
 
 def check_devices(tensors: Mapping[str, torch.Tensor | None], first: str) -> None:

@@ -56,6 +56,11 @@ _RUN_OPTIONS = [
     click.option("--schedule-seed", type=int, help="Simulate, with warps in a seeded adversarial order."),
     click.option("--late", is_flag=True, help="Simulate, with asynchronous work done as late as is legal."),
     click.option("--race", is_flag=True, help="Simulate, and report missing synchronisation under any schedule."),
+    click.option(
+        "--fp8-bits",
+        type=click.IntRange(8, 24),
+        help="Simulate, with so many significant bits of fp8 products' sums.",
+    ),
     click.option("--num-sms", type=click.IntRange(min=1), help="Simulate, with this many SMs. [default: a real GPU's]"),
     click.option("--inputs", type=click.Choice(["random", "peaked"]), default="random", show_default=True),
 ]
@@ -355,10 +360,10 @@ def _result_table(result: TrialResult | AppendResult) -> Table:
 def _shown(config: KernelConfig) -> str:
     """What the heuristic chose: fields that the kernel's name does not tell already, absent features left out; the
     kernel's own before those that all have."""
-    named = ("arch", "dtype", "head_dim", "head_dim_v")
+    named = ("arch", "dtype", "dtype_k", "dtype_v", "out_dtype", "head_dim", "head_dim_v")
     absent = {field.name: field.default for field in fields(config) if field.default in (False, None)}
     values = {name: value for name, value in config_fields(config).items() if name not in named}
-    shown = [name for name, value in values.items() if absent.get(name, ...) != value]
+    shown = [name for name, value in values.items() if absent.get(name, ...) != value and value is not None]
     shown.sort(key=lambda name: name not in type(config).__annotations__)
     return _listed({name: values[name] for name in shown})
 
@@ -378,7 +383,8 @@ def _saved(options: ProblemOptions, inputs: Inputs, result: TrialResult) -> dict
     tensors |= {"out": result.out, "lse": result.lse}
     if isinstance(result, BackwardResult):
         tensors |= {"dout": result.dout, "dlse": result.dlse, **result.gradients._asdict()}
-    spec = {**asdict(inputs.spec), "dtype": inputs.spec.dtype.value}
+    dtypes = zip(("dtype", "dtype_k", "dtype_v"), inputs.spec.dtypes, strict=True)
+    spec = asdict(inputs.spec) | {name: dtype.value for name, dtype in dtypes}
     return {
         "options": {**options.given, "resolved": spec},
         "canonical_name": result.canonical_name,

@@ -31,7 +31,8 @@ _LENGTH_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "pa
 class InputSpec:
     """One attention problem in the caller's terms.
 
-    ``seqlen_q`` and ``seqlen_k`` are the longest lengths; ``head_dim_v`` is ``head_dim`` by default.
+    ``seqlen_q`` and ``seqlen_k`` are the longest lengths; ``head_dim_v`` is ``head_dim`` by default, ``dtype_k`` and
+    ``dtype_v`` ``dtype``. ``descales``: fp8 tensors have some, one for each kv head of each sequence.
     ``lengths_q``/``lengths_k`` fix every sequence's length for varlen and seqused; without them they are drawn from the
     seed, the first one at its longest, with odd and empty ones among the rest. ``varlen_*`` packs the sequences with
     cu_seqlens; ``seqused_*`` passes lengths shorter than what the tensors hold. ``page_size`` stores k and v in pages,
@@ -49,6 +50,9 @@ class InputSpec:
     head_dim: int = 64
     head_dim_v: int | None = None
     dtype: DType = DType.BF16
+    dtype_k: DType | None = None
+    dtype_v: DType | None = None
+    descales: bool = True
     softmax_scale: float | None = None
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
@@ -80,13 +84,19 @@ class InputSpec:
             raise ArgumentError(f"{given} with cache_batch_idx or cache_leftpad: the function for caches takes none")
 
     @property
+    def dtypes(self) -> tuple[DType, DType, DType]:
+        """Of q, k and v."""
+        return self.dtype, self.dtype_k or self.dtype, self.dtype_v or self.dtype
+
+    @property
     def is_cache(self) -> bool:
         """Whether flash_attn_with_kvcache alone takes it."""
         return self.cache_batch_idx or self.cache_leftpad
 
 
 _CACHE_TENSORS = ("cache_batch_idx", "cache_leftpad")
-_TENSORS = (*_LENGTH_TENSORS, *_CACHE_TENSORS, "alibi_slopes", "learnable_sink")
+_DESCALES = ("q_descale", "k_descale", "v_descale")
+_TENSORS = (*_LENGTH_TENSORS, *_CACHE_TENSORS, "alibi_slopes", "learnable_sink", *_DESCALES)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,9 @@ class Inputs:
     cache_leftpad: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     learnable_sink: torch.Tensor | None = None
+    q_descale: torch.Tensor | None = None
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments, beside q, k and v, for ``cute_fa.reference.attention`` and ``expected``."""
@@ -176,6 +189,8 @@ def make_inputs(
     lengths_k = _lengths(spec.batch, spec.seqlen_k, spec.lengths_k, any_k, rng)
     make = _peaked if inputs == "peaked" else _random
     sequences = [make(spec, *lengths, rng) for lengths in zip(lengths_q, lengths_k, strict=True)]
+    descales = _draw_descales(spec, seed)
+    sequences = [_codes(parts, [None if d is None else d[b] for d in descales]) for b, parts in enumerate(sequences)]
     fill = math.nan if poison else 0.0
 
     q_rows, q_extent, cu_q, used_q = _extents(lengths_q, spec.seqlen_q, spec.varlen_q, spec.seqused_q, rng)
@@ -201,8 +216,11 @@ def make_inputs(
             page_table = _by_index(page_table, index, page_table.amax())
         else:
             k, v = (_by_index(t, index, fill) for t in (k, v))
-    dtype = TORCH_DTYPES[spec.dtype]
-    q, k, v = (lay_out(t.to(dtype), layout, fill) for t, layout in zip((q, k, v), _layouts(spec.layout), strict=True))
+    dtypes = (TORCH_DTYPES[dtype] for dtype in spec.dtypes)
+    q, k, v = (
+        lay_out(t.to(dtype), layout, fill)
+        for t, dtype, layout in zip((q, k, v), dtypes, _layouts(spec.layout), strict=True)
+    )
     if spec.layout == "expanded":
         k, v = (t.expand(*t.shape[:-2], spec.heads_kv, t.shape[-1]) for t in (k, v))
 
@@ -212,7 +230,7 @@ def make_inputs(
         slopes = 0.5 * torch.rand(shape, generator=rng) + 0.01
     sink = torch.randn(spec.heads, generator=rng) * 2.0 if spec.learnable_sink else None
     leftpad = torch.tensor(pads, dtype=torch.int32) if spec.cache_leftpad else None
-    tensors = (q, k, v, cu_q, cu_k, used_q, used_k, page_table, index, leftpad, slopes, sink)
+    tensors = (q, k, v, cu_q, cu_k, used_q, used_k, page_table, index, leftpad, slopes, sink, *descales)
     return Inputs(spec, *(None if t is None else _to_device(t, device) for t in tensors))
 
 
@@ -258,6 +276,25 @@ def _lengths(batch: int, longest: int, given, vary: bool, rng) -> list[int]:
     # an odd length and an empty one must not depend on luck
     lengths = [longest, longest * 5 // 8 | 1, 0, *drawn][:batch]
     return [min(length, longest) for length in lengths]
+
+
+def _draw_descales(spec: InputSpec, seed: int) -> list[torch.Tensor | None]:
+    """Of q, k and v, between 1/2 and 2, where they are fp8: fp32 (batch, heads_kv)."""
+    rng = torch.Generator().manual_seed(seed)
+    drawn = [torch.exp2(2.0 * torch.rand(spec.batch, spec.heads_kv, generator=rng) - 1.0) for _ in spec.dtypes]
+    given = [spec.descales and dtype.is_fp8 for dtype in spec.dtypes]
+    return [descale if used else None for descale, used in zip(drawn, given, strict=True)]
+
+
+def _codes(parts: tuple[torch.Tensor, ...], descales: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    """q, k and v of one sequence divided by its descales (heads_kv); where one kv head stands for all, by its own."""
+    kv_heads = parts[1].shape[1]
+    codes = []
+    for part, descale in zip(parts, descales, strict=True):
+        if descale is not None:
+            part = part / descale[:kv_heads].repeat_interleave(part.shape[1] // kv_heads)[:, None]
+        codes.append(part)
+    return tuple(codes)
 
 
 def _pads(spec: InputSpec, seed: int) -> list[int]:

@@ -17,6 +17,7 @@ from cute_fa.semantics.append_problem import AppendProblem
 from cute_fa.semantics.errors import ArgumentError, LengthError
 from cute_fa.semantics.options import options_of
 from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
 from cute_fa.tools.inputs import InputSpec
 from cute_fa.tools.trial import Machine, choose_machine, problem_of_spec
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from cute_fa.engine.contract import AttentionKernel
 
-_SIMULATION = ("schedule_seed", "late", "race", "num_sms")
+_SIMULATION = ("schedule_seed", "late", "race", "num_sms", "fp8_bits")
 
 
 def _feature_options(problem: type) -> list[Callable]:
@@ -49,7 +50,8 @@ def _feature_option(name: str, hint: Any, default: Any, text: str) -> Callable:
         return click.option(f"--{dashed}/--no-{dashed}", name, default=default, help=text)
     if issubclass(kinds[0], Enum):
         choices = click.Choice([member.value for member in kinds[0]])
-        return click.option(f"--{dashed}", name, type=choices, default=default.value, show_default=True, help=text)
+        value = default and default.value
+        return click.option(f"--{dashed}", name, type=choices, default=value, show_default=True, help=text)
     return click.option(f"--{dashed}", name, type=kinds[0], default=default, help=text)
 
 
@@ -116,7 +118,7 @@ class ProblemOptions:
         alike = {field.name for field in fields(InputSpec)} & self.given.keys()
         described = {name: self.given[name] for name in alike}
         described |= {
-            "dtype": DType(self["dtype"]),
+            **{name: self[name] and DType(self[name]) for name in ("dtype", "dtype_k", "dtype_v")},
             "window": self["window"] or (None, None),
             "sink_tokens": self["sink"],
         }
@@ -136,7 +138,9 @@ class ProblemOptions:
         """How to compute the forward, in the public functions' terms; only what is no default."""
         chosen = {name: self[name] for name in ("pack_gqa", "num_splits", "family")}
         chosen["persistent"] = PersistentMode(self["persistent"])
+        chosen["out_dtype"] = self["out_dtype"] and TORCH_DTYPES[DType(self["out_dtype"])]
         nothing = {"pack_gqa": None, "num_splits": 1, "family": None, "persistent": PersistentMode.AUTO}
+        nothing["out_dtype"] = None
         return {name: value for name, value in chosen.items() if value != nothing[name]}
 
     @property
@@ -152,6 +156,7 @@ class ProblemOptions:
             )
         choices = {name: value for name, value in self.choices.items() if name != "family"}
         choices["num_splits"] = self["num_splits"] or 1
+        choices["out_dtype"] = self["out_dtype"] and DType(self["out_dtype"])
         return problem_of_spec(self.spec, self.machine.arch, **choices)
 
     @property

@@ -40,6 +40,7 @@ class Machine:
     late: bool = False
     race: bool = False
     num_sms: int | None = None
+    fp8_bits: int | None = None
 
     @property
     def device(self) -> str:
@@ -47,7 +48,7 @@ class Machine:
 
     def simulate(self) -> AbstractContextManager:
         """A simulation of this machine."""
-        names = ("schedule_seed", "late", "race", "num_sms")
+        names = ("schedule_seed", "late", "race", "num_sms", "fp8_bits")
         return simulate(self.arch, **{name: getattr(self, name) for name in names})
 
     @property
@@ -147,6 +148,8 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionP
     alike = {field.name for field in fields(spec)} & {field.name for field in fields(AttentionProblem)}
     described = {name: getattr(spec, name) for name in alike}
     described |= {"num_heads": spec.heads, "num_heads_kv": spec.heads_kv, "window_left": left, "window_right": right}
+    given = zip(("q_descale", "k_descale", "v_descale"), spec.dtypes, strict=True)
+    described |= {name: spec.descales and dtype.is_fp8 for name, dtype in given}
     described |= {
         "alibi": spec.alibi or spec.alibi_per_batch,
         "seqused_k": spec.seqused_k or spec.page_size is not None or spec.cache_leftpad,
@@ -157,8 +160,10 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionP
 
 
 def config_fields(config: KernelConfig | Machine) -> dict[str, Any]:
-    """The fields by name, in plain types; a field that has fields of its own is a dict."""
-    return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
+    """The fields by name, and a kernel's properties that follow from them, in plain types; a field that has fields of
+    its own is a dict."""
+    names = [field.name for field in fields(config)] + list(getattr(config, "derived", ()))
+    return {name: _plain(getattr(config, name)) for name in names}
 
 
 def _plain(value: Any) -> Any:

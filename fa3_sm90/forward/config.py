@@ -33,6 +33,7 @@ class Fa3ForwardConfig(FeatureConfig):
     """
 
     kernel_module: ClassVar[str] = "fa3_sm90.forward.kernel"
+    derived: ClassVar[tuple[str, ...]] = ("promote_every",)
 
     warpgroups: int
     tile_n: int
