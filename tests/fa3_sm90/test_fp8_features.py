@@ -28,10 +28,8 @@ HEAD_DIMS = {
     "64": [(64, None)],
     "128": [(128, None)],
     "256": [(256, None)],
-    "small": [(d, None) for d in (16, 48, 32)],
-    "medium": [(d, None) for d in (80, 112, 96)],
-    "large": [(160, None), (240, 176), (144, 224), (176, 208), (192, None), (208, 144), (224, 240)],
-    "unequal": [(192, 128), (64, 256), (256, 64), (16, 112), (128, 16), (48, 80)],
+    "narrow": [(d, d_v) for d, d_v in ((48, None), (16, 112), (80, None), (128, 16), (112, None), (32, 96))],
+    "wide": [(192, 128), (64, 256), (176, 208), (160, None), (256, 64), (240, 176), (144, 224), (208, 144), (48, 240)],
 }
 MASKS = {
     "none": [{}],
@@ -56,20 +54,19 @@ LENGTHS = {
         {"varlen_q": True, "varlen_k": True, "seqused_q": True, "seqused_k": True},
         {"varlen_k": True},
     ],
-    "used": [{"seqused_q": True, "seqused_k": True}, {"varlen_q": True, "seqused_k": True}],
+    "used": [
+        {"seqused_q": True, "seqused_k": True},
+        {"cache_leftpad": True},
+        {"varlen_q": True, "seqused_k": True},
+        {"cache_batch_idx": True, "cache_leftpad": True},
+    ],
     "paged": [
         {"varlen_q": True, "page_size": 16},
         {"page_size": 8},
+        {"cache_batch_idx": True, "page_size": 64},
         {"seqused_q": True, "page_size": 32},
-        {"varlen_q": True, "page_size": 64},
         {"page_size": 128},
         {"varlen_q": True, "seqused_q": True, "page_size": 256},
-    ],
-    "cache": [
-        {"cache_batch_idx": True, "seqused_k": True},
-        {"cache_leftpad": True},
-        {"cache_batch_idx": True, "cache_leftpad": True},
-        {"cache_batch_idx": True, "page_size": 64},
     ],
 }
 FEATURES = {
@@ -119,6 +116,8 @@ SIMULATION = ("num_sms", "late", "schedule_seed", "race")
 def launch(given: Inputs, **options):
     """(out, lse) of one call; ``options``: those of the simulation and of the public function."""
     simulation = {name: options.pop(name) for name in SIMULATION if name in options}
+    if given.spec.is_cache:
+        options.pop("persistent", None)  # the function for caches takes none
     out, lse, _ = call(given, "sm_90a", simulation, family="fa3", **options)
     return out, lse
 
