@@ -118,7 +118,7 @@ class AppendProblem:
         if k.is_fp8 != v.is_fp8 or not (v is rows or v.is_fp8):
             raise Fp8Error(f"caches in {k.value} and {v.value}: both in fp8, or both in {rows.value}")
         if self.rotary_dim and rows.is_fp8:
-            raise Fp8Error(f"rotary_dim with rows in {rows.value}: rows in fp16 or bf16 rotate, fp8 codes are copied")
+            raise Fp8Error(f"rotary_dim with rows in {rows.value}: rows in fp16 or bf16 rotate, fp8 codes do not")
 
     @property
     def cache_dtypes(self) -> tuple[DType, DType]:

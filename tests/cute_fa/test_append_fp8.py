@@ -345,8 +345,9 @@ def test_errors(changes, error, message):
 def test_codes_do_not_rotate():
     arguments = small(k=rows(2, 1, 2, 64, dtype=E4M3), v=rows(2, 1, 2, 32, dtype=E5M2), k_descale=None, v_descale=None)
     table = torch.ones(32, 8)
-    with (
-        cute_fa.simulate("sm_80"),
-        pytest.raises(Fp8Error, match="rotary_cos with k in e4m3: rows in fp16 or bf16 rotate"),
-    ):
-        append_kv(**arguments, rotary_cos=table, rotary_sin=table)
+    rule = "rotary_cos with {} in e4m3: rows in fp16 or bf16 rotate, fp8 codes do not"
+    with cute_fa.simulate("sm_80"):
+        with pytest.raises(Fp8Error, match=rule.format("k")):
+            append_kv(**arguments, rotary_cos=table, rotary_sin=table)
+        with pytest.raises(Fp8Error, match=rule.format("q")):
+            append_kv(**small(), q=rows(2, 1, 4, 64, dtype=E4M3), rotary_cos=table, rotary_sin=table)
