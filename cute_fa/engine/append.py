@@ -246,10 +246,10 @@ def _check_rotary(names: ArgumentNames, call: AppendCall) -> int:
         if call.rotary_seqlens is not None:
             raise ArgumentError(f"{names['rotary_seqlens']} without {name}: nothing rotates")
         return 0
-    for rows, tensor in (("k", call.k), ("q", call.q)):
+    for rotated, tensor in names.of({"k": call.k, "q": call.q}).items():
         if tensor is not None and tensor.dtype in _FP8:
-            what = f"{names[rows]} in {DTYPES[tensor.dtype].value}"
-            raise Fp8Error(f"{name} with {what}: rows in fp16 or bf16 rotate, fp8 codes do not")
+            rows = f"{rotated} in {DTYPES[tensor.dtype].value}"
+            raise Fp8Error(f"{name} with {rows}: rows in fp16 or bf16 rotate, fp8 codes do not")
     check_dims(name, cos, 2, "(positions, rotary_dim / 2)")
     if cos.dtype not in _ROTARY_DTYPES:
         raise DTypeError(name, cos.dtype, "float16, bfloat16 or float32 is needed")
