@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import cute_fa
 from cute_fa import append_kv, append_rows
+from cute_fa.compat import flashinfer
 from cute_fa.engine import plan
 from cute_fa.semantics.call import AppendCall
 from cute_fa.semantics.errors import (
@@ -273,6 +274,20 @@ def test_rows_by_position(kind, descale):
     with cute_fa.simulate("sm_90a"):
         append_rows(k, v, *caches, batch, positions, **pages, k_descale=k_descale, v_descale=given)
     assert all(codes(cache).equal(codes(right)) for cache, right in zip(caches, expected, strict=True))
+
+
+def test_flashinfer_copies_codes():
+    codes_k, codes_v = (torch.arange(2 * 3 * 32).view(2, 3, 32).to(torch.uint8) + first for first in (0, 100))
+    cache = torch.zeros(2, 2, 8, 3, 32).to(E5M2)
+    place = {"batch_indices": [0, 0], "positions": [7, 8], "kv_indices": [1, 0], "kv_indptr": [0, 2], "last": [1]}
+    batch, positions, indices, indptr, last = (torch.tensor(t, dtype=torch.int32) for t in place.values())
+    with cute_fa.simulate("sm_80"):
+        rows_k, rows_v = codes_k.view(E5M2), codes_v.view(E5M2)
+        flashinfer.append_paged_kv_cache(rows_k, rows_v, batch, positions, cache, indices, indptr, last)
+    for half, expected in enumerate((codes_k, codes_v)):
+        written = cache.view(torch.uint8)[:, half]
+        assert written[1, 7].equal(expected[0]) and written[0, 0].equal(expected[1])
+        assert written.count_nonzero() == expected.count_nonzero()
 
 
 def test_rows_by_position_that_break_a_rule():
