@@ -54,6 +54,7 @@ class SharedOptions(PeerArguments, total=False):
     pack_gqa: bool | None
     out: torch.Tensor | None
     out_dtype: torch.dtype | None
+    promote_every: int | None
     family: str | None
 
 
@@ -153,6 +154,7 @@ def flash_attn_func(
     return_softmax_lse: bool = False,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    promote_every: int | None = None,
     family: str | None = None,
     **peers: Any,
 ) -> Result:
@@ -182,6 +184,8 @@ def flash_attn_func(
     return_lse (return_attn_probs, return_softmax_lse): also return the LSE.
     out: where to write the result; it then has no gradient.
     out_dtype: of fp8 inputs float16 or bfloat16; by default that of ``out``, else bfloat16. Of others theirs.
+    promote_every: wgmma of fp8 whose sums stay in the tensor cores' accumulator, which has few bits, see docs/fp8.md; 1
+        to 5 where registers allow, None lets the kernel choose.
     family: ``fa2``, ``fa3`` or ``fa4`` for kernels of that family alone; the best there is by default.
 
     Other arguments of FlashAttention 2, 3 and 4 are accepted at their defaults and raise UnsupportedArgumentError
@@ -211,6 +215,7 @@ def flash_attn_func(
         persistent,
         deterministic,
         out_dtype,
+        promote_every,
         "",
     )
     return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)
@@ -324,6 +329,7 @@ def flash_attn_varlen_func(
     return_softmax_lse: bool = False,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    promote_every: int | None = None,
     family: str | None = None,
     **peers: Any,
 ) -> Result:
@@ -379,6 +385,7 @@ def flash_attn_varlen_func(
         persistent,
         deterministic,
         out_dtype,
+        promote_every,
         names,
     )
     return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)

@@ -149,6 +149,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    promote_every: int | None = None,
     family: str | None = None,
     **peers: Any,
 ) -> Result:
@@ -227,6 +228,7 @@ def flash_attn_with_kvcache(
         family=family,
         pack_gqa=pack_gqa,
         out_dtype=out_dtype,
+        promote_every=promote_every,
         names=_ATTENTION_NAMES[table],
     )
     if scheduler_metadata is not None:

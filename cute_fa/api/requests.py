@@ -277,8 +277,8 @@ class Fa3FwdRequest(_ContiguousForward):
 
 @dataclass(frozen=True, eq=False)
 class Fa3FwdFp8Request(Fa3FwdRequest):
-    """A forward in fp8 by FA3-style kernels: q, k and v in e4m3 or e5m2, of the same type or not; descales and
-    ``out_dtype`` as for ``cute_fa.flash_attn_func``. Raises Fp8Error for 16-bit tensors."""
+    """A forward in fp8 by FA3-style kernels: q, k and v in e4m3 or e5m2, of the same type or not; descales,
+    ``out_dtype`` and ``promote_every`` as for ``cute_fa.flash_attn_func``. Raises Fp8Error for 16-bit tensors."""
 
     fp8 = True
 
@@ -286,6 +286,7 @@ class Fa3FwdFp8Request(Fa3FwdRequest):
     k_descale: torch.Tensor | float | None = None
     v_descale: torch.Tensor | float | None = None
     out_dtype: torch.dtype | None = None
+    promote_every: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

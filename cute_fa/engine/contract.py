@@ -239,6 +239,8 @@ def common_objections(problem: AttentionProblem, head_dim_rule: str, splits: boo
         reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
     if problem.out_dtype is not problem.dtype and not problem.dtype.is_fp8:
         reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the dtype of q, {problem.dtype.value}")
+    if problem.promote_every is not None and not problem.dtype.is_fp8:
+        reasons.append(f"promote_every {problem.promote_every} with q in {problem.dtype.value}: of fp8 alone")
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_BOUND:
         reasons.append(f"a sequence longer than {MAX_BOUND}: positions are int32")
     if problem.softcap > MAX_SOFTCAP:

@@ -54,6 +54,7 @@ class Options(NamedTuple):
     persistent: str = "auto"
     deterministic: bool = False
     out_dtype: str | None = None
+    promote_every: int | None = None
     names: str = ""
 
 

@@ -133,8 +133,9 @@ class AttentionProblem:
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``).
 
-    ``persistent`` and ``pack_gqa`` (query heads of one kv head share a tile; None: the kernel chooses) change how a
-    kernel computes, never what. They are here because a kernel must be able to refuse them.
+    ``persistent``, ``pack_gqa`` (query heads of one kv head share a tile; None: the kernel chooses) and
+    ``promote_every`` (of fp8, wgmma whose sums stay in the tensor cores' accumulator) change how a kernel computes,
+    never what. They are here because a kernel must be able to refuse them.
 
     Of the backward alone: ``deterministic`` asks for gradients that are bit-identical between runs; ``lse_gradient``
     says that the gradient of LSE is given; ``slopes_gradient`` that the one of the ALiBi slopes is wanted. Those of q,
@@ -294,6 +295,12 @@ class AttentionProblem:
         help="Query heads of one kv head share a tile. [default: as it pays]",
         rows={"GQA, query heads packed": {"num_heads": 8, "pack_gqa": True}},
     )
+    promote_every: int | None = option(
+        None,
+        direction=Direction.FORWARD,
+        help="wgmma of fp8 whose sums stay in the tensor cores' accumulator. [default: as registers allow]",
+        rows={"fp8, promotion after each wgmma": {"dtype": DType.E4M3, "promote_every": 1}},
+    )
     deterministic: bool = option(
         False,
         token="det",
@@ -348,6 +355,8 @@ class AttentionProblem:
                 raise WindowError(f"window_{side}={bound!r}: a bound is an int, or None for infinite")
         if not 0 <= self.sink_tokens <= INT32_MAX:
             raise ArgumentError(f"sink_tokens={self.sink_tokens}: between 0 and {INT32_MAX}")
+        if self.promote_every is not None and not 1 <= self.promote_every <= INT32_MAX:
+            raise ArgumentError(f"promote_every={self.promote_every}: at least 1, or None for the kernel's own choice")
         if not 1 <= self.num_splits <= INT32_MAX:
             raise ArgumentError(f"num_splits={self.num_splits}: between 1 and {INT32_MAX}")
 

@@ -15,6 +15,7 @@ from cute_fa.semantics.types import PersistentMode, SmArch
 
 WARPGROUP = 128
 WGMMA_M = 64
+FP8_K = 32  # bytes of a dot product that one wgmma takes
 # Room for the mbarriers beside the tiles.
 BARRIER_BYTES = 1024
 # setmaxnreg of (producer, consumer) by number of consumer warpgroups: all 65,536 registers of the SM, 128 or 168 a
@@ -60,7 +61,7 @@ class Fa3ForwardConfig(FeatureConfig):
     @property
     def mma_k(self) -> int:
         """Elements of a dot product that one wgmma takes, 32 bytes."""
-        return 32 // self.dtype.bytes
+        return FP8_K // self.dtype.bytes
 
     @property
     def head_dim_padded(self) -> int:
@@ -219,6 +220,15 @@ def _config(problem: AttentionProblem, tiles: Tiles) -> Fa3ForwardConfig:
     )
 
 
+def promotion_objection(problem: AttentionProblem) -> str | None:
+    """Why P·V of fp8 is not promoted as often as is asked for: a block of keys is promoted as a whole."""
+    refused = f"promote_every {problem.promote_every}"
+    if problem.promote_every not in (n // FP8_K for n in _FP8_KEYS):
+        return f"{refused}: 1 to {max(_FP8_KEYS) // FP8_K}, of blocks of up to {max(_FP8_KEYS)} keys"
+    reasons = [reason for _, reason in _weighed(problem)]
+    return None if None in reasons else f"{refused}: {reasons[-1]}"
+
+
 def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
     """Tiles in order of preference, each with why it is refused."""
     fp8 = problem.dtype.is_fp8
@@ -235,7 +245,8 @@ def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
 def _fp8_tiles(problem: AttentionProblem) -> Iterator[Tiles]:
     """Two warpgroups: with the 160 registers of three, 96 keys spill at head_dim 64."""
     size_v = padded(problem.head_dim_v)
-    for tile_n in _FP8_KEYS:
+    asked = problem.promote_every
+    for tile_n in (n for n in _FP8_KEYS if asked in (None, n // FP8_K)):
         yield Tiles(2, tile_n)
         narrowest = _FP8_COLUMNS if tile_n > 64 else 32
         for parts in range(2, size_v // narrowest + 1):

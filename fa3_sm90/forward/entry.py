@@ -16,7 +16,13 @@ from cute_fa.engine.contract import (
 from cute_fa.semantics.names import dtypes_of_code
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction
-from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig, forward_candidates, forward_config
+from fa3_sm90.forward.config import (
+    WGMMA_M,
+    Fa3ForwardConfig,
+    forward_candidates,
+    forward_config,
+    promotion_objection,
+)
 
 # Of an H100 and an H200 (NVIDIA H100 whitepaper): what the order of tiles is planned for.
 L2_BYTES = 50 * 2**20
@@ -58,6 +64,9 @@ class Fa3Forward(AttentionKernel):
                 for name, size in sizes.items()
                 if size % 16
             ]
+            if not reasons and problem.promote_every is not None:
+                refused = promotion_objection(problem)
+                reasons += [] if refused is None else [refused]
         if problem.cache_leftpad and problem.page_size is not None:
             reasons.append(f"cache_leftpad with page_size {problem.page_size}: blocks of keys start where pages do")
         if problem.pack_gqa and problem.gqa_ratio > WGMMA_M:

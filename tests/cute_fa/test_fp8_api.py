@@ -14,6 +14,7 @@ from cute_fa.semantics import reference
 from cute_fa.semantics.call import Call
 from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa3_sm90.forward.entry import Fa3Forward
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SPEC = InputSpec(2, 70, 130, 4, 2, 64, dtype=DType.E4M3, causal=True)
@@ -81,6 +82,16 @@ def test_the_output_is_what_is_asked_for():
     out = torch.full(Q.shape, math.nan, dtype=torch.float16)
     assert cute_fa.flash_attn_func(Q, K, V, causal=True, **DESCALES, out=out) is out
     assert torch.equal(out, half[0])
+
+
+def test_how_often_sums_are_promoted():
+    """A choice of how, not what: after each wgmma the blocks have 32 keys."""
+    out, lse = run(**DESCALES, promote_every=1)
+    assert reference.check(out, lse, Q, K, V, causal=True, **DESCALES).ok
+    problem = cute_fa.DispatchKey(cute_fa.SmArch.SM_90A, DType.E4M3, 64).problem()
+    for every, keys in ((None, 160), (1, 32), (2, 64), (5, 160)):
+        config = Fa3Forward.configure(replace(problem, promote_every=every))
+        assert config.tile_n == keys and config.promote_every == keys // 32
 
 
 def test_every_function():
@@ -169,6 +180,14 @@ HALVES = [t.to(torch.bfloat16) for t in (Q, K, V)]
         ),
         ((Q, K, V), {"out_dtype": "fp16"}, errors.DTypeError, "out_dtype is fp16: torch.float16 or torch.bfloat16"),
         ((Q, K, V), {"num_splits": 2}, errors.Fp8Error, "num_splits 2: this kernel does not split"),
+        (
+            (Q, K, V),
+            {"promote_every": 6},
+            errors.UnsupportedKeyError,
+            "promote_every 6: 1 to 5, of blocks of up to 160 keys",
+        ),
+        ((Q, K, V), {"promote_every": 0}, errors.ArgumentError, "promote_every=0: at least 1"),
+        (HALVES, {"promote_every": 2}, errors.UnsupportedKeyError, "promote_every 2 with q in bf16: of fp8 alone"),
         ((Q, K, V), {"family": "fa2"}, errors.Fp8Error, "e4m3 input on sm_90a: no kernel offers fp8 here"),
         ((Q, K, HALVES[2]), {}, errors.DTypeError, "v is bfloat16: q is float8_e4m3fn, k and v must be fp8, too"),
         ((Q, K.view(torch.uint8), V), {}, errors.DTypeError, r"k is uint8: .* tensor.view\(torch.float8_e4m3fn\)"),
