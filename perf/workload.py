@@ -102,6 +102,7 @@ class Workload:
             head_dim=self.head_dim,
             head_dim_v=self.head_dim_v,
             dtype=self.dtype,
+            descales=False,  # the peers are given none
             causal=self.causal,
             window=self.window_size,
             varlen_q=packed and not self.decode,

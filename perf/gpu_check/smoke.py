@@ -59,6 +59,9 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
     "d128 causal": Attention(InputSpec(1, 300, 300, 4, 2, 128, causal=True)),
     "d64": Attention(InputSpec(1, 300, 300, 2, 2, 64)),
     "d256": Attention(InputSpec(1, 150, 200, 2, 1, 256, causal=True)),
+    "fp8 d128 causal": Attention(InputSpec(1, 300, 300, 4, 2, 128, dtype=DType.E4M3, causal=True)),
+    "fp8 d64": Attention(InputSpec(1, 300, 400, 2, 2, 64, dtype=DType.E5M2)),
+    "fp8 d256, pages": Attention(InputSpec(2, 60, 300, 4, 2, 256, dtype=DType.E4M3, causal=True, page_size=64)),
     "backward d128": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), backward=True),
     "split": Attention(InputSpec(2, 1, 700, 4, 1, 128, page_size=64), choices={"num_splits": 3}),
     "append": _append,
@@ -73,6 +76,12 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
     "split d256": Attention(InputSpec(1, 1, 500, 2, 1, 256), choices={"num_splits": 2}),
     "fa2 d128 causal": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), choices={"family": "fa2"}),
 }
+
+
+def served(arch: SmArch) -> list[str]:
+    """The problems that there are kernels for: fp8 is Hopper's alone."""
+    fp8 = {name for name, problem in SMOKE.items() if isinstance(problem, Attention) and problem.spec.dtype.is_fp8}
+    return [name for name in SMOKE if arch.has_wgmma or name not in fp8]
 
 
 @click.command()

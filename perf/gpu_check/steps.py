@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cute_fa.engine.compiler import dsl_installed
-from perf.gpu_check.smoke import NOT_BUNDLED, SMOKE
+from cute_fa.semantics.types import SmArch
+from cute_fa.tools.trial import gpu_arch
+from perf.gpu_check.smoke import NOT_BUNDLED, SMOKE, served
 
 _ROOT = Path(__file__).parents[2]  # where commands run: they name files below it
 _TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -100,7 +102,8 @@ class Plan:
 
     def _smoke(self) -> Iterator[Step]:
         simulated = ("--arch", self.dry) if self.dry else ()
-        for name in SMOKE:
+        arch = SmArch(self.dry) if self.dry else gpu_arch()
+        for name in SMOKE if arch is None else served(arch):
             command = (sys.executable, "-m", "perf.gpu_check.smoke", name, *simulated)
             # In parallel: on a GPU a process waits for its imports more than for the kernel.
             yield Step("smoke", name, command, _SMOKE_LIMIT_S * (10 if self.dry else 1), min(4, self.processors))

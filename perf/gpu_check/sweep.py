@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from cute_fa.semantics.errors import CompilerMissingError
-from cute_fa.semantics.types import Direction, SmArch
+from cute_fa.semantics.types import Direction, DType, SmArch
 from perf.device import CudaDevice
 from perf.providers import PROVIDERS, CuteFa
 from perf.results import ResultFile
@@ -22,13 +22,17 @@ PEERS = ("cute-fa", "FA2", "cuDNN")
 _BACKWARD = {"direction": Direction.BACKWARD, "causal": True}
 _GQA = {"heads": 32, "heads_kv": 8}
 # In an order of value; 16384 tokens, bf16, 16 heads of 128 unless said otherwise.
+_FP8 = {"dtype": DType.E4M3}  # Hopper's alone
 WORKLOADS = (
     Workload(seqlen=8192, causal=True),
     Workload(seqlen=8192),
+    Workload(seqlen=8192, **_FP8),
+    Workload(seqlen=8192, causal=True, **_FP8),
     Workload(seqlen=8192, **_BACKWARD),
     Workload(seqlen=8192, tokens=131072, decode=True, **_GQA),
     Workload(seqlen=8192, causal=True, head_dim=64, head_dim_v=64),
     Workload(seqlen=8192, causal=True, head_dim=256, head_dim_v=256),
+    Workload(seqlen=8192, head_dim=256, head_dim_v=256, **_FP8),
     Workload(seqlen=2048, causal=True),
     Workload(seqlen=2048, **_BACKWARD),
     Workload(seqlen=8192, head_dim=64, head_dim_v=64),
@@ -42,6 +46,11 @@ WORKLOADS = (
 )
 
 
+def workloads(arch: SmArch) -> list[Workload]:
+    """Those that there are kernels for."""
+    return [workload for workload in WORKLOADS if arch.has_wgmma or not workload.dtype.is_fp8]
+
+
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 @click.option("--budget", type=float, default=30.0, show_default=True, help="Milliseconds timed for each provider.")
@@ -51,13 +60,14 @@ def main(out: Path, budget: float, pose: str | None) -> None:
     if pose:
         from perf.gpu_check.dry_run import launch_once
 
-        for workload in WORKLOADS:
+        for workload in workloads(SmArch(pose)):
             launch_once(workload, pose)
             click.echo(f"{workload}: launched")
         return
     providers = {name: PROVIDERS[name] for name in PEERS}
-    failed = False
-    for workload, rows in Sweep(CudaDevice(), providers, ResultFile(out), Effort(budget_ms=budget)).run(WORKLOADS):
+    failed, device = False, CudaDevice()
+    sweep = Sweep(device, providers, ResultFile(out), Effort(budget_ms=budget))
+    for workload, rows in sweep.run(workloads(device.arch)):
         told = [f"{row['provider']} " + (_figures(row) if row["status"] == "ok" else _reason(row)) for row in rows]
         click.echo(f"{workload}: {', '.join(told) or 'already there'}")
         failed = failed or any(row["provider"] == CuteFa.name and _failed(row) for row in rows)

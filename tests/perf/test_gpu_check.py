@@ -36,7 +36,7 @@ from perf import cuda_driver
 from perf import results as results_module
 from perf.cuda_driver import Driver
 from perf.gpu_check import pack, steps, sweep
-from perf.gpu_check.smoke import SMOKE, Attention
+from perf.gpu_check.smoke import SMOKE, Attention, served
 from perf.gpu_check.steps import Outcome, Plan, Step
 from perf.workload import Workload
 from tests.cute_fa.test_backward_ops import FULL
@@ -367,6 +367,17 @@ def test_smoke_has_every_kernel_of_a_hopper():
     assert {config.head_dim for config in configs.values()} == {64, 128, 256}
     largest = configs["largest shared memory"]
     assert (largest.head_dim, largest.head_dim_v) == (256, 176)
+    in_fp8 = {config.head_dim for config in configs.values() if config.dtype.is_fp8}
+    assert in_fp8 == {64, 128, 256} and served(SmArch.SM_90A) == list(SMOKE)
+
+
+def test_what_an_ampere_has_no_kernel_for_is_left_out(tmp_path):
+    """fp8, of the smoke problems and of the sweep; not the append to an fp8 cache."""
+    names = [step.name for step in Plan(tmp_path, dry="sm_80").steps() if step.phase == "smoke"]
+    assert set(SMOKE) - set(names) == {"fp8 d128 causal", "fp8 d64", "fp8 d256, pages"}
+    left_out = set(sweep.WORKLOADS) - set(sweep.workloads(SmArch.SM_80))
+    assert left_out == {workload for workload in sweep.WORKLOADS if workload.dtype.is_fp8} != set()
+    assert sweep.workloads(SmArch.SM_90A) == list(sweep.WORKLOADS)
 
 
 @pytest.mark.parametrize("problem", steps.SANITIZED)

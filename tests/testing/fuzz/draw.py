@@ -59,6 +59,7 @@ _HEAD_DIMS = {
     (136, 8): 1,
 }
 _CODES = ("e4m3", "e5m2")
+_FP8_CALLS = (*FUNCTIONS, "flash_attn_with_kvcache", "Fa3FwdRequest", "PagedAttentionRequest")
 _RATIOS = {1: 5, 2: 3, 3: 1, 4: 2, 5: 1, 8: 2, 16: 1}
 # Longest numbers of queries: decoding, a small chunk, more than a tile.
 _MOST_QUERIES = {4: 2, 24: 1, 200: 4}
@@ -119,7 +120,7 @@ def _template(rng: random.Random) -> Problem:
     # one sequence as long as can be: whether the table serves it is asked of these
     lengths = {"lengths_q": (spec.seqlen_q,) if template.varies_q else None}
     lengths["lengths_k"] = (spec.seqlen_k,) if template.varies_k else None
-    return _with_gradients(replace(template, spec=replace(spec, **lengths)), rng)
+    return _in_fp8(_with_gradients(replace(template, spec=replace(spec, **lengths)), rng), rng)
 
 
 def _mask(rng: random.Random) -> dict[str, Any]:
@@ -226,6 +227,20 @@ def _with_gradients(problem: Problem, rng: random.Random) -> Problem:
     )
 
 
+def _in_fp8(problem: Problem, rng: random.Random) -> Problem:
+    """With q, k and v in fp8 types, for a share of what may have them."""
+    hopper = problem.machine.arch is SmArch.SM_90A and problem.family != "fa2"
+    if not hopper or problem.call not in _FP8_CALLS or problem.cache.new is not None or not _chance(rng, 0.4):
+        return problem
+    dtype, dtype_k, dtype_v = (DType(rng.choice(_CODES)) for _ in range(3))
+    descales = problem.call == "PagedAttentionRequest" or _chance(rng, 0.8)  # which asks for them
+    spec = replace(problem.spec, dtype=dtype, dtype_k=dtype_k, dtype_v=dtype_v, descales=descales)
+    call = "Fa3FwdFp8Request" if problem.call == "Fa3FwdRequest" else problem.call
+    return replace(
+        problem, call=call, spec=spec, backward=False, deterministic=False, lse_gradient=False, slopes_gradient=False
+    )
+
+
 def _filled(template: Problem, rng: random.Random) -> Problem:
     """A problem of the template's group."""
     spec, cache = template.spec, template.cache
@@ -261,13 +276,18 @@ def _filled(template: Problem, rng: random.Random) -> Problem:
         max_seqlens=_chance(rng, 0.8),
         offsets_k=template.call == "flash_attn_varlen_func" and spec.page_size is not None and _chance(rng, 0.3),
         tail=rng.choice([0, 0, 1, 30]) if template.call in FUNCTIONS and (spec.varlen_q or spec.varlen_k) else 0,
-        joined=spec.head_dim == spec.head_dim_v and cache == CacheSpec() and _chance(rng, 0.15),
+        joined=_may_be_joined(template) and _chance(rng, 0.15),
         summed=template.backward and _chance(rng, 0.15),
         into=not template.backward and "flash" in template.call and _chance(rng, 0.2),
         heads_first=_chance(rng, 0.3),
         machine=_machine(template.machine.arch, rng),
     )
     return replace(problem, cache=_filled_cache(problem, rng), parts=_parts(problem, rng))
+
+
+def _may_be_joined(template: Problem) -> bool:
+    spec = template.spec
+    return spec.head_dim == spec.head_dim_v and spec.dtype_k is spec.dtype_v and template.cache == CacheSpec()
 
 
 def _lengths(batch: int, most: int, vary: bool, rng: random.Random) -> tuple[int, tuple[int, ...] | None]:

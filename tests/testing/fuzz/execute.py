@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 EXACT = torch.float64
 WRONG = "wrong numbers"
+_DESCALES = ("q_descale", "k_descale", "v_descale")
 _ROOT = Path(__file__).parents[3]
 
 
@@ -122,7 +123,10 @@ def _into(problem: Problem, given: Inputs) -> torch.Tensor | None:
     if not problem.into:
         return None
     shape = (*given.q.shape[:-1], problem.spec.head_dim_v)
-    return lay_out(torch.full(shape, math.nan, dtype=given.q.dtype), problem.spec.layout, math.nan)
+    dtype = given.q.dtype
+    if dtype.itemsize == 1:
+        dtype = (torch.float16, torch.bfloat16)[problem.seed % 2]
+    return lay_out(torch.full(shape, math.nan, dtype=dtype), problem.spec.layout, math.nan)
 
 
 # ---- forward and backward by the functions ---------------------------------------------------------------------------
@@ -209,8 +213,11 @@ def _request(problem: Problem) -> list[str]:
 
 def _forward_request(problem: Problem, given: Inputs):
     fields = _request_fields(problem, given)
-    if problem.call in ("Fa2FwdRequest", "Fa3FwdRequest"):
-        if problem.call == "Fa3FwdRequest":
+    descales = {name: getattr(given, name) for name in _DESCALES}
+    if problem.call in ("Fa2FwdRequest", "Fa3FwdRequest", "Fa3FwdFp8Request"):
+        if problem.call == "Fa3FwdFp8Request":
+            fields |= descales
+        if problem.call != "Fa2FwdRequest":
             fields |= {"persistent": PersistentMode(problem.persistent), "pack_gqa": problem.pack_gqa}
         return getattr(cute_fa, problem.call)(given.q, given.k, given.v, **fields)
     if problem.spec.page_size is None:
@@ -220,7 +227,7 @@ def _forward_request(problem: Problem, given: Inputs):
         if problem.heads_first:
             pages = (t.transpose(1, 2).contiguous() for t in pages)
         cache = cute_fa.PagedKvCache(*pages, KvLayout.HND if problem.heads_first else KvLayout.NHD)
-        fields |= {"num_splits": problem.num_splits, **_offsets(given, "q")}
+        fields |= {"num_splits": problem.num_splits, **_offsets(given, "q"), **descales}
         if problem.max_seqlens:
             fields["max_seqlen_k"] = problem.spec.seqlen_k
         attention = cute_fa.PagedAttentionRequest(given.q, cache, given.page_table, given.seqused_k, **fields)
@@ -439,7 +446,7 @@ def _with_kvcache(problem: Problem) -> list[str]:
     if problem.cache.one_length:
         seqlens = problem.lengths_k[0]
     names = ("causal", "window_size", "sink_tokens", "softcap", "alibi_slopes", "learnable_sink", "softmax_scale")
-    options = {name: options[name] for name in (*names, "cu_seqlens_q", "page_table")}
+    options = {name: options[name] for name in (*names, "cu_seqlens_q", "page_table", *_DESCALES)}
     if given.cu_seqlens_q is not None and problem.max_seqlens:
         options["max_seqlen_q"] = spec.seqlen_q
     options |= {"cache_seqlens": seqlens, "cache_batch_idx": cache.index, "out": _into(problem, given)}
@@ -471,6 +478,7 @@ _RUN: dict[str, Callable[[Problem], list[str]]] = {
     "append_kv": _append,
     "Fa2FwdRequest": _request,
     "Fa3FwdRequest": _request,
+    "Fa3FwdFp8Request": _request,
     "VarlenFwdRequest": _request,
     "PagedAttentionRequest": _request,
     "ChunkedPrefillRequest": _request,

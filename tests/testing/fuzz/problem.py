@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FORWARD_REQUESTS = (
     "Fa2FwdRequest",
     "Fa3FwdRequest",
+    "Fa3FwdFp8Request",
     "VarlenFwdRequest",
     "PagedAttentionRequest",
     "ChunkedPrefillRequest",
@@ -42,7 +43,7 @@ CALLS = (
     "Fa2BwdRequest",
     "merge_states",
 )
-_FAMILIES = {"Fa2FwdRequest": "fa2", "Fa2BwdRequest": "fa2", "Fa3FwdRequest": "fa3"}
+_FAMILIES = {"Fa2FwdRequest": "fa2", "Fa2BwdRequest": "fa2", "Fa3FwdRequest": "fa3", "Fa3FwdFp8Request": "fa3"}
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Problem:
         paged = spec.page_size is not None
         if call not in CALLS:
             yield f"call is one of {', '.join(CALLS)}"
-        if call in ("flash_attn_func", "Fa2FwdRequest", "Fa3FwdRequest", "merge_states") and (
+        if call in ("flash_attn_func", "Fa2FwdRequest", "Fa3FwdRequest", "Fa3FwdFp8Request", "merge_states") and (
             self.varies_q or self.varies_k
         ):
             yield "this call takes sequences of one length"
