@@ -36,6 +36,7 @@ _ARCHS = [arch.value for arch in SmArch]
 # The architectures that have a kernel of their own.
 _KERNEL_ARCHS = [SmArch.SM_80.value, SmArch.SM_90A.value]
 _DIRECTIONS = [Direction.FORWARD.value, Direction.BACKWARD.value]
+_DTYPES = [DType.BF16.value, DType.E4M3.value]
 
 
 class _Pair(click.ParamType):
@@ -109,6 +110,7 @@ _FLAVOUR = click.option(
 @click.option(
     "--direction", "directions", multiple=True, type=click.Choice(_DIRECTIONS), default=_DIRECTIONS, show_default=True
 )
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(_DTYPES), default=_DTYPES, show_default=True)
 @click.option("--fa4/--no-fa4", default=None, help="Compile FlashAttention-4 too.  [default: if it is installed]")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Also write the table to this file.")
 @click.option("--markdown", is_flag=True, help="Print the tables of docs/static.md instead of a terminal table.")
@@ -116,8 +118,10 @@ _FLAVOUR = click.option(
     "--gate", is_flag=True, help="Hold the main loops to perf/budgets.toml instead; exits with 1 if one fails."
 )
 @_FLAVOUR
-def static(archs, head_dims, directions, fa4: bool | None, csv: Path | None, markdown: bool, gate: bool) -> None:
-    """Static figures of our kernels (bf16, full and causal) beside the peers'. Needs no GPU.
+def static(
+    archs, head_dims, directions, dtypes, fa4: bool | None, csv: Path | None, markdown: bool, gate: bool
+) -> None:
+    """Static figures of our kernels (full and causal) beside the peers'. Needs no GPU.
 
     per_score: non-tensor instructions per thread and score element in the steady-state loop, without conditional
     blocks; cond_per_score: those of conditional blocks, copy_per_score of the ones among them that copy the next tiles;
@@ -131,19 +135,21 @@ def static(archs, head_dims, directions, fa4: bool | None, csv: Path | None, mar
 
     notes = Console(stderr=True)
     if gate:
-        _gate(archs, head_dims, directions, notes)
+        _gate(archs, head_dims, directions, dtypes, notes)
         return
     if fa4 is None:
         fa4 = fa4_installed()
         if not fa4:
             notes.print("FlashAttention-4 is not installed: its figures are the recorded ones alone.")
     keys = [
-        StaticKey(SmArch(arch), head_dim, causal, Direction(direction))
+        StaticKey(SmArch(arch), head_dim, causal, Direction(direction), DType(dtype))
         for direction in directions
         for arch in archs
+        for dtype in dtypes
         for head_dim in head_dims
         for causal in (False, True)
     ]
+    keys = [key for key in keys if key.served]
     table = static_table(keys, fa4=fa4, progress=notes.print)
     if csv:
         table.to_csv(csv, index=False)
@@ -153,7 +159,13 @@ def static(archs, head_dims, directions, fa4: bool | None, csv: Path | None, mar
         _print(table, markdown)
 
 
-def _gate(archs: tuple[str, ...], head_dims: tuple[int, ...], directions: tuple[str, ...], notes: Console) -> None:
+def _gate(
+    archs: tuple[str, ...],
+    head_dims: tuple[int, ...],
+    directions: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    notes: Console,
+) -> None:
     """Compiles each kernel that has a budget among these, and exits with 1 if one breaks it, or none has any."""
     from perf.budgets import FILE, load
     from perf.static import our_report
@@ -161,7 +173,9 @@ def _gate(archs: tuple[str, ...], head_dims: tuple[int, ...], directions: tuple[
     held = failed = 0
     for budget in load():
         key = budget.key
-        if key.arch.value not in archs or key.head_dim not in head_dims or key.direction.value not in directions:
+        if key.arch.value not in archs or key.head_dim not in head_dims:
+            continue
+        if key.direction.value not in directions or key.dtype.value not in dtypes:
             continue
         held += 1
         breaches = budget.breaches(our_report(key))
@@ -206,14 +220,15 @@ def host(archs: tuple[str, ...], head_dim: int, causal: bool, repetitions: int, 
 @main.command(cls=_Compiling)
 @click.option("--arch", type=click.Choice(_ARCHS), default="sm_90a", show_default=True)
 @click.option("--head-dim", "head_dims", multiple=True, type=_HEAD_DIMS, help="[default: 64 … 256, and 192,128]")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="bf16", show_default=True)
 @click.option("--offenders", is_flag=True, help="Only the kernels that spill in a loop or whose wgmma are serialised.")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Also write the table to this file.")
 @click.option("--markdown", is_flag=True, help="Print Markdown instead of a terminal table.")
 @_FLAVOUR
 def features(
-    arch: str, head_dims: tuple[tuple[int, int], ...], offenders: bool, csv: Path | None, markdown: bool
+    arch: str, head_dims: tuple[tuple[int, int], ...], dtype: str, offenders: bool, csv: Path | None, markdown: bool
 ) -> None:
-    """Static figures of our forward kernel under each feature and every two features together (bf16).
+    """Static figures of our forward kernel under each feature and every two features together.
 
     Several hundred kernels of a few seconds each: minutes for one head dim, most of an hour for all. Figures as in
     "static"; in_loops, in_main: LDL/STL in hot loops, and in the steady-state one.
@@ -221,7 +236,7 @@ def features(
     from perf.features import HEAD_DIMS, feature_keys, feature_rows
 
     notes = Console(stderr=True)
-    keys = feature_keys(SmArch(arch), head_dims or HEAD_DIMS)
+    keys = feature_keys(SmArch(arch), head_dims or HEAD_DIMS, DType(dtype))
     rows = []
     for key, row in zip(keys, feature_rows(keys), strict=True):
         notes.print(f"{key}: {'offends' if row['offends'] else 'fine'}")

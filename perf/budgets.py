@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cute_fa.engine import flavour
-from cute_fa.semantics.types import Direction, SmArch
+from cute_fa.semantics.types import Direction, DType, SmArch
 from perf.flavours import FLAVOURS
 from perf.sass import KernelReport
 from perf.static import StaticKey
@@ -64,8 +64,8 @@ def _figures(line: dict, of: str | None) -> dict[str, float]:
 
 
 def _key(arch: SmArch, direction: Direction, shape: str) -> StaticKey:
-    head_dim, mask = shape.split()
-    key = StaticKey(arch, int(head_dim.removeprefix("d")), mask == "causal", direction)
+    head_dim, mask, *dtype = shape.split()
+    key = StaticKey(arch, int(head_dim.removeprefix("d")), mask == "causal", direction, *map(DType, dtype))
     if key.shape != shape:
         raise ValueError(f"budget of {shape!r}: a head dim and a mask as in {key.shape!r} are needed")
     return key

@@ -10,7 +10,7 @@ from typing import Any
 from cute_fa.engine import flavour
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
-from cute_fa.semantics.errors import UnsupportedKeyError
+from cute_fa.semantics.errors import CuteFaError
 from cute_fa.semantics.options import rows_of
 from cute_fa.semantics.problem import AttentionProblem, default_scale
 from cute_fa.semantics.types import DType, PersistentMode, SmArch
@@ -35,24 +35,27 @@ HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """A bf16 forward of 8 heads with these names of ``FEATURES``."""
+    """A forward of 8 heads with these names of ``FEATURES``; in fp8 with descales."""
 
     arch: SmArch
     head_dim: int
     head_dim_v: int
     features: tuple[str, ...] = ()
+    dtype: DType = DType.BF16
 
     def __str__(self) -> str:
         value = f"v{self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
-        return f"{self.arch.value} d{self.head_dim}{value} {' '.join(self.features) or 'plain'}"
+        dtype = "" if self.dtype is DType.BF16 else f" {self.dtype.value}"
+        return f"{self.arch.value} d{self.head_dim}{value}{dtype} {' '.join(self.features) or 'plain'}"
 
     def problem(self) -> AttentionProblem:
-        fields: dict[str, Any] = {"num_heads_kv": 8}
+        descales = dict.fromkeys(("q_descale", "k_descale", "v_descale"), self.dtype.is_fp8)
+        fields: dict[str, Any] = {"num_heads_kv": 8} | descales
         for name in self.features:
             fields |= FEATURES[name]
         return AttentionProblem(
             arch=self.arch,
-            dtype=DType.BF16,
+            dtype=self.dtype,
             batch=1,
             seqlen_q=1024,
             seqlen_k=1024,
@@ -64,19 +67,19 @@ class FeatureKey:
         )
 
 
-def feature_keys(arch: SmArch, head_dims=HEAD_DIMS) -> list[FeatureKey]:
+def feature_keys(arch: SmArch, head_dims=HEAD_DIMS, dtype: DType = DType.BF16) -> list[FeatureKey]:
     """The plain kernel, each feature, every two of them, and all together, for each (head_dim, head_dim_v); without
     what no kernel of the arch serves."""
     names = tuple(FEATURES)
     chosen = [c for size in (0, 1, 2) for c in itertools.combinations(names, size)]
-    keys = [FeatureKey(arch, *sizes, features) for sizes in head_dims for features in dict.fromkeys([*chosen, names])]
+    keys = [FeatureKey(arch, *sizes, f, dtype) for sizes in head_dims for f in dict.fromkeys([*chosen, names])]
     return [key for key in keys if _served(key)]
 
 
 def _served(key: FeatureKey) -> bool:
     try:
         TABLE.lookup(key.problem())
-    except UnsupportedKeyError:
+    except CuteFaError:
         return False
     return True
 
@@ -93,7 +96,7 @@ def feature_rows(keys: list[FeatureKey]) -> Iterator[dict[str, Any]]:
         config = kernel.configure(problem)
         _, cubin = compile_artifacts(config)
         (report,) = report_cubin(cubin)
-        add_per_score(report, key.head_dim, key.head_dim_v)
+        add_per_score(report, config.head_dim_padded, config.head_dim_v_padded)
         yield {
             "head_dim": key.head_dim,
             "head_dim_v": key.head_dim_v,

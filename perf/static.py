@@ -20,6 +20,7 @@ import pandas as pd
 from cute_fa.engine import flavour
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
+from cute_fa.semantics.errors import CuteFaError
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.inputs import InputSpec
@@ -27,36 +28,47 @@ from cute_fa.tools.trial import problem_of_spec
 from perf.sass import KernelReport, add_per_score, report_cubin
 
 COLUMNS = (
-    "arch direction head_dim causal source flavour per_score copy_per_score cond_per_score regs setmaxnreg spills "
-    "spills_in_loops serialised instr cond ex2 stall cond_stall tc mufu alu smem"
+    "arch direction head_dim causal dtype source flavour per_score copy_per_score cond_per_score regs setmaxnreg "
+    "spills spills_in_loops serialised instr cond ex2 stall cond_stall tc mufu alu smem"
 ).split()
 _PEER_FIGURES = Path(__file__).with_name("peer_figures.csv")
 
 
 @dataclass(frozen=True)
 class StaticKey:
-    """One kernel to compile: bf16 with head_dim_v = head_dim, dense, MHA."""
+    """One kernel to compile: head_dim_v = head_dim, dense, MHA; in fp8 with descales."""
 
     arch: SmArch
     head_dim: int
     causal: bool
     direction: Direction = Direction.FORWARD
+    dtype: DType = DType.BF16
 
     def __str__(self) -> str:
         return f"{self.arch.value} {self.direction.value} {self.shape}"
 
     @property
     def shape(self) -> str:
-        """Head dim and mask, "d64 causal"."""
-        return f"d{self.head_dim} {'causal' if self.causal else 'full'}"
+        """Head dim and mask, "d64 causal", and the dtype where it is not bf16: "d64 causal e4m3"."""
+        dtype = "" if self.dtype is DType.BF16 else f" {self.dtype.value}"
+        return f"d{self.head_dim} {'causal' if self.causal else 'full'}{dtype}"
 
     @property
-    def columns(self) -> tuple[str, str, int, bool]:
-        """arch, direction, head_dim and causal, as tables hold them."""
-        return self.arch.value, self.direction.value, self.head_dim, self.causal
+    def columns(self) -> tuple[str, str, int, bool, str]:
+        """arch, direction, head_dim, causal and dtype, as tables hold them."""
+        return self.arch.value, self.direction.value, self.head_dim, self.causal, self.dtype.value
+
+    @property
+    def served(self) -> bool:
+        """Whether a kernel of ours has it."""
+        try:
+            TABLE.lookup(self.problem())
+        except CuteFaError:
+            return False
+        return True
 
     def problem(self) -> AttentionProblem:
-        spec = InputSpec(1, 1024, 1024, 8, 8, self.head_dim, dtype=DType.BF16, causal=self.causal)
+        spec = InputSpec(1, 1024, 1024, 8, 8, self.head_dim, dtype=self.dtype, causal=self.causal)
         return problem_of_spec(spec, self.arch, direction=self.direction)
 
 
@@ -68,8 +80,9 @@ def our_report(key: StaticKey) -> KernelReport:
 
 
 def fa4_serves(key: StaticKey) -> bool:
-    """Whether FlashAttention-4 has a kernel for the key: its interface offers no backward before sm_90."""
-    return key.direction is Direction.FORWARD or key.arch.number >= 90
+    """Whether FlashAttention-4 has a kernel for the key: its interface offers no backward before sm_90, no fp8 before
+    sm_100."""
+    return key.dtype is DType.BF16 and (key.direction is Direction.FORWARD or key.arch.number >= 90)
 
 
 def fa4_reports(keys: list[StaticKey]) -> dict[StaticKey, KernelReport]:
@@ -115,11 +128,11 @@ def static_table(keys: list[StaticKey], *, fa4: bool, progress=lambda step: None
         source = f"FA4 {importlib.metadata.version('flash-attn-4')}, here"
         rows += [table_row(key, source, report) for key, report in fa4_reports(keys).items()]
     rank = {key.columns: position for position, key in enumerate(keys)}
-    recorded = pd.read_csv(_PEER_FIGURES)
-    known = [(row.arch, row.direction, row.head_dim, row.causal) in rank for row in recorded.itertuples()]
+    recorded = pd.read_csv(_PEER_FIGURES).assign(dtype=DType.BF16.value)
+    known = [(row.arch, row.direction, row.head_dim, row.causal, row.dtype) in rank for row in recorded.itertuples()]
     recorded = recorded[known].reindex(columns=COLUMNS)  # nothing was recorded of some figures
     table = pd.concat([pd.DataFrame(rows, columns=COLUMNS), recorded], ignore_index=True)
-    order = [rank[row.arch, row.direction, row.head_dim, row.causal] for row in table.itertuples()]
+    order = [rank[row.arch, row.direction, row.head_dim, row.causal, row.dtype] for row in table.itertuples()]
     return table.assign(rank=order).sort_values("rank", kind="stable").drop(columns="rank").reset_index(drop=True)
 
 

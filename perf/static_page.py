@@ -1,5 +1,5 @@
-"""The static figures as a page of the documentation shows them: a table for the forward of each architecture, one for
-all backwards. ``docs/static.md`` holds what ``python -m perf static --markdown`` prints."""
+"""The static figures as a page of the documentation shows them: a table for the forward of each architecture and dtype,
+one for all backwards. ``docs/static.md`` holds what ``python -m perf static --markdown`` prints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from cute_fa.semantics.types import Direction, SmArch
+from cute_fa.semantics.types import Direction, DType, SmArch
 from perf.tables import to_markdown
 
 _OURS = "cute-fa"
@@ -29,7 +29,10 @@ def _sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         has_roles = SmArch(arch).number >= 90
         left_out = ["arch", "copies"] if has_roles else ["arch", "stall (conditional)", "tensor cycles"]
         roles = "; registers of a producer / of a consumer (setmaxnreg)" if has_roles else ""
-        yield f"Forward, {arch}{roles}", shown[forward & (table.arch == arch)].drop(columns=left_out)
+        for dtype in table.dtype[forward & (table.arch == arch)].unique():
+            named = f", {dtype}" if dtype != DType.BF16.value else ""
+            own = forward & (table.arch == arch) & (table.dtype == dtype)
+            yield f"Forward, {arch}{named}{roles}", shown[own].drop(columns=left_out)
     if not forward.all():
         yield "Backward", shown[~forward].drop(columns=["registers", "stall (conditional)", "tensor cycles"])
 

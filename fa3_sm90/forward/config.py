@@ -303,7 +303,7 @@ def _two_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
 def _page_objection(problem: AttentionProblem, tile_n: int) -> str | None:
     """Why paged keys do not come in blocks of so many."""
     common = math.gcd(tile_n, 128)
-    if problem.page_size is None or common >= 64:
+    if problem.page_size is None or common >= min(64, tile_n):
         return None
     rows = f"{common} rows in common for a TMA copy, one of 64 has 64"
     return f"paged keys: a block of {tile_n} and a page of 128 have {rows}"

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from cute_fa.engine.flavour import active
-from cute_fa.semantics.types import Direction, SmArch
+from cute_fa.semantics.types import Direction, DType, SmArch
 from perf import static as static_module
 from perf.__main__ import main
 from perf.budgets import Budget, load
@@ -47,13 +47,14 @@ def test_alibi_and_a_right_bound_have_enough_registers(features):
 
 def test_every_kernel_has_a_budget():
     kernels = [
-        (SmArch.SM_80, Direction.FORWARD),
-        (SmArch.SM_90A, Direction.FORWARD),
-        (SmArch.SM_80, Direction.BACKWARD),
+        (SmArch.SM_80, Direction.FORWARD, DType.BF16),
+        (SmArch.SM_90A, Direction.FORWARD, DType.BF16),
+        (SmArch.SM_90A, Direction.FORWARD, DType.E4M3),
+        (SmArch.SM_80, Direction.BACKWARD, DType.BF16),
     ]
     wanted = {
-        StaticKey(arch, d, causal, direction)
-        for arch, direction in kernels
+        StaticKey(arch, d, causal, direction, dtype)
+        for arch, direction, dtype in kernels
         for d in (64, 128, 256)
         for causal in (False, True)
     }
@@ -110,3 +111,11 @@ def test_a_flavour_has_figures_of_its_own_where_they_are_given(tmp_path):
 """)
     figures = {of: [(b.per_score, b.cond_per_score) for b in load(file, of)] for of in ("cu12", "cu13")}
     assert figures == {"cu12": [(5.6, 2.5), (5.6, 2.5)], "cu13": [(5.6, 2.5), (5.5, 2.0)]}
+
+
+@pytest.mark.parametrize(("head_dim", "per_score"), [(64, 6.5), (128, 7.2), (256, 12.5)])
+def test_fp8_is_within_its_limits_with_causal_within_three_percent(head_dim, per_score):
+    """As many instructions as CUTLASS's example has without promotion, or fewer."""
+    allowed = {b.key.causal: b.per_score for b in BUDGETS if (b.key.head_dim, b.key.dtype) == (head_dim, DType.E4M3)}
+    assert max(allowed.values()) <= per_score
+    assert allowed[True] <= 1.03 * allowed[False]

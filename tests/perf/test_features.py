@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from cute_fa.semantics.types import PersistentMode, SmArch
+from cute_fa.semantics.types import DType, PersistentMode, SmArch
 from perf import features
 from perf.__main__ import main
 from perf.features import FEATURES, FeatureKey, feature_keys, feature_rows, offends
@@ -40,6 +40,16 @@ def test_what_no_kernel_serves_is_left_out():
     keys = feature_keys(SmArch.SM_80, [(64, 64), (512, 512)])
     assert {key.head_dim for key in keys} == {64}
     assert {name for key in keys for name in key.features} == set(FEATURES)
+
+
+def test_fp8_keys_have_descales_and_their_name():
+    key = FeatureKey(SmArch.SM_90A, 192, 128, ("causal",), DType.E4M3)
+    assert str(key) == "sm_90a d192v128 e4m3 causal"
+    problem = key.problem()
+    assert (problem.dtype, problem.q_descale, problem.k_descale, problem.v_descale) == (DType.E4M3, True, True, True)
+    assert feature_keys(SmArch.SM_80, [(64, 64)], DType.E4M3) == []
+    names = [(key.features, key.dtype) for key in feature_keys(SmArch.SM_90A, [(64, 64)], DType.E4M3)]
+    assert names == [(key.features, DType.E4M3) for key in feature_keys(SmArch.SM_90A, [(64, 64)])]
 
 
 def test_rows_are_the_figures_of_the_kernel():
