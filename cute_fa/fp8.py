@@ -9,15 +9,14 @@ the types, the choices and the errors.
     (q, q_descale), (k, k_descale), (v, v_descale) = (quantize_per_head(t, heads_kv=k.shape[2]) for t in (q, k, v))
 
 What is quantised: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with ``cu_seqlens`` int32 (batch + 1),
-in fp16, bf16 or fp32. Codes saturate. The largest finite magnitude sets a scale: NaN and infinities do not spoil their
-neighbours. They become NaN themselves; infinities stay in e5m2, which has them. Where all is 0 the descale is 1, and it
-is at least 2^-126, a normal number, for denormal input too. Rounding has no gradient: input that requires one raises
+in fp16, bf16 or fp32. Codes saturate, infinities too but in e5m2, which has them; NaN stays NaN. The largest finite
+magnitude sets a scale: NaN and infinities do not spoil their neighbours. Where all is 0 the descale is 1, and it is at
+least 2^-126, a normal number, for denormal input too. Rounding has no gradient: input that requires one raises
 NoBackwardError. Bad input raises a subclass of ``cute_fa.errors.CuteFaError``.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -97,7 +96,7 @@ def quantize(
     largest = torch.finfo(dtype).max
     scaled = x.float() / _of_each_row(descale, "x", x, block_size, cu_seqlens)
     codes = scaled.clamp(-largest, largest)  # not every version of torch saturates
-    return torch.where(x.isfinite(), codes, scaled if dtype == E5M2 else math.nan).to(dtype)
+    return (torch.where(x.isinf(), scaled, codes) if dtype == E5M2 else codes).to(dtype)
 
 
 def dequantize(

@@ -32,13 +32,9 @@ def as_operand_a(p: cute.Tensor) -> cute.Tensor:
 
 
 def warpgroup_rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
-    """A wgmma accumulator as a matrix (2 rows, (2, N / 8) columns) of what one thread holds; of several side by side,
-    ((2, 2, N / 8), 1, parts), with (2, N / 8, parts) columns."""
+    """A wgmma accumulator as a matrix (2 rows, (2, N / 8) columns) of what one thread holds."""
     shape, stride = acc.layout.shape[0], acc.layout.stride[0]
-    columns, columns_stride = (shape[0], shape[2]), (stride[0], stride[2])
-    if cute.size(acc, mode=[2]) > 1:
-        columns, columns_stride = (*columns, acc.layout.shape[2]), (*columns_stride, acc.layout.stride[2])
-    layout = cute.make_layout((shape[1], columns), stride=(stride[1], columns_stride))
+    layout = cute.make_layout((shape[1], (shape[0], shape[2])), stride=(stride[1], (stride[0], stride[2])))
     return cute.make_tensor(acc.iterator, layout)
 
 

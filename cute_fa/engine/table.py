@@ -220,10 +220,9 @@ class DispatchTable:
 
 
 def _in_bf16(problem: Problem) -> Problem:
-    others: dict[str, Any] = {}
+    others: dict[str, Any] = dict.fromkeys(("dtype_k", "dtype_v"))
     if isinstance(problem, AttentionProblem):
-        others = dict.fromkeys(("dtype_k", "dtype_v", "out_dtype"))
-        others |= dict.fromkeys(("q_descale", "k_descale", "v_descale"), False)
+        others |= {"out_dtype": None} | dict.fromkeys(("q_descale", "k_descale", "v_descale"), False)
     return replace(problem, dtype=DType.BF16, **others)
 
 

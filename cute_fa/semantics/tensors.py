@@ -151,11 +151,15 @@ def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str
             called = names[f"{name}_descale"]
             if not is_fp8(of):
                 raise Fp8Error(f"{called} with {names[name]} in {_short(of.dtype)}: only fp8 codes have descales")
-            if descale.dtype != torch.float32:
-                raise DTypeError(called, descale.dtype, "float32 is needed")
-            if tuple(descale.shape) != shape and descale.numel() != 1:
-                asked = f"{sequences} and {shape[1]} heads of {names['k']}"
-                raise ShapeError(f"{called} {tuple(descale.shape)}: {shape} is needed, or one number, for the {asked}")
+            check_descale(called, descale, shape, f"{sequences} and {shape[1]} heads of {names['k']}")
+
+
+def check_descale(name: str, descale: torch.Tensor, shape: tuple[int, int], of: str) -> None:
+    """Raise DTypeError or ShapeError unless this is fp32 (batch, heads_kv), which are ``shape``, or one number."""
+    if descale.dtype != torch.float32:
+        raise DTypeError(name, descale.dtype, "float32 is needed")
+    if tuple(descale.shape) != shape and (descale.numel() != 1 or descale.dim() > 2):
+        raise ShapeError(f"{name} {tuple(descale.shape)}: {shape} is needed, or one number, for the {of}")
 
 
 def check_devices(tensors: Mapping[str, torch.Tensor | None], first: str) -> None:
@@ -259,8 +263,7 @@ def check_values(problem: AttentionProblem, call: Call) -> None:
     for name in ("q_descale", "k_descale", "v_descale"):
         descale = getattr(extras, name)
         if descale is not None:
-            rule = "between 2^-32 and 2^32"
-            _check_numbers(names[name], descale, lambda number: 2.0**-32 <= number <= 2.0**32, rule)
+            check_descale_values(names[name], descale)
             scale *= 1.0 if name == "v_descale" else min(descale.flatten().tolist(), default=1.0)
     if extras.alibi_slopes is not None:
         # Kernels hold scores, before the exponential's factor, in units of the scale or of twice the cap.
@@ -276,6 +279,11 @@ def check_values(problem: AttentionProblem, call: Call) -> None:
             lambda sink: abs(sink) <= _LARGEST_LOGIT or sink == -math.inf,
             rule,
         )
+
+
+def check_descale_values(name: str, descale: torch.Tensor) -> None:
+    """Raise ArgumentError unless all numbers can be multiplied and divided by: a host synchronisation."""
+    _check_numbers(name, descale, lambda number: 2.0**-32 <= number <= 2.0**32, "between 2^-32 and 2^32")
 
 
 def _check_numbers(name: str, tensor: torch.Tensor, allowed: Callable[[float], bool], rule: str) -> None:

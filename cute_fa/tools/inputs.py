@@ -38,7 +38,7 @@ class InputSpec:
     cu_seqlens; ``seqused_*`` passes lengths shorter than what the tensors hold. ``page_size`` stores k and v in pages,
     with ``seqused_k`` for the lengths; ``cache_batch_idx`` stores the sequences, or the rows of the page table, in
     another order among more than the batch has, ``cache_leftpad`` behind a few rows that do not count.
-    ``layout``: ``padded`` rows have 8 unused elements after each head, ``transposed`` stores heads before sequence (so
+    ``layout``: ``padded`` rows have 16 unused bytes after each head, ``transposed`` stores heads before sequence (so
     that sequence strides differ), ``expanded`` has one kv head with stride 0 in the place of ``heads_kv``.
     """
 
@@ -415,7 +415,7 @@ def lay_out(tensor: torch.Tensor, layout: str, fill: float) -> torch.Tensor:
     """The same values (…, rows, heads, size) in other memory: "padded" or "transposed", as in :class:`InputSpec`; gaps
     hold ``fill``."""
     if layout == "padded":
-        wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 8), fill)
+        wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 16 // tensor.itemsize), fill)
         wide[..., : tensor.shape[-1]] = tensor
         return wide[..., : tensor.shape[-1]]
     if layout == "transposed":

@@ -78,9 +78,8 @@ class Promoted:
 
     def promote(self, part: int):
         """Add a part of P·V to O."""
-        output = warpgroup_rows_and_columns(
-            cute.make_tensor(self.output[None, None, part].iterator, self.partial.layout)
-        )
+        first = part * cute.size(self.partial)
+        output = warpgroup_rows_and_columns(cute.make_tensor(self.output.iterator + first, self.partial.layout))
         partial = warpgroup_rows_and_columns(self.partial)
         for r in range(ROWS):
             for c in range(cute.size(partial, mode=[1])):

@@ -63,6 +63,16 @@ class Fa3ForwardConfig(FeatureConfig):
         return 32 // self.dtype.bytes
 
     @property
+    def head_dim_padded(self) -> int:
+        """head_dim as the tiles hold it, in whole steps of wgmma; the rest is zero."""
+        return -(-self.head_dim // self.mma_k) * self.mma_k
+
+    @property
+    def value_columns(self) -> int:
+        """head_dim_v as TMA brings it, in panels of at least 32 bytes; the rest is zero."""
+        return -(-self.head_dim_v // self.mma_k) * self.mma_k
+
+    @property
     def num_threads(self) -> int:
         """The producer warpgroup and the consumers."""
         return WARPGROUP * (1 + self.warpgroups)
@@ -116,8 +126,8 @@ class Fa3ForwardConfig(FeatureConfig):
 
     @property
     def kv_bytes(self) -> int:
-        values = self.head_dim_v_padded * (2 if self.transposers else 1)
-        return self.stages * self.tile_n * (self.head_dim_padded + values) * self.dtype.bytes
+        transposed = self.head_dim_v_padded if self.transposers else 0
+        return self.stages * self.tile_n * (self.head_dim_padded + self.value_columns + transposed) * self.dtype.bytes
 
     @property
     def smem_bytes(self) -> int:
@@ -133,9 +143,7 @@ class Fa3ForwardConfig(FeatureConfig):
         everyone = 4 * self.warpgroups
         queries = tuple(PipelineSpec(f"q{i}", 1, rows * self.head_dim_padded * size, 4) for i in range(self.warpgroups))
         keys = PipelineSpec("k", self.stages, self.tile_n * self.head_dim_padded * size, everyone)
-        loaded = PipelineSpec(
-            "v", self.stages, self.tile_n * self.head_dim_v_padded * size, self.transposers or everyone
-        )
+        loaded = PipelineSpec("v", self.stages, self.tile_n * self.value_columns * size, self.transposers or everyone)
         if not self.transposers:
             return (*queries, keys, loaded)
         transposed = PipelineSpec("vt", self.stages, 0, everyone, self.transposers)
@@ -174,15 +182,10 @@ class Tiles(NamedTuple):
 
 # In order of preference.
 _TILES = (Tiles(3, 128), Tiles(3, 96), *(Tiles(2, tile_n) for tile_n in (128, 112, 96, 80, 64)))
-# Of fp8, by head_dim. Measured of the main loop, in instructions per score and accesses to local memory: at 64 with
-# 160 keys 5.9, with 192 16 accesses, with 128 6.1; three warpgroups 7.0 with 96 keys and 13 accesses. At 128 with
-# 128 keys 7.1 in two parts of 64 columns, 7.7 and 48 accesses in one, 7.6 with 96 keys in one. At 256 with 64 keys 12.0
-# in four parts, 12.9 and 39 accesses in two.
-_FP8_TILES = {
-    64: Tiles(2, 160),
-    128: Tiles(2, 128, promoted_columns=64),
-    256: Tiles(2, 64, promoted_columns=64),
-}
+# Of fp8, in order of preference, each with P·V in the fewest parts that the registers allow. Columns of a part, at
+# least: with fewer, wgmma reads P for too few products.
+_FP8_KEYS = (160, 128, 96, 64, 32)
+_FP8_COLUMNS = 48
 # Accesses to local memory in the loops of (3, 128) at head_dim 64, at most, of bf16 kernels with and without a right
 # bound, sink tokens and packed sequences; of those with a right bound and ALiBi, with and without each of the other
 # features, compiled by either flavour of the DSL (none where head_dim_v is at most 32: there 128 keys take 7.5
@@ -219,11 +222,42 @@ def _config(problem: AttentionProblem, tiles: Tiles) -> Fa3ForwardConfig:
 def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
     """Tiles in order of preference, each with why it is refused."""
     fp8 = problem.dtype.is_fp8
-    for tiles in (_FP8_TILES[problem.head_dim],) if fp8 else _TILES:
-        reason = None if fp8 else (_two_warpgroups if tiles.warpgroups == 2 else _three_warpgroups)(problem, tiles)
+    for tiles in _fp8_tiles(problem) if fp8 else _TILES:
+        if fp8:
+            reason = _fp8_objection(problem, tiles)
+        else:
+            reason = (_two_warpgroups if tiles.warpgroups == 2 else _three_warpgroups)(problem, tiles)
         if reason is None and problem.gqa_ratio > 1:
             yield tiles._replace(pack_gqa=problem.gqa_ratio), _packing_objection(problem, tiles.warpgroups)
         yield tiles, reason
+
+
+def _fp8_tiles(problem: AttentionProblem) -> Iterator[Tiles]:
+    """Two warpgroups: with the 160 registers of three, 96 keys spill at head_dim 64."""
+    size_v = padded(problem.head_dim_v)
+    for tile_n in _FP8_KEYS:
+        yield Tiles(2, tile_n)
+        narrowest = _FP8_COLUMNS if tile_n > 64 else 32
+        for parts in range(2, size_v // narrowest + 1):
+            if size_v % (8 * parts) == 0:
+                yield Tiles(2, tile_n, promoted_columns=size_v // parts)
+
+
+def _fp8_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
+    """Why fp8 is not served with so many keys and columns at a time."""
+    size_v = padded(problem.head_dim_v)
+    columns = tiles.promoted_columns or size_v
+    # Scores, and as much again for P, the mask and what else follows the keys; O, a part of P·V, and 16; in parts, 16
+    # more for a left edge. Of what was compiled beyond that all spilled in loops, of what was compiled within none.
+    needed, available = tiles.tile_n + size_v // 2 + columns // 2 + 16, REGISTERS[2][1]
+    if problem.window_left is not None and columns < size_v:
+        needed += 16
+    if needed > available:
+        return (
+            f"registers: about {needed} a thread for {tiles.tile_n} keys, O {size_v} wide and P·V {columns} wide, "
+            f"{available} available"
+        )
+    return _page_objection(problem, tiles.tile_n) or _memory_objection(problem, tiles)
 
 
 def _three_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
@@ -247,21 +281,26 @@ def _three_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
 
 def _two_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
     """Why two consumer warpgroups do not serve with so many keys."""
-    size, size_v = padded(problem.head_dim), padded(problem.head_dim_v)
+    size_v = padded(problem.head_dim_v)
     # scores and probabilities of a block, O, and about 40 for addresses, the softmax's state and the mask
     needed, available = tiles.tile_n // 2 + tiles.tile_n // 4 + size_v // 2 + 40, REGISTERS[2][1]
     if needed > available:
         return f"registers: about {needed} a thread for {tiles.tile_n} keys and O {size_v} wide, {available} available"
-    common = math.gcd(tiles.tile_n, 128)
-    if problem.page_size is not None and common < 64:
-        return (
-            f"paged keys: a block of {tiles.tile_n} and a page of 128 have {common} rows in common for a TMA copy, "
-            "one of 64 has 64"
-        )
-    q_or_o = tiles.warpgroups * WGMMA_M * max(size, size_v)
-    keys = tiles.stages * tiles.tile_n * (size + size_v)
-    smem_bytes = problem.dtype.bytes * (q_or_o + keys) + BARRIER_BYTES
-    return smem_objection(smem_bytes, "Q, K, V and barriers", SmArch.SM_90A)
+    return _page_objection(problem, tiles.tile_n) or _memory_objection(problem, tiles)
+
+
+def _page_objection(problem: AttentionProblem, tile_n: int) -> str | None:
+    """Why paged keys do not come in blocks of so many."""
+    common = math.gcd(tile_n, 128)
+    if problem.page_size is None or common >= 64:
+        return None
+    rows = f"{common} rows in common for a TMA copy, one of 64 has 64"
+    return f"paged keys: a block of {tile_n} and a page of 128 have {rows}"
+
+
+def _memory_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
+    """Why shared memory does not hold the tiles, not even with O where Q is."""
+    return smem_objection(_config(problem, tiles).smem_bytes, "Q, K, V and barriers", SmArch.SM_90A)
 
 
 def _packing_objection(problem: AttentionProblem, warpgroups: int) -> str | None:

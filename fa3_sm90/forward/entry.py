@@ -40,7 +40,7 @@ class Launch(NamedTuple):
 
 
 class Fa3Forward(AttentionKernel):
-    """Forward with TMA and wgmma, for sm_90a: fp16, bf16 and fp8, head_dim 8 … 256."""
+    """Forward with TMA and wgmma, for sm_90a: fp16 and bf16 with head_dim 8 … 256, fp8 with 16 … 256."""
 
     family = "fa3"
     direction = Direction.FORWARD
@@ -50,9 +50,14 @@ class Fa3Forward(AttentionKernel):
         reasons = []
         if problem.is_fp8 and not problem.dtype.is_fp8:
             reasons.append(f"dtype {dtypes_of_code(problem)}: k and v in fp8 with q in 16 bits")
-        if problem.dtype.is_fp8 and not problem.head_dim == problem.head_dim_v in (64, 128, 256):
-            reasons.append("fp8: head_dim 64, 128 or 256")
         reasons += common_objections(problem, "16-byte strides of TMA")
+        if problem.dtype.is_fp8:
+            sizes = {name: getattr(problem, name) for name in ("head_dim", "head_dim_v")}
+            reasons += [
+                f"{name} {size} in fp8: a multiple of 16 is needed (16-byte strides of TMA)"
+                for name, size in sizes.items()
+                if size % 16
+            ]
         if problem.cache_leftpad and problem.page_size is not None:
             reasons.append(f"cache_leftpad with page_size {problem.page_size}: blocks of keys start where pages do")
         if problem.pack_gqa and problem.gqa_ratio > WGMMA_M:

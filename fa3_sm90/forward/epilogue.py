@@ -37,7 +37,7 @@ class Epilogue:
         self.config, self.args, self.tma, self.rows = c, args, tma, rows
         self.queries, self.index, self.thread = queries, index, thread
         self.boxes, self.dtype = Boxes.of(c), CUTE_DTYPE[c.out_dtype]
-        self.out, self.mma = storage.out[0], products.mma_o
+        self.out, self.mma = storage.out[0], products.mma_output
 
     @cute.jit
     def store(self, acc_o: cute.Tensor, lse: cute.Tensor, work: TileWork, queries: RingState):

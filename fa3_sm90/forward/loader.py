@@ -80,7 +80,7 @@ class Loader:
         are replaced, but 0 · NaN of V would not be 0."""
         c, info = self.config, work.info
         tma, box = getattr(self.tma, name), getattr(self.boxes, name)
-        columns = c.head_dim_padded if const_expr(name == "k") else c.head_dim_v_padded
+        columns = c.head_dim_padded if const_expr(name == "k") else c.value_columns
         head = kv_head(self.args, c, work.tile.head)
         barrier = self.rings[name].acquire(state)
         target = getattr(self.storage, name) + state.stage * (c.tile_n * columns)

@@ -19,22 +19,25 @@ class Products:
     def __init__(self, config: Fa3ForwardConfig, storage: Storage, warpgroup_index: Int32, thread: Int32):
         """``thread``: index within the warpgroup."""
         c = config
-        dtype = CUTE_DTYPE[c.dtype]
+        dtype_q, dtype_k, dtype_v = (CUTE_DTYPE[dtype] for dtype in (c.dtype, c.dtype_k, c.dtype_v))
         shape_s, shape_o = (WGMMA_M, c.tile_n, c.mma_k), (WGMMA_M, c.head_dim_v_padded // c.output_parts, c.mma_k)
         smem, registers = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
-        self.op_s = _operation(dtype, dtype, shape_s, smem, OperandMajorMode.K)
+        self.op_s = _operation(dtype_q, dtype_k, shape_s, smem, OperandMajorMode.K)
         major = OperandMajorMode.K if c.transposers else OperandMajorMode.MN
-        self.op_o = _operation(probability_type(c.dtype), dtype, shape_o, registers, major)
+        self.op_o = _operation(probability_type(c.dtype), dtype_v, shape_o, registers, major)
         mma_s, mma_o = cute.make_tiled_mma(self.op_s), cute.make_tiled_mma(self.op_o)
-        self.mma_o = mma_o
-        layout = tile_layout(dtype, WGMMA_M, c.head_dim_padded, 1).outer
+        shape_output = (WGMMA_M, c.head_dim_v_padded, c.mma_k)
+        self.mma_output = cute.make_tiled_mma(
+            _operation(probability_type(c.dtype), dtype_v, shape_output, registers, major)
+        )
+        layout = tile_layout(dtype_q, WGMMA_M, c.head_dim_padded, 1).outer
         stride = (*layout.stride[:2], c.q_bytes // c.dtype.bytes)
         sQ = cute.make_tensor(storage.q[0], cute.make_layout((*layout.shape[:2], c.warpgroups), stride=stride))
-        sK = _tiles(storage.k, dtype, c.tile_n, c.head_dim_padded, c.stages)
+        sK = _tiles(storage.k, dtype_k, c.tile_n, c.head_dim_padded, c.stages)
         if c.transposers:
-            sVt = _tiles(storage.vt, dtype, c.head_dim_v_padded, c.tile_n, c.stages)
+            sVt = _tiles(storage.vt, dtype_v, c.head_dim_v_padded, c.tile_n, c.stages)
         else:
-            sV = _tiles(storage.v, dtype, c.tile_n, c.head_dim_v_padded, c.stages)
+            sV = _tiles(storage.v, dtype_v, c.tile_n, c.value_columns, c.stages)
             sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
         slice_s, slice_o = mma_s.get_slice(0), mma_o.get_slice(0)
         self.rQ = mma_s.make_fragment_A(slice_s.partition_A(sQ))[None, None, None, warpgroup_index]
@@ -46,7 +49,7 @@ class Products:
         self.acc_s = cute.make_rmem_tensor(slice_s.partition_shape_C(shape_s[:2]), Float32)
         self.from_zero = bool(c.transposers)
         self.acc_o = cute.make_rmem_tensor(slice_o.partition_shape_C(shape_o[:2]), Float32)
-        self.shape_output = slice_o.partition_shape_C((WGMMA_M, c.head_dim_v_padded))
+        self.shape_output = self.mma_output.get_slice(0).partition_shape_C(shape_output[:2])
         identity = cute.make_identity_tensor(shape_s[:2])
         self.static_coordinates = slice_s.partition_C(identity)
         self.own_coordinates = mma_s.get_slice(thread).partition_C(identity)

@@ -32,7 +32,8 @@ def allocate(config: Fa3ForwardConfig) -> Storage:
     """The CTA's shared memory; the same pointers wherever it is called once."""
     c = config
     allocator = SmemAllocator()
-    dtype, out_dtype = CUTE_DTYPE[c.dtype], CUTE_DTYPE[c.out_dtype]
+    dtypes = (c.dtype, c.dtype_k, c.dtype_v, c.out_dtype)
+    dtype_q, dtype_k, dtype_v, out_dtype = (CUTE_DTYPE[dtype] for dtype in dtypes)
 
     def tiles(dtype, rows: int, columns: int, count: int, elements: int = 0) -> cute.Pointer:
         layout = tile_layout(dtype, rows, columns, count)
@@ -43,11 +44,10 @@ def allocate(config: Fa3ForwardConfig) -> Storage:
     def per_warpgroup(dtype, columns: int, elements: int = 0) -> tuple[cute.Pointer, ...]:
         return tuple(tiles(dtype, WGMMA_M, columns, 1, elements) for _ in range(c.warpgroups))
 
-    size = c.dtype.bytes
-    q = per_warpgroup(dtype, c.head_dim_padded, c.q_bytes // size)
-    k = tiles(dtype, c.tile_n, c.head_dim_padded, c.stages)
-    v = tiles(dtype, c.tile_n, c.head_dim_v_padded, c.stages)
-    vt = tiles(dtype, c.head_dim_v_padded, c.tile_n, c.stages) if c.transposers else None
+    q = per_warpgroup(dtype_q, c.head_dim_padded, c.q_bytes // c.dtype.bytes)
+    k = tiles(dtype_k, c.tile_n, c.head_dim_padded, c.stages)
+    v = tiles(dtype_v, c.tile_n, c.value_columns, c.stages)
+    vt = tiles(dtype_v, c.head_dim_v_padded, c.tile_n, c.stages) if c.transposers else None
     if c.own_output:
         out = per_warpgroup(out_dtype, c.head_dim_v_padded)
     else:
@@ -73,7 +73,7 @@ class Boxes(NamedTuple):
         def panel(columns: int, dtype: DType) -> int:
             return panel_bytes(columns * dtype.bytes) // dtype.bytes
 
-        columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.head_dim_v_padded, c.dtype)
+        columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.value_columns, c.dtype)
         return cls(
             q=BoxShape(c.pack_gqa, c.tokens, columns, False),
             k=BoxShape(1, c.key_rows, columns, c.ragged_keys),

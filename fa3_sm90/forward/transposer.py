@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32
+from cutlass import Int32, Uint32, const_expr
 from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.registers import opaque
@@ -19,7 +19,7 @@ KEYS = 32
 
 
 class Transposer:
-    """One warp, which has a share of the columns.
+    """One warp, which has every other chunk of columns.
 
     ldmatrix.trans takes pairs of bytes: lane 4g + t gets columns 2g and 2g + 1 of keys 2t and 2t + 1. Two such
     registers, of keys 0 … 7 and 8 … 15, hold for each of the two columns what is at 4t … 4t + 3 of the order of keys
@@ -41,14 +41,13 @@ class Transposer:
         c = config
         self.config, self.args, self.extents = c, args, extents
         self.loaded, self.transposed = rings["v"], rings["vt"]
-        self.width, self.width_t = panel_bytes(c.head_dim_v_padded), panel_bytes(c.tile_n)
-        self.chunks = c.head_dim_v_padded // CHUNK // c.transposers
+        self.width, self.width_t = panel_bytes(c.value_columns), panel_bytes(c.tile_n)
+        self.index, self.chunks = index, c.head_dim_v_padded // CHUNK
         lane = cute.arch.lane_idx()
         matrix, row = lane // 8, lane % 8
-        first = index * self.chunks * CHUNK
-        panel, byte = first // self.width, first % self.width
-        place = (8 * matrix + row) * self.width + (byte ^ _swizzle(row, self.width))
-        self.source = opaque(storage.v.toint() + panel * (c.tile_n * self.width) + place)
+        first = index * CHUNK  # in the first panel, as it has a chunk for each warp
+        place = (8 * matrix + row) * self.width + (first ^ _swizzle(row, self.width))
+        self.source = opaque(storage.v.toint() + place)
         upper = row // 4
         column = 2 * row + ((matrix % 2) ^ upper)
         place = column * self.width_t + ((matrix // 2 * CHUNK) ^ _swizzle(column, self.width_t))
@@ -74,24 +73,30 @@ class Transposer:
     @cute.jit
     def transpose(self, state):
         """One block."""
-        c = self.config
+        c, index, transpose_chunk = self.config, self.index, self.transpose_chunk
         self.loaded.wait(state)
         self.transposed.wait_free(state)
-        offset = state.stage * (c.tile_n * c.head_dim_v_padded)
-        source, target = self.source + offset, self.target + offset
-        for chunk in cutlass.range_constexpr(self.chunks):
-            panel, byte = divmod(chunk * CHUNK, self.width)
-            column = (source ^ byte) + panel * c.tile_n * self.width
-            for step in cutlass.range_constexpr(c.tile_n // KEYS):
-                panel_t, byte_t = divmod(step * KEYS, self.width_t)
-                matrices = _load_transposed(column, step * KEYS * self.width)
-                words = [
-                    _permute(*pair, selector) for pair in (matrices[:2], matrices[2:]) for selector in self.selectors
-                ]
-                place = panel_t * c.head_dim_v_padded * self.width_t + chunk * CHUNK * self.width_t
-                _store(target ^ byte_t, place, words)
+        source = self.source + state.stage * (c.tile_n * c.value_columns)
+        target = self.target + state.stage * (c.tile_n * c.head_dim_v_padded)
+        for first in cutlass.range_constexpr(0, self.chunks, c.transposers):
+            if const_expr(first + c.transposers <= self.chunks):
+                transpose_chunk(source, target, first)
+            elif index < self.chunks - first:
+                transpose_chunk(source, target, first)
         self.transposed.publish(state.stage)
         self.loaded.release(state.stage)
+
+    def transpose_chunk(self, source: Int32, target: Int32, chunk: int):
+        """All keys of the warp's chunk of columns that lies ``chunk`` behind its first one."""
+        c = self.config
+        panel, byte = divmod(chunk * CHUNK, self.width)
+        column = (source ^ byte) + panel * c.tile_n * self.width
+        for step in range(c.tile_n // KEYS):
+            panel_t, byte_t = divmod(step * KEYS, self.width_t)
+            matrices = _load_transposed(column, step * KEYS * self.width)
+            words = [_permute(*pair, selector) for pair in (matrices[:2], matrices[2:]) for selector in self.selectors]
+            place = panel_t * c.head_dim_v_padded * self.width_t + chunk * CHUNK * self.width_t
+            _store(target ^ byte_t, place, words)
 
 
 def _swizzle(row: Int32, width: int) -> Int32:

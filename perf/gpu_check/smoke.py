@@ -46,6 +46,13 @@ def _append(machine: Machine) -> AppendResult:
     return run_append_trial(problem, machine, capacity=100)
 
 
+def _append_fp8(machine: Machine) -> AppendResult:
+    """The same into pages in fp8."""
+    sizes = {"batch": 3, "tokens_k": 5, "num_heads_kv": 2, "head_dim": 128, "head_dim_v": 128, "page_size": 16}
+    problem = AppendProblem(machine.arch, DType.BF16, **sizes, rotary_dim=64, dtype_k=DType.E4M3, dtype_v=DType.E5M2)
+    return run_append_trial(problem, machine, capacity=100)
+
+
 # A problem per kernel, small enough to be simulated in seconds: batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim.
 # The order is that of value: the first ones tell most.
 SMOKE: dict[str, Callable[[Machine], Any]] = {
@@ -55,6 +62,7 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
     "backward d128": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), backward=True),
     "split": Attention(InputSpec(2, 1, 700, 4, 1, 128, page_size=64), choices={"num_splits": 3}),
     "append": _append,
+    "append fp8": _append_fp8,
     "varlen": Attention(InputSpec(3, 200, 200, 2, 1, 128, causal=True, window=(64, 0), varlen_q=True, varlen_k=True)),
     "pages": Attention(InputSpec(2, 60, 300, 4, 2, 128, causal=True, page_size=64)),
     "expanded heads": Attention(InputSpec(1, 150, 150, 4, 2, 64, causal=True, layout="expanded")),

@@ -29,6 +29,7 @@ class Case(NamedTuple):
     batch: int = 1
     spread: float = 1.5
     dtype: DType = DType.E4M3
+    head_dim_v: int | None = None
 
     def problem(self) -> AttentionProblem:
         return AttentionProblem(
@@ -40,7 +41,7 @@ class Case(NamedTuple):
             num_heads=self.heads,
             num_heads_kv=self.heads_kv,
             head_dim=self.head_dim,
-            head_dim_v=self.head_dim,
+            head_dim_v=self.head_dim_v or self.head_dim,
             softmax_scale=self.head_dim**-0.5,
             window_right=0 if self.causal else None,
         )
@@ -59,12 +60,12 @@ class Codes(NamedTuple):
         """The first columns of V are digits ±1 of the key's index: a key too many or too few moves O by about 1."""
         generator = torch.Generator().manual_seed(0)
 
-        def normal(tokens: int, heads: int, spread: float) -> torch.Tensor:
-            return torch.randn(case.batch, tokens, heads, case.head_dim, generator=generator) * spread
+        def normal(tokens: int, heads: int, spread: float, columns: int = case.head_dim) -> torch.Tensor:
+            return torch.randn(case.batch, tokens, heads, columns, generator=generator) * spread
 
         q = normal(case.seqlen_q, case.heads, case.spread).to(CODES[case.dtype])
         k = normal(case.seqlen_k, case.heads_kv, case.spread).to(CODES[case.dtype])
-        v = normal(case.seqlen_k, case.heads_kv, 1.0)
+        v = normal(case.seqlen_k, case.heads_kv, 1.0, case.head_dim_v or case.head_dim)
         digits = (torch.arange(case.seqlen_k)[:, None] >> torch.arange(10)) % 2 * 2 - 1
         v[..., :10] = digits[None, :, None]
         scales = (torch.rand(case.batch, case.heads_kv, generator=generator) + 0.5 for _ in range(3))

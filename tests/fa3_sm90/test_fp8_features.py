@@ -1,0 +1,143 @@
+"""The FA3 forward in fp8, simulated, against the fp32 reference: types, head_dims, masks, scores and layouts in pairs,
+pages, what lies outside the lengths."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cute_fa.semantics.problem import LiteralWindow
+from cute_fa.semantics.reference import expected
+from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
+from cute_fa.tools.trial import problem_of_spec
+from fa3_sm90.forward.config import Fa3ForwardConfig
+from fa3_sm90.forward.entry import Fa3Forward
+from tests.testing.cases import spec_name, spec_of
+from tests.testing.grid import in_turns, pairwise
+from tests.testing.simulated import call
+
+E4M3, E5M2 = DType.E4M3, DType.E5M2
+# As many levels as shape the code or the control flow differently; some stand for several values, taken in turns.
+DTYPES = {
+    "e4m3": [(E4M3, E4M3, E4M3)],
+    "e5m2": [(E5M2, E5M2, E5M2)],
+    "mixed": [(E4M3, E5M2, E4M3), (E5M2, E4M3, E4M3), (E4M3, E4M3, E5M2), (E5M2, E4M3, E5M2)],
+}
+HEAD_DIMS = {
+    "64": [(64, None)],
+    "128": [(128, None)],
+    "256": [(256, None)],
+    "narrow": [(d, d_v) for d, d_v in ((48, None), (16, 112), (80, None), (128, 16), (112, None), (32, 96))],
+    "wide": [(192, 128), (64, 256), (176, 208), (160, None), (256, 64), (240, 176), (144, 224), (208, 144), (48, 240)],
+}
+MASKS = {
+    "none": [{}],
+    "causal": [{"causal": True}],
+    "window": [
+        {"window": (137, 11)},
+        {"window": LiteralWindow(None, -5)},
+        {"window": LiteralWindow(-20, 90)},
+        {"window": (0, None)},
+        {"window": LiteralWindow(-4, None)},
+    ],
+    "sink": [
+        {"window": (60, 0), "sink_tokens": 5},
+        {"window": LiteralWindow(-12, 60), "sink_tokens": 30},
+        {"window": (70, None), "sink_tokens": 90},
+    ],
+}
+LENGTHS = {
+    "dense": [{}],
+    "packed": [
+        {"varlen_q": True, "varlen_k": True},
+        {"varlen_q": True, "varlen_k": True, "seqused_q": True, "seqused_k": True},
+        {"varlen_k": True},
+    ],
+    "used": [
+        {"seqused_q": True, "seqused_k": True},
+        {"cache_leftpad": True},
+        {"varlen_q": True, "seqused_k": True},
+        {"cache_batch_idx": True, "cache_leftpad": True},
+    ],
+    "paged": [
+        {"varlen_q": True, "page_size": 16},
+        {"page_size": 8},
+        {"cache_batch_idx": True, "page_size": 64},
+        {"seqused_q": True, "page_size": 32},
+        {"page_size": 128},
+        {"varlen_q": True, "seqused_q": True, "page_size": 256},
+    ],
+}
+FEATURES = {
+    "dtypes": list(DTYPES),
+    "out_dtype": [torch.bfloat16, torch.float16],
+    "head_dims": list(HEAD_DIMS),
+    "mask": list(MASKS),
+    "alibi": [{}, {"alibi": True}, {"alibi_per_batch": True}],
+    "softcap": [0.0, 15.0],
+    "learnable_sink": [False, True],
+    "lengths": list(LENGTHS),
+    "heads": [(2, 2), (4, 2), (5, 1)],
+    "pack_gqa": [None, False, True],
+    "ctas": [("off", 132), ("on", 2), ("on", 1)],
+    "layout": ["contiguous", "padded", "transposed", "expanded"],
+    "seqlens": [(130, 130), (70, 301), (200, 77), (1, 150)],
+    "descales": [True, True, False],
+    "inputs": ["peaked", "random"],
+    "schedule": [
+        {"late": True},
+        {"late": True, "schedule_seed": 1},
+        {"late": True, "schedule_seed": 2, "race": True},
+        {"schedule_seed": 3, "race": True},
+    ],
+}
+
+
+def cases() -> list[dict]:
+    """Pairs of the levels, each level that stands for several values having its next one."""
+    turns = {"dtypes": DTYPES, "head_dims": HEAD_DIMS, "mask": MASKS, "lengths": LENGTHS}
+    return in_turns(pairwise(FEATURES, seed=1), **turns)
+
+
+def spec_of_case(case: dict) -> InputSpec:
+    dtype, dtype_k, dtype_v = case["dtypes"]
+    spec = spec_of(case | {"dtype": dtype})
+    return dataclasses.replace(spec, dtype_k=dtype_k, dtype_v=dtype_v, descales=case["descales"])
+
+
+def case_name(case: dict) -> str:
+    return f"{spec_name(spec_of_case(case))}-pack={case['pack_gqa']}-{case['ctas']}-{case['inputs']}"
+
+
+SIMULATION = ("num_sms", "late", "schedule_seed", "race")
+
+
+def launch(given: Inputs, **options):
+    """(out, lse) of one call; ``options``: those of the simulation and of the public function."""
+    simulation = {name: options.pop(name) for name in SIMULATION if name in options}
+    if given.spec.is_cache:
+        options.pop("persistent", None)  # the function for caches takes none
+    out, lse, _ = call(given, "sm_90a", simulation, family="fa3", **options)
+    return out, lse
+
+
+def run(spec: InputSpec, inputs: str = "peaked", **options):
+    """(out, lse) of one call, compared with the reference."""
+    given = make_inputs(spec, inputs)
+    out, lse = launch(given, **options)
+    result = expected(given.q, given.k, given.v, out_dtype=out.dtype, **given.options()).check(out, lse)
+    assert result.ok, result
+    return out, lse
+
+
+def config_of(spec: InputSpec) -> Fa3ForwardConfig:
+    return Fa3Forward.configure(problem_of_spec(spec, SmArch.SM_90A))
+
+
+@pytest.mark.parametrize("case", cases(), ids=case_name)
+def test_features_in_pairs(case):
+    persistent, num_sms = case["ctas"]
+    options = {"pack_gqa": case["pack_gqa"], "persistent": persistent, "num_sms": num_sms}
+    out, _ = run(spec_of_case(case), case["inputs"], out_dtype=case["out_dtype"], **options, **case["schedule"])
+    assert out.dtype is case["out_dtype"]
