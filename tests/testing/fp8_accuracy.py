@@ -5,7 +5,7 @@
     python -m tests.testing.fp8_accuracy lengths    # O at 1k, 8k and 64k keys, with and without promotion
     python -m tests.testing.fp8_accuracy outliers   # FlashAttention-3's inputs with outliers, and what cute_fa.fp8 does
 
-print the tables of docs/fp8.md; ``lengths`` takes 8 minutes of a CPU core, the others one each.
+print the tables of docs/fp8.md; ``lengths`` takes 8 minutes of a CPU core, the others about one.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def print_sums():
 
 
 def print_scores():
-    table("head_dim", "n", "q and k", "Σ |q| |k|, mean", "LSE's error", "its bound", "with exact sums")
+    table("head_dim", "n", "q and k", "mean of Σ ∣q k∣", "LSE's error", "its bound", "with exact sums")
     for head_dim in (64, 128, 256):
         for values in ("mean 0", "positive"):
             operands = few_keys(head_dim, values)
