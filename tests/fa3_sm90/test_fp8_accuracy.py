@@ -5,11 +5,13 @@ import torch
 
 from cute_fa import fp8
 from tests.testing.fp8_accuracy import (
-    Operands,
+    few_keys,
     lowprec,
+    lse_bound,
     near_uniform,
     promote_every,
     relative_rms,
+    score_sums,
     simulated,
     unpromoted,
 )
@@ -61,38 +63,19 @@ def test_without_promotion_long_contexts_are_lost(head_dim):
     assert relative_rms(simulated(operands)[0], exact) < 1e-3
 
 
+@pytest.mark.parametrize("values", ["mean 0", "positive"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_scores_and_lse_keep_to_the_bound(head_dim):
-    """Q·Kᵀ is one sum of head_dim / 32 instructions. With q and k positive each score loses, the LSE with them: at
-    head_dim 256 more than the 1e-3 of exact sums, by far less than the bound."""
-    generator = torch.Generator().manual_seed(3)
-    q, k, v = (torch.randn(1, n, 1, head_dim, generator=generator) for n in (64, 600, 600))
-    operands = Operands.of(q.abs(), k.abs(), v)
+def test_lse_keeps_to_the_bound(head_dim, values):
+    """Q·Kᵀ is one sum of head_dim / 32 instructions. With q and k positive each score loses, and the LSE with them: at
+    head_dim 256 more than the 1e-3 that exact sums keep to."""
+    operands = few_keys(head_dim, values)
     n = head_dim // 32
     _, exact = operands.reference(torch.float64)
-    _, lse = simulated(operands)
-    _, full = simulated(operands, bits=None)
+    lse, full = (simulated(operands, bits)[1] for bits in (14, None))
     assert (full - exact).abs().max() <= 1e-3
-    values = [fp8.dequantize(*pair)[0, :, 0].double() for pair in zip(operands[:2], operands[3:5], strict=True)]
-    scores = values[0] @ values[1].T * head_dim**-0.5  # of positive elements: the sums of magnitudes too
-    bound = ((1 + fp8.sum_error_bound(n)) * scores).logsumexp(-1) - scores.logsumexp(-1)
     error = (exact - lse)[0, 0]
-    assert (error.abs() <= bound).all()
-    assert error.mean() > 0
-    assert (error <= 2 * typical_loss(n) * scores.amax(-1) + 1e-3).all()  # products of two such numbers are skewed
-    if head_dim == 256:
-        assert error.max() > 1e-3
-
-
-def test_peaked_scores_in_14_bits():
-    """The kernel with a whole problem's features, within the tolerance of exact sums and what the bound adds."""
-    generator = torch.Generator().manual_seed(5)
-    q, k, v = (torch.randn(1, 200, 1, 128, generator=generator) for _ in range(3))
-    operands = Operands.of(2 * q, 2 * k, v)
-    _, exact = operands.reference(torch.float64)
-    _, lse = simulated(operands)
-    values = [fp8.dequantize(*pair)[0, :, 0].double() for pair in zip(operands[:2], operands[3:5], strict=True)]
-    scores = values[0] @ values[1].T * 128**-0.5
-    magnitudes = values[0].abs() @ values[1].abs().T * 128**-0.5
-    bound = (scores + fp8.sum_error_bound(4) * magnitudes).logsumexp(-1) - scores.logsumexp(-1)
-    assert ((exact - lse)[0, 0].abs() <= bound + 1e-3).all()
+    assert (error.abs() <= lse_bound(operands)).all()
+    assert (error.abs().max() > 1e-3) == (values == "positive")
+    if values == "positive":
+        # twice, since products of two such numbers are skewed
+        assert (error <= 2 * typical_loss(n) * score_sums(operands)[0].amax(-1) + 1e-3).all()

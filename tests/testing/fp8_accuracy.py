@@ -1,10 +1,11 @@
 """How accurate the FA3 forward in fp8 is, simulated with the accumulators of 14 bits that Hopper has:
 
     python -m tests.testing.fp8_accuracy sums       # what sums of n wgmma lose, in the model of ptxsim.accumulate
-    python -m tests.testing.fp8_accuracy lengths    # O and LSE at 1k, 8k and 64k keys, with and without promotion
+    python -m tests.testing.fp8_accuracy scores     # what that does to Q·Kᵀ and the LSE
+    python -m tests.testing.fp8_accuracy lengths    # O at 1k, 8k and 64k keys, with and without promotion
     python -m tests.testing.fp8_accuracy outliers   # FlashAttention-3's inputs with outliers, and what cute_fa.fp8 does
 
-print the tables of docs/fp8.md, in 1, 10 and 3 minutes of one CPU core.
+print the tables of docs/fp8.md; ``lengths`` takes 8 minutes of a CPU core, the others about one.
 """
 
 from __future__ import annotations
@@ -81,6 +82,27 @@ def near_uniform(head_dim: int, keys: int, values: str, seed: int = 0) -> Operan
     return Operands.of(0.3 * q, 0.3 * k, shaped(values, v))
 
 
+def few_keys(head_dim: int, values: str, seed: int = 0) -> Operands:
+    """600 keys, q and k of magnitude 1: "positive", |N(0, 1)|, or "mean 0"."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, n, 1, head_dim, generator=generator) for n in (QUERIES, 600, 600))
+    return Operands.of(shaped(values, q), shaped(values, k), v)
+
+
+def score_sums(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores, and what they would be with all products positive: fp64 (queries, keys)."""
+    q, k = (fp8.dequantize(*pair)[0, :, 0].double() for pair in zip(operands[:2], operands[3:5], strict=True))
+    scale = q.shape[1] ** -0.5
+    return scale * q @ k.T, scale * q.abs() @ k.abs().T
+
+
+def lse_bound(operands: Operands) -> torch.Tensor:
+    """How far the LSE (queries) may be off: as far as if each score were off by its bound."""
+    scores, magnitudes = score_sums(operands)
+    bound = fp8.sum_error_bound(operands.q.shape[-1] // PRODUCTS)
+    return (scores + bound * magnitudes).logsumexp(-1) - scores.logsumexp(-1)
+
+
 def simulated(
     operands: Operands, bits: int | None = BITS, out_dtype: torch.dtype = torch.float16
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,6 +167,17 @@ def print_sums():
     for values in ("mean 0", "normal", "positive", "skewed"):
         row(values, *(lost(values, n) for n in numbers))
     row("bound", *map(fp8.sum_error_bound, numbers))
+
+
+def print_scores():
+    table("head_dim", "n", "q and k", "mean of Σ ∣q k∣", "LSE's error", "its bound", "with exact sums")
+    for head_dim in (64, 128, 256):
+        for values in ("mean 0", "positive"):
+            operands = few_keys(head_dim, values)
+            _, exact = operands.reference(torch.float64)
+            lse = [(simulated(operands, bits)[1] - exact).abs().max().item() for bits in (BITS, None)]
+            size = score_sums(operands)[1].mean().item()
+            row(head_dim, head_dim // PRODUCTS, values, size, lse[0], lse_bound(operands).max().item(), lse[1])
 
 
 def print_lengths():
@@ -217,7 +250,7 @@ def print_outliers():
             row(f"fp8 {name}", rotation, *cells)
 
 
-COMMANDS = {"sums": print_sums, "lengths": print_lengths, "outliers": print_outliers}
+COMMANDS = {"sums": print_sums, "scores": print_scores, "lengths": print_lengths, "outliers": print_outliers}
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in COMMANDS:
