@@ -64,9 +64,8 @@ class Fa3Forward(AttentionKernel):
                 for name, size in sizes.items()
                 if size % 16
             ]
-            if not reasons and problem.promote_every is not None:
-                refused = promotion_objection(problem)
-                reasons += [] if refused is None else [refused]
+            refused = None if reasons else promotion_objection(problem)
+            reasons += [] if refused is None else [refused]
         if problem.cache_leftpad and problem.page_size is not None:
             reasons.append(f"cache_leftpad with page_size {problem.page_size}: blocks of keys start where pages do")
         if problem.pack_gqa and problem.gqa_ratio > WGMMA_M:

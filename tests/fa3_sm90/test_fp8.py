@@ -62,7 +62,9 @@ def test_every_pair_of_head_dims_fits(page_size, window):
 @pytest.mark.parametrize(
     ("head_dim", "changes", "tiles"),
     [
-        (64, {}, (160, 1, 5)),
+        (64, {}, (128, 1, 4)),
+        (64, {"promote_every": 5}, (160, 1, 5)),
+        (64, {"promote_every": 1}, (32, 1, 1)),
         (128, {}, (128, 2, 4)),
         (256, {}, (64, 4, 2)),
         (64, {"page_size": 16}, (128, 1, 4)),
@@ -84,15 +86,16 @@ def test_reasons_against_wider_blocks():
         for changes in ({}, {"page_size": 64}, {"window_left": 100})
     )
     assert plain == [
-        "registers: about 304 a thread for 160 keys, O 128 wide and P·V 128 wide, 240 available",
-        "registers: about 272 a thread for 160 keys, O 128 wide and P·V 64 wide, 240 available",
         "registers: about 272 a thread for 128 keys, O 128 wide and P·V 128 wide, 240 available",
     ]
     assert paged == plain
     assert window[-1] == "registers: about 256 a thread for 128 keys, O 128 wide and P·V 64 wide, 240 available"
-    of_64 = refusals(Fa3Forward, problem(page_size=64))
-    assert of_64 == [
-        "paged keys: a block of 160 and a page of 128 have 32 rows in common for a TMA copy, one of 64 has 64"
+    assert Fa3Forward.supports(problem(page_size=64, promote_every=5)) == [
+        "promote_every 5: paged keys: a block of 160 and a page of 128 have 32 rows in common for a TMA copy, "
+        "one of 64 has 64"
+    ]
+    assert Fa3Forward.supports(problem(head_dim_v=256, promote_every=4)) == [
+        "promote_every 4: registers: about 304 a thread for 128 keys, O 256 wide and P·V 64 wide, 240 available"
     ]
 
 
@@ -122,7 +125,7 @@ def test_sums_do_not_lose_bits_over_many_keys(head_dim):
     assert (lse - exact_lse).abs().max() <= 1e-3
 
 
-@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(128, 160), (129, 161), (127, 159), (1, 1), (200, 7)])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(128, 128), (129, 129), (127, 127), (1, 1), (200, 7)])
 def test_lengths_around_the_tiles(seqlen_q, seqlen_k):
     """Keys beyond the end would score 0, far below what peaked inputs look at."""
     for inputs in ("peaked", "random"):
