@@ -52,7 +52,7 @@ def shaped(values: str, x: torch.Tensor) -> torch.Tensor:
 
 
 class Operands(NamedTuple):
-    """q, k, v in fp8, (1, tokens, 1, head_dim), and their descales (1, 1)."""
+    """q, k, v in fp8, (1, tokens, heads, head_dim), and their descales (1, heads) or ()."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -90,7 +90,7 @@ def few_keys(head_dim: int, values: str, seed: int = 0) -> Operands:
 
 
 def score_sums(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores, and what they would be with all products positive: fp64 (queries, keys)."""
+    """Scores of the first head, and what they would be with all products positive: fp64 (queries, keys)."""
     q, k = (fp8.dequantize(*pair)[0, :, 0].double() for pair in zip(operands[:2], operands[3:5], strict=True))
     scale = q.shape[1] ** -0.5
     return scale * q @ k.T, scale * q.abs() @ k.abs().T
