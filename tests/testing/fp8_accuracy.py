@@ -188,9 +188,9 @@ def print_lengths():
                 operands = near_uniform(head_dim, keys, values)
                 exact, _ = operands.reference(torch.float64)
                 out, low = simulated(operands)[0], lowprec(operands)
-                errors = [relative_rms(t, exact) for t in (out, low, out.bfloat16(), low.bfloat16())]
+                found = (relative_rms(t, exact) for t in (out, low, out.bfloat16(), low.bfloat16()))
                 n = promote_every(operands)
-                row(head_dim, n, values, keys, *errors, relative_rms(unpromoted(operands), exact))
+                row(head_dim, n, values, keys, *found, relative_rms(unpromoted(operands), exact))
 
 
 def with_outliers(queries: int, keys: int, heads: int, head_dim: int = 128, seed: int = 0) -> list[torch.Tensor]:
@@ -204,10 +204,7 @@ def with_outliers(queries: int, keys: int, heads: int, head_dim: int = 128, seed
     return [one(tokens) for tokens in (queries, keys, keys)]
 
 
-Quantise = "Callable[[torch.Tensor], fp8.Quantized]"
-
-
-def schemes() -> Iterator[tuple[str, int | None, Quantise]]:
+def schemes() -> Iterator[tuple[str, int | None, Callable[[torch.Tensor], fp8.Quantized]]]:
     """(name, block size, how to quantise)."""
     yield "per tensor", None, fp8.quantize_per_tensor
     yield "per head", None, fp8.quantize_per_head
