@@ -30,7 +30,7 @@ from ptxsim.accumulate import limited_sum
 from tests.testing.unpromoted import UnpromotedConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 BITS = 14
 PRODUCTS = 32  # of one wgmma
