@@ -30,7 +30,7 @@ from ptxsim.accumulate import limited_sum
 from tests.testing.unpromoted import UnpromotedConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 BITS = 14
 PRODUCTS = 32  # of one wgmma
@@ -52,7 +52,7 @@ def shaped(values: str, x: torch.Tensor) -> torch.Tensor:
 
 
 class Operands(NamedTuple):
-    """q, k, v in fp8, (1, tokens, 1, head_dim), and their descales (1, 1)."""
+    """q, k, v in fp8, (1, tokens, heads, head_dim), and their descales (1, heads) or ()."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -90,7 +90,7 @@ def few_keys(head_dim: int, values: str, seed: int = 0) -> Operands:
 
 
 def score_sums(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores, and what they would be with all products positive: fp64 (queries, keys)."""
+    """Scores of the first head, and what they would be with all products positive: fp64 (queries, keys)."""
     q, k = (fp8.dequantize(*pair)[0, :, 0].double() for pair in zip(operands[:2], operands[3:5], strict=True))
     scale = q.shape[1] ** -0.5
     return scale * q @ k.T, scale * q.abs() @ k.abs().T
@@ -188,9 +188,9 @@ def print_lengths():
                 operands = near_uniform(head_dim, keys, values)
                 exact, _ = operands.reference(torch.float64)
                 out, low = simulated(operands)[0], lowprec(operands)
-                errors = [relative_rms(t, exact) for t in (out, low, out.bfloat16(), low.bfloat16())]
+                found = (relative_rms(t, exact) for t in (out, low, out.bfloat16(), low.bfloat16()))
                 n = promote_every(operands)
-                row(head_dim, n, values, keys, *errors, relative_rms(unpromoted(operands), exact))
+                row(head_dim, n, values, keys, *found, relative_rms(unpromoted(operands), exact))
 
 
 def with_outliers(queries: int, keys: int, heads: int, head_dim: int = 128, seed: int = 0) -> list[torch.Tensor]:
@@ -204,10 +204,7 @@ def with_outliers(queries: int, keys: int, heads: int, head_dim: int = 128, seed
     return [one(tokens) for tokens in (queries, keys, keys)]
 
 
-Quantise = "Callable[[torch.Tensor], fp8.Quantized]"
-
-
-def schemes() -> Iterator[tuple[str, int | None, Quantise]]:
+def schemes() -> Iterator[tuple[str, int | None, Callable[[torch.Tensor], fp8.Quantized]]]:
     """(name, block size, how to quantise)."""
     yield "per tensor", None, fp8.quantize_per_tensor
     yield "per head", None, fp8.quantize_per_head
