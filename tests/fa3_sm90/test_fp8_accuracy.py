@@ -44,7 +44,7 @@ def test_sums_keep_to_the_bound(head_dim, values):
 
 
 def test_long_contexts_lose_no_more_than_short_ones():
-    """At head_dim 64, whose sums are the longest; in bf16 the rounding of O, 1.6e-3, is part of both sides."""
+    """In bf16 the rounding of O, 1.6e-3, is part of both sides."""
     short, long = (near_uniform(64, keys, "normal") for keys in (1024, 65536))
     measured = []
     for operands in (short, long):
