@@ -26,10 +26,9 @@ DTYPES = {
     "mixed": [(E4M3, E5M2, E4M3), (E5M2, E4M3, E4M3), (E4M3, E4M3, E5M2), (E5M2, E4M3, E5M2)],
 }
 HEAD_DIMS = {
-    "64": [(64, None)],
+    "narrow": [(64, None), (48, None), (16, 112), (80, None), (128, 16), (112, None), (32, 96)],
     "128": [(128, None)],
     "256": [(256, None)],
-    "narrow": [(d, d_v) for d, d_v in ((48, None), (16, 112), (80, None), (128, 16), (112, None), (32, 96))],
     "wide": [(192, 128), (64, 256), (176, 208), (160, None), (256, 64), (240, 176), (144, 224), (208, 144), (48, 240)],
 }
 MASKS = {
@@ -82,12 +81,11 @@ FEATURES = {
     "heads": [(2, 2), (2, 1), (3, 1)],
     "pack_gqa": [None, False, True],
     "ctas": [("off", 132), ("on", 2), ("on", 1)],
-    "layout": ["contiguous", "padded", "transposed", "expanded"],
-    "seqlens": [(130, 130), (70, 301), (200, 77), (1, 150)],
+    "layout": ["padded", "transposed", "expanded"],
+    "seqlens": [(70, 301), (200, 77), (1, 150)],
     "descales": [True, True, False],
     "inputs": ["peaked", "random"],
     "schedule": [
-        {"late": True},
         {"late": True, "schedule_seed": 1},
         {"late": True, "schedule_seed": 2, "race": True},
         {"schedule_seed": 3, "race": True},
@@ -171,9 +169,8 @@ def test_pages_give_the_bits_of_contiguous_keys(page_size, contiguous):
     assert {load.start[3] for load in boxes if load.start[1] < load.extents[1]} == listed
 
 
-@pytest.mark.parametrize("head_dim", [64, 256])
-def test_same_bits_under_every_schedule_and_on_any_number_of_sms(head_dim):
-    given = make_inputs(InputSpec(2, 150, 200, 2, 1, head_dim, dtype=E4M3, causal=True), "peaked")
+def test_same_bits_under_every_schedule_and_on_any_number_of_sms():
+    given = make_inputs(InputSpec(2, 130, 150, 1, 1, 256, dtype=E4M3, causal=True), "peaked")
     first, first_lse = launch(given, persistent="off", pack_gqa=False)
     for options in ({"num_sms": 1, "late": True, "schedule_seed": 1}, {"num_sms": 3, "schedule_seed": 3}):
         out, lse = launch(given, pack_gqa=False, persistent="on", **options)
