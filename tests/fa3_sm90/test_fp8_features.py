@@ -99,9 +99,10 @@ def cases() -> list[dict]:
     return in_turns(pairwise(FEATURES, seed=1), **turns)
 
 
-def spec_of_case(case: dict) -> InputSpec:
+def spec_of_case(case: dict, scale: int = 1) -> InputSpec:
+    """``scale``: factor of the lengths and of the window."""
     dtype, dtype_k, dtype_v = case["dtypes"]
-    spec = spec_of(case | {"dtype": dtype})
+    spec = spec_of(case | {"dtype": dtype}, scale)
     return dataclasses.replace(spec, dtype_k=dtype_k, dtype_v=dtype_v, descales=case["descales"])
 
 
@@ -140,6 +141,19 @@ def test_features_in_pairs(case):
     options = {"pack_gqa": case["pack_gqa"], "persistent": persistent, "num_sms": num_sms}
     out, _ = run(spec_of_case(case), case["inputs"], out_dtype=case["out_dtype"], **options, **case["schedule"])
     assert out.dtype is case["out_dtype"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases(), ids=case_name)
+def test_features_in_pairs_on_the_gpu(case):
+    """The same pairs with 800 to 3300 keys."""
+    given = make_inputs(spec_of_case(case, scale=11), case["inputs"], device="cuda")
+    options = {"pack_gqa": case["pack_gqa"], "out_dtype": case["out_dtype"], "family": "fa3"}
+    if not given.spec.is_cache:
+        options["persistent"] = case["ctas"][0]
+    out, lse = given.run(return_lse=True, **options)
+    result = expected(given.q, given.k, given.v, out_dtype=out.dtype, **given.options()).check(out, lse)
+    assert result.ok, result
 
 
 PAGED = InputSpec(3, 100, 300, 2, 1, 64, dtype=E4M3, causal=True, seqused_k=True, lengths_k=(300, 129, 0))
