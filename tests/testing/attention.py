@@ -1,11 +1,12 @@
 """An attention kernel on several problems, each checked against the reference: a script for ``python -m ptxsim``.
 
 Arguments: whose kernel (cute-fa or fa4), head_dim, mask (full, causal, varlen: packed sequences and a window; paged),
-and what (forward by default; split: its keys in three parts; backward; deterministic: the backward without atomic
-additions). The problems are small, and made so that waits and barriers matter: tiles of queries without keys, with one
-block of keys, two and many, and more tiles than SMs.
+and what (forward by default; fp8: the forward in e4m3; split: its keys in three parts; backward; deterministic: the
+backward without atomic additions). The problems are small, and made so that waits and barriers matter: tiles of queries
+without keys, with one block of keys, two and many, and more tiles than SMs.
 """
 
+import dataclasses
 import os
 import sys
 
@@ -15,6 +16,7 @@ import torch
 
 from cute_fa.engine import autograd
 from cute_fa.semantics import reference
+from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs, output_gradients
 from tests.testing.gradients import call_of
 
@@ -22,6 +24,8 @@ from tests.testing.gradients import call_of
 def problems(head_dim: int, mask: str, what: str) -> list[InputSpec]:
     if what == "split":
         return decoding(head_dim, mask)
+    if what == "fp8":
+        return [dataclasses.replace(spec, dtype=DType.E4M3) for spec in problems(head_dim, mask, "forward")]
     packed = {"varlen_q": True, "varlen_k": True}
     if what != "forward":
         if mask == "varlen":
@@ -102,8 +106,8 @@ def check_backward(given: Inputs, whose: str, deterministic: bool) -> None:
 def main(whose: str, head_dim: str, mask: str, what: str = "forward") -> None:
     for spec in problems(int(head_dim), mask, what):
         given = make_inputs(spec, "peaked", device="cuda")
-        if what in ("forward", "split"):
-            check_forward(given, whose, splits=1 if what == "forward" else 3)
+        if what in ("forward", "fp8", "split"):
+            check_forward(given, whose, splits=3 if what == "split" else 1)
         else:
             check_backward(given, whose, deterministic=what == "deterministic")
 

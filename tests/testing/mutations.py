@@ -98,6 +98,7 @@ VICTIMS += [
     for head_dim, mask in itertools.product((64, 128), masks)
 ]
 VICTIMS += [Victim(*FAMILIES[1], head_dim, "paged") for head_dim in (64, 128)]
+VICTIMS += [Victim(*FAMILIES[1], head_dim, mask, "fp8") for head_dim in (64, 128) for mask in ("full", "causal")]
 VICTIMS += [
     Victim(*family, 256, mask, what)
     for mask in ("full", "causal", "varlen")
