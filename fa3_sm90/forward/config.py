@@ -265,8 +265,9 @@ def _fp8_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
     columns = tiles.promoted_columns or size_v
     # Scores, and as much again for P, the mask and what else follows the keys; O, a part of P·V, and 16. Beyond that
     # causal kernels spill in loops (head_dim_v 176 with 96 keys needs 244: 6 accesses; 224 with 64 keys in two parts
-    # 248: 54; 128 with 128 in one part 272: 48), within it they do not. In parts a left edge takes 16 more (112, 144,
-    # 128 with 128 keys: 10, 148, 148 accesses; 160, 192 with 96: 10, 10; 208, 256 with 64: 18, 26).
+    # 248: 54; 128 with 128 in one part 272: 48), within it at most 1 access, with lengths and a right bound. In parts a
+    # left edge takes 16 more (112, 144, 128 with 128 keys: 10, 148, 148 accesses; 160, 192 with 96: 10, 10; 208, 256
+    # with 64: 18, 26).
     needed, available = tiles.tile_n + size_v // 2 + columns // 2 + 16, REGISTERS[2][1]
     if problem.window_left is not None and columns < size_v:
         needed += 16
