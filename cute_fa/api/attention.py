@@ -458,9 +458,9 @@ def _choice(called: str, name: str, value: Any) -> Any:
         if isinstance(value, PersistentMode):
             return value.value
         return value if isinstance(value, str) else PersistentMode.named(value).value
-    if name == "out_dtype" and isinstance(value, torch.dtype):
+    if name == "out_dtype" and value is not None:
         if value not in _LOWER:
-            raise DTypeError(called, value, "float16 or bfloat16 is needed")
+            raise DTypeError(called, value, "torch.float16 or torch.bfloat16 is needed")
         return DTYPES[value].value
     kinds = _HINTS[name]
     if value is None and type(None) in kinds:

@@ -229,7 +229,7 @@ class TestPagedAttention:
         ):
             request.run()
 
-    @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_90A])
+    @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_100A])
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
     def test_no_kernel_reads_fp8(self, arch, dtype):
         given = make_inputs(SPEC)

@@ -64,7 +64,7 @@ def test_the_schema_follows_from_the_call():
     assert schema(Options) == (
         "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? softmax_scale, SymInt? window_left, SymInt? window_right, "
         "SymInt sink_tokens, float softcap, SymInt num_splits, str? family, bool? pack_gqa, str persistent, "
-        "bool deterministic, str names"
+        "bool deterministic, str? out_dtype, str names"
     )
 
     class Mixed(NamedTuple):
@@ -135,6 +135,7 @@ TUPLES = [
     (contract.CommonArguments, forward_device.CommonArguments),
     (contract.LengthArguments, get_type_hints(forward_device.CommonArguments)["lengths"]),
     (contract.WindowArguments, get_type_hints(forward_device.CommonArguments)["window"]),
+    (contract.Descales, get_type_hints(forward_device.CommonArguments)["descales"]),
 ]
 
 
@@ -153,13 +154,13 @@ def test_flags_follow_from_the_problem():
     assert is_used(dataclasses.replace(PROBLEM, sink_tokens=4, window_left=0), "sink_tokens")
     flags = {of.flag for of in options_of(AttentionProblem).values() if of.flag}
     fields = {field.name for field in dataclasses.fields(contract.FeatureConfig)}
-    assert fields - flags == {"arch", "dtype", "head_dim", "head_dim_v"}
+    assert fields - flags == {"arch", "dtype", "dtype_k", "dtype_v", "out_dtype", "head_dim", "head_dim_v"}
 
 
 def test_every_token_has_a_place_in_the_names():
     tokens = {of.token for of in options_of(AttentionProblem).values() if of.token}
     assert tokens < set(names._ORDER)
-    assert set(names._ORDER) - tokens == {"causal", "varlen", "gqa"}
+    assert set(names._ORDER) - tokens == {"out", "causal", "varlen", "gqa"}
 
 
 @pytest.mark.parametrize("kind", [AttentionProblem, AppendProblem])
@@ -238,11 +239,13 @@ print("right")
     ids=["fa2", "split", "fa3"],
 )
 def test_the_kernels_grids_have_every_feature_that_shapes_code(cases, left_out):
-    """Where the rows of a cache lie has tests of its own, test_cache_index.py; the random problems have everything."""
+    """Where the rows of a cache lie has tests of its own, test_cache_index.py, and fp8 has a grid; the random problems
+    have everything."""
     flags = {name for name, of in options_of(AttentionProblem).items() if of.flag}
     problems = [problem_of_spec(spec_of(case), SmArch.SM_90A) for case in cases]
     used = {name for name in flags for problem in problems if is_used(problem, name)}
-    assert flags - used == left_out | {"cache_batch_idx", "cache_leftpad"}
+    descales = {"q_descale", "k_descale", "v_descale"}
+    assert flags - used == left_out | descales | {"cache_batch_idx", "cache_leftpad"}
 
 
 def test_without_the_private_names_no_tangent_is_dropped():

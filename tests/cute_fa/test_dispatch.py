@@ -22,6 +22,7 @@ def test_key_fields_and_their_order():
     assert [field.name for field in dataclasses.fields(DispatchKey)] == [
         "arch", "dtype", "head_dim", "causal", "varlen", "sliding_window", "alibi", "sink", "paged", "gqa_ratio",
         "direction", "head_dim_v", "window_right", "softcap", "learnable_sink", "page_size", "splits",
+        "dtype_k", "dtype_v", "out_dtype",
     ]  # fmt: skip
 
 
@@ -130,8 +131,17 @@ def test_choices_that_fa2_cannot_make_are_refused():
 def test_fp8():
     for arch in SmArch:
         for dtype in (DType.E4M3, DType.E5M2):
-            with pytest.raises(Fp8Error, match=rf"{dtype.value} input on {arch.value}.*fa2_fwd: "):
-                TABLE.lookup(DispatchKey(arch, dtype, 128))
+            key = DispatchKey(arch, dtype, 128)
+            backward = dataclasses.replace(key, direction=Direction.BACKWARD)
+            for refused in (key, backward)[arch.has_wgmma :]:
+                with pytest.raises(Fp8Error, match=rf"{dtype.value} input on {arch.value}.*fa2_[fb]wd: "):
+                    TABLE.lookup(refused)
+    mixed = DispatchKey(SmArch.SM_90A, DType.E4M3, 128, dtype_v=DType.E5M2, out_dtype=DType.FP16)
+    for key in (DispatchKey(SmArch.SM_90A, DType.E5M2, 128), mixed):
+        assert TABLE.lookup(key).family == "fa3" and DispatchKey.of(key.problem()) == key
+    assert str(mixed) == "fwd_sm90a_e4m3ve5m2_hd128_outfp16"
+    with pytest.raises(Fp8Error, match="bf16ke4m3ve4m3 input on sm_90a"):
+        TABLE.lookup(DispatchKey(SmArch.SM_90A, DType.BF16, 128, dtype_k=DType.E4M3, dtype_v=DType.E4M3))
     # not the dtype alone: the key is refused as a whole
     with pytest.raises(UnsupportedKeyError, match="head_dim 264"):
         TABLE.lookup(DispatchKey(SmArch.SM_80, DType.E4M3, 264))
@@ -223,8 +233,9 @@ def test_rows():
     assert "page_size 64" in cells["sm_80", "fwd", "paged KV"].reasons[0]
     assert all(cells[arch.value, "fwd", "split-KV"].kernel == "fa2_split" for arch in SmArch)
     assert cells["sm_90a", "fwd", "paged KV"].kernel == "fa3_fwd"
-    assert "fa3_fwd: dtype e4m3" in cells["sm_90a", "fwd", "fp8 e4m3"].reasons[0]
-    assert "fa2_fwd: dtype e4m3" in cells["sm_90a", "fwd", "fp8 e4m3"].reasons[1]
+    assert cells["sm_90a", "fwd", "fp8 with descales"].kernel == "fa3_fwd"
+    assert "fa3_fwd: dtype bf16ke4m3ve4m3" in cells["sm_90a", "fwd", "bf16, k and v e4m3"].reasons[0]
+    assert "fa2_fwd: dtype e4m3" in cells["sm_80", "fwd", "fp8 e4m3"].reasons[0]
     assert cells["sm_80", "bwd", "causal"][3:] == ("fa2_bwd", ())
     assert cells["sm_90a", "bwd", "causal"][3:] == ("fa2_bwd", ("fa3_bwd: no fa3_sm90 kernel exists yet",))
     assert "fa2_bwd: dtype e4m3" in cells["sm_80", "bwd", "fp8 e4m3"].reasons[0]
