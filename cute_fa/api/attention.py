@@ -173,7 +173,8 @@ def flash_attn_func(
     learnable_sink: (heads), a logit that takes part in the softmax and has no value; −inf for none. +inf or NaN make a
         head's results NaN.
     q_descale, k_descale, v_descale: fp32 (batch, heads_kv) of any strides, or one number: what the codes of fp8 q, k
-        and v are multiplied by; 1 by default. Numbers between 2^-32 and 2^32. ``cute_fa.fp8`` quantises.
+        and v are multiplied by; 1 by default. Numbers between 2^-32 and 2^32. Those of k and v may also be (batch,
+        heads_kv, blocks): one for each 128 keys of a sequence, from its first one on. ``cute_fa.fp8`` quantises.
     num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
     pack_gqa: whether query heads of one kv head share a tile; None lets the kernel choose, as "auto" does below.
     persistent: "auto", "on" (a CTA computes one tile after the other) or "off" (one CTA a tile).

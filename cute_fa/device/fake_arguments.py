@@ -46,16 +46,18 @@ def optional(wanted: bool, make):
     return make() if wanted else None
 
 
-def _fake_option(tensor: TensorOption) -> cute.Tensor:
-    make = fake_strided if tensor.strided else fake_vector
-    return make(_ELEMENTS[tensor.dtype], tensor.dimensions)
+def _fake_option(config: FeatureConfig, tensor: TensorOption) -> cute.Tensor:
+    element, dimensions = _ELEMENTS[tensor.dtype], tensor.dimensions
+    if tensor.wider and getattr(config, tensor.wider):
+        return fake_vector(element, dimensions + 1)
+    return (fake_strided if tensor.strided else fake_vector)(element, dimensions)
 
 
 def common_fakes(config: FeatureConfig) -> CommonArguments:
     """What ``cute_fa.engine.contract.common_arguments`` gives at run time."""
     c = config
     fakes = {
-        of.tensor.name: optional(getattr(c, of.flag), partial(_fake_option, of.tensor))
+        of.tensor.name: optional(getattr(c, of.flag), partial(_fake_option, c, of.tensor))
         for of in options_of(AttentionProblem).values()
         if of.tensor is not None
     }

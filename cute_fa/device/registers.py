@@ -2,14 +2,15 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Uint32
 from cutlass.cute.arch import inline_ptx
 
 
 def opaque(value):
     """The same value, of unknown origin: the compiler then keeps it in a register instead of computing it again."""
-    width = 32 if isinstance(value, Int32) else 64
-    return inline_ptx(f"mov.b{width} {{$w0}}, {{$r0}};", write_only_types=[type(value)], read_only_args=[value])
+    return inline_ptx(
+        f"mov.b{type(value).width} {{$w0}}, {{$r0}};", write_only_types=[type(value)], read_only_args=[value]
+    )
 
 
 def narrow(source: cute.Tensor, target: cute.Tensor):

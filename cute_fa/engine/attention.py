@@ -115,7 +115,7 @@ def _expanded(problem: AttentionProblem, extras: Extras) -> dict[str, tuple[int,
     heads = {"alibi_slopes": problem.num_heads} | descales
     given = {name: getattr(extras, name) for name in heads}
     shapes = {name: (problem.batch, heads[name]) for name, tensor in given.items() if tensor is not None}
-    return {name: shape for name, shape in shapes.items() if given[name].shape != shape}
+    return {name: shape for name, shape in shapes.items() if given[name].dim() < 3 and given[name].shape != shape}
 
 
 def validate(call: Call, out: torch.Tensor | None = None) -> None:

@@ -223,7 +223,8 @@ def _in_bf16(problem: Problem) -> Problem:
     others: dict[str, Any] = {}
     if isinstance(problem, AttentionProblem):
         others = dict.fromkeys(("dtype_k", "dtype_v", "out_dtype"))
-        others |= dict.fromkeys(("q_descale", "k_descale", "v_descale"), False)
+        descales = ("q_descale", "k_descale", "v_descale", "k_block_descale", "v_block_descale")
+        others |= dict.fromkeys(descales, False)
     return replace(problem, dtype=DType.BF16, **others)
 
 

@@ -33,6 +33,7 @@ from cute_fa.semantics.errors import (
 )
 from cute_fa.semantics.options import options_of
 from cute_fa.semantics.problem import (
+    DESCALE_BLOCK,
     INT32_MAX,
     PAGE_SIZES,
     AttentionProblem,
@@ -82,7 +83,9 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
     for name, tensor in names.of(tensors).items():
         check_loadable(name, tensor)
     _check_extras(names, extras, batch, sequences, q.shape[-2])
-    _check_descales(names, call, batch, sequences)
+    ragged_k = cu_seqlens_k is not None or extras.seqused_k is not None
+    longest_k = _longest_k(names, rows_k, options.max_seqlen_k, ragged_k, page_size)
+    _check_descales(names, call, batch, sequences, longest_k)
     check_devices(names.of(tensors | extras._asdict()), names["q"])
     for name, cu_seqlens, rows in (("cu_seqlens_q", cu_seqlens_q, rows_q), ("cu_seqlens_k", cu_seqlens_k, rows_k)):
         if cu_seqlens is not None and rows > INT32_MAX:
@@ -96,8 +99,9 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
     fields = {name: getattr(options, name) for name in declared if name in Options._fields}
     fields |= {name: given[name] for name, of in declared.items() if of.tensor is not None}
     longest_q = _longest_q(names, rows_q, options.max_seqlen_q, given["varlen_q"], given["seqused_q"])
-    ragged_k = given["varlen_k"] or given["seqused_k"]
     fields |= {
+        "k_block_descale": _has_blocks(extras.k_descale),
+        "v_block_descale": _has_blocks(extras.v_descale),
         "page_size": page_size,
         "softcap": float(options.softcap),
         "num_splits": options.num_splits or 1,  # 0 is for the table to choose
@@ -112,7 +116,7 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
         dtype=dtype,
         batch=max(batch, 1),
         seqlen_q=longest_q,
-        seqlen_k=_longest_k(names, rows_k, options.max_seqlen_k, ragged_k, page_size),
+        seqlen_k=longest_k,
         num_heads=q.shape[-2],
         num_heads_kv=k.shape[-2],
         head_dim=q.shape[-1],
@@ -141,10 +145,16 @@ def _check_extras(names: ArgumentNames, extras: Extras, batch: int, sequences: s
         check_vector(names["learnable_sink"], extras.learnable_sink, torch.float32, (heads,), of=of_heads)
 
 
-def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str) -> None:
-    """Raise the error of descales for 16-bit tensors, or of another dtype or shape than the batch and the kv heads ask
-    for."""
+def _has_blocks(descale: torch.Tensor | None) -> bool:
+    """Whether blocks of keys have descales of their own."""
+    return descale is not None and descale.dim() == 3
+
+
+def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str, longest_k: int) -> None:
+    """Raise the error of descales for 16-bit tensors, or of another dtype, shape or stride than the batch, the kv heads
+    and the longest sequence's keys ask for."""
     shape = batch, call.k.shape[-2]
+    blocks = -(-longest_k // DESCALE_BLOCK)
     for name in "qkv":
         descale, of = getattr(call.extras, f"{name}_descale"), getattr(call, name)
         if descale is not None:
@@ -153,8 +163,13 @@ def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str
                 raise Fp8Error(f"{called} with {names[name]} in {_short(of.dtype)}: only fp8 codes have descales")
             if descale.dtype != torch.float32:
                 raise DTypeError(called, descale.dtype, "float32 is needed")
-            if tuple(descale.shape) != shape and descale.numel() != 1:
-                asked = f"{sequences} and {shape[1]} heads of {names['k']}"
+            asked = f"{sequences} and {shape[1]} heads of {names['k']}"
+            if name in "kv" and _has_blocks(descale):
+                if tuple(descale.shape[:2]) != shape or descale.shape[2] < blocks:
+                    rule = f"{(*shape, blocks)} is needed, one for each {DESCALE_BLOCK} keys, for the {asked}"
+                    raise ShapeError(f"{called} {tuple(descale.shape)}: {rule}")
+                check_contiguous_rows(called, descale)
+            elif tuple(descale.shape) != shape and (descale.numel() != 1 or descale.dim() > 2):
                 raise ShapeError(f"{called} {tuple(descale.shape)}: {shape} is needed, or one number, for the {asked}")
 
 
@@ -260,6 +275,8 @@ def check_values(problem: AttentionProblem, call: Call) -> None:
         descale = getattr(extras, name)
         if descale is not None:
             rule = "between 2^-32 and 2^32"
+            if _has_blocks(descale):
+                descale = _reached_blocks(descale, used_k)
             _check_numbers(names[name], descale, lambda number: 2.0**-32 <= number <= 2.0**32, rule)
             scale *= 1.0 if name == "v_descale" else min(descale.flatten().tolist(), default=1.0)
     if extras.alibi_slopes is not None:
@@ -276,6 +293,13 @@ def check_values(problem: AttentionProblem, call: Call) -> None:
             lambda sink: abs(sink) <= _LARGEST_LOGIT or sink == -math.inf,
             rule,
         )
+
+
+def _reached_blocks(descale: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Descales of blocks, 1 for those that lie beyond a sequence's length."""
+    first = torch.arange(descale.shape[2], device=descale.device) * DESCALE_BLOCK
+    reached = first < torch.tensor(lengths, device=descale.device)[:, None]
+    return torch.where(reached[:, None], descale, 1.0)
 
 
 def _check_numbers(name: str, tensor: torch.Tensor, allowed: Callable[[float], bool], rule: str) -> None:

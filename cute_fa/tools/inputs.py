@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cute_fa.semantics.errors import ArgumentError
-from cute_fa.semantics.problem import normalize_window
+from cute_fa.semantics.problem import DESCALE_BLOCK, normalize_window
 from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import DType
 
@@ -32,7 +32,8 @@ class InputSpec:
     """One attention problem in the caller's terms.
 
     ``seqlen_q`` and ``seqlen_k`` are the longest lengths; ``head_dim_v`` is ``head_dim`` by default, ``dtype_k`` and
-    ``dtype_v`` ``dtype``. ``descales``: fp8 tensors have some, one for each kv head of each sequence.
+    ``dtype_v`` ``dtype``. ``descales``: fp8 tensors have some, one for each kv head of each sequence;
+    ``block_descales``: those of k and v have one for each 128 keys.
     ``lengths_q``/``lengths_k`` fix every sequence's length for varlen and seqused; without them they are drawn from the
     seed, the first one at its longest, with odd and empty ones among the rest. ``varlen_*`` packs the sequences with
     cu_seqlens; ``seqused_*`` passes lengths shorter than what the tensors hold. ``page_size`` stores k and v in pages,
@@ -53,6 +54,7 @@ class InputSpec:
     dtype_k: DType | None = None
     dtype_v: DType | None = None
     descales: bool = True
+    block_descales: bool = False
     softmax_scale: float | None = None
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
@@ -190,6 +192,8 @@ def make_inputs(
     make = _peaked if inputs == "peaked" else _random
     sequences = [make(spec, *lengths, rng) for lengths in zip(lengths_q, lengths_k, strict=True)]
     descales = _draw_descales(spec, seed)
+    if spec.block_descales:
+        descales = [descales[0], *_draw_block_descales(descales[1:], spec, lengths_k, poison, seed)]
     sequences = [_codes(parts, [None if d is None else d[b] for d in descales]) for b, parts in enumerate(sequences)]
     fill = math.nan if poison else 0.0
 
@@ -286,13 +290,33 @@ def _draw_descales(spec: InputSpec, seed: int) -> list[torch.Tensor | None]:
     return [descale if used else None for descale, used in zip(drawn, given, strict=True)]
 
 
+def _draw_block_descales(
+    descales: list[torch.Tensor | None], spec: InputSpec, lengths_k: list[int], poison: bool, seed: int
+) -> list[torch.Tensor | None]:
+    """Between 1/2 and 2 of the sequences' for each block of keys, and one block more: fp32 (batch, heads_kv, blocks);
+    ``poison``: NaN for blocks without keys."""
+    rng = torch.Generator().manual_seed(seed)
+    first = torch.arange(0, spec.seqlen_k + DESCALE_BLOCK, DESCALE_BLOCK)
+    unused = (first >= torch.tensor(lengths_k)[:, None])[:, None]
+    of_blocks: list[torch.Tensor | None] = []
+    for descale in descales:
+        factors = torch.exp2(2.0 * torch.rand(spec.batch, spec.heads_kv, len(first), generator=rng) - 1.0)
+        factors = factors.masked_fill(unused, math.nan if poison else 1.0)
+        of_blocks.append(None if descale is None else descale[..., None] * factors)
+    return of_blocks
+
+
 def _codes(parts: tuple[torch.Tensor, ...], descales: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
-    """q, k and v of one sequence divided by its descales (heads_kv); where one kv head stands for all, by its own."""
+    """q, k and v of one sequence divided by its descales, (heads_kv) or (heads_kv, blocks); where one kv head stands
+    for all, by its own."""
     kv_heads = parts[1].shape[1]
     codes = []
     for part, descale in zip(parts, descales, strict=True):
         if descale is not None:
-            part = part / descale[:kv_heads].repeat_interleave(part.shape[1] // kv_heads)[:, None]
+            of_heads = descale[:kv_heads].repeat_interleave(part.shape[1] // kv_heads, 0)
+            if of_heads.dim() == 2:
+                of_heads = of_heads.repeat_interleave(DESCALE_BLOCK, 1)[:, : part.shape[0]].T
+            part = part / of_heads[..., None]
         codes.append(part)
     return tuple(codes)
 

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 from cute_fa.device.pipeline_spec import PipelineSpec
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, padded, smem_objection
-from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.problem import DESCALE_BLOCK, AttentionProblem
 from cute_fa.semantics.types import PersistentMode, SmArch
 
 WARPGROUP = 128
@@ -46,6 +46,11 @@ class Fa3ForwardConfig(FeatureConfig):
     def transposers(self) -> int:
         """Producer warps that transpose V: wgmma takes fp8 operands only with the keys contiguous."""
         return 2 if self.dtype.is_fp8 else 0
+
+    @property
+    def block_descales(self) -> bool:
+        """Whether blocks of keys have descales of their own."""
+        return self.k_block_descale or self.v_block_descale
 
     @property
     def output_parts(self) -> int:
@@ -254,6 +259,8 @@ def _fp8_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
             f"registers: about {needed} a thread for {tiles.tile_n} keys, O {size_v} wide and P·V {columns} wide, "
             f"{available} available"
         )
+    if DESCALE_BLOCK % tiles.tile_n and (problem.k_block_descale or problem.v_block_descale):
+        return f"descales of blocks: {tiles.tile_n} keys may have several, of {DESCALE_BLOCK} keys each"
     return _page_objection(problem, tiles.tile_n) or _memory_objection(problem, tiles)
 
 

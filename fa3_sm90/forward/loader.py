@@ -8,6 +8,7 @@ from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.tma_boxes import BoxCopy
 from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, kv_head, scheduler_of, tile_work
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
+from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.storage import Boxes, Storage
 
 
@@ -26,6 +27,7 @@ class Loader:
         self.config, self.args, self.tma, self.extents = config, args, tma, extents
         self.storage, self.rings = storage, rings
         self.boxes = Boxes.of(config)
+        self.block_descales = BlockDescales(config, args, storage)
 
     @cute.jit
     def run(self):
@@ -67,7 +69,12 @@ class Loader:
             copy.load(self.storage.q[wg], 0, row, Int32(c.tokens), barrier)
 
     def load_k(self, work: TileWork, iteration: Int32, state: RingState):
-        """One block of K."""
+        """One block of K, and what its keys' descales make of scores and O."""
+        if const_expr(self.config.block_descales):
+            factors = self.block_descales.factors(work, iteration)
+            self.rings["k"].wait_free(state)
+            with cute.arch.elect_one():
+                self.block_descales.put(factors, state.stage)
         self.load_keys("k", work, iteration, state)
 
     def load_v(self, work: TileWork, iteration: Int32, state: RingState):

@@ -3,7 +3,7 @@
 from typing import NamedTuple, Optional
 
 import cutlass.cute as cute
-from cutlass import Int64
+from cutlass import Float32, Int64
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
@@ -18,7 +18,8 @@ TILE_ALIGNMENT = 1024
 
 class Storage(NamedTuple):
     """Shared memory of a CTA: pointers, swizzled like their tiles. ``q`` and ``out`` have one for each warpgroup (the
-    same ones if O has no memory of its own), ``k`` and ``v`` are the first stages, ``vt`` of V transposed, or None."""
+    same ones if O has no memory of its own), ``k`` and ``v`` are the first stages, ``vt`` of V transposed, or None;
+    ``factors``: two numbers for each stage of K (:class:`fa3_sm90.forward.descales.BlockFactors`), or None."""
 
     barriers: cute.Pointer
     q: tuple[cute.Pointer, ...]
@@ -26,6 +27,7 @@ class Storage(NamedTuple):
     k: cute.Pointer
     v: cute.Pointer
     vt: Optional[cute.Pointer]
+    factors: Optional[cute.Pointer]
 
 
 def allocate(config: Fa3ForwardConfig) -> Storage:
@@ -54,7 +56,8 @@ def allocate(config: Fa3ForwardConfig) -> Storage:
         swizzle = tile_layout(out_dtype, WGMMA_M, c.head_dim_v_padded, 1).inner
         out = tuple(cute.recast_ptr(pointer, swizzle, dtype=out_dtype) for pointer in q)
     barriers = allocator.allocate_array(Int64, barrier_count(c.pipelines))
-    return Storage(barriers, q, out, k, v, vt)
+    factors = allocator.allocate_array(Float32, 2 * c.stages, byte_alignment=8) if c.block_descales else None
+    return Storage(barriers, q, out, k, v, vt, factors)
 
 
 class Boxes(NamedTuple):
