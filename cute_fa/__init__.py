@@ -1,6 +1,6 @@
 """Attention kernels in NVIDIA's CuTe DSL behind one dispatch table and one API that drops in for ``flash_attn``."""
 
-from cute_fa import compat, service
+from cute_fa import compat, fp8, service
 from cute_fa.api.append import append_kv
 from cute_fa.api.append_by_position import append_rows
 from cute_fa.api.attention import flash_attn_func, flash_attn_varlen_func
@@ -60,6 +60,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "fp8",
     "merge_states",
     "record_keys",
     "reference",

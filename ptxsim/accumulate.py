@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 _f4 = np.float32
-_TERMS = 1 << 24  # products held at once
+_TERMS = 1 << 17  # products held at once: what fits in a core's cache
 
 
 def limited_sum(left, right, start, bits):
@@ -26,17 +26,17 @@ def limited_sum(left, right, start, bits):
     """
     out = np.empty_like(start)
     step = max(1, _TERMS // (right.size * left.shape[1]))
-    for first in range(0, len(left), step):
+    left = left.transpose(2, 0, 1)[..., None]  # K first: sums and maxima over it are of whole vectors
+    right = np.ascontiguousarray(right.T)[:, None, None]
+    for first in range(0, len(start), step):
         part = slice(first, first + step)
-        products = left[part, :, None, :] * right  # exact: at most 8 bits of 24
-        largest = np.maximum(np.abs(products).max(-1), np.abs(start[part]))
+        products = left[:, part] * right  # exact: at most 8 bits of 24
+        largest = np.maximum(np.abs(products).max(0), np.abs(start[part]))
         quantum = np.ldexp(_f4(1), np.frexp(largest)[1] - bits)  # frexp's exponent is one more than e
-        total = np.trunc(products / quantum[..., None]).sum(-1) + np.trunc(
-            start[part] / quantum
-        )  # whole numbers < 2^20
+        total = np.trunc(products / quantum).sum(0) + np.trunc(start[part] / quantum)  # whole numbers < 2^20
         total = _cut(total, bits) * quantum
-        plain = products.sum(-1) + start[part]
-        out[part] = np.where(np.isfinite(largest), total, plain)
+        finite = np.isfinite(largest)
+        out[part] = total if finite.all() else np.where(finite, total, products.sum(0) + start[part])
     return out
 
 

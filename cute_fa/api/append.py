@@ -9,6 +9,7 @@ import torch
 from cute_fa.api import values
 from cute_fa.engine.attention import AUTOCAST_DEVICES, CAST
 from cute_fa.semantics.call import AppendCall
+from cute_fa.semantics.tensors import DTYPES
 
 Given = TypeVar("Given", torch.Tensor, torch.Tensor | None)
 _REQUIRED = ("k_cache", "v_cache", "k", "v", "cache_seqlens")
@@ -35,16 +36,22 @@ def append_kv(
     rotary_interleaved: bool = False,
     rotary_seqlens: torch.Tensor | None = None,
     rotate_each: bool = True,
+    k_descale: torch.Tensor | float | None = None,
+    v_descale: torch.Tensor | float | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Write new keys and values into a cache, in place, and rotate keys and queries on the way.
 
     k, v: (batch, seqlen_new, heads_kv, head_dim | head_dim_v), or (total_new, heads_kv, …) with ``cu_seqlens_k_new``;
-    fp16 or bf16, as the caches are; autocast casts them and q to that. ``seqused_k_new`` int32 (batch): how many rows
-    of each sequence count; one without any writes nothing.
+    fp16 or bf16, as the caches are or for caches in fp8; or codes in fp8, of the type that their cache has, which are
+    copied and do not rotate. Autocast casts others and q to the caches' dtype, or to its own for caches in fp8.
+    ``seqused_k_new`` int32 (batch): how many rows of each sequence count; one without any writes nothing.
     k_cache, v_cache: (batch, seqlen_cache, heads_kv, …); with ``cache_batch_idx`` int32 (batch), (batch_cache, …) of
     which sequence b's is number cache_batch_idx[b]; or pages (num_pages, page_size, heads_kv, …) with ``page_table``
     int32 (batch, max_pages), of which with ``cache_batch_idx`` sequence b uses row cache_batch_idx[b]. Strides are free
-    but for the last, which is 1, and multiples of 16 bytes.
+    but for the last, which is 1, and multiples of 16 bytes. fp16, bf16, or both fp8, e4m3 or e5m2 each.
+    k_descale, v_descale: for fp8 caches, to which rows in fp16 or bf16 go as value / descale: fp32 (batch, heads_kv),
+    any strides, or one number. The quotient, of keys behind the rotation, all in fp32, is rounded to the nearest code,
+    ties to even; what is larger than the largest finite one, infinite too, becomes that one, NaN stays NaN.
     cache_seqlens: int32 (batch), tokens in the cache before; new row t becomes token cache_seqlens[b] + t. What does
     not fit is an error where values are checked (``CUTE_FA_CHECK=1``, simulating), and is not written.
     rotary_cos, rotary_sin: (positions, rotary_dim / 2), fp16, bf16 or fp32, any strides; the first rotary_dim elements
@@ -74,6 +81,8 @@ def append_kv(
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         rotary_seqlens=rotary_seqlens,
+        k_descale=values.descale("k_descale", k_descale, k_cache),
+        v_descale=values.descale("v_descale", v_descale, k_cache),
         max_seqlen_q=None if max_seqlen_q is None else values.integer("max_seqlen_q", max_seqlen_q),
         max_seqlen_k_new=None if max_seqlen_k_new is None else values.integer("max_seqlen_k_new", max_seqlen_k_new),
         rotary_interleaved=values.flag("rotary_interleaved", rotary_interleaved),
@@ -89,10 +98,11 @@ def append_kv(
 
 def autocast_to(cache: torch.Tensor, *tensors: Given) -> tuple[Given, ...]:
     """Under autocast, tensors in the dtype of the cache that they meet, whatever autocast's is: the cache itself is
-    written in place and can be no copy."""
-    if not autocasts(cache.device) or cache.dtype not in (torch.float16, torch.bfloat16):
+    written in place and can be no copy. With a cache in fp8 in autocast's dtype."""
+    if not autocasts(cache.device) or cache.dtype not in DTYPES:
         return tensors
-    return tuple(t.to(cache.dtype) if t is not None and t.dtype in CAST else t for t in tensors)
+    dtype = torch.get_autocast_dtype(cache.device.type) if DTYPES[cache.dtype].is_fp8 else cache.dtype
+    return tuple(t.to(dtype) if t is not None and t.dtype in CAST else t for t in tensors)
 
 
 def autocasts(device: torch.device) -> bool:

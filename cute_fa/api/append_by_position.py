@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cute_fa.api import values
 from cute_fa.engine import append, worlds
 from cute_fa.engine.operators import define, schema
 from cute_fa.semantics.call import AppendCall
@@ -23,7 +24,7 @@ from cute_fa.semantics.errors import (
     PageTableError,
     ShapeError,
 )
-from cute_fa.semantics.tensors import check_devices, check_dims, check_integers, check_vector
+from cute_fa.semantics.tensors import check_descale, check_devices, check_dims, check_integers, check_vector
 
 
 class RowsCall(NamedTuple):
@@ -35,9 +36,11 @@ class RowsCall(NamedTuple):
     v: torch.Tensor
     batch_indices: torch.Tensor
     positions: torch.Tensor
-    page_table: torch.Tensor | None
-    page_indices: torch.Tensor | None
-    page_indptr: torch.Tensor | None
+    page_table: torch.Tensor | None = None
+    page_indices: torch.Tensor | None = None
+    page_indptr: torch.Tensor | None = None
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
 
     @property
     def pages(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
@@ -58,22 +61,27 @@ def append_rows(
     page_table: torch.Tensor | None = None,
     page_indices: torch.Tensor | None = None,
     page_indptr: torch.Tensor | None = None,
+    k_descale: torch.Tensor | float | None = None,
+    v_descale: torch.Tensor | float | None = None,
 ) -> None:
     """Write each new key and value to the sequence and the position that it names, in place.
 
-    k, v: (rows, heads_kv, head_dim | head_dim_v), fp16 or bf16, as the caches are.
+    k, v: (rows, heads_kv, head_dim | head_dim_v), in dtypes that :func:`cute_fa.append_kv` takes for the caches'.
     batch_indices, positions: int32 (rows): row r becomes token positions[r] of sequence batch_indices[r]. Rows come in
     any order; one with a negative batch index is padding and is not written; of two for one place, either stays.
     k_cache, v_cache: (batch, seqlen_cache, heads_kv, …); or pages (num_pages, page_size, heads_kv, …) with
     ``page_table`` int32 (batch, max_pages), or with FlashInfer's ``page_indices`` int32 and ``page_indptr`` int32
     (batch + 1): page p of sequence b is page_indices[page_indptr[b] + p]. Strides as for :func:`cute_fa.append_kv`.
+    k_descale, v_descale: fp32 (batch, heads_kv) or one number, as for :func:`cute_fa.append_kv`.
 
     A place outside of the cache is an error where values are checked (``CUTE_FA_CHECK=1``, simulating), else the row is
     not written. Raises a subclass of ``cute_fa.errors.CuteFaError`` before anything is written.
     """
-    call = RowsCall(k_cache, v_cache, k, v, batch_indices, positions, page_table, page_indices, page_indptr)
+    descales = values.descale("k_descale", k_descale, k_cache), values.descale("v_descale", v_descale, k_cache)
+    places = batch_indices, positions, page_table, page_indices, page_indptr
+    call = RowsCall(k_cache, v_cache, k, v, *places, *descales)
     for name, tensor in zip(RowsCall._fields, call, strict=True):
-        if not isinstance(tensor, torch.Tensor) and not (tensor is None and name.startswith("page")):
+        if not isinstance(tensor, torch.Tensor) and not (tensor is None and name in RowsCall._field_defaults):
             raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
     if (page_indices is None) != (page_indptr is None):
         raise ArgumentError("page_indices and page_indptr: give both or neither")
@@ -113,7 +121,14 @@ def _sequences_of_one_row(call: RowsCall) -> AppendCall:
         page_table=page,
         cache_batch_idx=None if page is not None else sequence,
         seqused_k_new=present.int(),
+        k_descale=_of_rows(call.k_descale, sequence),
+        v_descale=_of_rows(call.v_descale, sequence),
     )
+
+
+def _of_rows(descale: torch.Tensor | None, sequence: torch.Tensor) -> torch.Tensor | None:
+    """Those of each row's sequence, (rows, heads_kv); one number is that of all."""
+    return descale if descale is None or descale.numel() == 1 else descale[sequence]
 
 
 def _page(
@@ -142,6 +157,10 @@ def _check(call: RowsCall) -> None:
     check_dims("v", call.v, 3, "(rows, heads_kv, head_dim_v)")
     for name in ("batch_indices", "positions"):
         check_vector(name, getattr(call, name), torch.int32, (call.k.shape[0],))
+    for name in ("k_descale", "v_descale"):
+        descale, shape = getattr(call, name), (_batch(call), call.k.shape[1])
+        if descale is not None:
+            check_descale(name, descale, shape, f"{shape[0]} sequences and {shape[1]} heads of k")
     if call.page_table is not None:
         check_dims("page_table", call.page_table, 2, "(batch, max_pages)")
         check_integers("page_table", call.page_table)

@@ -220,13 +220,6 @@ class PagedAttentionRequest(ForwardRequest):
             **super()._options(),
             **(packed(self, "q") if self.cu_seqlens_q is not None else {}),
             "seqused_k": self.seqlens,
-            "page_table": self.page_table,
-            "max_seqlen_k": self.max_seqlen_k,
-            "num_splits": self.num_splits,
-            "q_descale": self.q_descale,
-            "k_descale": self.k_descale,
-            "v_descale": self.v_descale,
-            "out_dtype": self.out_dtype,
             "names": _NAMES,
         }
 

@@ -18,7 +18,7 @@ from cute_fa.engine import attention as engine
 from cute_fa.semantics.argument_names import spelled
 from cute_fa.semantics.call import AppendCall, Call
 from cute_fa.semantics.errors import ArgumentError, NoBackwardError
-from cute_fa.semantics.tensors import batch_of, check_dims
+from cute_fa.semantics.tensors import batch_of, check_dims, is_fp8
 
 # What callers call arguments of the two operators, by how they call the page table.
 _TABLES = ("page_table", "block_table")
@@ -163,7 +163,8 @@ def flash_attn_with_kvcache(
     each sequence's row. Only the strides say in which order the dimensions lie in memory: for (pages, heads, page_size,
     head_dim) pass ``cache.transpose(1, 2)``.
     k, v: new rows (batch, seqlen_new, heads_kv, …), or (total_new, …) with ``cu_seqlens_k_new``, that are first written
-    to the cache, in place, behind the ``cache_seqlens`` tokens that each sequence has there.
+    to the cache, in place, behind the ``cache_seqlens`` tokens that each sequence has there; for caches in fp8 16-bit
+    values, which are divided by ``k_descale`` and ``v_descale``, or codes of the caches' types.
     cache_seqlens: int32 (batch) or one int: tokens in the cache, before new ones are written; all there is room for by
     default, where nothing is written.
     cache_leftpad: int32 (batch), rows of the cache before a sequence's first key, which cache_seqlens and the places of
@@ -259,6 +260,11 @@ def _append(call: Call, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | No
     if extras.seqused_k is None:
         raise ArgumentError("k and v without cache_seqlens: where the new tokens go is not known")
     engine.validate(call, out)  # nothing is written for attention that cannot be
+    if is_fp8(call.k) and not is_fp8(k):
+        # None is 1, as for the attention
+        for name in ("k_descale", "v_descale"):
+            given = getattr(extras, name)
+            new[name] = call.k.new_ones((), dtype=torch.float32) if given is None else given
     appended = AppendCall(
         call.k,
         call.v,

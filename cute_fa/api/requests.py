@@ -195,7 +195,8 @@ class Request:
     def _options(self) -> dict[str, Any]:
         """Keyword arguments of the public functions."""
         causal = self.mask in (MaskKind.CAUSAL, MaskKind.SLIDING_CAUSAL)
-        alike = {field.name for field in fields(Request)} & set(FIELDS) - {"q"}
+        own = {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"}  # of other types here, or taken apart
+        alike = {field.name for field in fields(self)} & set(FIELDS) - own
         return {name: getattr(self, name) for name in alike} | {"causal": causal, "window_size": self.window}
 
     def _reference_options(self) -> ReferenceOptions:
@@ -273,9 +274,6 @@ class Fa3FwdRequest(_ContiguousForward):
         super().__post_init__()
         TABLE.explain(self.problem(), self.family)  # raises Fa3ArchError
 
-    def _options(self) -> dict[str, Any]:
-        return {**super()._options(), "persistent": self.persistent, "pack_gqa": self.pack_gqa}
-
 
 @dataclass(frozen=True, eq=False)
 class Fa3FwdFp8Request(Fa3FwdRequest):
@@ -288,10 +286,6 @@ class Fa3FwdFp8Request(Fa3FwdRequest):
     k_descale: torch.Tensor | float | None = None
     v_descale: torch.Tensor | float | None = None
     out_dtype: torch.dtype | None = None
-
-    def _options(self) -> dict[str, Any]:
-        names = ("q_descale", "k_descale", "v_descale", "out_dtype")
-        return super()._options() | {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,7 +367,7 @@ class Fa2BwdRequest(Request):
 
     def _options(self) -> dict[str, Any]:
         offsets = packed(self, "q", "k") if self._is_packed else {}
-        return {**super()._options(), **offsets, "deterministic": self.deterministic}
+        return {**super()._options(), **offsets}
 
 
 def check_kinds(request: Any, **kinds: type) -> None:

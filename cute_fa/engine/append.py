@@ -26,6 +26,8 @@ from cute_fa.semantics.tensors import (
     DTYPES,
     batch_of,
     check_cache_places,
+    check_descale,
+    check_descale_values,
     check_devices,
     check_dims,
     check_head_dim,
@@ -42,16 +44,19 @@ from cute_fa.semantics.tensors import (
 
 if TYPE_CHECKING:
     from cute_fa.engine.worlds import Target
+    from cute_fa.semantics.types import DType
 
+_FP8 = tuple(dtype for dtype, of in DTYPES.items() if of.is_fp8)
 _ROTARY_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass(kw_only=True)
 class AppendPlan(Plan):
     """``strides``: canonical strides of k, v, the caches and q where a dimension of size 1 has odd ones; None if none
-    has."""
+    has. ``descales``: their shape where there are any."""
 
     strides: tuple[tuple[int, ...] | None, ...] | None
+    descales: tuple[int, int] | None
 
 
 def append_kv(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +74,9 @@ def append_kv(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         *rows, q = call.k, call.v, call.k_cache, call.v_cache, call.q
         if plan.strides is not None:
             *rows, q = map(restrided, (*rows, q), plan.strides)
+        if plan.descales is not None:
+            k_descale, v_descale = (descale.expand(plan.descales) for descale in (call.k_descale, call.v_descale))
+            call = call._replace(k_descale=k_descale, v_descale=v_descale)
         plan.launch((*rows, q, None if q is None else rotated, seqused_k, call))
     return rotated, seqused_k
 
@@ -85,7 +93,9 @@ def _make_plan(target: Target, call: AppendCall) -> AppendPlan:
     _check_devices(call)
     batch, rows_k = _new_rows(names["k"], call.k, "heads_kv", call.cu_seqlens_k_new, names["cu_seqlens_k_new"])
     sequences = f"{batch} sequences of {names['k' if call.cu_seqlens_k_new is None else 'cu_seqlens_k_new']}"
-    dtype = _check_cache(names, call, batch, sequences)
+    dtypes = _check_dtypes(names, call)
+    _check_cache(names, call, batch, sequences)
+    _check_descales(names, call, batch, sequences)
     for name, tensor, size in (
         ("cache_seqlens", call.cache_seqlens, batch),
         ("cu_seqlens_k_new", call.cu_seqlens_k_new, batch + 1),
@@ -108,7 +118,9 @@ def _make_plan(target: Target, call: AppendCall) -> AppendPlan:
     longest_k = _longest(names["max_seqlen_k_new"], call.max_seqlen_k_new, rows_k, call.cu_seqlens_k_new is not None)
     problem = AppendProblem(
         arch=target.arch,
-        dtype=dtype,
+        dtype=dtypes[0],
+        dtype_k=dtypes[1],
+        dtype_v=dtypes[2],
         batch=max(batch, 1),
         tokens_k=longest_k,
         tokens_q=longest_q,
@@ -137,6 +149,7 @@ def _make_plan(target: Target, call: AppendCall) -> AppendPlan:
         target=target,
         launches=batch > 0,
         strides=strides if any(strides) else None,
+        descales=(batch, call.k.shape[-2]) if problem.quantises else None,
     )
 
 
@@ -149,17 +162,41 @@ def _new_rows(name: str, tensor: torch.Tensor, heads: str, cu_seqlens, offsets: 
     return batch_of(offsets, cu_seqlens), tensor.shape[0]
 
 
-def _check_cache(names: ArgumentNames, call: AppendCall, batch: int, sequences: str):
-    """The dtype of new rows and caches, which fit each other."""
-    k, v, k_cache, v_cache = call.k, call.v, call.k_cache, call.v_cache
+def _check_dtypes(names: ArgumentNames, call: AppendCall) -> tuple[DType, DType, DType]:
+    """Those of new keys and of both caches, which fit each other and the new values."""
+    k, k_cache, v_cache = call.k, call.k_cache, call.v_cache
     if k.dtype not in DTYPES:
-        raise DTypeError(names["k"], k.dtype, "float16 or bfloat16 is needed")
-    dtype = DTYPES[k.dtype]
-    if dtype.is_fp8:
-        raise Fp8Error(f"{names['k']} is {dtype.value}: no kernel writes an fp8 cache")
-    for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if tensor.dtype != k.dtype:
-            raise DTypeError(names[name], tensor.dtype, f"{dtype.value} is needed, as {names['k']} is")
+        raise DTypeError(names["k"], k.dtype, f"{_either(*DTYPES)} is needed")
+    like_k, codes = f"as {names['k']} is", f"as {names['k_cache']} is fp8"
+    if DTYPES[k.dtype].is_fp8:
+        asked = [
+            ("k_cache", (k.dtype,), like_k),
+            ("v_cache", _FP8, codes),
+            ("v", (v_cache.dtype,), f"as {names['v_cache']} is"),
+        ]
+    elif k_cache.dtype in _FP8:
+        asked = [("v", (k.dtype,), like_k), ("v_cache", _FP8, codes)]
+    else:
+        asked = [
+            ("v", (k.dtype,), like_k),
+            ("k_cache", (k.dtype, *_FP8), f"for {names['k']}"),
+            ("v_cache", (k.dtype,), like_k),
+        ]
+    for name, dtypes, why in asked:
+        dtype = getattr(call, name).dtype
+        if dtype not in dtypes:
+            raise DTypeError(names[name], dtype, f"{_either(*dtypes)} is needed, {why}")
+    return DTYPES[k.dtype], DTYPES[k_cache.dtype], DTYPES[v_cache.dtype]
+
+
+def _either(*dtypes: torch.dtype) -> str:
+    *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _check_cache(names: ArgumentNames, call: AppendCall, batch: int, sequences: str) -> None:
+    """Shapes and strides of new rows and caches fit each other."""
+    k, v, k_cache, v_cache = call.k, call.v, call.k_cache, call.v_cache
     # the cache is what keys are read from elsewhere, the new keys what asks for them
     reading = names | {"q": f"the new {names['k']}", "k": names["k_cache"], "v": names["v_cache"]}
     places = None, call.page_table, call.cache_batch_idx
@@ -170,14 +207,33 @@ def _check_cache(names: ArgumentNames, call: AppendCall, batch: int, sequences: 
         check_head_dim(old, cache, size)
         if cache.shape[-1] > MAX_HEAD_DIM:
             raise ShapeError(f"{old} {tuple(cache.shape)}: {size}={cache.shape[-1]}: at most {MAX_HEAD_DIM}")
-        check_like(new, tensor, (*k.shape[:-2], *cache.shape[-2:]), k.dtype, old)
+        check_like(new, tensor, (*k.shape[:-2], *cache.shape[-2:]), tensor.dtype, old)
         check_loadable(new, tensor)
         check_loadable(old, cache)
         check_writable(old, cache)
     written = names.of({"k": k, "v": v} | ({} if call.q is None else {"q": call.q}))
     check_separate(names["k_cache"], k_cache, written)
     check_separate(names["v_cache"], v_cache, written)
-    return dtype
+
+
+def _check_descales(names: ArgumentNames, call: AppendCall, batch: int, sequences: str) -> None:
+    """There are descales where rows are rounded to fp8, and nowhere else: fp32, one for each sequence and head, or
+    one."""
+    shape = batch, call.k.shape[-2]
+    for rows in ("k", "v"):
+        name, descale = names[f"{rows}_descale"], getattr(call, f"{rows}_descale")
+        new, old = getattr(call, rows), getattr(call, f"{rows}_cache")
+        is_16_bit, cache = not DTYPES[new.dtype].is_fp8, f"{names[f'{rows}_cache']} in {DTYPES[old.dtype].value}"
+        if is_16_bit and DTYPES[old.dtype].is_fp8:
+            if descale is None:
+                rule = f"{cache} takes {names[rows]} in {DTYPES[new.dtype].value} divided by it"
+                raise ArgumentError(f"{name} is missing: {rule}")
+            check_descale(name, descale, shape, f"{sequences} and {shape[1]} heads of {names[rows]}")
+        elif descale is not None:
+            what = f"{cache}: only fp8 caches have descales"
+            if not is_16_bit:
+                what = f"{names[rows]} in {DTYPES[new.dtype].value}: fp8 codes are copied as they are"
+            raise Fp8Error(f"{name} with {what}")
 
 
 def _check_rotary(names: ArgumentNames, call: AppendCall) -> int:
@@ -190,6 +246,10 @@ def _check_rotary(names: ArgumentNames, call: AppendCall) -> int:
         if call.rotary_seqlens is not None:
             raise ArgumentError(f"{names['rotary_seqlens']} without {name}: nothing rotates")
         return 0
+    for rotated, tensor in names.of({"k": call.k, "q": call.q}).items():
+        if tensor is not None and tensor.dtype in _FP8:
+            rows = f"{rotated} in {DTYPES[tensor.dtype].value}"
+            raise Fp8Error(f"{name} with {rows}: rows in fp16 or bf16 rotate, fp8 codes do not")
     check_dims(name, cos, 2, "(positions, rotary_dim / 2)")
     if cos.dtype not in _ROTARY_DTYPES:
         raise DTypeError(name, cos.dtype, "float16, bfloat16 or float32 is needed")
@@ -233,6 +293,10 @@ def _check_values(call: AppendCall) -> None:
             )
         totals.append(before + length)
     check_cache_places(names, call.k_cache, totals, call.page_table, call.cache_batch_idx)
+    for name in ("k_descale", "v_descale"):
+        descale = getattr(call, name)
+        if descale is not None:
+            check_descale_values(names[name], descale)
     if call.rotary_cos is not None:
         starts = call.cache_seqlens if call.rotary_seqlens is None else call.rotary_seqlens
         for b, (start, length, query) in enumerate(zip(starts.tolist(), new, queries, strict=True)):

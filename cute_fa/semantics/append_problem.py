@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
-from cute_fa.semantics.errors import ArgumentError, ShapeError
+from cute_fa.semantics.errors import ArgumentError, Fp8Error, ShapeError
 from cute_fa.semantics.options import declares, option
 from cute_fa.semantics.problem import DTYPE_ROWS, HEAD_DIM_ROWS, HEAD_DIM_V_ROWS, check_sizes
 from cute_fa.semantics.types import Direction, DType, SmArch
@@ -13,12 +13,16 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 MAX_HEAD_DIM = 256
 ROTARY_STEP = 16  # of rotary_dim: two halves in 16-byte chunks of fp16 or bf16
 ROTARY_DTYPES = ("fp16", "bf16", "fp32")
+_CACHE_ROWS = {"bf16, k and v e4m3": {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}}
 
 
 @dataclass(frozen=True)
 class AppendProblem:
     """What is asked of a kernel that writes new keys and values into a cache and rotates keys and queries on the way.
 
+    ``dtype``: of the new rows and of queries; ``dtype_k``, ``dtype_v``: of the caches, alike by default. Rows in fp16
+    or bf16 are divided by a descale and rounded where the caches are fp8; those in fp8 are copied to caches of their
+    own type, new values having that of the cache of values.
     ``tokens_k``, ``tokens_q``: new keys, and queries that rotate, of the longest sequence. ``num_heads``: heads of
     these queries. ``page_size`` None: contiguous sequences. ``packed_*``: with cu_seqlens; ``used_*``: with seqused.
     ``rotary_dim``: how many of a head's first elements rotate, 0 for none; ``rotary_dtype``: fp16, bf16 or fp32, of
@@ -26,7 +30,7 @@ class AppendProblem:
     the new rows.
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``). Raises ShapeError,
-    EmptyBatchError, LengthError, PageSizeError or ArgumentError.
+    EmptyBatchError, LengthError, PageSizeError, Fp8Error or ArgumentError.
     """
 
     arch: SmArch
@@ -83,13 +87,13 @@ class AppendProblem:
         help="Rotations start elsewhere than the new rows.",
     )
 
+    dtype_k: DType | None = option(None, rows=_CACHE_ROWS)
+    dtype_v: DType | None = None
+
     direction: ClassVar[Direction] = Direction.APPEND
 
-    @property
-    def is_fp8(self) -> bool:
-        return self.dtype.is_fp8
-
     def __post_init__(self) -> None:
+        self._check_dtypes()
         check_sizes(self, ("num_heads_kv", "head_dim", "head_dim_v"), lengths=("tokens_k", "tokens_q"))
         if self.num_heads < 0:
             raise ShapeError(f"num_heads={self.num_heads}: at least 0 is needed")
@@ -102,3 +106,31 @@ class AppendProblem:
                 raise ArgumentError(f"{name} without rotary_dim: nothing rotates")
         if self.rotary_dim and self.rotary_dtype is None:
             object.__setattr__(self, "rotary_dtype", "fp32")
+
+    def _check_dtypes(self) -> None:
+        """Set those that are left open, too."""
+        for name in ("dtype_k", "dtype_v"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.dtype)
+        rows, (k, v) = self.dtype, self.cache_dtypes
+        if k is not rows and (rows.is_fp8 or not k.is_fp8):
+            raise Fp8Error(f"a cache of keys in {k.value} for rows in {rows.value}: {rows.value}, or fp8 for 16 bits")
+        if k.is_fp8 != v.is_fp8 or not (v is rows or v.is_fp8):
+            raise Fp8Error(f"caches in {k.value} and {v.value}: both in fp8, or both in {rows.value}")
+        if self.rotary_dim and rows.is_fp8:
+            raise Fp8Error(f"rotary_dim with rows in {rows.value}: rows in fp16 or bf16 rotate, fp8 codes do not")
+
+    @property
+    def cache_dtypes(self) -> tuple[DType, DType]:
+        """Of keys and of values."""
+        return cast("DType", self.dtype_k), cast("DType", self.dtype_v)
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the caches are."""
+        return self.cache_dtypes[0].is_fp8
+
+    @property
+    def quantises(self) -> bool:
+        """Whether rows in fp16 or bf16 are rounded to fp8."""
+        return self.is_fp8 and not self.dtype.is_fp8

@@ -134,6 +134,8 @@ class AppendCall(NamedTuple):
     rotary_cos: torch.Tensor | None = None
     rotary_sin: torch.Tensor | None = None
     rotary_seqlens: torch.Tensor | None = None
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
     max_seqlen_q: int | None = None
     max_seqlen_k_new: int | None = None
     rotary_interleaved: bool = False

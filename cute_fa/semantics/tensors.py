@@ -161,16 +161,29 @@ def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str
             called = names[f"{name}_descale"]
             if not is_fp8(of):
                 raise Fp8Error(f"{called} with {names[name]} in {_short(of.dtype)}: only fp8 codes have descales")
-            if descale.dtype != torch.float32:
-                raise DTypeError(called, descale.dtype, "float32 is needed")
             asked = f"{sequences} and {shape[1]} heads of {names['k']}"
             if name in "kv" and _has_blocks(descale):
-                if tuple(descale.shape[:2]) != shape or descale.shape[2] < blocks:
-                    rule = f"{(*shape, blocks)} is needed, one for each {DESCALE_BLOCK} keys, for the {asked}"
-                    raise ShapeError(f"{called} {tuple(descale.shape)}: {rule}")
-                check_contiguous_rows(called, descale)
-            elif tuple(descale.shape) != shape and (descale.numel() != 1 or descale.dim() > 2):
-                raise ShapeError(f"{called} {tuple(descale.shape)}: {shape} is needed, or one number, for the {asked}")
+                _check_block_descale(called, descale, (*shape, blocks), asked)
+            else:
+                check_descale(called, descale, shape, asked)
+
+
+def _check_block_descale(name: str, descale: torch.Tensor, shape: tuple[int, int, int], of: str) -> None:
+    """Raise DTypeError, ShapeError or StrideError unless this is fp32 (batch, heads_kv, blocks), at least ``shape``."""
+    if descale.dtype != torch.float32:
+        raise DTypeError(name, descale.dtype, "float32 is needed")
+    if tuple(descale.shape[:2]) != shape[:2] or descale.shape[2] < shape[2]:
+        rule = f"{shape} is needed, one for each {DESCALE_BLOCK} keys, for the {of}"
+        raise ShapeError(f"{name} {tuple(descale.shape)}: {rule}")
+    check_contiguous_rows(name, descale)
+
+
+def check_descale(name: str, descale: torch.Tensor, shape: tuple[int, int], of: str) -> None:
+    """Raise DTypeError or ShapeError unless this is fp32 (batch, heads_kv), which are ``shape``, or one number."""
+    if descale.dtype != torch.float32:
+        raise DTypeError(name, descale.dtype, "float32 is needed")
+    if tuple(descale.shape) != shape and (descale.numel() != 1 or descale.dim() > 2):
+        raise ShapeError(f"{name} {tuple(descale.shape)}: {shape} is needed, or one number, for the {of}")
 
 
 def check_devices(tensors: Mapping[str, torch.Tensor | None], first: str) -> None:
@@ -274,10 +287,9 @@ def check_values(problem: AttentionProblem, call: Call) -> None:
     for name in ("q_descale", "k_descale", "v_descale"):
         descale = getattr(extras, name)
         if descale is not None:
-            rule = "between 2^-32 and 2^32"
             if _has_blocks(descale):
                 descale = _reached_blocks(descale, used_k)
-            _check_numbers(names[name], descale, lambda number: 2.0**-32 <= number <= 2.0**32, rule)
+            check_descale_values(names[name], descale)
             scale *= 1.0 if name == "v_descale" else min(descale.flatten().tolist(), default=1.0)
     if extras.alibi_slopes is not None:
         # Kernels hold scores, before the exponential's factor, in units of the scale or of twice the cap.
@@ -300,6 +312,11 @@ def _reached_blocks(descale: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     first = torch.arange(descale.shape[2], device=descale.device) * DESCALE_BLOCK
     reached = first < torch.tensor(lengths, device=descale.device)[:, None]
     return torch.where(reached[:, None], descale, 1.0)
+
+
+def check_descale_values(name: str, descale: torch.Tensor) -> None:
+    """Raise ArgumentError unless all numbers can be multiplied and divided by: a host synchronisation."""
+    _check_numbers(name, descale, lambda number: 2.0**-32 <= number <= 2.0**32, "between 2^-32 and 2^32")
 
 
 def _check_numbers(name: str, tensor: torch.Tensor, allowed: Callable[[float], bool], rule: str) -> None:

@@ -75,10 +75,12 @@ def make_append_inputs(problem: AppendProblem, capacity: int, seed: int, device:
     """Random new rows and caches with room for ``capacity`` tokens a sequence; the first sequence gets as many rows as
     there may be, the others fewer where they are packed or not all count."""
     p, rng = problem, torch.Generator().manual_seed(seed)
-    dtype = TORCH_DTYPES[p.dtype]
+    caches = dict(zip("kv", p.cache_dtypes, strict=True))
+    dtypes = {name: caches.get(name, p.dtype) if p.dtype.is_fp8 else p.dtype for name in "kvq"}
+    dtypes |= {f"{name}_cache": dtype for name, dtype in caches.items()}
 
-    def rows(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=rng).to(dtype)
+    def rows(name: str, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=rng).to(TORCH_DTYPES[dtypes[name]])
 
     lengths = [p.tokens_k] * p.batch
     if p.packed_k or p.used_k:
@@ -89,7 +91,7 @@ def make_append_inputs(problem: AppendProblem, capacity: int, seed: int, device:
     if p.query:
         heads["q"] = (p.num_heads, p.head_dim)
     shape = (sum(lengths),) if p.packed_k else (p.batch, p.tokens_k)
-    tensors: dict[str, Any] = {name: rows(*shape, *sizes) for name, sizes in heads.items()}
+    tensors: dict[str, Any] = {name: rows(name, *shape, *sizes) for name, sizes in heads.items()}
     tensors["cache_seqlens"] = torch.tensor(before, dtype=torch.int32)
     if p.packed_k:
         offsets = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -108,7 +110,10 @@ def make_append_inputs(problem: AppendProblem, capacity: int, seed: int, device:
         tensors["cache_batch_idx"] = torch.randperm(places, generator=rng)[: p.batch].int()
         sequences = places if p.page_size is None else sequences
     for name in "kv":
-        tensors[f"{name}_cache"] = rows(sequences, room if p.page_size is None else p.page_size, *heads[name])
+        cache = f"{name}_cache"
+        tensors[cache] = rows(cache, sequences, room if p.page_size is None else p.page_size, *heads[name])
+        if p.quantises:
+            tensors[f"{name}_descale"] = torch.rand(p.batch, p.num_heads_kv, generator=rng) + 0.01
     if p.rotary_dim:
         angles = 6.3 * torch.rand(2 * room, p.rotary_dim // 2, generator=rng)
         table = _TABLE_DTYPES[p.rotary_dtype]
@@ -133,11 +138,25 @@ def expected_append(inputs: AppendInputs) -> dict[str, torch.Tensor]:
     for b, (length, before) in enumerate(zip(inputs.lengths, given["cache_seqlens"].tolist(), strict=True)):
         rows = (b, slice(0, length)) if offsets is None else (slice(offsets[b], offsets[b] + length),)
         at = _places(given, b, before, length)
-        after["k_cache"][at] = _rotated(given["k"][rows], given, starts[b])
-        after["v_cache"][at] = given["v"][rows]
+        for name in "kv":
+            new = given[name][rows]
+            if "k_descale" in given:
+                new = new.float()
+            if name == "k":
+                new = _rotated(new, given, starts[b])
+            after[f"{name}_cache"][at] = _stored(new, given, name, b)
         if "q" in given:
             after["q"][rows] = _rotated(given["q"][rows], given, starts[b])
     return after
+
+
+def _stored(rows: torch.Tensor, given: dict[str, Any], name: str, b: int) -> torch.Tensor:
+    """New rows, rotated, as the cache has them."""
+    if "k_descale" not in given:
+        return rows
+    dtype = given[f"{name}_cache"].dtype
+    largest = torch.finfo(dtype).max
+    return (rows / given[f"{name}_descale"][b, :, None]).clamp(-largest, largest).to(dtype)
 
 
 def _places(given: dict[str, Any], b: int, before: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,7 +75,7 @@ PROBLEM_OPTIONS = [
 ]
 _OF_AN_APPEND = {of.cli or name for name, of in options_of(AppendProblem).items() if of.help}
 _OF_ATTENTION = {of.cli or name for name, of in options_of(AttentionProblem).items() if of.help} | {"causal", "window"}
-_OF_BOTH = {"page_size", "cache_batch_idx", "varlen", "seqused_q", "seqused_k"}
+_OF_BOTH = {"page_size", "cache_batch_idx", "varlen", "seqused_q", "seqused_k", "dtype_k", "dtype_v"}
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ class ProblemOptions:
     def append_problem(self) -> AppendProblem:
         alike = {field.name for field in fields(AppendProblem)} & self.given.keys()
         described = {name: self.given[name] for name in alike} | {"dtype": DType(self["dtype"])}
+        described |= {name: DType(self[name]) for name in ("dtype_k", "dtype_v") if self[name] is not None}
         described["arch"] = self.machine.arch
         described["head_dim_v"] = self["head_dim"] if self["head_dim_v"] is None else self["head_dim_v"]
         described |= {"tokens_k": self["seqlen_q"], "num_heads_kv": self._sizes["heads_kv"]}

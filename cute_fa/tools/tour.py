@@ -6,13 +6,14 @@ by the ratio of the lengths, so that they still hide keys, and the table says so
 q, k and v come from the text by a small seeded stand-in for the layers before: byte embeddings, running means over the
 preceding bytes, a projection per head, rotary embedding where the model has it. A query therefore resembles keys with
 a like context, as in a trained model, and the scores are not white noise. Trained weights are not used: slopes are the
-published formula, learnable sinks are drawn.
+published formula, learnable sinks are drawn. In fp8 q and k are rotated, and each kv head has its descales
+(``cute_fa.fp8``).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 
 import torch
@@ -20,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cute_fa import fp8
+from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import Inputs, InputSpec
 from cute_fa.tools.trial import Machine, TrialResult, gpu_arch, run_trial
@@ -45,6 +48,7 @@ class Layer:
     softmax_scale: float | None = None
     alibi: bool = False
     learnable_sink: bool = False
+    dtype: DType = DType.BF16
     rope_theta: float | None = 10000.0
 
     def window_at(self, length: int) -> int | None:
@@ -73,7 +77,6 @@ class Layer:
             batch=1,
             seqlen_q=length,
             seqlen_k=length,
-            dtype=DType.BF16,
             causal=True,
             window=(None if window is None else window - 1, None),
             **{name: getattr(self, name) for name in _OF_A_SPEC},
@@ -92,6 +95,7 @@ GEMMA2_GLOBAL = Layer("Gemma-2-9B global", 16, 8, 256, 8192, softcap=50.0, softm
 GPT_OSS = Layer("gpt-oss-20b", 64, 8, 64, 8192, window=128, learnable_sink=True, rope_theta=150000.0)
 STREAMING = Layer("StreamingLLM, Llama-2-7B", 32, 32, 128, 8192, window=2044, sink_tokens=4)
 LAYERS = (LLAMA3, MISTRAL, BLOOM, GEMMA2_LOCAL, GEMMA2_GLOBAL, GPT_OSS, STREAMING)
+LLAMA3_FP8 = replace(LLAMA3, name="Llama-3-8B in fp8", dtype=DType.E4M3)
 
 
 @dataclass(frozen=True)
@@ -112,15 +116,20 @@ class Stop:
 
 def itinerary() -> list[Stop]:
     """Every layer at full length on the GPU; without one every layer simulated as sm_80, those that differ most as
-    sm_90a, which has kernels of its own, and one as sm_100a."""
+    sm_90a, which has kernels of its own, and one as sm_100a. In fp8 where there are kernels for it."""
     present = gpu_arch()
     if present is not None:
         machine = Machine(present, simulated=False)
-        return [Stop(layer, machine, layer.length) for layer in LAYERS]
+        return [Stop(layer, machine, layer.length) for layer in layers_of(present)]
     stops = [(layer, SmArch.SM_80) for layer in LAYERS]
-    stops += [(layer, SmArch.SM_90A) for layer in (LLAMA3, GEMMA2_LOCAL, GPT_OSS, STREAMING)]
+    stops += [(layer, SmArch.SM_90A) for layer in (LLAMA3, LLAMA3_FP8, GEMMA2_LOCAL, GPT_OSS, STREAMING)]
     stops += [(GPT_OSS, SmArch.SM_100A)]
     return [Stop(layer, Machine(arch, simulated=True), SIMULATED_LENGTH) for layer, arch in stops]
+
+
+def layers_of(arch: SmArch) -> tuple[Layer, ...]:
+    """Those that kernels for the architecture serve."""
+    return (*LAYERS, LLAMA3_FP8) if arch.has_wgmma else LAYERS
 
 
 def run_tour(console: Console) -> list[tuple[Stop, TrialResult]]:
@@ -141,7 +150,7 @@ def run_tour(console: Console) -> list[tuple[Stop, TrialResult]]:
 def tour_table(results: list[tuple[Stop, TrialResult]]) -> Table:
     """A row a stop: layer, mask and canonical kernel name; errors above what is allowed; time of the call."""
     lengths = {stop.length for stop, _ in results}
-    title = f"bf16, batch 1, {min(lengths)} tokens" if len(lengths) == 1 else "bf16, batch 1"
+    title = f"batch 1, {min(lengths)} tokens" if len(lengths) == 1 else "batch 1"
     table = Table(title=title, header_style="bold", show_lines=True)
     table.add_column("layer and kernel", overflow="fold")
     for name in ("ran on", "O error", "LSE error", "time", ""):
@@ -175,7 +184,14 @@ def layer_inputs(layer: Layer, length: int, device: str = "cpu", seed: int = 0) 
     sink = torch.randn(layer.heads, generator=rng) if layer.learnable_sink else None
     q, k, v = (x.to(torch.bfloat16)[None].contiguous().to(device) for x in (q, k, v))
     slopes, sink = (None if x is None else x.to(device) for x in (slopes, sink))
-    return Inputs(layer.spec(length), q, k, v, alibi_slopes=slopes, learnable_sink=sink)
+    descales = {}
+    if layer.dtype.is_fp8:
+        q, k = (fp8.hadamard(x, fp8.random_signs(layer.head_dim, device=device)) for x in (q, k))
+        dtype, heads_kv = TORCH_DTYPES[layer.dtype], layer.heads_kv
+        q, descales["q_descale"] = fp8.quantize_per_head(q, dtype, heads_kv=heads_kv)
+        k, descales["k_descale"] = fp8.quantize_per_head(k, dtype)
+        v, descales["v_descale"] = fp8.quantize_per_head(v, dtype)
+    return Inputs(layer.spec(length), q, k, v, alibi_slopes=slopes, learnable_sink=sink, **descales)
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import click
 from cute_fa.engine.recording import line_of
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.types import Direction, SmArch
-from cute_fa.tools.tour import LAYERS
+from cute_fa.tools.tour import layers_of
 from cute_fa.tools.trial import problem_of_spec
 
 if TYPE_CHECKING:
@@ -24,10 +24,12 @@ _TRAINED = Direction.FORWARD, Direction.BACKWARD
 
 
 def tour_configs(arch: SmArch, directions: Iterable[Direction] = _TRAINED) -> list[KernelConfig]:
-    """Each kernel once. ALiBi's slopes are a formula and have no gradient."""
+    """Each kernel once. ALiBi's slopes are a formula and have no gradient, fp8 has none at all."""
     configs: dict[KernelConfig, None] = {}
-    for layer in LAYERS:
+    for layer in layers_of(arch):
         for direction in directions:
+            if layer.dtype.is_fp8 and direction is Direction.BACKWARD:
+                continue
             problem = problem_of_spec(layer.spec(layer.length), arch, direction=direction)
             configs[TABLE.lookup(problem).configure(problem)] = None
     return list(configs)

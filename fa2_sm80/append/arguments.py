@@ -5,8 +5,9 @@ from typing import NamedTuple, Optional
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, const_expr
 
+from cute_fa.device.arguments import Descales
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fake_arguments import fake_activations, fake_vector, optional
+from cute_fa.device.fake_arguments import fake_activations, fake_strided, fake_vector, optional
 from fa2_sm80.append.config import AppendConfig
 
 
@@ -78,7 +79,7 @@ class Rotary(NamedTuple):
 
 class AppendArguments(NamedTuple):
     """``cache_seqlens`` (batch): tokens in the cache before; ``seqused_k`` (batch), written: and after. ``q_rotated``:
-    like q's tensor, written."""
+    like q's tensor, written. ``descales``: of k and v where rows are rounded to fp8."""
 
     q: Optional[NewRows]
     q_rotated: Optional[cute.Tensor]
@@ -88,6 +89,7 @@ class AppendArguments(NamedTuple):
     cache_seqlens: cute.Tensor
     seqused_k: cute.Tensor
     rotary: Optional[Rotary]
+    descales: Optional[Descales]
 
 
 def append_fakes(config: AppendConfig) -> AppendArguments:
@@ -110,14 +112,15 @@ def append_fakes(config: AppendConfig) -> AppendArguments:
         q=optional(c.query, lambda: rows(c.packed_q, c.used_q)),
         q_rotated=optional(c.query, lambda: fake_activations(dtype, c.packed_q, c.head_dim)),
         k=rows(c.packed_k, c.used_k),
-        v=fake_activations(dtype, c.packed_k, c.head_dim_v),
+        v=fake_activations(CUTE_DTYPE[c.dtype_new_v], c.packed_k, c.head_dim_v),
         cache=Cache(
-            fake_activations(dtype, False, c.head_dim),
-            fake_activations(dtype, False, c.head_dim_v),
+            fake_activations(CUTE_DTYPE[c.dtype_k], False, c.head_dim),
+            fake_activations(CUTE_DTYPE[c.dtype_v], False, c.head_dim_v),
             optional(c.page_size is not None, lambda: fake_vector(Int32, 2)),
             optional(c.cache_batch_idx, lambda: fake_vector(Int32)),
         ),
         cache_seqlens=fake_vector(Int32),
         seqused_k=fake_vector(Int32),
         rotary=optional(c.rotary_dim > 0, rotary),
+        descales=optional(c.quantises, lambda: Descales(None, *(fake_strided(Float32, 2) for _ in "kv"))),
     )

@@ -12,7 +12,6 @@ from cute_fa.semantics.options import flag_tokens
 from cute_fa.semantics.types import DType
 
 NUM_THREADS = 128
-CHUNK = 8  # elements of fp16 or bf16 that a thread moves: 16 bytes
 MAX_ROWS = 2**31 - 1
 
 
@@ -21,11 +20,14 @@ _AppendFlags: Any = flags_class(AppendProblem)
 
 @dataclass(frozen=True, kw_only=True)
 class AppendConfig(_AppendFlags, KernelConfig):
-    """Everything that shapes the machine code: beside the flags that ``AppendProblem`` declares the head_dims."""
+    """Everything that shapes the machine code: beside the flags that ``AppendProblem`` declares the dtypes, of rows and
+    of both caches, and the head_dims."""
 
     kernel_module: ClassVar[str] = "fa2_sm80.append.kernel"
 
     dtype: DType
+    dtype_k: DType
+    dtype_v: DType
     head_dim: int
     head_dim_v: int
 
@@ -33,7 +35,22 @@ class AppendConfig(_AppendFlags, KernelConfig):
     def compile_name(self) -> str:
         return "_".join(["append", kind_of_code(self), *flag_tokens(self, AppendProblem)])
 
+    @property
+    def quantises(self) -> bool:
+        """Whether rows in fp16 or bf16 are rounded to fp8."""
+        return self.dtype is not self.dtype_k
 
-def rows_per_cta(head_dim: int) -> int:
+    @property
+    def dtype_new_v(self) -> DType:
+        """Of new values."""
+        return self.dtype if self.quantises else self.dtype_v
+
+
+def chunk_of(dtype: DType) -> int:
+    """Elements of a row that a thread moves: 16 bytes."""
+    return 16 // dtype.bytes
+
+
+def rows_per_cta(head_dim: int, dtype: DType) -> int:
     """Rows, each one head of one token, that a CTA moves."""
-    return NUM_THREADS // (head_dim // CHUNK)
+    return NUM_THREADS // (head_dim // chunk_of(dtype))

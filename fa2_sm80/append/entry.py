@@ -6,10 +6,10 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, NamedTuple
 
 from cute_fa.device.tiling import ceil_div
-from cute_fa.engine.contract import AppendTensors, AttentionKernel
+from cute_fa.engine.contract import AppendTensors, AttentionKernel, Descales
 from cute_fa.semantics.append_problem import MAX_HEAD_DIM, ROTARY_STEP, AppendProblem
 from cute_fa.semantics.types import Direction
-from fa2_sm80.append.config import MAX_ROWS, AppendConfig, rows_per_cta
+from fa2_sm80.append.config import MAX_ROWS, AppendConfig, chunk_of, rows_per_cta
 from fa2_sm80.common.rules import MAX_CTAS
 
 if TYPE_CHECKING:
@@ -54,10 +54,11 @@ class Launch(NamedTuple):
     cache_seqlens: torch.Tensor
     seqused_k: torch.Tensor
     rotary: Rotary | None
+    descales: Descales | None
 
 
 class Fa2Append(AttentionKernel):
-    """Append with 16-byte copies, for sm_80 and every arch after it: fp16 and bf16, head_dim 8 … 256."""
+    """Append with 16-byte copies, for sm_80 and every arch after it: fp16, bf16 and fp8, head_dim 8 … 256."""
 
     family = "fa2"
     direction = Direction.APPEND
@@ -65,12 +66,11 @@ class Fa2Append(AttentionKernel):
     @classmethod
     def supports(cls, problem: AppendProblem) -> list[str]:
         reasons = []
-        if problem.dtype.is_fp8:
-            reasons.append(f"dtype {problem.dtype.value}: no kernel writes an fp8 cache")
-        for name in ("head_dim", "head_dim_v"):
-            size = getattr(problem, name)
-            if size % 8 or not 8 <= size <= MAX_HEAD_DIM:
-                reasons.append(f"{name} {size}: a multiple of 8 from 8 to {MAX_HEAD_DIM} is needed (16-byte copies)")
+        for name, dtype in zip(("head_dim", "head_dim_v"), problem.cache_dtypes, strict=True):
+            size, step = getattr(problem, name), chunk_of(dtype)
+            if size % step or not step <= size <= MAX_HEAD_DIM:
+                rule = f"a multiple of {step} from {step} to {MAX_HEAD_DIM} is needed (16-byte copies)"
+                reasons.append(f"{name} {size}: {rule}")
         if problem.rotary_dim % ROTARY_STEP or problem.rotary_dim > problem.head_dim:
             rule = f"a multiple of {ROTARY_STEP}, at most head_dim {problem.head_dim}, is needed"
             reasons.append(f"rotary_dim {problem.rotary_dim}: {rule}")
@@ -89,6 +89,9 @@ class Fa2Append(AttentionKernel):
         rotary = None
         if call.rotary_cos is not None:
             rotary = Rotary(call.rotary_cos, call.rotary_sin, call.rotary_seqlens, int(call.rotate_each))
+        descales = None
+        if problem.quantises:
+            descales = Descales(None, call.k_descale, call.v_descale)
         return Launch(
             q=q,
             q_rotated=t.q_rotated,
@@ -98,6 +101,7 @@ class Fa2Append(AttentionKernel):
             cache_seqlens=call.cache_seqlens,
             seqused_k=t.seqused_k,
             rotary=rotary,
+            descales=descales,
         )
 
 
@@ -105,7 +109,7 @@ def _launch_objections(problem: AppendProblem) -> list[str]:
     """Reasons why a launch is too large."""
     rows = {"query heads": problem.tokens_q * problem.num_heads, "kv heads": problem.tokens_k * problem.num_heads_kv}
     reasons = [f"{count} tokens × {heads}: at most {MAX_ROWS}" for heads, count in rows.items() if count > MAX_ROWS]
-    per_cta = rows_per_cta(max(problem.head_dim, problem.head_dim_v))
+    per_cta = rows_per_cta(max(problem.head_dim, problem.head_dim_v), problem.dtype)
     ctas = problem.batch * (2 + sum(2 * ceil_div(count, per_cta) for count in rows.values()))
     if ctas > MAX_CTAS:
         reasons.append(f"{ctas} CTAs: a grid has at most {MAX_CTAS}")

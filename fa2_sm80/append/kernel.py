@@ -1,4 +1,5 @@
-"""Append to a KV cache: new keys and values go to their slots, keys and queries are rotated on the way.
+"""Append to a KV cache: new keys and values go to their slots, keys and queries are rotated on the way. Caches in fp8
+get rows in fp8 as they are, others divided by the descale and rounded, once, behind the rotation.
 
 Rotary position embedding (RoFormer, arXiv 2104.09864, section 3.4.2): the pair (x, y) of angle θ becomes
 (x·cos θ − y·sin θ, x·sin θ + y·cos θ). Pairs are neighbours if interleaved (GPT-J), else element i and i + rotary_dim/2
@@ -9,17 +10,19 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.semantics.types import DType
 from fa2_sm80.append.arguments import AppendArguments, NewRows, append_fakes
-from fa2_sm80.append.config import CHUNK, NUM_THREADS, AppendConfig, rows_per_cta
+from fa2_sm80.append.config import NUM_THREADS, AppendConfig, chunk_of, rows_per_cta
+from fa2_sm80.append.quantise import quantised
 
 
 class AppendKernel:
-    """A thread moves 16 bytes of one head of one token; a CTA works on queries, keys or values alone."""
+    """A thread moves 16 bytes of one head of one token, as rows hold them; a CTA works on queries, keys or values
+    alone."""
 
     def __init__(self, config: AppendConfig):
         self.config = config
-        self.dtype = CUTE_DTYPE[config.dtype]
+        self.chunk = chunk_of(config.dtype)
 
     @cute.jit
     def __call__(self, args: AppendArguments, stream):
@@ -36,10 +39,10 @@ class AppendKernel:
         rows = args.k.longest * args.k.heads
         tiles_q = 0
         if const_expr(c.query):
-            tiles_q = cute.ceil_div(args.q.longest * args.q.heads, rows_per_cta(c.head_dim))
+            tiles_q = cute.ceil_div(args.q.longest * args.q.heads, rows_per_cta(c.head_dim, c.dtype))
         # one at least, for the CTA that writes the length
-        tiles_k = cutlass.max(cute.ceil_div(rows, rows_per_cta(c.head_dim)), 1)
-        return tiles_q, tiles_k, cute.ceil_div(rows, rows_per_cta(c.head_dim_v))
+        tiles_k = cutlass.max(cute.ceil_div(rows, rows_per_cta(c.head_dim, c.dtype)), 1)
+        return tiles_q, tiles_k, cute.ceil_div(rows, rows_per_cta(c.head_dim_v, c.dtype))
 
     @cute.kernel
     def kernel(self, args: AppendArguments):
@@ -65,41 +68,51 @@ class AppendKernel:
     def move_keys(self, args: AppendArguments, batch, tile, start, length, position, tidx):
         """New keys to their slots, rotated."""
         c = self.config
-        token, head, chunk, inside = place(tile, tidx, c.head_dim, args.k.heads, length)
+        token, head, chunk, inside = place(tile, tidx, c.head_dim, c.dtype, args.k.heads, length)
         # what lies beyond the cache is not written, whatever the caller promised
         if inside and position + token < args.cache.capacity:
             source = args.k.row(batch, start, token, head)
             slot, row = args.cache.slot(batch, position + token, c.page_size)
-            self.move_rotated(args, source, args.cache.k[slot, row, head, None], batch, chunk, position, token)
+            target, descale = args.cache.k[slot, row, head, None], None
+            if const_expr(c.quantises):
+                descale = args.descales.k[batch, head]
+            self.move_rotated(args, source, target, batch, chunk, position, token, descale)
 
     @cute.jit
     def move_values(self, args: AppendArguments, batch, tile, start, length, position, tidx):
         """New values to their slots."""
         c = self.config
-        token, head, chunk, inside = place(tile, tidx, c.head_dim_v, args.k.heads, length)
+        token, head, chunk, inside = place(tile, tidx, c.head_dim_v, c.dtype, args.k.heads, length)
         if inside and position + token < args.cache.capacity:
             source = args.k._replace(tensor=args.v).row(batch, start, token, head)
             slot, row = args.cache.slot(batch, position + token, c.page_size)
-            store(load(source, chunk), args.cache.v[slot, row, head, None], chunk)
+            values, target = load(source, chunk, self.chunk), args.cache.v[slot, row, head, None]
+            if const_expr(c.quantises):
+                values = quantised(widened(values), args.descales.v[batch, head], target.element_type, c.arch)
+            store(values, target, chunk)
 
     @cute.jit
     def rotate_queries(self, args: AppendArguments, batch, tile, position, tidx):
         """Queries to a tensor of their own, rotated."""
         q: NewRows = args.q
         start, length = q.extent(batch)
-        token, head, chunk, inside = place(tile, tidx, self.config.head_dim, q.heads, length)
+        c = self.config
+        token, head, chunk, inside = place(tile, tidx, c.head_dim, c.dtype, q.heads, length)
         if inside:
             target = q._replace(tensor=args.q_rotated).row(batch, start, token, head)
             steps = args.rotary.query_step * token
-            self.move_rotated(args, q.row(batch, start, token, head), target, batch, chunk, position, steps)
+            self.move_rotated(args, q.row(batch, start, token, head), target, batch, chunk, position, steps, None)
 
     @cute.jit
-    def move_rotated(self, args: AppendArguments, source, target, batch, chunk, position, steps):
-        """One chunk of a row whose angle is that of ``steps`` behind the sequence's first new row."""
+    def move_rotated(self, args: AppendArguments, source, target, batch, chunk, position, steps, descale):
+        """One chunk of a row whose angle is that of ``steps`` behind the sequence's first new row; with a descale to an
+        fp8 cache."""
         c = self.config
-        values = load(source, chunk)
+        values = load(source, chunk, self.chunk)
+        if const_expr(descale is not None):
+            values = widened(values)
         if const_expr(c.rotary_dim > 0):
-            if chunk < c.rotary_dim // CHUNK:
+            if chunk < c.rotary_dim // self.chunk:
                 if const_expr(c.rotary_seqlens):
                     position = args.rotary.seqlens[batch]
                 # inside the tables, whatever the caller promised
@@ -109,51 +122,62 @@ class AppendKernel:
                     self.rotate_neighbours(values, chunk, cos, sin)
                 else:
                     self.rotate_halves(values, source, chunk, cos, sin)
+        if const_expr(descale is not None):
+            values = quantised(values, descale, target.element_type, c.arch)
         store(values, target, chunk)
 
     @cute.jit
     def rotate_neighbours(self, values, chunk, cos, sin):
-        first = chunk * (CHUNK // 2)
-        for i in cutlass.range_constexpr(CHUNK // 2):
+        first = chunk * (self.chunk // 2)
+        for i in cutlass.range_constexpr(self.chunk // 2):
             x, y = Float32(values[2 * i]), Float32(values[2 * i + 1])
             cosine, sine = Float32(cos[first + i]), Float32(sin[first + i])
-            values[2 * i] = (x * cosine - y * sine).to(self.dtype)
-            values[2 * i + 1] = (x * sine + y * cosine).to(self.dtype)
+            values[2 * i] = (x * cosine - y * sine).to(values.element_type)
+            values[2 * i + 1] = (x * sine + y * cosine).to(values.element_type)
 
     @cute.jit
     def rotate_halves(self, values, source, chunk, cos, sin):
-        half = self.config.rotary_dim // 2 // CHUNK
+        half = self.config.rotary_dim // 2 // self.chunk
         is_first = chunk < half
-        others = load(source, cutlass.select_(is_first, chunk + half, chunk - half))
+        others = load(source, cutlass.select_(is_first, chunk + half, chunk - half), self.chunk)
         sign = cutlass.select_(is_first, Float32(-1.0), Float32(1.0))
-        first = cutlass.select_(is_first, chunk, chunk - half) * CHUNK
-        for i in cutlass.range_constexpr(CHUNK):
+        first = cutlass.select_(is_first, chunk, chunk - half) * self.chunk
+        for i in cutlass.range_constexpr(self.chunk):
             cosine, sine = Float32(cos[first + i]), Float32(sin[first + i])
-            values[i] = (Float32(values[i]) * cosine + sign * Float32(others[i]) * sine).to(self.dtype)
+            values[i] = (Float32(values[i]) * cosine + sign * Float32(others[i]) * sine).to(values.element_type)
 
 
-def place(tile: Int32, tidx: Int32, head_dim: int, heads: Int32, length: Int32):
+def place(tile: Int32, tidx: Int32, head_dim: int, dtype: DType, heads: Int32, length: Int32):
     """(token, head, chunk, whether there is such a row) of a thread."""
-    chunks = head_dim // CHUNK
-    row = tile * rows_per_cta(head_dim) + tidx // chunks
-    inside = (tidx // chunks < rows_per_cta(head_dim)) & (row < length * heads)
+    chunks = head_dim // chunk_of(dtype)
+    row = tile * rows_per_cta(head_dim, dtype) + tidx // chunks
+    inside = (tidx // chunks < rows_per_cta(head_dim, dtype)) & (row < length * heads)
     return row // heads, row % heads, tidx % chunks, inside
 
 
-def load(row: cute.Tensor, chunk: Int32) -> cute.Tensor:
-    """16 bytes of a row in registers."""
-    values = cute.make_rmem_tensor(CHUNK, row.element_type)
-    cute.copy(_copy(row.element_type), cute.local_tile(row, (CHUNK,), (chunk,)), values)
+def load(row: cute.Tensor, chunk: Int32, size: int) -> cute.Tensor:
+    """A chunk of that many elements of a row in registers."""
+    values = cute.make_rmem_tensor(size, row.element_type)
+    cute.copy(_copy(values), cute.local_tile(row, (size,), (chunk,)), values)
     return values
+
+
+def widened(values: cute.Tensor) -> cute.Tensor:
+    """The same numbers in fp32."""
+    wide = cute.make_rmem_tensor(values.layout, Float32)
+    wide.store(values.load().to(Float32))
+    return wide
 
 
 def store(values: cute.Tensor, row: cute.Tensor, chunk: Int32):
     """Those to a row."""
-    cute.copy(_copy(row.element_type), values, cute.local_tile(row, (CHUNK,), (chunk,)))
+    cute.copy(_copy(values), values, cute.local_tile(row, (cute.size(values),), (chunk,)))
 
 
-def _copy(dtype):
-    return cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), dtype, num_bits_per_copy=8 * 16)
+def _copy(values: cute.Tensor):
+    """All of these in one instruction."""
+    bits = cute.size(values) * values.element_type.width
+    return cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), values.element_type, num_bits_per_copy=bits)
 
 
 def build(config: AppendConfig):

@@ -187,10 +187,10 @@ class Tiles(NamedTuple):
 
 # In order of preference.
 _TILES = (Tiles(3, 128), Tiles(3, 96), *(Tiles(2, tile_n) for tile_n in (128, 112, 96, 80, 64)))
-# Of fp8, each with P·V in the fewest parts that the registers allow. Columns of a part, at least: with fewer, wgmma
-# reads P for too few products.
-_FP8_KEYS = (160, 128, 96, 64)
-_FP8_PART = 48
+# Of fp8, in order of preference, each with P·V in the fewest parts that the registers allow. Columns of a part, at
+# least: with fewer, wgmma reads P for too few products.
+_FP8_KEYS = (160, 128, 96, 64, 32)
+_FP8_COLUMNS = 48
 # Accesses to local memory in the loops of (3, 128) at head_dim 64, at most, of bf16 kernels with and without a right
 # bound, sink tokens and packed sequences; of those with a right bound and ALiBi, with and without each of the other
 # features, compiled by either flavour of the DSL (none where head_dim_v is at most 32: there 128 keys take 7.5
@@ -242,7 +242,8 @@ def _fp8_tiles(problem: AttentionProblem) -> Iterator[Tiles]:
     size_v = padded(problem.head_dim_v)
     for tile_n in _FP8_KEYS:
         yield Tiles(2, tile_n)
-        for parts in range(2, size_v // _FP8_PART + 1):
+        narrowest = _FP8_COLUMNS if tile_n > 64 else 32
+        for parts in range(2, size_v // narrowest + 1):
             if size_v % (8 * parts) == 0:
                 yield Tiles(2, tile_n, promoted_columns=size_v // parts)
 
@@ -251,9 +252,11 @@ def _fp8_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
     """Why fp8 is not served with so many keys and columns at a time."""
     size_v = padded(problem.head_dim_v)
     columns = tiles.promoted_columns or size_v
-    # Scores, and as much again for P, the mask and what else follows the keys; O, a part of P·V, and 16. What was
-    # compiled beyond that spilled in the loops (causal, either flavour), what was compiled within did not.
+    # Scores, and as much again for P, the mask and what else follows the keys; O, a part of P·V, and 16; in parts, 16
+    # more for a left edge. Of what was compiled beyond that all spilled in loops, of what was compiled within none.
     needed, available = tiles.tile_n + size_v // 2 + columns // 2 + 16, REGISTERS[2][1]
+    if problem.window_left is not None and columns < size_v:
+        needed += 16
     if needed > available:
         return (
             f"registers: about {needed} a thread for {tiles.tile_n} keys, O {size_v} wide and P·V {columns} wide, "
@@ -296,7 +299,7 @@ def _two_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
 def _page_objection(problem: AttentionProblem, tile_n: int) -> str | None:
     """Why paged keys do not come in blocks of so many."""
     common = math.gcd(tile_n, 128)
-    if problem.page_size is None or common >= 64:
+    if problem.page_size is None or common >= min(64, tile_n):
         return None
     rows = f"{common} rows in common for a TMA copy, one of 64 has 64"
     return f"paged keys: a block of {tile_n} and a page of 128 have {rows}"

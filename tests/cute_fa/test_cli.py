@@ -206,6 +206,8 @@ def test_a_spec_has_the_problem_of_its_tensors(spec):
         "--cache-batch-idx --num-splits 0 --seqlen-k 900",
         "--page-size 16 --cache-leftpad --num-splits 2",
         "--append --query --rotary-dim 16 --varlen",
+        "--append --dtype-k e4m3 --dtype-v e5m2 --query --rotary-dim 16 --page-size 8",
+        "--append --dtype e5m2 --dtype-v e4m3 --cache-batch-idx",
     ],
 )
 def test_what_is_named_is_what_ran_and_what_is_compiled(tmp_path, options):
@@ -282,11 +284,13 @@ def test_refusals(request_, message):
     assert not Path("never-made").exists()
 
 
+@pytest.mark.parametrize("caches", ["", "--dtype-k e4m3 --dtype-v e5m2"])
 @pytest.mark.parametrize("wrong", ["k_cache", "v_cache", "seqused_k", "q"])
-def test_a_wrong_append_exits_with_one(monkeypatch, wrong):
+def test_a_wrong_append_exits_with_one(monkeypatch, wrong, caches):
     """Whatever of it is wrong, NaN too; what is right is found to be so."""
     right = append_trial.append_kv
     options = "run --append --seqlen-q 4 --batch 2 --heads 2 --head-dim 32 --query --rotary-dim 16 --json".split()
+    options += caches.split()
 
     def damaged(k, v, k_cache, v_cache, *others, **given):
         q, seqused_k = right(k, v, k_cache, v_cache, *others, **given)
@@ -319,6 +323,9 @@ def test_a_wrong_append_exits_with_one(monkeypatch, wrong):
         ("--rotary-dim 16 --rotary-dtype half", "rotary_dtype='half'"),
         ("--rotary-seqlens", "rotary_seqlens without rotary_dim"),
         ("--page-size 24", "page_size=24"),
+        ("--dtype-k e4m3", "caches in e4m3 and bf16: both in fp8"),
+        ("--dtype e4m3 --query --rotary-dim 16", "rotary_dim with rows in e4m3"),
+        ("--dtype e4m3 --head-dim 24", "head_dim 24: a multiple of 16"),
     ],
 )
 def test_refusals_of_an_append(options, message):

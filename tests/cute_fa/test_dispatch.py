@@ -247,7 +247,11 @@ def test_rows():
         assert cells["sm_80", "bwd", feature].kernel == "fa2_bwd"
     for feature in ("paged KV by index", "RoPE", "head_dim 256"):
         assert cells["sm_90a", "append", feature].kernel == "fa2_append"
-    assert cells["sm_80", "append", "fp8 e5m2"].reasons == ("fa2_append: dtype e5m2: no kernel writes an fp8 cache",)
+    for feature in ("fp8 e5m2", "bf16, k and v e4m3"):
+        assert all(cells[arch.value, "append", feature][3:] == ("fa2_append", ()) for arch in SmArch)
+    rule = "head_dim 8: a multiple of 16 from 16 to 256 is needed"
+    narrow = AppendProblem(SmArch.SM_80, DType.E4M3, batch=1, tokens_k=1, num_heads_kv=1, head_dim=8, head_dim_v=16)
+    assert TABLE.explain(narrow)["fa2_append"] == [f"{rule} (16-byte copies)"]
     assert ("sm_80", "append", "causal") not in cells
     [causal] = [line for line in to_markdown(rows).splitlines() if line.startswith("| causal |")]
     assert causal.endswith("| – |")

@@ -221,3 +221,92 @@ def test_requests_of_one_kind_each(nothing_runs):
             make()
     with pytest.raises(errors.Fa3ArchError):
         cute_fa.Fa3FwdFp8Request(Q, K, V, arch=cute_fa.SmArch.SM_80)
+
+
+class Cache:
+    """A paged cache in fp8 with descales, and the values that its tokens should have."""
+
+    def __init__(self, batch: int, pages: int, heads_kv: int, head_dim: int):
+        rng = torch.Generator().manual_seed(5)
+        shape = (batch * pages, 16, heads_kv, head_dim)
+        self.k, self.v = (torch.full(shape, 0x7F, dtype=torch.uint8).view(E4M3) for _ in range(2))  # NaN
+        self.table = torch.randperm(batch * pages, generator=rng).int().view(batch, pages)
+        self.k_descale, self.v_descale = (0.02 + 0.02 * torch.rand(batch, heads_kv, generator=rng) for _ in range(2))
+        self.lengths = torch.zeros(batch, dtype=torch.int32)
+        self.values = [torch.zeros(batch, 0, heads_kv, head_dim) for _ in range(2)]
+
+    @property
+    def descales(self) -> dict[str, torch.Tensor]:
+        return {"k_descale": self.k_descale, "v_descale": self.v_descale}
+
+    def append(self, k: torch.Tensor, v: torch.Tensor):
+        """What tokens behind those in the cache become."""
+        for i, (new, descale) in enumerate(((k, self.k_descale), (v, self.v_descale))):
+            descale = descale[:, None, :, None]
+            codes = (new.float() / descale).clamp(-448, 448).to(E4M3)
+            self.values[i] = torch.cat([self.values[i], codes.float() * descale], 1)
+
+    def expected(self, q: torch.Tensor, q_descale: torch.Tensor):
+        """O and LSE in fp64 of the last queries, causal."""
+        values = self.values[0].to(torch.float64), self.values[1].to(torch.float64)
+        heads = q.shape[2] // q_descale.shape[1]
+        q = q.double() * q_descale.repeat_interleave(heads, 1)[:, None, :, None]
+        return reference.attention(q, *values, causal=True, dtype=torch.float64)
+
+
+def test_serving():
+    """16-bit rows appended, decoding with new rows as values and as codes, a chunk of a prefill, all on one cache."""
+    rng = torch.Generator().manual_seed(9)
+    cache = Cache(2, 8, 2, 64)
+
+    def rows(tokens: int, heads: int) -> torch.Tensor:
+        return torch.randn(2, tokens, heads, 64, generator=rng).bfloat16()
+
+    k, v = rows(61, 2), rows(61, 2)
+    _, lengths = cute_fa.append_kv(k, v, cache.k, cache.v, cache.lengths, page_table=cache.table, **cache.descales)
+    cache.append(k, v)
+    for tokens, as_codes in ((1, False), (1, True), (17, False), (3, True)):
+        q, q_descale = cute_fa.fp8.quantize_per_head(rows(tokens, 4), heads_kv=2)
+        k, v = rows(tokens, 2), rows(tokens, 2)
+        cache.append(k, v)
+        if as_codes:
+            k, v = (cute_fa.fp8.quantize(t, d) for t, d in zip((k, v), cache.descales.values(), strict=True))
+        out, lse = cute_fa.flash_attn_with_kvcache(
+            *(q, cache.k, cache.v, k, v),
+            cache_seqlens=lengths,
+            page_table=cache.table,
+            causal=True,
+            q_descale=q_descale,
+            **cache.descales,
+            return_lse=True,
+        )
+        lengths = lengths + tokens
+        exact, exact_lse = cache.expected(q, q_descale)
+        assert (out - exact).abs().max() < 0.03 * exact.abs().max(), tokens
+        assert (lse - exact_lse).abs().max() < 1e-3
+    assert lengths.tolist() == [83, 83]
+
+
+def test_caches_without_descales_hold_values_themselves():
+    cache = Cache(1, 2, 1, 64)
+    k, v = (torch.randn(1, 5, 1, 64).bfloat16() for _ in range(2))
+    q = torch.randn(1, 5, 1, 64).to(E4M3)
+    cute_fa.flash_attn_with_kvcache(
+        q, cache.k, cache.v, k, v, cache_seqlens=cache.lengths[:1], page_table=cache.table, causal=True
+    )
+    written = cache.k[cache.table[0, 0], :5]
+    assert torch.equal(written.view(torch.uint8), k[0].to(E4M3).view(torch.uint8))
+
+
+def test_rotation_of_codes_is_refused():
+    cache, angles = Cache(1, 2, 1, 64), torch.ones(32, 32)
+    rows = torch.zeros(1, 1, 1, 64)
+    for k, name in ((rows.to(E4M3), "k"), (rows.bfloat16(), "q")):
+        with pytest.raises(errors.Fp8Error, match=f"rotary_cos with {name} in e4m3: rows in fp16 or bf16 rotate"):
+            cute_fa.flash_attn_with_kvcache(
+                *(rows.to(E4M3), cache.k, cache.v, k, k),
+                cache_seqlens=cache.lengths[:1],
+                page_table=cache.table,
+                rotary_cos=angles,
+                rotary_sin=angles,
+            )

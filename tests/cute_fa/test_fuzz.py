@@ -97,7 +97,8 @@ class TestDrawing:
             "heads_first",
         ):
             assert {getattr(problem, name) for problem in problems} == {False, True}, name
-        for name in ("new", "packed", "leftpad", "indexed", "rotary_dim", "rotary_starts", "one_length"):
+        names = "new packed leftpad indexed rotary_dim rotary_starts one_length codes copied one_descale"
+        for name in names.split():
             assert {bool(getattr(cache, name)) for cache in caches} == {False, True}, name
         # Every feature that is declared, with and without it.
         asked = [problem for p in problems for problem in p._problems()]

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "cute_fa/device": ("cute_fa.device", "cute_fa.semantics", "cute_fa.engine.contract"),
     "cute_fa/api": ("cute_fa.api", "cute_fa.engine", "cute_fa.semantics"),
     "cute_fa/compat": ("cute_fa.compat", "cute_fa.api", "cute_fa.engine", "cute_fa.semantics"),
+    "cute_fa/fp8.py": ("cute_fa.semantics",),
     "cute_fa/service.py": ("cute_fa.api", "cute_fa.engine.worlds", "cute_fa.semantics"),
     "cute_fa/integrations": ("cute_fa.integrations", "cute_fa.api", "cute_fa.engine", "cute_fa.semantics"),
     **{

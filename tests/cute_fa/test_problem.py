@@ -207,12 +207,18 @@ def test_problems_that_raise(changes, error, message):
         ({"rotary_dtype": "bf16"}, ArgumentError, "rotary_dtype without rotary_dim"),
         ({"rotary_interleaved": True}, ArgumentError, "rotary_interleaved without rotary_dim"),
         ({"rotary_seqlens": True}, ArgumentError, "rotary_seqlens without rotary_dim"),
+        ({"dtype_k": DType.E4M3}, Fp8Error, "caches in e4m3 and bf16: both in fp8, or both in bf16"),
+        ({"dtype_v": DType.E4M3}, Fp8Error, "caches in bf16 and e4m3: both in fp8, or both in bf16"),
+        ({"dtype_k": DType.FP16, "dtype_v": DType.FP16}, Fp8Error, "a cache of keys in fp16 for rows in bf16"),
+        ({"dtype": DType.E4M3, "dtype_k": DType.E5M2}, Fp8Error, "a cache of keys in e5m2 for rows in e4m3"),
+        ({"dtype": DType.E4M3, "dtype_v": DType.BF16}, Fp8Error, "caches in e4m3 and bf16: both in fp8"),
+        ({"dtype": DType.E4M3, "rotary_dim": 16}, Fp8Error, "rotary_dim with rows in e4m3"),
     ],
 )
 def test_appends_that_raise(changes, error, message):
     sizes = {"batch": 1, "tokens_k": 1, "num_heads_kv": 1, "head_dim": 64, "head_dim_v": 64}
     with pytest.raises(error, match=message):
-        AppendProblem(arch=SmArch.SM_80, dtype=DType.BF16, **sizes | changes)
+        AppendProblem(**{"arch": SmArch.SM_80, "dtype": DType.BF16, **sizes, **changes})
 
 
 @pytest.mark.parametrize("size", PAGE_SIZES)

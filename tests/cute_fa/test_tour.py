@@ -16,6 +16,7 @@ from cute_fa.engine.recording import config_of
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics import reference
 from cute_fa.semantics.names import canonical_name
+from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import SmArch
 from cute_fa.tools.inputs import Inputs
 from cute_fa.tools.tour import (
@@ -23,12 +24,14 @@ from cute_fa.tools.tour import (
     GPT_OSS,
     LAYERS,
     LLAMA3,
+    LLAMA3_FP8,
     MISTRAL,
     SIMULATED_LENGTH,
     STREAMING,
     alibi_slopes,
     itinerary,
     layer_inputs,
+    layers_of,
 )
 from cute_fa.tools.tour_keys import tour_configs
 from cute_fa.tools.trial import problem_of_spec
@@ -40,10 +43,13 @@ _WITHOUT = {
     "softcap": 0.0,
     "alibi_slopes": None,
     "learnable_sink": None,
+    "q_descale": None,
+    "k_descale": None,
+    "v_descale": None,
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+@pytest.mark.parametrize("layer", (*LAYERS, LLAMA3_FP8), ids=lambda layer: layer.name)
 def test_leaving_out_a_feature_is_outside_tolerance(layer):
     inputs = layer_inputs(layer, SIMULATED_LENGTH)
     options = inputs.options()
@@ -97,11 +103,11 @@ def test_slopes_are_the_published_ones():
 
 def test_every_layer_is_visited():
     stops = itinerary()
-    assert {stop.layer for stop in stops} == set(LAYERS)
+    assert {stop.layer for stop in stops} - {LLAMA3_FP8} == set(LAYERS)
     if stops[0].machine.simulated:
         assert {stop.machine.arch.value for stop in stops} == {"sm_80", "sm_90a", "sm_100a"}
         hopper = {stop.layer for stop in stops if stop.machine.arch is SmArch.SM_90A}
-        assert {layer.head_dim for layer in hopper} == {64, 128, 256}
+        assert {layer.head_dim for layer in hopper} == {64, 128, 256} and LLAMA3_FP8 in hopper
         for feature in ("window", "sink_tokens", "softcap", "learnable_sink"):
             assert {bool(getattr(layer, feature)) for layer in hopper} == {False, True}
 
@@ -129,16 +135,22 @@ def test_the_kernels_that_bundles_have_of_it_are_those_that_it_launches(tmp_path
     monkeypatch.setattr(plans, "compiled", lambda config: types.SimpleNamespace(launch=lambda arguments: None))
     monkeypatch.setattr(plans, "PLANS", {})
     with cute_fa.simulate(arch), cute_fa.record_keys(tmp_path / "keys"):
-        for layer in LAYERS:
+        for layer in layers_of(arch):
             sizes = (
                 (1, layer.length, heads, layer.head_dim) for heads in (layer.heads, layer.heads_kv, layer.heads_kv)
             )
-            q, k, v = (torch.empty(size, dtype=torch.bfloat16, requires_grad=True) for size in sizes)
+            fp8 = layer.dtype.is_fp8
+            q, k, v = (torch.empty(size, dtype=torch.bfloat16, requires_grad=not fp8) for size in sizes)
             slopes = alibi_slopes(layer.heads) if layer.alibi else None
             sink = torch.zeros(layer.heads, requires_grad=True) if layer.learnable_sink else None
-            inputs = Inputs(layer.spec(layer.length), q, k, v, alibi_slopes=slopes, learnable_sink=sink)
+            descales = {}
+            if fp8:
+                q, k, v = (t.to(TORCH_DTYPES[layer.dtype]) for t in (q, k, v))
+                descales = {f"{name}_descale": torch.ones(1, layer.heads_kv) for name in "qkv"}
+            inputs = Inputs(layer.spec(layer.length), q, k, v, alibi_slopes=slopes, learnable_sink=sink, **descales)
             out = inputs.run(num_splits=1)
-            torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+            if not fp8:
+                torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
     recorded = [config_of(line) for line in (tmp_path / "keys").read_text().splitlines()]
     assert recorded == tour_configs(arch)
-    assert len(recorded) == 14
+    assert len(recorded) == 14 + arch.has_wgmma

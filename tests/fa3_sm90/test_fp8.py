@@ -1,148 +1,138 @@
-"""The FA3 forward in fp8."""
+"""The FA3 forward in fp8: pairs of head_dims, tiles, what it refuses, accuracy over many keys, edges of the lengths.
+Features in pairs: ``test_fp8_features.py``."""
 
-import math
-from typing import NamedTuple
+import dataclasses
+import itertools
+import random
 
 import pytest
 import torch
 
-import cute_fa
-from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.reference import attention
 from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
+from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M
 from fa3_sm90.forward.entry import Fa3Forward
+from tests.fa3_sm90.test_fp8_features import config_of, launch, run
+from tests.testing.cases import refusals, small_problem
 
-E4M3 = torch.float8_e4m3fn
-CODES = {DType.E4M3: E4M3, DType.E5M2: torch.float8_e5m2}
-# P is e4m3 and at most 2^8.75; the references of a row lie 2^8 below its maximum.
-P_SCALE = 2.0**8
-
-
-class Case(NamedTuple):
-    """Queries, keys, query heads and kv heads of ``batch`` sequences; ``spread``: standard deviation of q and k."""
-
-    head_dim: int
-    seqlen_q: int
-    seqlen_k: int
-    causal: bool = False
-    heads: int = 2
-    heads_kv: int = 1
-    batch: int = 1
-    spread: float = 1.5
-    dtype: DType = DType.E4M3
-    head_dim_v: int | None = None
-
-    def problem(self) -> AttentionProblem:
-        return AttentionProblem(
-            arch=SmArch.SM_90A,
-            dtype=self.dtype,
-            batch=self.batch,
-            seqlen_q=self.seqlen_q,
-            seqlen_k=self.seqlen_k,
-            num_heads=self.heads,
-            num_heads_kv=self.heads_kv,
-            head_dim=self.head_dim,
-            head_dim_v=self.head_dim_v or self.head_dim,
-            softmax_scale=self.head_dim**-0.5,
-            window_right=0 if self.causal else None,
-        )
-
-
-class Codes(NamedTuple):
-    """q, k, v in fp8 and their descales, fp32 (batch, heads_kv)."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    descales: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-    @classmethod
-    def peaked(cls, case: Case) -> "Codes":
-        """The first columns of V are digits ±1 of the key's index: a key too many or too few moves O by about 1."""
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(tokens: int, heads: int, spread: float, columns: int = case.head_dim) -> torch.Tensor:
-            return torch.randn(case.batch, tokens, heads, columns, generator=generator) * spread
-
-        q = normal(case.seqlen_q, case.heads, case.spread).to(CODES[case.dtype])
-        k = normal(case.seqlen_k, case.heads_kv, case.spread).to(CODES[case.dtype])
-        v = normal(case.seqlen_k, case.heads_kv, 1.0, case.head_dim_v or case.head_dim)
-        digits = (torch.arange(case.seqlen_k)[:, None] >> torch.arange(10)) % 2 * 2 - 1
-        v[..., :10] = digits[None, :, None]
-        scales = (torch.rand(case.batch, case.heads_kv, generator=generator) + 0.5 for _ in range(3))
-        return cls(q, k, v.to(CODES[case.dtype]), tuple(scales))
-
-    def run(self, case: Case, num_sms: int = 2, **simulation) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse) of the kernel, simulated."""
-        q_descale, k_descale, v_descale = self.descales
-        descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-        with cute_fa.simulate("sm_90a", num_sms=num_sms, **simulation):
-            return cute_fa.flash_attn_func(self.q, self.k, self.v, causal=case.causal, **descales, return_lse=True)
-
-    def expected(self, case: Case, rounds_p: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse) in fp64 of the dequantised values; ``rounds_p``: P in e4m3 as the kernel has it."""
-        shared = case.heads // case.heads_kv
-        q_scale, k_scale, v_scale = (scale.double()[:, None, :, None] for scale in self.descales)
-        q = self.q.double() * q_scale.repeat_interleave(shared, 2)
-        k = (self.k.double() * k_scale).repeat_interleave(shared, 2)
-        v = (self.v.double() * v_scale).repeat_interleave(shared, 2)
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * case.head_dim**-0.5
-        if case.causal:
-            hidden = torch.arange(case.seqlen_k) > torch.arange(case.seqlen_q)[:, None] + case.seqlen_k - case.seqlen_q
-            scores = scores.masked_fill(hidden, -math.inf)
-        lse = scores.logsumexp(-1)
-        p = (scores - scores.amax(-1, keepdim=True).clamp(min=-1e9)).exp()
-        total = p.sum(-1, keepdim=True).clamp(min=1e-300)  # 0 for rows without keys
-        if rounds_p:
-            p = (p.float() * P_SCALE).to(E4M3).double() / P_SCALE
-        return torch.einsum("bhqk,bkhd->bqhd", p / total, v), lse
-
-
-CASES = [
-    Case(128, 70, 300),
-    Case(128, 130, 257, causal=True, heads=4, heads_kv=2),
-    Case(128, 200, 129, causal=True, heads=1),
-    Case(128, 5, 1, heads=4, heads_kv=4, batch=2),
-    Case(64, 70, 321, causal=True, batch=2),
-    Case(64, 129, 160, heads=3),
-    Case(256, 70, 130, causal=True),
-    Case(256, 66, 193, heads=2, heads_kv=2, spread=4.0),
-    Case(128, 70, 300, causal=True, spread=5.0),
-    Case(64, 40, 500, spread=5.0),
-    Case(128, 70, 300, causal=True, dtype=DType.E5M2),
-    Case(64, 70, 300, dtype=DType.E5M2),
-]
+HEAD_DIMS = range(16, 257, 16)
+PAIRS = random.Random(1).sample(list(itertools.product(HEAD_DIMS, HEAD_DIMS)), 9)
 SCHEDULES = [{"race": True}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2, "race": True}]
 
 
-@pytest.mark.parametrize("index", range(len(CASES)))
-def test_against_the_reference(index):
-    case = CASES[index]
-    codes = Codes.peaked(case)
-    out, lse = codes.run(case, num_sms=1 + index % 2, **SCHEDULES[index % len(SCHEDULES)])
-    exact, exact_lse = codes.expected(case)
-    rounded, _ = codes.expected(case, rounds_p=True)
-    tolerance = 2 * (rounded - exact).abs().max() + exact.abs().max() * 2**-8
-    seen = exact_lse.isfinite()
-    assert (out.double() - exact).abs().max() <= tolerance
-    assert (lse - exact_lse)[seen].abs().max() <= 1e-3
-    assert (lse[~seen] == -math.inf).all()
+def problem(**changes):
+    return small_problem(**{"arch": SmArch.SM_90A, "dtype": DType.E4M3, "seqlen_q": 4096, "seqlen_k": 4096, **changes})
+
+
+@pytest.mark.parametrize("index", range(len(PAIRS)))
+def test_pairs_of_head_dims(index):
+    """Two tiles of queries and three blocks of keys, the last ones of few; two heads where the others have one."""
+    head_dim, head_dim_v = PAIRS[index]
+    spec = InputSpec(1, 135, 130, 1 + index % 2, 1, head_dim, head_dim_v, DType.E4M3, causal=index % 3 == 0)
+    spec = dataclasses.replace(spec, seqlen_k=2 * config_of(spec).tile_n + 5)
+    run(spec, ("peaked", "random")[index % 2], num_sms=1, pack_gqa=False, **SCHEDULES[index % len(SCHEDULES)])
+
+
+@pytest.mark.parametrize("window", [{}, {"window_right": 0}, {"window_left": 100, "window_right": 0}], ids=str)
+@pytest.mark.parametrize("page_size", [None, 8, 128])
+def test_every_pair_of_head_dims_fits(page_size, window):
+    for head_dim, head_dim_v in itertools.product(HEAD_DIMS, HEAD_DIMS):
+        asked = problem(head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size, **window)
+        assert Fa3Forward.supports(asked) == []
+        c = Fa3Forward.configure(asked)
+        # wgmma takes 32 columns of K at a time, the transposer 16 of V, a TMA panel is 32 wide at least
+        assert head_dim <= c.head_dim_padded < head_dim + 32 and c.head_dim_padded % 32 == 0
+        assert head_dim_v == c.head_dim_v_padded <= c.value_columns < head_dim_v + 32 and c.value_columns % 32 == 0
+        assert c.tile_n % 32 == 0 and head_dim_v % (8 * c.output_parts) == 0
+        assert page_size is None or c.tile_n in (64, 128) or head_dim_v == 208
+        q, o = WGMMA_M * c.head_dim_padded, WGMMA_M * head_dim_v * 2
+        k, v, transposed = (c.tile_n * size for size in (c.head_dim_padded, c.value_columns, head_dim_v))
+        # every tile starts at a swizzle atom of 1024 bytes, the panels in it at one of 512 or 256
+        assert q % 1024 == o % 1024 == c.stages * k % 1024 == c.stages * v % 1024 == c.stages * transposed % 1024 == 0
+        per_warpgroup = q + o if c.own_output else max(q, o)
+        needed = c.warpgroups * per_warpgroup + c.stages * (k + v + transposed) + BARRIER_BYTES
+        assert needed == c.smem_bytes <= SmArch.SM_90A.smem_bytes
+        assert 8 * 2 * sum(spec.stages for spec in c.pipelines) <= BARRIER_BYTES
+        # scores, P, O and a part of P·V leave room
+        registers = c.tile_n // 2 + c.tile_n // 8 + (head_dim_v + head_dim_v // c.output_parts) // 2
+        assert registers <= c.registers[1] - 40
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "changes", "tiles"),
+    [
+        (64, {}, (160, 1, 5)),
+        (128, {}, (128, 2, 4)),
+        (256, {}, (64, 4, 2)),
+        (64, {"page_size": 16}, (128, 1, 4)),
+        (128, {"window_left": 100}, (96, 1, 3)),
+        (256, {"window_left": 100}, (64, 8, 2)),
+        (128, {"head_dim_v": 256}, (64, 4, 2)),
+        (192, {"head_dim_v": 128}, (128, 2, 4)),
+    ],
+)
+def test_tiles(head_dim, changes, tiles):
+    """Keys of a block, parts of P·V, wgmma whose sums stay in their accumulator."""
+    c = Fa3Forward.configure(problem(**{"head_dim": head_dim, "head_dim_v": head_dim, **changes}))
+    assert (c.tile_n, c.output_parts, c.promote_every) == tiles
+
+
+def test_reasons_against_wider_blocks():
+    plain, paged, window = (
+        refusals(Fa3Forward, problem(head_dim=128, head_dim_v=128, **changes))
+        for changes in ({}, {"page_size": 64}, {"window_left": 100})
+    )
+    assert plain == [
+        "registers: about 304 a thread for 160 keys, O 128 wide and P·V 128 wide, 240 available",
+        "registers: about 272 a thread for 160 keys, O 128 wide and P·V 64 wide, 240 available",
+        "registers: about 272 a thread for 128 keys, O 128 wide and P·V 128 wide, 240 available",
+    ]
+    assert paged == plain
+    assert window[-1] == "registers: about 256 a thread for 128 keys, O 128 wide and P·V 64 wide, 240 available"
+    of_64 = refusals(Fa3Forward, problem(page_size=64))
+    assert of_64 == [
+        "paged keys: a block of 160 and a page of 128 have 32 rows in common for a TMA copy, one of 64 has 64"
+    ]
+
+
+def test_what_is_not_served():
+    odd = Fa3Forward.supports(problem(head_dim=72, head_dim_v=24))
+    assert odd == [
+        "head_dim 72 in fp8: a multiple of 16 is needed (16-byte strides of TMA)",
+        "head_dim_v 24 in fp8: a multiple of 16 is needed (16-byte strides of TMA)",
+    ]
+    (mixed,) = Fa3Forward.supports(problem(dtype=DType.BF16, dtype_k=DType.E4M3, dtype_v=DType.E4M3))
+    assert "k and v in fp8 with q in 16 bits" in mixed
+    for dtypes in itertools.product((DType.E4M3, DType.E5M2), repeat=3):
+        names = dict(zip(("dtype", "dtype_k", "dtype_v"), dtypes, strict=True))
+        assert Fa3Forward.supports(problem(**names, out_dtype=DType.FP16)) == []
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_sums_do_not_lose_bits_over_many_keys(head_dim):
     """With the accumulator's 14 bits, on what it loses most of: near-uniform scores and values of mean 1. Without
     promotion the error is 0.1 at 8192 keys and head_dim 64."""
-    case = Case(head_dim, 64, 4096, heads=1, spread=0.3)
-    codes = Codes.peaked(case)
-    codes = codes._replace(v=(torch.randn(codes.v.shape, generator=torch.Generator().manual_seed(1)) + 1).to(E4M3))
-    out, lse = codes.run(case, fp8_bits=14)
-    exact, exact_lse = codes.expected(case)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, tokens, 1, head_dim, generator=generator) for tokens in (64, 4096, 4096))
+    q, k, v = ((t * 0.3 if t is not v else t + 1.0).to(torch.float8_e4m3fn) for t in (q, k, v))
+    out, lse = launch(Inputs(InputSpec(1, 64, 4096, 1, 1, head_dim, dtype=DType.E4M3), q, k, v), fp8_bits=14)
+    exact, exact_lse = attention(q, k, v, dtype=torch.float64)
     assert (out.double() - exact).norm() <= 2.5e-3 * exact.norm()  # of which bf16 is 1.7e-3
     assert (lse - exact_lse).abs().max() <= 1e-3
 
 
-@pytest.mark.parametrize(("head_dim", "every"), [(64, 5), (128, 4), (256, 2)])
-def test_promotion_is_part_of_the_config(head_dim, every):
-    config = Fa3Forward.configure(Case(head_dim, 64, 64).problem())
-    assert config.promote_every == every
-    assert config.smem_bytes <= SmArch.SM_90A.smem_bytes
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(128, 160), (129, 161), (127, 159), (1, 1), (200, 7)])
+def test_lengths_around_the_tiles(seqlen_q, seqlen_k):
+    """Keys beyond the end would score 0, far below what peaked inputs look at."""
+    for inputs in ("peaked", "random"):
+        run(InputSpec(1, seqlen_q, seqlen_k, 1, 1, 64, dtype=DType.E4M3, causal=True), inputs)
+
+
+def test_nan_in_the_input_is_not_hidden():
+    given = make_inputs(InputSpec(1, 40, 300, 1, 1, 64, dtype=DType.E4M3))
+    given.q[0, 7], given.v[0, 150, 0, 3] = float("nan"), float("nan")
+    out, lse = launch(given)
+    others = torch.arange(40) != 7
+    assert out[0, 7].isnan().all() and lse[0, 0, 7].isnan() and lse[0, 0, others].isfinite().all()
+    assert out[0, others, 0, 3].isnan().all() and out[0, others, 0, :3].isfinite().all()

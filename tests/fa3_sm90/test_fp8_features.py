@@ -15,6 +15,7 @@ from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.cases import spec_name, spec_of
 from tests.testing.grid import in_turns, pairwise
+from tests.testing.loads import recorded_loads
 from tests.testing.simulated import call
 
 E4M3, E5M2 = DType.E4M3, DType.E5M2
@@ -28,10 +29,8 @@ HEAD_DIMS = {
     "64": [(64, None)],
     "128": [(128, None)],
     "256": [(256, None)],
-    "small": [(d, None) for d in (16, 48, 32)],
-    "medium": [(d, None) for d in (80, 112, 96)],
-    "large": [(160, None), (240, 176), (144, 224), (176, 208), (192, None), (208, 144), (224, 240)],
-    "unequal": [(192, 128), (64, 256), (256, 64), (16, 112), (128, 16), (48, 80)],
+    "narrow": [(d, d_v) for d, d_v in ((48, None), (16, 112), (80, None), (128, 16), (112, None), (32, 96))],
+    "wide": [(192, 128), (64, 256), (176, 208), (160, None), (256, 64), (240, 176), (144, 224), (208, 144), (48, 240)],
 }
 MASKS = {
     "none": [{}],
@@ -56,20 +55,19 @@ LENGTHS = {
         {"varlen_q": True, "varlen_k": True, "seqused_q": True, "seqused_k": True},
         {"varlen_k": True},
     ],
-    "used": [{"seqused_q": True, "seqused_k": True}, {"varlen_q": True, "seqused_k": True}],
+    "used": [
+        {"seqused_q": True, "seqused_k": True},
+        {"cache_leftpad": True},
+        {"varlen_q": True, "seqused_k": True},
+        {"cache_batch_idx": True, "cache_leftpad": True},
+    ],
     "paged": [
         {"varlen_q": True, "page_size": 16},
         {"page_size": 8},
+        {"cache_batch_idx": True, "page_size": 64},
         {"seqused_q": True, "page_size": 32},
-        {"varlen_q": True, "page_size": 64},
         {"page_size": 128},
         {"varlen_q": True, "seqused_q": True, "page_size": 256},
-    ],
-    "cache": [
-        {"cache_batch_idx": True, "seqused_k": True},
-        {"cache_leftpad": True},
-        {"cache_batch_idx": True, "cache_leftpad": True},
-        {"cache_batch_idx": True, "page_size": 64},
     ],
 }
 FEATURES = {
@@ -81,7 +79,7 @@ FEATURES = {
     "softcap": [0.0, 15.0],
     "learnable_sink": [False, True],
     "lengths": list(LENGTHS),
-    "heads": [(2, 2), (4, 2), (5, 1)],
+    "heads": [(2, 2), (2, 1), (3, 1)],
     "pack_gqa": [None, False, True],
     "ctas": [("off", 132), ("on", 2), ("on", 1)],
     "layout": ["contiguous", "padded", "transposed", "expanded"],
@@ -113,12 +111,14 @@ def case_name(case: dict) -> str:
     return f"{spec_name(spec_of_case(case))}-pack={case['pack_gqa']}-{case['ctas']}-{case['inputs']}"
 
 
-SIMULATION = ("num_sms", "late", "schedule_seed", "race")
+SIMULATION = ("num_sms", "late", "schedule_seed", "race", "fp8_bits")
 
 
 def launch(given: Inputs, **options):
     """(out, lse) of one call; ``options``: those of the simulation and of the public function."""
     simulation = {name: options.pop(name) for name in SIMULATION if name in options}
+    if given.spec.is_cache:
+        options.pop("persistent", None)  # the function for caches takes none
     out, lse, _ = call(given, "sm_90a", simulation, family="fa3", **options)
     return out, lse
 
@@ -142,3 +142,39 @@ def test_features_in_pairs(case):
     options = {"pack_gqa": case["pack_gqa"], "persistent": persistent, "num_sms": num_sms}
     out, _ = run(spec_of_case(case), case["inputs"], out_dtype=case["out_dtype"], **options, **case["schedule"])
     assert out.dtype is case["out_dtype"]
+
+
+PAGED = InputSpec(3, 100, 300, 2, 1, 64, dtype=E4M3, causal=True, seqused_k=True, lengths_k=(300, 129, 0))
+
+
+@pytest.fixture(scope="module")
+def contiguous():
+    """(out, lse) of contiguous keys, in blocks of as many keys as paged ones have."""
+    spec = dataclasses.replace(PAGED, head_dim_v=96)
+    assert config_of(spec).tile_n == config_of(dataclasses.replace(spec, seqused_k=False, page_size=8)).tile_n
+    return run(spec, pack_gqa=False)
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
+def test_pages_give_the_bits_of_contiguous_keys(page_size, contiguous):
+    """And of the pages only those in use are read, where the others' numbers in the table are beyond the cache."""
+    given = make_inputs(dataclasses.replace(PAGED, head_dim_v=96, seqused_k=False, page_size=page_size), "peaked")
+    used = [-(-length // page_size) for length in PAGED.lengths_k]
+    for row, count in zip(given.page_table, used, strict=True):
+        row[count:] = 2**30
+    with recorded_loads() as loads:
+        out, lse = launch(given, pack_gqa=False, late=True)
+    assert torch.equal(out, contiguous[0]) and torch.equal(lse, contiguous[1])
+    # (columns, rows of a box, heads, pages, page_size + 1); a box that starts beyond its rows reads nothing
+    boxes = [load for load in loads if len(load.extents) == 5]
+    listed = {page for row, count in zip(given.page_table.tolist(), used, strict=True) for page in row[:count]}
+    assert {load.start[3] for load in boxes if load.start[1] < load.extents[1]} == listed
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_same_bits_under_every_schedule_and_on_any_number_of_sms(head_dim):
+    given = make_inputs(InputSpec(2, 150, 200, 2, 1, head_dim, dtype=E4M3, causal=True), "peaked")
+    first, first_lse = launch(given, persistent="off", pack_gqa=False)
+    for options in ({"num_sms": 1, "late": True, "schedule_seed": 1}, {"num_sms": 3, "schedule_seed": 3}):
+        out, lse = launch(given, pack_gqa=False, persistent="on", **options)
+        assert torch.equal(out, first) and torch.equal(lse, first_lse)

@@ -28,7 +28,7 @@ from cute_fa.semantics.errors import ArgumentError, BundleError, CompilerMissing
 from cute_fa.semantics.types import Direction, SmArch
 from cute_fa.tools.cli import _config_of
 from cute_fa.tools.cli import main as cute_fa_main
-from cute_fa.tools.tour import LAYERS
+from cute_fa.tools.tour import layers_of
 from cute_fa.tools.trial import problem_of_spec
 from cute_fa.tools.warm import read_keys
 from perf import __main__ as command_line
@@ -222,7 +222,7 @@ def test_a_pack_has_what_no_dry_run_comes_to(arch, tmp_path):
     needed = [_config_of(line) for line in [*needed, ["--arch", arch, "--causal"]]]  # test_cli's
     plain = replace(FULL, alibi=False, learnable_sink=False)
     specs = [SERVED, plain, Workload(heads=4, heads_kv=2, seqlen=512, tokens=1024, causal=True).spec()]
-    specs += [layer.spec(layer.length) for layer in LAYERS]
+    specs += [layer.spec(layer.length) for layer in layers_of(SmArch(arch))]
     problems = [problem_of_spec(spec, SmArch(arch)) for spec in specs]
     problems.append(problem_of_spec(plain, SmArch(arch), direction=Direction.BACKWARD))
     needed += [TABLE.lookup(problem).configure(problem) for problem in problems]

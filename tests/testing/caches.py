@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -141,3 +141,65 @@ def rotated_queries(given: Inputs, rotary: Rotary, starts: list[int], each: bool
 def after(given: Inputs, append: Append, q: torch.Tensor | None = None) -> Inputs:
     """The inputs with the cache as it is after the append, for the reference."""
     return replace(given, k=append.k_after, v=append.v_after, q=given.q if q is None else q)
+
+
+def rounded(values: torch.Tensor, descale: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
+    """fp8 codes of fp32 values / descale."""
+    largest = torch.finfo(dtype).max
+    return (values / descale).clamp(-largest, largest).to(dtype)
+
+
+def codes(tensor: torch.Tensor) -> torch.Tensor:
+    """Those of an fp8 tensor, all NaN alike: torch keeps their sign."""
+    return torch.where(tensor.float().isnan(), torch.tensor(255, dtype=torch.uint8), tensor.view(torch.uint8))
+
+
+class CodedRows(NamedTuple):
+    """New rows for an fp8 cache: what is given, the cache before, NaN where they go, and after: the least and the
+    largest codes that are right."""
+
+    new: torch.Tensor
+    cache: torch.Tensor
+    least: torch.Tensor
+    largest: torch.Tensor
+
+    def check(self, cache: torch.Tensor) -> None:
+        """The cache after the append: bit for bit but where a rotation's last bits decide between two codes."""
+        alike = codes(self.least) == codes(self.largest)
+        assert codes(cache)[alike].equal(codes(self.least)[alike])
+        least, found, largest = (t.float()[~alike] for t in (self.least, cache, self.largest))
+        assert (least <= found).all() and (found <= largest).all()
+        assert (~alike).sum() < 0.002 * alike.numel() + 3
+
+
+def coded_rows(
+    name: str,
+    before: Append,
+    given: Inputs,
+    new: list[int],
+    dtype: torch.dtype,
+    descale: torch.Tensor | None,
+    index: torch.Tensor | None = None,
+    rotary: Rotary | None = None,
+    starts: list[int] | None = None,
+) -> CodedRows:
+    """``before`` (:func:`take_last` of ``given``) with its k or v in fp8: rows are divided by ``descale`` (batch,
+    heads_kv), behind the rotation, or for None given as codes."""
+    rows, values = getattr(before, name), getattr(given, name)
+    cache = getattr(before, f"{name}_cache").to(dtype)
+    ends = [cache.clone(), cache.clone()]
+    for b, (first, count) in enumerate(zip(before.cache_seqlens.tolist(), new, strict=True)):
+        at = places(given, b, range(first, first + count), index)
+        if descale is None:
+            ends[0][at] = ends[1][at] = values[at].to(dtype)
+            continue
+        exact = values[at].double()
+        slack = torch.zeros_like(exact)
+        if rotary is not None:
+            # two products of fp32 and their sum
+            dim = 2 * rotary.cos.shape[-1]
+            slack[..., :dim] = 2.0**-22 * exact[..., :dim].abs().amax(-1, keepdim=True)
+            exact = rotary(exact, (first if starts is None else starts[b]) + torch.arange(count))
+        for sign, end in zip((-1, 1), ends, strict=True):
+            end[at] = rounded((exact + sign * slack).float(), descale[b][:, None], dtype)
+    return CodedRows(rows.to(dtype) if descale is None else rows, cache, *ends)

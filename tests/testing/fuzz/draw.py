@@ -58,6 +58,7 @@ _HEAD_DIMS = {
     (64, 256): 1,
     (136, 8): 1,
 }
+_CODES = ("e4m3", "e5m2")
 _RATIOS = {1: 5, 2: 3, 3: 1, 4: 2, 5: 1, 8: 2, 16: 1}
 # Longest numbers of queries: decoding, a small chunk, more than a tile.
 _MOST_QUERIES = {4: 2, 24: 1, 200: 4}
@@ -196,15 +197,18 @@ def _cache(call: str, head_dim: int, features: dict[str, Any], rng: random.Rando
     if call == "flash_attn_with_kvcache" and (_chance(rng, 0.35) or not (features.get("seqused_k") or not contiguous)):
         return cache
     cache = replace(cache, new=(0,), packed=_chance(rng, 0.4))
-    if head_dim < 16 or _chance(rng, 0.35):
-        return cache
-    return replace(
-        cache,
-        rotary_dim=rng.choice([16, head_dim // 16 * 16]),
-        rotary_dtype=rng.choice(["fp32", "fp16", "bf16"]),
-        rotary_interleaved=_chance(rng, 0.5),
-        rotary_starts=(0,) if _chance(rng, 0.25) else None,
-    )
+    if head_dim >= 16 and not _chance(rng, 0.35):
+        cache = replace(
+            cache,
+            rotary_dim=rng.choice([16, head_dim // 16 * 16]),
+            rotary_dtype=rng.choice(["fp32", "fp16", "bf16"]),
+            rotary_interleaved=_chance(rng, 0.5),
+            rotary_starts=(0,) if _chance(rng, 0.25) else None,
+        )
+    if call == "append_kv" and _chance(rng, 0.5):
+        copied = not cache.rotary_dim and _chance(rng, 0.5)
+        cache = replace(cache, codes=(rng.choice(_CODES), rng.choice(_CODES)), copied=copied)
+    return cache
 
 
 def _with_gradients(problem: Problem, rng: random.Random) -> Problem:
@@ -315,6 +319,7 @@ def _filled_cache(problem: Problem, rng: random.Random) -> CacheSpec:
         rotary_starts=None if cache.rotary_starts is None else tuple(rng.randint(0, 99) for _ in lengths),
         rotary_pairs=cache.rotary_dim > 0 and _chance(rng, 0.3),
         rotate_each=problem.call != "append_kv" or _chance(rng, 0.7),
+        one_descale=cache.codes is not None and not cache.copied and _chance(rng, 0.3),
         one_length=new is None and problem.spec.seqused_k and len(set(lengths)) == 1,
     )
 

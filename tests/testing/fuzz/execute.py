@@ -19,7 +19,16 @@ from cute_fa.semantics.problem import normalize_window
 from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import DType, KvLayout, MaskKind, PersistentMode, PositionBias
 from cute_fa.tools.inputs import Inputs, lay_out, make_inputs, output_gradients
-from tests.testing.caches import Append, Rotary, assert_rotated, places, rotated_queries, take_last
+from tests.testing.caches import (
+    Append,
+    CodedRows,
+    Rotary,
+    assert_rotated,
+    coded_rows,
+    places,
+    rotated_queries,
+    take_last,
+)
 from tests.testing.fuzz.problem import Problem
 from tests.testing.simulated import unwritten_is_nan
 
@@ -350,7 +359,7 @@ def _rotary(problem: Problem) -> Rotary:
     return Rotary.random(positions, cache.rotary_dim, dtype, cache.rotary_interleaved, cache.rotary_pairs)
 
 
-def _appended(cache: _Cache, rotate_each: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _appended(cache: _Cache, rotate_each: bool, **descales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(q, tokens in the cache) of append_kv."""
     problem, given = cache.problem, cache.stored
     new = None
@@ -368,6 +377,7 @@ def _appended(cache: _Cache, rotate_each: bool) -> tuple[torch.Tensor, torch.Ten
         rotate_each=rotate_each,
         max_seqlen_q=problem.spec.seqlen_q if problem.max_seqlens and given.cu_seqlens_q is not None else None,
         **arguments,
+        **descales,
     )
 
 
@@ -379,12 +389,37 @@ def _check_queries(cache: _Cache, rotated: torch.Tensor, rotate_each: bool) -> N
     assert_rotated(rotated[counting], expected[counting])
 
 
+def _coded(cache: _Cache) -> tuple[list[CodedRows], dict[str, torch.Tensor]]:
+    """New rows of k and v for fp8 caches, and the descales that are given."""
+    spec, own = cache.problem.spec, cache.problem.cache
+    shape = (spec.batch, 1 if own.one_descale else spec.heads_kv)
+    numbers = 0.02 + torch.rand(2, *shape, generator=torch.Generator().manual_seed(cache.problem.seed))
+    descales = numbers.expand(-1, -1, spec.heads_kv).unbind()
+    coded = []
+    for name, code, descale in zip("kv", own.codes, descales, strict=True):
+        rotation = {}
+        if name == "k" and cache.rotary is not None:
+            rotation = {"rotary": cache.rotary, "starts": cache.rotation_starts}
+        given = None if own.copied else descale
+        types = TORCH_DTYPES[DType(code)], given, cache.index
+        coded.append(coded_rows(name, cache.append, cache.stored, list(own.new), *types, **rotation))
+    return coded, {} if own.copied else dict(zip(("k_descale", "v_descale"), descales, strict=True))
+
+
 def _append(problem: Problem) -> list[str]:
     cache = _made_cache(problem)
+    coded, descales = _coded(cache) if problem.cache.codes is not None else ([], {})
+    if coded:
+        k, v = coded
+        caches = tuple(rows.cache.clone(memory_format=torch.preserve_format) for rows in coded)
+        cache = replace(cache, append=replace(cache.append, k=k.new, v=v.new), caches=caches)
     with _simulated(problem):
-        rotated, seqlens = _appended(cache, problem.cache.rotate_each)
+        rotated, seqlens = _appended(cache, problem.cache.rotate_each, **descales)
     try:
-        cache.append.check()
+        for rows, written in zip(coded, cache.caches, strict=False):
+            rows.check(written)
+        if not coded:
+            cache.append.check()
         if cache.rotary is not None:
             _check_queries(cache, rotated, problem.cache.rotate_each)
     except AssertionError as error:

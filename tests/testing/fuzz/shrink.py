@@ -76,6 +76,7 @@ def _defaults(problem: Problem) -> Iterator[dict[str, Any]]:
     yield {"head_dim": 64, "head_dim_v": 64}
     yield {"head_dim_v": spec.head_dim}
     yield {"rotary_dim": 0, "rotary_starts": None, "rotary_dtype": "fp32", "rotary_interleaved": False}
+    yield {"codes": None, "copied": False, "one_descale": False}
     yield {"varlen_q": False, "varlen_k": False, "lengths_q": None, "lengths_k": None}
     for name in ("q", "k"):
         lengths = {} if getattr(problem, f"varies_{name}") else {f"lengths_{name}": None}
