@@ -16,6 +16,7 @@ BLOCKS = InputSpec(1, 40, 300, heads=1, heads_kv=1, head_dim=128, dtype=E4M3, bl
 LATE = {"late": True, "race": True}
 CASES = [
     ({"heads": 4, "heads_kv": 2, "seqlen_q": 130, "seqlen_k": 400}, LATE | {"schedule_seed": 1}),
+    ({"batch": 3, "causal": False, "seqused_k": True, "lengths_k": (300, 0, 129)}, {"num_sms": 1}),
     ({"batch": 3, "head_dim": 64, "varlen_q": True, "varlen_k": True, "alibi": True}, {"num_sms": 1}),
     (
         {"head_dim": 256, "causal": False, "window": (137, 11), "sink_tokens": 5, "heads": 2},
