@@ -45,7 +45,7 @@ class Fa3ForwardConfig(FeatureConfig):
     @property
     def transposers(self) -> int:
         """Producer warps that transpose V: wgmma takes fp8 operands only with the keys contiguous."""
-        return 2 if self.dtype.is_fp8 else 0
+        return 3 if self.dtype.is_fp8 else 0
 
     @property
     def block_descales(self) -> bool:

@@ -2,7 +2,7 @@
 compute on wgmma, CTAs walk over tiles of queries."""
 
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int32, range_constexpr
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.fake_arguments import common_fakes
@@ -59,9 +59,9 @@ class Fa3ForwardKernel:
             cute.arch.setmaxregister_decrease(producer_registers)
             if warp == 0:
                 load(args, tma, storage, pipelines)
-            if const_expr(c.transposers > 0):
-                if warp > 0 and warp <= c.transposers:
-                    transpose(args, storage, pipelines, warp - 1)
+            for index in range_constexpr(c.transposers):
+                if warp == 1 + index:
+                    transpose(args, storage, pipelines, index)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consume(args, tma, storage, pipelines)
@@ -79,7 +79,7 @@ class Fa3ForwardKernel:
         """The producer warp."""
         Loader(self.config, args, tma, dense_extents(args), storage, pipelines).run()
 
-    def transpose(self, args: ForwardArguments, storage: Storage, pipelines: dict[str, Ring], index: Int32):
+    def transpose(self, args: ForwardArguments, storage: Storage, pipelines: dict[str, Ring], index: int):
         """A producer warp that transposes V."""
         Transposer(self.config, args, dense_extents(args), storage, pipelines, index).run()
 
