@@ -57,14 +57,20 @@ class SharedOptions(PeerArguments, total=False):
     family: str | None
 
 
-class AttentionOptions(SharedOptions, total=False):
-    """Keyword arguments of :func:`flash_attn_func`, for type checkers; see there."""
+class EachOptions(SharedOptions, total=False):
+    """Those of :func:`flash_attn_func` and :func:`flash_attn_varlen_func`."""
 
     persistent: PersistentMode | str
     deterministic: bool
 
 
-class VarlenOptions(AttentionOptions, total=False):
+class AttentionOptions(EachOptions, total=False):
+    """Keyword arguments of :func:`flash_attn_func`, for type checkers; see there."""
+
+    v_layout: str
+
+
+class VarlenOptions(EachOptions, total=False):
     """Keyword arguments of :func:`flash_attn_varlen_func`, for type checkers; see there."""
 
     seqused_q: torch.Tensor | None
@@ -153,6 +159,7 @@ def flash_attn_func(
     return_softmax_lse: bool = False,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    v_layout: str = "head_dim",
     family: str | None = None,
     **peers: Any,
 ) -> Result:
@@ -183,6 +190,8 @@ def flash_attn_func(
     return_lse (return_attn_probs, return_softmax_lse): also return the LSE.
     out: where to write the result; it then has no gradient.
     out_dtype: of fp8 inputs float16 or bfloat16; by default that of ``out``, else bfloat16. Of others theirs.
+    v_layout: "head_dim", or for fp8 "key_major": v has the same shape, but its keys are contiguous in memory and the
+        other strides multiples of 16 bytes. It is then not transposed on the way.
     family: ``fa2``, ``fa3`` or ``fa4`` for kernels of that family alone; the best there is by default.
 
     Other arguments of FlashAttention 2, 3 and 4 are accepted at their defaults and raise UnsupportedArgumentError
@@ -212,6 +221,7 @@ def flash_attn_func(
         persistent,
         deterministic,
         out_dtype,
+        v_layout,
         "",
     )
     return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)
@@ -380,6 +390,7 @@ def flash_attn_varlen_func(
         persistent,
         deterministic,
         out_dtype,
+        "head_dim",
         names,
     )
     return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)

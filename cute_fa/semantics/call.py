@@ -55,6 +55,7 @@ class Options(NamedTuple):
     persistent: str = "auto"
     deterministic: bool = False
     out_dtype: str | None = None
+    v_layout: str = "head_dim"
     names: str = ""
 
 

@@ -20,6 +20,7 @@ from cute_fa.semantics.options import TensorOption, declares, option
 from cute_fa.semantics.types import Direction, DType, MaskKind, PersistentMode, PositionBias, SmArch
 
 INT32_MAX = 2**31 - 1
+V_LAYOUTS = ("head_dim", "key_major")
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 _SIZES = ("num_heads", "num_heads_kv", "head_dim", "head_dim_v")
 _KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction, "persistent": PersistentMode} | dict.fromkeys(
@@ -142,7 +143,7 @@ class AttentionProblem:
     that do not count. ``dtype`` is q's; ``dtype_k`` and ``dtype_v`` are alike by default, and others only if both are
     fp8; ``out_dtype`` is q's by default, bf16 for fp8. ``q_descale``, ``k_descale``, ``v_descale``: fp8 codes are
     multiplied by given numbers; ``k_block_descale``, ``v_block_descale``: with one for each ``DESCALE_BLOCK`` keys of a
-    sequence.
+    sequence. ``v_layout``: which dimension of v is contiguous, "head_dim" or "key_major" for the keys.
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``).
 
@@ -303,6 +304,12 @@ class AttentionProblem:
         False, flag="k_block_descale", needs="k_descale", flag_token="kblocks", rows=BLOCK_DESCALE_ROWS
     )
     v_block_descale: bool = option(False, flag="v_block_descale", needs="v_descale", flag_token="vblocks")
+    v_layout: str = option(
+        "head_dim",
+        flag="key_major_v",
+        flag_token="kmajor",
+        rows={"fp8, key-major V": {"dtype": DType.E4M3, "v_layout": "key_major"}},
+    )
     persistent: PersistentMode = option(
         PersistentMode.AUTO,
         direction=Direction.FORWARD,
@@ -347,6 +354,7 @@ class AttentionProblem:
         self._check_options()
         self._check_gradients()
         self._check_dtypes()
+        self._check_v_layout()
 
     def _check_sizes(self) -> None:
         if self.direction not in (Direction.FORWARD, Direction.BACKWARD):
@@ -402,6 +410,19 @@ class AttentionProblem:
         for name in "kv":
             if getattr(self, f"{name}_block_descale") and not getattr(self, f"{name}_descale"):
                 raise ArgumentError(f"{name}_block_descale without {name}_descale: there are no descales")
+
+    def _check_v_layout(self) -> None:
+        if self.v_layout not in V_LAYOUTS:
+            raise ArgumentError(f"v_layout={self.v_layout!r}: one of {', '.join(V_LAYOUTS)}")
+        if self.v_layout == "head_dim":
+            return
+        if not self.dtype.is_fp8:
+            raise Fp8Error(f"v_layout={self.v_layout!r} with q in {self.dtype.value}: only fp8 takes it")
+        others = {"cu_seqlens_k": self.varlen_k, "page_table": self.page_size is not None}
+        others |= {name: getattr(self, name) for name in ("seqused_k", "cache_batch_idx", "cache_leftpad")}
+        for name, given in others.items():
+            if given:
+                raise ArgumentError(f"v_layout={self.v_layout!r} with {name}: it is one of dense tensors")
 
     @property
     def dtypes(self) -> tuple[DType, DType, DType]:

@@ -80,8 +80,10 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
     if out is not None:
         _output(names["out"], out, q, v, out_dtype)
         tensors["out"] = out
-    for name, tensor in names.of(tensors).items():
-        check_loadable(name, tensor)
+    key_major = options.v_layout != "head_dim"
+    for name, tensor in tensors.items():
+        if name != "v" or not key_major:
+            check_loadable(names[name], tensor)
     _check_extras(names, extras, batch, sequences, q.shape[-2])
     ragged_k = cu_seqlens_k is not None or extras.seqused_k is not None
     longest_k = _longest_k(names, rows_k, options.max_seqlen_k, ragged_k, page_size)
@@ -111,7 +113,7 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
         "dtype_v": dtype_v,
         "out_dtype": out_dtype,
     }
-    return AttentionProblem(
+    problem = AttentionProblem(
         arch=arch,
         dtype=dtype,
         batch=max(batch, 1),
@@ -123,6 +125,9 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
         head_dim_v=v.shape[-1],
         **fields | {"softmax_scale": scale} | backward,
     )
+    if key_major:
+        _check_key_major(names["v"], v)
+    return problem
 
 
 def _check_extras(names: ArgumentNames, extras: Extras, batch: int, sequences: str, heads: int) -> None:
@@ -218,6 +223,15 @@ def load_rule(tensor: torch.Tensor) -> str | None:
         if size > 1 and stride * tensor.element_size() % ALIGNMENT:
             return f"every stride but the last must be a multiple of {ALIGNMENT} bytes"
     return None
+
+
+def _check_key_major(name: str, v: torch.Tensor) -> None:
+    """Raise StrideError unless loads can follow v (batch, seqlen_k, heads_kv, head_dim_v) along its keys."""
+    for dim, (size, stride) in enumerate(zip(v.shape, v.stride(), strict=True)):
+        if dim == 1 and size > 1 and stride != 1:
+            raise StrideError(name, v.stride(), "the keys must be contiguous for v_layout='key_major'")
+        if dim != 1 and size > 1 and v.numel() and stride * v.element_size() % ALIGNMENT:
+            raise StrideError(name, v.stride(), f"every stride but the keys' must be a multiple of {ALIGNMENT} bytes")
 
 
 def check_writable(name: str, tensor: torch.Tensor) -> None:

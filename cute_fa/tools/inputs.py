@@ -41,6 +41,7 @@ class InputSpec:
     another order among more than the batch has, ``cache_leftpad`` behind a few rows that do not count.
     ``layout``: ``padded`` rows have 16 unused bytes after each head, ``transposed`` stores heads before sequence (so
     that sequence strides differ), ``expanded`` has one kv head with stride 0 in the place of ``heads_kv``.
+    ``v_layout``: "key_major" has v's keys contiguous.
     """
 
     batch: int = 2
@@ -73,6 +74,7 @@ class InputSpec:
     lengths_q: tuple[int, ...] | None = None
     lengths_k: tuple[int, ...] | None = None
     layout: str = "contiguous"
+    v_layout: str = "head_dim"
 
     def __post_init__(self):
         if self.head_dim_v is None:
@@ -139,7 +141,8 @@ class Inputs:
             return options | {"cache_seqlens": used, "max_seqlen_q": self.spec.seqlen_q}
         lengths = {name: options.pop(name) for name in _LENGTH_TENSORS}
         if all(tensor is None for tensor in lengths.values()):
-            return options
+            key_major = self.spec.v_layout != "head_dim"
+            return options | ({"v_layout": self.spec.v_layout} if key_major else {})
         return lengths | {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k} | options
 
     def call(self, **choices: Any) -> Call:
@@ -225,6 +228,8 @@ def make_inputs(
         lay_out(t.to(dtype), layout, fill)
         for t, dtype, layout in zip((q, k, v), dtypes, _layouts(spec.layout), strict=True)
     )
+    if spec.v_layout == "key_major":
+        v = _key_major(v, fill)
     if spec.layout == "expanded":
         k, v = (t.expand(*t.shape[:-2], spec.heads_kv, t.shape[-1]) for t in (k, v))
 
@@ -433,6 +438,14 @@ def _layouts(layout: str) -> tuple[str, str, str]:
     if layout == "transposed":
         return "transposed", "padded", "contiguous"
     return "contiguous", "contiguous", "contiguous"
+
+
+def _key_major(v: torch.Tensor, fill: float) -> torch.Tensor:
+    """The same values (batch, rows, heads, size) with the rows contiguous; gaps hold ``fill``."""
+    rows = v.shape[1]
+    wide = v.new_full((v.shape[0], v.shape[3], v.shape[2], -(-rows // 16) * 16), fill)
+    wide[..., :rows] = v.permute(0, 3, 2, 1)
+    return wide[..., :rows].permute(0, 3, 2, 1)
 
 
 def lay_out(tensor: torch.Tensor, layout: str, fill: float) -> torch.Tensor:

@@ -51,7 +51,7 @@ class Consumer:
         self.block_descales = BlockDescales(config, args, storage)
         self.scores = warpgroup_rows_and_columns(self.products.acc_s)
         if config.dtype.is_fp8:
-            self.probabilities = EightBits(self.products.acc_s)
+            self.probabilities = EightBits(self.products.acc_s, config.key_major_v, config.output_parts)
             self.accumulation = Promoted(self.products, config.output_parts, config.v_block_descale)
         else:
             self.probabilities = SixteenBits(self.products.acc_s, probability_type(config.dtype))

@@ -2,7 +2,7 @@
 compute on wgmma, CTAs walk over tiles of queries."""
 
 import cutlass.cute as cute
-from cutlass import Int32, range_constexpr
+from cutlass import Int32, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.fake_arguments import common_fakes
@@ -28,10 +28,13 @@ class Fa3ForwardKernel:
         c = self.config
         boxes = Boxes.of(c)
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        v = args.common.v
+        if const_expr(c.key_major_v):  # (batch, head_dim_v, heads, keys)
+            v = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[0, 3, 2, 1]))
         tma = TmaTensors(
             q=tma_tensor(load, args.common.q, boxes.q, c.cu_seqlens_q),
             k=tma_tensor(load, args.common.k, boxes.k, c.cu_seqlens_k),
-            v=tma_tensor(load, args.common.v, boxes.v, c.cu_seqlens_k),
+            v=tma_tensor(load, v, boxes.v, c.cu_seqlens_k),
             out=tma_tensor(store, args.common.out, boxes.out, c.cu_seqlens_q),
         )
         self.kernel(args, tma).launch(

@@ -79,7 +79,22 @@ class Loader:
 
     def load_v(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of V."""
-        self.load_keys("v", work, iteration, state)
+        if const_expr(self.config.key_major_v):
+            self.load_key_major(work, iteration, state)
+        else:
+            self.load_keys("v", work, iteration, state)
+
+    @cute.jit
+    def load_key_major(self, work: TileWork, iteration: Int32, state: RingState):
+        """One block of V whose keys are contiguous; zeros beyond the tensor's last key."""
+        c, box = self.config, self.boxes.v
+        head = kv_head(self.args, c, work.tile.head)
+        barrier = self.rings["v"].acquire(state)
+        target = self.storage.v + state.stage * (c.tile_n * c.head_dim_v_padded)
+        panels = c.tile_n // box.columns
+        first_panel = work.blocks.block(iteration, self.args.common.window) * panels
+        copy = BoxCopy(self.tma.v, box, c.head_dim_v_padded, head, (work.tile.batch,), panels)
+        copy.load(target, 0, Int32(0), Int32(c.head_dim_v), barrier, first_panel)
 
     @cute.jit
     def load_keys(self, name: cutlass.Constexpr[str], work: TileWork, iteration: Int32, state: RingState):

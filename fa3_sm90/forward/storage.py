@@ -48,7 +48,8 @@ def allocate(config: Fa3ForwardConfig) -> Storage:
 
     q = per_warpgroup(dtype_q, c.head_dim_padded, c.q_bytes // c.dtype.bytes)
     k = tiles(dtype_k, c.tile_n, c.head_dim_padded, c.stages)
-    v = tiles(dtype_v, c.tile_n, c.value_columns, c.stages)
+    v_shape = (c.head_dim_v_padded, c.tile_n) if c.key_major_v else (c.tile_n, c.value_columns)
+    v = tiles(dtype_v, *v_shape, c.stages)
     vt = tiles(dtype_v, c.head_dim_v_padded, c.tile_n, c.stages) if c.transposers else None
     if c.own_output:
         out = per_warpgroup(out_dtype, c.head_dim_v_padded)
@@ -77,9 +78,12 @@ class Boxes(NamedTuple):
             return panel_bytes(columns * dtype.bytes) // dtype.bytes
 
         columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.value_columns, c.dtype)
+        v = BoxShape(1, c.key_rows, columns_v, c.ragged_keys)
+        if c.key_major_v:  # its rows are columns of V
+            v = BoxShape(1, c.head_dim_v, panel(c.tile_n, c.dtype_v), False)
         return cls(
             q=BoxShape(c.pack_gqa, c.tokens, columns, False),
             k=BoxShape(1, c.key_rows, columns, c.ragged_keys),
-            v=BoxShape(1, c.key_rows, columns_v, c.ragged_keys),
+            v=v,
             out=BoxShape(c.pack_gqa, c.tokens, panel(c.head_dim_v_padded, c.out_dtype), c.cu_seqlens_q),
         )

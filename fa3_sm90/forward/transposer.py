@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
-from cute_fa.device.registers import opaque
+from cute_fa.device.registers import opaque, permute
 from cute_fa.device.ring import Ring, ring_next, ring_start
 from cute_fa.device.tma_boxes import panel_bytes
 from fa3_sm90.forward.arguments import Extents, ForwardArguments, scheduler_of, tile_work
@@ -91,7 +91,7 @@ class Transposer:
             panel, byte = divmod(chunk * CHUNK, self.width)
             panel_t, byte_t = divmod(step * KEYS, self.width_t)
             matrices = _load_transposed(source ^ byte, (panel * c.tile_n + step * KEYS) * self.width)
-            words = [_permute(*pair, selector) for pair in (matrices[:2], matrices[2:]) for selector in self.selectors]
+            words = [permute(*pair, selector) for pair in (matrices[:2], matrices[2:]) for selector in self.selectors]
             place = panel_t * c.head_dim_v_padded * self.width_t + chunk * CHUNK * self.width_t
             _store(target ^ byte_t, place, words)
 
@@ -107,13 +107,6 @@ def _load_transposed(address: Int32, offset: int) -> tuple[Uint32, ...]:
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(offset) + "];",
         write_only_types=[Uint32] * 4,
         read_only_args=[address],
-    )
-
-
-def _permute(low: Uint32, high: Uint32, selector: Uint32) -> Uint32:
-    """Four bytes of two registers."""
-    return inline_ptx(
-        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Uint32], read_only_args=[low, high, selector]
     )
 
 

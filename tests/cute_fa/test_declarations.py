@@ -64,7 +64,7 @@ def test_the_schema_follows_from_the_call():
     assert schema(Options) == (
         "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? softmax_scale, SymInt? window_left, SymInt? window_right, "
         "SymInt sink_tokens, float softcap, SymInt num_splits, str? family, bool? pack_gqa, str persistent, "
-        "bool deterministic, str? out_dtype, str names"
+        "bool deterministic, str? out_dtype, str v_layout, str names"
     )
 
     class Mixed(NamedTuple):
