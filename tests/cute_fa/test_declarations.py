@@ -244,7 +244,7 @@ def test_the_kernels_grids_have_every_feature_that_shapes_code(cases, left_out):
     flags = {name for name, of in options_of(AttentionProblem).items() if of.flag}
     problems = [problem_of_spec(spec_of(case), SmArch.SM_90A) for case in cases]
     used = {name for name in flags for problem in problems if is_used(problem, name)}
-    of_fp8 = {"q_descale", "k_descale", "v_descale", "k_block_descale", "v_block_descale", "key_major_v"}
+    of_fp8 = {"q_descale", "k_descale", "v_descale", "k_block_descale", "v_block_descale", "v_layout"}
     assert flags - used == left_out | of_fp8 | {"cache_batch_idx", "cache_leftpad"}
 
 
