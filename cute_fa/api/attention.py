@@ -58,14 +58,20 @@ class SharedOptions(PeerArguments, total=False):
     family: str | None
 
 
-class AttentionOptions(SharedOptions, total=False):
-    """Keyword arguments of :func:`flash_attn_func`, for type checkers; see there."""
+class EachOptions(SharedOptions, total=False):
+    """Those of :func:`flash_attn_func` and :func:`flash_attn_varlen_func`."""
 
     persistent: PersistentMode | str
     deterministic: bool
 
 
-class VarlenOptions(AttentionOptions, total=False):
+class AttentionOptions(EachOptions, total=False):
+    """Keyword arguments of :func:`flash_attn_func`, for type checkers; see there."""
+
+    v_layout: str
+
+
+class VarlenOptions(EachOptions, total=False):
     """Keyword arguments of :func:`flash_attn_varlen_func`, for type checkers; see there."""
 
     seqused_q: torch.Tensor | None
@@ -155,6 +161,7 @@ def flash_attn_func(
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     promote_every: int | None = None,
+    v_layout: str = "head_dim",
     family: str | None = None,
     **peers: Any,
 ) -> Result:
@@ -175,7 +182,8 @@ def flash_attn_func(
     learnable_sink: (heads), a logit that takes part in the softmax and has no value; −inf for none. +inf or NaN make a
         head's results NaN.
     q_descale, k_descale, v_descale: fp32 (batch, heads_kv) of any strides, or one number: what the codes of fp8 q, k
-        and v are multiplied by; 1 by default. Numbers between 2^-32 and 2^32. ``cute_fa.fp8`` quantises.
+        and v are multiplied by; 1 by default. Numbers between 2^-32 and 2^32. Those of k and v may also be (batch,
+        heads_kv, blocks): one for each 128 keys of a sequence, from its first one on. ``cute_fa.fp8`` quantises.
     num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
     pack_gqa: whether query heads of one kv head share a tile; None lets the kernel choose, as "auto" does below.
     persistent: "auto", "on" (a CTA computes one tile after the other) or "off" (one CTA a tile).
@@ -186,6 +194,8 @@ def flash_attn_func(
     out_dtype: of fp8 inputs float16 or bfloat16; by default that of ``out``, else bfloat16. Of others theirs.
     promote_every: wgmma of fp8 whose sums stay in the tensor cores' accumulator, which has few bits, see docs/fp8.md; 1
         to 5 where registers allow, None lets the kernel choose.
+    v_layout: "head_dim", or for fp8 "key_major": v has the same shape, but its keys are contiguous in memory and the
+        other strides multiples of 16 bytes. It is then not transposed on the way.
     family: ``fa2``, ``fa3`` or ``fa4`` for kernels of that family alone; the best there is by default.
 
     Other arguments of FlashAttention 2, 3 and 4 are accepted at their defaults and raise UnsupportedArgumentError
@@ -216,6 +226,7 @@ def flash_attn_func(
         deterministic,
         out_dtype,
         promote_every,
+        v_layout,
         "",
     )
     return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)
@@ -386,6 +397,7 @@ def flash_attn_varlen_func(
         deterministic,
         out_dtype,
         promote_every,
+        "head_dim",
         names,
     )
     return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)

@@ -41,21 +41,30 @@ def fake_activations(element, packed: bool, head_dim: int) -> cute.Tensor:
     return fake_tensor(element, *shape, head_dim, aligned=128 // element.width)
 
 
+def fake_key_major(element, head_dim: int) -> cute.Tensor:
+    """(batch, rows, heads, head_dim) with the rows contiguous, other strides in multiples of 16 bytes."""
+    batch, heads, columns = (cute.sym_int64(divisibility=128 // element.width) for _ in range(3))
+    shape = (*(cute.sym_int() for _ in range(3)), head_dim)
+    return cute.runtime.make_fake_tensor(element, shape, stride=(batch, 1, heads, columns), assumed_align=16)
+
+
 def optional(wanted: bool, make):
     """``make()`` if wanted, else None."""
     return make() if wanted else None
 
 
-def _fake_option(tensor: TensorOption) -> cute.Tensor:
-    make = fake_strided if tensor.strided else fake_vector
-    return make(_ELEMENTS[tensor.dtype], tensor.dimensions)
+def _fake_option(config: FeatureConfig, tensor: TensorOption) -> cute.Tensor:
+    element, dimensions = _ELEMENTS[tensor.dtype], tensor.dimensions
+    if tensor.wider and getattr(config, tensor.wider):
+        return fake_vector(element, dimensions + 1)
+    return (fake_strided if tensor.strided else fake_vector)(element, dimensions)
 
 
 def common_fakes(config: FeatureConfig) -> CommonArguments:
     """What ``cute_fa.engine.contract.common_arguments`` gives at run time."""
     c = config
     fakes = {
-        of.tensor.name: optional(getattr(c, of.flag), partial(_fake_option, of.tensor))
+        of.tensor.name: optional(getattr(c, of.flag), partial(_fake_option, c, of.tensor))
         for of in options_of(AttentionProblem).values()
         if of.tensor is not None
     }
@@ -72,4 +81,6 @@ def common_fakes(config: FeatureConfig) -> CommonArguments:
         "softcap": optional(c.softcap, lambda: Float32(0.0)),
         "descales": Descales(*(fakes[name] for name in ("q_descale", "k_descale", "v_descale"))),
     }
+    if c.key_major_v:
+        fakes["v"] = fake_key_major(CUTE_DTYPE[c.dtype_v], c.head_dim_v)
     return CommonArguments(*(fakes[name] for name in CommonArguments._fields))

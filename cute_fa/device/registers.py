@@ -2,14 +2,19 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Uint32
 from cutlass.cute.arch import inline_ptx
+
+# Selectors of the lower and of the upper halves of two registers, each the second register's first and the other way
+# round.
+_HALVES = ((0x1054, 0x5410), (0x3276, 0x7632))
 
 
 def opaque(value):
     """The same value, of unknown origin: the compiler then keeps it in a register instead of computing it again."""
-    width = 32 if isinstance(value, Int32) else 64
-    return inline_ptx(f"mov.b{width} {{$w0}}, {{$r0}};", write_only_types=[type(value)], read_only_args=[value])
+    return inline_ptx(
+        f"mov.b{type(value).width} {{$w0}}, {{$r0}};", write_only_types=[type(value)], read_only_args=[value]
+    )
 
 
 def narrow(source: cute.Tensor, target: cute.Tensor):
@@ -30,16 +35,49 @@ def narrow_to_e4m3(source: cute.Tensor, target: cute.Tensor):
     :func:`cute_fa.device.fragments.e4m3_operand_a`."""
     words = cute.recast_tensor(target, Uint32)
     for word in range(cute.size(words)):
-        row, first = word % 2, 8 * (word // 2)  # two blocks of 8 columns, 4 registers each
-        columns = [source[first + 4 * block + 2 * row + c] for block in range(2) for c in range(2)]
-        words[word] = inline_ptx(
-            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, {$r1}, {$r0}; "
-            "cvt.rn.satfinite.e4m3x2.f32 high, {$r3}, {$r2}; mov.b32 {$w0}, {low, high}; }",
-            write_only_types=[Uint32],
-            read_only_args=columns,
-        )
+        row, first = word % 2, word // 2 * 2  # two blocks of 8 columns
+        words[word] = _e4m3_word(source, row, (first, first + 1))
+
+
+def _e4m3_word(source: cute.Tensor, row: int, blocks: tuple[int, int]) -> Uint32:
+    """What a thread has in two blocks of 8 columns of an accumulator, 4 registers each, in one of its two rows."""
+    return inline_ptx(
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, {$r1}, {$r0}; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, {$r3}, {$r2}; mov.b32 {$w0}, {low, high}; }",
+        write_only_types=[Uint32],
+        read_only_args=[source[4 * block + 2 * row + c] for block in blocks for c in range(2)],
+    )
+
+
+def narrow_to_e4m3_in_order(source: cute.Tensor, target: cute.Tensor, anew: bool):
+    """As :func:`narrow_to_e4m3`, for an operand B whose rows have their own order.
+
+    Of 16 columns thread t of a row's four has 2t, 2t + 1, 8 + 2t, 9 + 2t, and is to have 4t … 4t + 3: the first two go
+    to thread t / 2, the others to 2 + t / 2. They are sent together with those of the next 16 columns. Threads of odd t
+    send the others first, so that nobody is asked for both at once. Six instructions for 8 scores are more.
+    ``anew``: a thread's place is computed each time instead of being kept in registers over the loop.
+    """
+    words = cute.recast_tensor(target, Uint32)
+    lane = opaque(cute.arch.lane_idx()) if anew else cute.arch.lane_idx()
+    odd, late = (lane & 1) != 0, (lane & 2) != 0
+    sender = cutlass.select_(odd != late, lane ^ 3, lane)
+    selectors = [cutlass.select_(late, Uint32(swapped), Uint32(own)) for swapped, own in _HALVES]
+    for row in range(2):
+        for step in range(cute.size(words) // 4):
+            first, second = (_e4m3_word(source, row, (4 * step + u, 4 * step + 2 + u)) for u in range(2))
+            sent = cutlass.select_(odd, second, first), cutlass.select_(odd, first, second)
+            pair = cute.arch.shuffle_sync(sent[0], sender), cute.arch.shuffle_sync(sent[1], sender ^ 1)
+            for group, selector in enumerate(selectors):
+                words[4 * step + 2 * group + row] = permute(*pair, selector)
 
 
 def placed_fma(a: Float32, b: Float32, c: Float32) -> Float32:
     """a · b + c where it stands: NVVM moves what it understands to the use of the result, over what writes c."""
     return inline_ptx("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])
+
+
+def permute(low: Uint32, high: Uint32, selector: Uint32) -> Uint32:
+    """Four bytes of two registers."""
+    return inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Uint32], read_only_args=[low, high, selector]
+    )

@@ -47,6 +47,16 @@ class Score(NamedTuple):
         """The same with these ALiBi slopes."""
         return self._replace(slopes=tuple(slope * LOG2_E / self.scale_log2 for slope in slopes))
 
+    def scaled(self, factor: Float32) -> "Score":
+        """For a Q·Kᵀ that lacks this factor."""
+        if self.softcap_exponent is not None:
+            return self._replace(softcap_exponent=self.softcap_exponent * factor)
+        slopes = self.slopes
+        if slopes is not None:
+            per_unit = cute.arch.rcp_approx(factor)
+            slopes = tuple(slope * per_unit for slope in slopes)
+        return self._replace(scale_log2=self.scale_log2 * factor, slopes=slopes)
+
     def apply(self, x: Float32, r: int, c: int, distance: Optional[Distance]) -> Float32:
         """Softcap and ALiBi of the Q·Kᵀ in register (r, c); ``distance`` is needed for ALiBi."""
         return self.bias(self.cap(x), r, c, distance)

@@ -5,6 +5,7 @@ Two departures, both exact: the running reference of a row follows its maximum o
 stay per thread until the end.
 """
 
+import copy
 from typing import NamedTuple, Optional
 
 import cutlass
@@ -42,6 +43,12 @@ class OnlineSoftmax:
         self.total.fill(0.0)
         self.factors = cute.make_rmem_tensor(num_rows, Float32)
         self.factors.fill(1.0)
+
+    def scaled(self, scale_log2: Float32) -> "OnlineSoftmax":
+        """The same state, for scores with another factor to log2 units."""
+        scaled = copy.copy(self)
+        scaled.scale_log2 = scale_log2
+        return scaled
 
     @cute.jit
     def update(self, scores: cute.Tensor, acc: cute.Tensor, may_be_hidden: cutlass.Constexpr[bool]):

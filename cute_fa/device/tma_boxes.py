@@ -5,7 +5,7 @@ one after the other with the swizzle of that many bytes that TMA and wgmma share
 moves: a panel's columns of some rows, 8 or a multiple, so that it starts at a swizzle atom.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -92,26 +92,48 @@ def tma_tensor(op, tensor: cute.Tensor, box: BoxShape, packed: bool) -> TmaTenso
 class BoxCopy:
     """TMA copies between one sequence, or one page, of a :class:`TmaTensor` and a tile."""
 
-    def __init__(self, tma: TmaTensor, box: BoxShape, tile_rows: int, head: Int32, outer: tuple):
-        """``head``: the first of the box; ``outer``: index of the batch or page, empty for packed tensors."""
+    def __init__(
+        self,
+        tma: TmaTensor,
+        box: BoxShape,
+        tile_rows: int,
+        head: Int32,
+        outer: tuple,
+        panels: Optional[int] = None,
+    ):
+        """``head``: the first of the box; ``outer``: index of the batch or page, empty for packed tensors; ``panels``:
+        of the tile, if it has not all columns of the tensor."""
         self.tma, self.box, self.tile_rows = tma, box, tile_rows
         self.head, self.outer = head, outer
-        self.panels = cute.ceil_div(cute.size(tma.coordinates, mode=[1]), box.columns)
+        if panels is None:
+            panels = cute.ceil_div(cute.size(tma.coordinates, mode=[1]), box.columns)
+        self.panels = panels
 
-    def load(self, tile: cute.Pointer, tile_row: int, row: Int32, rows_left: Int32, barrier: cute.Pointer):
+    def load(
+        self,
+        tile: cute.Pointer,
+        tile_row: int,
+        row: Int32,
+        rows_left: Int32,
+        barrier: cute.Pointer,
+        first_panel: int | Int32 = 0,
+    ):
         """Rows from ``row`` on into the tile from ``tile_row`` on, zeros beyond the ``rows_left`` valid ones; the bytes
-        are counted on ``barrier``. Called by all lanes of a warp, one of which issues."""
+        are counted on ``barrier``. ``first_panel``: where the tile begins in the tensor. Called by all lanes of a warp,
+        one of which issues."""
         for panel in range(self.panels):
-            source, target = self._partition(tile, tile_row, panel, row, rows_left)
+            source, target = self._partition(tile, tile_row, panel, row, rows_left, first_panel)
             cute.copy(self.tma.atom, source, target, tma_bar_ptr=barrier)
 
     def store(self, tile: cute.Pointer, row: Int32, rows_left: Int32):
         """The tile's first rows to those from ``row`` on, at most ``rows_left``."""
         for panel in range(self.panels):
-            target, source = self._partition(tile, 0, panel, row, rows_left)
+            target, source = self._partition(tile, 0, panel, row, rows_left, 0)
             cute.copy(self.tma.atom, source, target)
 
-    def _partition(self, tile: cute.Pointer, tile_row: int, panel: int, row: Int32, rows_left: Int32):
+    def _partition(
+        self, tile: cute.Pointer, tile_row: int, panel: int, row: Int32, rows_left: Int32, first: int | Int32
+    ):
         """(global box, shared box) as the TMA atom takes them."""
         box = self.box
         offset = (panel * self.tile_rows + tile_row) * box.columns
@@ -122,7 +144,7 @@ class BoxCopy:
             matrix = cute.domain_offset(((self.head, box.rows - valid), 0), matrix)
         else:
             matrix = cute.domain_offset(((self.head, row), 0), self.tma.coordinates[(None, None, *self.outer)])
-        place = cute.local_tile(matrix, box.tiler, ((0, 0), panel))
+        place = cute.local_tile(matrix, box.tiler, ((0, 0), first + panel))
         shared, place = cpasync.tma_partition(
             self.tma.atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(place, 0, 2)
         )

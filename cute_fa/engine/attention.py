@@ -94,7 +94,8 @@ def _make_plan(call: Call, out: torch.Tensor | None) -> ForwardPlan:
     target = target_of(call.q.device)
     problem = problem_of(target.arch, call, out)
     problem, kernel = TABLE.choose(problem, call.options.family, target.num_sms, call.options.num_splits)
-    strides = tuple(map(odd_strides, (call.q, call.k, call.v, out)))
+    of_v = odd_strides(call.v, 1 if problem.v_layout == "key_major" else -1)
+    strides = (odd_strides(call.q), odd_strides(call.k), of_v, odd_strides(out))
     return ForwardPlan(
         kind=AttentionTensors,
         problem=problem,
@@ -115,7 +116,7 @@ def _expanded(problem: AttentionProblem, extras: Extras) -> dict[str, tuple[int,
     heads = {"alibi_slopes": problem.num_heads} | descales
     given = {name: getattr(extras, name) for name in heads}
     shapes = {name: (problem.batch, heads[name]) for name, tensor in given.items() if tensor is not None}
-    return {name: shape for name, shape in shapes.items() if given[name].shape != shape}
+    return {name: shape for name, shape in shapes.items() if given[name].dim() < 3 and given[name].shape != shape}
 
 
 def validate(call: Call, out: torch.Tensor | None = None) -> None:

@@ -267,7 +267,8 @@ class WindowArguments(NamedTuple):
 
 
 class Descales(NamedTuple):
-    """What codes of q, k and v are multiplied by to give values: fp32 (batch, heads_kv) of any strides, or None."""
+    """What codes of q, k and v are multiplied by to give values: fp32 (batch, heads_kv) of any strides, or None; of k
+    and v also (batch, heads_kv, blocks)."""
 
     q: Any
     k: Any

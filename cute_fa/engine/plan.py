@@ -186,14 +186,19 @@ def new_like(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[torch.Tens
     return methodcaller("new_empty_strided", shape, strides, dtype=dtype)
 
 
-def odd_strides(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
-    """Strides to use instead: those of dimensions of size 1 mean nothing, but kernels ask for multiples of 16 bytes."""
+def odd_strides(tensor: torch.Tensor | None, contiguous: int = -1) -> tuple[int, ...] | None:
+    """Strides to use instead: those of dimensions of size 1 mean nothing, but kernels ask for multiples of 16 bytes,
+    and for 1 in the ``contiguous`` dimension."""
     if tensor is None:
         return None
     step = ALIGNMENT // tensor.element_size()
-    *outer, last = tensor.stride()
-    canonical = (*(0 if size == 1 else stride for size, stride in zip(tensor.shape, outer, strict=False)), 1)
-    return canonical if last != 1 or any(stride % step for stride in outer) else None
+    outer = list(tensor.stride())
+    inner = outer.pop(contiguous)
+    sizes = list(tensor.shape)
+    sizes.pop(contiguous)
+    canonical = [0 if size == 1 else stride for size, stride in zip(sizes, outer, strict=True)]
+    canonical.insert(len(outer) if contiguous == -1 else contiguous, 1)
+    return tuple(canonical) if inner != 1 or any(stride % step for stride in outer) else None
 
 
 def restrided(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:

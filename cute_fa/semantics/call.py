@@ -18,7 +18,8 @@ class Extras(NamedTuple):
     ``page_table`` int32 (batch, max_pages): k and v are pages; ``cache_batch_idx`` int32 (batch): which sequence of k
     and v, or row of page_table, each one of the batch reads; ``cache_leftpad`` int32 (batch): rows of k and v before
     its first key; ``alibi_slopes`` fp32 (heads) or (batch, heads); ``learnable_sink`` fp32 (heads); ``*_descale`` fp32
-    (batch, heads_kv) or one number: what codes of fp8 q, k, v are multiplied by.
+    (batch, heads_kv) or one number: what codes of fp8 q, k, v are multiplied by; those of k and v also (batch,
+    heads_kv, blocks), one for each ``DESCALE_BLOCK`` keys of a sequence.
     """
 
     cu_seqlens_q: torch.Tensor | None = None
@@ -55,6 +56,7 @@ class Options(NamedTuple):
     deterministic: bool = False
     out_dtype: str | None = None
     promote_every: int | None = None
+    v_layout: str = "head_dim"
     names: str = ""
 
 

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TensorOption:
     """The tensor of ``cute_fa.semantics.call.Extras`` whose presence says that a feature is used, as kernels take it:
-    its dtype and number of dimensions; ``strided``: its last dimension may have any stride."""
+    its dtype and number of dimensions; ``strided``: its last dimension may have any stride; ``wider``: the flag with
+    which it has one dimension more, contiguous."""
 
     name: str
     dtype: str = "int32"
     dimensions: int = 1
     strided: bool = False
+    wider: str = ""
 
 
 @dataclass(frozen=True)

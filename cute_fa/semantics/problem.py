@@ -20,11 +20,14 @@ from cute_fa.semantics.options import TensorOption, declares, option
 from cute_fa.semantics.types import Direction, DType, MaskKind, PersistentMode, PositionBias, SmArch
 
 INT32_MAX = 2**31 - 1
+V_LAYOUTS = ("head_dim", "key_major")
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 _SIZES = ("num_heads", "num_heads_kv", "head_dim", "head_dim_v")
 _KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction, "persistent": PersistentMode} | dict.fromkeys(
     ("batch", "seqlen_q", "seqlen_k", *_SIZES, "sink_tokens", "num_splits"), int
 )
+# Keys of a sequence, counted from its first, that share the descales of a block.
+DESCALE_BLOCK = 128
 # Products of scale, cap and log2(e) must stay far inside fp32.
 _LARGEST_FACTOR = 2.0**32
 
@@ -42,15 +45,25 @@ DTYPE_K_ROWS: dict[str, dict[str, Any]] = {
 DESCALE_ROWS: dict[str, dict[str, Any]] = {
     "fp8 with descales": {"dtype": DType.E4M3, "q_descale": True, "k_descale": True, "v_descale": True},
 }
+BLOCK_DESCALE_ROWS: dict[str, dict[str, Any]] = {
+    "fp8 with descales of blocks": {
+        "dtype": DType.E4M3,
+        "k_descale": True,
+        "v_descale": True,
+        "k_block_descale": True,
+        "v_block_descale": True,
+    },
+}
 HEAD_DIM_ROWS: dict[str, dict[str, Any]] = {
     f"head_dim {size}": {"head_dim": size, "head_dim_v": size} for size in (8, 64, 128, 192, 256, 512)
 }
 HEAD_DIM_V_ROWS: dict[str, dict[str, Any]] = {"head_dim 192, head_dim_v 128": {"head_dim": 192}}
 
 
-def descale(name: str) -> TensorOption:
-    """A tensor that fp8 codes are multiplied by: fp32 (batch, heads_kv)."""
-    return TensorOption(name, "float32", dimensions=2, strided=True)
+def descale(name: str, blocks: str = "") -> TensorOption:
+    """A tensor that fp8 codes are multiplied by: fp32 (batch, heads_kv), with the flag ``blocks`` (batch, heads_kv,
+    blocks)."""
+    return TensorOption(name, "float32", dimensions=2, strided=True, wider=blocks)
 
 
 class LiteralWindow(NamedTuple):
@@ -129,7 +142,8 @@ class AttentionProblem:
     which sequences of k and v, or rows of the page table, are the batch's; ``cache_leftpad``: they begin behind rows
     that do not count. ``dtype`` is q's; ``dtype_k`` and ``dtype_v`` are alike by default, and others only if both are
     fp8; ``out_dtype`` is q's by default, bf16 for fp8. ``q_descale``, ``k_descale``, ``v_descale``: fp8 codes are
-    multiplied by given numbers.
+    multiplied by given numbers; ``k_block_descale``, ``v_block_descale``: with one for each ``DESCALE_BLOCK`` keys of a
+    sequence. ``v_layout``: which dimension of v is contiguous, "head_dim" or "key_major" for the keys.
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``).
 
@@ -281,8 +295,22 @@ class AttentionProblem:
     q_descale: bool = option(
         False, tensor=descale("q_descale"), flag="q_descale", flag_token="qscale", rows=DESCALE_ROWS
     )
-    k_descale: bool = option(False, tensor=descale("k_descale"), flag="k_descale", flag_token="kscale")
-    v_descale: bool = option(False, tensor=descale("v_descale"), flag="v_descale", flag_token="vscale")
+    k_descale: bool = option(
+        False, tensor=descale("k_descale", "k_block_descale"), flag="k_descale", flag_token="kscale"
+    )
+    v_descale: bool = option(
+        False, tensor=descale("v_descale", "v_block_descale"), flag="v_descale", flag_token="vscale"
+    )
+    k_block_descale: bool = option(
+        False, flag="k_block_descale", needs="k_descale", flag_token="kblocks", rows=BLOCK_DESCALE_ROWS
+    )
+    v_block_descale: bool = option(False, flag="v_block_descale", needs="v_descale", flag_token="vblocks")
+    v_layout: str = option(
+        "head_dim",
+        flag="key_major_v",
+        flag_token="kmajor",
+        rows={"fp8, key-major V": {"dtype": DType.E4M3, "v_layout": "key_major"}},
+    )
     persistent: PersistentMode = option(
         PersistentMode.AUTO,
         direction=Direction.FORWARD,
@@ -333,6 +361,7 @@ class AttentionProblem:
         self._check_options()
         self._check_gradients()
         self._check_dtypes()
+        self._check_v_layout()
 
     def _check_sizes(self) -> None:
         if self.direction not in (Direction.FORWARD, Direction.BACKWARD):
@@ -387,6 +416,22 @@ class AttentionProblem:
         for name, dtype in zip("qkv", self.dtypes, strict=True):
             if getattr(self, f"{name}_descale") and not dtype.is_fp8:
                 raise Fp8Error(f"{name}_descale with {name} in {dtype.value}: only fp8 codes have descales")
+        for name in "kv":
+            if getattr(self, f"{name}_block_descale") and not getattr(self, f"{name}_descale"):
+                raise ArgumentError(f"{name}_block_descale without {name}_descale: there are no descales")
+
+    def _check_v_layout(self) -> None:
+        if self.v_layout not in V_LAYOUTS:
+            raise ArgumentError(f"v_layout={self.v_layout!r}: one of {', '.join(V_LAYOUTS)}")
+        if self.v_layout == "head_dim":
+            return
+        if not self.dtype.is_fp8:
+            raise Fp8Error(f"v_layout={self.v_layout!r} with q in {self.dtype.value}: only fp8 takes it")
+        others = {"cu_seqlens_k": self.varlen_k, "page_table": self.page_size is not None}
+        others |= {name: getattr(self, name) for name in ("seqused_k", "cache_batch_idx", "cache_leftpad")}
+        for name, given in others.items():
+            if given:
+                raise ArgumentError(f"v_layout={self.v_layout!r} with {name}: it is one of dense tensors")
 
     @property
     def dtypes(self) -> tuple[DType, DType, DType]:

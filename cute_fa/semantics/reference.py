@@ -34,7 +34,7 @@ import torch
 from typing_extensions import Unpack
 
 from cute_fa.semantics.errors import ArgumentError
-from cute_fa.semantics.problem import default_scale, normalize_window
+from cute_fa.semantics.problem import DESCALE_BLOCK, default_scale, normalize_window
 from cute_fa.semantics.visibility import key_intervals
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def attention(
     cache_batch_idx (batch): which sequence of k and v, or row of page_table, each one of the batch reads; cache_leftpad
     (batch): rows before its first key, which its length counts.
     alibi_slopes: (heads) or (batch, heads). learnable_sink: (heads). q_descale, k_descale, v_descale: (batch, heads_kv)
-    or one number, 1 by default. softmax_scale: 1/√head_dim by default.
+    or one number, 1 by default; those of k and v also (batch, heads_kv, blocks), one for each 128 keys of a sequence.
+    softmax_scale: 1/√head_dim by default.
     out: q's shape with head_dim_v, of ``dtype``; lse: (batch, heads, seqlen_q) or (heads, total_q).
 
     ``dtype`` float32 or float64 computes in that precision. A lower one (bfloat16, float16) rounds to it whatever a
@@ -287,6 +288,9 @@ def _descaled(rows: torch.Tensor, descale: torch.Tensor | None, span: _Span) -> 
     """Values of codes (rows, heads or kv heads, size) of one sequence."""
     if descale is None:
         return rows
+    if descale.dim() == 3:  # of blocks of keys
+        of_rows = descale[span.batch].T.repeat_interleave(DESCALE_BLOCK, 0)
+        return rows * of_rows[: rows.shape[0], :, None].to(rows.dtype)
     factors = descale[span.batch] if descale.numel() > 1 else descale.reshape(1)
     return rows * factors.to(rows.dtype).repeat_interleave(rows.shape[1] // factors.numel())[:, None]
 

@@ -33,6 +33,7 @@ from cute_fa.semantics.errors import (
 )
 from cute_fa.semantics.options import options_of
 from cute_fa.semantics.problem import (
+    DESCALE_BLOCK,
     INT32_MAX,
     PAGE_SIZES,
     AttentionProblem,
@@ -79,10 +80,14 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
     if out is not None:
         _output(names["out"], out, q, v, out_dtype)
         tensors["out"] = out
-    for name, tensor in names.of(tensors).items():
-        check_loadable(name, tensor)
+    key_major = options.v_layout != "head_dim"
+    for name, tensor in tensors.items():
+        if name != "v" or not key_major:
+            check_loadable(names[name], tensor)
     _check_extras(names, extras, batch, sequences, q.shape[-2])
-    _check_descales(names, call, batch, sequences)
+    ragged_k = cu_seqlens_k is not None or extras.seqused_k is not None
+    longest_k = _longest_k(names, rows_k, options.max_seqlen_k, ragged_k, page_size)
+    _check_descales(names, call, batch, sequences, longest_k)
     check_devices(names.of(tensors | extras._asdict()), names["q"])
     for name, cu_seqlens, rows in (("cu_seqlens_q", cu_seqlens_q, rows_q), ("cu_seqlens_k", cu_seqlens_k, rows_k)):
         if cu_seqlens is not None and rows > INT32_MAX:
@@ -96,8 +101,9 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
     fields = {name: getattr(options, name) for name in declared if name in Options._fields}
     fields |= {name: given[name] for name, of in declared.items() if of.tensor is not None}
     longest_q = _longest_q(names, rows_q, options.max_seqlen_q, given["varlen_q"], given["seqused_q"])
-    ragged_k = given["varlen_k"] or given["seqused_k"]
     fields |= {
+        "k_block_descale": _has_blocks(extras.k_descale),
+        "v_block_descale": _has_blocks(extras.v_descale),
         "page_size": page_size,
         "softcap": float(options.softcap),
         "num_splits": options.num_splits or 1,  # 0 is for the table to choose
@@ -107,18 +113,21 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
         "dtype_v": dtype_v,
         "out_dtype": out_dtype,
     }
-    return AttentionProblem(
+    problem = AttentionProblem(
         arch=arch,
         dtype=dtype,
         batch=max(batch, 1),
         seqlen_q=longest_q,
-        seqlen_k=_longest_k(names, rows_k, options.max_seqlen_k, ragged_k, page_size),
+        seqlen_k=longest_k,
         num_heads=q.shape[-2],
         num_heads_kv=k.shape[-2],
         head_dim=q.shape[-1],
         head_dim_v=v.shape[-1],
         **fields | {"softmax_scale": scale} | backward,
     )
+    if key_major:
+        _check_key_major(names["v"], v)
+    return problem
 
 
 def _check_extras(names: ArgumentNames, extras: Extras, batch: int, sequences: str, heads: int) -> None:
@@ -141,17 +150,37 @@ def _check_extras(names: ArgumentNames, extras: Extras, batch: int, sequences: s
         check_vector(names["learnable_sink"], extras.learnable_sink, torch.float32, (heads,), of=of_heads)
 
 
-def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str) -> None:
-    """Raise the error of descales for 16-bit tensors, or of another dtype or shape than the batch and the kv heads ask
-    for."""
+def _has_blocks(descale: torch.Tensor | None) -> bool:
+    """Whether blocks of keys have descales of their own."""
+    return descale is not None and descale.dim() == 3
+
+
+def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str, longest_k: int) -> None:
+    """Raise the error of descales for 16-bit tensors, or of another dtype, shape or stride than the batch, the kv heads
+    and the longest sequence's keys ask for."""
     shape = batch, call.k.shape[-2]
+    blocks = -(-longest_k // DESCALE_BLOCK)
     for name in "qkv":
         descale, of = getattr(call.extras, f"{name}_descale"), getattr(call, name)
         if descale is not None:
             called = names[f"{name}_descale"]
             if not is_fp8(of):
                 raise Fp8Error(f"{called} with {names[name]} in {_short(of.dtype)}: only fp8 codes have descales")
-            check_descale(called, descale, shape, f"{sequences} and {shape[1]} heads of {names['k']}")
+            asked = f"{sequences} and {shape[1]} heads of {names['k']}"
+            if name in "kv" and _has_blocks(descale):
+                _check_block_descale(called, descale, (*shape, blocks), asked)
+            else:
+                check_descale(called, descale, shape, asked)
+
+
+def _check_block_descale(name: str, descale: torch.Tensor, shape: tuple[int, int, int], of: str) -> None:
+    """Raise DTypeError, ShapeError or StrideError unless this is fp32 (batch, heads_kv, blocks), at least ``shape``."""
+    if descale.dtype != torch.float32:
+        raise DTypeError(name, descale.dtype, "float32 is needed")
+    if tuple(descale.shape[:2]) != shape[:2] or descale.shape[2] < shape[2]:
+        rule = f"{shape} is needed, one for each {DESCALE_BLOCK} keys, for the {of}"
+        raise ShapeError(f"{name} {tuple(descale.shape)}: {rule}")
+    check_contiguous_rows(name, descale)
 
 
 def check_descale(name: str, descale: torch.Tensor, shape: tuple[int, int], of: str) -> None:
@@ -194,6 +223,15 @@ def load_rule(tensor: torch.Tensor) -> str | None:
         if size > 1 and stride * tensor.element_size() % ALIGNMENT:
             return f"every stride but the last must be a multiple of {ALIGNMENT} bytes"
     return None
+
+
+def _check_key_major(name: str, v: torch.Tensor) -> None:
+    """Raise StrideError unless loads can follow v (batch, seqlen_k, heads_kv, head_dim_v) along its keys."""
+    for dim, (size, stride) in enumerate(zip(v.shape, v.stride(), strict=True)):
+        if dim == 1 and size > 1 and stride != 1:
+            raise StrideError(name, v.stride(), "the keys must be contiguous for v_layout='key_major'")
+        if dim != 1 and size > 1 and v.numel() and stride * v.element_size() % ALIGNMENT:
+            raise StrideError(name, v.stride(), f"every stride but the keys' must be a multiple of {ALIGNMENT} bytes")
 
 
 def check_writable(name: str, tensor: torch.Tensor) -> None:
@@ -263,6 +301,8 @@ def check_values(problem: AttentionProblem, call: Call) -> None:
     for name in ("q_descale", "k_descale", "v_descale"):
         descale = getattr(extras, name)
         if descale is not None:
+            if _has_blocks(descale):
+                descale = _reached_blocks(descale, used_k)
             check_descale_values(names[name], descale)
             scale *= 1.0 if name == "v_descale" else min(descale.flatten().tolist(), default=1.0)
     if extras.alibi_slopes is not None:
@@ -279,6 +319,13 @@ def check_values(problem: AttentionProblem, call: Call) -> None:
             lambda sink: abs(sink) <= _LARGEST_LOGIT or sink == -math.inf,
             rule,
         )
+
+
+def _reached_blocks(descale: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Descales of blocks, 1 for those that lie beyond a sequence's length."""
+    first = torch.arange(descale.shape[2], device=descale.device) * DESCALE_BLOCK
+    reached = first < torch.tensor(lengths, device=descale.device)[:, None]
+    return torch.where(reached[:, None], descale, 1.0)
 
 
 def check_descale_values(name: str, descale: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cute_fa.semantics.errors import ArgumentError
-from cute_fa.semantics.problem import normalize_window
+from cute_fa.semantics.problem import DESCALE_BLOCK, normalize_window
 from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import DType
 
@@ -32,7 +32,8 @@ class InputSpec:
     """One attention problem in the caller's terms.
 
     ``seqlen_q`` and ``seqlen_k`` are the longest lengths; ``head_dim_v`` is ``head_dim`` by default, ``dtype_k`` and
-    ``dtype_v`` ``dtype``. ``descales``: fp8 tensors have some, one for each kv head of each sequence.
+    ``dtype_v`` ``dtype``. ``descales``: fp8 tensors have some, one for each kv head of each sequence;
+    ``block_descales``: those of k and v have one for each 128 keys.
     ``lengths_q``/``lengths_k`` fix every sequence's length for varlen and seqused; without them they are drawn from the
     seed, the first one at its longest, with odd and empty ones among the rest. ``varlen_*`` packs the sequences with
     cu_seqlens; ``seqused_*`` passes lengths shorter than what the tensors hold. ``page_size`` stores k and v in pages,
@@ -40,6 +41,7 @@ class InputSpec:
     another order among more than the batch has, ``cache_leftpad`` behind a few rows that do not count.
     ``layout``: ``padded`` rows have 16 unused bytes after each head, ``transposed`` stores heads before sequence (so
     that sequence strides differ), ``expanded`` has one kv head with stride 0 in the place of ``heads_kv``.
+    ``v_layout``: "key_major" has v's keys contiguous.
     """
 
     batch: int = 2
@@ -53,6 +55,7 @@ class InputSpec:
     dtype_k: DType | None = None
     dtype_v: DType | None = None
     descales: bool = True
+    block_descales: bool = False
     softmax_scale: float | None = None
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
@@ -71,6 +74,7 @@ class InputSpec:
     lengths_q: tuple[int, ...] | None = None
     lengths_k: tuple[int, ...] | None = None
     layout: str = "contiguous"
+    v_layout: str = "head_dim"
 
     def __post_init__(self):
         if self.head_dim_v is None:
@@ -137,7 +141,8 @@ class Inputs:
             return options | {"cache_seqlens": used, "max_seqlen_q": self.spec.seqlen_q}
         lengths = {name: options.pop(name) for name in _LENGTH_TENSORS}
         if all(tensor is None for tensor in lengths.values()):
-            return options
+            key_major = self.spec.v_layout != "head_dim"
+            return options | ({"v_layout": self.spec.v_layout} if key_major else {})
         return lengths | {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k} | options
 
     def call(self, **choices: Any) -> Call:
@@ -190,6 +195,8 @@ def make_inputs(
     make = _peaked if inputs == "peaked" else _random
     sequences = [make(spec, *lengths, rng) for lengths in zip(lengths_q, lengths_k, strict=True)]
     descales = _draw_descales(spec, seed)
+    if spec.block_descales:
+        descales = [descales[0], *_draw_block_descales(descales[1:], spec, lengths_k, poison, seed)]
     sequences = [_codes(parts, [None if d is None else d[b] for d in descales]) for b, parts in enumerate(sequences)]
     fill = math.nan if poison else 0.0
 
@@ -221,6 +228,8 @@ def make_inputs(
         lay_out(t.to(dtype), layout, fill)
         for t, dtype, layout in zip((q, k, v), dtypes, _layouts(spec.layout), strict=True)
     )
+    if spec.v_layout == "key_major":
+        v = _key_major(v, fill)
     if spec.layout == "expanded":
         k, v = (t.expand(*t.shape[:-2], spec.heads_kv, t.shape[-1]) for t in (k, v))
 
@@ -286,13 +295,33 @@ def _draw_descales(spec: InputSpec, seed: int) -> list[torch.Tensor | None]:
     return [descale if used else None for descale, used in zip(drawn, given, strict=True)]
 
 
+def _draw_block_descales(
+    descales: list[torch.Tensor | None], spec: InputSpec, lengths_k: list[int], poison: bool, seed: int
+) -> list[torch.Tensor | None]:
+    """Between 1/2 and 2 of the sequences' for each block of keys, and one block more: fp32 (batch, heads_kv, blocks);
+    ``poison``: NaN for blocks without keys."""
+    rng = torch.Generator().manual_seed(seed)
+    first = torch.arange(0, spec.seqlen_k + DESCALE_BLOCK, DESCALE_BLOCK)
+    unused = (first >= torch.tensor(lengths_k)[:, None])[:, None]
+    of_blocks: list[torch.Tensor | None] = []
+    for descale in descales:
+        factors = torch.exp2(2.0 * torch.rand(spec.batch, spec.heads_kv, len(first), generator=rng) - 1.0)
+        factors = factors.masked_fill(unused, math.nan if poison else 1.0)
+        of_blocks.append(None if descale is None else descale[..., None] * factors)
+    return of_blocks
+
+
 def _codes(parts: tuple[torch.Tensor, ...], descales: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
-    """q, k and v of one sequence divided by its descales (heads_kv); where one kv head stands for all, by its own."""
+    """q, k and v of one sequence divided by its descales, (heads_kv) or (heads_kv, blocks); where one kv head stands
+    for all, by its own."""
     kv_heads = parts[1].shape[1]
     codes = []
     for part, descale in zip(parts, descales, strict=True):
         if descale is not None:
-            part = part / descale[:kv_heads].repeat_interleave(part.shape[1] // kv_heads)[:, None]
+            of_heads = descale[:kv_heads].repeat_interleave(part.shape[1] // kv_heads, 0)
+            if of_heads.dim() == 2:
+                of_heads = of_heads.repeat_interleave(DESCALE_BLOCK, 1)[:, : part.shape[0]].T
+            part = part / of_heads[..., None]
         codes.append(part)
     return tuple(codes)
 
@@ -409,6 +438,14 @@ def _layouts(layout: str) -> tuple[str, str, str]:
     if layout == "transposed":
         return "transposed", "padded", "contiguous"
     return "contiguous", "contiguous", "contiguous"
+
+
+def _key_major(v: torch.Tensor, fill: float) -> torch.Tensor:
+    """The same values (batch, rows, heads, size) with the rows contiguous; gaps hold ``fill``."""
+    rows = v.shape[1]
+    wide = v.new_full((v.shape[0], v.shape[3], v.shape[2], -(-rows // 16) * 16), fill)
+    wide[..., :rows] = v.permute(0, 3, 2, 1)
+    return wide[..., :rows].permute(0, 3, 2, 1)
 
 
 def lay_out(tensor: torch.Tensor, layout: str, fill: float) -> torch.Tensor:

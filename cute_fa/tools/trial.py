@@ -150,6 +150,7 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionP
     described |= {"num_heads": spec.heads, "num_heads_kv": spec.heads_kv, "window_left": left, "window_right": right}
     given = zip(("q_descale", "k_descale", "v_descale"), spec.dtypes, strict=True)
     described |= {name: spec.descales and dtype.is_fp8 for name, dtype in given}
+    described |= {f"{name}_block_descale": spec.block_descales and described[f"{name}_descale"] for name in "kv"}
     described |= {
         "alibi": spec.alibi or spec.alibi_per_batch,
         "seqused_k": spec.seqused_k or spec.page_size is not None or spec.cache_leftpad,

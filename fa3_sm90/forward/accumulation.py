@@ -45,10 +45,14 @@ class Promoted:
     """O = O · factor + P·V of a block, one fma an element: rescaling comes with it. Where registers do not hold a whole
     P·V beside O, its columns are computed in ``parts``, one after the other."""
 
-    def __init__(self, products: Products, parts: int):
+    def __init__(self, products: Products, parts: int, has_units: bool):
+        """``has_units``: blocks of v have descales of their own, and O is in units of the last block's."""
         self.partial, self.parts = products.acc_o, parts
         self.output = cute.make_rmem_tensor(products.shape_output, Float32)
         self.factors = cute.make_rmem_tensor(ROWS, Float32)
+        self.has_units = has_units
+        if has_units:
+            self.ratio = cute.make_rmem_tensor(1, Float32)
 
     def clear(self):
         """Before a tile."""
@@ -60,6 +64,13 @@ class Promoted:
         """Between the wait for a block's last part and the start of the next block, whose factors are known by then."""
         self.finish()
         softmax.take_factors(self.factors)
+        if self.has_units:
+            self.factors.store(self.factors.load() * self.ratio[0])
+
+    def change_unit(self, ratio: Float32):
+        """The next :meth:`settle` starts a block of v with another descale: ``ratio`` takes O to its unit."""
+        if self.has_units:
+            self.ratio[0] = ratio
 
     def go_on(self, start: Callable[[int], None], beside: Callable[[int, int], None]):
         """All parts but the first, each once the one before is done, with a share of the exponentials beside each."""

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 from cute_fa.device.pipeline_spec import PipelineSpec
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, padded, smem_objection
-from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.problem import DESCALE_BLOCK, AttentionProblem
 from cute_fa.semantics.types import PersistentMode, SmArch
 
 WARPGROUP = 128
@@ -46,7 +46,12 @@ class Fa3ForwardConfig(FeatureConfig):
     @property
     def transposers(self) -> int:
         """Producer warps that transpose V: wgmma takes fp8 operands only with the keys contiguous."""
-        return 2 if self.dtype.is_fp8 else 0
+        return 3 if self.dtype.is_fp8 and not self.key_major_v else 0
+
+    @property
+    def block_descales(self) -> bool:
+        """Whether blocks of keys have descales of their own."""
+        return self.k_block_descale or self.v_block_descale
 
     @property
     def output_parts(self) -> int:
@@ -72,6 +77,11 @@ class Fa3ForwardConfig(FeatureConfig):
     def value_columns(self) -> int:
         """head_dim_v as TMA brings it, in panels of at least 32 bytes; the rest is zero."""
         return -(-self.head_dim_v // self.mma_k) * self.mma_k
+
+    @property
+    def loaded_columns(self) -> int:
+        """Columns of V in the loader's tile, which are its rows where the keys are contiguous."""
+        return self.head_dim_v_padded if self.key_major_v else self.value_columns
 
     @property
     def num_threads(self) -> int:
@@ -128,7 +138,8 @@ class Fa3ForwardConfig(FeatureConfig):
     @property
     def kv_bytes(self) -> int:
         transposed = self.head_dim_v_padded if self.transposers else 0
-        return self.stages * self.tile_n * (self.head_dim_padded + self.value_columns + transposed) * self.dtype.bytes
+        columns = self.head_dim_padded + self.loaded_columns + transposed
+        return self.stages * self.tile_n * columns * self.dtype.bytes
 
     @property
     def smem_bytes(self) -> int:
@@ -144,7 +155,7 @@ class Fa3ForwardConfig(FeatureConfig):
         everyone = 4 * self.warpgroups
         queries = tuple(PipelineSpec(f"q{i}", 1, rows * self.head_dim_padded * size, 4) for i in range(self.warpgroups))
         keys = PipelineSpec("k", self.stages, self.tile_n * self.head_dim_padded * size, everyone)
-        loaded = PipelineSpec("v", self.stages, self.tile_n * self.value_columns * size, self.transposers or everyone)
+        loaded = PipelineSpec("v", self.stages, self.tile_n * self.loaded_columns * size, self.transposers or everyone)
         if not self.transposers:
             return (*queries, keys, loaded)
         transposed = PipelineSpec("vt", self.stages, 0, everyone, self.transposers)
@@ -276,6 +287,8 @@ def _fp8_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
             f"registers: about {needed} a thread for {tiles.tile_n} keys, O {size_v} wide and P·V {columns} wide, "
             f"{available} available"
         )
+    if DESCALE_BLOCK % tiles.tile_n and (problem.k_block_descale or problem.v_block_descale):
+        return f"descales of blocks: {tiles.tile_n} keys may have several, of {DESCALE_BLOCK} keys each"
     return _page_objection(problem, tiles.tile_n) or _memory_objection(problem, tiles)
 
 

@@ -6,6 +6,7 @@ from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.fragments import share_of_columns, warpgroup_rows_and_columns
+from cute_fa.device.registers import opaque
 from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score
 from cute_fa.device.softmax import OnlineSoftmax
@@ -13,6 +14,7 @@ from cute_fa.device.visibility import mask_scores
 from fa3_sm90.forward.accumulation import Direct, Promoted
 from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, kv_head, scheduler_of, tile_work
 from fa3_sm90.forward.config import Fa3ForwardConfig
+from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.epilogue import Epilogue
 from fa3_sm90.forward.probabilities import EightBits, SixteenBits, probability_type
 from fa3_sm90.forward.products import Products
@@ -46,10 +48,11 @@ class Consumer:
         self.rows = Rows(config, warpgroup_rows_and_columns(self.products.own_coordinates))
         self.columns = warpgroup_rows_and_columns(self.products.static_coordinates)
         self.epilogue = Epilogue(config, args, tma, storage, self.products, self.rows, self.queries, index, thread)
+        self.block_descales = BlockDescales(config, args, storage)
         self.scores = warpgroup_rows_and_columns(self.products.acc_s)
         if config.dtype.is_fp8:
-            self.probabilities = EightBits(self.products.acc_s)
-            self.accumulation = Promoted(self.products, config.output_parts)
+            self.probabilities = EightBits(self.products.acc_s, config.key_major_v, config.output_parts)
+            self.accumulation = Promoted(self.products, config.output_parts, config.v_block_descale)
         else:
             self.probabilities = SixteenBits(self.products.acc_s, probability_type(config.dtype))
             self.accumulation = Direct(self.products)
@@ -100,10 +103,14 @@ class Consumer:
         descale = self.args.common.descales.of_scores(work.tile.batch, head)
         if const_expr(descale is not None):
             scale = scale * descale
+        if const_expr(self.config.k_block_descale):  # not computed again in every iteration
+            scale = opaque(scale)
         return Score.of(scale, self.args.common.softcap, slopes)
 
     def value_scale(self, work: TileWork):
-        """Factor of all values of the tile, or None."""
+        """Factor of O, or None."""
+        if const_expr(self.config.v_block_descale):
+            return self.block_descales.last_unit(work)
         head = kv_head(self.args, self.config, work.tile.head)
         return self.args.common.descales.of_values(work.tile.batch, head)
 
@@ -156,6 +163,7 @@ class Consumer:
         self.keys.wait(state)
         warpgroup.fence()
         self.products.start_scores(state.stage)
+        score, softmax = self.descaled(score, softmax, state.stage)
         warpgroup.wait_group(0)
         self.keys.release(state.stage)
         self.modify_and_mask(work, score, Int32(0), True, self.config.window_left)
@@ -191,6 +199,7 @@ class Consumer:
         products.start_output(self.probabilities.operand, before.stage)
         if const_expr(self.config.pingpong):
             self.turns.pass_on()
+        score, softmax = self.descaled(score, softmax, state.stage)
         warpgroup.wait_group(1)
         keys.release(state.stage)
         self.modify_and_mask(work, score, iteration, right_edge, left_edge)
@@ -200,6 +209,16 @@ class Consumer:
             lambda i, n: softmax.exponentiate(share_of_columns(products.acc_s, i, n), right_edge or left_edge),
         )
         return state
+
+    def descaled(self, score: Score, softmax: OnlineSoftmax, stage: Int32) -> tuple[Score, OnlineSoftmax]:
+        """Both for the block of K in a stage, where blocks have descales of their own."""
+        if const_expr(not self.config.block_descales):
+            return score, softmax
+        factors = self.block_descales.take(stage)
+        self.accumulation.change_unit(factors.ratio)
+        if const_expr(self.config.k_block_descale):
+            score = score.scaled(factors.key)
+        return score, softmax.scaled(score.scale_log2)
 
     @cute.jit
     def settle(

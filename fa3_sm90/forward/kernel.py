@@ -2,7 +2,7 @@
 compute on wgmma, CTAs walk over tiles of queries."""
 
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int32, const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.fake_arguments import common_fakes
@@ -28,10 +28,13 @@ class Fa3ForwardKernel:
         c = self.config
         boxes = Boxes.of(c)
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        v = args.common.v
+        if const_expr(c.key_major_v):  # (batch, head_dim_v, heads, keys)
+            v = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[0, 3, 2, 1]))
         tma = TmaTensors(
             q=tma_tensor(load, args.common.q, boxes.q, c.cu_seqlens_q),
             k=tma_tensor(load, args.common.k, boxes.k, c.cu_seqlens_k),
-            v=tma_tensor(load, args.common.v, boxes.v, c.cu_seqlens_k),
+            v=tma_tensor(load, v, boxes.v, c.cu_seqlens_k),
             out=tma_tensor(store, args.common.out, boxes.out, c.cu_seqlens_q),
         )
         self.kernel(args, tma).launch(
@@ -59,9 +62,9 @@ class Fa3ForwardKernel:
             cute.arch.setmaxregister_decrease(producer_registers)
             if warp == 0:
                 load(args, tma, storage, pipelines)
-            if const_expr(c.transposers > 0):
-                if warp > 0 and warp <= c.transposers:
-                    transpose(args, storage, pipelines, warp - 1)
+            for index in range_constexpr(c.transposers):
+                if warp == 1 + index:
+                    transpose(args, storage, pipelines, index)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consume(args, tma, storage, pipelines)
@@ -79,7 +82,7 @@ class Fa3ForwardKernel:
         """The producer warp."""
         Loader(self.config, args, tma, dense_extents(args), storage, pipelines).run()
 
-    def transpose(self, args: ForwardArguments, storage: Storage, pipelines: dict[str, Ring], index: Int32):
+    def transpose(self, args: ForwardArguments, storage: Storage, pipelines: dict[str, Ring], index: int):
         """A producer warp that transposes V."""
         Transposer(self.config, args, dense_extents(args), storage, pipelines, index).run()
 

@@ -8,6 +8,7 @@ from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.tma_boxes import BoxCopy
 from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, kv_head, scheduler_of, tile_work
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
+from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.storage import Boxes, Storage
 
 
@@ -26,6 +27,7 @@ class Loader:
         self.config, self.args, self.tma, self.extents = config, args, tma, extents
         self.storage, self.rings = storage, rings
         self.boxes = Boxes.of(config)
+        self.block_descales = BlockDescales(config, args, storage)
 
     @cute.jit
     def run(self):
@@ -67,12 +69,32 @@ class Loader:
             copy.load(self.storage.q[wg], 0, row, Int32(c.tokens), barrier)
 
     def load_k(self, work: TileWork, iteration: Int32, state: RingState):
-        """One block of K."""
+        """One block of K, and what its keys' descales make of scores and O."""
+        if const_expr(self.config.block_descales):
+            factors = self.block_descales.factors(work, iteration)
+            self.rings["k"].wait_free(state)
+            with cute.arch.elect_one():
+                self.block_descales.put(factors, state.stage)
         self.load_keys("k", work, iteration, state)
 
     def load_v(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of V."""
-        self.load_keys("v", work, iteration, state)
+        if const_expr(self.config.key_major_v):
+            self.load_key_major(work, iteration, state)
+        else:
+            self.load_keys("v", work, iteration, state)
+
+    @cute.jit
+    def load_key_major(self, work: TileWork, iteration: Int32, state: RingState):
+        """One block of V whose keys are contiguous; zeros beyond the tensor's last key."""
+        c, box = self.config, self.boxes.v
+        head = kv_head(self.args, c, work.tile.head)
+        barrier = self.rings["v"].acquire(state)
+        target = self.storage.v + state.stage * (c.tile_n * c.head_dim_v_padded)
+        panels = c.tile_n // box.columns
+        first_panel = work.blocks.block(iteration, self.args.common.window) * panels
+        copy = BoxCopy(self.tma.v, box, c.head_dim_v_padded, head, (work.tile.batch,), panels)
+        copy.load(target, 0, Int32(0), Int32(c.head_dim_v), barrier, first_panel)
 
     @cute.jit
     def load_keys(self, name: cutlass.Constexpr[str], work: TileWork, iteration: Int32, state: RingState):

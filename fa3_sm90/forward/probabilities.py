@@ -4,7 +4,7 @@ import cutlass.cute as cute
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_warpgroup_operand_a, e4m3_operand_a
-from cute_fa.device.registers import narrow, narrow_to_e4m3
+from cute_fa.device.registers import narrow, narrow_to_e4m3, narrow_to_e4m3_in_order
 from cute_fa.device.softmax import E4M3, WIDE
 from cute_fa.semantics.types import DType
 
@@ -35,10 +35,17 @@ class EightBits:
 
     exponents = E4M3
 
-    def __init__(self, acc: cute.Tensor):
-        """``acc``: the accumulator, in which the exponentials are."""
+    def __init__(self, acc: cute.Tensor, key_major: bool, parts: int):
+        """``acc``: the accumulator, in which the exponentials are; ``key_major``: V has its keys in their own order,
+        not in that of the accumulator's registers; ``parts``: of P·V."""
         self.acc, self.operand = acc, e4m3_operand_a(acc)
+        self.key_major = key_major
+        # In one or two parts that costs more instructions, in four there are no registers for less: 2 spilled accesses.
+        self.anew = parts > 2
 
     def narrow(self):
         """Exponentials to P."""
-        narrow_to_e4m3(self.acc, self.operand)
+        if self.key_major:
+            narrow_to_e4m3_in_order(self.acc, self.operand, self.anew)
+        else:
+            narrow_to_e4m3(self.acc, self.operand)

@@ -23,7 +23,7 @@ class Products:
         shape_s, shape_o = (WGMMA_M, c.tile_n, c.mma_k), (WGMMA_M, c.head_dim_v_padded // c.output_parts, c.mma_k)
         smem, registers = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
         self.op_s = _operation(dtype_q, dtype_k, shape_s, smem, OperandMajorMode.K)
-        major = OperandMajorMode.K if c.transposers else OperandMajorMode.MN
+        major = OperandMajorMode.K if c.dtype.is_fp8 else OperandMajorMode.MN
         self.op_o = _operation(probability_type(c.dtype), dtype_v, shape_o, registers, major)
         mma_s, mma_o = cute.make_tiled_mma(self.op_s), cute.make_tiled_mma(self.op_o)
         shape_output = (WGMMA_M, c.head_dim_v_padded, c.mma_k)
@@ -34,8 +34,8 @@ class Products:
         stride = (*layout.stride[:2], c.q_bytes // c.dtype.bytes)
         sQ = cute.make_tensor(storage.q[0], cute.make_layout((*layout.shape[:2], c.warpgroups), stride=stride))
         sK = _tiles(storage.k, dtype_k, c.tile_n, c.head_dim_padded, c.stages)
-        if c.transposers:
-            sVt = _tiles(storage.vt, dtype_v, c.head_dim_v_padded, c.tile_n, c.stages)
+        if c.dtype.is_fp8:
+            sVt = _tiles(storage.v if c.key_major_v else storage.vt, dtype_v, c.head_dim_v_padded, c.tile_n, c.stages)
         else:
             sV = _tiles(storage.v, dtype_v, c.tile_n, c.value_columns, c.stages)
             sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
@@ -47,7 +47,7 @@ class Products:
         self.rV = mma_o.make_fragment_B(slice_o.partition_B(sVt))
         self.parts = c.output_parts
         self.acc_s = cute.make_rmem_tensor(slice_s.partition_shape_C(shape_s[:2]), Float32)
-        self.from_zero = bool(c.transposers)
+        self.from_zero = c.dtype.is_fp8
         self.acc_o = cute.make_rmem_tensor(slice_o.partition_shape_C(shape_o[:2]), Float32)
         self.shape_output = self.mma_output.get_slice(0).partition_shape_C(shape_output[:2])
         identity = cute.make_identity_tensor(shape_s[:2])

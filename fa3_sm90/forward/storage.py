@@ -3,7 +3,7 @@
 from typing import NamedTuple, Optional
 
 import cutlass.cute as cute
-from cutlass import Int64
+from cutlass import Float32, Int64
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
@@ -18,7 +18,8 @@ TILE_ALIGNMENT = 1024
 
 class Storage(NamedTuple):
     """Shared memory of a CTA: pointers, swizzled like their tiles. ``q`` and ``out`` have one for each warpgroup (the
-    same ones if O has no memory of its own), ``k`` and ``v`` are the first stages, ``vt`` of V transposed, or None."""
+    same ones if O has no memory of its own), ``k`` and ``v`` are the first stages, ``vt`` of V transposed, or None;
+    ``factors``: two numbers for each stage of K (:class:`fa3_sm90.forward.descales.BlockFactors`), or None."""
 
     barriers: cute.Pointer
     q: tuple[cute.Pointer, ...]
@@ -26,6 +27,7 @@ class Storage(NamedTuple):
     k: cute.Pointer
     v: cute.Pointer
     vt: Optional[cute.Pointer]
+    factors: Optional[cute.Pointer]
 
 
 def allocate(config: Fa3ForwardConfig) -> Storage:
@@ -46,7 +48,8 @@ def allocate(config: Fa3ForwardConfig) -> Storage:
 
     q = per_warpgroup(dtype_q, c.head_dim_padded, c.q_bytes // c.dtype.bytes)
     k = tiles(dtype_k, c.tile_n, c.head_dim_padded, c.stages)
-    v = tiles(dtype_v, c.tile_n, c.value_columns, c.stages)
+    v_shape = (c.head_dim_v_padded, c.tile_n) if c.key_major_v else (c.tile_n, c.value_columns)
+    v = tiles(dtype_v, *v_shape, c.stages)
     vt = tiles(dtype_v, c.head_dim_v_padded, c.tile_n, c.stages) if c.transposers else None
     if c.own_output:
         out = per_warpgroup(out_dtype, c.head_dim_v_padded)
@@ -54,7 +57,8 @@ def allocate(config: Fa3ForwardConfig) -> Storage:
         swizzle = tile_layout(out_dtype, WGMMA_M, c.head_dim_v_padded, 1).inner
         out = tuple(cute.recast_ptr(pointer, swizzle, dtype=out_dtype) for pointer in q)
     barriers = allocator.allocate_array(Int64, barrier_count(c.pipelines))
-    return Storage(barriers, q, out, k, v, vt)
+    factors = allocator.allocate_array(Float32, 2 * c.stages, byte_alignment=8) if c.block_descales else None
+    return Storage(barriers, q, out, k, v, vt, factors)
 
 
 class Boxes(NamedTuple):
@@ -74,9 +78,12 @@ class Boxes(NamedTuple):
             return panel_bytes(columns * dtype.bytes) // dtype.bytes
 
         columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.value_columns, c.dtype)
+        v = BoxShape(1, c.key_rows, columns_v, c.ragged_keys)
+        if c.key_major_v:  # its rows are columns of V
+            v = BoxShape(1, c.head_dim_v, panel(c.tile_n, c.dtype_v), False)
         return cls(
             q=BoxShape(c.pack_gqa, c.tokens, columns, False),
             k=BoxShape(1, c.key_rows, columns, c.ragged_keys),
-            v=BoxShape(1, c.key_rows, columns_v, c.ragged_keys),
+            v=v,
             out=BoxShape(c.pack_gqa, c.tokens, panel(c.head_dim_v_padded, c.out_dtype), c.cu_seqlens_q),
         )

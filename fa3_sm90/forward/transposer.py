@@ -2,10 +2,10 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32, const_expr
+from cutlass import Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
-from cute_fa.device.registers import opaque
+from cute_fa.device.registers import opaque, permute
 from cute_fa.device.ring import Ring, ring_next, ring_start
 from cute_fa.device.tma_boxes import panel_bytes
 from fa3_sm90.forward.arguments import Extents, ForwardArguments, scheduler_of, tile_work
@@ -19,7 +19,7 @@ KEYS = 32
 
 
 class Transposer:
-    """One warp, which has every other chunk of columns.
+    """One warp. A block is dealt out to the warps in units of a chunk of columns and the keys of one ldmatrix.
 
     ldmatrix.trans takes pairs of bytes: lane 4g + t gets columns 2g and 2g + 1 of keys 2t and 2t + 1. Two such
     registers, of keys 0 … 7 and 8 … 15, hold for each of the two columns what is at 4t … 4t + 3 of the order of keys
@@ -35,25 +35,23 @@ class Transposer:
         extents: Extents,
         storage: Storage,
         rings: dict[str, Ring],
-        index: Int32,
+        index: int,
     ):
         """``index``: which of the transposing warps."""
         c = config
         self.config, self.args, self.extents = c, args, extents
         self.loaded, self.transposed = rings["v"], rings["vt"]
         self.width, self.width_t = panel_bytes(c.value_columns), panel_bytes(c.tile_n)
-        self.index, self.chunks = index, c.head_dim_v_padded // CHUNK
+        self.index = index
         lane = cute.arch.lane_idx()
         matrix, row = lane // 8, lane % 8
-        first = index * CHUNK  # in the first panel, as it has a chunk for each warp
-        place = (8 * matrix + row) * self.width + (first ^ _swizzle(row, self.width))
-        self.source = opaque(storage.v.toint() + place)
+        self.source = opaque(storage.v.toint() + (8 * matrix + row) * self.width + _swizzle(row, self.width))
         upper = row // 4
         column = 2 * row + ((matrix % 2) ^ upper)
         place = column * self.width_t + ((matrix // 2 * CHUNK) ^ _swizzle(column, self.width_t))
-        self.target = opaque(storage.vt.toint() + first * self.width_t + place)
+        self.target = opaque(storage.vt.toint() + place)
         odd = Uint32(lane // 16)  # lanes 4g + t with g of 4 … 7
-        self.selectors = Uint32(0x6420) + odd * 0x1111, Uint32(0x7531) - odd * 0x1111
+        self.selectors = opaque(Uint32(0x6420) + odd * 0x1111), opaque(Uint32(0x7531) - odd * 0x1111)
 
     @cute.jit
     def run(self):
@@ -73,28 +71,27 @@ class Transposer:
     @cute.jit
     def transpose(self, state):
         """One block."""
-        c, index, transpose_chunk = self.config, self.index, self.transpose_chunk
+        c = self.config
         self.loaded.wait(state)
         self.transposed.wait_free(state)
         source = self.source + state.stage * (c.tile_n * c.value_columns)
         target = self.target + state.stage * (c.tile_n * c.head_dim_v_padded)
-        for first in cutlass.range_constexpr(0, self.chunks, c.transposers):
-            if const_expr(first + c.transposers <= self.chunks):
-                transpose_chunk(source, target, first)
-            elif index < self.chunks - first:
-                transpose_chunk(source, target, first)
+        self.transpose_units(source, target)
         self.transposed.publish(state.stage)
         self.loaded.release(state.stage)
 
-    def transpose_chunk(self, source: Int32, target: Int32, chunk: int):
-        """All keys of the warp's chunk of columns that lies ``chunk`` behind its first one."""
+    def transpose_units(self, source: Int32, target: Int32):
+        """The warp's share of the units. Which ones is known at compile time: addresses then need hardly an instruction
+        of their own."""
         c = self.config
-        panel, byte = divmod(chunk * CHUNK, self.width)
-        column = (source ^ byte) + panel * c.tile_n * self.width
-        for step in range(c.tile_n // KEYS):
+        chunks, steps = c.head_dim_v_padded // CHUNK, c.tile_n // KEYS
+        first, last = (share * chunks * steps // c.transposers for share in (self.index, self.index + 1))
+        for unit in range(first, last):
+            chunk, step = divmod(unit, steps)
+            panel, byte = divmod(chunk * CHUNK, self.width)
             panel_t, byte_t = divmod(step * KEYS, self.width_t)
-            matrices = _load_transposed(column, step * KEYS * self.width)
-            words = [_permute(*pair, selector) for pair in (matrices[:2], matrices[2:]) for selector in self.selectors]
+            matrices = _load_transposed(source ^ byte, (panel * c.tile_n + step * KEYS) * self.width)
+            words = [permute(*pair, selector) for pair in (matrices[:2], matrices[2:]) for selector in self.selectors]
             place = panel_t * c.head_dim_v_padded * self.width_t + chunk * CHUNK * self.width_t
             _store(target ^ byte_t, place, words)
 
@@ -110,13 +107,6 @@ def _load_transposed(address: Int32, offset: int) -> tuple[Uint32, ...]:
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(offset) + "];",
         write_only_types=[Uint32] * 4,
         read_only_args=[address],
-    )
-
-
-def _permute(low: Uint32, high: Uint32, selector: Uint32) -> Uint32:
-    """Four bytes of two registers."""
-    return inline_ptx(
-        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Uint32], read_only_args=[low, high, selector]
     )
 
 

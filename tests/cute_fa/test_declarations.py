@@ -64,7 +64,7 @@ def test_the_schema_follows_from_the_call():
     assert schema(Options) == (
         "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? softmax_scale, SymInt? window_left, SymInt? window_right, "
         "SymInt sink_tokens, float softcap, SymInt num_splits, str? family, bool? pack_gqa, str persistent, "
-        "bool deterministic, str? out_dtype, SymInt? promote_every, str names"
+        "bool deterministic, str? out_dtype, SymInt? promote_every, str v_layout, str names"
     )
 
     class Mixed(NamedTuple):
@@ -244,8 +244,8 @@ def test_the_kernels_grids_have_every_feature_that_shapes_code(cases, left_out):
     flags = {name for name, of in options_of(AttentionProblem).items() if of.flag}
     problems = [problem_of_spec(spec_of(case), SmArch.SM_90A) for case in cases]
     used = {name for name in flags for problem in problems if is_used(problem, name)}
-    descales = {"q_descale", "k_descale", "v_descale"}
-    assert flags - used == left_out | descales | {"cache_batch_idx", "cache_leftpad"}
+    of_fp8 = {"q_descale", "k_descale", "v_descale", "k_block_descale", "v_block_descale", "v_layout"}
+    assert flags - used == left_out | of_fp8 | {"cache_batch_idx", "cache_leftpad"}
 
 
 def test_without_the_private_names_no_tangent_is_dropped():
