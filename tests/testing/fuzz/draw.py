@@ -234,7 +234,9 @@ def _in_fp8(problem: Problem, rng: random.Random) -> Problem:
         return problem
     dtype, dtype_k, dtype_v = (DType(rng.choice(_CODES)) for _ in range(3))
     descales = problem.call == "PagedAttentionRequest" or _chance(rng, 0.8)  # which asks for them
+    of_blocks = descales and _chance(rng, 0.3)
     spec = replace(problem.spec, dtype=dtype, dtype_k=dtype_k, dtype_v=dtype_v, descales=descales)
+    spec = replace(spec, block_descales=of_blocks)
     call = "Fa3FwdFp8Request" if problem.call == "Fa3FwdRequest" else problem.call
     return replace(
         problem, call=call, spec=spec, backward=False, deterministic=False, lse_gradient=False, slopes_gradient=False
