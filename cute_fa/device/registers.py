@@ -43,3 +43,13 @@ def narrow_to_e4m3(source: cute.Tensor, target: cute.Tensor):
 def placed_fma(a: Float32, b: Float32, c: Float32) -> Float32:
     """a · b + c where it stands: NVVM moves what it understands to the use of the result, over what writes c."""
     return inline_ptx("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])
+
+
+def rounded_product(a: Float32, b: Float32) -> Float32:
+    """a · b, rounded before anything is added: never part of an fma."""
+    return inline_ptx("mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def sum_rounded_up(a: Float32, b: Float32) -> Float32:
+    """a + b, rounded towards +inf."""
+    return inline_ptx("add.rp.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
