@@ -229,6 +229,8 @@ def test_other_architectures(nothing_runs, arch):
 def test_requests_of_one_kind_each(nothing_runs):
     with pytest.raises(errors.Fp8Error, match="q, k and v in bf16, bf16, bf16: Fa3FwdFp8Request takes fp8 alone"):
         cute_fa.Fa3FwdFp8Request(*HALVES)
+    with pytest.raises(errors.Fp8Error, match="q, k and v in bf16, e4m3, e4m3: Fa3FwdFp8Request takes fp8 alone"):
+        cute_fa.Fa3FwdFp8Request(HALVES[0], K, V)
     offsets = cute_fa.CumulativeSeqlens((0, 70, 140)), cute_fa.CumulativeSeqlens((0, 130, 260))
     packed = [t.flatten(0, 1) for t in (Q, K, V)]
     for make in (
