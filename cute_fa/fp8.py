@@ -108,6 +108,7 @@ def dequantize(
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """codes × descale, rounded to ``dtype``; arguments as for :func:`quantize`. Differentiable in ``descale``."""
+    _check_tensor("codes", codes)
     if codes.dtype not in (E4M3, E5M2):
         raise DTypeError("codes", codes.dtype, "float8_e4m3fn or float8_e5m2 is needed")
     if dtype not in _FLOATS:
@@ -138,6 +139,7 @@ def hadamard(x: torch.Tensor, signs: torch.Tensor | None = None, *, inverse: boo
     signs: fp32 (head_dim), ±1, see :func:`random_signs`; all +1 by default. They keep elements that are alike from
     being gathered in one.
     """
+    _check_tensor("x", x)
     if x.dtype not in _FLOATS:
         raise DTypeError("x", x.dtype, "float16, bfloat16 or float32 is needed")
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -210,6 +212,7 @@ def _of_each_row(
     descale: torch.Tensor, name: str, x: torch.Tensor, block_size: int | None, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
     """Descales that broadcast over x, ``name``: (), (batch, rows or 1, heads, 1) or (total, heads, 1)."""
+    _check_tensor("descale", descale)
     if descale.dtype != torch.float32:
         raise DTypeError("descale", descale.dtype, "float32 is needed")
     check_devices({name: x, "descale": descale, "cu_seqlens": cu_seqlens}, name)
@@ -230,6 +233,8 @@ def _of_each_row(
         if cu_seqlens is None and blocks * block_size < x.shape[1]:
             raise ShapeError(f"descale {tuple(descale.shape)}: {blocks} blocks of {block_size} for {x.shape[1]} tokens")
     by_block = by_block.transpose(1, 2).repeat_interleave(heads // descale.shape[1], 2)[..., None]
+    if cu_seqlens is not None and batch == 0:
+        return descale.new_ones(())  # of rows that no sequence has
     if cu_seqlens is not None:
         sequence, position = _places(x, cu_seqlens)
         block = torch.zeros_like(position) if block_size is None else (position // block_size).clamp(max=blocks - 1)
@@ -255,7 +260,13 @@ def _transformed(x: torch.Tensor) -> torch.Tensor:
     return x * size**-0.5
 
 
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
+
+
 def _check_values(x: torch.Tensor, dtype: torch.dtype) -> None:
+    _check_tensor("x", x)
     if dtype not in (E4M3, E5M2):
         raise ArgumentError(f"dtype={dtype}: torch.float8_e4m3fn or torch.float8_e5m2 is needed")
     if x.dtype not in _FLOATS:
@@ -268,6 +279,7 @@ def _check_rows(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> 
     if cu_seqlens is None:
         check_dims(name, x, 4, "(batch, seqlen, heads, head_dim)")
     else:
+        _check_tensor("cu_seqlens", cu_seqlens)
         check_dims(name, x, 3, "(total, heads, head_dim) with cu_seqlens")
         check_integers("cu_seqlens", cu_seqlens)
         batch_of("cu_seqlens", cu_seqlens)

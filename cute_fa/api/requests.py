@@ -213,7 +213,8 @@ class Request:
 
     def _check_dtypes(self) -> None:
         problem = self.problem()
-        if self.fp8 is not None and self.fp8 is not problem.is_fp8:
+        fits = problem.dtype.is_fp8 if self.fp8 else not problem.is_fp8  # k and v are fp8 wherever q is
+        if self.fp8 is not None and not fits:
             given = f"q, k and v in {', '.join(dtype.value for dtype in problem.dtypes)}"
             rule = "takes fp8 alone" if self.fp8 else "takes fp16 and bf16, Fa3FwdFp8Request fp8"
             raise Fp8Error(f"{given}: {type(self).__name__} {rule}")
@@ -278,7 +279,7 @@ class Fa3FwdRequest(_ContiguousForward):
 @dataclass(frozen=True, eq=False)
 class Fa3FwdFp8Request(Fa3FwdRequest):
     """A forward in fp8 by FA3-style kernels: q, k and v in e4m3 or e5m2, of the same type or not; descales,
-    ``out_dtype`` and ``promote_every`` as for ``cute_fa.flash_attn_func``. Raises Fp8Error for 16-bit tensors."""
+    ``out_dtype`` and ``promote_every`` as for ``cute_fa.flash_attn_func``. Raises Fp8Error if one is of 16 bits."""
 
     fp8 = True
 

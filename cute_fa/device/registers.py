@@ -81,3 +81,13 @@ def permute(low: Uint32, high: Uint32, selector: Uint32) -> Uint32:
     return inline_ptx(
         "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Uint32], read_only_args=[low, high, selector]
     )
+
+
+def rounded_product(a: Float32, b: Float32) -> Float32:
+    """a · b, rounded before anything is added: never part of an fma."""
+    return inline_ptx("mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def sum_rounded_up(a: Float32, b: Float32) -> Float32:
+    """a + b, rounded towards +inf."""
+    return inline_ptx("add.rp.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])

@@ -12,6 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, const_expr
 
+from cute_fa.device.registers import rounded_product, sum_rounded_up
 from cute_fa.device.score import LOG2_E
 
 
@@ -60,9 +61,9 @@ class OnlineSoftmax:
         maximum = row_maxima(scores)
         # A loop that runs once, not an "if": ptxas turns the branch into 130 predicated instructions, which cost as
         # much as executing them (11.7 against 8.5 instructions per score at head_dim 128).
-        while cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents.limit)):
+        while cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents)):
             for r in cutlass.range_constexpr(self.num_rows):
-                reference = cute.arch.fmax(running[r], topped(quad_max(maximum[r]) * scale, exponents))
+                reference = cute.arch.fmax(running[r], reference_of(quad_max(maximum[r]), scale, exponents))
                 factor = cute.math.exp2(running[r] - finite(reference), fastmath=True)
                 running[r] = reference
                 total[r] = total[r] * factor
@@ -77,11 +78,9 @@ class OnlineSoftmax:
         scale, running, total, factors = self.scale_log2, self.reference, self.total, self.factors
         exponents = self.exponents
         maximum = row_maxima(scores)
-        while cute.arch.vote_any_sync(
-            outgrown(maximum, scale, running, exponents.limit)
-        ):  # a loop that runs once, see update()
+        while cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents)):  # runs once, see update()
             for r in cutlass.range_constexpr(self.num_rows):
-                reference = cute.arch.fmax(running[r], topped(quad_max(maximum[r]) * scale, exponents))
+                reference = cute.arch.fmax(running[r], reference_of(quad_max(maximum[r]), scale, exponents))
                 factors[r] = cute.math.exp2(running[r] - finite(reference), fastmath=True)
                 running[r] = reference
                 total[r] = total[r] * factors[r]
@@ -163,22 +162,36 @@ def row_maxima(scores: cute.Tensor) -> cute.Tensor:
     return maxima
 
 
-def topped(maximum: Float32, exponents: ExponentRange) -> Float32:
-    """The reference by which a row's maximum, in log2 units, gets the exponent ``exponents.top``."""
-    return maximum - exponents.top if exponents.top else maximum
+def reference_of(maximum: Float32, scale: Float32, exponents: ExponentRange) -> Float32:
+    """The reference by which a row's maximum, a raw score, gets the exponent ``exponents.top``."""
+    if not exponents.top:
+        return maximum * scale
+    # an fma would round the score to another number than its exponent has, from 2^27 on, where 8 is no digit of it
+    return rounded_product(maximum, scale) - exponents.top
 
 
-def outgrown(maximum: cute.Tensor, scale: Float32, running: cute.Tensor, limit: float) -> Boolean:
+def outgrown(maximum: cute.Tensor, scale: Float32, running: cute.Tensor, exponents: ExponentRange) -> Boolean:
     """Whether one of this thread's scores lies so far beyond its row's reference that the row must be rescaled;
-    ``maximum`` are raw scores, ``scale`` takes them to log2 units, in which ``limit`` is.
+    ``maximum`` are raw scores, ``scale`` takes them to log2 units.
 
     Asked of every thread, this bounds all exponentials, so that the maximum over the threads of a row is needed only
     where the answer is yes: 4 shuffles and 4 maxima less on the way from the scores to their exponentials.
     """
-    grown = maximum[0] * scale - running[0] > limit
+    grown = _beyond(maximum[0], scale, running[0], exponents)
     for r in range(1, cute.size(maximum)):
-        grown = grown | (maximum[r] * scale - running[r] > limit)
+        grown = grown | _beyond(maximum[r], scale, running[r], exponents)
     return grown
+
+
+def _beyond(maximum: Float32, scale: Float32, running: Float32, exponents: ExponentRange) -> Boolean:
+    """Whether a row's maximum has outgrown its reference; no more once that has moved, or the loop would not end.
+
+    The difference is an fma in ptxas's hands, whose result is off by half a digit of the score. From 2^24 on that is
+    more than the 0.75 between top and limit. The sum, rounded up, is never below the maximum that the reference is of.
+    """
+    if exponents.top:
+        return maximum * scale > sum_rounded_up(running, Float32(exponents.limit))
+    return maximum * scale - running > exponents.limit
 
 
 def any_below_one(factors: cute.Tensor) -> Boolean:

@@ -188,10 +188,10 @@ def _check_differentiable(arguments: tuple) -> None:
     """Raise Fp8Error where gradients will be asked of fp8 tensors, UnsupportedKeyError where of a family that has no
     backward for them."""
     call = Call.of(arguments)
-    for name, tensor in names_of(call.options.names).of({"q": call.q, "k": call.k, "v": call.v}).items():
-        if is_fp8(tensor):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise Fp8Error(f"{name} is {dtype}: attention in fp8 has no gradient, call it under torch.no_grad()")
+    if any(map(is_fp8, call[:3])):
+        given = names_of(call.options.names).of(call.named_tensors())
+        asking = next(name for name, tensor in given.items() if tensor is not None and tensor.requires_grad)
+        raise Fp8Error(f"{asking} requires a gradient: attention in fp8 has none, call it under torch.no_grad()")
     if call.options.family is None or not torch_internals.has_values(call.q):
         return
     backward = {"direction": Direction.BACKWARD, "deterministic": call.options.deterministic}

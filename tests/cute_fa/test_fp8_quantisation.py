@@ -344,6 +344,8 @@ BAD = {
         errors.DeviceError,
         "descale is on meta and x on cpu",
     ),
+    "a list": (lambda: fp8.quantize_per_head([1.0]), errors.ArgumentError, "x is list: a torch.Tensor is needed"),
+    "a number": (lambda: fp8.quantize(X, 2.0), errors.ArgumentError, "descale is float: a torch.Tensor is needed"),
     "codes": (lambda: fp8.dequantize(X, torch.tensor(1.0)), errors.DTypeError, "codes is float32: float8_e4m3fn or"),
     "values": (
         lambda: fp8.dequantize(X.to(E4M3), torch.tensor(1.0), torch.int32),
@@ -393,3 +395,15 @@ def test_sums_keep_to_the_bound(instructions):
     np.testing.assert_array_equal(got, 32.0)
     assert (0.92 * bound < (exact - got) / exact).all()
     assert ((exact - got) / exact < bound).all()
+
+
+def test_no_sequences():
+    """As attention takes them: packed rows that belong to none."""
+    packed, offsets = normal(3, 2, 8), torch.zeros(1, dtype=torch.int32)
+    for made, shape in (
+        (fp8.quantize_per_head(packed, cu_seqlens=offsets), (0, 2)),
+        (fp8.quantize_per_block(packed, 2, cu_seqlens=offsets), (0, 2, 2)),
+        (fp8.quantize_per_head(packed[None][:0]), (0, 2)),
+    ):
+        assert made.descale.shape == shape
+    assert fp8.quantize(packed, torch.ones(0, 2), cu_seqlens=offsets).shape == (3, 2, 8)

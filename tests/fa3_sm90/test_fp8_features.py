@@ -189,3 +189,15 @@ def test_same_bits_under_every_schedule_and_on_any_number_of_sms():
     for options in ({"num_sms": 1, "late": True, "schedule_seed": 1}, {"num_sms": 3, "schedule_seed": 3}):
         out, lse = launch(given, pack_gqa=False, persistent="on", **options)
         assert torch.equal(out, first) and torch.equal(lse, first_lse)
+
+
+def test_scores_beyond_the_digits_of_fp32():
+    """From 2^27 on 8 is no digit of a score in log2 units; each query sees its best key alone."""
+    given = make_inputs(InputSpec(1, 64, 300, 1, 1, 64, dtype=E4M3, descales=False), "random")
+    descales = dict.fromkeys(("q_descale", "k_descale"), torch.full((1, 1), 1e4))
+    out, lse = launch(dataclasses.replace(given, **descales))
+    scores = torch.einsum("bqhd,bkhd->bhqk", given.q.double(), given.k.double()) * 1e8 / 8.0
+    assert scores.max() > 2.0**27
+    torch.testing.assert_close(lse.double(), scores.amax(-1), rtol=1e-6, atol=0.0)
+    best = given.v[0, scores[0, 0].argmax(-1)]
+    torch.testing.assert_close(out[0].float(), best.float(), rtol=0.0, atol=0.0)
