@@ -216,7 +216,7 @@ def test_no_gradients(nothing_runs):
         given[name] = given[name].clone().requires_grad_()
         with pytest.raises(errors.Fp8Error, match=f"^{name} requires a gradient: attention in fp8 has none"):
             cute_fa.flash_attn_func(**given)
-    with pytest.raises(errors.Fp8Error, match="^k_descale requires a gradient: attention in fp8 has none"):
+    with pytest.raises(errors.Fp8Error, match=r"^k_descale requires a gradient: attention in fp8 has none"):
         cute_fa.flash_attn_func(Q, K, V, k_descale=torch.ones(2, 2, requires_grad=True))
 
 
