@@ -147,8 +147,8 @@ def test_choices_of_how_reach_the_kernel(monkeypatch):
         assert [launch.grid for launch in made[-1].launches] == [(ctas, 1, 1)]
         assert {name: summary[name] for name in asked[-1]} == asked[-1]
         assert f"pack_gqa={pack_gqa}, persistent={persistent}" in invoke("run", *HOPPER, *options).stdout
-    assert asked[0] == {"late": True, "race": True, "num_sms": 1, "schedule_seed": None}
-    assert asked[-1] == {"late": False, "race": False, "num_sms": 3, "schedule_seed": 1}
+    assert asked[0] == {"late": True, "race": True, "num_sms": 1, "schedule_seed": None, "fp8_bits": None}
+    assert asked[-1] == {"late": False, "race": False, "num_sms": 3, "schedule_seed": 1, "fp8_bits": None}
 
 
 @pytest.mark.parametrize("lengths", ["", "--varlen"])

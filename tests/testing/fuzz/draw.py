@@ -25,7 +25,7 @@ _CALLS = {
     "flash_attn_func": 8,
     "flash_attn_varlen_func": 12,
     "flash_attn_with_kvcache": 9,
-    "append_kv": 2,
+    "append_kv": 4,
     "Fa2FwdRequest": 2,
     "Fa3FwdRequest": 2,
     "VarlenFwdRequest": 2,
@@ -207,7 +207,7 @@ def _cache(call: str, head_dim: int, features: dict[str, Any], rng: random.Rando
             rotary_starts=(0,) if _chance(rng, 0.25) else None,
         )
     if call == "append_kv" and _chance(rng, 0.5):
-        copied = not cache.rotary_dim and _chance(rng, 0.5)
+        copied = not cache.rotary_dim and _chance(rng, 0.7)
         cache = replace(cache, codes=(rng.choice(_CODES), rng.choice(_CODES)), copied=copied)
     return cache
 
@@ -236,11 +236,12 @@ def _in_fp8(problem: Problem, rng: random.Random) -> Problem:
     descales = problem.call == "PagedAttentionRequest" or _chance(rng, 0.8)  # which asks for them
     of_blocks = descales and _chance(rng, 0.3)
     spec = replace(problem.spec, dtype=dtype, dtype_k=dtype_k, dtype_v=dtype_v, descales=descales)
-    spec = replace(spec, block_descales=of_blocks)
+    key_major = problem.call == "flash_attn_func" and _chance(rng, 0.3)
+    spec = replace(spec, block_descales=of_blocks, v_layout="key_major" if key_major else "head_dim")
+    asked = None if problem.call == "PagedAttentionRequest" else rng.choice([None, None, 1, 2])
     call = "Fa3FwdFp8Request" if problem.call == "Fa3FwdRequest" else problem.call
-    return replace(
-        problem, call=call, spec=spec, backward=False, deterministic=False, lse_gradient=False, slopes_gradient=False
-    )
+    forward = dict.fromkeys(("backward", "deterministic", "lse_gradient", "slopes_gradient"), False)
+    return replace(problem, call=call, spec=spec, promote_every=asked, **forward)
 
 
 def _filled(template: Problem, rng: random.Random) -> Problem:
@@ -258,6 +259,8 @@ def _filled(template: Problem, rng: random.Random) -> Problem:
         prefixes = (k - q for q, k in zip(rows, lengths_k, strict=True))
         seqlen_k = max(seqlen_k, *lengths_k, max(prefixes) + max(rows))
     layouts = ["contiguous", "contiguous", "padded", "transposed", *["expanded"] * (cache.new is None)]
+    if spec.v_layout == "key_major":
+        layouts = ["contiguous"]
     problem = changed(
         template,
         batch=batch,
@@ -289,7 +292,8 @@ def _filled(template: Problem, rng: random.Random) -> Problem:
 
 def _may_be_joined(template: Problem) -> bool:
     spec = template.spec
-    return spec.head_dim == spec.head_dim_v and spec.dtype_k is spec.dtype_v and template.cache == CacheSpec()
+    alike = spec.head_dim == spec.head_dim_v and spec.dtype_k is spec.dtype_v and spec.v_layout == "head_dim"
+    return alike and template.cache == CacheSpec()
 
 
 def _lengths(batch: int, most: int, vary: bool, rng: random.Random) -> tuple[int, tuple[int, ...] | None]:

@@ -114,7 +114,7 @@ def _expected(given: Inputs) -> reference.Expected:
 
 def _choices(problem: Problem) -> dict[str, Any]:
     """What says how a function computes."""
-    names = ("family", "num_splits", "pack_gqa")
+    names = ("family", "num_splits", "pack_gqa", "promote_every")
     return {name: getattr(problem, name) for name in names}
 
 
@@ -216,7 +216,7 @@ def _forward_request(problem: Problem, given: Inputs):
     descales = {name: getattr(given, name) for name in _DESCALES}
     if problem.call in ("Fa2FwdRequest", "Fa3FwdRequest", "Fa3FwdFp8Request"):
         if problem.call == "Fa3FwdFp8Request":
-            fields |= descales
+            fields |= descales | {"promote_every": problem.promote_every}
         if problem.call != "Fa2FwdRequest":
             fields |= {"persistent": PersistentMode(problem.persistent), "pack_gqa": problem.pack_gqa}
         return getattr(cute_fa, problem.call)(given.q, given.k, given.v, **fields)

@@ -96,6 +96,7 @@ class Problem:
     family: str | None = None
     num_splits: int = 1
     pack_gqa: bool | None = None
+    promote_every: int | None = None
     persistent: str = "auto"
     max_seqlens: bool = True
     offsets_k: bool = False
@@ -275,6 +276,7 @@ class Problem:
                 self.machine.arch,
                 num_splits=self.num_splits or 1,
                 pack_gqa=self.pack_gqa,
+                promote_every=self.promote_every,
                 persistent=PersistentMode(self.persistent),
                 cache_batch_idx=self.cache.indexed,
                 cache_leftpad=self.cache.leftpad is not None,
@@ -302,7 +304,8 @@ class Problem:
 
 
 # Types of fields that JSON does not have.
-_KINDS = {"machine": Machine, "spec": InputSpec, "cache": CacheSpec, "arch": SmArch, "dtype": DType}
+_KINDS = {"machine": Machine, "spec": InputSpec, "cache": CacheSpec, "arch": SmArch}
+_KINDS |= dict.fromkeys(("dtype", "dtype_k", "dtype_v"), DType)
 
 
 def _fields(value: Any) -> Any:
