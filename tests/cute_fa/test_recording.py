@@ -59,7 +59,16 @@ def problem(**changes) -> AttentionProblem:
 CONFIGS = [
     Fa3Forward.configure(problem(page_size=16, window_left=3)),
     Fa2Backward.configure(problem(direction=Direction.BACKWARD, deterministic=True, softcap=2.0)),
-    AppendConfig(SmArch.SM_80, dtype=DType.FP16, head_dim=64, head_dim_v=64, rotary_dim=32, page_size=8),
+    AppendConfig(
+        SmArch.SM_80,
+        dtype=DType.FP16,
+        dtype_k=DType.E4M3,
+        dtype_v=DType.E5M2,
+        head_dim=64,
+        head_dim_v=64,
+        rotary_dim=32,
+        page_size=8,
+    ),
 ]
 
 
