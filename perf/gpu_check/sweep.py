@@ -26,9 +26,9 @@ _FP8 = {"dtype": DType.E4M3}  # Hopper's alone
 WORKLOADS = (
     Workload(seqlen=8192, causal=True),
     Workload(seqlen=8192),
+    Workload(seqlen=8192, **_BACKWARD),
     Workload(seqlen=8192, **_FP8),
     Workload(seqlen=8192, causal=True, **_FP8),
-    Workload(seqlen=8192, **_BACKWARD),
     Workload(seqlen=8192, tokens=131072, decode=True, **_GQA),
     Workload(seqlen=8192, causal=True, head_dim=64, head_dim_v=64),
     Workload(seqlen=8192, causal=True, head_dim=256, head_dim_v=256),
