@@ -65,6 +65,7 @@ def append_kv(
     Returns (q rotated, a new tensor, or q itself if nothing rotates; int32 (batch): tokens in the cache now). Raises a
     subclass of ``cute_fa.errors.CuteFaError`` before anything is written.
     """
+    given = {"k_descale": k_descale, "v_descale": v_descale}
     call = AppendCall(
         k_cache=k_cache,
         v_cache=v_cache,
@@ -81,8 +82,7 @@ def append_kv(
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         rotary_seqlens=rotary_seqlens,
-        k_descale=values.descale("k_descale", k_descale, k_cache),
-        v_descale=values.descale("v_descale", v_descale, k_cache),
+        **{name: values.descale(name, descale, k_cache) for name, descale in given.items()},
         max_seqlen_q=None if max_seqlen_q is None else values.integer("max_seqlen_q", max_seqlen_q),
         max_seqlen_k_new=None if max_seqlen_k_new is None else values.integer("max_seqlen_k_new", max_seqlen_k_new),
         rotary_interleaved=values.flag("rotary_interleaved", rotary_interleaved),

@@ -305,15 +305,14 @@ def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> Co
     sink_tokens = problem.sink_tokens if problem.sink_tokens and left is not None else None
     bounds = (None if b is None else max(-MAX_BOUND, min(b, MAX_BOUND)) for b in (left, right, sink_tokens))
     lengths = (extras.cu_seqlens_q, extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k, extras.cache_leftpad)
+    handed_on = ("learnable_sink", "page_table", "cache_batch_idx")
     return CommonArguments(
         *(t.q, t.k, t.v, t.out, t.lse),
         lengths=LengthArguments(*lengths),
         window=WindowArguments(*bounds),
         alibi_slopes=slopes,
-        learnable_sink=extras.learnable_sink,
         softmax_scale=problem.softmax_scale,
         softcap=problem.softcap or None,
-        page_table=extras.page_table,
-        cache_batch_idx=extras.cache_batch_idx,
         descales=Descales(extras.q_descale, extras.k_descale, extras.v_descale),
+        **{name: getattr(extras, name) for name in handed_on},
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 import cute_fa
 from cute_fa import compat, errors
@@ -133,9 +133,9 @@ def test_operator():
     # test_schema multiplies the inputs, which torch does not do in fp8 on the CPU.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     call = Call.made(Q, K, V, window_right=0, **DESCALES)
-    opcheck(torch.ops.cute_fa.attention.default, call.flat(), test_utils=checks)
+    library.opcheck(torch.ops.cute_fa.attention.default, call.flat(), test_utils=checks)
     out = torch.empty(Q.shape, dtype=torch.bfloat16)
-    opcheck(torch.ops.cute_fa.attention_out.default, (*call.flat(), out), test_utils=checks)
+    library.opcheck(torch.ops.cute_fa.attention_out.default, (*call.flat(), out), test_utils=checks)
 
 
 def test_compiled_by_torch():
