@@ -34,7 +34,7 @@ class Registers(NamedTuple):
 
 
 # By number of softmax warpgroups.
-_REGISTERS = {2: Registers(184, 88, 56), 1: Registers(232, 168, 104)}
+_REGISTERS = {2: Registers(152, 104, 104), 1: Registers(232, 168, 104)}
 
 
 @dataclass(frozen=True)
