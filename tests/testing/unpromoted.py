@@ -7,7 +7,7 @@ import cutlass.cute as cute
 
 from fa3_sm90.forward import kernel
 from fa3_sm90.forward.accumulation import Direct
-from fa3_sm90.forward.arguments import dense_extents
+from cute_fa.device.tile_work import dense_extents
 from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
 from fa3_sm90.forward.consumer import Consumer
 
