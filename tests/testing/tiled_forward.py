@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+import cute_fa
+from cute_fa.engine import compiler
+from cute_fa.engine.contract import AttentionTensors
 from cute_fa.semantics.reference import expected
+from cute_fa.semantics.tensors import TORCH_DTYPES, problem_of
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from cute_fa.tools.trial import problem_of_spec
 from tests.testing.forward_grid import spec_of_case
@@ -18,6 +23,7 @@ from tests.testing.simulated import call
 if TYPE_CHECKING:
     import ptxsim
     from cute_fa.device.tiled_forward import TiledForward
+    from cute_fa.engine.contract import KernelConfig
     from cute_fa.semantics.types import SmArch
 
 _SIMULATION = ("num_sms", "late", "schedule_seed", "race", "fp8_bits")
@@ -60,6 +66,18 @@ class Forward:
         given = make_inputs(spec_of_case(case, scale=11), case["inputs"], device="cuda")
         options = self._taken(given, self._choices(case))
         compare(given, *given.run(return_lse=True, family=self.kernel.family, **options))
+
+    def check_with(self, config: KernelConfig, given: Inputs, **simulation: Any) -> None:
+        """A kernel of this config, whether or not the heuristic would choose it, compared with the reference."""
+        call = given.call()
+        problem = problem_of(self.arch, call)
+        out = torch.full((*call.q.shape[:-1], call.v.shape[-1]), math.nan, dtype=TORCH_DTYPES[problem.out_dtype])
+        lse = torch.full(call.lse_shape, math.nan)
+        tensors = AttentionTensors(call.q, call.k, call.v, out, lse, call.extras)
+        with cute_fa.simulate(self.arch.value, **simulation) as simulated:
+            arguments = self.kernel.arguments(problem, config, tensors, simulated.sm_count)
+            compiler.compiled(config).launch(arguments)
+        compare(given, out, lse)
 
     @staticmethod
     def _choices(case: dict) -> dict[str, Any]:
