@@ -12,16 +12,12 @@ import torch
 from cute_fa.semantics.problem import LiteralWindow
 from cute_fa.semantics.reference import expected
 from cute_fa.semantics.types import DType, SmArch
-from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
-from fa4_sm100.forward.config import SCORE_CHUNK
+from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa4_sm100.forward.entry import Fa4Forward
+from tests.testing.scores import scored, spikes, visits
 from tests.testing.tiled_forward import Forward
 
 B200, B300 = (Forward(Fa4Forward, arch) for arch in (SmArch.SM_100A, SmArch.SM_103A))
-WARP = 32
-# By dtype how far a score may grow beyond the reference until P, or what emulates it, is wrong: fp16 ends at 2^16, fp32
-# and bf16 at 2^128, and what is shifted into an exponent's 8 bits comes round at 2^512.
-GROWTHS = {DType.FP16: (16.5, 17.0, 40.0, 15.5, 14.5), DType.BF16: (130.0, 512.0, 256.0, 384.0, 20.0, 140.0)}
 # (head_dim, head_dim_v), queries, and the config's (q_tiles, tile_n, ctas).
 SHAPES = {
     "two tiles": ((64, 64), 256, (2, 128, 1)),
@@ -35,47 +31,15 @@ SHAPES = {
 SCHEDULES = [{}, {"late": True, "schedule_seed": 1}, {"schedule_seed": 2}, {"late": True}]
 
 
-def scored(terms: list[tuple[torch.Tensor, torch.Tensor]], noise: float = 0.5, **spec) -> Inputs:
-    """One head whose scores in log2 units are Σ a[query]·b[key] of the ``terms`` (a, b), and noise of that size."""
-    queries, keys = (len(side) for side in terms[0])
-    spec = InputSpec(1, queries, keys, 1, 1, softmax_scale=math.log(2), **{"head_dim": 64, **spec})
-    given = make_inputs(spec)
-    q, k = given.q.clone(), given.k * (noise / math.sqrt(spec.head_dim))
-    for column, (of_query, of_key) in enumerate(terms):
-        q[0, :, 0, column], k[0, :, 0, column] = of_query, of_key
-    return dataclasses.replace(given, q=q, k=k.to(given.k.dtype))
-
-
-def visits(config, seqlen_k: int) -> torch.Tensor:
-    """How many blocks are visited before a key's, from the last one on."""
-    block = torch.arange(seqlen_k) // config.tile_n
-    return block.max() - block
-
-
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", GROWTHS)
+@pytest.mark.parametrize("dtype", [DType.FP16, DType.BF16])
 def test_spikes_in_every_place_that_needs_a_look(shape, dtype):
-    """In each block behind the first one key stands out, another one for each warp, and for one of its rows alone: in
-    the last columns of the block, which are not summed before they are asked about, in emulated ones, and elsewhere."""
     (head_dim, head_dim_v), queries, tiles = SHAPES[shape]
-    sizes = dict(head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype)
-    c = B200.config_of(InputSpec(1, queries, 1024, 1, 1, **sizes))
-    assert (c.q_tiles, c.tile_n, c.ctas) == tiles and c.emulated == 8
-    warps = -(-queries // WARP)
-    blocks = min(10, 1 + (head_dim - 8) // warps)
-    seqlen_k = blocks * c.tile_n - 3  # the first block has an edge
-    columns = [c.tile_n - 1, 6, c.tile_n - SCORE_CHUNK, 0, SCORE_CHUNK + 31, c.tile_n - 20, 14, SCORE_CHUNK - 1, 17]
-    columns = [column % c.tile_n for column in columns]
-    growths = GROWTHS[dtype]
-    terms = []
-    for place in range((blocks - 1) * warps):
-        block, warp = divmod(place, warps)
-        of_query, of_key = torch.zeros(queries), torch.zeros(seqlen_k)
-        of_query[(warp * WARP + (7 * block + 3) % WARP) % queries] = growths[place % len(growths)]
-        of_key[block * c.tile_n + columns[(block + warp) % len(columns)]] = 1.0
-        terms.append((of_query, of_key))
+    spec = InputSpec(1, queries, 1024, 1, 1, head_dim, head_dim_v, dtype)
+    config = B200.config_of(spec)
+    assert (config.q_tiles, config.tile_n, config.ctas) == tiles and config.emulated == 8
     schedule = SCHEDULES[list(SHAPES).index(shape) % len(SCHEDULES)]
-    B200.check(scored(terms, **sizes), **schedule)
+    B200.check(spikes(config, spec), **schedule)
 
 
 @pytest.mark.parametrize("forward", [B200, B300], ids=lambda forward: forward.arch.value)
@@ -100,7 +64,9 @@ def test_they_do_so_with_one_tile_of_queries(head_dims):
         B200.check(given, **schedule)
 
 
-@pytest.mark.parametrize("features", [{"alibi": True}, {"softcap": 8000.0}, {"alibi": True, "softcap": 8000.0}], ids=str)
+@pytest.mark.parametrize(
+    "features", [{"alibi": True}, {"softcap": 8000.0}, {"alibi": True, "softcap": 8000.0}], ids=str
+)
 def test_they_do_so_by_a_bias_and_under_a_cap(features):
     """What is looked at and what is summed are scores of the formula, not of Q·Kᵀ."""
     given = scored([(torch.ones(200), 30.0 * visits(B200.config_of(InputSpec(1, 200, 700, 1, 1)), 700))], **features)
@@ -174,7 +140,7 @@ def test_fp16_sums_near_the_limit():
     """Rows whose every score exceeds the reference by as much, in one block or in all, so that sums end on both sides
     of 2^15 and P on both sides of 2^16."""
     rows = torch.zeros(256)
-    rows[::WARP] = torch.tensor([7.5, 8.25, 8.5, 9.0, 12.0, 14.75, 15.25, 16.0])
+    rows[::32] = torch.tensor([7.5, 8.25, 8.5, 9.0, 12.0, 14.75, 15.25, 16.0])
     blocks = visits(B200.config_of(InputSpec(1, 256, 500, 1, 1)), 500)
     for steps in (blocks, (blocks == 2).float()):
         B200.check(scored([(rows, steps)], noise=0.0625, dtype=DType.FP16))

@@ -1,13 +1,12 @@
 """The FA4 forward with one line of its device code wrong, under a config class of its own for each such fault."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
-import cutlass.cute as cute
-from cutlass import Boolean, Float32
+from cutlass import Boolean
 
 from cute_fa.device import exponentials
 from cute_fa.device.ring import RingState
@@ -18,7 +17,7 @@ from fa4_sm100.forward.softmax import HEADROOM_LOG2, Softmax
 
 
 class Fault(NamedTuple):
-    """``wrong`` takes the place of an attribute of a module or class; a function is given the right one first."""
+    """``wrong`` takes the place of an attribute of a module or class."""
 
     of: Any
     name: str
@@ -48,6 +47,12 @@ def _hidden(left: int = 0, right: int = 0, end: int = 0) -> Fault:
     return wrapped(softmax, "hidden_keys", hidden_keys)
 
 
+def _without_last(right: Callable, self: Softmax, *arguments) -> None:
+    before = self.total[0] + self.sums[0] + self.sums[1]
+    right(self, *arguments)
+    self.total[0] = before
+
+
 class _Unwatched(list):
     """Pairs of scores that are emulated and not looked at."""
 
@@ -74,9 +79,6 @@ FAULTS = {
         Softmax, "set_bias", lambda right, self, reference, unit: right(self, softmax.finite(reference), unit)
     ),
     "emulated beyond its range": Fault(exponentials, "_LOWEST", -1e30),
-    "the larger of NaN and a number": Fault(
-        softmax, "max_with_nan", lambda a, b, c: cute.arch.fmax(cute.arch.fmax(a, b), c)
-    ),
     "emulated under a mask": wrapped(
         Softmax,
         "exponentiate",
@@ -98,16 +100,8 @@ FAULTS = {
     "scores of the other phase": wrapped(
         Softmax, "buffer", lambda right, self, block: RingState(right(self, block).stage, right(self, block).phase ^ 1)
     ),
-    "sums without the last columns": wrapped(
-        Softmax, "hand_over", lambda right, self, *arguments: _without_last(right, self, arguments)
-    ),
+    "sums without the last columns": wrapped(Softmax, "hand_over", _without_last),
 }
-
-
-def _without_last(hand_over: Callable, self: Softmax, arguments: tuple) -> None:
-    before = self.total[0] + self.sums[0] + self.sums[1]
-    hand_over(self, *arguments)
-    self.total[0] = Float32(before)
 
 
 @dataclass(frozen=True)
@@ -135,9 +129,8 @@ class DamagedKernel(kernel.Fa4ForwardKernel):
         with self.damaged():
             super().multiply(*arguments)
 
-    def damaged(self) -> ExitStack:
-        fault = FAULTS[self.config.fault]
-        return mock.patch.object(*fault)
+    def damaged(self) -> AbstractContextManager:
+        return mock.patch.object(*FAULTS[self.config.fault])
 
 
 def build(config: DamagedConfig):
