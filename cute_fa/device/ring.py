@@ -1,10 +1,10 @@
 """Rings of shared-memory tiles, guarded by mbarriers: the loader fills a stage, the consumers read and release it."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32
 from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.pipeline_spec import PipelineSpec
@@ -53,15 +53,17 @@ class Ring:
             cute.arch.mbarrier_init(self.full + stage, self.spec.producer_warps)
             cute.arch.mbarrier_init(self.empty + stage, self.spec.consumer_warps)
 
-    def acquire(self, state: RingState, stage_bytes: Optional[int] = None) -> cute.Pointer:
-        """Loader: wait until the stage is free, announce its bytes, the ring's own unless given; returns the barrier
-        for the copies."""
+    def acquire(self, state: RingState) -> cute.Pointer:
+        """Loader: wait until the stage is free, announce its bytes; returns the barrier for the copies."""
         full = self.full + state.stage
         cute.arch.mbarrier_wait(self.empty + state.stage, state.phase ^ 1)
-        with cute.arch.elect_one():
-            size = self.spec.stage_bytes if stage_bytes is None else stage_bytes
-            cute.arch.mbarrier_arrive_and_expect_tx(full, size)
+        self.expect(state.stage, self.spec.stage_bytes)
         return full
+
+    def expect(self, stage: Int32, stage_bytes: int):
+        """Loader: announce what the copies of a stage bring."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(self.full + stage, stage_bytes)
 
     def wait_free(self, state: RingState):
         """Warp that writes a stage itself: wait until it is free."""
@@ -75,11 +77,7 @@ class Ring:
     def signal(self, stage: Int32):
         """Warp that has done its part of a stage: hand it to the consumers."""
         cute.arch.sync_warp()
-        inline_ptx(
-            "mbarrier.arrive.shared.b64 _, [{$r0}];",
-            read_only_args=[(self.full + stage).toint()],
-            predicate=cute.arch.lane_idx() == 0,
-        )
+        self._arrive(self.full + stage, cute.arch.lane_idx() == 0)
 
     def wait(self, state: RingState):
         """Consumer: wait until the tile is there."""
@@ -94,11 +92,21 @@ class Ring:
         leader = cute.arch.lane_idx() == 0
         if if_true is not True:
             leader = leader & if_true
-        inline_ptx(
-            "mbarrier.arrive.shared.b64 _, [{$r0}];",
-            read_only_args=[(self.empty + stage).toint()],
-            predicate=leader,
-        )
+        self._arrive(self.empty + stage, leader)
+
+    def _arrive(self, barrier: cute.Pointer, leader: Boolean):
+        """By the one lane for which ``leader`` holds."""
+        if self.spec.shared:
+            first = inline_ptx(
+                "mapa.shared::cluster.u32 {$w0}, {$r0}, 0;", write_only_types=[Int32], read_only_args=[barrier.toint()]
+            )
+            inline_ptx(
+                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{$r0}];",
+                read_only_args=[first],
+                predicate=leader,
+            )
+        else:
+            inline_ptx("mbarrier.arrive.shared.b64 _, [{$r0}];", read_only_args=[barrier.toint()], predicate=leader)
 
 
 def rings(specs: tuple[PipelineSpec, ...], barriers: cute.Pointer) -> dict[str, Ring]:

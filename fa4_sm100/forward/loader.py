@@ -5,43 +5,38 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from cute_fa.device.key_copies import KeyCopies, KeyTensor
-from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
-from cute_fa.device.tile_work import Extents, TileWork, scheduler_of, tile_work
+from cute_fa.device.ring import RingState, ring_next, ring_start
+from cute_fa.device.tile_work import TileWork
 from cute_fa.device.tma_boxes import BoxCopy
-from fa4_sm100.forward.arguments import ForwardArguments, TmaTensors
-from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig
-from fa4_sm100.forward.storage import Boxes, Storage
+from fa4_sm100.forward.config import TILE_M
+from fa4_sm100.forward.cta import Cta
+from fa4_sm100.forward.storage import Boxes
 
 
 class Loader:
     """One warp. Order of the copies: K0, Q of each tile, then V0, K1, V1 …, as the products need them."""
 
-    def __init__(
-        self,
-        config: Fa4ForwardConfig,
-        args: ForwardArguments,
-        tma: TmaTensors,
-        extents: Extents,
-        storage: Storage,
-        rings: dict[str, Ring],
-    ):
-        self.config, self.args, self.extents = config, args, extents
-        self.tma, self.storage, self.rings = tma, storage, rings
-        self.boxes = Boxes.of(config)
-        self.copies = KeyCopies(config, args.common)
-        self.k = KeyTensor(tma.k, self.boxes.k, config.head_dim_padded, False)
-        self.v = KeyTensor(tma.v, self.boxes.v, config.loaded_columns, config.key_major_v)
+    def __init__(self, cta: Cta):
+        self.cta, self.config, self.tma = cta, cta.config, cta.tma
+        self.storage, self.rings = cta.storage, cta.rings
+        self.boxes = Boxes.of(cta.config)
+        self.copies = KeyCopies(cta.config, cta.common)
+        c, boxes = cta.config, self.boxes
+        self.k = KeyTensor(cta.tma.k, boxes.k, c.tile_keys, c.head_dim_padded)
+        self.v = KeyTensor(cta.tma.v, boxes.v, c.tile_n, c.loaded_columns, c.key_major_v)
+        if c.ctas > 1:
+            self.k = self.k._replace(first_key=cta.rank * c.tile_keys)
+            self.v = self.v._replace(first_panel=cta.rank * (c.value_columns // boxes.v.columns))
 
     @cute.jit
     def run(self):
         """Walk over the CTA's tiles."""
-        common, config, extents = self.args.common, self.config, self.extents
-        scheduler = scheduler_of(common, self.args.grid, config)
-        valid, tile, advance, load_tile = scheduler.valid, scheduler.tile, scheduler.next, self.load_tile
+        work, load_tile, scheduler = self.cta.work, self.load_tile, self.cta.scheduler()
+        valid, tile, advance = scheduler.valid, scheduler.tile, scheduler.next
         queries, keys = ring_start(), ring_start()
         state = scheduler.first()
         while valid(state):
-            keys = load_tile(tile_work(common, config, extents, tile(state)), queries, keys)
+            keys = load_tile(work(tile(state)), queries, keys)
             queries = ring_next(queries, 1)
             state = advance(state)
 
@@ -69,20 +64,34 @@ class Loader:
         outer = () if const_expr(c.cu_seqlens_q) else (batch,)
         copy = BoxCopy(self.tma.q, self.boxes.q, TILE_M, head, outer)
         for q_tile in cutlass.range_constexpr(c.q_tiles):
-            barrier = self.rings[f"q{q_tile}"].acquire(state)
-            row = work.info.offset_q + work.first_token + q_tile * c.tokens
+            barrier = self.acquire(f"q{q_tile}", state, self.rings[f"q{q_tile}"].spec.stage_bytes)
+            row = work.info.offset_q + self.cta.first_token(work, q_tile)
             copy.load(self.storage.q[q_tile], 0, row, Int32(c.tokens), barrier)
 
     def load_k(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of K into its stage."""
         c = self.config
-        barrier = self.rings["kv"].acquire(state, c.k_bytes)
+        barrier = self.acquire("kv", state, c.k_bytes)
         target = self.storage.k + state.stage * (c.stage_bytes // c.dtype_k.bytes)
         self.copies.load(self.k, target, work, iteration, barrier)
 
     def load_v(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of V into its stage."""
         c = self.config
-        barrier = self.rings["kv"].acquire(state, c.v_bytes)
+        barrier = self.acquire("kv", state, c.v_bytes)
         target = self.storage.v + state.stage * (c.stage_bytes // c.dtype_v.bytes)
         self.copies.load(self.v, target, work, iteration, barrier)
+
+    @cute.jit
+    def acquire(self, ring: cutlass.Constexpr[str], state: RingState, stage_bytes: cutlass.Constexpr[int]):
+        """Wait until the CTA's own stage is free; the barrier that copies of ``stage_bytes`` count on, which is the
+        first CTA's of a pair, for both."""
+        barriers, ctas, rank = self.rings[ring], self.config.ctas, self.cta.rank
+        wait_free, expect = barriers.wait_free, barriers.expect
+        wait_free(state)
+        if const_expr(ctas == 1):
+            expect(state.stage, stage_bytes)
+        else:
+            if rank == 0:
+                expect(state.stage, ctas * stage_bytes)
+        return barriers.full + state.stage

@@ -4,42 +4,30 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
-from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
+from cute_fa.device.ring import RingState, ring_next, ring_start
 from cute_fa.device.tensor_memory import after_sync
 from cute_fa.device.tensor_products import Product, column_operand, commit, row_operand
-from cute_fa.device.tile_work import Extents, scheduler_of, tile_work
 from cute_fa.semantics.types import DType
-from fa4_sm100.forward.arguments import ForwardArguments
-from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig
-from fa4_sm100.forward.storage import Storage
+from fa4_sm100.forward.config import TILE_M
+from fa4_sm100.forward.cta import Cta
 
 
 class Products:
-    """One warp, which issues all products of the CTA.
+    """One warp, which issues all products of the CTA, or of a pair in its first.
 
     Two tiles take turns: while one's softmax runs, the tensor cores compute the other's P·V and its next scores. With
     one tile, the next block's scores are computed before P·V of this one, in another buffer.
     """
 
-    def __init__(
-        self,
-        config: Fa4ForwardConfig,
-        args: ForwardArguments,
-        extents: Extents,
-        storage: Storage,
-        rings: dict[str, Ring],
-        tensor: Int32,
-    ):
-        """``tensor``: address of the CTA's tensor memory."""
-        c = config
-        self.config, self.args, self.extents, self.tensor = c, args, extents, tensor
-        self.storage, self.rings = storage, rings
+    def __init__(self, cta: Cta):
+        c, storage = cta.config, cta.storage
+        self.cta, self.config, self.rings, self.tensor = cta, c, cta.rings, cta.tensor
         dtype_p = DType.E4M3 if c.dtype.is_fp8 else c.dtype
-        self.scores = Product.of(c.dtype, c.dtype_k, c.tile_n, False)
-        self.output = Product.of(dtype_p, c.dtype_v, c.head_dim_v_padded, not c.key_major_v)
+        self.scores = Product.of(c.dtype, c.dtype_k, c.tile_n, False, c.ctas)
+        self.output = Product.of(dtype_p, c.dtype_v, c.head_dim_v_padded, not c.key_major_v, c.ctas)
         row_bytes = c.head_dim_padded * c.dtype.bytes
         self.q = tuple(row_operand(q.toint(), TILE_M, row_bytes) for q in storage.q)
-        self.k = row_operand(storage.k.toint(), c.tile_n, row_bytes)
+        self.k = row_operand(storage.k.toint(), c.tile_keys, row_bytes)
         if c.key_major_v:
             self.v = row_operand(storage.v.toint(), c.head_dim_v_padded, c.tile_n * c.dtype_v.bytes)
         else:
@@ -51,14 +39,13 @@ class Products:
     @cute.jit
     def run(self):
         """Walk over the CTA's tiles."""
-        common, config, extents = self.args.common, self.config, self.extents
-        scheduler = scheduler_of(common, self.args.grid, config)
+        config, work, scheduler = self.config, self.cta.work, self.cta.scheduler()
         valid, tile, advance = scheduler.valid, scheduler.tile, scheduler.next
         multiply = self.two_tiles if const_expr(config.q_tiles == 2) else self.one_tile
         queries, keys, done = ring_start(), ring_start(), Int32(0)
         state = scheduler.first()
         while valid(state):
-            total = tile_work(common, config, extents, tile(state)).blocks.total
+            total = work(tile(state)).blocks.total
             keys = multiply(total, queries, keys, done)
             done += total
             queries = ring_next(queries, 1)
@@ -95,7 +82,7 @@ class Products:
         arrived(values)
         for q_tile in cutlass.range_constexpr(2):
             start_output(q_tile, RingState(Int32(q_tile), (done + total - 1) & 1), values, total > 1, queries)
-            commit(self.rings["o"].full + q_tile)
+            commit(self.rings["o"].full + q_tile, self.config.ctas)
         release("kv", values.stage)
         return ring_next(values, stages)
 
@@ -126,7 +113,7 @@ class Products:
         last = done + total - 1
         start_output(0, RingState(last & 1, (last >> 1) & 1), values, total > 1, queries)
         release("p", 0)
-        commit(self.rings["o"].full)
+        commit(self.rings["o"].full, self.config.ctas)
         release("kv", values.stage)
         return ring_next(values, stages)
 
@@ -135,7 +122,7 @@ class Products:
         c = self.config
         k = self.k.at(keys.stage * c.stage_bytes)
         self.scores.multiply(self.tensor + buffer * c.score_columns, self.q[q_tile], k, Int32(0))
-        commit(self.rings["s"].full + buffer)
+        commit(self.rings["s"].full + buffer, c.ctas)
 
     def start_output(self, q_tile: int, buffer: RingState, values: RingState, accumulate: Boolean, queries: RingState):
         """P·V of a tile, once P is there: first the part of it that is stored first. Before the first block of a tile,
@@ -154,7 +141,7 @@ class Products:
 
     def release(self, ring: str, stage: Int32 | int):
         """Once the products issued so far are done."""
-        commit(self.rings[ring].empty + stage)
+        commit(self.rings[ring].empty + stage, self.config.ctas)
 
     def release_q(self):
         """As :meth:`release`; where O takes Q's place, the epilogue does it."""

@@ -8,6 +8,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.pipeline_spec import HANDOUT_STAGES
 from cute_fa.device.ring import barrier_count
 from cute_fa.device.tma_boxes import BoxShape, panel_bytes, tile_layout
 from cute_fa.semantics.types import DType
@@ -21,7 +22,7 @@ class Storage(NamedTuple):
     """Shared memory of a CTA: pointers, swizzled like their tiles. ``q`` and ``out`` have one for each tile (where O
     has memory of its own, both tiles use the same), ``k`` and ``v`` are the ring's memory as tiles of either. ``stats``
     fp32 (tiles, 2, 128): each row's sum of exponentials and reference; ``tensor``: where the address of tensor memory
-    is."""
+    is; ``responses``: what the hardware says of the next tiles."""
 
     barriers: cute.Pointer
     q: tuple[cute.Pointer, ...]
@@ -30,6 +31,7 @@ class Storage(NamedTuple):
     v: cute.Pointer
     stats: cute.Pointer
     tensor: cute.Pointer
+    responses: cute.Pointer
 
 
 def allocate(config: Fa4ForwardConfig) -> Storage:
@@ -52,10 +54,11 @@ def allocate(config: Fa4ForwardConfig) -> Storage:
         barriers=allocator.allocate_array(Int64, barrier_count(c.pipelines)),
         q=tuple(tile(raw, dtype_q, TILE_M, c.head_dim_padded) for raw in q_raw),
         out=tuple(tile(raw, out_dtype, TILE_M, c.head_dim_v_padded) for raw in out_raw),
-        k=tile(kv_raw, dtype_k, c.tile_n, c.head_dim_padded),
+        k=tile(kv_raw, dtype_k, c.tile_keys, c.head_dim_padded),
         v=tile(kv_raw, dtype_v, *v_shape),
         stats=allocator.allocate_array(Float32, c.stats_bytes // 4),
         tensor=allocator.allocate_array(Int32, 1),
+        responses=allocator.allocate_array(cutlass.Int128, HANDOUT_STAGES),
     )
 
 
@@ -76,7 +79,7 @@ class Boxes(NamedTuple):
             return panel_bytes(columns * dtype.bytes) // dtype.bytes
 
         columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.value_columns, c.dtype)
-        v = BoxShape(1, c.key_rows, columns_v, c.ragged_keys)
+        v = BoxShape(1, c.tile_n if c.page_size is None else c.key_rows, columns_v, c.ragged_keys)
         if c.key_major_v:  # its rows are columns of V
             v = BoxShape(1, c.head_dim_v, panel(c.tile_n, c.dtype_v), False)
         return cls(
