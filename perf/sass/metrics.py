@@ -14,6 +14,9 @@ The model's unit is SM cycles for one iteration of four warps, one in each quart
 
 ``util_overlap`` = tc / max(all): everything overlaps perfectly. ``util_serial`` = tc / (tc + max(others)): nothing
 does. ``util_pingpong`` (sm_90): W consumer warpgroups taking turns on the tensor cores without overlap inside one.
+On sm_100 one warp issues the tensor work (tcgen05) and others do the rest, so a kernel has a loop for each role:
+``role_loops``. Figures of scores are those of the softmax warps, which hold a row a thread.
+
 ``stall_sum``: the compiler's fixed stall counts of the non-tensor instructions, one warp's own lower bound in cycles,
 ``cond_stall``: those of conditional blocks among them; ``sb_waits``: instructions that wait on a scoreboard, whose
 latency is not modelled. Nothing here knows latencies, bank conflicts, cache or memory time, trip counts, clocks or
@@ -28,6 +31,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from perf.sass.cubin import Code, Instruction, disassemble, kernel_resources
+from perf.sass.emulation import emulated_exp2
 from perf.sass.flow import ControlFlow, Loop
 from perf.sass.opcodes import (
     ALU_CLASSES,
@@ -38,6 +42,7 @@ from perf.sass.opcodes import (
     is_warpgroup_mma,
     tensor_operation,
 )
+from perf.sass.registers import needed, written
 
 _SPIN_LENGTH = 12  # instructions; a longer loop without tensor work or exp2 is no spin
 _POLLING = ("sync", "ldg", "red")  # what a spin asks for the state of a barrier or semaphore by
@@ -69,7 +74,9 @@ SM_MODELS = {
 @dataclass
 class LoopReport:
     """One hot loop. ``row()`` is what tables print; ``main`` marks the steady-state loop of its role. ``counts`` are by
-    class, ``opcodes`` by opcode, ``shapes`` by shape of the tensor-core instructions."""
+    class, ``opcodes`` by opcode, ``shapes`` by shape of the tensor-core instructions. ``registers``: most that its role
+    uses of those that setmaxnreg gives it, ``register_limit``. Of softmax warps: ``scores`` that a thread reads from
+    tensor memory, and how many of their exponentials are ``emulated``, with ``emulation`` instructions."""
 
     role: str
     address: int
@@ -87,10 +94,16 @@ class LoopReport:
     conditional_stall: int
     sb_waits: int
     warpgroups: int | None
+    registers: int | None = None
+    register_limit: int | None = None
+    scores: int = 0
+    emulated: int = 0
+    emulation: int = 0
     main: bool = False
     per_score: float | None = None
     cond_per_score: float | None = None
     copy_per_score: float | None = None
+    net_per_score: float | None = None
 
     @property
     def mflop(self) -> float:
@@ -100,6 +113,11 @@ class LoopReport:
     def work(self) -> float:
         """What loops are compared by: tensor work, or exp2 where another warp issues that."""
         return self.flops or self.counts["mufu_ex2"]
+
+    @property
+    def pipe_cycles(self) -> float:
+        """Cycles of the busiest among MUFU, FMA pipe and issue."""
+        return max(self.cycles[name] for name in ("mufu", "fma", "issue"))
 
     def row(self) -> dict:
         cycles, tensor = self.cycles, self.cycles["tc"]
@@ -130,6 +148,12 @@ class LoopReport:
             "per_score": self.per_score,
             "cond_per_score": self.cond_per_score,
             "copy_per_score": self.copy_per_score,
+            "net_per_score": self.net_per_score,
+            "scores": self.scores,
+            "emulated": self.emulated,
+            "emulation": self.emulation,
+            "registers": self.registers,
+            "register_limit": self.register_limit,
         }
 
     def _pingpong(self) -> float | None:
@@ -165,6 +189,31 @@ class KernelReport:
     def main_loop(self) -> LoopReport | None:
         """The steady-state loop that does the tensor work."""
         return next((loop for loop in self.loops if loop.main and loop.role.startswith("mma")), None)
+
+    @property
+    def tcgen05(self) -> bool:
+        """Whether one warp issues the tensor work for all."""
+        return self.main_loop is not None and any(is_tcgen05(shape) for shape in self.main_loop.shapes)
+
+    @property
+    def role_loops(self) -> dict[str, LoopReport]:
+        """The steady-state loop of each role, as far as it has one: ``main``, or with tcgen05 ``softmax``,
+        ``correction`` (which reads O from tensor memory, scales it and writes it back), ``mma`` and ``load``."""
+        if not self.tcgen05:
+            return {"main": self.main_loop} if self.main_loop else {}
+        most = {
+            "softmax": lambda loop: loop.main * loop.scores,
+            "correction": lambda loop: not loop.scores and loop.opcodes["STTM"],
+            "mma": lambda loop: loop.main and loop.flops,
+            "load": lambda loop: loop.opcodes["UTMALDG"],
+        }
+        found = {role: max(self.loops, key=measure) for role, measure in most.items()}
+        return {role: loop for role, loop in found.items() if most[role](loop)}
+
+    @property
+    def score_loop(self) -> LoopReport | None:
+        """The one among them that computes with the scores."""
+        return self.role_loops.get("softmax", self.main_loop)
 
     def row(self) -> dict:
         tensor_in_loops = sum(loop.counts["tensor"] for loop in self.loops)
@@ -218,7 +267,7 @@ class _Analysis:
 
     def role(self, header: int) -> str:
         """What the loop is for, and the register budget in force there (``mma@r240``)."""
-        limits = [value for block, value, _ in self.register_limits if self.flow.dominates(block, header)]
+        limit = self._limit(header)
         if self.tensor[header]:
             what = "mma"
         elif self.exp2[header] >= 4:
@@ -227,7 +276,16 @@ class _Analysis:
             what = "correction"
         else:
             what = "load/store" if self.copies[header] else "other"
-        return what + (f"@r{limits[-1]}" if limits else "")
+        return what + (f"@r{limit[1]}" if limit else "")
+
+    def _limit(self, header: int) -> tuple[int, int] | None:
+        """(block, registers) of the setmaxnreg that is in force in the loop."""
+        limits = [(block, value) for block, value, _ in self.register_limits if self.flow.dominates(block, header)]
+        return limits[-1] if limits else None
+
+    def _registers_after(self, block: int) -> int:
+        """Most registers that code behind the block uses."""
+        return needed(self.flow.instructions({b for b in self.flow.idom if self.flow.dominates(block, b)}))
 
     def hot(self) -> list[int]:
         """Headers of the hot loops, in no order."""
@@ -252,6 +310,11 @@ class _Analysis:
         body = loop.body - spins
         always = {b for b in body if all(self.flow.dominates(b, latch) for latch in loop.latches)}
         instructions, conditional = self.flow.instructions(body), self.flow.instructions(body - always)
+        role, limit = self.role(header), self._limit(header)
+        scores, emulated, emulation = 0, 0, []
+        if role.startswith("softmax"):
+            scores = sum(_loaded(i) for i in instructions)
+            emulated, emulation = emulated_exp2(self.flow.instructions(always))
         counts = Counter(classify(i.opcode, i.modifiers) for i in instructions)
         shapes: Counter[str] = Counter()
         flops = unknown = 0
@@ -272,7 +335,7 @@ class _Analysis:
             else:
                 smem_cycles += _shared_memory_cycles(i)
         return LoopReport(
-            role=self.role(header),
+            role=role,
             address=self.code.instructions[self.flow.blocks[header][0]].address,
             instructions=len(instructions),
             conditional=len(conditional),
@@ -288,6 +351,11 @@ class _Analysis:
             conditional_stall=_stall_sum(conditional),
             sb_waits=sum(i.wait != 0 for i in instructions),
             warpgroups=max(1, self.threads // 128 - bool(self.register_limits)) if self.arch // 10 == 9 else None,
+            registers=self._registers_after(limit[0]) if limit else None,
+            register_limit=limit[1] if limit else None,
+            scores=scores,
+            emulated=emulated,
+            emulation=len(emulation),
         )
 
     def _copying_length(self, block: int) -> int:
@@ -341,6 +409,12 @@ def _stall_sum(instructions: list[Instruction]) -> int:
 def _is_copy(instruction: Instruction) -> bool:
     """Asynchronous copies: cp.async, TMA and bulk."""
     return instruction.opcode.startswith(("UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "UBLK"))
+
+
+def _loaded(instruction: Instruction) -> int:
+    """Values that a thread reads from tensor memory."""
+    statistics = "STAT" in instruction.modifiers
+    return len(written(instruction)) - statistics if instruction.opcode == "LDTM" else 0
 
 
 def _wgmma_serialised(code: Code) -> bool:
@@ -410,17 +484,19 @@ def report_cubin(cubin: bytes) -> list[KernelReport]:
 
 def add_per_score(report: KernelReport, head_dim: int, head_dim_v: int | None = None, backward: bool = False) -> None:
     """Fills ``per_score``, ``cond_per_score`` and ``copy_per_score``: the loop's non-tensor instructions per thread and
-    element of S without conditional blocks, of those alone, and of those among them that copy the next tiles.
+    element of S without conditional blocks, of those alone, and of those among them that copy the next tiles;
+    ``net_per_score``: with conditional blocks, without what emulates exponentials.
 
     Unlike instructions per exp2 this does not move when exp2 is computed on another pipe. Elements of S per thread
-    follow from the loop's flops: 2(d + dv) per element forward, 2(3d + 2dv) backward.
+    follow from the loop's flops: 2(d + dv) per element forward, 2(3d + 2dv) backward; softmax warps read them.
     """
     dv = head_dim_v or head_dim
     flops = 2 * (3 * head_dim + 2 * dv) if backward else 2 * (head_dim + dv)
     for loop in report.loops:
-        elements = loop.mflop * 1e6 / flops / 128
+        elements = loop.scores or loop.mflop * 1e6 / flops / 128
         if elements:
             plain = loop.instructions - loop.counts["tensor"] - loop.conditional
             loop.per_score = round(plain / elements, 2)
             loop.cond_per_score = round(loop.conditional / elements, 2)
             loop.copy_per_score = round(loop.copying / elements, 2)
+            loop.net_per_score = round((plain + loop.conditional - loop.emulation) / elements, 2)

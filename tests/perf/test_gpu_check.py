@@ -38,6 +38,7 @@ from perf.cuda_driver import Driver
 from perf.gpu_check import pack, steps, sweep
 from perf.gpu_check.smoke import SMOKE, Attention, served
 from perf.gpu_check.steps import Outcome, Plan, Step
+from perf.static import COLUMNS
 from perf.workload import Workload
 from tests.cute_fa.test_backward_ops import FULL
 from tests.cute_fa.test_service import DENSE as SERVED
@@ -560,7 +561,7 @@ def test_without_a_gpu_the_static_figures_are_made(monkeypatch):
 
     def static_table(keys, *, fa4, progress):
         asked.extend(keys)
-        return pd.DataFrame({"per_score": [5.5]})
+        return pd.DataFrame({"per_score": [5.5]}).reindex(columns=COLUMNS)
 
     monkeypatch.setattr("perf.static.static_table", static_table)
     done = invoke()
