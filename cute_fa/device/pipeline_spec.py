@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class PipelineSpec:
     """One ring of tiles in shared memory between the loader and the consumers.
 
-    ``name``: what it carries; ``stages``: tiles in the ring, a power of 2; ``stage_bytes``: what the TMA copies of one
+    ``name``: what it carries; ``stages``: tiles in the ring; ``stage_bytes``: what the TMA copies of one
     stage deliver, 0 where warps write it; ``consumer_warps``: warps that release a stage, one arrival each;
     ``producer_warps``: warps that fill one.
     """

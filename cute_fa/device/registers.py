@@ -17,17 +17,20 @@ def opaque(value):
     )
 
 
+def narrow_pair(low: Float32, high: Float32, dtype) -> Uint32:
+    """Two numbers in fp16 or bf16, rounded to nearest, in a register."""
+    name = "bf16x2" if dtype is cutlass.BFloat16 else "f16x2"
+    return inline_ptx(
+        f"cvt.rn.{name}.f32 {{$w0}}, {{$r1}}, {{$r0}};", write_only_types=[Uint32], read_only_args=[low, high]
+    )
+
+
 def narrow(source: cute.Tensor, target: cute.Tensor):
     """fp32 fragment to an fp16 or bf16 one of the same layout, rounded to nearest, a pair an instruction: the DSL's own
     conversion of a vector falls back to single elements unless their number is a power of 2."""
-    name = "bf16x2" if target.element_type is cutlass.BFloat16 else "f16x2"
     pairs = cute.recast_tensor(target, Uint32)
     for i in range(cute.size(pairs)):
-        pairs[i] = inline_ptx(
-            f"cvt.rn.{name}.f32 {{$w0}}, {{$r1}}, {{$r0}};",
-            write_only_types=[Uint32],
-            read_only_args=[source[2 * i], source[2 * i + 1]],
-        )
+        pairs[i] = narrow_pair(source[2 * i], source[2 * i + 1], target.element_type)
 
 
 def narrow_to_e4m3(source: cute.Tensor, target: cute.Tensor):
@@ -39,14 +42,19 @@ def narrow_to_e4m3(source: cute.Tensor, target: cute.Tensor):
         words[word] = _e4m3_word(source, row, (first, first + 1))
 
 
-def _e4m3_word(source: cute.Tensor, row: int, blocks: tuple[int, int]) -> Uint32:
-    """What a thread has in two blocks of 8 columns of an accumulator, 4 registers each, in one of its two rows."""
+def e4m3_word(values: list[Float32]) -> Uint32:
+    """Four numbers in e4m3, saturating, in a register."""
     return inline_ptx(
         "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, {$r1}, {$r0}; "
         "cvt.rn.satfinite.e4m3x2.f32 high, {$r3}, {$r2}; mov.b32 {$w0}, {low, high}; }",
         write_only_types=[Uint32],
-        read_only_args=[source[4 * block + 2 * row + c] for block in blocks for c in range(2)],
+        read_only_args=values,
     )
+
+
+def _e4m3_word(source: cute.Tensor, row: int, blocks: tuple[int, int]) -> Uint32:
+    """What a thread has in two blocks of 8 columns of an accumulator, 4 registers each, in one of its two rows."""
+    return e4m3_word([source[4 * block + 2 * row + c] for block in blocks for c in range(2)])
 
 
 def narrow_to_e4m3_in_order(source: cute.Tensor, target: cute.Tensor, anew: bool):

@@ -1,7 +1,8 @@
 """Rings of shared-memory tiles, guarded by mbarriers: the loader fills a stage, the consumers read and release it."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.arch import inline_ptx
@@ -22,10 +23,13 @@ def ring_start() -> RingState:
 
 
 def ring_next(state: RingState, stages: int) -> RingState:
-    """The state after one more tile; ``stages`` a power of 2."""
+    """The state after one more tile."""
     if stages == 2:
         return RingState(state.stage ^ 1, state.phase ^ state.stage)
     following = state.stage + 1
+    if stages & (stages - 1):
+        last = following == stages
+        return RingState(cutlass.select_(last, 0, following), cutlass.select_(last, state.phase ^ 1, state.phase))
     return RingState(following & (stages - 1), state.phase ^ (following >> (stages.bit_length() - 1)))
 
 
@@ -49,12 +53,14 @@ class Ring:
             cute.arch.mbarrier_init(self.full + stage, self.spec.producer_warps)
             cute.arch.mbarrier_init(self.empty + stage, self.spec.consumer_warps)
 
-    def acquire(self, state: RingState) -> cute.Pointer:
-        """Loader: wait until the stage is free, announce its bytes; returns the barrier for the copies."""
+    def acquire(self, state: RingState, stage_bytes: Optional[int] = None) -> cute.Pointer:
+        """Loader: wait until the stage is free, announce its bytes, the ring's own unless given; returns the barrier
+        for the copies."""
         full = self.full + state.stage
         cute.arch.mbarrier_wait(self.empty + state.stage, state.phase ^ 1)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full, self.spec.stage_bytes)
+            size = self.spec.stage_bytes if stage_bytes is None else stage_bytes
+            cute.arch.mbarrier_arrive_and_expect_tx(full, size)
         return full
 
     def wait_free(self, state: RingState):
@@ -64,6 +70,10 @@ class Ring:
     def publish(self, stage: Int32):
         """Warp that has written its part of a stage: hand it to consumers that read it by wgmma or TMA."""
         cute.arch.fence_proxy("async.shared", space="cta")
+        self.signal(stage)
+
+    def signal(self, stage: Int32):
+        """Warp that has done its part of a stage: hand it to the consumers."""
         cute.arch.sync_warp()
         inline_ptx(
             "mbarrier.arrive.shared.b64 _, [{$r0}];",
@@ -74,6 +84,10 @@ class Ring:
     def wait(self, state: RingState):
         """Consumer: wait until the tile is there."""
         cute.arch.mbarrier_wait(self.full + state.stage, state.phase)
+
+    def wait_released(self, state: RingState):
+        """Producer: wait until the consumers have released the tile that the state is of."""
+        cute.arch.mbarrier_wait(self.empty + state.stage, state.phase)
 
     def release(self, stage: Int32, if_true=True):
         """Consumer warp: this warp has read the tile in a stage."""

@@ -128,21 +128,35 @@ class OnlineSoftmax:
         offset = offset_log2 if const_expr(offset_log2 is not None) else Float32(0.0)
         lse = cute.make_rmem_tensor(self.num_rows, Float32)
         for r in cutlass.range_constexpr(self.num_rows):
-            total = quad_sum(self.total[r])
-            reference = self.reference[r]
-            factor = Float32(1.0)
-            if const_expr(sink_logits is not None):
-                sink_log2 = sink_logits[r] * LOG2_E - offset
-                reference = cute.arch.fmax(reference, sink_log2)
-                factor = cute.math.exp2(self.reference[r] - finite(reference), fastmath=True)
-                total = total * factor + cute.math.exp2(sink_log2 - finite(reference), fastmath=True)
-            empty = total == 0.0  # not "visible = total > 0", so that NaN in the input stays NaN
-            factor = Float32(0.0) if empty else factor / total
-            lse[r] = -Float32.inf if empty else (reference + offset + cute.math.log2(total, fastmath=True)) / LOG2_E
-            if const_expr(value_scale is not None):
-                factor = factor * value_scale
+            sink = sink_logits[r] if const_expr(sink_logits is not None) else None
+            factor, lse[r] = normalisation(quad_sum(self.total[r]), self.reference[r], offset, sink, value_scale)
             scale_row(acc, r, factor)
         return lse
+
+
+@cute.jit
+def normalisation(
+    total: Float32,
+    reference: Float32,
+    offset: Float32,
+    sink_logit: Optional[Float32],
+    value_scale: Optional[Float32],
+) -> tuple[Float32, Float32]:
+    """What a row of P·V is to be multiplied by, and its natural-log LSE, from the sum of its exponentials and what was
+    subtracted in them; see :meth:`OnlineSoftmax.finalize`."""
+    relative = reference
+    factor = Float32(1.0)
+    if const_expr(sink_logit is not None):
+        sink_log2 = sink_logit * LOG2_E - offset
+        reference = cute.arch.fmax(reference, sink_log2)
+        factor = cute.math.exp2(relative - finite(reference), fastmath=True)
+        total = total * factor + cute.math.exp2(sink_log2 - finite(reference), fastmath=True)
+    empty = total == 0.0  # not "visible = total > 0", so that NaN in the input stays NaN
+    factor = Float32(0.0) if empty else factor / total
+    lse = -Float32.inf if empty else (reference + offset + cute.math.log2(total, fastmath=True)) / LOG2_E
+    if const_expr(value_scale is not None):
+        factor = factor * value_scale
+    return factor, lse
 
 
 def scale_row(acc: cute.Tensor, r: int, factor: Float32):

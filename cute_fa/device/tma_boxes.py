@@ -125,10 +125,11 @@ class BoxCopy:
             source, target = self._partition(tile, tile_row, panel, row, rows_left, first_panel)
             cute.copy(self.tma.atom, source, target, tma_bar_ptr=barrier)
 
-    def store(self, tile: cute.Pointer, row: Int32, rows_left: Int32):
-        """The tile's first rows to those from ``row`` on, at most ``rows_left``."""
+    def store(self, tile: cute.Pointer, row: Int32, rows_left: Int32, first_panel: int = 0):
+        """The tile's first rows to those from ``row`` on, at most ``rows_left``. ``first_panel``: where the tile begins
+        in the tensor."""
         for panel in range(self.panels):
-            target, source = self._partition(tile, 0, panel, row, rows_left, 0)
+            target, source = self._partition(tile, 0, panel, row, rows_left, first_panel)
             cute.copy(self.tma.atom, source, target)
 
     def _partition(

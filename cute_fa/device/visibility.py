@@ -83,15 +83,23 @@ def mask_scores(
 
 
 def hidden_keys(
-    window: Window, diagonal: Int32, first_key: Int32, keys_left: Int32, left_edge: bool
+    window: Window,
+    diagonal: Int32,
+    first_key: Int32,
+    keys_left: Int32,
+    left_edge: bool,
+    right_edge: bool = True,
 ) -> Callable[[int], Boolean]:
     """Which columns of S a query does not see, by the numbers that :func:`mask_scores` takes for its row."""
-    last = keys_left - 1
-    if window.right is not None:
-        last = cutlass.min(last, window.keys(diagonal).last)
-    gap = window.gap(diagonal, first_key) if left_edge else None
+    last, gap = None, window.gap(diagonal, first_key) if left_edge else None
+    if right_edge:
+        last = keys_left - 1
+        if window.right is not None:
+            last = cutlass.min(last, window.keys(diagonal).last)
 
     def hidden(column: int) -> Boolean:
+        if last is None:
+            return gap.holds(column)
         beyond = column > last
         return beyond if gap is None else gap.holds(column) | beyond
 

@@ -238,7 +238,9 @@ _TCGEN05 = "tcgen05 exists on sm_100a and sm_103a alone"
 
 TABLE = DispatchTable(
     (
-        Entry("fa4_fwd", "fa4", Direction.FORWARD, _BLACKWELL, None, "no fa4_sm100 kernel exists yet", _TCGEN05),
+        Entry(
+            "fa4_fwd", "fa4", Direction.FORWARD, _BLACKWELL, "fa4_sm100.forward.entry:Fa4Forward", arch_rule=_TCGEN05
+        ),
         Entry("fa3_fwd", "fa3", Direction.FORWARD, _HOPPER, "fa3_sm90.forward.entry:Fa3Forward", arch_rule=_WGMMA),
         Entry("fa2_fwd", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.forward.entry:Fa2Forward"),
         Entry("fa2_split", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.split.entry:Fa2Split"),

@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 from typing import ClassVar, NamedTuple
 
 from cute_fa.device.pipeline_spec import PipelineSpec
+from cute_fa.device.tiled_forward import packing_objection
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, padded, smem_objection
 from cute_fa.semantics.problem import DESCALE_BLOCK, AttentionProblem
 from cute_fa.semantics.types import PersistentMode, SmArch
@@ -254,7 +255,7 @@ def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
         else:
             reason = (_two_warpgroups if tiles.warpgroups == 2 else _three_warpgroups)(problem, tiles)
         if reason is None and problem.gqa_ratio > 1:
-            yield tiles._replace(pack_gqa=problem.gqa_ratio), _packing_objection(problem, tiles.warpgroups)
+            yield tiles._replace(pack_gqa=problem.gqa_ratio), packing_objection(problem, tiles.warpgroups, WGMMA_M)
         yield tiles, reason
 
 
@@ -333,21 +334,3 @@ def _page_objection(problem: AttentionProblem, tile_n: int) -> str | None:
 def _memory_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
     """Why shared memory does not hold the tiles, not even with O where Q is."""
     return smem_objection(_config(problem, tiles).smem_bytes, "Q, K, V and barriers", SmArch.SM_90A)
-
-
-def _packing_objection(problem: AttentionProblem, warpgroups: int) -> str | None:
-    """Why the query heads of one kv head do not share a tile: they do where asked for, else where that fills the rows
-    of the tiles better by a tenth, as with few queries (decoding, chunks)."""
-    ratio = problem.gqa_ratio
-    if ratio > WGMMA_M:
-        return f"pack_gqa {ratio}: a warpgroup holds {WGMMA_M} query heads"
-    if problem.pack_gqa is not None:
-        return None if problem.pack_gqa else "pack_gqa False is asked for"
-    rows = warpgroups * WGMMA_M
-    tokens = warpgroups * (WGMMA_M // ratio)
-    seqlen_q = max(problem.seqlen_q, 1)
-    apart = seqlen_q / (-(-seqlen_q // rows) * rows)
-    packed = seqlen_q * ratio / (-(-seqlen_q // tokens) * rows)
-    if packed > 1.1 * apart:
-        return None
-    return f"packed heads fill {packed:.1%} of the tiles' rows, heads apart {apart:.1%}: a tenth more is needed"

@@ -10,9 +10,10 @@ from cute_fa.device.registers import opaque
 from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score
 from cute_fa.device.softmax import OnlineSoftmax
+from cute_fa.device.tile_work import Extents, TileWork, kv_head, scheduler_of, tile_work
 from cute_fa.device.visibility import mask_scores
 from fa3_sm90.forward.accumulation import Direct, Promoted
-from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, kv_head, scheduler_of, tile_work
+from fa3_sm90.forward.arguments import ForwardArguments, TmaTensors
 from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.epilogue import Epilogue
@@ -60,7 +61,7 @@ class Consumer:
     @cute.jit
     def run(self):
         """Walk over the CTA's tiles."""
-        scheduler = scheduler_of(self.args, self.config)
+        scheduler = scheduler_of(self.args.common, self.args.grid, self.config)
         valid, advance, compute_tile = scheduler.valid, scheduler.next, self.compute_tile
         if const_expr(self.config.pingpong):
             self.turns.start()
@@ -76,14 +77,14 @@ class Consumer:
     def compute_tile(self, scheduler, state, queries: RingState, keys: RingState) -> RingState:
         """One tile, from these states of the rings on; returns the next one of K and V."""
         args, config = self.args, self.config
-        work = tile_work(args, config, self.extents, scheduler.tile(state))
+        work = tile_work(args.common, config, self.extents, scheduler.tile(state))
         score = self.score(work)
         softmax = OnlineSoftmax(ROWS, score.scale_log2, self.probabilities.exponents)
         self.accumulation.clear()
         keys = self.walk(work, softmax, score, queries, keys)
 
         # Where the tile lies is read again instead of being kept in registers over the main loop.
-        work = tile_work(args, config, self.extents, scheduler.tile(state))
+        work = tile_work(args.common, config, self.extents, scheduler.tile(state))
         head = work.tile.head * config.pack_gqa
         sinks = self.rows.per_head(args.common.learnable_sink, head)
         output = self.accumulation.output
@@ -99,7 +100,7 @@ class Consumer:
             head = work.tile.head * self.config.pack_gqa
             slopes = self.rows.per_head(self.args.common.alibi_slopes[work.tile.batch, None], head)
         scale = self.args.common.softmax_scale
-        head = kv_head(self.args, self.config, work.tile.head)
+        head = kv_head(self.args.common, self.config.pack_gqa, work.tile.head)
         descale = self.args.common.descales.of_scores(work.tile.batch, head)
         if const_expr(descale is not None):
             scale = scale * descale
@@ -111,7 +112,7 @@ class Consumer:
         """Factor of O, or None."""
         if const_expr(self.config.v_block_descale):
             return self.block_descales.last_unit(work)
-        head = kv_head(self.args, self.config, work.tile.head)
+        head = kv_head(self.args.common, self.config.pack_gqa, work.tile.head)
         return self.args.common.descales.of_values(work.tile.batch, head)
 
     @cute.jit

@@ -6,8 +6,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from cute_fa.device.tile_work import TileWork, kv_head
 from cute_fa.semantics.problem import DESCALE_BLOCK
-from fa3_sm90.forward.arguments import ForwardArguments, TileWork, kv_head
+from fa3_sm90.forward.arguments import ForwardArguments
 from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.storage import Storage
 
@@ -49,7 +50,7 @@ class BlockDescales:
     def load(self, descale: cute.Tensor, work: TileWork, iteration: Int32) -> Float32:
         """Of the block of an iteration; 1 for that of an empty sequence."""
         block = work.blocks.block(iteration, self.args.common.window) // (DESCALE_BLOCK // self.config.tile_n)
-        factor = descale[work.tile.batch, kv_head(self.args, self.config, work.tile.head), block]
+        factor = descale[work.tile.batch, kv_head(self.args.common, self.config.pack_gqa, work.tile.head), block]
         return cutlass.select_(work.info.seqlen_k > 0, factor, Float32(1.0))
 
     def put(self, factors: BlockFactors, stage: Int32):

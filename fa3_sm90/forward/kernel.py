@@ -8,8 +8,9 @@ from cutlass.cute.nvgpu import cpasync
 from cute_fa.device.fake_arguments import common_fakes
 from cute_fa.device.ring import Ring, rings
 from cute_fa.device.tile_scheduler import TileGrid
+from cute_fa.device.tile_work import dense_extents
 from cute_fa.device.tma_boxes import tma_tensor
-from fa3_sm90.forward.arguments import ForwardArguments, TmaTensors, dense_extents
+from fa3_sm90.forward.arguments import ForwardArguments, TmaTensors
 from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
 from fa3_sm90.forward.consumer import Consumer
 from fa3_sm90.forward.loader import Loader
@@ -80,17 +81,17 @@ class Fa3ForwardKernel:
 
     def load(self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
         """The producer warp."""
-        Loader(self.config, args, tma, dense_extents(args), storage, pipelines).run()
+        Loader(self.config, args, tma, dense_extents(args.common), storage, pipelines).run()
 
     def transpose(self, args: ForwardArguments, storage: Storage, pipelines: dict[str, Ring], index: int):
         """A producer warp that transposes V."""
-        Transposer(self.config, args, dense_extents(args), storage, pipelines, index).run()
+        Transposer(self.config, args, dense_extents(args.common), storage, pipelines, index).run()
 
     def consume(self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
         """A consumer warpgroup."""
         tidx, _, _ = cute.arch.thread_idx()
         index = cute.arch.make_warp_uniform(tidx // WARPGROUP) - 1
-        extents = dense_extents(args)
+        extents = dense_extents(args.common)
         Consumer(self.config, args, tma, extents, storage, pipelines, index, tidx % WARPGROUP).run()
 
 

@@ -4,9 +4,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
+from cute_fa.device.key_copies import KeyCopies, KeyTensor
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
+from cute_fa.device.tile_work import Extents, TileWork, scheduler_of, tile_work
 from cute_fa.device.tma_boxes import BoxCopy
-from fa3_sm90.forward.arguments import Extents, ForwardArguments, TileWork, TmaTensors, kv_head, scheduler_of, tile_work
+from fa3_sm90.forward.arguments import ForwardArguments, TmaTensors
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
 from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.storage import Boxes, Storage
@@ -27,18 +29,23 @@ class Loader:
         self.config, self.args, self.tma, self.extents = config, args, tma, extents
         self.storage, self.rings = storage, rings
         self.boxes = Boxes.of(config)
+        self.copies = KeyCopies(config, args.common)
+        self.tensors = {
+            "k": KeyTensor(tma.k, self.boxes.k, config.head_dim_padded, False),
+            "v": KeyTensor(tma.v, self.boxes.v, config.loaded_columns, config.key_major_v),
+        }
         self.block_descales = BlockDescales(config, args, storage)
 
     @cute.jit
     def run(self):
         """Walk over the CTA's tiles."""
         args, config, extents = self.args, self.config, self.extents
-        scheduler = scheduler_of(args, config)
+        scheduler = scheduler_of(args.common, args.grid, config)
         valid, tile, advance, load_tile = scheduler.valid, scheduler.tile, scheduler.next, self.load_tile
         queries, keys = ring_start(), ring_start()
         state = scheduler.first()
         while valid(state):
-            keys = load_tile(tile_work(args, config, extents, tile(state)), queries, keys)
+            keys = load_tile(tile_work(args.common, config, extents, tile(state)), queries, keys)
             queries = ring_next(queries, 1)
             state = advance(state)
 
@@ -79,56 +86,12 @@ class Loader:
 
     def load_v(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of V."""
-        if const_expr(self.config.key_major_v):
-            self.load_key_major(work, iteration, state)
-        else:
-            self.load_keys("v", work, iteration, state)
-
-    @cute.jit
-    def load_key_major(self, work: TileWork, iteration: Int32, state: RingState):
-        """One block of V whose keys are contiguous; zeros beyond the tensor's last key."""
-        c, box = self.config, self.boxes.v
-        head = kv_head(self.args, c, work.tile.head)
-        barrier = self.rings["v"].acquire(state)
-        target = self.storage.v + state.stage * (c.tile_n * c.head_dim_v_padded)
-        panels = c.tile_n // box.columns
-        first_panel = work.blocks.block(iteration, self.args.common.window) * panels
-        copy = BoxCopy(self.tma.v, box, c.head_dim_v_padded, head, (work.tile.batch,), panels)
-        copy.load(target, 0, Int32(0), Int32(c.head_dim_v), barrier, first_panel)
+        self.load_keys("v", work, iteration, state)
 
     @cute.jit
     def load_keys(self, name: cutlass.Constexpr[str], work: TileWork, iteration: Int32, state: RingState):
-        """One block of K or V into its stage. What lies beyond the sequence's last key arrives as zeros: hidden scores
-        are replaced, but 0 · NaN of V would not be 0."""
-        c, info = self.config, work.info
-        tma, box = getattr(self.tma, name), getattr(self.boxes, name)
-        columns = c.head_dim_padded if const_expr(name == "k") else c.value_columns
-        head = kv_head(self.args, c, work.tile.head)
+        """One block of K or V into its stage."""
+        c, tensor = self.config, self.tensors[name]
         barrier = self.rings[name].acquire(state)
-        target = getattr(self.storage, name) + state.stage * (c.tile_n * columns)
-        first_key = work.blocks.block(iteration, self.args.common.window) * c.tile_n
-        if const_expr(c.page_size is None):
-            outer = () if const_expr(c.cu_seqlens_k) else (self.args.common.key_batch(work.tile.batch),)
-            copy = BoxCopy(tma, box, c.tile_n, head, outer)
-            copy.load(target, 0, info.offset_k + first_key, info.seqlen_k - first_key, barrier)
-        else:
-            self.load_pages(tma, box, target, head, first_key, work, barrier)
-
-    @cute.jit
-    def load_pages(self, tma, box, target, head, first_key: Int32, work: TileWork, barrier):
-        """A block from its pages, one box a piece. Each lane looks one page up; pages beyond the sequence are not: all
-        of their rows are out of bounds, so that TMA reads nothing and writes zeros."""
-        c = self.config
-        lane = cute.arch.lane_idx()
-        seqlen_k = work.info.seqlen_k
-        pieces = c.tile_n // c.key_rows
-        sequence = self.args.common.key_batch(work.tile.batch)
-        own = first_key + lane * c.key_rows
-        page = Int32(0)
-        if lane < pieces and own < seqlen_k:
-            page = self.args.common.page_table[sequence, own // c.page_size]
-        for piece in cutlass.range_constexpr(pieces):
-            key = first_key + piece * c.key_rows
-            listed = cute.arch.shuffle_sync(page, piece)
-            copy = BoxCopy(tma, box, c.tile_n, head, (listed,))
-            copy.load(target, piece * c.key_rows, key % c.page_size, seqlen_k - key, barrier)
+        target = getattr(self.storage, name) + state.stage * (c.tile_n * tensor.columns)
+        self.copies.load(tensor, target, work, iteration, barrier)

@@ -7,8 +7,9 @@ from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.registers import opaque, permute
 from cute_fa.device.ring import Ring, ring_next, ring_start
+from cute_fa.device.tile_work import Extents, scheduler_of, tile_work
 from cute_fa.device.tma_boxes import panel_bytes
-from fa3_sm90.forward.arguments import Extents, ForwardArguments, scheduler_of, tile_work
+from fa3_sm90.forward.arguments import ForwardArguments
 from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.storage import Storage
 
@@ -57,12 +58,12 @@ class Transposer:
     def run(self):
         """Walk over the blocks of the CTA's tiles."""
         args, config, extents = self.args, self.config, self.extents
-        scheduler = scheduler_of(args, config)
+        scheduler = scheduler_of(args.common, args.grid, config)
         valid, tile, advance, transpose = scheduler.valid, scheduler.tile, scheduler.next, self.transpose
         values = ring_start()
         state = scheduler.first()
         while valid(state):
-            work = tile_work(args, config, extents, tile(state))
+            work = tile_work(args.common, config, extents, tile(state))
             for _ in cutlass.range(work.blocks.total, unroll=1):
                 transpose(values)
                 values = ring_next(values, config.stages)

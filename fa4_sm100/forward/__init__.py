@@ -1,0 +1,1 @@
+"""The FA4 forward."""

@@ -1,0 +1,281 @@
+"""How the FA4 forward is built: a frozen config, the pipelines as data, and the one heuristic that chooses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import ClassVar, NamedTuple
+
+from cute_fa.device.pipeline_spec import PipelineSpec
+from cute_fa.device.tiled_forward import packing_objection
+from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, smem_objection
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import PersistentMode, SmArch
+
+WARP, WARPGROUP = 32, 128
+TILE_M = 128  # rows of an accumulator in tensor memory, a row a thread
+MMA_BYTES = 32  # of a dot product that one tcgen05.mma takes
+MAX_STAGES = 8
+# Room for mbarriers, the address of tensor memory and what the tile scheduler hands on.
+BARRIER_BYTES = 1024
+# Columns of S that a softmax thread has in registers at a time.
+SCORE_CHUNK = 32
+# Columns of O that pass through shared memory at once.
+OUTPUT_COLUMNS = 128
+
+
+class Registers(NamedTuple):
+    """setmaxnreg of each warpgroup's threads, 65,536 together."""
+
+    softmax: int
+    epilogue: int
+    others: int
+
+
+# By number of softmax warpgroups.
+_REGISTERS = {2: Registers(184, 88, 56), 1: Registers(232, 168, 104)}
+
+
+@dataclass(frozen=True)
+class Fa4ForwardConfig(FeatureConfig):
+    """Everything that shapes the machine code.
+
+    A CTA computes ``q_tiles`` tiles of 128 rows of Q at a time, two in ping-pong or one, each with a softmax
+    warpgroup, and takes ``tile_n`` keys a step. K and V share a ring of ``stages`` blocks. ``pack_gqa`` query heads of
+    one kv head share a tile (1: none). ``persistent``: CTAs walk over tiles. ``emulated``: of 32 exponentials, how many
+    the FMA pipe computes.
+    """
+
+    kernel_module: ClassVar[str] = "fa4_sm100.forward.kernel"
+
+    q_tiles: int
+    tile_n: int
+    stages: int
+    pack_gqa: int = 1
+    persistent: bool = True
+    emulated: int = 0
+
+    @property
+    def mma_k(self) -> int:
+        """Elements of a dot product that one instruction takes."""
+        return MMA_BYTES // self.dtype.bytes
+
+    @property
+    def head_dim_padded(self) -> int:
+        """head_dim as the tiles hold it, in whole steps of the products; the rest is zero."""
+        return -(-self.head_dim // self.mma_k) * self.mma_k
+
+    @property
+    def value_columns(self) -> int:
+        """head_dim_v as TMA brings it, in panels of at least 32 bytes; the rest is zero."""
+        return -(-self.head_dim_v // self.mma_k) * self.mma_k
+
+    @property
+    def loaded_columns(self) -> int:
+        """Columns of V in its tile, which are its rows where the keys are contiguous."""
+        return self.head_dim_v_padded if self.key_major_v else self.value_columns
+
+    @property
+    def softmax_threads(self) -> int:
+        return WARPGROUP * self.q_tiles
+
+    @property
+    def num_threads(self) -> int:
+        """A softmax warpgroup for each tile, the epilogue's, and one for the MMA, load and scheduler warps."""
+        return WARPGROUP * (self.q_tiles + 2)
+
+    @property
+    def registers(self) -> Registers:
+        return _REGISTERS[self.q_tiles]
+
+    @property
+    def tokens(self) -> int:
+        """Query positions of one tile of 128 rows: as many, or fewer where heads are packed."""
+        return TILE_M // self.pack_gqa
+
+    @property
+    def tile_tokens(self) -> int:
+        """Query positions that a CTA computes at a time."""
+        return self.tokens * self.q_tiles
+
+    @property
+    def key_rows(self) -> int:
+        """Keys that one TMA copy brings: of a page, as many as a block and a page have in common."""
+        return self.tile_n if self.page_size is None else math.gcd(self.page_size, self.tile_n)
+
+    @property
+    def ragged_keys(self) -> bool:
+        """Whether a sequence's keys may end before the rows of the tensor, or of the page, do."""
+        return self.cu_seqlens_k or self.seqused_k or self.cache_leftpad or self.page_size is not None
+
+    # Tensor memory: two buffers of scores, of one tile each or by turns of the same, then O of each tile.
+    @property
+    def score_columns(self) -> int:
+        """Columns from one buffer of scores to the next."""
+        return self.tile_n
+
+    @property
+    def probability_column(self) -> int:
+        """Where P begins in its buffer of scores, in the second half, since its threads have read them by then."""
+        return self.tile_n // 2
+
+    @property
+    def early_columns(self) -> int:
+        """Columns of P that are handed over first, so that P·V begins beside the last exponentials."""
+        return self.tile_n - SCORE_CHUNK
+
+    @property
+    def output_column(self) -> int:
+        """Where O of the first tile begins."""
+        return 2 * self.score_columns
+
+    @property
+    def tensor_columns(self) -> int:
+        """Columns to allocate, a power of 2."""
+        needed = self.output_column + self.q_tiles * self.head_dim_v_padded
+        return 1 << (needed - 1).bit_length()
+
+    # Shared memory.
+    @property
+    def q_bytes(self) -> int:
+        """Q of one tile."""
+        return TILE_M * self.head_dim_padded * self.dtype.bytes
+
+    @property
+    def k_bytes(self) -> int:
+        """A block of K."""
+        return self.tile_n * self.head_dim_padded * self.dtype.bytes
+
+    @property
+    def v_bytes(self) -> int:
+        """A block of V."""
+        return self.tile_n * self.loaded_columns * self.dtype.bytes
+
+    @property
+    def uneven(self) -> bool:
+        """Whether three stages share the room of two blocks of K and one of V: see :meth:`stage_offsets`."""
+        return self.stages == 3 and self.k_bytes > self.v_bytes
+
+    @property
+    def stage_offsets(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where each stage begins in the ring's memory, in bytes, when it holds K or V, on even and on odd rounds.
+
+        K and V take turns in the ring. An odd number of stages then has K in a stage on one round and V on the next;
+        placed from either end of the memory in turns, no block overlaps one of the two that come before it."""
+        if not self.uneven:
+            size = max(self.k_bytes, self.v_bytes)
+            return (tuple(size * stage for stage in range(self.stages)),) * 2
+        k, v = self.k_bytes, self.v_bytes
+        return (0, k, k + v), (0, v, k + v)
+
+    @property
+    def kv_bytes(self) -> int:
+        if self.uneven:
+            return 2 * self.k_bytes + self.v_bytes
+        return self.stages * max(self.k_bytes, self.v_bytes)
+
+    @property
+    def output_columns(self) -> int:
+        """Columns of O that pass through shared memory at once."""
+        return min(self.head_dim_v_padded, OUTPUT_COLUMNS)
+
+    @property
+    def o_bytes(self) -> int:
+        """O of one tile on its way out."""
+        return TILE_M * self.output_columns * self.out_dtype.bytes
+
+    @property
+    def own_output(self) -> bool:
+        """Whether O has its own memory, so that the next tile's Q is loaded while O is stored; else it takes Q's."""
+        return not self.uneven
+
+    @property
+    def stats_bytes(self) -> int:
+        """Sum and reference of each row on their way from the softmax to the epilogue."""
+        return self.q_tiles * 2 * TILE_M * 4
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA."""
+        output = self.o_bytes if self.own_output else 0
+        return self.q_tiles * self.q_bytes + output + self.kv_bytes + self.stats_bytes + BARRIER_BYTES
+
+    @property
+    def pipelines(self) -> tuple[PipelineSpec, ...]:
+        """``q0``, ``q1``: Q of each tile, and ``kv``: K and V, which products release; the bytes are of K. In tensor
+        memory ``s``: scores, which the first part of P releases; ``p``: the rest of P; ``o``: O. ``stats``: sums and
+        references."""
+        rows = self.pack_gqa * self.tokens
+        size = self.dtype.bytes
+        queries = (PipelineSpec(f"q{i}", 1, rows * self.head_dim_padded * size, 1) for i in range(self.q_tiles))
+        return (
+            *queries,
+            PipelineSpec("kv", self.stages, self.k_bytes, 1),
+            PipelineSpec("s", 2, 0, 4),
+            PipelineSpec("p", 2, 0, 1, 4),
+            PipelineSpec("o", self.q_tiles, 0, 4),
+            PipelineSpec("stats", self.q_tiles, 0, 4, 4),
+        )
+
+    @property
+    def compile_name(self) -> str:
+        choices = {
+            f"page{self.page_size}": self.page_size is not None,
+            f"pack{self.pack_gqa}": self.pack_gqa > 1,
+            "single": not self.persistent,
+        }
+        return self.named("fa4_fwd", **choices)
+
+
+class Tiles(NamedTuple):
+    """The fields of these names of :class:`Fa4ForwardConfig`."""
+
+    q_tiles: int
+    tile_n: int
+    stages: int
+    pack_gqa: int = 1
+
+
+@lru_cache(maxsize=4096)
+def forward_config(problem: AttentionProblem) -> Fa4ForwardConfig:
+    """The heuristic: two tiles where tensor memory and shared memory hold them and there are rows for both."""
+    return _config(problem, chosen(_weighed(problem)))
+
+
+def forward_candidates(problem: AttentionProblem) -> list[Candidate]:
+    """The configs that :func:`forward_config` weighs."""
+    return candidates(_weighed(problem), partial(_config, problem))
+
+
+def _config(problem: AttentionProblem, tiles: Tiles) -> Fa4ForwardConfig:
+    return Fa4ForwardConfig(
+        **FeatureConfig.features(problem),
+        **tiles._asdict(),
+        persistent=problem.persistent is not PersistentMode.OFF,
+        emulated=8 if problem.arch is SmArch.SM_100A else 0,
+    )
+
+
+def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
+    """Tiles in order of preference, each with why it is refused."""
+    for q_tiles in (2, 1):
+        for tile_n in (128, 64):
+            for stages in (*range(MAX_STAGES, 3, -2), 3, 2):
+                tiles = Tiles(q_tiles, tile_n, stages)
+                reason = _objection(problem, tiles)
+                if reason is None and problem.gqa_ratio > 1:
+                    yield tiles._replace(pack_gqa=problem.gqa_ratio), packing_objection(problem, q_tiles, TILE_M)
+                yield tiles, reason
+
+
+def _objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
+    """Why such tiles do not serve."""
+    config = _config(problem, tiles)
+    needed = config.output_column + config.q_tiles * config.head_dim_v_padded
+    if needed > 512:
+        return f"tensor memory: {needed} columns of S and O, 512 available"
+    if tiles.q_tiles == 2 and problem.seqlen_q * problem.gqa_ratio <= TILE_M:
+        return f"{problem.seqlen_q} queries of {problem.gqa_ratio} heads: one tile of {TILE_M} rows holds them"
+    return smem_objection(config.smem_bytes, "Q, K, V, O and barriers", problem.arch)

@@ -1,0 +1,132 @@
+"""The FA4 forward on sm_100a and sm_103a (FlashAttention-4): warps for the loads and the products, a softmax warpgroup
+for each of a CTA's tiles, one for the output; CTAs walk over tiles of queries."""
+
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from cute_fa.device.fake_arguments import common_fakes
+from cute_fa.device.ring import Ring, rings
+from cute_fa.device.tile_scheduler import TileGrid
+from cute_fa.device.tile_work import dense_extents
+from cute_fa.device.tma_boxes import tma_tensor
+from fa4_sm100.forward.arguments import ForwardArguments, TmaTensors
+from fa4_sm100.forward.config import WARP, WARPGROUP, Fa4ForwardConfig
+from fa4_sm100.forward.epilogue import Epilogue
+from fa4_sm100.forward.loader import Loader
+from fa4_sm100.forward.products import Products
+from fa4_sm100.forward.softmax import Softmax
+from fa4_sm100.forward.storage import Boxes, Storage, allocate
+
+
+class Fa4ForwardKernel:
+    """Device code of one :class:`Fa4ForwardConfig`."""
+
+    def __init__(self, config: Fa4ForwardConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(self, args: ForwardArguments, stream):
+        c = self.config
+        boxes = Boxes.of(c)
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        v = args.common.v
+        if const_expr(c.key_major_v):  # (batch, head_dim_v, heads, keys)
+            v = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[0, 3, 2, 1]))
+        tma = TmaTensors(
+            q=tma_tensor(load, args.common.q, boxes.q, c.cu_seqlens_q),
+            k=tma_tensor(load, args.common.k, boxes.k, c.cu_seqlens_k),
+            v=tma_tensor(load, v, boxes.v, c.cu_seqlens_k),
+            out=tma_tensor(store, args.common.out, boxes.out, c.cu_seqlens_q),
+        )
+        self.kernel(args, tma).launch(
+            grid=(args.num_ctas, 1, 1),
+            block=(c.num_threads, 1, 1),
+            smem=c.smem_bytes,
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, args: ForwardArguments, tma: TmaTensors):
+        """Softmax warpgroups first, one for each tile, then the epilogue's, then the MMA and the load warp."""
+        c = self.config
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = allocate(c)
+        pipelines = rings(c.pipelines, storage.barriers)
+        prepare, load, multiply, normalise, store = self.prepare, self.load, self.multiply, self.normalise, self.store
+        first_epilogue = c.softmax_threads // WARP
+        mma_warp = first_epilogue + WARPGROUP // WARP
+        if warp == mma_warp:
+            prepare(tma, pipelines)
+            cute.arch.alloc_tmem(c.tensor_columns, storage.tensor)
+            cute.arch.relinquish_tmem_alloc_permit()
+        cute.arch.sync_threads()
+        tensor = cute.make_tensor(storage.tensor, cute.make_layout(1))[0]
+
+        if warp < first_epilogue:
+            cute.arch.setmaxregister_increase(c.registers.softmax)
+            normalise(args, storage, pipelines, tensor)
+        elif warp < mma_warp:
+            _set_registers(c, c.registers.epilogue)
+            store(args, tma, storage, pipelines, tensor)
+        else:
+            cute.arch.setmaxregister_decrease(c.registers.others)
+            if warp == mma_warp:
+                multiply(args, storage, pipelines, tensor)
+                cute.arch.dealloc_tmem(
+                    cute.make_ptr(Int32, tensor, cute.AddressSpace.tmem, assumed_align=16), c.tensor_columns
+                )
+            elif warp == mma_warp + 1:
+                load(args, tma, storage, pipelines)
+
+    def prepare(self, tma: TmaTensors, pipelines: dict[str, Ring]):
+        """Descriptors on their way, barriers initialised and known to TMA."""
+        for tensor in tma:
+            cpasync.prefetch_descriptor(tensor.atom)
+        with cute.arch.elect_one():
+            for ring in pipelines.values():
+                ring.initialize()
+        cute.arch.mbarrier_init_fence()
+
+    def load(self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
+        """The load warp."""
+        Loader(self.config, args, tma, dense_extents(args.common), storage, pipelines).run()
+
+    def multiply(self, args: ForwardArguments, storage: Storage, pipelines: dict[str, Ring], tensor: Int32):
+        """The MMA warp."""
+        Products(self.config, args, dense_extents(args.common), storage, pipelines, tensor).run()
+
+    def normalise(self, args: ForwardArguments, storage: Storage, pipelines: dict[str, Ring], tensor: Int32):
+        """A softmax warpgroup."""
+        tidx, _, _ = cute.arch.thread_idx()
+        index = cute.arch.make_warp_uniform(tidx // WARPGROUP)
+        extents = dense_extents(args.common)
+        Softmax(self.config, args, extents, storage, pipelines, tensor, index, tidx % WARPGROUP).run()
+
+    def store(
+        self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring], tensor: Int32
+    ):
+        """The epilogue's warpgroup."""
+        tidx, _, _ = cute.arch.thread_idx()
+        extents = dense_extents(args.common)
+        Epilogue(self.config, args, tma, extents, storage, pipelines, tensor, tidx % WARPGROUP).run()
+
+
+def _set_registers(config: Fa4ForwardConfig, registers: int):
+    """setmaxnreg, up or down from what a thread has at launch."""
+    if registers * config.num_threads > 65536:
+        cute.arch.setmaxregister_increase(registers)
+    else:
+        cute.arch.setmaxregister_decrease(registers)
+
+
+def build(config: Fa4ForwardConfig):
+    """The callable and its fake arguments for ``cute.compile``."""
+    arguments = ForwardArguments(
+        common_fakes(config),
+        grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),
+        num_ctas=Int32(0),
+    )
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return Fa4ForwardKernel(config), (arguments, stream)

@@ -1,0 +1,96 @@
+"""What lies where in shared memory, and which boxes TMA moves there."""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.memory import SmemAllocator
+
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.ring import RingState, barrier_count
+from cute_fa.device.tma_boxes import BoxShape, panel_bytes, tile_layout
+from cute_fa.semantics.types import DType
+from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig
+
+# A swizzle atom of 8 rows of 128 bytes, of which the pattern of TMA and tcgen05 is a function of the absolute address.
+TILE_ALIGNMENT = 1024
+
+
+class Storage(NamedTuple):
+    """Shared memory of a CTA: pointers, swizzled like their tiles. ``q`` and ``out`` have one for each tile (where O
+    has memory of its own, both tiles use the same), ``k`` and ``v`` are the ring's memory as tiles of either. ``stats``
+    fp32 (tiles, 2, 128): each row's sum of exponentials and reference; ``tensor``: where the address of tensor memory
+    is."""
+
+    barriers: cute.Pointer
+    q: tuple[cute.Pointer, ...]
+    out: tuple[cute.Pointer, ...]
+    k: cute.Pointer
+    v: cute.Pointer
+    stats: cute.Pointer
+    tensor: cute.Pointer
+
+
+def allocate(config: Fa4ForwardConfig) -> Storage:
+    """The CTA's shared memory; the same pointers wherever it is called once."""
+    c = config
+    allocator = SmemAllocator()
+    dtype_q, dtype_k, dtype_v, out_dtype = (CUTE_DTYPE[d] for d in (c.dtype, c.dtype_k, c.dtype_v, c.out_dtype))
+
+    def memory(size: int) -> cute.Pointer:
+        return allocator.allocate_tensor(cutlass.Uint8, cute.make_layout(size), TILE_ALIGNMENT).iterator
+
+    def tile(raw: cute.Pointer, dtype, rows: int, columns: int) -> cute.Pointer:
+        return cute.recast_ptr(raw, tile_layout(dtype, rows, columns, 1).inner, dtype=dtype)
+
+    q_raw = tuple(memory(c.q_bytes) for _ in range(c.q_tiles))
+    kv_raw = memory(c.kv_bytes)
+    out_raw = (memory(c.o_bytes),) * c.q_tiles if c.own_output else q_raw
+    v_shape = (c.head_dim_v_padded, c.tile_n) if c.key_major_v else (c.tile_n, c.value_columns)
+    return Storage(
+        barriers=allocator.allocate_array(Int64, barrier_count(c.pipelines)),
+        q=tuple(tile(raw, dtype_q, TILE_M, c.head_dim_padded) for raw in q_raw),
+        out=tuple(tile(raw, out_dtype, TILE_M, c.head_dim_v_padded) for raw in out_raw),
+        k=tile(kv_raw, dtype_k, c.tile_n, c.head_dim_padded),
+        v=tile(kv_raw, dtype_v, *v_shape),
+        stats=allocator.allocate_array(Float32, c.stats_bytes // 4),
+        tensor=allocator.allocate_array(Int32, 1),
+    )
+
+
+def stage_offset(config: Fa4ForwardConfig, state: RingState) -> Int32:
+    """Where the stage of the ring of K and V begins in its memory, in bytes."""
+    even, odd = config.stage_offsets
+    if const_expr(not config.uneven):
+        return state.stage * (even[1] if len(even) > 1 else 0)
+    offset = cutlass.select_(state.phase == 0, Int32(even[1]), Int32(odd[1]))
+    return cutlass.select_(state.stage == 0, Int32(0), cutlass.select_(state.stage == 1, offset, Int32(even[2])))
+
+
+class Boxes(NamedTuple):
+    """What one TMA instruction moves of each tensor."""
+
+    q: BoxShape
+    k: BoxShape
+    v: BoxShape
+    out: BoxShape
+
+    @classmethod
+    def of(cls, config: Fa4ForwardConfig) -> "Boxes":
+        """O is ragged in packed tensors, where the rows behind a sequence are the next one's."""
+        c = config
+
+        def panel(columns: int, dtype: DType) -> int:
+            return panel_bytes(columns * dtype.bytes) // dtype.bytes
+
+        columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.value_columns, c.dtype)
+        v = BoxShape(1, c.key_rows, columns_v, c.ragged_keys)
+        if c.key_major_v:  # its rows are columns of V
+            v = BoxShape(1, c.head_dim_v, panel(c.tile_n, c.dtype_v), False)
+        return cls(
+            q=BoxShape(c.pack_gqa, c.tokens, columns, False),
+            k=BoxShape(1, c.key_rows, columns, c.ragged_keys),
+            v=v,
+            out=BoxShape(c.pack_gqa, c.tokens, panel(c.head_dim_v_padded, c.out_dtype), c.cu_seqlens_q),
+        )
