@@ -34,7 +34,7 @@ from perf.workload import LENGTHS, Workload, grid
 
 _ARCHS = [arch.value for arch in SmArch]
 # The architectures that have a kernel of their own.
-_KERNEL_ARCHS = [SmArch.SM_80.value, SmArch.SM_90A.value]
+_KERNEL_ARCHS = [SmArch.SM_80.value, SmArch.SM_90A.value, SmArch.SM_100A.value]
 _DIRECTIONS = [Direction.FORWARD.value, Direction.BACKWARD.value]
 _DTYPES = [DType.BF16.value, DType.E4M3.value]
 
@@ -103,11 +103,9 @@ _FLAVOUR = click.option(
 
 
 @main.command(cls=_Compiling)
+@click.option("--arch", "archs", multiple=True, type=click.Choice(_ARCHS), default=_KERNEL_ARCHS, show_default=True)
 @click.option(
-    "--arch", "archs", multiple=True, type=click.Choice(_ARCHS), default=["sm_80", "sm_90a"], show_default=True
-)
-@click.option(
-    "--head-dim", "head_dims", multiple=True, type=_HEAD_DIMS, default=["64", "128", "256"], show_default=True
+    "--head-dim", "head_dims", multiple=True, type=_HEAD_DIMS, help="[default: 64, 128, 256, of sm_100a 192,128 too]"
 )
 @click.option(
     "--direction", "directions", multiple=True, type=click.Choice(_DIRECTIONS), default=_DIRECTIONS, show_default=True
@@ -150,7 +148,7 @@ def static(
         for direction in directions
         for arch in archs
         for dtype in dtypes
-        for head_dim, head_dim_v in head_dims
+        for head_dim, head_dim_v in head_dims or _usual_head_dims(arch)
         for causal in (False, True)
     ]
     keys = [key for key in keys if key.served]
@@ -168,6 +166,12 @@ def static(
         _print(section, markdown)
 
 
+def _usual_head_dims(arch: str) -> list[tuple[int, int]]:
+    """(head_dim, head_dim_v) of the kernels that are reported unless others are asked for."""
+    sizes = [(64, 64), (128, 128), (192, 128), (256, 256)]
+    return [(d, dv) for d, dv in sizes if d == dv or SmArch(arch).number // 10 == 10]
+
+
 def _gate(
     archs: tuple[str, ...],
     head_dims: tuple[tuple[int, int], ...],
@@ -182,7 +186,8 @@ def _gate(
     held = failed = 0
     for budget in load():
         key = budget.key
-        if key.arch.value not in archs or (key.head_dim, key.head_dim_v) not in head_dims:
+        sizes = head_dims or _usual_head_dims(key.arch.value)
+        if key.arch.value not in archs or (key.head_dim, key.head_dim_v) not in sizes:
             continue
         if key.direction.value not in directions or key.dtype.value not in dtypes:
             continue

@@ -36,7 +36,7 @@ COLUMNS = (
 # Those of kernels with tcgen05 alone.
 ROLE_COLUMNS = (
     "net_per_score emulated correction per_mma load role_regs role_spills step_tensor step_smem step_exp2 step_mufu "
-    "step_fma step_issue"
+    "step_fma step_issue step_busiest"
 ).split()
 COLUMNS += ROLE_COLUMNS
 _SMS = {80: "108", 90: "132", 100: "148"}  # of an A100, an H100 and a B200
@@ -219,4 +219,5 @@ def _role_columns(key: StaticKey, report: KernelReport) -> dict:
         "role_regs": ", ".join(f"{role} {loop.registers}/{loop.register_limit}" for role, loop in loops.items()),
         "role_spills": ", ".join(f"{role} {n}" for role, loop in loops.items() if (n := loop.counts["local"])),
         **{f"step_{name}": round(cycles) for name, cycles in dataclasses.asdict(step).items()},
+        "step_busiest": round(step.busiest),
     }

@@ -12,14 +12,7 @@ from perf.tables import to_markdown
 
 _OURS = "cute-fa"
 _USUAL = "cu12"  # the flavour that the page's titles do not name
-_STEP_TITLES = {
-    "tensor": "tensor",
-    "smem": "shared memory",
-    "exp2": "exp2",
-    "mufu": "MUFU",
-    "fma": "FMA",
-    "issue": "issue",
-}
+_STEP = ("tensor", "smem", "exp2", "MUFU", "FMA", "issue", "busiest")  # columns step_… of the table
 
 
 def to_page(table: pd.DataFrame) -> str:
@@ -31,11 +24,7 @@ def to_page(table: pd.DataFrame) -> str:
 
 
 def _sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    by_role = table.net_per_score.notna()
-    yield from role_sections(table[by_role])
-    table = table[~by_role]
-    if table.empty:
-        return
+    by_role, table = (table[own] for own in (table.net_per_score.notna(), table.net_per_score.isna()))
     shown = pd.DataFrame([to_row(row) for row in table.to_dict("records")], index=table.index)
     forward = table.direction == Direction.FORWARD.value
     for arch in table.arch[forward].unique():
@@ -46,6 +35,7 @@ def _sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             named = f", {dtype}" if dtype != DType.BF16.value else ""
             own = forward & (table.arch == arch) & (table.dtype == dtype)
             yield f"Forward, {arch}{named}{roles}", shown[own].drop(columns=left_out)
+    yield from role_sections(by_role)
     if not forward.all():
         yield "Backward", shown[~forward].drop(columns=["registers", "stall (conditional)", "tensor cycles"])
 
@@ -73,7 +63,7 @@ def role_sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield f"{named}, by role", pd.DataFrame([_role_row(row) for row in rows])
         yield f"{named}, cycles of a step", pd.DataFrame([_step_row(row) for row in rows])
         compared = [
-            ratio_row(ours, theirs)
+            _ratio_row(ours, theirs)
             for ours in rows
             for theirs in rows
             if ours["source"] == _OURS != theirs["source"] and _shape(ours) == _shape(theirs)
@@ -85,10 +75,11 @@ def role_sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def _role_row(row: dict) -> dict:
     return {
         **_name(row),
-        "per score (conditional)": f"{row['per_score']:g} ({row['cond_per_score']:g})",
-        "net per score": row["net_per_score"],
+        "per score": row["per_score"],
+        "net": row["net_per_score"],
+        "conditional": row["cond_per_score"],
         "emulated": row["emulated"],
-        "stall": row["stall"],
+        "stall (conditional)": _beside(row["stall"], row["cond_stall"]),
         "correction": row["correction"],
         "per MMA": row["per_mma"],
         "load": row["load"],
@@ -98,22 +89,16 @@ def _role_row(row: dict) -> dict:
 
 
 def _step_row(row: dict) -> dict:
-    steps = {title: row[f"step_{name}"] for name, title in _STEP_TITLES.items()}
-    return {**_name(row), **steps, "busiest": _busiest(row)}
+    return {**_name(row), **{name: row[f"step_{name.lower()}"] for name in _STEP}}
 
 
-def ratio_row(ours: dict, theirs: dict) -> dict:
+def _ratio_row(ours: dict, theirs: dict) -> dict:
     """What is wanted of a kernel: fewer instructions a score, and a less busy pipe, than the peer's."""
     return {
         **_shape(ours),
-        "net per score": round(ours["net_per_score"] / theirs["net_per_score"], 3),
-        "busiest pipe": round(_busiest(ours) / _busiest(theirs), 3),
+        "net": round(ours["net_per_score"] / theirs["net_per_score"], 3),
+        "busiest": round(ours["step_busiest"] / theirs["step_busiest"], 3),
     }
-
-
-def _busiest(row: dict) -> float:
-    """Cycles of the pipe on which the softmax warps spend most."""
-    return max(row["step_mufu"], row["step_fma"], row["step_issue"])
 
 
 def _name(row: dict) -> dict:

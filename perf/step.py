@@ -1,5 +1,5 @@
-"""What a step over the keys costs a forward on tcgen05, in cycles of one SM, pipe by pipe: a crude model, which tells the
-busiest one, not how long a step takes.
+"""What a step over the keys costs a forward on tcgen05, in cycles of one SM, pipe by pipe: a crude model that tells the
+busiest pipe, not how long a step takes.
 
 A step takes one block of keys past all rows of a CTA: two tiles of 128, or one where tensor memory's 512 columns hold
 the scores and O of one alone. Of the problem's shape, M rows, N keys and head dims d and dv (the published cost model
@@ -11,8 +11,8 @@ of FlashAttention-4, arXiv 2603.05451; with M = N = d = dv it is 4MNd/8192, 3MNd
   each reads half of K and V.
 * exp2: MN exponentials at 16 a clock, 32 on sm_103a.
 
-Of the code, its softmax warps' loop once for each tile, as :mod:`perf.sass` counts it (warp w runs on quadrant w % 4,
-so four quadrants share a tile's four warps):
+Of the code, its softmax warps' loop once for each tile, as :mod:`perf.sass` counts it without conditional blocks. Each
+of the SM's four quadrants runs one of a tile's four warps:
 
 * mufu: 8 cycles a warp instruction (16 lanes a clock and SM), 4 on sm_103a;
 * fma: 1 a scalar FP32 instruction, 2 a packed one or an IMAD (32 FP32 lanes a quadrant);
@@ -59,5 +59,5 @@ def step_of(report: KernelReport, head_dim: int, head_dim_v: int, itemsize: int)
         tensor=2 * products * (head_dim + head_dim_v) / model.flops * itemsize / 2,
         smem=read / 128,
         exp2=products * model.mufu / 128,
-        **{name: tiles * softmax.cycles[name] for name in ("mufu", "fma", "issue")},
+        **{name: tiles * softmax.usual[name] for name in ("mufu", "fma", "issue")},
     )

@@ -1,9 +1,9 @@
 """Resources of a kernel, and the instruction mix of its hot loops with a crude bound model.
 
 A hot loop is an innermost loop that holds tensor-core instructions, or a MUFU.EX2 loop where another warp issues the
-tensor work, as on sm_100, or a loop of asynchronous copies. Spins on mbarriers are dropped. Every other block of the
-loop counts once; blocks that do not dominate the loop's latch are also reported as ``cond`` (executed on some
-iterations or by some warps only).
+tensor work, as on sm_100, or a loop of asynchronous copies. Spins on mbarriers are dropped. A nested loop that runs at
+most once, a detour, is no loop of its own. Every other block of the loop counts once; blocks that do not dominate the
+loop's latch are also reported as ``cond`` (executed on some iterations or by some warps only).
 
 The model's unit is SM cycles for one iteration of four warps, one in each quarter of the SM (a Hopper warpgroup):
 
@@ -42,10 +42,11 @@ from perf.sass.opcodes import (
     is_warpgroup_mma,
     tensor_operation,
 )
-from perf.sass.registers import needed, written
+from perf.sass.registers import needed
 
 _SPIN_LENGTH = 12  # instructions; a longer loop without tensor work or exp2 is no spin
 _POLLING = ("sync", "ldg", "red")  # what a spin asks for the state of a barrier or semaphore by
+_SCORE_UNIT = 16  # a tile's keys are multiples of it; what exponentials there are beyond are factors of O
 _SHARED_MEMORY = ("lds", "sts", "ldgsts", "ldsm", "stsm")
 
 
@@ -75,8 +76,9 @@ SM_MODELS = {
 class LoopReport:
     """One hot loop. ``row()`` is what tables print; ``main`` marks the steady-state loop of its role. ``counts`` are by
     class, ``opcodes`` by opcode, ``shapes`` by shape of the tensor-core instructions. ``registers``: most that its role
-    uses of those that setmaxnreg gives it, ``register_limit``. Of softmax warps: ``scores`` that a thread reads from
-    tensor memory, and how many of their exponentials are ``emulated``, with ``emulation`` instructions."""
+    uses of those that setmaxnreg gives it, ``register_limit``. ``usual``: ``cycles`` without conditional blocks. Of
+    softmax warps, also without these: ``scores`` of a thread, and how many of their exponentials are ``emulated``, with
+    ``emulation`` instructions."""
 
     role: str
     address: int
@@ -90,6 +92,7 @@ class LoopReport:
     flops: int
     unknown_mma: int
     cycles: dict[str, float]
+    usual: dict[str, float]
     stall_sum: int
     conditional_stall: int
     sb_waits: int
@@ -111,13 +114,13 @@ class LoopReport:
 
     @property
     def work(self) -> float:
-        """What loops are compared by: tensor work, or exp2 where another warp issues that."""
-        return self.flops or self.counts["mufu_ex2"]
+        """What loops are compared by: tensor work, or scores where another warp issues that."""
+        return self.flops or self.scores
 
     @property
     def pipe_cycles(self) -> float:
-        """Cycles of the busiest among MUFU, FMA pipe and issue."""
-        return max(self.cycles[name] for name in ("mufu", "fma", "issue"))
+        """Cycles of the busiest among MUFU, FMA pipe and issue, conditional blocks apart."""
+        return max(self.usual[name] for name in ("mufu", "fma", "issue"))
 
     def row(self) -> dict:
         cycles, tensor = self.cycles, self.cycles["tc"]
@@ -247,7 +250,7 @@ class _Analysis:
         self.flow = ControlFlow(code)
         self.loops = self.flow.loops
         self.tensor = self._count(lambda i: is_tensor(i.opcode))
-        self.exp2 = self._count(lambda i: i.opcode == "MUFU" and "EX2" in i.modifiers)
+        self.exp2 = self._count(_is_exp2)
         self.copies = self._count(_is_copy)
         self.tensor_memory = self._count(lambda i: i.opcode in ("LDTM", "STTM"))
         self.register_limits = [
@@ -255,12 +258,18 @@ class _Analysis:
             for k, i in enumerate(code.instructions)
             if i.opcode == "USETMAXREG"
         ]
+        self.detours = {header for header, loop in self.loops.items() if all(map(self._ends_loop, loop.latches))}
 
     def _count(self, test) -> dict[int, int]:
         return {h: sum(map(test, self.flow.instructions(loop.body))) for h, loop in self.loops.items()}
 
     def _block_of(self, index: int) -> int:
         return next(b for b, (start, end) in enumerate(self.flow.blocks) if start <= index < end)
+
+    def _ends_loop(self, latch: int) -> bool:
+        """Whether the block asks the warp for a round more of a condition that none of its lanes has."""
+        votes = [i for i in self.flow.instructions({latch}) if (i.opcode, i.modifiers) == ("VOTE", ["ANY"])]
+        return any(i.operands[1] == "!PT" for i in votes)
 
     def _nested(self, header: int) -> list[int]:
         return [g for g, loop in self.loops.items() if self.loops[header].holds(loop)]
@@ -291,16 +300,19 @@ class _Analysis:
         """Headers of the hot loops, in no order."""
         found = []
         for header, total in self.tensor.items():
-            nested: set[int] = set().union(*(self.loops[g].body for g in self._nested(header)))
-            inner = sum(is_tensor(i.opcode) for i in self.flow.instructions(nested))
+            if header in self.detours:
+                continue
+            nested = [g for g in self._nested(header) if g not in self.detours]
+            blocks: set[int] = set().union(*(self.loops[g].body for g in nested))
+            inner = sum(is_tensor(i.opcode) for i in self.flow.instructions(blocks))
             own = total - inner
             # Also an outer loop that itself holds most of the tensor work around a small inner one.
             if total and (inner == 0 or own >= 2 * inner):
                 found.append(header)
-            elif not total and self.exp2[header] >= 4 and not any(self.exp2[g] for g in self._nested(header)):
+            elif not total and self.exp2[header] >= 4 and not any(self.exp2[g] for g in nested):
                 found.append(header)
             elif not total and self.exp2[header] < 4 and (self.copies[header] or self.tensor_memory[header]):
-                if not any(self.copies[g] or self.tensor_memory[g] for g in self._nested(header)):
+                if not any(self.copies[g] or self.tensor_memory[g] for g in nested):
                     found.append(header)
         return found
 
@@ -310,12 +322,14 @@ class _Analysis:
         body = loop.body - spins
         always = {b for b in body if all(self.flow.dominates(b, latch) for latch in loop.latches)}
         instructions, conditional = self.flow.instructions(body), self.flow.instructions(body - always)
+        usual = self.flow.instructions(always)
         role, limit = self.role(header), self._limit(header)
         scores, emulated, emulation = 0, 0, []
         if role.startswith("softmax"):
-            scores = sum(_loaded(i) for i in instructions)
-            emulated, emulation = emulated_exp2(self.flow.instructions(always))
-        counts = Counter(classify(i.opcode, i.modifiers) for i in instructions)
+            emulated, emulation = emulated_exp2(usual)
+            exponentials = emulated + sum(_is_exp2(i) for i in usual)
+            scores = exponentials - exponentials % _SCORE_UNIT
+        counts = _count_classes(instructions)
         shapes: Counter[str] = Counter()
         flops = unknown = 0
         tensor_cycles = smem_cycles = 0.0
@@ -347,6 +361,7 @@ class _Analysis:
             flops=flops,
             unknown_mma=unknown,
             cycles=self._cycles(counts, len(instructions), tensor_cycles, smem_cycles),
+            usual=self._cycles(_count_classes(usual), len(usual), tensor_cycles, smem_cycles),
             stall_sum=_stall_sum(instructions),
             conditional_stall=_stall_sum(conditional),
             sb_waits=sum(i.wait != 0 for i in instructions),
@@ -411,10 +426,12 @@ def _is_copy(instruction: Instruction) -> bool:
     return instruction.opcode.startswith(("UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "UBLK"))
 
 
-def _loaded(instruction: Instruction) -> int:
-    """Values that a thread reads from tensor memory."""
-    statistics = "STAT" in instruction.modifiers
-    return len(written(instruction)) - statistics if instruction.opcode == "LDTM" else 0
+def _is_exp2(instruction: Instruction) -> bool:
+    return instruction.opcode == "MUFU" and "EX2" in instruction.modifiers
+
+
+def _count_classes(instructions: list[Instruction]) -> Counter[str]:
+    return Counter(classify(i.opcode, i.modifiers) for i in instructions)
 
 
 def _wgmma_serialised(code: Code) -> bool:
@@ -443,14 +460,14 @@ def _shared_memory_cycles(instruction: Instruction) -> float:
 
 
 def _mark_main(loops: list[LoopReport]) -> None:
-    """Marks each role's steady-state loop: the least instructions per unit of tensor (or exp2) work among the loops
-    that do at least half as much of it as the largest."""
-    candidates = [loop for loop in loops if loop.cycles["tc"] or loop.counts["mufu_ex2"]]
+    """Marks each role's steady-state loop: the least instructions per unit of tensor work (or score) among the loops
+    that do at least half as much of it as the largest; of softmax warps without conditional ones."""
+    candidates = [loop for loop in loops if loop.work]
     for kind in {loop.role.split("@")[0] for loop in candidates}:
         same = [loop for loop in candidates if loop.role.startswith(kind)]
         largest = max(loop.work for loop in same)
         steady = (loop for loop in same if loop.work >= 0.5 * largest)
-        min(steady, key=lambda loop: loop.instructions / loop.work).main = True
+        min(steady, key=lambda loop: (loop.instructions - loop.conditional * bool(loop.scores)) / loop.work).main = True
 
 
 def report_code(kernel: str, code: Code, arch: int, resources: dict[str, int]) -> KernelReport:
@@ -485,10 +502,11 @@ def report_cubin(cubin: bytes) -> list[KernelReport]:
 def add_per_score(report: KernelReport, head_dim: int, head_dim_v: int | None = None, backward: bool = False) -> None:
     """Fills ``per_score``, ``cond_per_score`` and ``copy_per_score``: the loop's non-tensor instructions per thread and
     element of S without conditional blocks, of those alone, and of those among them that copy the next tiles;
-    ``net_per_score``: with conditional blocks, without what emulates exponentials.
+    ``net_per_score``: ``per_score`` without what emulates exponentials.
 
     Unlike instructions per exp2 this does not move when exp2 is computed on another pipe. Elements of S per thread
-    follow from the loop's flops: 2(d + dv) per element forward, 2(3d + 2dv) backward; softmax warps read them.
+    follow from the loop's flops: 2(d + dv) per element forward, 2(3d + 2dv) backward; of softmax warps they are its
+    ``scores``.
     """
     dv = head_dim_v or head_dim
     flops = 2 * (3 * head_dim + 2 * dv) if backward else 2 * (head_dim + dv)
@@ -499,4 +517,4 @@ def add_per_score(report: KernelReport, head_dim: int, head_dim_v: int | None = 
             loop.per_score = round(plain / elements, 2)
             loop.cond_per_score = round(loop.conditional / elements, 2)
             loop.copy_per_score = round(loop.copying / elements, 2)
-            loop.net_per_score = round((plain + loop.conditional - loop.emulation) / elements, 2)
+            loop.net_per_score = round((plain - loop.emulation) / elements, 2)

@@ -567,8 +567,10 @@ def test_without_a_gpu_the_static_figures_are_made(monkeypatch):
     done = invoke()
     assert done.exit_code == 0, done.output
     assert "No GPU on this machine" in done.stdout and "5.5" in done.stdout
-    named = {(key.arch.value, key.head_dim, key.causal) for key in asked}
-    assert named == {(a, d, causal) for a in ("sm_80", "sm_90a") for d in (64, 128, 256) for causal in (False, True)}
+    named = {(key.arch.value, key.head_dim, key.head_dim_v) for key in asked}
+    square = {(a, d, d) for a in ("sm_80", "sm_90a", "sm_100a") for d in (64, 128, 256)}
+    assert named == square | {("sm_100a", 192, 128)}
+    assert {key.causal for key in asked} == {False, True}
 
 
 def test_without_a_gpu_and_the_compiler_it_says_so(monkeypatch):
