@@ -11,13 +11,12 @@ from typing import ClassVar, NamedTuple
 from cute_fa.device.pipeline_spec import PipelineSpec
 from cute_fa.device.tiled_forward import packing_objection
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, smem_objection
-from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.problem import DESCALE_BLOCK, AttentionProblem
 from cute_fa.semantics.types import PersistentMode, SmArch
 
 WARP, WARPGROUP = 32, 128
 TILE_M = 128  # rows of an accumulator in tensor memory, a row a thread
 MMA_BYTES = 32  # of a dot product that one tcgen05.mma takes
-MAX_STAGES = 8
 # Room for mbarriers, the address of tensor memory and what the tile scheduler hands on.
 BARRIER_BYTES = 1024
 # Columns of S that a softmax thread has in registers at a time.
@@ -35,7 +34,7 @@ class Registers(NamedTuple):
 
 
 # By number of softmax warpgroups.
-_REGISTERS = {2: Registers(184, 88, 56), 1: Registers(232, 168, 104)}
+_REGISTERS = {2: Registers(152, 104, 104), 1: Registers(232, 168, 104)}
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,8 @@ class Fa4ForwardConfig(FeatureConfig):
     # Shared memory.
     @property
     def q_bytes(self) -> int:
-        """Q of one tile."""
-        return TILE_M * self.head_dim_padded * self.dtype.bytes
+        """Q of one tile, or O where that is larger and takes its place."""
+        return max(TILE_M * self.head_dim_padded * self.dtype.bytes, self.o_bytes)
 
     @property
     def k_bytes(self) -> int:
@@ -154,27 +153,9 @@ class Fa4ForwardConfig(FeatureConfig):
         return self.tile_n * self.loaded_columns * self.dtype.bytes
 
     @property
-    def uneven(self) -> bool:
-        """Whether three stages share the room of two blocks of K and one of V: see :meth:`stage_offsets`."""
-        return self.stages == 3 and self.k_bytes > self.v_bytes
-
-    @property
-    def stage_offsets(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Where each stage begins in the ring's memory, in bytes, when it holds K or V, on even and on odd rounds.
-
-        K and V take turns in the ring. An odd number of stages then has K in a stage on one round and V on the next;
-        placed from either end of the memory in turns, no block overlaps one of the two that come before it."""
-        if not self.uneven:
-            size = max(self.k_bytes, self.v_bytes)
-            return (tuple(size * stage for stage in range(self.stages)),) * 2
-        k, v = self.k_bytes, self.v_bytes
-        return (0, k, k + v), (0, v, k + v)
-
-    @property
-    def kv_bytes(self) -> int:
-        if self.uneven:
-            return 2 * self.k_bytes + self.v_bytes
-        return self.stages * max(self.k_bytes, self.v_bytes)
+    def stage_bytes(self) -> int:
+        """A stage of the ring, which holds K and V by turns."""
+        return max(self.k_bytes, self.v_bytes)
 
     @property
     def output_columns(self) -> int:
@@ -189,7 +170,7 @@ class Fa4ForwardConfig(FeatureConfig):
     @property
     def own_output(self) -> bool:
         """Whether O has its own memory, so that the next tile's Q is loaded while O is stored; else it takes Q's."""
-        return not self.uneven
+        return self._inputs_bytes + self.o_bytes <= self.arch.smem_bytes
 
     @property
     def stats_bytes(self) -> int:
@@ -197,10 +178,14 @@ class Fa4ForwardConfig(FeatureConfig):
         return self.q_tiles * 2 * TILE_M * 4
 
     @property
+    def _inputs_bytes(self) -> int:
+        ring = self.stages * self.stage_bytes
+        return self.q_tiles * self.q_bytes + ring + self.stats_bytes + BARRIER_BYTES
+
+    @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        output = self.o_bytes if self.own_output else 0
-        return self.q_tiles * self.q_bytes + output + self.kv_bytes + self.stats_bytes + BARRIER_BYTES
+        return self._inputs_bytes + (self.o_bytes if self.own_output else 0)
 
     @property
     def pipelines(self) -> tuple[PipelineSpec, ...]:
@@ -238,6 +223,11 @@ class Tiles(NamedTuple):
     pack_gqa: int = 1
 
 
+# Blocks in the ring. With two, the next block of K or V begins to arrive when its predecessor has been read, a product
+# before it is needed.
+_STAGES = (8, 6, 4, 3)
+
+
 @lru_cache(maxsize=4096)
 def forward_config(problem: AttentionProblem) -> Fa4ForwardConfig:
     """The heuristic: two tiles where tensor memory and shared memory hold them and there are rows for both."""
@@ -259,10 +249,10 @@ def _config(problem: AttentionProblem, tiles: Tiles) -> Fa4ForwardConfig:
 
 
 def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
-    """Tiles in order of preference, each with why it is refused."""
+    """Tiles in order of preference, each with why it is refused: as many keys as leave room for three blocks."""
     for q_tiles in (2, 1):
-        for tile_n in (128, 64):
-            for stages in (*range(MAX_STAGES, 3, -2), 3, 2):
+        for tile_n in (128, 96, 64):
+            for stages in _STAGES:
                 tiles = Tiles(q_tiles, tile_n, stages)
                 reason = _objection(problem, tiles)
                 if reason is None and problem.gqa_ratio > 1:
@@ -278,4 +268,8 @@ def _objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
         return f"tensor memory: {needed} columns of S and O, 512 available"
     if tiles.q_tiles == 2 and problem.seqlen_q * problem.gqa_ratio <= TILE_M:
         return f"{problem.seqlen_q} queries of {problem.gqa_ratio} heads: one tile of {TILE_M} rows holds them"
+    if problem.page_size is not None and tiles.tile_n % 64 and problem.page_size > 32:
+        return f"paged keys: a block of {tiles.tile_n} and a page of {problem.page_size} have 32 rows in common"
+    if DESCALE_BLOCK % tiles.tile_n and (problem.k_block_descale or problem.v_block_descale):
+        return f"descales of blocks: {tiles.tile_n} keys may have several, of {DESCALE_BLOCK} keys each"
     return smem_objection(config.smem_bytes, "Q, K, V, O and barriers", problem.arch)

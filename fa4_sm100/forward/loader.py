@@ -10,7 +10,7 @@ from cute_fa.device.tile_work import Extents, TileWork, scheduler_of, tile_work
 from cute_fa.device.tma_boxes import BoxCopy
 from fa4_sm100.forward.arguments import ForwardArguments, TmaTensors
 from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig
-from fa4_sm100.forward.storage import Boxes, Storage, stage_offset
+from fa4_sm100.forward.storage import Boxes, Storage
 
 
 class Loader:
@@ -77,12 +77,12 @@ class Loader:
         """One block of K into its stage."""
         c = self.config
         barrier = self.rings["kv"].acquire(state, c.k_bytes)
-        target = self.storage.k + stage_offset(c, state) // c.dtype_k.bytes
+        target = self.storage.k + state.stage * (c.stage_bytes // c.dtype_k.bytes)
         self.copies.load(self.k, target, work, iteration, barrier)
 
     def load_v(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of V into its stage."""
         c = self.config
         barrier = self.rings["kv"].acquire(state, c.v_bytes)
-        target = self.storage.v + stage_offset(c, state) // c.dtype_v.bytes
+        target = self.storage.v + state.stage * (c.stage_bytes // c.dtype_v.bytes)
         self.copies.load(self.v, target, work, iteration, barrier)

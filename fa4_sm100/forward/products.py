@@ -11,7 +11,7 @@ from cute_fa.device.tile_work import Extents, scheduler_of, tile_work
 from cute_fa.semantics.types import DType
 from fa4_sm100.forward.arguments import ForwardArguments
 from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig
-from fa4_sm100.forward.storage import Storage, stage_offset
+from fa4_sm100.forward.storage import Storage
 
 
 class Products:
@@ -133,7 +133,7 @@ class Products:
     def start_scores(self, q_tile: int, buffer: Int32, keys: RingState):
         """Q·Kᵀ of a tile into a buffer of scores."""
         c = self.config
-        k = self.k.at(stage_offset(c, keys))
+        k = self.k.at(keys.stage * c.stage_bytes)
         self.scores.multiply(self.tensor + buffer * c.score_columns, self.q[q_tile], k, Int32(0))
         commit(self.rings["s"].full + buffer)
 
@@ -143,7 +143,7 @@ class Products:
         c = self.config
         p = self.tensor + buffer.stage * c.score_columns + c.probability_column
         o = self.tensor + c.output_column + q_tile * c.head_dim_v_padded
-        v = self.v.at(stage_offset(c, values))
+        v = self.v.at(values.stage * c.stage_bytes)
         self.rings["o"].wait_free(RingState(Int32(q_tile), queries.phase))
         self.rings["s"].wait_released(buffer)
         after_sync()

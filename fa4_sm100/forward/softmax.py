@@ -28,6 +28,7 @@ from cute_fa.device.tile_work import Extents, TileWork, kv_head, scheduler_of, t
 from cute_fa.device.visibility import hidden_keys
 from fa4_sm100.forward.arguments import ForwardArguments
 from fa4_sm100.forward.config import SCORE_CHUNK, TILE_M, Fa4ForwardConfig
+from fa4_sm100.forward.descales import BlockDescales, Unit
 from fa4_sm100.forward.row import Row
 from fa4_sm100.forward.storage import Storage
 
@@ -55,6 +56,7 @@ class Softmax:
         self.storage, self.rings, self.index, self.thread = storage, rings, index, thread
         self.tensor = tensor_memory.own_lanes(tensor, cute.arch.make_warp_uniform(thread // 32))
         self.row = Row(c, thread)
+        self.descales = BlockDescales(c, args.common)
         self.chunks = c.tile_n // SCORE_CHUNK
         self.words_per_chunk = SCORE_CHUNK * (1 if c.dtype.is_fp8 else 2) // 4
         self.exponents = E4M3 if c.dtype.is_fp8 else WIDE
@@ -134,7 +136,7 @@ class Softmax:
         """One block: waits for its scores, hands over P."""
         c, rings, reference, bias = self.config, self.rings, self.reference, self.bias
         advance, exponentiate = self.advance, self.exponentiate
-        score, unit = self.descaled(work, score, iteration)
+        score, unit = self.descales.of_block(work, iteration, score)
         buffer = self.buffer(done + iteration)
         rings["s"].wait(buffer)
         tensor_memory.after_sync()
@@ -162,14 +164,9 @@ class Softmax:
             return RingState(self.index, block & 1)
         return RingState(block & 1, (block >> 1) & 1)
 
-    def descaled(self, work: TileWork, score: Score, iteration: Int32):
-        """The score formula for the block of an iteration, and the unit of its values, log2 of their descale: where
-        blocks have descales of their own. In e4m3 P takes the unit on; None for 1."""
-        return score, None
-
-    def set_bias(self, reference: Float32, unit):
+    def set_bias(self, reference: Float32, unit: Optional[Unit]):
         """What exponents add to scores in log2 units: +inf where a row has no reference yet, so that its sum tells."""
-        self.bias[0] = -reference if unit is None else unit - reference
+        self.bias[0] = -reference if unit is None else unit.log2 - reference
 
     def modifier(
         self, work: TileWork, score: Score, iteration: Int32, right_edge: bool, left_edge: bool
@@ -207,7 +204,7 @@ class Softmax:
     def advance(
         self,
         score: Score,
-        unit: Optional[Float32],
+        unit: Optional[Unit],
         at: Int32,
         modify: cutlass.Constexpr,
         block: Int32,
@@ -218,7 +215,7 @@ class Softmax:
         exponents, reference, total = self.exponents, self.reference, self.total
         top = self.maximum(at, modify) * score.scale_log2
         if const_expr(unit is not None):
-            top = top + unit
+            top = top + unit.log2
         outgrown = self.counts(~(top <= reference[0] + exponents.limit))
         rescale_output = self.rescale_output
         while cute.arch.vote_any_sync(outgrown):
@@ -324,7 +321,7 @@ class Softmax:
         within = (self.sums[0] + self.sums[1] <= 2.0**HEADROOM_LOG2) & (peak <= HEADROOM_LOG2)
         return self.counts(~within)
 
-    def hand_over(self, score: Score, unit: Optional[Float32], at: Int32, buffer: Int32, emulate: bool):
+    def hand_over(self, score: Score, unit: Optional[Unit], at: Int32, buffer: Int32, emulate: bool):
         """P to tensor memory and on to the products, the last chunk of it apart."""
         c, size, rings = self.config, self.words_per_chunk, self.rings
         target = at + c.probability_column
@@ -340,4 +337,5 @@ class Softmax:
         tensor_memory.wait_stores()
         tensor_memory.before_sync()
         rings["p"].signal(buffer)
-        self.total[0] = self.total[0] + (self.sums[0] + self.sums[1])
+        total = self.sums[0] + self.sums[1]
+        self.total[0] = self.total[0] + (total if unit is None else total * unit.inverse)

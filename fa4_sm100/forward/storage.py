@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.ring import RingState, barrier_count
+from cute_fa.device.ring import barrier_count
 from cute_fa.device.tma_boxes import BoxShape, panel_bytes, tile_layout
 from cute_fa.semantics.types import DType
 from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig
@@ -45,7 +45,7 @@ def allocate(config: Fa4ForwardConfig) -> Storage:
         return cute.recast_ptr(raw, tile_layout(dtype, rows, columns, 1).inner, dtype=dtype)
 
     q_raw = tuple(memory(c.q_bytes) for _ in range(c.q_tiles))
-    kv_raw = memory(c.kv_bytes)
+    kv_raw = memory(c.stages * c.stage_bytes)
     out_raw = (memory(c.o_bytes),) * c.q_tiles if c.own_output else q_raw
     v_shape = (c.head_dim_v_padded, c.tile_n) if c.key_major_v else (c.tile_n, c.value_columns)
     return Storage(
@@ -57,15 +57,6 @@ def allocate(config: Fa4ForwardConfig) -> Storage:
         stats=allocator.allocate_array(Float32, c.stats_bytes // 4),
         tensor=allocator.allocate_array(Int32, 1),
     )
-
-
-def stage_offset(config: Fa4ForwardConfig, state: RingState) -> Int32:
-    """Where the stage of the ring of K and V begins in its memory, in bytes."""
-    even, odd = config.stage_offsets
-    if const_expr(not config.uneven):
-        return state.stage * (even[1] if len(even) > 1 else 0)
-    offset = cutlass.select_(state.phase == 0, Int32(even[1]), Int32(odd[1]))
-    return cutlass.select_(state.stage == 0, Int32(0), cutlass.select_(state.stage == 1, offset, Int32(even[2])))
 
 
 class Boxes(NamedTuple):
