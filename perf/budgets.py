@@ -26,14 +26,14 @@ FILE = Path(__file__).with_name("budgets.toml")
 class Budget:
     """Most non-tensor instructions per thread and score element of a kernel's main loop: ``per_score`` of what every
     iteration runs, ``cond_per_score`` of its conditional blocks. Where other warps than the softmax's issue the tensor
-    work, that loop is theirs, and ``net_per_score`` is for both without emulated exponentials, ``pipe_cycles`` for the
-    busiest of MUFU, FMA pipe and issue, in an iteration of a tile's four warps."""
+    work, that loop is theirs, ``net_per_score`` is ``per_score`` without emulated exponentials, and ``pipe_per_score`` the cycles
+    of the busiest of MUFU, FMA pipe and issue."""
 
     key: StaticKey
     per_score: float
     cond_per_score: float
     net_per_score: float = math.inf
-    pipe_cycles: float = math.inf
+    pipe_per_score: float = math.inf
 
     def breaches(self, report: KernelReport) -> list[str]:
         """What the report breaks, in words; empty if nothing. Spills in the main loop, or in that of a role, and
@@ -44,7 +44,7 @@ class Budget:
                 found.append(f"{own.counts['local']} spilled accesses in the {role} loop")
         if report.wgmma_serialised:
             found.append("every wgmma is waited for before the next")
-        for name in ("per_score", "cond_per_score", "net_per_score", "pipe_cycles"):
+        for name in ("per_score", "cond_per_score", "net_per_score", "pipe_per_score"):
             measured, allowed = getattr(loop, name), getattr(self, name)
             if measured > allowed:
                 found.append(f"{name} {measured:g}, budget {allowed:g}")

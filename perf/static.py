@@ -35,7 +35,7 @@ COLUMNS = (
 ).split()
 # Those of kernels with tcgen05 alone.
 ROLE_COLUMNS = (
-    "net_per_score emulated correction per_mma load role_regs role_spills step_tensor step_smem step_exp2 step_mufu "
+    "net_per_score scores emulated correction per_mma load role_regs role_spills step_tensor step_smem step_exp2 step_mufu "
     "step_fma step_issue step_busiest"
 ).split()
 COLUMNS += ROLE_COLUMNS
@@ -212,6 +212,7 @@ def _role_columns(key: StaticKey, report: KernelReport) -> dict:
     step = step_of(report, key.head_dim, key.head_dim_v, 1 if key.dtype.is_fp8 else 2)
     return {
         "net_per_score": loops["softmax"].net_per_score,
+        "scores": loops["softmax"].scores,
         "emulated": loops["softmax"].emulated,
         "correction": instructions.get("correction"),
         "per_mma": round((mma.instructions - mma.counts["tensor"]) / mma.counts["tensor"], 2),

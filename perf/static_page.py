@@ -61,7 +61,7 @@ def role_sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         named = f"Forward, {arch}" + (f", {dtype}" if dtype != DType.BF16.value else "")
         rows = own.to_dict("records")
         yield f"{named}, by role", pd.DataFrame([_role_row(row) for row in rows])
-        yield f"{named}, cycles of a step", pd.DataFrame([_step_row(row) for row in rows])
+        yield f"{named}, cycles of 128 keys", pd.DataFrame([_step_row(row) for row in rows])
         compared = [
             _ratio_row(ours, theirs)
             for ours in rows
@@ -78,7 +78,7 @@ def _role_row(row: dict) -> dict:
         "per score": row["per_score"],
         "net": row["net_per_score"],
         "conditional": row["cond_per_score"],
-        "emulated": row["emulated"],
+        "emulated": f"{row['emulated']:g} of {row['scores']:g}",
         "stall (conditional)": _beside(row["stall"], row["cond_stall"]),
         "correction": row["correction"],
         "per MMA": row["per_mma"],

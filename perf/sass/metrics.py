@@ -107,6 +107,7 @@ class LoopReport:
     cond_per_score: float | None = None
     copy_per_score: float | None = None
     net_per_score: float | None = None
+    pipe_per_score: float | None = None
 
     @property
     def mflop(self) -> float:
@@ -116,11 +117,6 @@ class LoopReport:
     def work(self) -> float:
         """What loops are compared by: tensor work, or scores where another warp issues that."""
         return self.flops or self.scores
-
-    @property
-    def pipe_cycles(self) -> float:
-        """Cycles of the busiest among MUFU, FMA pipe and issue, conditional blocks apart."""
-        return max(self.usual[name] for name in ("mufu", "fma", "issue"))
 
     def row(self) -> dict:
         cycles, tensor = self.cycles, self.cycles["tc"]
@@ -152,6 +148,7 @@ class LoopReport:
             "cond_per_score": self.cond_per_score,
             "copy_per_score": self.copy_per_score,
             "net_per_score": self.net_per_score,
+            "pipe_per_score": self.pipe_per_score,
             "scores": self.scores,
             "emulated": self.emulated,
             "emulation": self.emulation,
@@ -502,7 +499,8 @@ def report_cubin(cubin: bytes) -> list[KernelReport]:
 def add_per_score(report: KernelReport, head_dim: int, head_dim_v: int | None = None, backward: bool = False) -> None:
     """Fills ``per_score``, ``cond_per_score`` and ``copy_per_score``: the loop's non-tensor instructions per thread and
     element of S without conditional blocks, of those alone, and of those among them that copy the next tiles;
-    ``net_per_score``: ``per_score`` without what emulates exponentials.
+    ``net_per_score``: ``per_score`` without what emulates exponentials; ``pipe_per_score``: cycles, without conditional
+    blocks, of the busiest of MUFU, FMA pipe and issue.
 
     Unlike instructions per exp2 this does not move when exp2 is computed on another pipe. Elements of S per thread
     follow from the loop's flops: 2(d + dv) per element forward, 2(3d + 2dv) backward; of softmax warps they are its
@@ -518,3 +516,4 @@ def add_per_score(report: KernelReport, head_dim: int, head_dim_v: int | None = 
             loop.cond_per_score = round(loop.conditional / elements, 2)
             loop.copy_per_score = round(loop.copying / elements, 2)
             loop.net_per_score = round((plain - loop.emulation) / elements, 2)
+            loop.pipe_per_score = round(max(loop.usual[name] for name in ("mufu", "fma", "issue")) / elements, 2)

@@ -120,7 +120,7 @@ def test_softmax_warps(report):
     # FFMA2 4, FADD2 3 and IMAD 1, two cycles each
     assert {name: loop.usual[name] for name in ("mufu", "fma", "issue")} == {"mufu": 15 * 8, "fma": 16, "issue": 33}
     assert loop.cycles["mufu"] == 31 * 8
-    assert loop.pipe_cycles == 120
+    assert loop.pipe_per_score == 7.5  # the MUFU's 120
 
 
 def test_roles(report):
@@ -184,17 +184,18 @@ def test_a_pair_is_read_whole():
     assert read("[R4+0x10]") == read("12582912") == read("UR4") == []
 
 
-def test_cycles_of_a_step(report):
-    """Two tiles of 128 rows and 16 keys, head dims 64: 2 · 256 · 16 · 128 flops, Q twice, and K and V for each tile."""
+def test_cycles_of_128_keys(report):
+    """Eight blocks of 16 keys past two tiles of 128 rows, head dims 64; Q, K and V are read once for each tile."""
     step = step_of(report, 64, 64, itemsize=2)
-    assert step.tensor == 2 * 256 * 16 * 128 / 8192
-    assert step.smem == 2 * (128 * 64 + 16 * 128) * 2 / 128
-    assert step.exp2 == 256 * 16 / 16
-    assert (step.mufu, step.fma, step.issue, step.busiest) == (240, 32, 66, 240)
+    assert step.tensor == 8 * 2 * 256 * 16 * (64 + 64) / 8192
+    assert step.smem == 8 * 2 * (128 * 64 + 16 * 64 + 16 * 64) * 2 / 128
+    assert step.exp2 == 8 * 256 * 16 / 16
+    assert (step.mufu, step.fma, step.issue) == (8 * 2 * 120, 8 * 2 * 16, 8 * 2 * 33)
+    assert step.busiest == step.mufu
     fp8 = step_of(report, 64, 64, itemsize=1)
     assert (fp8.tensor, fp8.smem, fp8.exp2) == (step.tensor / 2, step.smem / 2, step.exp2)
 
 
 def test_tensor_memory_holds_one_tile_of_256_columns(report):
     step = step_of(report, 256, 256, itemsize=2)
-    assert (step.tensor, step.issue) == (2 * 128 * 16 * 512 / 8192, 33)
+    assert (step.tensor, step.issue) == (8 * 2 * 128 * 16 * 512 / 8192, 8 * 33)
