@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Of the tiles that a running cluster takes over (``cute_fa.device.tile_handout``): an answer, and how many at a time.
+RESPONSE_BYTES = 16
+HANDOUT_STAGES = 2
+
 
 @dataclass(frozen=True)
 class PipelineSpec:
@@ -11,7 +15,8 @@ class PipelineSpec:
 
     ``name``: what it carries; ``stages``: tiles in the ring; ``stage_bytes``: what the TMA copies of one
     stage deliver, 0 where warps write it; ``consumer_warps``: warps that release a stage, one arrival each;
-    ``producer_warps``: warps that fill one.
+    ``producer_warps``: warps that fill one. ``shared``: by a cluster, whose warps all arrive at the barriers of its
+    first CTA.
     """
 
     name: str
@@ -19,3 +24,4 @@ class PipelineSpec:
     stage_bytes: int
     consumer_warps: int
     producer_warps: int = 1
+    shared: bool = False

@@ -4,7 +4,7 @@ from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32
 from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.pipeline_spec import PipelineSpec
@@ -75,11 +75,7 @@ class Ring:
     def signal(self, stage: Int32):
         """Warp that has done its part of a stage: hand it to the consumers."""
         cute.arch.sync_warp()
-        inline_ptx(
-            "mbarrier.arrive.shared.b64 _, [{$r0}];",
-            read_only_args=[(self.full + stage).toint()],
-            predicate=cute.arch.lane_idx() == 0,
-        )
+        self._arrive(self.full + stage, cute.arch.lane_idx() == 0)
 
     def wait(self, state: RingState):
         """Consumer: wait until the tile is there."""
@@ -94,11 +90,21 @@ class Ring:
         leader = cute.arch.lane_idx() == 0
         if if_true is not True:
             leader = leader & if_true
-        inline_ptx(
-            "mbarrier.arrive.shared.b64 _, [{$r0}];",
-            read_only_args=[(self.empty + stage).toint()],
-            predicate=leader,
-        )
+        self._arrive(self.empty + stage, leader)
+
+    def _arrive(self, barrier: cute.Pointer, leader: Boolean):
+        """By the one lane for which ``leader`` holds."""
+        if self.spec.shared:
+            first = inline_ptx(
+                "mapa.shared::cluster.u32 {$w0}, {$r0}, 0;", write_only_types=[Int32], read_only_args=[barrier.toint()]
+            )
+            inline_ptx(
+                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{$r0}];",
+                read_only_args=[first],
+                predicate=leader,
+            )
+        else:
+            inline_ptx("mbarrier.arrive.shared.b64 _, [{$r0}];", read_only_args=[barrier.toint()], predicate=leader)
 
 
 def rings(specs: tuple[PipelineSpec, ...], barriers: cute.Pointer) -> dict[str, Ring]:

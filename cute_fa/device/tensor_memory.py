@@ -6,12 +6,25 @@ row t of an accumulator, one column a register. Loads and stores run on until th
 thread to another, or to and from a product, lies between :func:`before_sync` and :func:`after_sync`.
 """
 
+import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.arch import inline_ptx
 
 LANES = 128
 COLUMNS = 512
 _LANE_SHIFT = 16
+
+
+def allocate(address: cute.Pointer, columns: int):
+    """By a warp: ``columns``, a power of 2 from 32 on; where they are goes to ``address`` in shared memory."""
+    cute.arch.alloc_tmem(columns, address)
+    cute.arch.relinquish_tmem_alloc_permit()
+
+
+def free(base: Int32, columns: int):
+    """By the warp that allocated, when nobody uses them any more."""
+    pointer = cute.make_ptr(Int32, base, cute.AddressSpace.tmem, assumed_align=16)
+    cute.arch.dealloc_tmem(pointer, columns)
 
 
 def own_lanes(base: Int32, warp: Int32) -> Int32:

@@ -33,6 +33,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Uint32, const_expr
 
+from cute_fa.device.pipeline_spec import HANDOUT_STAGES
+from cute_fa.device.ring import RingState, ring_next, ring_start
+from cute_fa.device.tile_handout import Handout
+
 
 class TileGrid(NamedTuple):
     """Run-time numbers of tiles: a kernel argument. m_blocks · heads · batches ≤ 2^31 − 1.
@@ -112,6 +116,29 @@ class PersistentScheduler(SingleTileScheduler):
         return TileState(2 * (turn + 1) * ctas - 1 - state.tile)
 
 
+class HandedState(NamedTuple):
+    """``tile`` as in :class:`TileState`; ``place``: of the next answer."""
+
+    tile: Int32
+    place: RingState
+
+
+class HandedScheduler(SingleTileScheduler):
+    """A cluster a tile in the grid; those that run take over the others' tiles (``cute_fa.device.tile_handout``)."""
+
+    def __init__(self, grid: TileGrid, longest_first: bool, handout: Handout):
+        super().__init__(grid, longest_first)
+        self.handout = handout
+
+    def first(self) -> HandedState:
+        """The cluster's first tile."""
+        return HandedState(cute.arch.block_idx()[0] // self.handout.ctas, ring_start())
+
+    def next(self, state: HandedState) -> HandedState:
+        """The cluster's next tile, valid or not; the 32 lanes of a warp call together."""
+        return HandedState(self.handout.take(state.place), ring_next(state.place, HANDOUT_STAGES))
+
+
 class VarlenState(NamedTuple):
     """``tile``: its index in the order of all tiles, unsigned; ``batch``: its sequence, ``batches`` or more
     beyond the last tile; ``start``: index of that sequence's first tile."""
@@ -187,7 +214,36 @@ class VarlenScheduler:
         return _ceil_div(length, self.tile_tokens)
 
 
-TileScheduler = SingleTileScheduler | PersistentScheduler | VarlenScheduler
+class HandedVarlenState(NamedTuple):
+    """:class:`VarlenState` and the ``place`` of the next answer."""
+
+    tile: Int32
+    batch: Int32
+    start: Int32
+    place: RingState
+
+
+class HandedVarlenScheduler(VarlenScheduler):
+    """As :class:`HandedScheduler`, of packed sequences; clusters beyond the last tile have none."""
+
+    def __init__(
+        self, grid: TileGrid, longest_first: bool, cu_seqlens_q: cute.Tensor, tile_tokens: int, handout: Handout
+    ):
+        super().__init__(grid, longest_first, cu_seqlens_q, tile_tokens, False)
+        self.handout = handout
+
+    def first(self) -> HandedVarlenState:
+        """The cluster's first tile, valid or not."""
+        found = self._find(cute.arch.block_idx()[0] // self.handout.ctas, Int32(0), Int32(0))
+        return HandedVarlenState(*found, ring_start())
+
+    def next(self, state: HandedVarlenState) -> HandedVarlenState:
+        """The cluster's next tile, valid or not."""
+        found = self._find(self.handout.take(state.place), state.batch, state.start)
+        return HandedVarlenState(*found, ring_next(state.place, HANDOUT_STAGES))
+
+
+TileScheduler = HandedScheduler | HandedVarlenScheduler | SingleTileScheduler | PersistentScheduler | VarlenScheduler
 
 
 def make_scheduler(
@@ -197,12 +253,18 @@ def make_scheduler(
     persistent: bool,
     cu_seqlens_q: Optional[cute.Tensor],
     tile_tokens: int,
+    handout: Optional[Handout] = None,
 ) -> TileScheduler:
     """The scheduler of a kernel; all arguments but ``grid`` and the tensor are compile-time values.
 
     ``longest_first``: tiles have a right bound; ``persistent``: CTAs walk over tiles; ``cu_seqlens_q``: (batches + 1)
-    int32 if the queries are packed, else None; ``tile_tokens``: tokens of a tile, used if the queries are packed.
+    int32 if the queries are packed, else None; ``tile_tokens``: tokens of a tile, used if the queries are packed;
+    ``handout``: running clusters take over tiles, and ``persistent`` has no meaning.
     """
+    if handout is not None:
+        if cu_seqlens_q is None:
+            return HandedScheduler(grid, longest_first, handout)
+        return HandedVarlenScheduler(grid, longest_first, cu_seqlens_q, tile_tokens, handout)
     if cu_seqlens_q is not None:
         return VarlenScheduler(grid, longest_first, cu_seqlens_q, tile_tokens, persistent)
     return (PersistentScheduler if persistent else SingleTileScheduler)(grid, longest_first)

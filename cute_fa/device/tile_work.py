@@ -1,6 +1,6 @@
 """What there is to do for a tile of queries: which keys, in blocks. Kernels of sm_90 and sm_100 share it."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cutlass
 from cutlass import Int32
@@ -8,6 +8,7 @@ from cutlass import Int32
 from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.seqlen import SeqlenInfo, seqlen_info
+from cute_fa.device.tile_handout import Handout
 from cute_fa.device.tile_scheduler import TileGrid, WorkTile, make_scheduler
 
 
@@ -39,7 +40,7 @@ def kv_head(common: CommonArguments, pack_gqa: int, head: Int32) -> Int32:
     return head // (common.q.shape[-2] // common.k.shape[-2])
 
 
-def scheduler_of(common: CommonArguments, grid: TileGrid, config):
+def scheduler_of(common: CommonArguments, grid: TileGrid, config, handout: Optional[Handout] = None):
     """The tile scheduler: each role makes its own and gets the same tiles. ``config``: of the kernel, with
     window_right, persistent and tile_tokens."""
     return make_scheduler(
@@ -48,6 +49,7 @@ def scheduler_of(common: CommonArguments, grid: TileGrid, config):
         persistent=config.persistent,
         cu_seqlens_q=common.lengths.cu_seqlens_q,
         tile_tokens=config.tile_tokens,
+        handout=handout,
     )
 
 

@@ -85,8 +85,13 @@ class TiledForward(AttentionKernel):
                 batches=problem.batch,
                 head_group=min(head_group(kv_bytes, cls.l2_bytes, shared), MAX_TILES),
             ),
-            num_ctas=num_ctas(tiles, num_sms, config.persistent),
+            num_ctas=cls.num_ctas(config, tiles, num_sms),
         )
+
+    @classmethod
+    def num_ctas(cls, config, tiles: int, num_sms: int) -> int:
+        """CTAs to launch for so many tiles."""
+        return num_ctas(tiles, num_sms, config.persistent)
 
 
 def _tiles(problem: AttentionProblem, config, total_q: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import ClassVar, NamedTuple
 
-from cute_fa.device.pipeline_spec import PipelineSpec
+from cute_fa.device.pipeline_spec import HANDOUT_STAGES, RESPONSE_BYTES, PipelineSpec
 from cute_fa.device.tiled_forward import packing_objection
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, smem_objection
 from cute_fa.semantics.problem import DESCALE_BLOCK, AttentionProblem
@@ -53,6 +53,7 @@ class Fa4ForwardConfig(FeatureConfig):
     tile_n: int
     stages: int
     pack_gqa: int = 1
+    ctas: int = 1
     persistent: bool = True
     emulated: int = 0
 
@@ -191,7 +192,7 @@ class Fa4ForwardConfig(FeatureConfig):
     def pipelines(self) -> tuple[PipelineSpec, ...]:
         """``q0``, ``q1``: Q of each tile, and ``kv``: K and V, which products release; the bytes are of K. In tensor
         memory ``s``: scores, which the first part of P releases; ``p``: the rest of P; ``o``: O. ``stats``: sums and
-        references."""
+        references. ``tiles``: the next ones, for the softmax and epilogue warps, the MMA, load and scheduler warp."""
         rows = self.pack_gqa * self.tokens
         size = self.dtype.bytes
         queries = (PipelineSpec(f"q{i}", 1, rows * self.head_dim_padded * size, 1) for i in range(self.q_tiles))
@@ -202,6 +203,7 @@ class Fa4ForwardConfig(FeatureConfig):
             PipelineSpec("p", 2, 0, 1, 4),
             PipelineSpec("o", self.q_tiles, 0, 4),
             PipelineSpec("stats", self.q_tiles, 0, 4, 4),
+            PipelineSpec("tiles", HANDOUT_STAGES, RESPONSE_BYTES, 4 * self.q_tiles + 4 + 3),
         )
 
     @property

@@ -24,3 +24,8 @@ class Fa4Forward(TiledForward):
     @classmethod
     def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
         return forward_candidates(problem)
+
+    @classmethod
+    def num_ctas(cls, config: Fa4ForwardConfig, tiles: int, num_sms: int) -> int:
+        """As many as tiles need: those that run take over the tiles of those that do not yet."""
+        return tiles * config.ctas

@@ -8,15 +8,15 @@ from cutlass.cute.arch import inline_ptx
 from cute_fa.device import tensor_memory
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.registers import narrow_pair
-from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
+from cute_fa.device.ring import RingState, ring_next, ring_start
 from cute_fa.device.score import Score
 from cute_fa.device.softmax import normalisation
-from cute_fa.device.tile_work import Extents, TileWork, kv_head, scheduler_of, tile_work
+from cute_fa.device.tile_work import TileWork, kv_head
 from cute_fa.device.tma_boxes import BoxCopy, panel_bytes
-from fa4_sm100.forward.arguments import ForwardArguments, TmaTensors
-from fa4_sm100.forward.config import TILE_M, WARPGROUP, Fa4ForwardConfig
+from fa4_sm100.forward.config import TILE_M, WARPGROUP
+from fa4_sm100.forward.cta import Cta
 from fa4_sm100.forward.row import Row
-from fa4_sm100.forward.storage import Boxes, Storage
+from fa4_sm100.forward.storage import Boxes
 
 BARRIER = 1  # named barrier of the warpgroup
 CHUNK = 16  # bytes that a thread stores at once, and the unit of swizzles
@@ -25,34 +25,23 @@ CHUNK = 16  # bytes that a thread stores at once, and the unit of swizzles
 class Epilogue:
     """Four warps, a row of a tile a thread. The store runs on behind the next tile."""
 
-    def __init__(
-        self,
-        config: Fa4ForwardConfig,
-        args: ForwardArguments,
-        tma: TmaTensors,
-        extents: Extents,
-        storage: Storage,
-        rings: dict[str, Ring],
-        tensor: Int32,
-        thread: Int32,
-    ):
-        """``tensor``: address of the CTA's tensor memory; ``thread``: which of the 128."""
-        self.config, self.args, self.tma, self.extents = config, args, tma, extents
-        self.storage, self.rings, self.thread = storage, rings, thread
-        self.tensor = tensor_memory.own_lanes(tensor, cute.arch.make_warp_uniform(thread // 32))
-        self.row = Row(config, thread)
-        self.boxes, self.dtype = Boxes.of(config), CUTE_DTYPE[config.out_dtype]
+    def __init__(self, cta: Cta, thread: Int32):
+        """``thread``: which of the 128."""
+        self.cta, self.config, self.common, self.tma = cta, cta.config, cta.common, cta.tma
+        self.storage, self.rings, self.thread = cta.storage, cta.rings, thread
+        self.tensor = tensor_memory.own_lanes(cta.tensor, cute.arch.make_warp_uniform(thread // 32))
+        self.row = Row(cta.config, thread)
+        self.boxes, self.dtype = Boxes.of(cta.config), CUTE_DTYPE[cta.config.out_dtype]
 
     @cute.jit
     def run(self):
         """Walk over the CTA's tiles."""
-        common, config, extents = self.args.common, self.config, self.extents
-        scheduler = scheduler_of(common, self.args.grid, config)
-        valid, tile, advance, store_tile = scheduler.valid, scheduler.tile, scheduler.next, self.store_tile
+        config, make_work, store_tile, scheduler = self.config, self.cta.work, self.store_tile, self.cta.scheduler()
+        valid, tile, advance = scheduler.valid, scheduler.tile, scheduler.next
         rows = ring_start()
         state = scheduler.first()
         while valid(state):
-            work = tile_work(common, config, extents, tile(state))
+            work = make_work(tile(state))
             for q_tile in cutlass.range_constexpr(config.q_tiles):
                 store_tile(q_tile, work, rows.phase)
             rows = ring_next(rows, 1)
@@ -64,7 +53,7 @@ class Epilogue:
     def store_tile(self, q_tile: cutlass.Constexpr[int], work: TileWork, phase: Int32):
         """O and LSE of a tile's rows."""
         c, rings, to_smem, to_global = self.config, self.rings, self.to_smem, self.to_global
-        first_token = work.first_token + q_tile * c.tokens
+        first_token = self.cta.first_token(work, q_tile)
         place = RingState(Int32(q_tile), phase)
         rings["stats"].wait(place)
         slots = self.storage.stats + (2 * q_tile * TILE_M + self.thread)
@@ -95,7 +84,7 @@ class Epilogue:
 
     def normalisation(self, total: Float32, reference: Float32, work: TileWork):
         """Factor of the row's O, and its LSE."""
-        c, common = self.config, self.args.common
+        c, common = self.config, self.common
         head = kv_head(common, c.pack_gqa, work.tile.head)
         offset = Score.of(common.softmax_scale, common.softcap).offset_log2
         sink = self.row.per_head(common.learnable_sink, work.tile.head * c.pack_gqa)
@@ -105,7 +94,7 @@ class Epilogue:
     @cute.jit
     def store_lse(self, lse: Float32, work: TileWork, first_token: Int32):
         """Of the thread's row; rows that do not count get −inf."""
-        target, info = self.args.common.lse, work.info
+        target, info = self.common.lse, work.info
         token = first_token + self.row.token
         head = work.tile.head * self.config.pack_gqa + self.row.head
         if self.row.exists() and token < info.rows_q:

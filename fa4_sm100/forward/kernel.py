@@ -5,18 +5,20 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
+from cute_fa.device import tensor_memory
 from cute_fa.device.fake_arguments import common_fakes
 from cute_fa.device.ring import Ring, rings
+from cute_fa.device.tile_handout import hand_out
 from cute_fa.device.tile_scheduler import TileGrid
-from cute_fa.device.tile_work import dense_extents
 from cute_fa.device.tma_boxes import tma_tensor
 from fa4_sm100.forward.arguments import ForwardArguments, TmaTensors
 from fa4_sm100.forward.config import WARP, WARPGROUP, Fa4ForwardConfig
+from fa4_sm100.forward.cta import Cta
 from fa4_sm100.forward.epilogue import Epilogue
 from fa4_sm100.forward.loader import Loader
 from fa4_sm100.forward.products import Products
 from fa4_sm100.forward.softmax import Softmax
-from fa4_sm100.forward.storage import Boxes, Storage, allocate
+from fa4_sm100.forward.storage import Boxes, allocate
 
 
 class Fa4ForwardKernel:
@@ -49,36 +51,38 @@ class Fa4ForwardKernel:
 
     @cute.kernel
     def kernel(self, args: ForwardArguments, tma: TmaTensors):
-        """Softmax warpgroups first, one for each tile, then the epilogue's, then the MMA and the load warp."""
+        """Softmax warpgroups first, one for each tile, then the epilogue's, then the MMA, load and scheduler warps."""
         c = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         storage = allocate(c)
         pipelines = rings(c.pipelines, storage.barriers)
-        prepare, load, multiply, normalise, store = self.prepare, self.load, self.multiply, self.normalise, self.store
         first_epilogue = c.softmax_threads // WARP
         mma_warp = first_epilogue + WARPGROUP // WARP
+        prepare, load, multiply, schedule = self.prepare, self.load, self.multiply, self.schedule
+        normalise, store = self.normalise, self.store
         if warp == mma_warp:
             prepare(tma, pipelines)
-            cute.arch.alloc_tmem(c.tensor_columns, storage.tensor)
-            cute.arch.relinquish_tmem_alloc_permit()
+            tensor_memory.allocate(storage.tensor, c.tensor_columns)
         cute.arch.sync_threads()
         tensor = cute.make_tensor(storage.tensor, cute.make_layout(1))[0]
+        cta = Cta(c, args, tma, storage, pipelines, tensor, Int32(0))
 
         if warp < first_epilogue:
-            cute.arch.setmaxregister_increase(c.registers.softmax)
-            normalise(args, storage, pipelines, tensor)
+            _set_registers(c, c.registers.softmax)
+            normalise(cta)
         elif warp < mma_warp:
             _set_registers(c, c.registers.epilogue)
-            store(args, tma, storage, pipelines, tensor)
+            store(cta)
         else:
-            cute.arch.setmaxregister_decrease(c.registers.others)
+            _set_registers(c, c.registers.others)
             if warp == mma_warp:
-                multiply(args, storage, pipelines, tensor)
-                cute.arch.dealloc_tmem(
-                    cute.make_ptr(Int32, tensor, cute.AddressSpace.tmem, assumed_align=16), c.tensor_columns
-                )
+                multiply(cta)
+                tensor_memory.free(tensor, c.tensor_columns)
             elif warp == mma_warp + 1:
-                load(args, tma, storage, pipelines)
+                load(cta)
+            elif warp == mma_warp + 2:
+                if const_expr(c.persistent):
+                    schedule(cta)
 
     def prepare(self, tma: TmaTensors, pipelines: dict[str, Ring]):
         """Descriptors on their way, barriers initialised and known to TMA."""
@@ -89,28 +93,27 @@ class Fa4ForwardKernel:
                 ring.initialize()
         cute.arch.mbarrier_init_fence()
 
-    def load(self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
+    def load(self, cta: Cta):
         """The load warp."""
-        Loader(self.config, args, tma, dense_extents(args.common), storage, pipelines).run()
+        Loader(cta).run()
 
-    def multiply(self, args: ForwardArguments, storage: Storage, pipelines: dict[str, Ring], tensor: Int32):
+    def multiply(self, cta: Cta):
         """The MMA warp."""
-        Products(self.config, args, dense_extents(args.common), storage, pipelines, tensor).run()
+        Products(cta).run()
 
-    def normalise(self, args: ForwardArguments, storage: Storage, pipelines: dict[str, Ring], tensor: Int32):
+    def schedule(self, cta: Cta):
+        """The scheduler warp."""
+        hand_out(cta.scheduler())
+
+    def normalise(self, cta: Cta):
         """A softmax warpgroup."""
         tidx, _, _ = cute.arch.thread_idx()
-        index = cute.arch.make_warp_uniform(tidx // WARPGROUP)
-        extents = dense_extents(args.common)
-        Softmax(self.config, args, extents, storage, pipelines, tensor, index, tidx % WARPGROUP).run()
+        Softmax(cta, cute.arch.make_warp_uniform(tidx // WARPGROUP), tidx % WARPGROUP).run()
 
-    def store(
-        self, args: ForwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring], tensor: Int32
-    ):
+    def store(self, cta: Cta):
         """The epilogue's warpgroup."""
         tidx, _, _ = cute.arch.thread_idx()
-        extents = dense_extents(args.common)
-        Epilogue(self.config, args, tma, extents, storage, pipelines, tensor, tidx % WARPGROUP).run()
+        Epilogue(cta, tidx % WARPGROUP).run()
 
 
 def _set_registers(config: Fa4ForwardConfig, registers: int):

@@ -5,43 +5,34 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from cute_fa.device.key_copies import KeyCopies, KeyTensor
-from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
-from cute_fa.device.tile_work import Extents, TileWork, scheduler_of, tile_work
+from cute_fa.device.ring import RingState, ring_next, ring_start
+from cute_fa.device.tile_work import TileWork
 from cute_fa.device.tma_boxes import BoxCopy
-from fa4_sm100.forward.arguments import ForwardArguments, TmaTensors
-from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig
-from fa4_sm100.forward.storage import Boxes, Storage
+from fa4_sm100.forward.config import TILE_M
+from fa4_sm100.forward.cta import Cta
+from fa4_sm100.forward.storage import Boxes
 
 
 class Loader:
     """One warp. Order of the copies: K0, Q of each tile, then V0, K1, V1 …, as the products need them."""
 
-    def __init__(
-        self,
-        config: Fa4ForwardConfig,
-        args: ForwardArguments,
-        tma: TmaTensors,
-        extents: Extents,
-        storage: Storage,
-        rings: dict[str, Ring],
-    ):
-        self.config, self.args, self.extents = config, args, extents
-        self.tma, self.storage, self.rings = tma, storage, rings
-        self.boxes = Boxes.of(config)
-        self.copies = KeyCopies(config, args.common)
-        self.k = KeyTensor(tma.k, self.boxes.k, config.head_dim_padded, False)
-        self.v = KeyTensor(tma.v, self.boxes.v, config.loaded_columns, config.key_major_v)
+    def __init__(self, cta: Cta):
+        self.cta, self.config, self.tma = cta, cta.config, cta.tma
+        self.storage, self.rings = cta.storage, cta.rings
+        self.boxes = Boxes.of(cta.config)
+        self.copies = KeyCopies(cta.config, cta.common)
+        self.k = KeyTensor(cta.tma.k, self.boxes.k, cta.config.head_dim_padded, False)
+        self.v = KeyTensor(cta.tma.v, self.boxes.v, cta.config.loaded_columns, cta.config.key_major_v)
 
     @cute.jit
     def run(self):
         """Walk over the CTA's tiles."""
-        common, config, extents = self.args.common, self.config, self.extents
-        scheduler = scheduler_of(common, self.args.grid, config)
-        valid, tile, advance, load_tile = scheduler.valid, scheduler.tile, scheduler.next, self.load_tile
+        work, load_tile, scheduler = self.cta.work, self.load_tile, self.cta.scheduler()
+        valid, tile, advance = scheduler.valid, scheduler.tile, scheduler.next
         queries, keys = ring_start(), ring_start()
         state = scheduler.first()
         while valid(state):
-            keys = load_tile(tile_work(common, config, extents, tile(state)), queries, keys)
+            keys = load_tile(work(tile(state)), queries, keys)
             queries = ring_next(queries, 1)
             state = advance(state)
 
@@ -70,7 +61,7 @@ class Loader:
         copy = BoxCopy(self.tma.q, self.boxes.q, TILE_M, head, outer)
         for q_tile in cutlass.range_constexpr(c.q_tiles):
             barrier = self.rings[f"q{q_tile}"].acquire(state)
-            row = work.info.offset_q + work.first_token + q_tile * c.tokens
+            row = work.info.offset_q + self.cta.first_token(work, q_tile)
             copy.load(self.storage.q[q_tile], 0, row, Int32(c.tokens), barrier)
 
     def load_k(self, work: TileWork, iteration: Int32, state: RingState):

@@ -4,14 +4,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
-from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
+from cute_fa.device.ring import RingState, ring_next, ring_start
 from cute_fa.device.tensor_memory import after_sync
 from cute_fa.device.tensor_products import Product, column_operand, commit, row_operand
-from cute_fa.device.tile_work import Extents, scheduler_of, tile_work
 from cute_fa.semantics.types import DType
-from fa4_sm100.forward.arguments import ForwardArguments
-from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig
-from fa4_sm100.forward.storage import Storage
+from fa4_sm100.forward.config import TILE_M
+from fa4_sm100.forward.cta import Cta
 
 
 class Products:
@@ -21,19 +19,9 @@ class Products:
     one tile, the next block's scores are computed before P·V of this one, in another buffer.
     """
 
-    def __init__(
-        self,
-        config: Fa4ForwardConfig,
-        args: ForwardArguments,
-        extents: Extents,
-        storage: Storage,
-        rings: dict[str, Ring],
-        tensor: Int32,
-    ):
-        """``tensor``: address of the CTA's tensor memory."""
-        c = config
-        self.config, self.args, self.extents, self.tensor = c, args, extents, tensor
-        self.storage, self.rings = storage, rings
+    def __init__(self, cta: Cta):
+        c, storage = cta.config, cta.storage
+        self.cta, self.config, self.rings, self.tensor = cta, c, cta.rings, cta.tensor
         dtype_p = DType.E4M3 if c.dtype.is_fp8 else c.dtype
         self.scores = Product.of(c.dtype, c.dtype_k, c.tile_n, False)
         self.output = Product.of(dtype_p, c.dtype_v, c.head_dim_v_padded, not c.key_major_v)
@@ -51,14 +39,13 @@ class Products:
     @cute.jit
     def run(self):
         """Walk over the CTA's tiles."""
-        common, config, extents = self.args.common, self.config, self.extents
-        scheduler = scheduler_of(common, self.args.grid, config)
+        config, work, scheduler = self.config, self.cta.work, self.cta.scheduler()
         valid, tile, advance = scheduler.valid, scheduler.tile, scheduler.next
         multiply = self.two_tiles if const_expr(config.q_tiles == 2) else self.one_tile
         queries, keys, done = ring_start(), ring_start(), Int32(0)
         state = scheduler.first()
         while valid(state):
-            total = tile_work(common, config, extents, tile(state)).blocks.total
+            total = work(tile(state)).blocks.total
             keys = multiply(total, queries, keys, done)
             done += total
             queries = ring_next(queries, 1)

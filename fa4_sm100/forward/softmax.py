@@ -21,16 +21,15 @@ from cute_fa.device import tensor_memory
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.exponentials import emulated_exp2, max_with_nan
 from cute_fa.device.registers import e4m3_word, narrow_pair
-from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
+from cute_fa.device.ring import RingState, ring_next, ring_start
 from cute_fa.device.score import Score
 from cute_fa.device.softmax import E4M3, WIDE, finite
-from cute_fa.device.tile_work import Extents, TileWork, kv_head, scheduler_of, tile_work
+from cute_fa.device.tile_work import TileWork, kv_head
 from cute_fa.device.visibility import hidden_keys
-from fa4_sm100.forward.arguments import ForwardArguments
-from fa4_sm100.forward.config import SCORE_CHUNK, TILE_M, Fa4ForwardConfig
+from fa4_sm100.forward.config import SCORE_CHUNK, TILE_M
+from fa4_sm100.forward.cta import Cta
 from fa4_sm100.forward.descales import BlockDescales, Unit
 from fa4_sm100.forward.row import Row
-from fa4_sm100.forward.storage import Storage
 
 # Largest P, and sum of a part of a block's, that is taken as it comes.
 HEADROOM_LOG2 = 15.0
@@ -39,24 +38,14 @@ HEADROOM_LOG2 = 15.0
 class Softmax:
     """One warpgroup with its tile."""
 
-    def __init__(
-        self,
-        config: Fa4ForwardConfig,
-        args: ForwardArguments,
-        extents: Extents,
-        storage: Storage,
-        rings: dict[str, Ring],
-        tensor: Int32,
-        index: Int32,
-        thread: Int32,
-    ):
-        """``tensor``: address of the CTA's tensor memory; ``index``: which tile; ``thread``: which of the 128."""
-        c = config
-        self.config, self.args, self.extents = c, args, extents
-        self.storage, self.rings, self.index, self.thread = storage, rings, index, thread
-        self.tensor = tensor_memory.own_lanes(tensor, cute.arch.make_warp_uniform(thread // 32))
+    def __init__(self, cta: Cta, index: Int32, thread: Int32):
+        """``index``: which of the CTA's tiles; ``thread``: which of the 128."""
+        c = cta.config
+        self.cta, self.config, self.common = cta, c, cta.common
+        self.storage, self.rings, self.index, self.thread = cta.storage, cta.rings, index, thread
+        self.tensor = tensor_memory.own_lanes(cta.tensor, cute.arch.make_warp_uniform(thread // 32))
         self.row = Row(c, thread)
-        self.descales = BlockDescales(c, args.common)
+        self.descales = BlockDescales(c, cta.common)
         self.chunks = c.tile_n // SCORE_CHUNK
         self.words_per_chunk = SCORE_CHUNK * (1 if c.dtype.is_fp8 else 2) // 4
         self.exponents = E4M3 if c.dtype.is_fp8 else WIDE
@@ -71,15 +60,14 @@ class Softmax:
     @cute.jit
     def run(self):
         """Walk over the CTA's tiles."""
-        common, config, extents = self.args.common, self.config, self.extents
-        scheduler = scheduler_of(common, self.args.grid, config)
-        valid, tile, advance, compute_tile = scheduler.valid, scheduler.tile, scheduler.next, self.compute_tile
+        make_work, compute_tile, scheduler = self.cta.work, self.compute_tile, self.cta.scheduler()
+        valid, tile, advance, hand_on = scheduler.valid, scheduler.tile, scheduler.next, self.hand_on
         stats, done = ring_start(), Int32(0)
         state = scheduler.first()
         while valid(state):
-            work = tile_work(common, config, extents, tile(state))
+            work = make_work(tile(state))
             compute_tile(work, done)
-            self.hand_on(stats)
+            hand_on(stats)
             done += work.blocks.total
             stats = ring_next(stats, 1)
             state = advance(state)
@@ -112,7 +100,7 @@ class Softmax:
     @cute.jit
     def score(self, work: TileWork):
         """Constants of the tile's score formula."""
-        common, pack = self.args.common, self.config.pack_gqa
+        common, pack = self.common, self.config.pack_gqa
         slopes = None
         if const_expr(self.config.alibi):
             slopes = (self.row.per_head(common.alibi_slopes[work.tile.batch, None], work.tile.head * pack),)
@@ -177,10 +165,10 @@ class Softmax:
         masked = right_edge or left_edge
         if not (masked or c.alibi or c.softcap):
             return None
-        window, distance, hidden = self.args.common.window, None, None
+        window, distance, hidden = self.common.window, None, None
         if masked or c.alibi:
             first_key = work.blocks.block(iteration, window) * c.tile_n
-            token = work.first_token + self.index * c.tokens + self.row.token
+            token = self.cta.first_token(work, self.index) + self.row.token
             diagonal = info.seqlen_k - info.seqlen_q + token - first_key
         if c.alibi:
             position = Float32(diagonal)

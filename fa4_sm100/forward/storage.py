@@ -8,6 +8,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.pipeline_spec import HANDOUT_STAGES
 from cute_fa.device.ring import barrier_count
 from cute_fa.device.tma_boxes import BoxShape, panel_bytes, tile_layout
 from cute_fa.semantics.types import DType
@@ -21,7 +22,7 @@ class Storage(NamedTuple):
     """Shared memory of a CTA: pointers, swizzled like their tiles. ``q`` and ``out`` have one for each tile (where O
     has memory of its own, both tiles use the same), ``k`` and ``v`` are the ring's memory as tiles of either. ``stats``
     fp32 (tiles, 2, 128): each row's sum of exponentials and reference; ``tensor``: where the address of tensor memory
-    is."""
+    is; ``responses``: what the hardware says of the next tiles."""
 
     barriers: cute.Pointer
     q: tuple[cute.Pointer, ...]
@@ -30,6 +31,7 @@ class Storage(NamedTuple):
     v: cute.Pointer
     stats: cute.Pointer
     tensor: cute.Pointer
+    responses: cute.Pointer
 
 
 def allocate(config: Fa4ForwardConfig) -> Storage:
@@ -56,6 +58,7 @@ def allocate(config: Fa4ForwardConfig) -> Storage:
         v=tile(kv_raw, dtype_v, *v_shape),
         stats=allocator.allocate_array(Float32, c.stats_bytes // 4),
         tensor=allocator.allocate_array(Int32, 1),
+        responses=allocator.allocate_array(cutlass.Int128, HANDOUT_STAGES),
     )
 
 

@@ -1,0 +1,52 @@
+"""What the roles of a CTA share."""
+
+from typing import Optional
+
+from cutlass import Int32, const_expr
+
+from cute_fa.device.ring import Ring
+from cute_fa.device.tile_handout import Handout
+from cute_fa.device.tile_scheduler import WorkTile
+from cute_fa.device.tile_work import TileWork, dense_extents, scheduler_of, tile_work
+from fa4_sm100.forward.arguments import ForwardArguments, TmaTensors
+from fa4_sm100.forward.config import Fa4ForwardConfig
+from fa4_sm100.forward.storage import Storage
+
+
+class Cta:
+    """``tensor``: address of its tensor memory; ``rank``: which one of a pair it is."""
+
+    def __init__(
+        self,
+        config: Fa4ForwardConfig,
+        args: ForwardArguments,
+        tma: TmaTensors,
+        storage: Storage,
+        rings: dict[str, Ring],
+        tensor: Int32,
+        rank: Int32,
+    ):
+        self.config, self.args, self.common, self.tma = config, args, args.common, tma
+        self.storage, self.rings, self.tensor, self.rank = storage, rings, tensor, rank
+
+    @property
+    def handout(self) -> Optional[Handout]:
+        """Where the next tiles come from; None with one tile a CTA."""
+        if const_expr(not self.config.persistent):
+            return None
+        return Handout(self.rings["tiles"], self.storage.responses, self.config.ctas)
+
+    def scheduler(self):
+        """Each role makes its own and gets the same tiles."""
+        return scheduler_of(self.common, self.args.grid, self.config, self.handout)
+
+    def work(self, tile: WorkTile) -> TileWork:
+        """What there is to do for a tile."""
+        return tile_work(self.common, self.config, dense_extents(self.common), tile)
+
+    def first_token(self, work: TileWork, q_tile: int | Int32) -> Int32:
+        """Position of the first query of one of the CTA's tiles of 128 rows."""
+        c = self.config
+        if c.ctas > 1:
+            q_tile = q_tile * c.ctas + self.rank
+        return work.first_token + q_tile * c.tokens
