@@ -26,8 +26,8 @@ FILE = Path(__file__).with_name("budgets.toml")
 class Budget:
     """Most non-tensor instructions per thread and score element of a kernel's main loop: ``per_score`` of what every
     iteration runs, ``cond_per_score`` of its conditional blocks. Where other warps than the softmax's issue the tensor
-    work, that loop is theirs, ``net_per_score`` is ``per_score`` without emulated exponentials, and ``pipe_per_score`` the cycles
-    of the busiest of MUFU, FMA pipe and issue."""
+    work, that loop is theirs; ``net_per_score`` is then ``per_score`` without emulated exponentials, and
+    ``pipe_per_score`` the cycles of the busiest of MUFU, FMA pipe and issue."""
 
     key: StaticKey
     per_score: float

@@ -35,8 +35,8 @@ COLUMNS = (
 ).split()
 # Those of kernels with tcgen05 alone.
 ROLE_COLUMNS = (
-    "net_per_score scores emulated correction per_mma load role_regs role_spills step_tensor step_smem step_exp2 step_mufu "
-    "step_fma step_issue step_busiest"
+    "net_per_score scores emulated correction per_mma load role_regs role_spills step_tensor step_smem step_exp2 "
+    "step_mufu step_fma step_issue step_busiest"
 ).split()
 COLUMNS += ROLE_COLUMNS
 _SMS = {80: "108", 90: "132", 100: "148"}  # of an A100, an H100 and a B200
