@@ -12,12 +12,16 @@ from cute_fa.device.tma_boxes import BoxCopy, BoxShape, TmaTensor
 
 
 class KeyTensor(NamedTuple):
-    """K or V. ``columns``: of its tile in shared memory; ``key_major``: rows of the tile are columns of V."""
+    """K or V. ``rows``, keys, and ``columns`` of its tile in shared memory; ``key_major``: rows of the tile are columns
+    of V. Of a pair of CTAs each has a part of a block: keys from ``first_key`` on, or columns from ``first_panel`` on."""
 
     tma: TmaTensor
     box: BoxShape
+    rows: int
     columns: int
-    key_major: bool
+    key_major: bool = False
+    first_key: int | Int32 = 0
+    first_panel: int | Int32 = 0
 
 
 class KeyCopies:
@@ -35,16 +39,17 @@ class KeyCopies:
         head = kv_head(self.common, c.pack_gqa, work.tile.head)
         block = work.blocks.block(iteration, self.common.window)
         if const_expr(tensor.key_major):
-            panels = c.tile_n // tensor.box.columns
+            panels = tensor.rows // tensor.box.columns
             copy = BoxCopy(tensor.tma, tensor.box, tensor.columns, head, (work.tile.batch,), panels)
             copy.load(target, 0, Int32(0), Int32(tensor.box.rows), barrier, block * panels)
         elif const_expr(c.page_size is None):
-            first_key = block * c.tile_n
+            first_key = block * c.tile_n + tensor.first_key
             outer = () if const_expr(c.cu_seqlens_k) else (self.common.key_batch(work.tile.batch),)
-            copy = BoxCopy(tensor.tma, tensor.box, c.tile_n, head, outer)
-            copy.load(target, 0, info.offset_k + first_key, info.seqlen_k - first_key, barrier)
+            copy = BoxCopy(tensor.tma, tensor.box, tensor.rows, head, outer, tensor.columns // tensor.box.columns)
+            row, rows_left = info.offset_k + first_key, info.seqlen_k - first_key
+            copy.load(target, 0, row, rows_left, barrier, tensor.first_panel)
         else:
-            self.load_pages(tensor, target, head, block * c.tile_n, work, barrier)
+            self.load_pages(tensor, target, head, block * c.tile_n + tensor.first_key, work, barrier)
 
     @cute.jit
     def load_pages(self, tensor: KeyTensor, target, head: Int32, first_key: Int32, work: TileWork, barrier):
@@ -53,7 +58,7 @@ class KeyCopies:
         c = self.config
         lane = cute.arch.lane_idx()
         seqlen_k = work.info.seqlen_k
-        pieces = c.tile_n // c.key_rows
+        pieces, panels = tensor.rows // c.key_rows, tensor.columns // tensor.box.columns
         sequence = self.common.key_batch(work.tile.batch)
         own = first_key + lane * c.key_rows
         page = Int32(0)
@@ -62,5 +67,6 @@ class KeyCopies:
         for piece in cutlass.range_constexpr(pieces):
             key = first_key + piece * c.key_rows
             listed = cute.arch.shuffle_sync(page, piece)
-            copy = BoxCopy(tensor.tma, tensor.box, c.tile_n, head, (listed,))
-            copy.load(target, piece * c.key_rows, key % c.page_size, seqlen_k - key, barrier)
+            copy = BoxCopy(tensor.tma, tensor.box, tensor.rows, head, (listed,), panels)
+            row = piece * c.key_rows
+            copy.load(target, row, key % c.page_size, seqlen_k - key, barrier, tensor.first_panel)

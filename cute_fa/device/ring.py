@@ -1,6 +1,6 @@
 """Rings of shared-memory tiles, guarded by mbarriers: the loader fills a stage, the consumers read and release it."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -53,15 +53,17 @@ class Ring:
             cute.arch.mbarrier_init(self.full + stage, self.spec.producer_warps)
             cute.arch.mbarrier_init(self.empty + stage, self.spec.consumer_warps)
 
-    def acquire(self, state: RingState, stage_bytes: Optional[int] = None) -> cute.Pointer:
-        """Loader: wait until the stage is free, announce its bytes, the ring's own unless given; returns the barrier
-        for the copies."""
+    def acquire(self, state: RingState) -> cute.Pointer:
+        """Loader: wait until the stage is free, announce its bytes; returns the barrier for the copies."""
         full = self.full + state.stage
         cute.arch.mbarrier_wait(self.empty + state.stage, state.phase ^ 1)
-        with cute.arch.elect_one():
-            size = self.spec.stage_bytes if stage_bytes is None else stage_bytes
-            cute.arch.mbarrier_arrive_and_expect_tx(full, size)
+        self.expect(state.stage, self.spec.stage_bytes)
         return full
+
+    def expect(self, stage: Int32, stage_bytes: int):
+        """Loader: announce what the copies of a stage bring."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(self.full + stage, stage_bytes)
 
     def wait_free(self, state: RingState):
         """Warp that writes a stage itself: wait until it is free."""

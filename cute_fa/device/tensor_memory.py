@@ -15,16 +15,17 @@ COLUMNS = 512
 _LANE_SHIFT = 16
 
 
-def allocate(address: cute.Pointer, columns: int):
-    """By a warp: ``columns``, a power of 2 from 32 on; where they are goes to ``address`` in shared memory."""
-    cute.arch.alloc_tmem(columns, address)
-    cute.arch.relinquish_tmem_alloc_permit()
+def allocate(address: cute.Pointer, columns: int, ctas: int):
+    """By a warp, in a pair by one of each CTA: ``columns``, a power of 2 from 32 on; where they are goes to ``address``
+    in shared memory."""
+    cute.arch.alloc_tmem(columns, address, is_two_cta=ctas == 2)
+    cute.arch.relinquish_tmem_alloc_permit(is_two_cta=ctas == 2)
 
 
-def free(base: Int32, columns: int):
+def free(base: Int32, columns: int, ctas: int):
     """By the warp that allocated, when nobody uses them any more."""
     pointer = cute.make_ptr(Int32, base, cute.AddressSpace.tmem, assumed_align=16)
-    cute.arch.dealloc_tmem(pointer, columns)
+    cute.arch.dealloc_tmem(pointer, columns, is_two_cta=ctas == 2)
 
 
 def own_lanes(base: Int32, warp: Int32) -> Int32:

@@ -12,6 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
+from cute_fa.device.pipeline_spec import RESPONSE_BYTES
 from cute_fa.device.ring import Ring, RingState
 
 NO_TILE = -1
@@ -41,13 +42,16 @@ class Handout(NamedTuple):
 @cute.jit
 def hand_out(scheduler):
     """The asking warp: walks over the same tiles as the others, and asks for the next one of each."""
-    handout = scheduler.handout
-    valid, advance, acquire, response = scheduler.valid, scheduler.next, handout.ring.acquire, handout.response
-    asks = cute.arch.block_idx_in_cluster() == 0 if const_expr(handout.ctas > 1) else Boolean(True)
+    ring, response, ctas = scheduler.handout.ring, scheduler.handout.response, scheduler.handout.ctas
+    valid, advance, wait_free, expect = scheduler.valid, scheduler.next, ring.wait_free, ring.expect
+    asks = cute.arch.block_idx_in_cluster() == 0 if const_expr(ctas > 1) else Boolean(True)
     state = scheduler.first()
     while valid(state):
-        barrier = acquire(state.place)
+        stage = state.place.stage
+        if asks:  # in a pair all warps of both CTAs release the first one's
+            wait_free(state.place)
+        expect(stage, RESPONSE_BYTES)
         if asks:
             with cute.arch.elect_one():
-                cute.arch.issue_clc_query(barrier, response(state.place.stage), multicast=handout.ctas > 1)
+                cute.arch.issue_clc_query(ring.full + stage, response(stage), multicast=ctas > 1)
         state = advance(state)

@@ -31,8 +31,8 @@ class Loader:
         self.boxes = Boxes.of(config)
         self.copies = KeyCopies(config, args.common)
         self.tensors = {
-            "k": KeyTensor(tma.k, self.boxes.k, config.head_dim_padded, False),
-            "v": KeyTensor(tma.v, self.boxes.v, config.loaded_columns, config.key_major_v),
+            "k": KeyTensor(tma.k, self.boxes.k, config.tile_n, config.head_dim_padded),
+            "v": KeyTensor(tma.v, self.boxes.v, config.tile_n, config.loaded_columns, config.key_major_v),
         }
         self.block_descales = BlockDescales(config, args, storage)
 

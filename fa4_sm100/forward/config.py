@@ -15,6 +15,7 @@ from cute_fa.semantics.problem import DESCALE_BLOCK, AttentionProblem
 from cute_fa.semantics.types import PersistentMode, SmArch
 
 WARP, WARPGROUP = 32, 128
+COLUMNS = 512  # of tensor memory
 TILE_M = 128  # rows of an accumulator in tensor memory, a row a thread
 MMA_BYTES = 32  # of a dot product that one tcgen05.mma takes
 # Room for mbarriers, the address of tensor memory and what the tile scheduler hands on.
@@ -43,8 +44,9 @@ class Fa4ForwardConfig(FeatureConfig):
 
     A CTA computes ``q_tiles`` tiles of 128 rows of Q at a time, two in ping-pong or one, each with a softmax
     warpgroup, and takes ``tile_n`` keys a step. K and V share a ring of ``stages`` blocks. ``pack_gqa`` query heads of
-    one kv head share a tile (1: none). ``persistent``: CTAs walk over tiles. ``emulated``: of 32 exponentials, how many
-    the FMA pipe computes.
+    one kv head share a tile (1: none). ``ctas``: 2 for pairs, whose products span both: each has 128 rows of a tile
+    of 256, half of a block's keys and half of the columns of its V. ``persistent``: CTAs walk over tiles.
+    ``emulated``: of 32 exponentials, how many the FMA pipe computes.
     """
 
     kernel_module: ClassVar[str] = "fa4_sm100.forward.kernel"
@@ -69,8 +71,8 @@ class Fa4ForwardConfig(FeatureConfig):
 
     @property
     def value_columns(self) -> int:
-        """head_dim_v as TMA brings it, in panels of at least 32 bytes; the rest is zero."""
-        return -(-self.head_dim_v // self.mma_k) * self.mma_k
+        """Of head_dim_v what TMA brings to a CTA, in panels of at least 32 bytes; the rest is zero."""
+        return -(-self.head_dim_v // self.mma_k) * self.mma_k // self.ctas
 
     @property
     def loaded_columns(self) -> int:
@@ -97,13 +99,18 @@ class Fa4ForwardConfig(FeatureConfig):
 
     @property
     def tile_tokens(self) -> int:
-        """Query positions that a CTA computes at a time."""
-        return self.tokens * self.q_tiles
+        """Query positions that a CTA, or a pair, computes at a time."""
+        return self.tokens * self.q_tiles * self.ctas
+
+    @property
+    def tile_keys(self) -> int:
+        """Keys of a block that a CTA has K of."""
+        return self.tile_n // self.ctas
 
     @property
     def key_rows(self) -> int:
-        """Keys that one TMA copy brings: of a page, as many as a block and a page have in common."""
-        return self.tile_n if self.page_size is None else math.gcd(self.page_size, self.tile_n)
+        """Keys that one TMA copy brings: of a page, as many as K of a block and a page have in common."""
+        return self.tile_keys if self.page_size is None else math.gcd(self.page_size, self.tile_keys)
 
     @property
     def ragged_keys(self) -> bool:
@@ -145,12 +152,12 @@ class Fa4ForwardConfig(FeatureConfig):
 
     @property
     def k_bytes(self) -> int:
-        """A block of K."""
-        return self.tile_n * self.head_dim_padded * self.dtype.bytes
+        """What a CTA has of a block of K."""
+        return self.tile_keys * self.head_dim_padded * self.dtype.bytes
 
     @property
     def v_bytes(self) -> int:
-        """A block of V."""
+        """What a CTA has of a block of V."""
         return self.tile_n * self.loaded_columns * self.dtype.bytes
 
     @property
@@ -193,17 +200,18 @@ class Fa4ForwardConfig(FeatureConfig):
         """``q0``, ``q1``: Q of each tile, and ``kv``: K and V, which products release; the bytes are of K. In tensor
         memory ``s``: scores, which the first part of P releases; ``p``: the rest of P; ``o``: O. ``stats``: sums and
         references. ``tiles``: the next ones, for the softmax and epilogue warps, the MMA, load and scheduler warp."""
-        rows = self.pack_gqa * self.tokens
-        size = self.dtype.bytes
-        queries = (PipelineSpec(f"q{i}", 1, rows * self.head_dim_padded * size, 1) for i in range(self.q_tiles))
+        bytes_q = self.pack_gqa * self.tokens * self.head_dim_padded * self.dtype.bytes
+        tiles, ctas = self.q_tiles, self.ctas
+        pair, warps = ctas > 1, 4 * ctas
+        takers = ctas * (4 * tiles + 4 + 2) + 1
         return (
-            *queries,
+            *(PipelineSpec(f"q{i}", 1, bytes_q, 1) for i in range(tiles)),
             PipelineSpec("kv", self.stages, self.k_bytes, 1),
-            PipelineSpec("s", 2, 0, 4),
-            PipelineSpec("p", 2, 0, 1, 4),
-            PipelineSpec("o", self.q_tiles, 0, 4),
-            PipelineSpec("stats", self.q_tiles, 0, 4, 4),
-            PipelineSpec("tiles", HANDOUT_STAGES, RESPONSE_BYTES, 4 * self.q_tiles + 4 + 3),
+            PipelineSpec("s", 2, 0, warps, shared=pair),
+            PipelineSpec("p", 2, 0, 1, warps, shared=pair),
+            PipelineSpec("o", tiles, 0, warps, shared=pair),
+            PipelineSpec("stats", tiles, 0, 4, 4),
+            PipelineSpec("tiles", HANDOUT_STAGES, RESPONSE_BYTES, takers, shared=pair),
         )
 
     @property
@@ -211,6 +219,7 @@ class Fa4ForwardConfig(FeatureConfig):
         choices = {
             f"page{self.page_size}": self.page_size is not None,
             f"pack{self.pack_gqa}": self.pack_gqa > 1,
+            "pair": self.ctas > 1,
             "single": not self.persistent,
         }
         return self.named("fa4_fwd", **choices)
@@ -222,6 +231,7 @@ class Tiles(NamedTuple):
     q_tiles: int
     tile_n: int
     stages: int
+    ctas: int = 1
     pack_gqa: int = 1
 
 
@@ -253,25 +263,54 @@ def _config(problem: AttentionProblem, tiles: Tiles) -> Fa4ForwardConfig:
 def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
     """Tiles in order of preference, each with why it is refused: as many keys as leave room for three blocks."""
     for q_tiles in (2, 1):
-        for tile_n in (128, 96, 64):
-            for stages in _STAGES:
-                tiles = Tiles(q_tiles, tile_n, stages)
-                reason = _objection(problem, tiles)
-                if reason is None and problem.gqa_ratio > 1:
-                    yield tiles._replace(pack_gqa=problem.gqa_ratio), packing_objection(problem, q_tiles, TILE_M)
-                yield tiles, reason
+        for ctas in (2, 1):
+            for tile_n in (128, 96, 64):
+                for stages in _STAGES:
+                    tiles = Tiles(q_tiles, tile_n, stages, ctas)
+                    reason = _objection(problem, tiles)
+                    if reason is None and problem.gqa_ratio > 1:
+                        packed = tiles._replace(pack_gqa=problem.gqa_ratio)
+                        yield packed, packing_objection(problem, q_tiles * ctas, TILE_M)
+                    yield tiles, reason
 
 
 def _objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
     """Why such tiles do not serve."""
     config = _config(problem, tiles)
     needed = config.output_column + config.q_tiles * config.head_dim_v_padded
-    if needed > 512:
-        return f"tensor memory: {needed} columns of S and O, 512 available"
-    if tiles.q_tiles == 2 and problem.seqlen_q * problem.gqa_ratio <= TILE_M:
-        return f"{problem.seqlen_q} queries of {problem.gqa_ratio} heads: one tile of {TILE_M} rows holds them"
-    if problem.page_size is not None and tiles.tile_n % 64 and problem.page_size > 32:
+    if needed > COLUMNS:
+        return f"tensor memory: {needed} columns of S and O, {COLUMNS} available"
+    rows = TILE_M * tiles.q_tiles * tiles.ctas
+    if 2 * problem.seqlen_q * problem.gqa_ratio <= rows > TILE_M:
+        return f"{problem.seqlen_q} queries of {problem.gqa_ratio} heads fill half of {rows} rows at most"
+    if tiles.ctas == 2:
+        refused = _pair_objection(problem, config)
+        if refused is not None:
+            return refused
+    if problem.page_size is not None and config.tile_keys % 64 and problem.page_size > 32:
         return f"paged keys: a block of {tiles.tile_n} and a page of {problem.page_size} have 32 rows in common"
     if DESCALE_BLOCK % tiles.tile_n and (problem.k_block_descale or problem.v_block_descale):
         return f"descales of blocks: {tiles.tile_n} keys may have several, of {DESCALE_BLOCK} keys each"
     return smem_objection(config.smem_bytes, "Q, K, V, O and barriers", problem.arch)
+
+
+def _pair_objection(problem: AttentionProblem, config: Fa4ForwardConfig) -> str | None:
+    """Why products do not span two CTAs: where the tile of 512 or 256 rows would be mostly masked, or as much would not
+    be shared. They halve what a CTA reads of K and V, from shared memory and into it: 384 instead of 768 cycles a block
+    of 128 keys at head_dim 128, beside 1,024 of products, and make room for as many blocks again."""
+    if not config.persistent:
+        return "pairs walk over tiles"
+    if problem.v_layout != "head_dim":
+        return "pairs: each CTA takes half of V's columns, which are rows of a key-major V"
+    if problem.head_dim_v % 32 or config.head_dim_v_padded < 64:
+        return f"pairs: half of head_dim_v {problem.head_dim_v} is no multiple of 16, or less than 32"
+    if max(problem.head_dim, problem.head_dim_v) < 96:
+        return f"pairs: at head_dim {problem.head_dim} exponentials take longer than shared memory as it is"
+    if config.q_tiles == 2 and (problem.window_left is not None or problem.window_right is not None):
+        return "pairs: tiles of 512 queries meet more masked blocks under a window or causal than those of 256"
+    rows, tokens = config.tile_tokens // config.ctas, config.tile_tokens
+    seqlen_q = max(problem.seqlen_q, 1)
+    apart, together = (-(-seqlen_q // tile) * tile for tile in (rows, tokens))
+    if together > apart:
+        return f"pairs: {seqlen_q} queries fill {together} rows of tiles of pairs, {apart} of a CTA's"
+    return None

@@ -4,6 +4,7 @@ for each of a CTA's tiles, one for the output; CTAs walk over tiles of queries."
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.nvgpu.tcgen05 import CtaGroup
 
 from cute_fa.device import tensor_memory
 from cute_fa.device.fake_arguments import common_fakes
@@ -20,6 +21,8 @@ from fa4_sm100.forward.products import Products
 from fa4_sm100.forward.softmax import Softmax
 from fa4_sm100.forward.storage import Boxes, allocate
 
+_CTA_GROUPS = {1: CtaGroup.ONE, 2: CtaGroup.TWO}
+
 
 class Fa4ForwardKernel:
     """Device code of one :class:`Fa4ForwardConfig`."""
@@ -31,7 +34,7 @@ class Fa4ForwardKernel:
     def __call__(self, args: ForwardArguments, stream):
         c = self.config
         boxes = Boxes.of(c)
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        load, store = cpasync.CopyBulkTensorTileG2SOp(_CTA_GROUPS[c.ctas]), cpasync.CopyBulkTensorTileS2GOp()
         v = args.common.v
         if const_expr(c.key_major_v):  # (batch, head_dim_v, heads, keys)
             v = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[0, 3, 2, 1]))
@@ -44,6 +47,7 @@ class Fa4ForwardKernel:
         self.kernel(args, tma).launch(
             grid=(args.num_ctas, 1, 1),
             block=(c.num_threads, 1, 1),
+            cluster=(c.ctas, 1, 1) if c.ctas > 1 else None,
             smem=c.smem_bytes,
             min_blocks_per_mp=1,
             stream=stream,
@@ -62,10 +66,11 @@ class Fa4ForwardKernel:
         normalise, store = self.normalise, self.store
         if warp == mma_warp:
             prepare(tma, pipelines)
-            tensor_memory.allocate(storage.tensor, c.tensor_columns)
-        cute.arch.sync_threads()
+            tensor_memory.allocate(storage.tensor, c.tensor_columns, c.ctas)
+        self.meet(c.ctas)
         tensor = cute.make_tensor(storage.tensor, cute.make_layout(1))[0]
-        cta = Cta(c, args, tma, storage, pipelines, tensor, Int32(0))
+        rank = cute.arch.block_idx_in_cluster() if const_expr(c.ctas > 1) else Int32(0)
+        cta = Cta(c, args, tma, storage, pipelines, tensor, rank)
 
         if warp < first_epilogue:
             _set_registers(c, c.registers.softmax)
@@ -76,13 +81,27 @@ class Fa4ForwardKernel:
         else:
             _set_registers(c, c.registers.others)
             if warp == mma_warp:
-                multiply(cta)
-                tensor_memory.free(tensor, c.tensor_columns)
+                if rank == 0:
+                    multiply(cta)
+                if const_expr(c.ctas == 1):
+                    tensor_memory.free(tensor, c.tensor_columns, c.ctas)
             elif warp == mma_warp + 1:
                 load(cta)
             elif warp == mma_warp + 2:
                 if const_expr(c.persistent):
                     schedule(cta)
+        if const_expr(c.ctas > 1):  # neither ends, or gives tensor memory back, while the other may still use it
+            self.meet(c.ctas)
+            if warp == mma_warp:
+                tensor_memory.free(tensor, c.tensor_columns, c.ctas)
+
+    def meet(self, ctas: int):
+        """All threads of the CTA, or of a pair."""
+        if ctas == 1:
+            cute.arch.sync_threads()
+        else:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
     def prepare(self, tma: TmaTensors, pipelines: dict[str, Ring]):
         """Descriptors on their way, barriers initialised and known to TMA."""

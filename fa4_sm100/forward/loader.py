@@ -21,8 +21,12 @@ class Loader:
         self.storage, self.rings = cta.storage, cta.rings
         self.boxes = Boxes.of(cta.config)
         self.copies = KeyCopies(cta.config, cta.common)
-        self.k = KeyTensor(cta.tma.k, self.boxes.k, cta.config.head_dim_padded, False)
-        self.v = KeyTensor(cta.tma.v, self.boxes.v, cta.config.loaded_columns, cta.config.key_major_v)
+        c, boxes = cta.config, self.boxes
+        self.k = KeyTensor(cta.tma.k, boxes.k, c.tile_keys, c.head_dim_padded)
+        self.v = KeyTensor(cta.tma.v, boxes.v, c.tile_n, c.loaded_columns, c.key_major_v)
+        if c.ctas > 1:
+            self.k = self.k._replace(first_key=cta.rank * c.tile_keys)
+            self.v = self.v._replace(first_panel=cta.rank * (c.value_columns // boxes.v.columns))
 
     @cute.jit
     def run(self):
@@ -60,20 +64,34 @@ class Loader:
         outer = () if const_expr(c.cu_seqlens_q) else (batch,)
         copy = BoxCopy(self.tma.q, self.boxes.q, TILE_M, head, outer)
         for q_tile in cutlass.range_constexpr(c.q_tiles):
-            barrier = self.rings[f"q{q_tile}"].acquire(state)
+            barrier = self.acquire(f"q{q_tile}", state, self.rings[f"q{q_tile}"].spec.stage_bytes)
             row = work.info.offset_q + self.cta.first_token(work, q_tile)
             copy.load(self.storage.q[q_tile], 0, row, Int32(c.tokens), barrier)
 
     def load_k(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of K into its stage."""
         c = self.config
-        barrier = self.rings["kv"].acquire(state, c.k_bytes)
+        barrier = self.acquire("kv", state, c.k_bytes)
         target = self.storage.k + state.stage * (c.stage_bytes // c.dtype_k.bytes)
         self.copies.load(self.k, target, work, iteration, barrier)
 
     def load_v(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of V into its stage."""
         c = self.config
-        barrier = self.rings["kv"].acquire(state, c.v_bytes)
+        barrier = self.acquire("kv", state, c.v_bytes)
         target = self.storage.v + state.stage * (c.stage_bytes // c.dtype_v.bytes)
         self.copies.load(self.v, target, work, iteration, barrier)
+
+    @cute.jit
+    def acquire(self, ring: cutlass.Constexpr[str], state: RingState, stage_bytes: cutlass.Constexpr[int]):
+        """Wait until the CTA's own stage is free; the barrier that copies of ``stage_bytes`` count on, which is the
+        first CTA's of a pair, for both."""
+        barriers, ctas, rank = self.rings[ring], self.config.ctas, self.cta.rank
+        wait_free, expect = barriers.wait_free, barriers.expect
+        wait_free(state)
+        if const_expr(ctas == 1):
+            expect(state.stage, stage_bytes)
+        else:
+            if rank == 0:
+                expect(state.stage, ctas * stage_bytes)
+        return barriers.full + state.stage

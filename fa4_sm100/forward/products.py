@@ -13,7 +13,7 @@ from fa4_sm100.forward.cta import Cta
 
 
 class Products:
-    """One warp, which issues all products of the CTA.
+    """One warp, which issues all products of the CTA, or of a pair in its first.
 
     Two tiles take turns: while one's softmax runs, the tensor cores compute the other's P·V and its next scores. With
     one tile, the next block's scores are computed before P·V of this one, in another buffer.
@@ -23,11 +23,11 @@ class Products:
         c, storage = cta.config, cta.storage
         self.cta, self.config, self.rings, self.tensor = cta, c, cta.rings, cta.tensor
         dtype_p = DType.E4M3 if c.dtype.is_fp8 else c.dtype
-        self.scores = Product.of(c.dtype, c.dtype_k, c.tile_n, False)
-        self.output = Product.of(dtype_p, c.dtype_v, c.head_dim_v_padded, not c.key_major_v)
+        self.scores = Product.of(c.dtype, c.dtype_k, c.tile_n, False, c.ctas)
+        self.output = Product.of(dtype_p, c.dtype_v, c.head_dim_v_padded, not c.key_major_v, c.ctas)
         row_bytes = c.head_dim_padded * c.dtype.bytes
         self.q = tuple(row_operand(q.toint(), TILE_M, row_bytes) for q in storage.q)
-        self.k = row_operand(storage.k.toint(), c.tile_n, row_bytes)
+        self.k = row_operand(storage.k.toint(), c.tile_keys, row_bytes)
         if c.key_major_v:
             self.v = row_operand(storage.v.toint(), c.head_dim_v_padded, c.tile_n * c.dtype_v.bytes)
         else:
@@ -82,7 +82,7 @@ class Products:
         arrived(values)
         for q_tile in cutlass.range_constexpr(2):
             start_output(q_tile, RingState(Int32(q_tile), (done + total - 1) & 1), values, total > 1, queries)
-            commit(self.rings["o"].full + q_tile)
+            commit(self.rings["o"].full + q_tile, self.config.ctas)
         release("kv", values.stage)
         return ring_next(values, stages)
 
@@ -113,7 +113,7 @@ class Products:
         last = done + total - 1
         start_output(0, RingState(last & 1, (last >> 1) & 1), values, total > 1, queries)
         release("p", 0)
-        commit(self.rings["o"].full)
+        commit(self.rings["o"].full, self.config.ctas)
         release("kv", values.stage)
         return ring_next(values, stages)
 
@@ -122,7 +122,7 @@ class Products:
         c = self.config
         k = self.k.at(keys.stage * c.stage_bytes)
         self.scores.multiply(self.tensor + buffer * c.score_columns, self.q[q_tile], k, Int32(0))
-        commit(self.rings["s"].full + buffer)
+        commit(self.rings["s"].full + buffer, c.ctas)
 
     def start_output(self, q_tile: int, buffer: RingState, values: RingState, accumulate: Boolean, queries: RingState):
         """P·V of a tile, once P is there: first the part of it that is stored first. Before the first block of a tile,
@@ -141,7 +141,7 @@ class Products:
 
     def release(self, ring: str, stage: Int32 | int):
         """Once the products issued so far are done."""
-        commit(self.rings[ring].empty + stage)
+        commit(self.rings[ring].empty + stage, self.config.ctas)
 
     def release_q(self):
         """As :meth:`release`; where O takes Q's place, the epilogue does it."""

@@ -54,7 +54,7 @@ def allocate(config: Fa4ForwardConfig) -> Storage:
         barriers=allocator.allocate_array(Int64, barrier_count(c.pipelines)),
         q=tuple(tile(raw, dtype_q, TILE_M, c.head_dim_padded) for raw in q_raw),
         out=tuple(tile(raw, out_dtype, TILE_M, c.head_dim_v_padded) for raw in out_raw),
-        k=tile(kv_raw, dtype_k, c.tile_n, c.head_dim_padded),
+        k=tile(kv_raw, dtype_k, c.tile_keys, c.head_dim_padded),
         v=tile(kv_raw, dtype_v, *v_shape),
         stats=allocator.allocate_array(Float32, c.stats_bytes // 4),
         tensor=allocator.allocate_array(Int32, 1),
@@ -79,7 +79,7 @@ class Boxes(NamedTuple):
             return panel_bytes(columns * dtype.bytes) // dtype.bytes
 
         columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.value_columns, c.dtype)
-        v = BoxShape(1, c.key_rows, columns_v, c.ragged_keys)
+        v = BoxShape(1, c.tile_n if c.page_size is None else c.key_rows, columns_v, c.ragged_keys)
         if c.key_major_v:  # its rows are columns of V
             v = BoxShape(1, c.head_dim_v, panel(c.tile_n, c.dtype_v), False)
         return cls(
