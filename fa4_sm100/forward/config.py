@@ -35,7 +35,7 @@ class Registers(NamedTuple):
 
 
 # By number of softmax warpgroups.
-_REGISTERS = {2: Registers(152, 104, 104), 1: Registers(232, 168, 104)}
+_REGISTERS = {2: Registers(176, 88, 72), 1: Registers(232, 168, 104)}
 
 
 @dataclass(frozen=True)
