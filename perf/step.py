@@ -1,5 +1,4 @@
-"""What 128 keys cost a forward on tcgen05, in cycles of one SM, pipe by pipe: a crude model, of which pipe is the busiest
-and not of how long anything takes.
+"""Cycles of one SM that 128 keys cost a forward on tcgen05, pipe by pipe: a crude model of which one is the busiest.
 
 A CTA takes blocks of N keys past its M rows: two tiles of 128, or one where tensor memory's 512 columns hold the scores
 and O of one alone. Of a block, with head dims d and dv (the published cost model of FlashAttention-4, arXiv 2603.05451;
