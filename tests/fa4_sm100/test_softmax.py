@@ -83,7 +83,7 @@ def test_rows_that_see_their_first_key_in_a_block_without_a_mask(level, right):
     first = torch.zeros(256)
     first[0] = level
     given = scored([(first, torch.ones(seqlen_k))], window=LiteralWindow(None, right))
-    out, lse = B200.check(given)
+    _, lse = B200.check(given)
     assert abs(lse[0, 0, 0] / math.log(2) - level - 8) < 2  # of 256 keys
 
 
@@ -97,7 +97,7 @@ def test_packed_heads_that_see_their_first_key_in_a_block_without_a_mask():
 @pytest.mark.parametrize("depth", [100.0, 126.0, 150.0, 1000.0, 2.0**15])
 @pytest.mark.parametrize("forward", [B200, B300], ids=lambda forward: forward.arch.value)
 def test_scores_far_below_the_reference(forward, depth):
-    """They count for nothing: not as 2^-127 would beside rows of −inf, nor as what an exponent of 8 bits makes of it."""
+    """They count for nothing: they are not what 8 bits of an exponent make of them."""
     depths = depth * (visits(forward.config_of(InputSpec(1, 200, 500, 1, 1)), 500) > 0)
     given = scored([(-torch.ones(200), depths)], noise=0.25)
     forward.check(given)

@@ -124,6 +124,9 @@ NOTES = (
     ("FA3", "cute_fa/device/ring.py:Ring.acquire", "mbarrier.try_wait",
      "before a tile's first K is loaded: where all tiles have as many blocks, the wait for V of the tile before, or at "
      "head_dim 256 for its Q, which is released with O, covers it"),
+    ("fa4_sm100", "cute_fa/device/tile_handout.py:Handout.take", "fence.proxy.async",
+     "between reading an answer and the next one, which overwrites it: of a generic read before an asynchronous write "
+     "no proxy fence is asked (docs/ptxsim.md)"),
     ("FA4", f"{_BACKWARD}.load", "mbarrier.try_wait",
      "before dO is loaded: the stage of the same block's Q, which is released later, was waited for"),
     ("FA4", "quack/sm90_utils.py:gemm", "wgmma",
@@ -220,10 +223,10 @@ def page(known: dict[Victim, list[Record]]) -> str:
         f"**{len(records)} mutants of {sites} instructions in {len(known)} kernels: {total[CAUGHT]} caught, "
         f"{total[EQUIVALENT]} equivalent, {total[ESCAPED]} escaped. Caught of those that are not equivalent: "
         f"{_share(total)}.** {_shares(known)}.",
-        "FA2, FA3 and fa4_sm100 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package index:\n"
-        "forwards where nothing else is said; *backward* has atomic additions, *deterministic* none, *split* three parts of\n"
-        "the keys; each with the small kernels around it. bf16; *varlen* is packed sequences with a window, *paged*\n"
-        "keys in pages of 16 (split) or 64 under a causal mask.",
+        "FA2, FA3 and fa4_sm100 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package\n"
+        "index: forwards where nothing else is said; *backward* has atomic additions, *deterministic* none, *split*\n"
+        "three parts of the keys; each with the small kernels around it. bf16; *varlen* is packed sequences with a\n"
+        "window, *paged* keys in pages of 16 (split) or 64 under a causal mask.",
         _table(kernels),
         f"Not run yet: {missing}." if missing else "",
         "By kind of instruction, with the errors that caught the mutants and the classes of the equivalent ones\n"
