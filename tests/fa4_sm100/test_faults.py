@@ -46,7 +46,6 @@ SHOWN_BY = {
     "a limit beyond fp16": lambda: spiked(DType.FP16),
     "a reference of 0 before the first key": lambda: steps(0.0, first=-1000.0, causal=True),
     "emulated beyond its range": lambda: steps(-150.0),
-    "emulated under a mask": lambda: peaked(seqlen_q=450, seqlen_k=130, causal=True),
     "a key more at the right edge": lambda: peaked(causal=True),
     "a key less at the right edge": lambda: peaked(causal=True),
     "a key more at the left edge": lambda: peaked(window=(100, 0)),

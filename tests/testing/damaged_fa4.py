@@ -79,11 +79,6 @@ FAULTS = {
         Softmax, "set_bias", lambda right, self, reference, unit: right(self, softmax.finite(reference), unit)
     ),
     "emulated beyond its range": Fault(exponentials, "_LOWEST", -1e30),
-    "emulated under a mask": wrapped(
-        Softmax,
-        "exponentiate",
-        lambda right, self, score, at, modify, emulate, watch: right(self, score, at, modify, True, watch),
-    ),
     "a key more at the right edge": _hidden(right=1),
     "a key less at the right edge": _hidden(right=-1),
     "a key more at the left edge": _hidden(left=-1),
