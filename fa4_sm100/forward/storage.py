@@ -12,10 +12,7 @@ from cute_fa.device.pipeline_spec import HANDOUT_STAGES
 from cute_fa.device.ring import barrier_count
 from cute_fa.device.tma_boxes import BoxShape, panel_bytes, tile_layout
 from cute_fa.semantics.types import DType
-from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig
-
-# A swizzle atom of 8 rows of 128 bytes, of which the pattern of TMA and tcgen05 is a function of the absolute address.
-TILE_ALIGNMENT = 1024
+from fa4_sm100.forward.config import TILE_ALIGNMENT, TILE_M, Fa4ForwardConfig
 
 
 class Storage(NamedTuple):
