@@ -34,7 +34,7 @@ from perf.workload import LENGTHS, Workload, grid
 
 _ARCHS = [arch.value for arch in SmArch]
 # The architectures that have a kernel of their own.
-_KERNEL_ARCHS = [SmArch.SM_80.value, SmArch.SM_90A.value]
+_KERNEL_ARCHS = [SmArch.SM_80.value, SmArch.SM_90A.value, SmArch.SM_100A.value]
 _DIRECTIONS = [Direction.FORWARD.value, Direction.BACKWARD.value]
 _DTYPES = [DType.BF16.value, DType.E4M3.value]
 
@@ -103,10 +103,10 @@ _FLAVOUR = click.option(
 
 
 @main.command(cls=_Compiling)
+@click.option("--arch", "archs", multiple=True, type=click.Choice(_ARCHS), default=_KERNEL_ARCHS, show_default=True)
 @click.option(
-    "--arch", "archs", multiple=True, type=click.Choice(_ARCHS), default=["sm_80", "sm_90a"], show_default=True
+    "--head-dim", "head_dims", multiple=True, type=_HEAD_DIMS, help="[default: 64, 128, 256, of sm_100a 192,128 too]"
 )
-@click.option("--head-dim", "head_dims", multiple=True, type=int, default=[64, 128, 256], show_default=True)
 @click.option(
     "--direction", "directions", multiple=True, type=click.Choice(_DIRECTIONS), default=_DIRECTIONS, show_default=True
 )
@@ -129,9 +129,11 @@ def static(
     in its loops; serialised: ptxas has every wgmma waited for before the next; stall: sum of the fixed stall counts,
     cond_stall of those in conditional blocks; tc, mufu, alu, smem: cycles of the bound model for one iteration of four
     warps. Of a backward, which launches several kernels, they are those of the one that does most of the products.
+
+    Forwards on tcgen05 have tables of their own, explained in docs/static.md: by role, and in cycles of a step by pipe.
     """
-    from perf.static import StaticKey, fa4_installed, static_table
-    from perf.static_page import to_page
+    from perf.static import ROLE_COLUMNS, StaticKey, fa4_installed, static_table
+    from perf.static_page import role_sections, to_page
 
     notes = Console(stderr=True)
     if gate:
@@ -142,11 +144,11 @@ def static(
         if not fa4:
             notes.print("FlashAttention-4 is not installed: its figures are the recorded ones alone.")
     keys = [
-        StaticKey(SmArch(arch), head_dim, causal, Direction(direction), DType(dtype))
+        StaticKey(SmArch(arch), head_dim, causal, Direction(direction), DType(dtype), head_dim_v)
         for direction in directions
         for arch in archs
         for dtype in dtypes
-        for head_dim in head_dims
+        for head_dim, head_dim_v in head_dims or _usual_head_dims(arch)
         for causal in (False, True)
     ]
     keys = [key for key in keys if key.served]
@@ -155,13 +157,24 @@ def static(
         table.to_csv(csv, index=False)
     if markdown:
         click.echo(to_page(table))
-    else:
-        _print(table, markdown)
+        return
+    by_role = table.net_per_score.notna()
+    if not by_role.all():
+        _print(table[~by_role].drop(columns=ROLE_COLUMNS), markdown)
+    for title, section in role_sections(table[by_role]):
+        click.echo(f"{title}:")
+        _print(section, markdown)
+
+
+def _usual_head_dims(arch: str) -> list[tuple[int, int]]:
+    """(head_dim, head_dim_v) of the kernels that are reported unless others are asked for."""
+    sizes = [(64, 64), (128, 128), (192, 128), (256, 256)]
+    return [(d, dv) for d, dv in sizes if d == dv or SmArch(arch).number // 10 == 10]
 
 
 def _gate(
     archs: tuple[str, ...],
-    head_dims: tuple[int, ...],
+    head_dims: tuple[tuple[int, int], ...],
     directions: tuple[str, ...],
     dtypes: tuple[str, ...],
     notes: Console,
@@ -173,7 +186,8 @@ def _gate(
     held = failed = 0
     for budget in load():
         key = budget.key
-        if key.arch.value not in archs or key.head_dim not in head_dims:
+        sizes = head_dims or _usual_head_dims(key.arch.value)
+        if key.arch.value not in archs or (key.head_dim, key.head_dim_v) not in sizes:
             continue
         if key.direction.value not in directions or key.dtype.value not in dtypes:
             continue

@@ -3,6 +3,7 @@ to, so that a change that makes one longer is seen where it is made."""
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +25,26 @@ FILE = Path(__file__).with_name("budgets.toml")
 @dataclass(frozen=True)
 class Budget:
     """Most non-tensor instructions per thread and score element of a kernel's main loop: ``per_score`` of what every
-    iteration runs, ``cond_per_score`` of its conditional blocks."""
+    iteration runs, ``cond_per_score`` of its conditional blocks. Where other warps than the softmax's issue the tensor
+    work, that loop is theirs; ``net_per_score`` is then ``per_score`` without emulated exponentials, and
+    ``pipe_per_score`` the cycles of the busiest of MUFU, FMA pipe and issue."""
 
     key: StaticKey
     per_score: float
     cond_per_score: float
+    net_per_score: float = math.inf
+    pipe_per_score: float = math.inf
 
     def breaches(self, report: KernelReport) -> list[str]:
-        """What the report breaks, in words; empty if nothing. Spills in the main loop and serialised wgmma always
-        do."""
-        loop, found = report.main_loop, []
-        if loop.counts["local"]:
-            found.append(f"{loop.counts['local']} spilled accesses in the main loop")
+        """What the report breaks, in words; empty if nothing. Spills in the main loop, or in that of a role, and
+        serialised wgmma always do."""
+        loop, found = report.score_loop, []
+        for role, own in report.role_loops.items():
+            if own.counts["local"]:
+                found.append(f"{own.counts['local']} spilled accesses in the {role} loop")
         if report.wgmma_serialised:
             found.append("every wgmma is waited for before the next")
-        for name in ("per_score", "cond_per_score"):
+        for name in ("per_score", "cond_per_score", "net_per_score", "pipe_per_score"):
             measured, allowed = getattr(loop, name), getattr(self, name)
             if measured > allowed:
                 found.append(f"{name} {measured:g}, budget {allowed:g}")
@@ -64,8 +70,9 @@ def _figures(line: dict, of: str | None) -> dict[str, float]:
 
 
 def _key(arch: SmArch, direction: Direction, shape: str) -> StaticKey:
-    head_dim, mask, *dtype = shape.split()
-    key = StaticKey(arch, int(head_dim.removeprefix("d")), mask == "causal", direction, *map(DType, dtype))
+    head_dims, mask, *dtype = shape.split()
+    head_dim, *head_dim_v = map(int, head_dims.removeprefix("d").split(","))
+    key = StaticKey(arch, head_dim, mask == "causal", direction, DType(*dtype or ["bf16"]), *head_dim_v)
     if key.shape != shape:
         raise ValueError(f"budget of {shape!r}: a head dim and a mask as in {key.shape!r} are needed")
     return key

@@ -115,7 +115,7 @@ def offends(report: KernelReport) -> bool:
 
 
 def _figures(report: KernelReport) -> dict[str, Any]:
-    main = report.main_loop
+    main = report.score_loop
     return {
         "setmaxnreg": report.setmaxnreg,
         "per_score": main.per_score,

@@ -7,6 +7,7 @@ The peers are those compiled in the same run (FlashAttention-4, where it is inst
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -26,37 +27,51 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.inputs import InputSpec
 from cute_fa.tools.trial import problem_of_spec
 from perf.sass import KernelReport, add_per_score, report_cubin
+from perf.step import step_of
 
 COLUMNS = (
-    "arch direction head_dim causal dtype source flavour per_score copy_per_score cond_per_score regs setmaxnreg "
-    "spills spills_in_loops serialised instr cond ex2 stall cond_stall tc mufu alu smem"
+    "arch direction head_dim head_dim_v causal dtype source flavour per_score copy_per_score cond_per_score regs "
+    "setmaxnreg spills spills_in_loops serialised instr cond ex2 stall cond_stall tc mufu alu smem"
 ).split()
+# Those of kernels with tcgen05 alone.
+ROLE_COLUMNS = (
+    "net_per_score scores emulated correction per_mma load role_regs role_spills step_tensor step_smem step_exp2 "
+    "step_mufu step_fma step_issue step_busiest"
+).split()
+COLUMNS += ROLE_COLUMNS
+_SMS = {80: "108", 90: "132", 100: "148"}  # of an A100, an H100 and a B200
 _PEER_FIGURES = Path(__file__).with_name("peer_figures.csv")
 
 
 @dataclass(frozen=True)
 class StaticKey:
-    """One kernel to compile: head_dim_v = head_dim, dense, MHA; in fp8 with descales."""
+    """One kernel to compile: dense, MHA; in fp8 with descales. ``head_dim_v`` is by default ``head_dim``."""
 
     arch: SmArch
     head_dim: int
     causal: bool
     direction: Direction = Direction.FORWARD
     dtype: DType = DType.BF16
+    head_dim_v: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head_dim_v", self.head_dim_v or self.head_dim)
 
     def __str__(self) -> str:
         return f"{self.arch.value} {self.direction.value} {self.shape}"
 
     @property
     def shape(self) -> str:
-        """Head dim and mask, "d64 causal", and the dtype where it is not bf16: "d64 causal e4m3"."""
+        """Head dims and mask, "d64 causal" or "d192,128 full", and the dtype unless it is bf16: "d64 causal e4m3"."""
+        value = "" if self.head_dim_v == self.head_dim else f",{self.head_dim_v}"
         dtype = "" if self.dtype is DType.BF16 else f" {self.dtype.value}"
-        return f"d{self.head_dim} {'causal' if self.causal else 'full'}{dtype}"
+        return f"d{self.head_dim}{value} {'causal' if self.causal else 'full'}{dtype}"
 
     @property
-    def columns(self) -> tuple[str, str, int, bool, str]:
-        """arch, direction, head_dim, causal and dtype, as tables hold them."""
-        return self.arch.value, self.direction.value, self.head_dim, self.causal, self.dtype.value
+    def columns(self) -> tuple[str, str, int, int, bool, str]:
+        """arch, direction, head_dim, head_dim_v, causal and dtype, as tables hold them."""
+        sizes = self.head_dim, self.head_dim_v
+        return self.arch.value, self.direction.value, *sizes, self.causal, self.dtype.value
 
     @property
     def served(self) -> bool:
@@ -68,7 +83,8 @@ class StaticKey:
         return True
 
     def problem(self) -> AttentionProblem:
-        spec = InputSpec(1, 1024, 1024, 8, 8, self.head_dim, dtype=self.dtype, causal=self.causal)
+        sizes = self.head_dim, self.head_dim_v
+        spec = InputSpec(1, 1024, 1024, 8, 8, *sizes, dtype=self.dtype, causal=self.causal)
         return problem_of_spec(spec, self.arch, direction=self.direction)
 
 
@@ -80,9 +96,15 @@ def our_report(key: StaticKey) -> KernelReport:
 
 
 def fa4_serves(key: StaticKey) -> bool:
-    """Whether FlashAttention-4 has a kernel for the key: its interface offers no backward before sm_90, no fp8 before
-    sm_100."""
-    return key.dtype is DType.BF16 and (key.direction is Direction.FORWARD or key.arch.number >= 90)
+    """Whether FlashAttention-4 has a kernel for the key that is reported: its interface offers no backward before
+    sm_90, fp8 and few head dims above 128 on sm_100. Of its backward for sm_100 there are no figures."""
+    blackwell = key.arch.number // 10 == 10
+    if key.direction is Direction.BACKWARD:
+        return key.dtype is DType.BF16 and key.arch is SmArch.SM_90A
+    if not blackwell:
+        return key.dtype is DType.BF16
+    sizes = key.head_dim, key.head_dim_v
+    return max(sizes) <= 128 or sizes in ((192, 128), (256, 256))
 
 
 def fa4_reports(keys: list[StaticKey]) -> dict[StaticKey, KernelReport]:
@@ -95,12 +117,15 @@ def fa4_reports(keys: list[StaticKey]) -> dict[StaticKey, KernelReport]:
         with tempfile.TemporaryDirectory() as folder:
             environment = os.environ | {
                 "FLASH_ATTENTION_ARCH": arch.value.rstrip("a"),
-                "FLASH_ATTENTION_NUM_SMS": "108" if arch.number < 90 else "132",
+                "FLASH_ATTENTION_NUM_SMS": _SMS[max(known for known in _SMS if known <= arch.number)],
                 "CUTE_DSL_ARCH": arch.value,
                 "CUTE_DSL_KEEP": "cubin",
                 "CUTE_DSL_DUMP_DIR": folder,
             }
-            keywords = [f"{key.direction.value}:{key.head_dim}:{int(key.causal)}" for key in mine]
+            keywords = [
+                f"{key.direction.value}:{key.head_dim}:{key.head_dim_v}:{int(key.causal)}:{key.dtype.value}"
+                for key in mine
+            ]
             command = [sys.executable, "-W", "ignore", "-m", "perf.compile_fa4", folder, *keywords]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
@@ -128,12 +153,18 @@ def static_table(keys: list[StaticKey], *, fa4: bool, progress=lambda step: None
         source = f"FA4 {importlib.metadata.version('flash-attn-4')}, here"
         rows += [table_row(key, source, report) for key, report in fa4_reports(keys).items()]
     rank = {key.columns: position for position, key in enumerate(keys)}
-    recorded = pd.read_csv(_PEER_FIGURES).assign(dtype=DType.BF16.value)
-    known = [(row.arch, row.direction, row.head_dim, row.causal, row.dtype) in rank for row in recorded.itertuples()]
-    recorded = recorded[known].reindex(columns=COLUMNS)  # nothing was recorded of some figures
+    recorded = pd.read_csv(_PEER_FIGURES)
+    recorded = recorded.assign(head_dim_v=recorded.head_dim, dtype=DType.BF16.value)
+    recorded = recorded.reindex(columns=COLUMNS)  # nothing was recorded of some figures
+    recorded = recorded[[columns in rank for columns in _key_columns(recorded)]]
     table = pd.concat([pd.DataFrame(rows, columns=COLUMNS), recorded], ignore_index=True)
-    order = [rank[row.arch, row.direction, row.head_dim, row.causal, row.dtype] for row in table.itertuples()]
+    order = [rank[columns] for columns in _key_columns(table)]
     return table.assign(rank=order).sort_values("rank", kind="stable").drop(columns="rank").reset_index(drop=True)
+
+
+def _key_columns(table: pd.DataFrame) -> list[tuple]:
+    """:attr:`StaticKey.columns` of each row."""
+    return list(table[COLUMNS[:6]].itertuples(index=False, name=None))
 
 
 def _main_report(cubins: list[bytes], key: StaticKey) -> KernelReport:
@@ -143,14 +174,15 @@ def _main_report(cubins: list[bytes], key: StaticKey) -> KernelReport:
     if not reports:
         raise ValueError(f"{key}: no loop with tensor-core instructions")
     report = max(reports, key=lambda report: report.main_loop.flops)
-    add_per_score(report, key.head_dim, backward=key.direction is Direction.BACKWARD)
+    add_per_score(report, key.head_dim, key.head_dim_v, backward=key.direction is Direction.BACKWARD)
     return report
 
 
 def table_row(key: StaticKey, source: str, report: KernelReport) -> dict:
     """The row of one kernel compiled here, in ``COLUMNS``."""
-    loop = report.main_loop
+    loop = report.score_loop
     kernel, figures = report.row(), loop.row()
+    cycles = figures | {"cyc_tc": report.main_loop.row()["cyc_tc"]}
     return {
         **dict(zip(COLUMNS, key.columns, strict=False)),
         "source": source,
@@ -168,5 +200,25 @@ def table_row(key: StaticKey, source: str, report: KernelReport) -> dict:
         "ex2": figures["mufu_ex2"],
         "stall": figures["stall_sum"],
         "cond_stall": figures["cond_stall"],
-        **{name: figures[f"cyc_{name}"] for name in ("tc", "mufu", "alu", "smem")},
+        **{name: cycles[f"cyc_{name}"] for name in ("tc", "mufu", "alu", "smem")},
+        **(_role_columns(key, report) if report.tcgen05 else {}),
+    }
+
+
+def _role_columns(key: StaticKey, report: KernelReport) -> dict:
+    """``ROLE_COLUMNS`` of a kernel whose roles have loops of their own."""
+    loops = report.role_loops
+    mma, instructions = loops["mma"], {role: loop.instructions for role, loop in loops.items()}
+    step = step_of(report, key.head_dim, key.head_dim_v, 1 if key.dtype.is_fp8 else 2)
+    return {
+        "net_per_score": loops["softmax"].net_per_score,
+        "scores": loops["softmax"].scores,
+        "emulated": loops["softmax"].emulated,
+        "correction": instructions.get("correction"),
+        "per_mma": round((mma.instructions - mma.counts["tensor"]) / mma.counts["tensor"], 2),
+        "load": instructions.get("load"),
+        "role_regs": ", ".join(f"{role} {loop.registers}/{loop.register_limit}" for role, loop in loops.items()),
+        "role_spills": ", ".join(f"{role} {n}" for role, loop in loops.items() if (n := loop.counts["local"])),
+        **{f"step_{name}": round(cycles) for name, cycles in dataclasses.asdict(step).items()},
+        "step_busiest": round(step.busiest),
     }

@@ -1,9 +1,9 @@
 """Resources of a kernel, and the instruction mix of its hot loops with a crude bound model.
 
 A hot loop is an innermost loop that holds tensor-core instructions, or a MUFU.EX2 loop where another warp issues the
-tensor work, as on sm_100, or a loop of asynchronous copies. Spins on mbarriers are dropped. Every other block of the
-loop counts once; blocks that do not dominate the loop's latch are also reported as ``cond`` (executed on some
-iterations or by some warps only).
+tensor work, as on sm_100, or a loop of asynchronous copies. Spins on mbarriers are dropped. A nested loop that runs at
+most once, a detour, is no loop of its own. Every other block of the loop counts once; blocks that do not dominate the
+loop's latch are also reported as ``cond`` (executed on some iterations or by some warps only).
 
 The model's unit is SM cycles for one iteration of four warps, one in each quarter of the SM (a Hopper warpgroup):
 
@@ -14,6 +14,9 @@ The model's unit is SM cycles for one iteration of four warps, one in each quart
 
 ``util_overlap`` = tc / max(all): everything overlaps perfectly. ``util_serial`` = tc / (tc + max(others)): nothing
 does. ``util_pingpong`` (sm_90): W consumer warpgroups taking turns on the tensor cores without overlap inside one.
+On sm_100 one warp issues the tensor work (tcgen05) and others do the rest, so a kernel has a loop for each role:
+``role_loops``. Figures of scores are those of the softmax warps, which hold a row a thread.
+
 ``stall_sum``: the compiler's fixed stall counts of the non-tensor instructions, one warp's own lower bound in cycles,
 ``cond_stall``: those of conditional blocks among them; ``sb_waits``: instructions that wait on a scoreboard, whose
 latency is not modelled. Nothing here knows latencies, bank conflicts, cache or memory time, trip counts, clocks or
@@ -28,6 +31,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from perf.sass.cubin import Code, Instruction, disassemble, kernel_resources
+from perf.sass.emulation import emulated_exp2
 from perf.sass.flow import ControlFlow, Loop
 from perf.sass.opcodes import (
     ALU_CLASSES,
@@ -38,9 +42,11 @@ from perf.sass.opcodes import (
     is_warpgroup_mma,
     tensor_operation,
 )
+from perf.sass.registers import needed
 
 _SPIN_LENGTH = 12  # instructions; a longer loop without tensor work or exp2 is no spin
 _POLLING = ("sync", "ldg", "red")  # what a spin asks for the state of a barrier or semaphore by
+_SCORE_UNIT = 16  # a tile's keys are multiples of it; what exponentials there are beyond are factors of O
 _SHARED_MEMORY = ("lds", "sts", "ldgsts", "ldsm", "stsm")
 
 
@@ -69,7 +75,10 @@ SM_MODELS = {
 @dataclass
 class LoopReport:
     """One hot loop. ``row()`` is what tables print; ``main`` marks the steady-state loop of its role. ``counts`` are by
-    class, ``opcodes`` by opcode, ``shapes`` by shape of the tensor-core instructions."""
+    class, ``opcodes`` by opcode, ``shapes`` by shape of the tensor-core instructions. ``registers``: most that its role
+    uses of those that setmaxnreg gives it, ``register_limit``. ``usual``: ``cycles`` without conditional blocks. Of
+    softmax warps, also without these: ``scores`` of a thread, and how many of their exponentials are ``emulated``, with
+    ``emulation`` instructions."""
 
     role: str
     address: int
@@ -83,14 +92,22 @@ class LoopReport:
     flops: int
     unknown_mma: int
     cycles: dict[str, float]
+    usual: dict[str, float]
     stall_sum: int
     conditional_stall: int
     sb_waits: int
     warpgroups: int | None
+    registers: int | None = None
+    register_limit: int | None = None
+    scores: int = 0
+    emulated: int = 0
+    emulation: int = 0
     main: bool = False
     per_score: float | None = None
     cond_per_score: float | None = None
     copy_per_score: float | None = None
+    net_per_score: float | None = None
+    pipe_per_score: float | None = None
 
     @property
     def mflop(self) -> float:
@@ -98,8 +115,8 @@ class LoopReport:
 
     @property
     def work(self) -> float:
-        """What loops are compared by: tensor work, or exp2 where another warp issues that."""
-        return self.flops or self.counts["mufu_ex2"]
+        """What loops are compared by: tensor work, or scores where another warp issues that."""
+        return self.flops or self.scores
 
     def row(self) -> dict:
         cycles, tensor = self.cycles, self.cycles["tc"]
@@ -130,6 +147,13 @@ class LoopReport:
             "per_score": self.per_score,
             "cond_per_score": self.cond_per_score,
             "copy_per_score": self.copy_per_score,
+            "net_per_score": self.net_per_score,
+            "pipe_per_score": self.pipe_per_score,
+            "scores": self.scores,
+            "emulated": self.emulated,
+            "emulation": self.emulation,
+            "registers": self.registers,
+            "register_limit": self.register_limit,
         }
 
     def _pingpong(self) -> float | None:
@@ -166,6 +190,31 @@ class KernelReport:
         """The steady-state loop that does the tensor work."""
         return next((loop for loop in self.loops if loop.main and loop.role.startswith("mma")), None)
 
+    @property
+    def tcgen05(self) -> bool:
+        """Whether one warp issues the tensor work for all."""
+        return self.main_loop is not None and any(is_tcgen05(shape) for shape in self.main_loop.shapes)
+
+    @property
+    def role_loops(self) -> dict[str, LoopReport]:
+        """The steady-state loop of each role, as far as it has one: ``main``, or with tcgen05 ``softmax``,
+        ``correction`` (which reads O from tensor memory, scales it and writes it back), ``mma`` and ``load``."""
+        if not self.tcgen05:
+            return {"main": self.main_loop} if self.main_loop else {}
+        most = {
+            "softmax": lambda loop: loop.main * loop.scores,
+            "correction": lambda loop: not loop.scores and loop.opcodes["STTM"],
+            "mma": lambda loop: loop.main and loop.flops,
+            "load": lambda loop: loop.opcodes["UTMALDG"],
+        }
+        found = {role: max(self.loops, key=measure) for role, measure in most.items()}
+        return {role: loop for role, loop in found.items() if most[role](loop)}
+
+    @property
+    def score_loop(self) -> LoopReport | None:
+        """The one among them that computes with the scores."""
+        return self.role_loops.get("softmax", self.main_loop)
+
     def row(self) -> dict:
         tensor_in_loops = sum(loop.counts["tensor"] for loop in self.loops)
         return {
@@ -198,7 +247,7 @@ class _Analysis:
         self.flow = ControlFlow(code)
         self.loops = self.flow.loops
         self.tensor = self._count(lambda i: is_tensor(i.opcode))
-        self.exp2 = self._count(lambda i: i.opcode == "MUFU" and "EX2" in i.modifiers)
+        self.exp2 = self._count(_is_exp2)
         self.copies = self._count(_is_copy)
         self.tensor_memory = self._count(lambda i: i.opcode in ("LDTM", "STTM"))
         self.register_limits = [
@@ -206,6 +255,7 @@ class _Analysis:
             for k, i in enumerate(code.instructions)
             if i.opcode == "USETMAXREG"
         ]
+        self.detours = {header for header, loop in self.loops.items() if all(map(self._ends_loop, loop.latches))}
 
     def _count(self, test) -> dict[int, int]:
         return {h: sum(map(test, self.flow.instructions(loop.body))) for h, loop in self.loops.items()}
@@ -213,12 +263,17 @@ class _Analysis:
     def _block_of(self, index: int) -> int:
         return next(b for b, (start, end) in enumerate(self.flow.blocks) if start <= index < end)
 
+    def _ends_loop(self, latch: int) -> bool:
+        """Whether the block asks the warp for a round more of a condition that none of its lanes has."""
+        votes = [i for i in self.flow.instructions({latch}) if (i.opcode, i.modifiers) == ("VOTE", ["ANY"])]
+        return any(i.operands[1] == "!PT" for i in votes)
+
     def _nested(self, header: int) -> list[int]:
         return [g for g, loop in self.loops.items() if self.loops[header].holds(loop)]
 
     def role(self, header: int) -> str:
         """What the loop is for, and the register budget in force there (``mma@r240``)."""
-        limits = [value for block, value, _ in self.register_limits if self.flow.dominates(block, header)]
+        limit = self._limit(header)
         if self.tensor[header]:
             what = "mma"
         elif self.exp2[header] >= 4:
@@ -227,22 +282,34 @@ class _Analysis:
             what = "correction"
         else:
             what = "load/store" if self.copies[header] else "other"
-        return what + (f"@r{limits[-1]}" if limits else "")
+        return what + (f"@r{limit[1]}" if limit else "")
+
+    def _limit(self, header: int) -> tuple[int, int] | None:
+        """(block, registers) of the setmaxnreg that is in force in the loop."""
+        limits = [(block, value) for block, value, _ in self.register_limits if self.flow.dominates(block, header)]
+        return limits[-1] if limits else None
+
+    def _registers_after(self, block: int) -> int:
+        """Most registers that code behind the block uses."""
+        return needed(self.flow.instructions({b for b in self.flow.idom if self.flow.dominates(block, b)}))
 
     def hot(self) -> list[int]:
         """Headers of the hot loops, in no order."""
         found = []
         for header, total in self.tensor.items():
-            nested: set[int] = set().union(*(self.loops[g].body for g in self._nested(header)))
-            inner = sum(is_tensor(i.opcode) for i in self.flow.instructions(nested))
+            if header in self.detours:
+                continue
+            nested = [g for g in self._nested(header) if g not in self.detours]
+            blocks: set[int] = set().union(*(self.loops[g].body for g in nested))
+            inner = sum(is_tensor(i.opcode) for i in self.flow.instructions(blocks))
             own = total - inner
             # Also an outer loop that itself holds most of the tensor work around a small inner one.
             if total and (inner == 0 or own >= 2 * inner):
                 found.append(header)
-            elif not total and self.exp2[header] >= 4 and not any(self.exp2[g] for g in self._nested(header)):
+            elif not total and self.exp2[header] >= 4 and not any(self.exp2[g] for g in nested):
                 found.append(header)
             elif not total and self.exp2[header] < 4 and (self.copies[header] or self.tensor_memory[header]):
-                if not any(self.copies[g] or self.tensor_memory[g] for g in self._nested(header)):
+                if not any(self.copies[g] or self.tensor_memory[g] for g in nested):
                     found.append(header)
         return found
 
@@ -252,7 +319,14 @@ class _Analysis:
         body = loop.body - spins
         always = {b for b in body if all(self.flow.dominates(b, latch) for latch in loop.latches)}
         instructions, conditional = self.flow.instructions(body), self.flow.instructions(body - always)
-        counts = Counter(classify(i.opcode, i.modifiers) for i in instructions)
+        usual = self.flow.instructions(always)
+        role, limit = self.role(header), self._limit(header)
+        scores, emulated, emulation = 0, 0, []
+        if role.startswith("softmax"):
+            emulated, emulation = emulated_exp2(usual)
+            exponentials = emulated + sum(_is_exp2(i) for i in usual)
+            scores = exponentials - exponentials % _SCORE_UNIT
+        counts = _count_classes(instructions)
         shapes: Counter[str] = Counter()
         flops = unknown = 0
         tensor_cycles = smem_cycles = 0.0
@@ -272,7 +346,7 @@ class _Analysis:
             else:
                 smem_cycles += _shared_memory_cycles(i)
         return LoopReport(
-            role=self.role(header),
+            role=role,
             address=self.code.instructions[self.flow.blocks[header][0]].address,
             instructions=len(instructions),
             conditional=len(conditional),
@@ -284,10 +358,16 @@ class _Analysis:
             flops=flops,
             unknown_mma=unknown,
             cycles=self._cycles(counts, len(instructions), tensor_cycles, smem_cycles),
+            usual=self._cycles(_count_classes(usual), len(usual), tensor_cycles, smem_cycles),
             stall_sum=_stall_sum(instructions),
             conditional_stall=_stall_sum(conditional),
             sb_waits=sum(i.wait != 0 for i in instructions),
             warpgroups=max(1, self.threads // 128 - bool(self.register_limits)) if self.arch // 10 == 9 else None,
+            registers=self._registers_after(limit[0]) if limit else None,
+            register_limit=limit[1] if limit else None,
+            scores=scores,
+            emulated=emulated,
+            emulation=len(emulation),
         )
 
     def _copying_length(self, block: int) -> int:
@@ -343,6 +423,14 @@ def _is_copy(instruction: Instruction) -> bool:
     return instruction.opcode.startswith(("UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "UBLK"))
 
 
+def _is_exp2(instruction: Instruction) -> bool:
+    return instruction.opcode == "MUFU" and "EX2" in instruction.modifiers
+
+
+def _count_classes(instructions: list[Instruction]) -> Counter[str]:
+    return Counter(classify(i.opcode, i.modifiers) for i in instructions)
+
+
 def _wgmma_serialised(code: Code) -> bool:
     """Whether all wgmma in flight are waited for after each one. A product of several leaves only its last one with a
     group barrier (gsb0) to wait for."""
@@ -369,14 +457,14 @@ def _shared_memory_cycles(instruction: Instruction) -> float:
 
 
 def _mark_main(loops: list[LoopReport]) -> None:
-    """Marks each role's steady-state loop: the least instructions per unit of tensor (or exp2) work among the loops
-    that do at least half as much of it as the largest."""
-    candidates = [loop for loop in loops if loop.cycles["tc"] or loop.counts["mufu_ex2"]]
+    """Marks each role's steady-state loop: the least instructions per unit of tensor work (or score) among the loops
+    that do at least half as much of it as the largest; of softmax warps without conditional ones."""
+    candidates = [loop for loop in loops if loop.work]
     for kind in {loop.role.split("@")[0] for loop in candidates}:
         same = [loop for loop in candidates if loop.role.startswith(kind)]
         largest = max(loop.work for loop in same)
         steady = (loop for loop in same if loop.work >= 0.5 * largest)
-        min(steady, key=lambda loop: loop.instructions / loop.work).main = True
+        min(steady, key=lambda loop: (loop.instructions - loop.conditional * bool(loop.scores)) / loop.work).main = True
 
 
 def report_code(kernel: str, code: Code, arch: int, resources: dict[str, int]) -> KernelReport:
@@ -410,17 +498,22 @@ def report_cubin(cubin: bytes) -> list[KernelReport]:
 
 def add_per_score(report: KernelReport, head_dim: int, head_dim_v: int | None = None, backward: bool = False) -> None:
     """Fills ``per_score``, ``cond_per_score`` and ``copy_per_score``: the loop's non-tensor instructions per thread and
-    element of S without conditional blocks, of those alone, and of those among them that copy the next tiles.
+    element of S without conditional blocks, of those alone, and of those among them that copy the next tiles;
+    ``net_per_score``: ``per_score`` without what emulates exponentials; ``pipe_per_score``: cycles, without conditional
+    blocks, of the busiest of MUFU, FMA pipe and issue.
 
     Unlike instructions per exp2 this does not move when exp2 is computed on another pipe. Elements of S per thread
-    follow from the loop's flops: 2(d + dv) per element forward, 2(3d + 2dv) backward.
+    follow from the loop's flops: 2(d + dv) per element forward, 2(3d + 2dv) backward; of softmax warps they are its
+    ``scores``.
     """
     dv = head_dim_v or head_dim
     flops = 2 * (3 * head_dim + 2 * dv) if backward else 2 * (head_dim + dv)
     for loop in report.loops:
-        elements = loop.mflop * 1e6 / flops / 128
+        elements = loop.scores or loop.mflop * 1e6 / flops / 128
         if elements:
             plain = loop.instructions - loop.counts["tensor"] - loop.conditional
             loop.per_score = round(plain / elements, 2)
             loop.cond_per_score = round(loop.conditional / elements, 2)
             loop.copy_per_score = round(loop.copying / elements, 2)
+            loop.net_per_score = round((plain - loop.emulation) / elements, 2)
+            loop.pipe_per_score = round(max(loop.usual[name] for name in ("mufu", "fma", "issue")) / elements, 2)

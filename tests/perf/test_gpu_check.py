@@ -38,6 +38,7 @@ from perf.cuda_driver import Driver
 from perf.gpu_check import pack, steps, sweep
 from perf.gpu_check.smoke import SMOKE, Attention, served
 from perf.gpu_check.steps import Outcome, Plan, Step
+from perf.static import COLUMNS
 from perf.workload import Workload
 from tests.cute_fa.test_backward_ops import FULL
 from tests.cute_fa.test_service import DENSE as SERVED
@@ -561,14 +562,16 @@ def test_without_a_gpu_the_static_figures_are_made(monkeypatch):
 
     def static_table(keys, *, fa4, progress):
         asked.extend(keys)
-        return pd.DataFrame({"per_score": [5.5]})
+        return pd.DataFrame({"per_score": [5.5]}).reindex(columns=COLUMNS)
 
     monkeypatch.setattr("perf.static.static_table", static_table)
     done = invoke()
     assert done.exit_code == 0, done.output
     assert "No GPU on this machine" in done.stdout and "5.5" in done.stdout
-    named = {(key.arch.value, key.head_dim, key.causal) for key in asked}
-    assert named == {(a, d, causal) for a in ("sm_80", "sm_90a") for d in (64, 128, 256) for causal in (False, True)}
+    named = {(key.arch.value, key.head_dim, key.head_dim_v) for key in asked}
+    square = {(a, d, d) for a in ("sm_80", "sm_90a", "sm_100a") for d in (64, 128, 256)}
+    assert named == square | {("sm_100a", 192, 128)}
+    assert {key.causal for key in asked} == {False, True}
 
 
 def test_without_a_gpu_and_the_compiler_it_says_so(monkeypatch):

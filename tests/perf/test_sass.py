@@ -10,6 +10,7 @@ from perf.sass.cubin import parse_listing
 from perf.sass.flow import ControlFlow
 from perf.sass.metrics import add_per_score, report_code
 from perf.sass.opcodes import classify, tensor_operation
+from tests.testing.listing import listing_text
 
 # (instruction, stall count, mask of scoreboards waited for). The loop spins on a barrier, and a block that only some
 # iterations run stands out of line behind the exit.
@@ -68,29 +69,15 @@ CONSUMER_LISTING = [
 ]
 
 
-def listing_text(listing=LISTING, arch: int = 80) -> str:
-    lines = [f'\t.headerflags\t@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM{arch}"', "//------- .text.kernel -------"]
-    address = 0
-    for item in listing:
-        if isinstance(item, str):
-            lines.append(item)
-            continue
-        text, stall, wait = item
-        lines.append(f"        /*{address:04x}*/  {text} ;   /* 0x0000000000000000 */")
-        lines.append(f"                                        /* {stall << 41 | wait << 52:#018x} */")
-        address += 16
-    return "\n".join(lines)
-
-
 @pytest.fixture(scope="module")
 def report():
-    arch, kernels = parse_listing(listing_text())
+    arch, kernels = parse_listing(listing_text(LISTING))
     assert arch == 80
     return report_code("kernel", kernels["kernel"], arch, {"regs": 20})
 
 
 def test_parse_reads_predicates_modifiers_and_control_bits():
-    _, kernels = parse_listing(listing_text())
+    _, kernels = parse_listing(listing_text(LISTING))
     code = kernels["kernel"]
     spin = next(i for i in code.instructions if i.predicate == "@!P2")
     assert (spin.opcode, spin.operands, spin.stall) == ("BRA", ["`(.L_x_1)"], 5)
@@ -101,7 +88,7 @@ def test_parse_reads_predicates_modifiers_and_control_bits():
 
 
 def test_control_flow_finds_the_loop_with_its_block_out_of_line():
-    _, kernels = parse_listing(listing_text())
+    _, kernels = parse_listing(listing_text(LISTING))
     flow = ControlFlow(kernels["kernel"])
     outer = max(flow.loops.values(), key=lambda loop: len(loop.body))
     assert sorted(map(len, (loop.body for loop in flow.loops.values()))) == [1, 5]
@@ -165,7 +152,7 @@ def test_per_score(report):
 
 def test_a_conditional_block_that_copies_is_told_apart():
     """With an LDGSTS in the place of its FADD the block out of line, three instructions, copies."""
-    text = listing_text().replace("FADD R6, R6, R5", "LDGSTS.E.BYPASS.128 [R9], [R10.64]")
+    text = listing_text(LISTING).replace("FADD R6, R6, R5", "LDGSTS.E.BYPASS.128 [R9], [R10.64]")
     arch, kernels = parse_listing(text)
     copying = report_code("kernel", kernels["kernel"], arch, {})
     add_per_score(copying, 64)

@@ -9,12 +9,15 @@ import pytest
 
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.flavour import active
-from cute_fa.semantics.types import Direction, SmArch
+from cute_fa.semantics.types import Direction, DType, SmArch
 from fa2_sm80.forward.entry import Fa2Forward
 from fa3_sm90.forward.entry import Fa3Forward
+from fa4_sm100.forward.entry import Fa4Forward
 from perf.sass import report_cubin
-from perf.static import COLUMNS, StaticKey, fa4_reports, static_table
+from perf.static import COLUMNS, StaticKey, fa4_reports, static_table, table_row
 from perf.static import our_report as compile_report
+from perf.static_page import role_sections
+from perf.step import step_of
 
 # Non-tensor instructions per thread and score element. sm_80: FlashAttention-4's at d64, CUTLASS's example's at d128;
 # sm_90a: 0.9 of FlashAttention-4's without a mask (6.30, 6.81, 10.07).
@@ -24,6 +27,12 @@ LIMITS_SM90 = {64: 5.67, 128: 6.13, 256: 9.06}
 IDEAL = 4.5
 # What ptxas makes of a mask: comparisons and selections, once a score.
 MASKING = ("ISETP", "FSETP", "FSEL", "SEL", "LOP3", "R2P", "VIADDMNMX", "VIMNMX")
+
+KEYS_SM100 = [
+    StaticKey(SmArch.SM_100A, d, causal, head_dim_v=dv)
+    for d, dv in [(64, 64), (128, 128), (192, 128)]
+    for causal in (False, True)
+]
 
 as_recorded = pytest.mark.skipif(active() != "cu12", reason="FlashAttention-4's figures were recorded with cu12")
 
@@ -130,6 +139,94 @@ def test_flash_attention_4_on_sm90():
     for report in (full, causal):
         assert (report.wgmma_serialised, report.setmaxnreg) == (False, "-24 +240")
         assert report.main_loop.shapes == {"HGMMA.64x128x16.F32.BF16.SS": 8, "HGMMA.64x128x16.F32.BF16.RS": 8}
+
+
+@cache
+def fa4_sm100():
+    """FlashAttention-4's reports of ``KEYS_SM100``, one of a pair of CTAs at head_dim 256, and one of fp8."""
+    others = [StaticKey(SmArch.SM_100A, 256, False), StaticKey(SmArch.SM_100A, 64, False, dtype=DType.E4M3)]
+    return fa4_reports([*KEYS_SM100, *others])
+
+
+@as_recorded
+def test_flash_attention_4_on_sm100():
+    seen = {
+        key.shape: (loop.instructions, loop.conditional, loop.scores, loop.emulated, loop.emulation, report.setmaxnreg)
+        for key, report in fa4_sm100().items()
+        for loop in [report.score_loop]
+    }
+    others = " ".join(["-48"] * 4)
+    assert seen == {
+        "d64 full": (523, 9, 128, 16, 80, f"{others} +200 -64"),
+        "d64 causal": (525, 10, 128, 16, 80, f"{others} +200 -64"),
+        "d128 full": (553, 10, 128, 24, 120, "-64 -64 -64 -64 +184 -80"),
+        "d128 causal": (525, 10, 128, 16, 80, "-56 -56 -56 -56 +192 -72"),
+        "d192,128 full": (554, 10, 128, 24, 120, "-64 -64 -64 -64 +184 -80"),
+        "d192,128 causal": (495, 10, 128, 8, 40, "-56 -56 -56 -56 +192 -72"),
+        "d256 full": (568, 8, 128, 24, 120, f"{others} {others} +256 +160"),
+        "d64 full e4m3": (503, 6, 128, 16, 80, "-80 -80 -80 -80 +168 -96"),
+    }
+
+
+@as_recorded
+def test_roles_of_flash_attention_4():
+    key = StaticKey(SmArch.SM_100A, 192, False, head_dim_v=128)
+    report = fa4_sm100()[key]
+    loops = report.role_loops
+    # Q·Kᵀ of 12 steps and P·V of 8, for two tiles
+    assert loops["mma"].shapes == {"UTCHMMA.2CTA.256x128x16": 2 * (12 + 8)}
+    assert loops["correction"].opcodes["FMUL2"] == 128
+    assert loops["load"].opcodes["UTMALDG"] == 4
+    row = table_row(key, "FA4", report)
+    assert (row["per_score"], row["cond_per_score"], row["net_per_score"]) == (4.25, 0.08, 3.31)
+    assert (row["spills"], row["role_spills"], row["per_mma"]) == ("10/5", "softmax 2", 6.2)
+    assert row["role_regs"] == "softmax 182/184, correction 56/80, mma 42/64, load 12/64"
+    # 2 · 256 · 128 · 320 flops; Q for each tile, half of K and V for each of two CTAs; 105 MUFU.EX2
+    assert (row["step_tensor"], row["step_smem"], row["step_exp2"]) == (2560, 1408, 2048)
+    assert row["step_mufu"] == row["step_busiest"] == 2 * 8 * 105
+
+
+@pytest.mark.parametrize("key", KEYS_SM100, ids=lambda key: key.shape)
+def test_sm100_softmax_is_leaner_than_flash_attention_4s(key):
+    ours, theirs = our_report(key), fa4_sm100()[key]
+    loop = ours.score_loop
+    # half an instruction for a score's fma, for its addition and its conversion, and the MUFU's exponentials
+    ideal = 1.5 + 1 - loop.emulated / loop.scores
+    assert ideal < loop.net_per_score <= 0.9 * theirs.score_loop.net_per_score
+    busiest = [step_of(report, key.head_dim, key.head_dim_v, 2).busiest for report in (ours, theirs)]
+    assert busiest[0] <= 0.95 * busiest[1]
+    assert [role for role, loop in ours.role_loops.items() if loop.counts["local"]] == []
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_sm100_causal_rows_run_the_full_loop(head_dim):
+    full, causal = (our_report(StaticKey(SmArch.SM_100A, head_dim, causal)).score_loop for causal in (False, True))
+    assert causal.scores == full.scores
+    assert causal.instructions - causal.conditional <= 1.02 * (full.instructions - full.conditional)
+
+
+def test_sm100_emulates_as_many_exponentials_as_the_config_says():
+    for key in KEYS_SM100[::2]:
+        config = Fa4Forward.configure(key.problem())
+        loop = our_report(key).score_loop
+        assert (loop.scores, loop.emulated) == (config.tile_n, config.tile_n // 32 * config.emulated)
+
+
+def test_tables_by_role():
+    key = KEYS_SM100[2]
+    table = static_table([key], fa4=True)
+    assert table.source.tolist()[0] == "cute-fa"
+    roles, cycles, ratios = role_sections(table)
+    assert [title for title, _ in (roles, cycles, ratios)] == [
+        "Forward, sm_100a, by role",
+        "Forward, sm_100a, cycles of 128 keys",
+        "Forward, sm_100a, ours / FlashAttention-4's",
+    ]
+    (ours, theirs), ratio = (row for _, row in table.iterrows()), ratios[1].iloc[0]
+    assert roles[1].net.tolist() == [ours.net_per_score, theirs.net_per_score]
+    assert ratio.net == pytest.approx(ours.net_per_score / theirs.net_per_score, abs=1e-3)
+    assert ratio.busiest == pytest.approx(ours.step_busiest / theirs.step_busiest, abs=1e-3)
+    assert cycles[1].tensor.tolist() == [2048, 2048]
 
 
 @as_recorded
