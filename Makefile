@@ -5,7 +5,7 @@
 #   make lint       ruff, mypy
 #   make fuzz       random problems over every public function, simulated: make fuzz ARGS="--problems 600 --seed 1 --jobs 2"
 #   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (hours)
-#   make bundle-h100, make bundle-a100
+#   make bundle-h100, make bundle-b200, make bundle-a100
 #                   the kernels of the tour and the examples, to run without the compiler: docs/bundles.md
 #   make gpu-check  one problem per kernel, a short sweep, GPU tests, compute-sanitizer, in MINUTES (30), results to OUT;
 #                   without a GPU the static checks
@@ -21,7 +21,7 @@ MINUTES := 30
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
-.PHONY: run test lint fuzz mutations bundle-h100 bundle-a100 gpu-check gpu-pack clean
+.PHONY: run test lint fuzz mutations bundle-h100 bundle-b200 bundle-a100 gpu-check gpu-pack clean
 
 # The major version of CUDA that the driver supports; empty without a GPU.
 CUDA_MAJOR := $(shell $(if $(filter undefined,$(origin PY)),python3,$(PY)) perf/cuda_driver.py 2>/dev/null)
@@ -52,10 +52,11 @@ mutations: $(ENVIRONMENT)
 	$(PY) -m tests.testing.mutations $(ARGS)
 
 bundle-h100: BUNDLE_ARCH := sm_90a
+bundle-b200: BUNDLE_ARCH := sm_100a
 bundle-a100: BUNDLE_ARCH := sm_80
-bundle-h100 bundle-a100: OUT = build/$@
+bundle-h100 bundle-b200 bundle-a100: OUT = build/$@
 # The examples run simulated, with as many SMs as the GPU has, whatever GPU this machine has.
-bundle-h100 bundle-a100: $(ENVIRONMENT)
+bundle-h100 bundle-b200 bundle-a100: $(ENVIRONMENT)
 	mkdir -p build
 	keys=build/$@.keys
 	export CUDA_VISIBLE_DEVICES= PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}"

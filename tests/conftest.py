@@ -9,7 +9,7 @@ import ptxsim
 from cute_fa.engine.compiler import dsl_installed
 from cute_fa.semantics.errors import CompilerMissingError
 
-KERNELS = ("fa2_sm80", "fa3_sm90", "cute_fa")  # folders of their tests
+KERNELS = ("fa2_sm80", "fa3_sm90", "fa4_sm100", "cute_fa")  # folders of their tests
 
 
 def pytest_collection_modifyitems(config, items):

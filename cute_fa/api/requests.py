@@ -262,8 +262,8 @@ class Fa2FwdRequest(_ContiguousForward):
 
 @dataclass(frozen=True, eq=False)
 class Fa3FwdRequest(_ContiguousForward):
-    """A forward by FA3-style kernels; ``persistent`` and ``pack_gqa`` as for ``cute_fa.flash_attn_func``. Raises
-    Fa3ArchError when made for an architecture before sm_90a."""
+    """A forward by FA3-style kernels, on sm_100a and sm_103a by FA4-style ones; ``persistent`` and ``pack_gqa`` as for
+    ``cute_fa.flash_attn_func``. Raises Fa3ArchError when made for an architecture before sm_90a."""
 
     family = "fa3"
 
@@ -278,8 +278,9 @@ class Fa3FwdRequest(_ContiguousForward):
 
 @dataclass(frozen=True, eq=False)
 class Fa3FwdFp8Request(Fa3FwdRequest):
-    """A forward in fp8 by FA3-style kernels: q, k and v in e4m3 or e5m2, of the same type or not; descales,
-    ``out_dtype`` and ``promote_every`` as for ``cute_fa.flash_attn_func``. Raises Fp8Error if one is of 16 bits."""
+    """A forward in fp8 by the kernels of :class:`Fa3FwdRequest`: q, k and v in e4m3 or e5m2, of the same type or not;
+    descales, ``out_dtype`` and ``promote_every`` as for ``cute_fa.flash_attn_func``. Raises Fp8Error if one is of 16
+    bits."""
 
     fp8 = True
 

@@ -13,7 +13,7 @@ from cute_fa.device.tma_boxes import BoxCopy, BoxShape, TmaTensor
 
 class KeyTensor(NamedTuple):
     """K or V. ``rows``, keys, and ``columns`` of its tile in shared memory; ``key_major``: rows of the tile are columns
-    of V. Of a pair of CTAs each has a part of a block: keys from ``first_key`` on, or columns from ``first_panel`` on."""
+    of V. Of a pair of CTAs each has a part of a block: keys from ``first_key``, or columns from ``first_panel`` on."""
 
     tma: TmaTensor
     box: BoxShape

@@ -44,6 +44,17 @@ def load(address: Int32, columns: int) -> tuple[Float32, ...]:
     return loaded if columns > 1 else (loaded,)
 
 
+def load_with_maximum(address: Int32, columns: int) -> tuple[tuple[Float32, ...], Float32]:
+    """As :func:`load`, and the largest of what it loads, NaN if one is. On sm_103 alone ("tcgen05.ld.red")."""
+    names = ", ".join(f"{{$w{i}}}" for i in range(columns))
+    *loaded, maximum = inline_ptx(
+        f"tcgen05.ld.red.sync.aligned.32x32b.x{columns}.max.NaN.f32 {{{names}}}, {{$w{columns}}}, [{{$r0}}];",
+        write_only_types=[Float32] * (columns + 1),
+        read_only_args=[address],
+    )
+    return tuple(loaded), maximum
+
+
 def store(address: Int32, values: list):
     """The thread's values, 32 bits each and a power of 2 of them, to the columns from ``address`` on."""
     names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(values)))

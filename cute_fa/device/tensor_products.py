@@ -98,11 +98,12 @@ class Product(NamedTuple):
 
 def commit(barrier: cute.Pointer, ctas: int = 1):
     """Arrive at a barrier, in a pair at that of both CTAs, once everything that the elected lane has issued is done."""
-    multicast = "" if ctas == 1 else ".multicast::cluster"
-    mask = "" if ctas == 1 else ", both"
+    arrival, target = ".mbarrier::arrive::one.shared::cluster", "[{$r0}]"
+    if ctas == 2:
+        arrival, target = f"{arrival}.multicast::cluster", f"{target}, both"
     inline_ptx(
         "{ .reg .pred leader; .reg .b16 both; mov.b16 both, 3; elect.sync _|leader, 0xffffffff; "
-        f"@leader tcgen05.commit.cta_group::{ctas}.mbarrier::arrive::one.shared::cluster{multicast}.b64 [{{$r0}}]{mask}; }}",
+        f"@leader tcgen05.commit.cta_group::{ctas}{arrival}.b64 {target}; }}",
         read_only_args=[barrier.toint()],
     )
 

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 Problem = AttentionProblem | AppendProblem
 FAMILIES = ("fa2", "fa3", "fa4")
-_ALL = tuple(SmArch)
-_HOPPER = (SmArch.SM_90A,)
-_BLACKWELL = (SmArch.SM_100A, SmArch.SM_103A)
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,8 @@ class DispatchKey:
 @dataclass(frozen=True)
 class Entry:
     """One kernel of the table. ``target`` is ``module:Class``, imported when first asked; where no kernel exists yet
-    it is None and ``missing`` says so."""
+    it is None and ``missing`` says so. ``arch_rule`` says why it runs on ``archs`` alone. ``expected``: others that one
+    might look for it on, where it is a candidate that refuses by that rule."""
 
     name: str
     family: str
@@ -107,6 +105,7 @@ class Entry:
     target: str | None = None
     missing: str = ""
     arch_rule: str = ""
+    expected: tuple[SmArch, ...] = ()
 
     def reasons(self, problem: Problem) -> list[str]:
         """Why this kernel does not serve the problem; empty if it does."""
@@ -152,12 +151,16 @@ class DispatchTable:
         if isinstance(problem, DispatchKey):
             problem = problem.problem()
         reasons = self.explain(problem, family)
-        if problem.is_fp8 and self._find(_in_bf16(problem), family):
+        if problem.is_fp8 and self.serves(_in_bf16(problem), family):
             listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
             dtypes = dtypes_of_code(problem)
             raise Fp8Error(f"{dtypes} input on {problem.arch.value}: no kernel offers fp8 here ({listed})")
         key = DispatchKey.of(problem) if isinstance(problem, AttentionProblem) else problem_name(problem)
         raise UnsupportedKeyError(key, reasons)
+
+    def serves(self, problem: Problem | DispatchKey, family: str | None = None) -> bool:
+        """Whether there is a kernel for the problem."""
+        return self._find(problem, family) is not None
 
     def choose(
         self, problem: AttentionProblem, family: str | None, num_sms: int, num_splits: int
@@ -215,7 +218,7 @@ class DispatchTable:
             families = ("fa3", "fa4")
         entries = [entry for entry in self.entries if entry.direction is problem.direction]
         if family is None:
-            return [entry for entry in entries if problem.arch in entry.archs]
+            return [entry for entry in entries if problem.arch in (*entry.archs, *entry.expected)]
         return [entry for entry in entries if entry.family in families]
 
 
@@ -233,21 +236,24 @@ def _load(target: str) -> type[AttentionKernel]:
     return getattr(importlib.import_module(module), name)
 
 
-_WGMMA = "WGMMA exists on sm_90a alone"
-_TCGEN05 = "tcgen05 exists on sm_100a and sm_103a alone"
+_ANY: dict[str, Any] = {"archs": tuple(SmArch)}
+_WGMMA: dict[str, Any] = {"archs": (SmArch.SM_90A,), "arch_rule": "WGMMA exists on sm_90a alone"}
+_TCGEN05: dict[str, Any] = {
+    "archs": (SmArch.SM_100A, SmArch.SM_103A),
+    "arch_rule": "tcgen05 exists on sm_100a and sm_103a alone",
+    "expected": (SmArch.SM_120A,),  # Blackwell, too
+}
 
 TABLE = DispatchTable(
     (
-        Entry(
-            "fa4_fwd", "fa4", Direction.FORWARD, _BLACKWELL, "fa4_sm100.forward.entry:Fa4Forward", arch_rule=_TCGEN05
-        ),
-        Entry("fa3_fwd", "fa3", Direction.FORWARD, _HOPPER, "fa3_sm90.forward.entry:Fa3Forward", arch_rule=_WGMMA),
-        Entry("fa2_fwd", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.forward.entry:Fa2Forward"),
-        Entry("fa2_split", "fa2", Direction.FORWARD, _ALL, "fa2_sm80.split.entry:Fa2Split"),
-        Entry("fa4_bwd", "fa4", Direction.BACKWARD, _BLACKWELL, None, "no fa4_sm100 kernel exists yet", _TCGEN05),
-        Entry("fa3_bwd", "fa3", Direction.BACKWARD, _HOPPER, None, "no fa3_sm90 kernel exists yet", _WGMMA),
-        Entry("fa2_append", "fa2", Direction.APPEND, _ALL, "fa2_sm80.append.entry:Fa2Append"),
-        Entry("fa2_bwd", "fa2", Direction.BACKWARD, _ALL, "fa2_sm80.backward.entry:Fa2Backward"),
+        Entry("fa4_fwd", "fa4", Direction.FORWARD, target="fa4_sm100.forward.entry:Fa4Forward", **_TCGEN05),
+        Entry("fa3_fwd", "fa3", Direction.FORWARD, target="fa3_sm90.forward.entry:Fa3Forward", **_WGMMA),
+        Entry("fa2_fwd", "fa2", Direction.FORWARD, target="fa2_sm80.forward.entry:Fa2Forward", **_ANY),
+        Entry("fa2_split", "fa2", Direction.FORWARD, target="fa2_sm80.split.entry:Fa2Split", **_ANY),
+        Entry("fa4_bwd", "fa4", Direction.BACKWARD, missing="no fa4_sm100 backward exists yet", **_TCGEN05),
+        Entry("fa3_bwd", "fa3", Direction.BACKWARD, missing="no fa3_sm90 backward exists yet", **_WGMMA),
+        Entry("fa2_append", "fa2", Direction.APPEND, target="fa2_sm80.append.entry:Fa2Append", **_ANY),
+        Entry("fa2_bwd", "fa2", Direction.BACKWARD, target="fa2_sm80.backward.entry:Fa2Backward", **_ANY),
     )
 )
 

@@ -148,8 +148,8 @@ class AttentionProblem:
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``).
 
     ``persistent``, ``pack_gqa`` (query heads of one kv head share a tile; None: the kernel chooses) and
-    ``promote_every`` (of fp8, wgmma whose sums stay in the tensor cores' accumulator) change how a kernel computes,
-    never what. They are here because a kernel must be able to refuse them.
+    ``promote_every`` (of fp8, wgmma whose sums stay in the tensor cores' accumulator; tcgen05 keeps them in fp32)
+    change how a kernel computes, never what. They are here because a kernel must be able to refuse them.
 
     Of the backward alone: ``deterministic`` asks for gradients that are bit-identical between runs; ``lse_gradient``
     says that the gradient of LSE is given; ``slopes_gradient`` that the one of the ALiBi slopes is wanted. Those of q,

@@ -22,10 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cute_fa import fp8
+from cute_fa.engine.table import TABLE
 from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import Inputs, InputSpec
-from cute_fa.tools.trial import Machine, TrialResult, gpu_arch, run_trial
+from cute_fa.tools.trial import Machine, TrialResult, gpu_arch, problem_of_spec, run_trial
 
 SIMULATED_LENGTH = 320  # tokens: no multiple of a tile, and the tour stays under a minute and a half on two cores
 _WIDTH = 512  # of the stand-in's hidden state
@@ -116,20 +117,21 @@ class Stop:
 
 def itinerary() -> list[Stop]:
     """Every layer at full length on the GPU; without one every layer simulated as sm_80, those that differ most as
-    sm_90a, which has kernels of its own, and one as sm_100a. In fp8 where there are kernels for it."""
+    sm_90a and as sm_100a, which have kernels of their own. In fp8 where there are kernels for it."""
     present = gpu_arch()
     if present is not None:
         machine = Machine(present, simulated=False)
         return [Stop(layer, machine, layer.length) for layer in layers_of(present)]
     stops = [(layer, SmArch.SM_80) for layer in LAYERS]
-    stops += [(layer, SmArch.SM_90A) for layer in (LLAMA3, LLAMA3_FP8, GEMMA2_LOCAL, GPT_OSS, STREAMING)]
-    stops += [(GPT_OSS, SmArch.SM_100A)]
+    most_different = (LLAMA3, LLAMA3_FP8, GEMMA2_LOCAL, GPT_OSS, STREAMING)
+    stops += [(layer, arch) for arch in (SmArch.SM_90A, SmArch.SM_100A) for layer in most_different]
     return [Stop(layer, Machine(arch, simulated=True), SIMULATED_LENGTH) for layer, arch in stops]
 
 
 def layers_of(arch: SmArch) -> tuple[Layer, ...]:
     """Those that kernels for the architecture serve."""
-    return (*LAYERS, LLAMA3_FP8) if arch.has_wgmma else LAYERS
+    layers = (*LAYERS, LLAMA3_FP8)
+    return tuple(layer for layer in layers if TABLE.serves(problem_of_spec(layer.spec(layer.length), arch)))
 
 
 def run_tour(console: Console) -> list[tuple[Stop, TrialResult]]:

@@ -26,6 +26,7 @@ from cute_fa.device.score import Score
 from cute_fa.device.softmax import E4M3, WIDE, finite
 from cute_fa.device.tile_work import TileWork, kv_head
 from cute_fa.device.visibility import hidden_keys
+from cute_fa.semantics.types import SmArch
 from fa4_sm100.forward.config import SCORE_CHUNK, TILE_M
 from fa4_sm100.forward.cta import Cta
 from fa4_sm100.forward.descales import BlockDescales, Unit
@@ -48,6 +49,7 @@ class Softmax:
         self.descales = BlockDescales(c, cta.common)
         self.chunks = c.tile_n // SCORE_CHUNK
         self.words_per_chunk = SCORE_CHUNK * (1 if c.dtype.is_fp8 else 2) // 4
+        self.reduces = c.arch is SmArch.SM_103A  # its loads give the largest of what they load
         self.exponents = E4M3 if c.dtype.is_fp8 else WIDE
         self.reference = cute.make_rmem_tensor(1, Float32)
         self.total = cute.make_rmem_tensor(1, Float32)
@@ -217,6 +219,10 @@ class Softmax:
 
     def maximum(self, at: Int32, modify: Optional[Callable]) -> Float32:
         """Of the row's scores, which are left modified."""
+        if modify is None and self.reduces:
+            parts = [tensor_memory.load_with_maximum(at + i * SCORE_CHUNK, SCORE_CHUNK)[1] for i in range(self.chunks)]
+            tensor_memory.wait_loads()
+            return _largest(parts)
         parts = [Float32(-Float32.inf)] * 4
         values = tensor_memory.load(at, SCORE_CHUNK)
         for chunk in range(self.chunks):
@@ -232,7 +238,7 @@ class Softmax:
             values = following
         if modify is not None:
             tensor_memory.wait_stores()
-        return max_with_nan(max_with_nan(parts[0], parts[1], parts[2]), parts[3], parts[3])
+        return _largest(parts)
 
     def rescale_output(self, factor: Float32, block: Int32):
         """O times a row's factor. It is complete up to the block before: the scores of ``block`` were computed after
@@ -257,16 +263,22 @@ class Softmax:
         """P of all chunks of scores but the last, into registers, and their sum; the last chunk's scores. ``modify``:
         raw scores first; ``watch``: also the largest of the scores that no sum tells of, for :meth:`outside`."""
         self.sums.fill(0.0)
-        peaks = [Float32(-Float32.inf)] * 2
-        values = tensor_memory.load(at, SCORE_CHUNK)
+        peaks, reduces = [Float32(-Float32.inf)] * 2, self.reduces and modify is None
+        values = _scores(at)
         for chunk in range(self.chunks):
             tensor_memory.wait_loads()
             following = None
             if chunk + 1 < self.chunks:
-                following = tensor_memory.load(at + (chunk + 1) * SCORE_CHUNK, SCORE_CHUNK)
+                place = at + (chunk + 1) * SCORE_CHUNK
+                if watch and reduces and chunk + 2 == self.chunks:
+                    following, last_peak = tensor_memory.load_with_maximum(place, SCORE_CHUNK)
+                else:
+                    following = _scores(place)
             if modify is not None:
                 values = modify(values, chunk * SCORE_CHUNK)
-            if watch:
+            if watch and following is None and reduces:
+                peaks.append(last_peak)
+            elif watch:
                 unseen = range(SCORE_CHUNK // 2) if following is None else self.emulated_pairs(emulate)
                 for i in unseen:
                     peaks[i % 2] = max_with_nan(peaks[i % 2], values[2 * i], values[2 * i + 1])
@@ -278,7 +290,7 @@ class Softmax:
                     self.words[chunk * self.words_per_chunk + i] = word
                 values = following
         if watch:
-            self.peak[0] = max_with_nan(peaks[0], peaks[1], peaks[1])
+            self.peak[0] = _largest(peaks)
 
     def emulated_pairs(self, emulate: bool) -> list[int]:
         """Pairs of a chunk's scores whose exponentials are computed on the FMA pipe, evenly spread."""
@@ -327,3 +339,17 @@ class Softmax:
         rings["p"].signal(buffer)
         total = self.sums[0] + self.sums[1]
         self.total[0] = self.total[0] + (total if unit is None else total * unit.inverse)
+
+
+def _largest(values: list[Float32]) -> Float32:
+    """NaN if one is."""
+    top = values[0]
+    for i in range(1, len(values), 2):
+        top = max_with_nan(top, values[i], values[min(i + 1, len(values) - 1)])
+    return top
+
+
+def _scores(at: Int32) -> tuple[Float32, ...]:
+    """A chunk of a row's scores, there after ``tensor_memory.wait_loads``. In two loads, since each takes a block of
+    registers in a row: beside P, with softcap or ALiBi, 13 to 30 words of the loop spilled with one."""
+    return (*tensor_memory.load(at, SCORE_CHUNK // 2), *tensor_memory.load(at + SCORE_CHUNK // 2, SCORE_CHUNK // 2))

@@ -13,12 +13,14 @@ from typing import Any
 
 import click
 
+from cute_fa.engine.table import TABLE
 from cute_fa.semantics.append_problem import AppendProblem
 from cute_fa.semantics.errors import CompilerMissingError
-from cute_fa.semantics.types import DType, SmArch
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.append_trial import AppendResult, run_append_trial
 from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
-from cute_fa.tools.trial import Machine, TrialResult, choose_machine, run_backward_trial, run_trial
+from cute_fa.tools.trial import Machine, TrialResult, choose_machine, problem_of_spec, run_backward_trial, run_trial
 
 NOT_BUNDLED = 3
 
@@ -36,6 +38,12 @@ class Attention:
         if not self.backward:
             return run_trial(inputs, machine, **self.choices)
         return run_backward_trial(inputs, machine, output_gradients(inputs)[0], **self.choices)
+
+    def described(self, arch: SmArch) -> tuple[AttentionProblem, str | None]:
+        """What the table is asked: the problem, the backward's if there is one, and the family."""
+        choices = {"direction": Direction.BACKWARD if self.backward else Direction.FORWARD, **self.choices}
+        family = choices.pop("family", None)
+        return problem_of_spec(self.spec, arch, **choices), family
 
 
 def _append(machine: Machine) -> AppendResult:
@@ -79,9 +87,12 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
 
 
 def served(arch: SmArch) -> list[str]:
-    """The problems that there are kernels for: fp8 is Hopper's alone."""
-    fp8 = {name for name, problem in SMOKE.items() if isinstance(problem, Attention) and problem.spec.dtype.is_fp8}
-    return [name for name in SMOKE if arch.has_wgmma or name not in fp8]
+    """The problems that there are kernels for."""
+    return [
+        name
+        for name, problem in SMOKE.items()
+        if not isinstance(problem, Attention) or TABLE.serves(*problem.described(arch))
+    ]
 
 
 @click.command()

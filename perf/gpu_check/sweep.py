@@ -9,8 +9,10 @@ from pathlib import Path
 
 import click
 
+from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import CompilerMissingError
 from cute_fa.semantics.types import Direction, DType, SmArch
+from cute_fa.tools.trial import problem_of_spec
 from perf.device import CudaDevice
 from perf.providers import PROVIDERS, CuteFa
 from perf.results import ResultFile
@@ -22,7 +24,7 @@ PEERS = ("cute-fa", "FA2", "cuDNN")
 _BACKWARD = {"direction": Direction.BACKWARD, "causal": True}
 _GQA = {"heads": 32, "heads_kv": 8}
 # In an order of value; 16384 tokens, bf16, 16 heads of 128 unless said otherwise.
-_FP8 = {"dtype": DType.E4M3}  # Hopper's alone
+_FP8 = {"dtype": DType.E4M3}
 WORKLOADS = (
     Workload(seqlen=8192, causal=True),
     Workload(seqlen=8192),
@@ -48,7 +50,11 @@ WORKLOADS = (
 
 def workloads(arch: SmArch) -> list[Workload]:
     """Those that there are kernels for."""
-    return [workload for workload in WORKLOADS if arch.has_wgmma or not workload.dtype.is_fp8]
+    return [
+        workload
+        for workload in WORKLOADS
+        if TABLE.serves(problem_of_spec(workload.spec(), arch, direction=workload.direction))
+    ]
 
 
 @click.command()

@@ -23,8 +23,8 @@ from ptxsim.views import DeviceView, map_tensors
 from tests.testing.fake_driver import Driver
 
 STREAM = 0xABC0
-HEAD_DIMS = {"sm_80": 64, "sm_90a": 128}
-FORWARDS = {"sm_80": "fa2_fwd_sm80", "sm_90a": "fa3_fwd_sm90a"}
+HEAD_DIMS = {"sm_80": 64, "sm_90a": 128, "sm_100a": 128}
+FORWARDS = {"sm_80": "fa2_fwd_sm80", "sm_90a": "fa3_fwd_sm90a", "sm_100a": "fa4_fwd_sm100a"}
 
 
 @functools.cache

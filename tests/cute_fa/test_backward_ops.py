@@ -187,7 +187,7 @@ def test_choices_of_the_forward_are_not_the_backwards():
     inputs, leaves = variables(make_inputs(DENSE))
     dout, _ = output_gradients(inputs)
     with cute_fa.simulate("sm_90a"):
-        with pytest.raises(UnsupportedKeyError, match="fa3_bwd: no fa3_sm90 kernel exists yet"):
+        with pytest.raises(UnsupportedKeyError, match="fa3_bwd: no fa3_sm90 backward exists yet"):
             inputs.run(family="fa3")
         with torch.no_grad():
             inputs.run(family="fa3")

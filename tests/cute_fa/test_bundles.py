@@ -48,6 +48,7 @@ PROBLEMS = """
 --arch sm_90a --head-dim 128 --causal --seqlen-q 150 --heads 2 --inputs peaked
 --arch sm_90a --head-dim 64 --varlen --batch 2 --seqlen-q 130 --softcap 20 --heads 2
 --arch sm_90a --head-dim 128 --append --page-size 16 --seqlen-q 3 --seqlen-k 33
+--arch sm_100a --head-dim 64 --causal --seqlen-q 150 --heads 2 --inputs peaked
 """.strip().splitlines()
 
 
@@ -534,7 +535,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, out):
 
 
 def test_a_bundle_says_what_it_needs(real, small):
-    assert Bundle(real).least_driver == {"sm_80": 12000, "sm_90a": 12000}
+    assert Bundle(real).least_driver == {"sm_80": 12000, "sm_90a": 12000, "sm_100a": 12080}
     manifest = json.loads((small.folder / bundles.MANIFEST).read_text())
     assert manifest["made_with"]["nvidia-cutlass-dsl"] == importlib.metadata.version("nvidia-cutlass-dsl")
     assert manifest["host"] == "linux x86-64-v2, glibc 2.28" and manifest["cute_fa"] == __version__

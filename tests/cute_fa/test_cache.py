@@ -409,7 +409,7 @@ def test_what_kernels_are_made_from_is_in_the_key():
     """Every module of this package that device code or a kernel's folder imports."""
     root = Path(cute_fa.__file__).parents[1]
     covered = [root / "cute_fa" / place for place in keys.SHARED_SOURCES]
-    for folder in ("cute_fa/device", "fa2_sm80", "fa3_sm90"):
+    for folder in ("cute_fa/device", "fa2_sm80", "fa3_sm90", "fa4_sm100"):
         for file in root.joinpath(folder).rglob("*.py"):
             if file.name == "entry.py":  # the host's part
                 continue

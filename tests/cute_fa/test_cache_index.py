@@ -19,10 +19,12 @@ from fa2_sm80.forward.entry import Fa2Forward
 from fa2_sm80.split.config import num_splits
 from fa2_sm80.split.entry import Fa2Split
 from fa3_sm90.forward.entry import Fa3Forward
+from fa4_sm100.forward.entry import Fa4Forward
 from tests.testing.caches import scattered
 from tests.testing.cases import small_problem
 
-KERNELS = [("sm_80", "fa2", 1, Fa2Forward), ("sm_90a", "fa3", 1, Fa3Forward), ("sm_80", "fa2", 3, Fa2Split)]
+TILED = [("sm_90a", "fa3", 1, Fa3Forward), ("sm_100a", "fa4", 1, Fa4Forward)]
+KERNELS = [("sm_80", "fa2", 1, Fa2Forward), *TILED, ("sm_80", "fa2", 3, Fa2Split)]
 SPEC = InputSpec(4, 40, 150, 4, 2, 64, seqused_k=True, causal=True)
 
 
@@ -93,7 +95,7 @@ def test_bad_index(changes, error, message):
     assert not simulation.launches
 
 
-PAGED_KERNELS = [("sm_90a", "fa3", 1, Fa3Forward), ("sm_80", "fa2", 1, Fa2Split), ("sm_80", "fa2", 3, Fa2Split)]
+PAGED_KERNELS = [*TILED, ("sm_80", "fa2", 1, Fa2Split), ("sm_80", "fa2", 3, Fa2Split)]
 
 
 @pytest.mark.parametrize(("arch", "family", "splits", "kernel"), PAGED_KERNELS)
@@ -144,12 +146,12 @@ def test_the_backward_takes_no_index():
         assert TABLE.explain(problem)["fa2_bwd"] == [f"{name}: a cache has no gradient"]
 
 
-def test_padding_inside_pages_is_not_for_fa3():
-    """Its blocks of keys start where pages do; the split kernel serves them."""
-    problem = small_problem(cute_fa.SmArch.SM_90A, cache_leftpad=True, page_size=16)
-    assert TABLE.explain(problem, "fa3") == {
-        "fa3_fwd": ["cache_leftpad with page_size 16: blocks of keys start where pages do"]
-    }
+@pytest.mark.parametrize(("arch", "family", "splits", "kernel"), TILED)
+def test_padding_inside_pages_is_not_for_blocks_that_tma_brings(arch, family, splits, kernel):
+    """They start where pages do; the split kernel serves them."""
+    problem = small_problem(cute_fa.SmArch.named(arch), cache_leftpad=True, page_size=16)
+    rule = "cache_leftpad with page_size 16: blocks of keys start where pages do"
+    assert TABLE.explain(problem, family) == {f"{family}_fwd": [rule]} and kernel.supports(problem) == [rule]
     assert TABLE.lookup(problem) is Fa2Split
 
 
@@ -189,7 +191,7 @@ def test_many_rows_are_left_to_the_table():
     assert AttentionKernel.num_splits(decoding(), 108) is None
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 def test_open_splits_choose_the_kernel(arch):
     """Decoding goes to the split kernel although others come first in the table; a prompt does not."""
     short, long = (InputSpec(1, rows, 400, 8, 1, 64, causal=True) for rows in (2, 60))

@@ -192,7 +192,7 @@ class TestPagedKvCache:
 
 
 class TestPagedAttention:
-    @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+    @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
     def test_both_layouts(self, arch):
         """A packed prefill; kernels follow the strides of either layout."""
         given = make_inputs(SPEC, "peaked")
@@ -229,7 +229,7 @@ class TestPagedAttention:
         ):
             request.run()
 
-    @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_100A])
+    @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_120A])
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
     def test_no_kernel_reads_fp8(self, arch, dtype):
         given = make_inputs(SPEC)
@@ -311,7 +311,7 @@ class TestPagedAttention:
 class TestChunkedPrefill:
     prompts = CumulativeSeqlens.from_lengths((100, 61, 33))
 
-    @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+    @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
     def test_chunks_give_the_whole(self, arch):
         """Three prompts in chunks of 32 tokens. Keys of later chunks are NaN in the pages, and absent where packed."""
         lengths = {"lengths_q": self.prompts.lengths, "lengths_k": self.prompts.lengths}

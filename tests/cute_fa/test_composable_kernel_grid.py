@@ -32,7 +32,9 @@ RUNS = {
 }
 CHUNK = 528
 SCALE = 16
-SIMULATED = pairwise({**KERNELS, "mask": (*KERNELS["mask"], "window and sink"), "arch": ("sm_80", "sm_90a")}, seed=39)
+SIMULATED = pairwise(
+    {**KERNELS, "mask": (*KERNELS["mask"], "window and sink"), "arch": ("sm_80", "sm_90a", "sm_100a")}, seed=39
+)
 
 
 def inputs_of(kernel: dict, run: dict, scale: int = 1, device: str = "cpu") -> Inputs:

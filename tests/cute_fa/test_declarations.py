@@ -15,6 +15,8 @@ import torch
 import cute_fa
 from cute_fa.api import attention, kvcache
 from cute_fa.api.peers import PeerArguments
+from cute_fa.device import tiled_forward as tiled_host
+from cute_fa.device.tile_scheduler import TileGrid
 from cute_fa.engine import contract
 from cute_fa.engine.operators import schema
 from cute_fa.semantics import names, reference
@@ -33,7 +35,7 @@ from fa2_sm80.forward import entry as forward_host
 from fa2_sm80.split import arguments as split_device
 from fa2_sm80.split import entry as split_host
 from fa3_sm90.forward import arguments as fa3_device
-from fa3_sm90.forward import entry as fa3_host
+from fa4_sm100.forward import arguments as fa4_device
 from tests.fa2_sm80 import test_forward as test_fa2_forward
 from tests.fa2_sm80 import test_split as test_fa2_split
 from tests.fa3_sm90 import test_forward as test_fa3_forward
@@ -130,8 +132,8 @@ TUPLES = [
     (append_host.NewRows, append_device.NewRows),
     (append_host.Cache, append_device.Cache),
     (append_host.Rotary, append_device.Rotary),
-    (fa3_host.Launch, fa3_device.ForwardArguments),
-    (fa3_host.Grid, fa3_device.TileGrid),
+    *((tiled_host.Launch, device.ForwardArguments) for device in (fa3_device, fa4_device)),
+    (tiled_host.Grid, TileGrid),
     (contract.CommonArguments, forward_device.CommonArguments),
     (contract.LengthArguments, get_type_hints(forward_device.CommonArguments)["lengths"]),
     (contract.WindowArguments, get_type_hints(forward_device.CommonArguments)["window"]),

@@ -16,6 +16,8 @@ from cute_fa.tools.support import to_markdown
 from tests.testing.grid import pairwise
 
 KEY = DispatchKey(SmArch.SM_80, DType.BF16, 128)
+# Architectures with a forward of their own, and its family.
+OWN = {SmArch.SM_90A: "fa3", SmArch.SM_100A: "fa4", SmArch.SM_103A: "fa4"}
 
 
 def test_key_fields_and_their_order():
@@ -83,14 +85,16 @@ def test_lookup_follows_supports(seed):
 @pytest.mark.parametrize("arch", list(SmArch))
 def test_every_arch_has_a_forward_and_a_backward(arch):
     key = dataclasses.replace(KEY, arch=arch)
-    assert TABLE.lookup(key).family == ("fa3" if arch is SmArch.SM_90A else "fa2")
+    own = OWN.get(arch, "fa2")
+    assert TABLE.lookup(key).family == own
+    assert canonical_name(TABLE.lookup(key), key.problem()) == f"{own}_fwd_{arch.short}_bf16_hd128"
     backward = dataclasses.replace(key, direction=Direction.BACKWARD)
     assert TABLE.lookup(backward).__name__ == "Fa2Backward"
-    own = {90: "fa3_bwd", 100: "fa4_bwd", 103: "fa4_bwd"}.get(arch.number)
-    assert list(TABLE.explain(backward)) == ([own, "fa2_bwd"] if own else ["fa2_bwd"])
-    if own:
-        with pytest.raises(UnsupportedKeyError, match=f"{own}: no fa._sm[0-9]* kernel exists yet"):
-            TABLE.lookup(backward, own[:3])
+    asked = {SmArch.SM_120A: ["fa4_bwd"], **{arch: [f"{family}_bwd"] for arch, family in OWN.items()}}.get(arch, [])
+    assert list(TABLE.explain(backward)) == [*asked, "fa2_bwd"]
+    if arch in OWN:
+        with pytest.raises(UnsupportedKeyError, match=f"{own}_bwd: no {own}_sm[0-9]* backward exists yet"):
+            TABLE.lookup(backward, own)
 
 
 def test_reasons_are_the_kernels_own():
@@ -133,12 +137,15 @@ def test_fp8():
         for dtype in (DType.E4M3, DType.E5M2):
             key = DispatchKey(arch, dtype, 128)
             backward = dataclasses.replace(key, direction=Direction.BACKWARD)
-            for refused in (key, backward)[arch.has_wgmma :]:
+            assert TABLE.serves(key) == (arch in OWN)
+            for refused in (key, backward)[arch in OWN :]:
                 with pytest.raises(Fp8Error, match=rf"{dtype.value} input on {arch.value}.*fa2_[fb]wd: "):
                     TABLE.lookup(refused)
     mixed = DispatchKey(SmArch.SM_90A, DType.E4M3, 128, dtype_v=DType.E5M2, out_dtype=DType.FP16)
     for key in (DispatchKey(SmArch.SM_90A, DType.E5M2, 128), mixed):
-        assert TABLE.lookup(key).family == "fa3" and DispatchKey.of(key.problem()) == key
+        for arch, family in OWN.items():
+            there = dataclasses.replace(key, arch=arch)
+            assert TABLE.lookup(there).family == family and DispatchKey.of(there.problem()) == there
     assert str(mixed) == "fwd_sm90a_e4m3ve5m2_hd128_outfp16"
     with pytest.raises(Fp8Error, match="bf16ke4m3ve4m3 input on sm_90a"):
         TABLE.lookup(DispatchKey(SmArch.SM_90A, DType.BF16, 128, dtype_k=DType.E4M3, dtype_v=DType.E4M3))
@@ -165,29 +172,54 @@ def test_families():
     with pytest.raises(UnsupportedKeyError, match="fa4_fwd: tcgen05 exists on sm_100a and sm_103a alone; not sm_90a"):
         TABLE.lookup(on_hopper, family="fa4")
     # an FA3 request on Blackwell is one for FA4's kernels, never for FA2's
-    on_blackwell = dataclasses.replace(KEY, arch=SmArch.SM_100A)
-    reasons = TABLE.explain(on_blackwell, family="fa3")
-    assert reasons == {
-        "fa4_fwd": ["no fa4_sm100 kernel exists yet"],
-        "fa3_fwd": ["WGMMA exists on sm_90a alone; not sm_100a"],
-    }
-    with pytest.raises(UnsupportedKeyError, match="WGMMA exists on sm_90a alone"):
-        TABLE.lookup(on_blackwell, family="fa3")
-    assert list(TABLE.explain(on_blackwell)) == ["fa4_fwd", "fa2_fwd", "fa2_split"]
+    for arch in (SmArch.SM_100A, SmArch.SM_103A):
+        on_blackwell = dataclasses.replace(KEY, arch=arch)
+        for family in (None, "fa3", "fa4"):
+            assert TABLE.lookup(on_blackwell, family).__name__ == "Fa4Forward"
+        rule = f"WGMMA exists on sm_90a alone; not {arch.value}"
+        assert TABLE.explain(on_blackwell, "fa3") == {"fa4_fwd": [], "fa3_fwd": [rule]}
+        assert list(TABLE.explain(on_blackwell)) == ["fa4_fwd", "fa2_fwd", "fa2_split"]
+        split = dataclasses.replace(on_blackwell, splits=2)
+        assert TABLE.lookup(split).__name__ == "Fa2Split"
+        with pytest.raises(UnsupportedKeyError, match="fa4_fwd: num_splits 2") as caught:
+            TABLE.lookup(split, family="fa3")
+        assert caught.value.reasons["fa3_fwd"] == [rule]
+
+
+def test_blackwell_without_tcgen05():
+    """FA2's kernels, and the table says why not FA4's."""
+    key = dataclasses.replace(KEY, arch=SmArch.SM_120A)
+    rules = [
+        f"{rule}; not sm_120a"
+        for rule in ("tcgen05 exists on sm_100a and sm_103a alone", "WGMMA exists on sm_90a alone")
+    ]
+    assert TABLE.explain(key) == {"fa4_fwd": rules[:1], "fa2_fwd": [], "fa2_split": []}
+    assert TABLE.lookup(key).__name__ == "Fa2Forward"
+    for family, expected in (("fa3", {"fa4_fwd": rules[:1], "fa3_fwd": rules[1:]}), ("fa4", {"fa4_fwd": rules[:1]})):
+        with pytest.raises(UnsupportedKeyError) as caught:
+            TABLE.lookup(key, family)
+        assert caught.value.reasons == expected
+
+
+def test_another_family():
     with pytest.raises(ArgumentError, match="family='fa5': one of fa2, fa3, fa4"):
         TABLE.lookup(KEY, family="fa5")
 
 
-def test_more_heads_than_a_tile_has_rows_cannot_be_packed():
-    problem = dataclasses.replace(KEY, arch=SmArch.SM_90A, gqa_ratio=128).problem()
-    assert TABLE.lookup(problem).family == "fa3"
+@pytest.mark.parametrize(("arch", "rows"), [(SmArch.SM_90A, 64), (SmArch.SM_100A, 128)], ids=lambda value: str(value))
+def test_more_heads_than_a_tile_has_rows_cannot_be_packed(arch, rows):
+    problem = dataclasses.replace(KEY, arch=arch, gqa_ratio=2 * rows).problem()
+    kernel = TABLE.lookup(problem)
     packed = dataclasses.replace(problem, pack_gqa=True)
     explained = TABLE.explain(packed)
-    assert explained["fa3_fwd"] == TABLE.lookup(problem).supports(packed)
-    assert "gqa_ratio 128" in explained["fa3_fwd"][0]
+    name = f"{OWN[arch]}_fwd"
+    assert explained[name] == kernel.supports(packed)
+    assert explained[name] == [f"pack_gqa with gqa_ratio {2 * rows}: a warpgroup holds {rows} query heads"]
     assert TABLE.lookup(packed).__name__ == "Fa2Split"
-    with pytest.raises(UnsupportedKeyError, match="fa3_fwd: pack_gqa with gqa_ratio 128"):
-        TABLE.lookup(packed, "fa3")
+    with pytest.raises(UnsupportedKeyError, match=f"{name}: pack_gqa with gqa_ratio {2 * rows}"):
+        TABLE.lookup(packed, OWN[arch])
+    fitting = dataclasses.replace(KEY, arch=arch, gqa_ratio=rows).problem()
+    assert TABLE.lookup(dataclasses.replace(fitting, pack_gqa=True)) is kernel
 
 
 class Picky(AttentionKernel):
@@ -221,14 +253,24 @@ def test_rows():
     assert len(rows) == len(SmArch) * (2 * len(rows_of(AttentionProblem)) + len(rows_of(AppendProblem)))
     cells = {(row.arch, row.direction, row.feature): row for row in rows}
     for row in rows:
-        preferred = {"sm_90a": "fa3", "sm_100a": "fa4", "sm_103a": "fa4"}.get(row.arch, "fa2")
+        preferred = {**OWN, SmArch.SM_120A: "fa4"}.get(SmArch(row.arch), "fa2")
         if row.direction == "append":
             preferred = "fa2"
         assert bool(row.reasons) != (row.kernel == f"{preferred}_{row.direction}")
     assert cells["sm_80", "fwd", "causal"].kernel == "fa2_fwd"
     assert cells["sm_90a", "fwd", "head_dim 256"].kernel == "fa3_fwd"
     assert cells["sm_80", "fwd", "varlen"].kernel == "fa2_fwd"
-    assert cells["sm_100a", "fwd", "varlen"][3:] == ("fa2_fwd", ("fa4_fwd: no fa4_sm100 kernel exists yet",))
+    for arch in ("sm_100a", "sm_103a"):
+        forwards = {row.feature: row.kernel for row in rows if (row.arch, row.direction) == (arch, "fwd")}
+        elsewhere = {feature: kernel for feature, kernel in forwards.items() if kernel != "fa4_fwd"}
+        refused = dict.fromkeys(("head_dim 512", "bf16, k and v e4m3"))
+        assert elsewhere == dict.fromkeys(("split-KV", "paged KV, left padding"), "fa2_split") | refused
+        # all that Hopper's forward serves
+        assert elsewhere == {
+            feature: kernel for feature in forwards if (kernel := cells["sm_90a", "fwd", feature].kernel) != "fa3_fwd"
+        }
+    rule = "tcgen05 exists on sm_100a and sm_103a alone; not sm_120a"
+    assert cells["sm_120a", "fwd", "varlen"][3:] == ("fa2_fwd", (f"fa4_fwd: {rule}",))
     assert cells["sm_80", "fwd", "paged KV"][3] == "fa2_split"
     assert "page_size 64" in cells["sm_80", "fwd", "paged KV"].reasons[0]
     assert all(cells[arch.value, "fwd", "split-KV"].kernel == "fa2_split" for arch in SmArch)
@@ -237,7 +279,8 @@ def test_rows():
     assert "fa3_fwd: dtype bf16ke4m3ve4m3" in cells["sm_90a", "fwd", "bf16, k and v e4m3"].reasons[0]
     assert "fa2_fwd: dtype e4m3" in cells["sm_80", "fwd", "fp8 e4m3"].reasons[0]
     assert cells["sm_80", "bwd", "causal"][3:] == ("fa2_bwd", ())
-    assert cells["sm_90a", "bwd", "causal"][3:] == ("fa2_bwd", ("fa3_bwd: no fa3_sm90 kernel exists yet",))
+    assert cells["sm_90a", "bwd", "causal"][3:] == ("fa2_bwd", ("fa3_bwd: no fa3_sm90 backward exists yet",))
+    assert cells["sm_100a", "bwd", "causal"][3:] == ("fa2_bwd", ("fa4_bwd: no fa4_sm100 backward exists yet",))
     assert "fa2_bwd: dtype e4m3" in cells["sm_80", "bwd", "fp8 e4m3"].reasons[0]
     assert "head_dim 512" in cells["sm_80", "fwd", "head_dim 512"].reasons[0]
     for feature, reason in (("GQA, query heads packed", "pack_gqa: this kernel"), ("persistent", "persistent: this")):
@@ -290,6 +333,12 @@ class Named:
             "sm_90a",
             {"dtype": DType.E4M3, "varlen": True, "paged": True, "page_size": 16, "splits": 4, "gqa_ratio": 4},
             "fa3_fwd_sm90a_e4m3_hd128_varlen_page16_split4_gqa4",
+        ),
+        (
+            "fa4",
+            "sm_100a",
+            {"dtype": DType.FP16, "head_dim": 192, "head_dim_v": 128, "causal": True, "gqa_ratio": 8},
+            "fa4_fwd_sm100a_fp16_hd192v128_causal_gqa8",
         ),
         ("fa2", "sm_103a", {"direction": Direction.BACKWARD, "causal": True}, "fa2_bwd_sm103a_bf16_hd128_causal"),
     ],

@@ -15,6 +15,7 @@ from cute_fa.semantics.call import Call
 from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa3_sm90.forward.entry import Fa3Forward
+from fa4_sm100.forward.entry import Fa4Forward
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SPEC = InputSpec(2, 70, 130, 4, 2, 64, dtype=DType.E4M3, causal=True)
@@ -94,7 +95,16 @@ def test_how_often_sums_are_promoted():
         assert config.tile_n == keys and config.promote_every == keys // 32
 
 
-def test_every_function():
+def test_blackwell_keeps_sums_in_fp32():
+    """Whatever is asked for: the same kernel."""
+    problem = cute_fa.DispatchKey(cute_fa.SmArch.SM_100A, DType.E4M3, 64).problem()
+    asked = [replace(problem, promote_every=every) for every in (None, 1, 6)]
+    assert {cute_fa.TABLE.lookup(problem) for problem in asked} == {Fa4Forward}
+    assert len({Fa4Forward.configure(problem) for problem in asked}) == 1
+
+
+@pytest.mark.parametrize(("arch", "family"), [("sm_90a", "fa3"), ("sm_100a", "fa4"), ("sm_103a", "fa4")])
+def test_every_function(arch, family):
     options = {"causal": True, **DESCALES}
     wanted = cute_fa.flash_attn_func(Q, K, V, **options)
     assert torch.equal(compat.fa3.flash_attn_func(Q, K, V, None, True, None, *DESCALES.values()), wanted)
@@ -104,12 +114,13 @@ def test_every_function():
     assert torch.equal(cute_fa.flash_attn_with_kvcache(Q, K, V, **options), wanted)
     request = cute_fa.Fa3FwdFp8Request(Q, K, V, mask=cute_fa.MaskKind.CAUSAL, **DESCALES)
     assert torch.equal(request.run()[0], wanted)
-    assert request.kernel_name() == "fa3_fwd_sm90a_e4m3_hd64_causal_gqa2"
+    assert request.kernel_name() == f"{family}_fwd_{arch.replace('_', '')}_e4m3_hd64_causal_gqa2"
     assert request.dispatch_key().dtype is DType.E4M3 and request.dispatch_key().out_dtype is DType.BF16
     assert (request.reference()[0] - wanted).abs().max() < 0.1
 
 
-def test_pages():
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_pages(arch):
     descales = {name: getattr(PAGED, name) for name in DESCALES}
     lengths = {"page_table": PAGED.page_table, "seqused_k": PAGED.seqused_k}
     out, lse = PAGED.run(return_lse=True)
@@ -220,7 +231,7 @@ def test_no_gradients(nothing_runs):
         cute_fa.flash_attn_func(Q, K, V, k_descale=torch.ones(2, 2, requires_grad=True))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_100a", "sm_120a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_120a"])
 def test_other_architectures(nothing_runs, arch):
     with pytest.raises(errors.Fp8Error, match=f"e4m3 input on {arch}: no kernel offers fp8 here"):
         cute_fa.flash_attn_func(Q, K, V)

@@ -78,7 +78,7 @@ class TestDrawing:
         specs, caches = [p.spec for p in problems], [p.cache for p in problems]
         assert {p.call for p in problems} == set(CALLS)
         assert {p.machine.arch for p in problems} == set(SmArch)
-        assert {p.family for p in problems} == {None, "fa2", "fa3"}
+        assert {p.family for p in problems} == {None, "fa2", "fa3", "fa4"}
         assert {s.dtype for s in specs} == set(DType)
         assert {s.page_size for s in specs} == {None, 8, 16, 32, 64, 128, 256}
         assert {s.layout for s in specs} == {"contiguous", "padded", "transposed", "expanded"}
@@ -185,7 +185,7 @@ class TestPlantedFaults:
 
         def append(*arguments):
             launch = right_append(*arguments)
-            return launch._replace(v=launch.v + 1.0)
+            return launch._replace(v=(launch.v.float() + 1.0).to(launch.v.dtype))
 
         right_attention, right_gradients = engine._run, autograd._attention_backward
         right_append = Fa2Append.arguments

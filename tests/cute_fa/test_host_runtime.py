@@ -21,7 +21,8 @@ from cache_kernels import ScaleConfig
 
 LAUNCHES = "import bundled_launches; bundled_launches.main()"
 N_SCALE = [3, 1, 1, 128, 1, 1]  # CTAs and threads for 300 elements
-FORWARDS = ("--arch sm_80 --head-dim 64 --causal", "--arch sm_90a --head-dim 128 --causal")
+HEAD_DIMS = {"sm_80": 64, "sm_90a": 128, "sm_100a": 128}
+FORWARDS = [f"--arch {arch} --head-dim {head_dim} --causal" for arch, head_dim in HEAD_DIMS.items()]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_another_device_is_prepared_when_it_is_used(told):
     assert len(again) == len(back) == 1
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", HEAD_DIMS)
 def test_launches_are_those_that_the_simulator_sees(told, arch):
     """Grid, block, dynamic shared memory and attributes; on TVM-FFI's stream."""
     of = told["attention"][arch]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("cute_fa", "fa2_sm80", "fa3_sm90", "perf", "ptxsim")
+PACKAGES = ("cute_fa", "fa2_sm80", "fa3_sm90", "fa4_sm100", "perf", "ptxsim")
 
 
 def test_every_module_imports_first():
@@ -55,6 +55,7 @@ MAY_IMPORT = {
         for family, folders in {
             "fa2_sm80": ("common", "forward", "split", "backward", "append"),
             "fa3_sm90": ("forward",),
+            "fa4_sm100": ("forward",),
         }.items()
         for folder in folders
     },

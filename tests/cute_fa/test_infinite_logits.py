@@ -32,7 +32,7 @@ def given(inputs: str = "random", **changes) -> Inputs:
 @pytest.mark.parametrize("options", [{}, {"num_splits": 3}], ids=["whole", "split"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_forward(arch, options):
-    """Both families, whose softmax ends in the same lines, and the merge of splits, which adds the sink."""
+    """All families, whose softmax ends in the same lines, and the merge of splits, which adds the sink."""
     made = given("peaked")
     with cute_fa.simulate(arch), unwritten_is_nan():
         out, lse = made.run(return_lse=True, **options)
@@ -93,7 +93,7 @@ def test_the_tolerance_of_fp8_beside_rows_without_keys():
     assert 0.0 < expected.out_allowed < 1.0
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_no_keys_at_all(arch):
     made = given()
     leaves = [made.q.requires_grad_(), made.learnable_sink.requires_grad_()]
@@ -155,7 +155,7 @@ def test_what_is_refused(name, values, message):
         assert not simulation.launches
 
 
-@pytest.mark.parametrize(("arch", "softcap"), [("sm_80", 3.0), ("sm_90a", 0.0)])
+@pytest.mark.parametrize(("arch", "softcap"), [("sm_80", 3.0), ("sm_90a", 0.0), ("sm_100a", 0.0)])
 def test_the_largest_that_is_not_refused(arch, softcap):
     """A bias that hides all keys but one, and a sink that outweighs them."""
     made = given("peaked", seqlen_k=50)

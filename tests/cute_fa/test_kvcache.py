@@ -29,7 +29,7 @@ from tests.testing.grid import pairwise
 from tests.testing.simulated import unwritten_is_nan
 
 FEATURES = {
-    "arch": ["sm_80", "sm_90a"],
+    "arch": ["sm_80", "sm_90a", "sm_100a"],
     "dtype": [DType.BF16, DType.FP16],
     "head_dim": [(64, 64), (128, 128), (64, 32)],
     "heads": [(4, 2), (8, 1), (2, 2)],

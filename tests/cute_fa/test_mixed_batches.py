@@ -16,7 +16,7 @@ from tests.testing.simulated import unwritten_is_nan
 # Decoding far into a text and near its start, a chunk behind a prefix, a slot without queries, a first token.
 LENGTHS_Q, LENGTHS_K = (1, 1, 37, 0, 1), (700, 33, 300, 120, 1)
 WINDOW, SINK = 64, 4
-ARCHS = ["sm_80", "sm_90a"]
+ARCHS = ["sm_80", "sm_90a", "sm_100a"]
 
 
 def inputs(further: int = 0):
@@ -45,7 +45,7 @@ def run(given, arch, num_splits=0, **simulation):
     return result, simulated.launches[0].warp_instrs
 
 
-@pytest.mark.parametrize(("arch", "num_splits"), [("sm_80", 0), ("sm_80", 3), ("sm_90a", 0)])
+@pytest.mark.parametrize(("arch", "num_splits"), [("sm_80", 0), ("sm_80", 3), ("sm_90a", 0), ("sm_100a", 0)])
 def test_against_the_reference(arch, num_splits):
     given = inputs()
     out, lse = run(given, arch, num_splits)[0]
@@ -56,9 +56,9 @@ def test_against_the_reference(arch, num_splits):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_gap_costs_nothing(arch):
-    """As many instructions whether 500 keys or 960 more, whole blocks of both kernels, lie between the sink tokens and
+    """As many instructions whether 500 keys or 1920 more, whole blocks of all kernels, lie between the sink tokens and
     the window. All scores are alike, since rescaling depends on them."""
-    near, far = (inputs(further) for further in (0, 960))
+    near, far = (inputs(further) for further in (0, 1920))
     alike = (
         dataclasses.replace(i, **{name: torch.zeros_like(getattr(i, name)) for name in "qkv"}) for i in (near, far)
     )

@@ -376,13 +376,18 @@ class TestRequests:
     def test_families_have_their_kernels(self):
         for request_, family in ((Fa3FwdRequest, "fa3"), (Fa2FwdRequest, "fa2")):
             assert request_(self.q, self.kv, self.kv, arch=SmArch.SM_90A).kernel().family == family
-        request = Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_100A)
-        with pytest.raises(UnsupportedKeyError, match="fa3_fwd: WGMMA exists on sm_90a alone; not sm_100a"):
+        # after Hopper FA3's requests are FA4's
+        for arch in (SmArch.SM_100A, SmArch.SM_103A):
+            request = Fa3FwdRequest(self.q, self.kv, self.kv, arch=arch)
+            assert request.kernel_name() == f"fa4_fwd_{arch.short}_bf16_hd64_gqa2"
+        request = Fa3FwdRequest(self.q, self.kv, self.kv, arch=SmArch.SM_120A)
+        with pytest.raises(UnsupportedKeyError, match=r"fa4_fwd: tcgen05 exists on .*\n  fa3_fwd: WGMMA exists"):
             request.kernel()
 
+    @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
     @pytest.mark.parametrize("persistent", [PersistentMode.ON, PersistentMode.OFF])
-    def test_fa3_runs_persistent_or_not(self, persistent):
-        with cute_fa.simulate("sm_90a", num_sms=3) as simulation:
+    def test_fa3_runs_persistent_or_not(self, arch, persistent):
+        with cute_fa.simulate(arch, num_sms=3) as simulation:
             out, lse = Fa3FwdRequest(self.q, self.kv, self.kv, persistent=persistent, pack_gqa=False).run()
         assert reference.check(out, lse, self.q, self.kv, self.kv).ok
         # 4 heads of 2 sequences

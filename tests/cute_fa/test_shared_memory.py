@@ -11,6 +11,7 @@ from fa2_sm80.backward.postprocess import QueryGradientConversion
 from fa2_sm80.forward.entry import Fa2Forward
 from fa2_sm80.split.entry import Fa2Split
 from fa3_sm90.forward.entry import Fa3Forward
+from fa4_sm100.forward.entry import Fa4Forward
 from perf.sass.cubin import kernel_resources
 from tests.testing.cases import small_problem
 
@@ -30,6 +31,7 @@ KERNELS = {
     "fa2_split": (Fa2Split, [{**changes, "seqlen_q": rows} for changes in FORWARD for rows in (1, 128)]),
     "fa2_bwd": (Fa2Backward, BACKWARD),
     "fa3_fwd": (Fa3Forward, FORWARD),
+    "fa4_fwd": (Fa4Forward, [{**changes, "seqlen_q": rows} for changes in FORWARD for rows in (128, 256)]),
 }
 
 
@@ -61,6 +63,7 @@ def static_bytes(config) -> int:
         ("fa2_split", SmArch.SM_86, 101_376),  # all there is
         ("fa2_bwd", SmArch.SM_80, 164_864),
         ("fa3_fwd", SmArch.SM_90A, 232_448),  # all there is, at (256, 176) among others
+        ("fa4_fwd", SmArch.SM_100A, 232_448),  # all there is, at (128, 128) among others
     ],
 )
 def test_static_and_dynamic_fit(kernel, arch, largest):

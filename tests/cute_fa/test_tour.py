@@ -106,10 +106,11 @@ def test_every_layer_is_visited():
     assert {stop.layer for stop in stops} - {LLAMA3_FP8} == set(LAYERS)
     if stops[0].machine.simulated:
         assert {stop.machine.arch.value for stop in stops} == {"sm_80", "sm_90a", "sm_100a"}
-        hopper = {stop.layer for stop in stops if stop.machine.arch is SmArch.SM_90A}
-        assert {layer.head_dim for layer in hopper} == {64, 128, 256} and LLAMA3_FP8 in hopper
-        for feature in ("window", "sink_tokens", "softcap", "learnable_sink"):
-            assert {bool(getattr(layer, feature)) for layer in hopper} == {False, True}
+        for arch in (SmArch.SM_90A, SmArch.SM_100A):
+            layers = {stop.layer for stop in stops if stop.machine.arch is arch}
+            assert {layer.head_dim for layer in layers} == {64, 128, 256} and LLAMA3_FP8 in layers
+            for feature in ("window", "sink_tokens", "softcap", "learnable_sink"):
+                assert {bool(getattr(layer, feature)) for layer in layers} == {False, True}
 
 
 def test_the_documentation_shows_the_present_tour(monkeypatch):
@@ -153,4 +154,5 @@ def test_the_kernels_that_bundles_have_of_it_are_those_that_it_launches(tmp_path
                 torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
     recorded = [config_of(line) for line in (tmp_path / "keys").read_text().splitlines()]
     assert recorded == tour_configs(arch)
-    assert len(recorded) == 14 + arch.has_wgmma
+    in_fp8 = arch in (SmArch.SM_90A, SmArch.SM_100A)
+    assert len(recorded) == 14 + in_fp8 and sum(config.dtype.is_fp8 for config in recorded) == in_fp8

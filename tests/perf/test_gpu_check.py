@@ -350,26 +350,26 @@ def test_the_sweep_fails_where_ours_does_and_says_why(provider, status, reason, 
     assert (done.exit_code, f"{provider} {status} ({reason})" in done.output) == (code, True), done.output
 
 
-def test_smoke_has_every_kernel_of_a_hopper():
+@pytest.mark.parametrize(
+    ("arch", "forward"), [(SmArch.SM_90A, "fa3_sm90.forward"), (SmArch.SM_100A, "fa4_sm100.forward")]
+)
+def test_smoke_has_every_kernel_of_hopper_and_blackwell(arch, forward):
     """Every entry of the table that serves it, at head dims and features that differ most; and what asks for all of
     an SM's shared memory."""
     configs = {}
     for name, problem in SMOKE.items():
         if isinstance(problem, Attention):
-            choices = dict(problem.choices)
-            family = choices.pop("family", None)
-            direction = Direction.BACKWARD if problem.backward else Direction.FORWARD
-            described = problem_of_spec(problem.spec, SmArch.SM_90A, direction=direction, **choices)
+            described, family = problem.described(arch)
             configs[name] = TABLE.lookup(described, family).configure(described)
     kinds = {type(config) for config in configs.values()}
     assert {kind.__module__.rpartition(".")[0] for kind in kinds} == {
-        "fa3_sm90.forward", "fa2_sm80.forward", "fa2_sm80.split", "fa2_sm80.backward"
+        forward, "fa2_sm80.forward", "fa2_sm80.split", "fa2_sm80.backward"
     }  # fmt: skip
     assert {config.head_dim for config in configs.values()} == {64, 128, 256}
     largest = configs["largest shared memory"]
-    assert (largest.head_dim, largest.head_dim_v) == (256, 176)
+    assert (largest.head_dim, largest.head_dim_v, largest.smem_bytes) == (256, 176, arch.smem_bytes)
     in_fp8 = {config.head_dim for config in configs.values() if config.dtype.is_fp8}
-    assert in_fp8 == {64, 128, 256} and served(SmArch.SM_90A) == list(SMOKE)
+    assert in_fp8 == {64, 128, 256} and served(arch) == list(SMOKE)
 
 
 def test_what_an_ampere_has_no_kernel_for_is_left_out(tmp_path):
@@ -378,7 +378,8 @@ def test_what_an_ampere_has_no_kernel_for_is_left_out(tmp_path):
     assert set(SMOKE) - set(names) == {"fp8 d128 causal", "fp8 d64", "fp8 d256, pages"}
     left_out = set(sweep.WORKLOADS) - set(sweep.workloads(SmArch.SM_80))
     assert left_out == {workload for workload in sweep.WORKLOADS if workload.dtype.is_fp8} != set()
-    assert sweep.workloads(SmArch.SM_90A) == list(sweep.WORKLOADS)
+    for arch in (SmArch.SM_90A, SmArch.SM_100A, SmArch.SM_103A):
+        assert sweep.workloads(arch) == list(sweep.WORKLOADS)
 
 
 @pytest.mark.parametrize("problem", steps.SANITIZED)

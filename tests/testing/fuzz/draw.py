@@ -38,11 +38,13 @@ _ARCHS = {
     SmArch.SM_80: 4,
     SmArch.SM_86: 1,
     SmArch.SM_89: 1,
-    SmArch.SM_90A: 7,
-    SmArch.SM_100A: 1,
-    SmArch.SM_103A: 1,
+    SmArch.SM_90A: 6,
+    SmArch.SM_100A: 4,
+    SmArch.SM_103A: 2,
     SmArch.SM_120A: 1,
 }
+# Those with forwards of their own, in fp8 too.
+_FAMILIES = {SmArch.SM_90A: ("fa2", "fa3"), **dict.fromkeys((SmArch.SM_100A, SmArch.SM_103A), ("fa2", "fa3", "fa4"))}
 _HEAD_DIMS = {
     (64, 64): 5,
     (128, 128): 5,
@@ -90,7 +92,8 @@ def _weighted(rng: random.Random, weights: dict) -> Any:
 def _template(rng: random.Random) -> Problem:
     """What shapes machine code; its lengths are the most that there may be, its bounds stand for any."""
     call = _weighted(rng, _CALLS)
-    arch = SmArch.SM_90A if call == "Fa3FwdRequest" else _weighted(rng, _ARCHS)
+    archs = {arch: _ARCHS[arch] for arch in _FAMILIES} if call == "Fa3FwdRequest" else _ARCHS
+    arch = _weighted(rng, archs)
     head_dim, head_dim_v = _weighted(rng, _HEAD_DIMS)
     features = {
         "softcap": 1.0 if _chance(rng, 0.25) else 0.0,
@@ -174,7 +177,7 @@ def _choices(call: str, arch: SmArch, rng: random.Random) -> dict[str, Any]:
     choices = {}
     function = call in (*FUNCTIONS, "flash_attn_with_kvcache", "merge_states")
     if function and _chance(rng, 0.25):
-        choices["family"] = rng.choice(["fa2", "fa3"]) if arch is SmArch.SM_90A else "fa2"
+        choices["family"] = rng.choice(_FAMILIES.get(arch, ("fa2",)))
     if call == "flash_attn_with_kvcache":
         choices["num_splits"] = rng.choice([0, 0, 1, 2])
     elif function or call in ("PagedAttentionRequest", "ChunkedPrefillRequest"):
@@ -229,8 +232,8 @@ def _with_gradients(problem: Problem, rng: random.Random) -> Problem:
 
 def _in_fp8(problem: Problem, rng: random.Random) -> Problem:
     """With q, k and v in fp8 types, for a share of what may have them."""
-    hopper = problem.machine.arch is SmArch.SM_90A and problem.family != "fa2"
-    if not hopper or problem.call not in _FP8_CALLS or problem.cache.new is not None or not _chance(rng, 0.4):
+    offered = problem.machine.arch in _FAMILIES and problem.family != "fa2"
+    if not offered or problem.call not in _FP8_CALLS or problem.cache.new is not None or not _chance(rng, 0.4):
         return problem
     dtype, dtype_k, dtype_v = (DType(rng.choice(_CODES)) for _ in range(3))
     descales = problem.call == "PagedAttentionRequest" or _chance(rng, 0.8)  # which asks for them

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Check = Callable[[Problem], Failure | None]
 
 ROOT = Path(__file__).parents[3]
-_SOURCES = ("cute_fa", "fa2_sm80", "fa3_sm90", "ptxsim", "tests/testing")
+_SOURCES = ("cute_fa", "fa2_sm80", "fa3_sm90", "fa4_sm100", "ptxsim", "tests/testing")
 # A process keeps every kernel that it has loaded: after so many groups a new one goes on.
 _GROUPS_PER_PROCESS = 10
 LIMIT_S = 600  # of one problem; a kernel that does not end would go on for ever
