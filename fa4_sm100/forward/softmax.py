@@ -89,7 +89,7 @@ class Softmax:
         c, blocks, step = self.config, work.blocks, self.step
         self.reference.fill(-Float32.inf)
         self.total.fill(0.0)
-        score = self.score(work)
+        score = self.formula(work)
         step(work, score, Int32(0), done, True, True, c.window_left)
         ranges = blocks.ranges(c.window_left)
         if const_expr(not c.window_right):
@@ -100,7 +100,7 @@ class Softmax:
                 step(work, score, iteration, done, False, right_edge, left_edge)
 
     @cute.jit
-    def score(self, work: TileWork):
+    def formula(self, work: TileWork):
         """Constants of the tile's score formula."""
         common, pack = self.common, self.config.pack_gqa
         slopes = None
@@ -264,7 +264,7 @@ class Softmax:
         raw scores first; ``watch``: also the largest of the scores that no sum tells of, for :meth:`outside`."""
         self.sums.fill(0.0)
         peaks, reduces = [Float32(-Float32.inf)] * 2, self.reduces and modify is None
-        values = _scores(at)
+        values = self.scores(at)
         for chunk in range(self.chunks):
             tensor_memory.wait_loads()
             following = None
@@ -273,7 +273,7 @@ class Softmax:
                 if watch and reduces and chunk + 2 == self.chunks:
                     following, last_peak = tensor_memory.load_with_maximum(place, SCORE_CHUNK)
                 else:
-                    following = _scores(place)
+                    following = self.scores(place)
             if modify is not None:
                 values = modify(values, chunk * SCORE_CHUNK)
             if watch and following is None and reduces:
@@ -291,6 +291,14 @@ class Softmax:
                 values = following
         if watch:
             self.peak[0] = _largest(peaks)
+
+    def scores(self, at: Int32) -> tuple[Float32, ...]:
+        """A chunk of the row's scores, there after ``tensor_memory.wait_loads``. Each load takes a block of registers:
+        beside P of 16 bits, with softcap or ALiBi, 13 to 30 words of the loop spilled with one instead of two."""
+        if self.config.dtype.is_fp8:
+            return tensor_memory.load(at, SCORE_CHUNK)
+        half = SCORE_CHUNK // 2
+        return (*tensor_memory.load(at, half), *tensor_memory.load(at + half, half))
 
     def emulated_pairs(self, emulate: bool) -> list[int]:
         """Pairs of a chunk's scores whose exponentials are computed on the FMA pipe, evenly spread."""
@@ -347,9 +355,3 @@ def _largest(values: list[Float32]) -> Float32:
     for i in range(1, len(values), 2):
         top = max_with_nan(top, values[i], values[min(i + 1, len(values) - 1)])
     return top
-
-
-def _scores(at: Int32) -> tuple[Float32, ...]:
-    """A chunk of a row's scores, there after ``tensor_memory.wait_loads``. In two loads, since each takes a block of
-    registers in a row: beside P, with softcap or ALiBi, 13 to 30 words of the loop spilled with one."""
-    return (*tensor_memory.load(at, SCORE_CHUNK // 2), *tensor_memory.load(at + SCORE_CHUNK // 2, SCORE_CHUNK // 2))
