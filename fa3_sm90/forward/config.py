@@ -115,6 +115,11 @@ class Fa3ForwardConfig(FeatureConfig):
         return self.tile_n if self.page_size is None else math.gcd(self.page_size, self.tile_n)
 
     @property
+    def value_rows(self) -> int:
+        """As :attr:`key_rows`, of V."""
+        return self.key_rows
+
+    @property
     def ragged_keys(self) -> bool:
         """Whether a sequence's keys may end before the rows of the tensor, or of the page, do."""
         return self.cu_seqlens_k or self.seqused_k or self.cache_leftpad or self.page_size is not None

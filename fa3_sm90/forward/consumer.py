@@ -5,6 +5,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
+from cute_fa.device.forward_arguments import ForwardArguments, TmaTensors
 from cute_fa.device.fragments import share_of_columns, warpgroup_rows_and_columns
 from cute_fa.device.registers import opaque
 from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
@@ -13,7 +14,6 @@ from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.device.tile_work import Extents, TileWork, kv_head, scheduler_of, tile_work
 from cute_fa.device.visibility import mask_scores
 from fa3_sm90.forward.accumulation import Direct, Promoted
-from fa3_sm90.forward.arguments import ForwardArguments, TmaTensors
 from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.epilogue import Epilogue

@@ -6,9 +6,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from cute_fa.device.forward_arguments import ForwardArguments
 from cute_fa.device.tile_work import TileWork, kv_head
 from cute_fa.semantics.problem import DESCALE_BLOCK
-from fa3_sm90.forward.arguments import ForwardArguments
 from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.storage import Storage
 

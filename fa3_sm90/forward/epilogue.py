@@ -6,16 +6,16 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp
 
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.forward_arguments import Boxes, ForwardArguments, TmaTensors
 from cute_fa.device.fragments import warpgroup_rows_and_columns
 from cute_fa.device.registers import narrow, opaque
 from cute_fa.device.ring import Ring, RingState
 from cute_fa.device.tile_work import TileWork
 from cute_fa.device.tma_boxes import BoxCopy, tile_layout
-from fa3_sm90.forward.arguments import ForwardArguments, TmaTensors
 from fa3_sm90.forward.config import WARPGROUP, WGMMA_M, Fa3ForwardConfig
 from fa3_sm90.forward.products import Products
 from fa3_sm90.forward.rows import ROWS, Rows
-from fa3_sm90.forward.storage import Boxes, Storage
+from fa3_sm90.forward.storage import Storage
 from fa3_sm90.forward.turns import FIRST_TURN_BARRIER
 
 

@@ -2,19 +2,16 @@
 compute on wgmma, CTAs walk over tiles of queries."""
 
 import cutlass.cute as cute
-from cutlass import Int32, const_expr, range_constexpr
+from cutlass import range_constexpr
 from cutlass.cute.nvgpu import cpasync
 
-from cute_fa.device.fake_arguments import common_fakes
+from cute_fa.device.forward_arguments import ForwardArguments, TmaTensors
 from cute_fa.device.ring import Ring, rings
-from cute_fa.device.tile_scheduler import TileGrid
 from cute_fa.device.tile_work import dense_extents
-from cute_fa.device.tma_boxes import tma_tensor
-from fa3_sm90.forward.arguments import ForwardArguments, TmaTensors
 from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
 from fa3_sm90.forward.consumer import Consumer
 from fa3_sm90.forward.loader import Loader
-from fa3_sm90.forward.storage import Boxes, Storage, allocate
+from fa3_sm90.forward.storage import Storage, allocate
 from fa3_sm90.forward.transposer import Transposer
 
 
@@ -27,17 +24,7 @@ class Fa3ForwardKernel:
     @cute.jit
     def __call__(self, args: ForwardArguments, stream):
         c = self.config
-        boxes = Boxes.of(c)
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        v = args.common.v
-        if const_expr(c.key_major_v):  # (batch, head_dim_v, heads, keys)
-            v = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[0, 3, 2, 1]))
-        tma = TmaTensors(
-            q=tma_tensor(load, args.common.q, boxes.q, c.cu_seqlens_q),
-            k=tma_tensor(load, args.common.k, boxes.k, c.cu_seqlens_k),
-            v=tma_tensor(load, v, boxes.v, c.cu_seqlens_k),
-            out=tma_tensor(store, args.common.out, boxes.out, c.cu_seqlens_q),
-        )
+        tma = TmaTensors.of(c, args.common, cpasync.CopyBulkTensorTileG2SOp())
         self.kernel(args, tma).launch(
             grid=(args.num_ctas, 1, 1),
             block=(c.num_threads, 1, 1),
@@ -97,10 +84,5 @@ class Fa3ForwardKernel:
 
 def build(config: Fa3ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
-    arguments = ForwardArguments(
-        common_fakes(config),
-        grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),
-        num_ctas=Int32(0),
-    )
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return Fa3ForwardKernel(config), (arguments, stream)
+    return Fa3ForwardKernel(config), (ForwardArguments.fakes(config), stream)

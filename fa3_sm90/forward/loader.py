@@ -4,14 +4,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
+from cute_fa.device.forward_arguments import Boxes, ForwardArguments, TmaTensors
 from cute_fa.device.key_copies import KeyCopies, KeyTensor
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.tile_work import Extents, TileWork, scheduler_of, tile_work
 from cute_fa.device.tma_boxes import BoxCopy
-from fa3_sm90.forward.arguments import ForwardArguments, TmaTensors
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
 from fa3_sm90.forward.descales import BlockDescales
-from fa3_sm90.forward.storage import Boxes, Storage
+from fa3_sm90.forward.storage import Storage
 
 
 class Loader:

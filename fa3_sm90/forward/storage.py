@@ -8,8 +8,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.ring import barrier_count
-from cute_fa.device.tma_boxes import BoxShape, panel_bytes, tile_layout
-from cute_fa.semantics.types import DType
+from cute_fa.device.tma_boxes import tile_layout
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
 
 # A swizzle atom of 8 rows of 128 bytes, of which the pattern of TMA and wgmma is a function of the absolute address.
@@ -59,31 +58,3 @@ def allocate(config: Fa3ForwardConfig) -> Storage:
     barriers = allocator.allocate_array(Int64, barrier_count(c.pipelines))
     factors = allocator.allocate_array(Float32, 2 * c.stages, byte_alignment=8) if c.block_descales else None
     return Storage(barriers, q, out, k, v, vt, factors)
-
-
-class Boxes(NamedTuple):
-    """What one TMA instruction moves of each tensor."""
-
-    q: BoxShape
-    k: BoxShape
-    v: BoxShape
-    out: BoxShape
-
-    @classmethod
-    def of(cls, config: Fa3ForwardConfig) -> "Boxes":
-        """O is ragged in packed tensors, where the rows behind a sequence are the next one's."""
-        c = config
-
-        def panel(columns: int, dtype: DType) -> int:
-            return panel_bytes(columns * dtype.bytes) // dtype.bytes
-
-        columns, columns_v = panel(c.head_dim_padded, c.dtype), panel(c.value_columns, c.dtype)
-        v = BoxShape(1, c.key_rows, columns_v, c.ragged_keys)
-        if c.key_major_v:  # its rows are columns of V
-            v = BoxShape(1, c.head_dim_v, panel(c.tile_n, c.dtype_v), False)
-        return cls(
-            q=BoxShape(c.pack_gqa, c.tokens, columns, False),
-            k=BoxShape(1, c.key_rows, columns, c.ragged_keys),
-            v=v,
-            out=BoxShape(c.pack_gqa, c.tokens, panel(c.head_dim_v_padded, c.out_dtype), c.cu_seqlens_q),
-        )

@@ -5,11 +5,11 @@ import cutlass.cute as cute
 from cutlass import Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
+from cute_fa.device.forward_arguments import ForwardArguments
 from cute_fa.device.registers import opaque, permute
 from cute_fa.device.ring import Ring, ring_next, ring_start
 from cute_fa.device.tile_work import Extents, scheduler_of, tile_work
 from cute_fa.device.tma_boxes import panel_bytes
-from fa3_sm90.forward.arguments import ForwardArguments
 from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.storage import Storage
 

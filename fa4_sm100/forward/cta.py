@@ -4,11 +4,11 @@ from typing import Optional
 
 from cutlass import Int32, const_expr
 
+from cute_fa.device.forward_arguments import ForwardArguments, TmaTensors
 from cute_fa.device.ring import Ring
 from cute_fa.device.tile_handout import Handout
 from cute_fa.device.tile_scheduler import WorkTile
 from cute_fa.device.tile_work import TileWork, dense_extents, scheduler_of, tile_work
-from fa4_sm100.forward.arguments import ForwardArguments, TmaTensors
 from fa4_sm100.forward.config import Fa4ForwardConfig
 from fa4_sm100.forward.storage import Storage
 

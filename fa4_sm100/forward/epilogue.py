@@ -7,6 +7,7 @@ from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device import tensor_memory
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.forward_arguments import Boxes
 from cute_fa.device.registers import narrow_pair
 from cute_fa.device.ring import RingState, ring_next, ring_start
 from cute_fa.device.score import Score
@@ -16,7 +17,6 @@ from cute_fa.device.tma_boxes import BoxCopy, panel_bytes
 from fa4_sm100.forward.config import TILE_M, WARPGROUP
 from fa4_sm100.forward.cta import Cta
 from fa4_sm100.forward.row import Row
-from fa4_sm100.forward.storage import Boxes
 
 BARRIER = 1  # named barrier of the warpgroup
 CHUNK = 16  # bytes that a thread stores at once, and the unit of swizzles

@@ -7,19 +7,16 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.nvgpu.tcgen05 import CtaGroup
 
 from cute_fa.device import tensor_memory
-from cute_fa.device.fake_arguments import common_fakes
+from cute_fa.device.forward_arguments import ForwardArguments, TmaTensors
 from cute_fa.device.ring import Ring, rings
 from cute_fa.device.tile_handout import hand_out
-from cute_fa.device.tile_scheduler import TileGrid
-from cute_fa.device.tma_boxes import tma_tensor
-from fa4_sm100.forward.arguments import ForwardArguments, TmaTensors
 from fa4_sm100.forward.config import WARP, WARPGROUP, Fa4ForwardConfig
 from fa4_sm100.forward.cta import Cta
 from fa4_sm100.forward.epilogue import Epilogue
 from fa4_sm100.forward.loader import Loader
 from fa4_sm100.forward.products import Products
 from fa4_sm100.forward.softmax import Softmax
-from fa4_sm100.forward.storage import Boxes, allocate
+from fa4_sm100.forward.storage import allocate
 
 _CTA_GROUPS = {1: CtaGroup.ONE, 2: CtaGroup.TWO}
 
@@ -33,17 +30,7 @@ class Fa4ForwardKernel:
     @cute.jit
     def __call__(self, args: ForwardArguments, stream):
         c = self.config
-        boxes = Boxes.of(c)
-        load, store = cpasync.CopyBulkTensorTileG2SOp(_CTA_GROUPS[c.ctas]), cpasync.CopyBulkTensorTileS2GOp()
-        v = args.common.v
-        if const_expr(c.key_major_v):  # (batch, head_dim_v, heads, keys)
-            v = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[0, 3, 2, 1]))
-        tma = TmaTensors(
-            q=tma_tensor(load, args.common.q, boxes.q, c.cu_seqlens_q),
-            k=tma_tensor(load, args.common.k, boxes.k, c.cu_seqlens_k),
-            v=tma_tensor(load, v, boxes.v, c.cu_seqlens_k),
-            out=tma_tensor(store, args.common.out, boxes.out, c.cu_seqlens_q),
-        )
+        tma = TmaTensors.of(c, args.common, cpasync.CopyBulkTensorTileG2SOp(_CTA_GROUPS[c.ctas]))
         self.kernel(args, tma).launch(
             grid=(args.num_ctas, 1, 1),
             block=(c.num_threads, 1, 1),
@@ -145,10 +132,5 @@ def _set_registers(config: Fa4ForwardConfig, registers: int):
 
 def build(config: Fa4ForwardConfig):
     """The callable and its fake arguments for ``cute.compile``."""
-    arguments = ForwardArguments(
-        common_fakes(config),
-        grid=TileGrid(Int32(0), Int32(0), Int32(0), Int32(0)),
-        num_ctas=Int32(0),
-    )
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return Fa4ForwardKernel(config), (arguments, stream)
+    return Fa4ForwardKernel(config), (ForwardArguments.fakes(config), stream)

@@ -4,13 +4,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
+from cute_fa.device.forward_arguments import Boxes
 from cute_fa.device.key_copies import KeyCopies, KeyTensor
 from cute_fa.device.ring import RingState, ring_next, ring_start
 from cute_fa.device.tile_work import TileWork
 from cute_fa.device.tma_boxes import BoxCopy
 from fa4_sm100.forward.config import TILE_M
 from fa4_sm100.forward.cta import Cta
-from fa4_sm100.forward.storage import Boxes
 
 
 class Loader:

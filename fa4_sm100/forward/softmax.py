@@ -20,7 +20,7 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cute_fa.device import tensor_memory
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.exponentials import emulated_exp2, max_with_nan
-from cute_fa.device.registers import e4m3_word, narrow_pair
+from cute_fa.device.registers import e4m3_word, narrow_pair, product_rounded_up, sum_rounded_up
 from cute_fa.device.ring import RingState, ring_next, ring_start
 from cute_fa.device.score import Score
 from cute_fa.device.softmax import E4M3, WIDE, finite
@@ -89,7 +89,7 @@ class Softmax:
         c, blocks, step = self.config, work.blocks, self.step
         self.reference.fill(-Float32.inf)
         self.total.fill(0.0)
-        score = self.score(work)
+        score = self.formula(work)
         step(work, score, Int32(0), done, True, True, c.window_left)
         ranges = blocks.ranges(c.window_left)
         if const_expr(not c.window_right):
@@ -100,7 +100,7 @@ class Softmax:
                 step(work, score, iteration, done, False, right_edge, left_edge)
 
     @cute.jit
-    def score(self, work: TileWork):
+    def formula(self, work: TileWork):
         """Constants of the tile's score formula."""
         common, pack = self.common, self.config.pack_gqa
         slopes = None
@@ -203,13 +203,15 @@ class Softmax:
         """Move the rows' references on where their maxima have outgrown them; leaves the modified scores where the raw
         ones were. ``rescale``: O holds something already."""
         exponents, reference, total = self.exponents, self.reference, self.total
-        top = self.maximum(at, modify) * score.scale_log2
+        # rounded up, so that no exponent is above the one meant, be the score so large that 8 is no digit of it
+        top = product_rounded_up(self.maximum(at, modify), score.scale_log2)
         if const_expr(unit is not None):
             top = top + unit.log2
         outgrown = self.counts(~(top <= reference[0] + exponents.limit))
         rescale_output = self.rescale_output
         while cute.arch.vote_any_sync(outgrown):
-            moved = max_with_nan(reference[0], top - exponents.top, top - exponents.top)
+            lowered = sum_rounded_up(top, Float32(-exponents.top))
+            moved = max_with_nan(reference[0], lowered, lowered)
             factor = cute.math.exp2(reference[0] - finite(moved), fastmath=True)
             reference[0] = moved
             total[0] = total[0] * factor
@@ -264,7 +266,7 @@ class Softmax:
         raw scores first; ``watch``: also the largest of the scores that no sum tells of, for :meth:`outside`."""
         self.sums.fill(0.0)
         peaks, reduces = [Float32(-Float32.inf)] * 2, self.reduces and modify is None
-        values = _scores(at)
+        values = self.scores(at)
         for chunk in range(self.chunks):
             tensor_memory.wait_loads()
             following = None
@@ -273,7 +275,7 @@ class Softmax:
                 if watch and reduces and chunk + 2 == self.chunks:
                     following, last_peak = tensor_memory.load_with_maximum(place, SCORE_CHUNK)
                 else:
-                    following = _scores(place)
+                    following = self.scores(place)
             if modify is not None:
                 values = modify(values, chunk * SCORE_CHUNK)
             if watch and following is None and reduces:
@@ -291,6 +293,14 @@ class Softmax:
                 values = following
         if watch:
             self.peak[0] = _largest(peaks)
+
+    def scores(self, at: Int32) -> tuple[Float32, ...]:
+        """A chunk of the row's scores, there after ``tensor_memory.wait_loads``. Each load takes a block of registers:
+        beside P of 16 bits, with softcap or ALiBi, 13 to 30 words of the loop spilled with one instead of two."""
+        if self.config.dtype.is_fp8:
+            return tensor_memory.load(at, SCORE_CHUNK)
+        half = SCORE_CHUNK // 2
+        return (*tensor_memory.load(at, half), *tensor_memory.load(at + half, half))
 
     def emulated_pairs(self, emulate: bool) -> list[int]:
         """Pairs of a chunk's scores whose exponentials are computed on the FMA pipe, evenly spread."""
@@ -347,9 +357,3 @@ def _largest(values: list[Float32]) -> Float32:
     for i in range(1, len(values), 2):
         top = max_with_nan(top, values[i], values[min(i + 1, len(values) - 1)])
     return top
-
-
-def _scores(at: Int32) -> tuple[Float32, ...]:
-    """A chunk of a row's scores, there after ``tensor_memory.wait_loads``. In two loads, since each takes a block of
-    registers in a row: beside P, with softcap or ALiBi, 13 to 30 words of the loop spilled with one."""
-    return (*tensor_memory.load(at, SCORE_CHUNK // 2), *tensor_memory.load(at + SCORE_CHUNK // 2, SCORE_CHUNK // 2))

@@ -16,6 +16,7 @@ import cute_fa
 from cute_fa.api import attention, kvcache
 from cute_fa.api.peers import PeerArguments
 from cute_fa.device import tiled_forward as tiled_host
+from cute_fa.device.forward_arguments import ForwardArguments
 from cute_fa.device.tile_scheduler import TileGrid
 from cute_fa.engine import contract
 from cute_fa.engine.operators import schema
@@ -34,8 +35,6 @@ from fa2_sm80.forward import arguments as forward_device
 from fa2_sm80.forward import entry as forward_host
 from fa2_sm80.split import arguments as split_device
 from fa2_sm80.split import entry as split_host
-from fa3_sm90.forward import arguments as fa3_device
-from fa4_sm100.forward import arguments as fa4_device
 from tests.fa2_sm80 import test_forward as test_fa2_forward
 from tests.fa2_sm80 import test_split as test_fa2_split
 from tests.fa3_sm90 import test_forward as test_fa3_forward
@@ -132,7 +131,7 @@ TUPLES = [
     (append_host.NewRows, append_device.NewRows),
     (append_host.Cache, append_device.Cache),
     (append_host.Rotary, append_device.Rotary),
-    *((tiled_host.Launch, device.ForwardArguments) for device in (fa3_device, fa4_device)),
+    (tiled_host.Launch, ForwardArguments),
     (tiled_host.Grid, TileGrid),
     (contract.CommonArguments, forward_device.CommonArguments),
     (contract.LengthArguments, get_type_hints(forward_device.CommonArguments)["lengths"]),

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import cutlass.cute as cute
 
+from cute_fa.device.tile_work import dense_extents
 from fa3_sm90.forward import kernel
 from fa3_sm90.forward.accumulation import Direct
-from fa3_sm90.forward.arguments import dense_extents
 from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
 from fa3_sm90.forward.consumer import Consumer
 
@@ -36,7 +36,7 @@ class UnpromotedKernel(kernel.Fa3ForwardKernel):
         tidx, _, _ = cute.arch.thread_idx()
         index = cute.arch.make_warp_uniform(tidx // WARPGROUP) - 1
         UnpromotedConsumer(
-            self.config, args, tma, dense_extents(args), storage, pipelines, index, tidx % WARPGROUP
+            self.config, args, tma, dense_extents(args.common), storage, pipelines, index, tidx % WARPGROUP
         ).run()
 
 
