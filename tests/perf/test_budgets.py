@@ -101,6 +101,14 @@ def test_the_command_fails_where_a_budget_is_broken(monkeypatch):
     assert CliRunner().invoke(main, "static --gate --head-dim 32".split()).exit_code == 2
 
 
+def test_the_command_takes_two_head_dims(monkeypatch):
+    monkeypatch.setattr(static_module, "our_report", report_of)
+    arguments = "static --gate --arch sm_80 --arch sm_100a --head-dim 192,128 --dtype bf16".split()
+    done = CliRunner().invoke(main, arguments)
+    assert (done.exit_code, done.stdout) == (0, f"2 of 2 main loops within their budgets ({active()})\n")
+    assert "sm_100a fwd d192,128 causal: within its budget" in done.stderr
+
+
 def test_spills_of_a_role_break_a_budget():
     budget = next(b for b in BUDGETS if b.key == StaticKey(SmArch.SM_100A, 64, False))
     report = report_of(budget.key)

@@ -56,7 +56,7 @@ CORRECTION = [
 ]
 # M = 128, N = 64 in the descriptor
 MMA = [
-    *block("UMOV UR8, 0x8100490"),
+    *block("UMOV UR8, 0x8100490", "MOV R30, RZ"),
     ".L_mma:",
     *block(*["UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR10], tmem[UR7], idesc[UR8], UP0", "UIADD3 UR6, UR6, 0x2"] * 4),
     *block("LDL R9, [R1]", "@P0 BRA `(.L_mma)", "EXIT"),
@@ -130,11 +130,11 @@ def test_roles(report):
     assert [loop.instructions for loop in loops.values()] == [53, 11, 10, 3]
     assert [loop.counts["local"] for loop in loops.values()] == [1, 0, 1, 0]
     assert loops["mma"].shapes == {"UTCHMMA.128x64x16": 4}
-    # the detour's R64 … R79; LDTM.x16 R20 of the correction; the load has no setmaxnreg before it
+    # the detour's R64 … R79; LDTM.x16 R20 of the correction; R30 before the loop; no setmaxnreg before the load
     assert [(loop.registers, loop.register_limit) for loop in loops.values()] == [
         (80, 184),
         (44, 88),
-        (10, 56),
+        (31, 56),
         (None, None),
     ]
 
