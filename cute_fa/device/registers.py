@@ -99,3 +99,8 @@ def rounded_product(a: Float32, b: Float32) -> Float32:
 def sum_rounded_up(a: Float32, b: Float32) -> Float32:
     """a + b, rounded towards +inf."""
     return inline_ptx("add.rp.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def product_rounded_up(a: Float32, b: Float32) -> Float32:
+    """a · b, rounded towards +inf."""
+    return inline_ptx("mul.rp.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])

@@ -18,6 +18,8 @@ WARP, WARPGROUP = 32, 128
 COLUMNS = 512  # of tensor memory
 TILE_M = 128  # rows of an accumulator in tensor memory, a row a thread
 MMA_BYTES = 32  # of a dot product that one tcgen05.mma takes
+# A swizzle atom of 8 rows of 128 bytes, of which the pattern of TMA and tcgen05 is a function of the absolute address.
+TILE_ALIGNMENT = 1024
 # Room for mbarriers, the address of tensor memory and what the tile scheduler hands on.
 BARRIER_BYTES = 1024
 # Columns of S that a softmax thread has in registers at a time.
@@ -168,7 +170,7 @@ class Fa4ForwardConfig(FeatureConfig):
     @property
     def stage_bytes(self) -> int:
         """A stage of the ring, which holds K and V by turns."""
-        return max(self.k_bytes, self.v_bytes)
+        return -(-max(self.k_bytes, self.v_bytes) // TILE_ALIGNMENT) * TILE_ALIGNMENT
 
     @property
     def output_columns(self) -> int:
@@ -307,8 +309,8 @@ def _pair_objection(problem: AttentionProblem, config: Fa4ForwardConfig) -> str 
         return "pairs walk over tiles"
     if problem.v_layout != "head_dim":
         return "pairs: each CTA takes half of V's columns, which are rows of a key-major V"
-    if problem.head_dim_v % 32 or config.head_dim_v_padded < 64:
-        return f"pairs: half of head_dim_v {problem.head_dim_v} is no multiple of 16, or less than 32"
+    if problem.head_dim_v % (2 * config.mma_k) or config.head_dim_v_padded < 64:
+        return f"pairs: half of head_dim_v {problem.head_dim_v} is no multiple of {config.mma_k}, or less than 32"
     if max(problem.head_dim, problem.head_dim_v) < 96:
         return f"pairs: at head_dim {problem.head_dim} exponentials take longer than shared memory as it is"
     if config.q_tiles == 2 and (problem.window_left is not None or problem.window_right is not None):

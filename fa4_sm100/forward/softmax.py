@@ -20,7 +20,7 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cute_fa.device import tensor_memory
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.exponentials import emulated_exp2, max_with_nan
-from cute_fa.device.registers import e4m3_word, narrow_pair
+from cute_fa.device.registers import e4m3_word, narrow_pair, product_rounded_up, sum_rounded_up
 from cute_fa.device.ring import RingState, ring_next, ring_start
 from cute_fa.device.score import Score
 from cute_fa.device.softmax import E4M3, WIDE, finite
@@ -203,13 +203,15 @@ class Softmax:
         """Move the rows' references on where their maxima have outgrown them; leaves the modified scores where the raw
         ones were. ``rescale``: O holds something already."""
         exponents, reference, total = self.exponents, self.reference, self.total
-        top = self.maximum(at, modify) * score.scale_log2
+        # rounded up, so that no exponent is above the one meant, be the score so large that 8 is no digit of it
+        top = product_rounded_up(self.maximum(at, modify), score.scale_log2)
         if const_expr(unit is not None):
             top = top + unit.log2
         outgrown = self.counts(~(top <= reference[0] + exponents.limit))
         rescale_output = self.rescale_output
         while cute.arch.vote_any_sync(outgrown):
-            moved = max_with_nan(reference[0], top - exponents.top, top - exponents.top)
+            lowered = sum_rounded_up(top, Float32(-exponents.top))
+            moved = max_with_nan(reference[0], lowered, lowered)
             factor = cute.math.exp2(reference[0] - finite(moved), fastmath=True)
             reference[0] = moved
             total[0] = total[0] * factor

@@ -11,10 +11,7 @@ from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.pipeline_spec import HANDOUT_STAGES
 from cute_fa.device.ring import barrier_count
 from cute_fa.device.tma_boxes import tile_layout
-from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig
-
-# A swizzle atom of 8 rows of 128 bytes, of which the pattern of TMA and tcgen05 is a function of the absolute address.
-TILE_ALIGNMENT = 1024
+from fa4_sm100.forward.config import TILE_ALIGNMENT, TILE_M, Fa4ForwardConfig
 
 
 class Storage(NamedTuple):

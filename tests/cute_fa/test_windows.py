@@ -138,7 +138,11 @@ def bounded(window, sink_tokens, **changes) -> list[tuple[InputSpec, str]]:
 
 
 @windows
-@pytest.mark.parametrize(("arch", "choices"), [("sm_80", {"family": "fa2"}), ("sm_90a", {"family": "fa3"})], ids=str)
+@pytest.mark.parametrize(
+    ("arch", "choices"),
+    [("sm_80", {"family": "fa2"}), ("sm_90a", {"family": "fa3"}), ("sm_100a", {"family": "fa4"})],
+    ids=str,
+)
 def test_forward(arch, choices, window, sink_tokens):
     for spec, kind in bounded(window, sink_tokens):
         inputs = make_inputs(spec, kind)
