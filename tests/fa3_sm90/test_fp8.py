@@ -1,14 +1,18 @@
 """The FA3 forward in fp8: pairs of head_dims, tiles, what it refuses, edges of the lengths. Features in pairs:
 ``test_fp8_features.py``, accuracy over many keys: ``test_fp8_accuracy.py``."""
 
+import dataclasses
 import itertools
 
 import pytest
+import torch
 
 from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M
 from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.cases import refusals, small_problem
+from tests.testing.forward_grid import E4M3
 from tests.testing.fp8_tests import HEAD_DIMS, Fp8Tests
 from tests.testing.tiled_forward import Forward
 
@@ -19,6 +23,17 @@ def problem(**changes):
 
 class TestFp8(Fp8Tests):
     forward = Forward(Fa3Forward, SmArch.SM_90A)
+
+    def test_scores_beyond_the_digits_of_fp32(self):
+        """From 2^27 on 8 is no digit of a score in log2 units; each query sees its best key alone."""
+        given = make_inputs(InputSpec(1, 64, 300, 1, 1, 64, dtype=E4M3, descales=False), "random")
+        descales = dict.fromkeys(("q_descale", "k_descale"), torch.full((1, 1), 1e4))
+        out, lse, _ = self.forward.launch(dataclasses.replace(given, **descales))
+        scores = torch.einsum("bqhd,bkhd->bhqk", given.q.double(), given.k.double()) * 1e8 / 8.0
+        assert scores.max() > 2.0**27
+        torch.testing.assert_close(lse.double(), scores.amax(-1), rtol=1e-6, atol=0.0)
+        best = given.v[0, scores[0, 0].argmax(-1)]
+        torch.testing.assert_close(out[0].float(), best.float(), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("window", [{}, {"window_right": 0}, {"window_left": 100, "window_right": 0}], ids=str)
