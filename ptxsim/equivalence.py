@@ -8,6 +8,8 @@ does in every launch and schedule:
 * ``last release``: an arrival that is deleted or counts for two, or announces other bytes, where nobody waits for the
   phases that arrivals at that place contribute to, or for later ones: a stage that is not filled again.
 * ``peek``: a peek that says no at once: the wait behind it does what the peek would have saved.
+* ``registers``: a tcgen05.wait::ld that is deleted. Instructions that read the registers wait for the load themselves
+  (PTX ISA 9.7.16.6.4.5), and whether memory accesses keep their order without it the race detector has seen.
 * ``order for speed``: a bar.sync or bar.arrive that is deleted, of a set of named barriers that some warps only arrive
   at (bar.arrive), where the kernel without *any* instruction at these barriers runs clean and right in every
   schedule, with the race detector: they decide who goes first, not what anybody may read or write. A set holds the
@@ -24,9 +26,9 @@ import numpy as np
 from .mutants import PEEK_FAILS, Mutant
 from .observed import ObservedMachine
 
-FIRST_ACQUIRE, LAST_RELEASE, PEEK = "first acquire", "last release", "peek"
+FIRST_ACQUIRE, LAST_RELEASE, PEEK, REGISTERS = "first acquire", "last release", "peek", "registers"
 FOR_SPEED = "order for speed"
-CLASSES = (FIRST_ACQUIRE, LAST_RELEASE, PEEK, FOR_SPEED)
+CLASSES = (FIRST_ACQUIRE, LAST_RELEASE, PEEK, REGISTERS, FOR_SPEED)
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Facts:
             return FIRST_ACQUIRE
         if mutant.kind in ("arrive", "expect_tx") and self.awaited.get(mutant.line) is False:
             return LAST_RELEASE
-        return None
+        return REGISTERS if mutant.op.startswith("tcgen05.wait::ld") else None
 
     def ran(self, mutant: Mutant) -> bool:
         """Whether some warp came to what is damaged, or to the peek before it; an arrival must also have been made."""

@@ -6,8 +6,8 @@ last met; and a bulk store that one lane issued reads no more than that. Lanes m
 memory among them (elect.sync, shfl.sync and the like do not promise it), and at barriers of the CTA and the cluster.
 
 Reads are left out, and are of an agent of their own: CUTLASS's and FlashAttention-4's consumers release a stage by one
-lane as soon as the values are in registers. So is tensor memory: after tcgen05.wait::st, FlashAttention-4's backward
-lets one lane arrive for all.
+lane as soon as the values are in registers. What a warp has stored in tensor memory is only withheld in programs that
+have both of the tcgen05 fences: in FlashAttention-4's backward one lane arrives for all after tcgen05.wait::st.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from .sites import GENERIC, LANE
+from .sites import GENERIC, LANE, TENSOR_ST
 
 _u4 = np.uint32
 _ALL = _u4(0xFFFFFFFF)
@@ -44,6 +44,8 @@ class Lanes:
         self.clocks, self.followed = clocks, followed
         self.wrote = {kind: np.zeros(warps, _u4) for kind in (GENERIC, LANE)}
         self.met = np.zeros(warps, np.int64)  # clock of the writes that all lanes know of each other
+        self.tensor = TENSOR_ST in clocks.first and clocks.sites.tensor_fences
+        self.stored = np.ones(warps, _u4)  # limit of what has been stored in tensor memory that all lanes know of
         self.withheld = {}  # (CTA, warp in it) -> site of the latest release that left something out
 
     def write(self, w, M):
@@ -62,6 +64,8 @@ class Lanes:
 
     def meet(self, w):
         """All lanes of the warps have met."""
+        if self.tensor:
+            self.stored[w] = self.clocks.known[w, 0, self.clocks.agent(TENSOR_ST, w)]
         w = w[self.wrote[GENERIC][w] | self.wrote[LANE][w] != 0]
         if len(w):
             self.wrote[GENERIC][w] = self.wrote[LANE][w] = 0
@@ -88,6 +92,9 @@ class Lanes:
             rows[short, 0, clocks.agent(kind, warps)] = clocks.limit(self.met[warps])
             places = clocks.machine.cta_of[warps].tolist(), clocks.machine.warp_in_cta[warps].tolist()
             self.withheld.update(dict.fromkeys(zip(*places, strict=True), clocks.site))
+        if self.tensor:
+            at = np.arange(len(w)), slice(None), clocks.agent(TENSOR_ST, w)
+            rows[at] = np.minimum(rows[at], self.stored[w][:, None])
 
     @contextmanager
     def alone(self, w):

@@ -149,6 +149,8 @@ class TensorRaces:
 
     def use(self, w, lines):
         """The warps read registers of tcgen05.ld at these PTX lines."""
+        if self.fenced:
+            return
         sites = [self.clocks.sites.number[line] for line in lines]
         self.clocks.tensor_done(TENSOR_LD, w, self.loaded[w][:, sites].max(1))
 

@@ -2,8 +2,8 @@
 been launched yet.
 
 The grid has a cluster for each tile. Those that run ask for the next tile while they compute one; the hardware hands
-out what it would have launched next, in order, so that SMs which are done early, or are free late, take tiles as they
-come. A warp of each CTA asks, and hands the answer to the others through shared memory.
+out what it would have launched next, so that SMs which are done early, or are free late, take tiles as they come. No
+document promises an order. A warp of each CTA asks, and hands the answer to the others through shared memory.
 """
 
 from typing import NamedTuple

@@ -238,9 +238,12 @@ class HandedVarlenScheduler(VarlenScheduler):
         return HandedVarlenState(*found, ring_start())
 
     def next(self, state: HandedVarlenState) -> HandedVarlenState:
-        """The cluster's next tile, valid or not."""
-        found = self._find(self.handout.take(state.place), state.batch, state.start)
-        return HandedVarlenState(*found, ring_next(state.place, HANDOUT_STAGES))
+        """The cluster's next tile, valid or not. One that lies before the last is searched for anew: nothing says in
+        which order the hardware hands tiles out."""
+        tile = self.handout.take(state.place)
+        before = Uint32(tile) < Uint32(state.start)
+        batch, start = (cutlass.select_(before, Int32(0), value) for value in (state.batch, state.start))
+        return HandedVarlenState(*self._find(tile, batch, start), ring_next(state.place, HANDOUT_STAGES))
 
 
 TileScheduler = HandedScheduler | HandedVarlenScheduler | SingleTileScheduler | PersistentScheduler | VarlenScheduler

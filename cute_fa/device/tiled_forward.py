@@ -62,9 +62,10 @@ class TiledForward(AttentionKernel):
         if problem.pack_gqa and problem.gqa_ratio > cls.rows:
             reasons.append(f"pack_gqa with gqa_ratio {problem.gqa_ratio}: a warpgroup holds {cls.rows} query heads")
         if not reasons:
-            tiles = _tiles(problem, cls.configure(problem), problem.batch * problem.seqlen_q)
-            if tiles > MAX_TILES:
-                reasons.append(f"{tiles} tiles of queries: at most {MAX_TILES}")
+            config = cls.configure(problem)
+            tiles, most = _tiles(problem, config, problem.batch * problem.seqlen_q), MAX_TILES // cls.ctas(config)
+            if tiles > most:
+                reasons.append(f"{tiles} tiles of queries: at most {most}")
         return reasons
 
     @classmethod
@@ -87,6 +88,11 @@ class TiledForward(AttentionKernel):
             ),
             num_ctas=cls.num_ctas(config, tiles, num_sms),
         )
+
+    @classmethod
+    def ctas(cls, config) -> int:
+        """CTAs that compute a tile together."""
+        return 1
 
     @classmethod
     def num_ctas(cls, config, tiles: int, num_sms: int) -> int:

@@ -26,6 +26,10 @@ class Fa4Forward(TiledForward):
         return forward_candidates(problem)
 
     @classmethod
+    def ctas(cls, config: Fa4ForwardConfig) -> int:
+        return config.ctas
+
+    @classmethod
     def num_ctas(cls, config: Fa4ForwardConfig, tiles: int, num_sms: int) -> int:
         """As many as tiles need: those that run take over the tiles of those that do not yet."""
         return tiles * config.ctas

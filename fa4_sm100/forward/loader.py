@@ -39,6 +39,17 @@ class Loader:
             keys = load_tile(work(tile(state)), queries, keys)
             queries = ring_next(queries, 1)
             state = advance(state)
+        if const_expr(self.config.ctas > 1):
+            self.wait_for_last_releases(queries, keys)
+
+    def wait_for_last_releases(self, queries: RingState, keys: RingState):
+        """Of a pair neither CTA may end before what the other one's products release has arrived at its barriers."""
+        if self.config.own_output:
+            for q_tile in range(self.config.q_tiles):
+                self.rings[f"q{q_tile}"].wait_free(queries)
+        for _ in range(self.config.stages):
+            self.rings["kv"].wait_free(keys)
+            keys = ring_next(keys, self.config.stages)
 
     @cute.jit
     def load_tile(self, work: TileWork, queries: RingState, keys: RingState) -> RingState:

@@ -82,8 +82,9 @@ class Products:
         arrived(values)
         for q_tile in cutlass.range_constexpr(2):
             start_output(q_tile, RingState(Int32(q_tile), (done + total - 1) & 1), values, total, queries)
+            if const_expr(q_tile == 1):
+                release("kv", values.stage)
             commit(self.rings["o"].full + q_tile, self.config.ctas)
-        release("kv", values.stage)
         return ring_next(values, stages)
 
     @cute.jit
@@ -113,8 +114,8 @@ class Products:
         last = done + total - 1
         start_output(0, RingState(last & 1, (last >> 1) & 1), values, total, queries)
         release("p", 0)
-        commit(self.rings["o"].full, self.config.ctas)
         release("kv", values.stage)
+        commit(self.rings["o"].full, self.config.ctas)
         return ring_next(values, stages)
 
     def start_scores(self, q_tile: int, buffer: Int32, keys: RingState, block: Int32):

@@ -37,7 +37,7 @@ from fa2_sm80.split import arguments as split_device
 from fa2_sm80.split import entry as split_host
 from tests.fa2_sm80 import test_forward as test_fa2_forward
 from tests.fa2_sm80 import test_split as test_fa2_split
-from tests.fa3_sm90 import test_forward as test_fa3_forward
+from tests.testing import forward_grid
 from tests.testing.cases import fa2_cases, spec_of
 
 ROOT = Path(__file__).parents[2]
@@ -233,20 +233,20 @@ print("right")
 @pytest.mark.parametrize(
     ("cases", "left_out"),
     [
-        (fa2_cases(test_fa2_forward.FEATURES), {"page_size"}),
-        (fa2_cases(test_fa2_split.FEATURES), set()),
-        (test_fa3_forward.cases(), set()),
+        (fa2_cases(test_fa2_forward.FEATURES), {"page_size", "cache_batch_idx", "cache_leftpad"}),
+        (fa2_cases(test_fa2_split.FEATURES), {"cache_batch_idx", "cache_leftpad"}),
+        (forward_grid.cases(), set()),
     ],
-    ids=["fa2", "split", "fa3"],
+    ids=["fa2", "split", "fa3 and fa4"],
 )
 def test_the_kernels_grids_have_every_feature_that_shapes_code(cases, left_out):
-    """Where the rows of a cache lie has tests of its own, test_cache_index.py, and fp8 has a grid; the random problems
-    have everything."""
+    """Where the rows of a cache lie has tests of its own, too, test_cache_index.py, and fp8 has a grid; the random
+    problems have everything."""
     flags = {name for name, of in options_of(AttentionProblem).items() if of.flag}
     problems = [problem_of_spec(spec_of(case), SmArch.SM_90A) for case in cases]
     used = {name for name in flags for problem in problems if is_used(problem, name)}
     of_fp8 = {"q_descale", "k_descale", "v_descale", "k_block_descale", "v_block_descale", "v_layout"}
-    assert flags - used == left_out | of_fp8 | {"cache_batch_idx", "cache_leftpad"}
+    assert flags - used == left_out | of_fp8
 
 
 def test_without_the_private_names_no_tangent_is_dropped():

@@ -1,15 +1,16 @@
 """The heuristic of the FA3 forward: every pair of head_dims fits; pipelines are data; names tell configs apart."""
 
-import itertools
 import math
 
 import pytest
 
 from cute_fa.semantics.problem import PAGE_SIZES, AttentionProblem
-from cute_fa.semantics.types import DType, PersistentMode, SmArch
+from cute_fa.semantics.types import SmArch
 from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M, PipelineSpec
 from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.cases import refusals, small_problem
+from tests.testing.config_tests import ConfigTests
+from tests.testing.tiled_forward import Forward
 
 HEAD_DIMS = range(8, 257, 8)
 REGISTERS = 65536  # of an SM
@@ -114,71 +115,10 @@ def test_rows_of_a_packed_warpgroup(ratio):
     assert c.tile_tokens == c.warpgroups * c.tokens
 
 
-def test_compile_name_holds_flags_and_no_values():
-    names = {
-        configure(window_left=left, window_right=0, sink_tokens=sink, softcap=cap).compile_name
-        for left, sink, cap in ((128, 4, 30.0), (4096, 1, 50.0))
-    }
-    assert names == {"fa3_fwd_sm90a_bf16_hd64_left_right_sink_softcap"}
-
-
-CHANGES = {
-    "right": {"window_right": 0},
-    "left": {"window_left": 5},
-    "softcap": {"softcap": 1.0},
-    "alibi": {"alibi": True},
-    "lsink": {"learnable_sink": True},
-    "cuq": {"varlen_q": True},
-    "cuk": {"varlen_k": True},
-    "usedq": {"seqused_q": True},
-    "usedk": {"seqused_k": True},
-    "hd64v32": {"head_dim_v": 32},
-    "fp16": {"dtype": DType.FP16},
-    "page16": {"page_size": 16},
-    "pack2": {"num_heads": 4, "pack_gqa": True},
-    "single": {"persistent": PersistentMode.OFF},
-}
-
-
-@pytest.mark.parametrize("flag", CHANGES)
-def test_each_feature_has_its_own_code(flag):
-    plain, changed = configure(), configure(**CHANGES[flag])
-    assert plain != changed
-    assert flag in changed.compile_name.split("_") and flag not in plain.compile_name.split("_")
-
-
-def test_names_of_different_features_differ():
-    pairs = [
-        pair for pair in itertools.combinations(CHANGES, 2) if pair != ("cuk", "page16")
-    ]  # which exclude each other
-    names = {configure(**CHANGES[a], **CHANGES[b]).compile_name for a, b in pairs}
-    assert len(names) == len(pairs)
-
-
-@pytest.mark.parametrize("change", [{"sink_tokens": 4}, {"persistent": PersistentMode.ON}, {"pack_gqa": False}])
-def test_what_changes_nothing_is_no_new_kernel(change):
-    """Sink tokens without a left bound, and the kernel's own choices by name."""
-    assert configure(**change) == configure()
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"head_dim": 264, "head_dim_v": 264}, "head_dim 264"),
-        ({"head_dim": 12}, "head_dim 12"),
-        ({"head_dim_v": 20}, "head_dim_v 20"),
-        ({"dtype_k": DType.E4M3, "dtype_v": DType.E5M2}, "bf16ke4m3ve5m2"),
-        ({"num_splits": 2}, "num_splits 2"),
-        ({"seqlen_k": 2**30}, "1073741823"),
-        ({"softcap": 8193.0}, "softcap 8193"),
-        ({"num_heads": 130, "pack_gqa": True}, "gqa_ratio 65"),
-        ({"batch": 2**14, "num_heads": 128, "num_heads_kv": 128, "seqlen_q": 2**18}, "2864709632 tiles"),
-    ],
-)
-def test_reasons_name_the_value(change, word):
-    assert Fa3Forward.supports(problem()) == []
-    reasons = Fa3Forward.supports(problem(**change))
-    assert any(word in reason for reason in reasons), reasons
+class TestNames(ConfigTests):
+    forward = Forward(Fa3Forward, SmArch.SM_90A)
+    prefix = "fa3_fwd_sm90a"
+    too_many = {"num_heads": 130, "pack_gqa": True}, "gqa_ratio 65"
 
 
 THREE_WARPGROUPS = [

@@ -3,7 +3,6 @@
 
 import dataclasses
 import itertools
-import random
 
 import pytest
 import torch
@@ -12,25 +11,29 @@ from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M
 from fa3_sm90.forward.entry import Fa3Forward
-from tests.fa3_sm90.test_fp8_features import config_of, launch, run
 from tests.testing.cases import refusals, small_problem
-
-HEAD_DIMS = range(16, 257, 16)
-PAIRS = random.Random(1).sample(list(itertools.product(HEAD_DIMS, HEAD_DIMS)), 9)
-SCHEDULES = [{"race": True}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2, "race": True}]
+from tests.testing.forward_grid import E4M3
+from tests.testing.fp8_tests import HEAD_DIMS, Fp8Tests
+from tests.testing.tiled_forward import Forward
 
 
 def problem(**changes):
     return small_problem(**{"arch": SmArch.SM_90A, "dtype": DType.E4M3, "seqlen_q": 4096, "seqlen_k": 4096, **changes})
 
 
-@pytest.mark.parametrize("index", range(len(PAIRS)))
-def test_pairs_of_head_dims(index):
-    """Two tiles of queries and three blocks of keys, the last ones of few; two heads where the others have one."""
-    head_dim, head_dim_v = PAIRS[index]
-    spec = InputSpec(1, 135, 130, 1 + index % 2, 1, head_dim, head_dim_v, DType.E4M3, causal=index % 3 == 0)
-    spec = dataclasses.replace(spec, seqlen_k=2 * config_of(spec).tile_n + 5)
-    run(spec, ("peaked", "random")[index % 2], num_sms=1, pack_gqa=False, **SCHEDULES[index % len(SCHEDULES)])
+class TestFp8(Fp8Tests):
+    forward = Forward(Fa3Forward, SmArch.SM_90A)
+
+    def test_scores_beyond_the_digits_of_fp32(self):
+        """From 2^27 on 8 is no digit of a score in log2 units; each query sees its best key alone."""
+        given = make_inputs(InputSpec(1, 64, 300, 1, 1, 64, dtype=E4M3, descales=False), "random")
+        descales = dict.fromkeys(("q_descale", "k_descale"), torch.full((1, 1), 1e4))
+        out, lse, _ = self.forward.launch(dataclasses.replace(given, **descales))
+        scores = torch.einsum("bqhd,bkhd->bhqk", given.q.double(), given.k.double()) * 1e8 / 8.0
+        assert scores.max() > 2.0**27
+        torch.testing.assert_close(lse.double(), scores.amax(-1), rtol=1e-6, atol=0.0)
+        best = given.v[0, scores[0, 0].argmax(-1)]
+        torch.testing.assert_close(out[0].float(), best.float(), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("window", [{}, {"window_right": 0}, {"window_left": 100, "window_right": 0}], ids=str)
@@ -109,19 +112,3 @@ def test_what_is_not_served():
     for dtypes in itertools.product((DType.E4M3, DType.E5M2), repeat=3):
         names = dict(zip(("dtype", "dtype_k", "dtype_v"), dtypes, strict=True))
         assert Fa3Forward.supports(problem(**names, out_dtype=DType.FP16)) == []
-
-
-@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(128, 128), (129, 129), (127, 127), (1, 1), (200, 7)])
-def test_lengths_around_the_tiles(seqlen_q, seqlen_k):
-    """Keys beyond the end would score 0, far below what peaked inputs look at."""
-    for inputs in ("peaked", "random"):
-        run(InputSpec(1, seqlen_q, seqlen_k, 1, 1, 64, dtype=DType.E4M3, causal=True), inputs)
-
-
-def test_nan_in_the_input_is_not_hidden():
-    given = make_inputs(InputSpec(1, 40, 300, 1, 1, 64, dtype=DType.E4M3))
-    given.q[0, 7], given.v[0, 150, 0, 3] = float("nan"), float("nan")
-    out, lse = launch(given)
-    others = torch.arange(40) != 7
-    assert out[0, 7].isnan().all() and lse[0, 0, 7].isnan() and lse[0, 0, others].isfinite().all()
-    assert out[0, others, 0, 3].isnan().all() and out[0, others, 0, :3].isfinite().all()

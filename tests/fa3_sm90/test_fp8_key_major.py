@@ -8,33 +8,18 @@ import torch
 
 import cute_fa
 from cute_fa import errors
-from cute_fa.tools.inputs import InputSpec, make_inputs
-from tests.fa3_sm90.test_fp8_features import E4M3, E5M2, config_of, launch, run
-
-KEY_MAJOR = InputSpec(1, 40, 301, heads=1, heads_kv=1, head_dim=128, dtype=E4M3, v_layout="key_major")
-CASES = [
-    ({"batch": 2, "heads": 4, "heads_kv": 2, "causal": True}, {"num_sms": 2, "race": True, "late": True}),
-    ({"head_dim": 64, "seqlen_k": 401, "causal": True}, {"late": True, "schedule_seed": 1}),
-    ({"batch": 2, "head_dim": 256, "seqlen_k": 135, "window": (70, 11), "sink_tokens": 5}, {"num_sms": 1}),
-    ({"head_dim": 48, "head_dim_v": 80, "seqlen_k": 7, "batch": 2}, {"race": True, "schedule_seed": 2}),
-    ({"head_dim": 192, "head_dim_v": 128, "heads": 2, "heads_kv": 2, "layout": "expanded", "block_descales": True}, {}),
-    ({"dtype_v": E5M2, "seqlen_k": 1}, {}),
-]
+from cute_fa.semantics.types import SmArch
+from fa3_sm90.forward.entry import Fa3Forward
+from tests.testing.fp8_tests import KEY_MAJOR, KEY_MAJOR_CASES, Fp8KeyMajorTests
+from tests.testing.tiled_forward import Forward
 
 
-@pytest.mark.parametrize(("changes", "simulation"), CASES)
-def test_against_the_reference(changes, simulation):
-    spec = dataclasses.replace(KEY_MAJOR, **changes)
-    assert config_of(spec).transposers == 0
-    run(spec, "peaked" if simulation else "random", **simulation)
+class TestKeyMajor(Fp8KeyMajorTests):
+    forward = Forward(Fa3Forward, SmArch.SM_90A)
 
-
-def test_the_same_as_transposed_on_the_way():
-    spec = dataclasses.replace(KEY_MAJOR, head_dim=64)
-    given = make_inputs(spec, "random")
-    theirs = dataclasses.replace(given, spec=dataclasses.replace(spec, v_layout="head_dim"), v=given.v.contiguous())
-    assert theirs.v.stride(-1) == 1 and given.v.stride(1) == 1
-    assert all(torch.equal(*pair) for pair in zip(launch(given), launch(theirs), strict=True))
+    @pytest.mark.parametrize("changes", [changes for changes, _ in KEY_MAJOR_CASES])
+    def test_no_warp_transposes(self, changes):
+        assert self.forward.config_of(dataclasses.replace(KEY_MAJOR, **changes)).transposers == 0
 
 
 Q = torch.zeros(2, 16, 2, 64).to(torch.float8_e4m3fn)

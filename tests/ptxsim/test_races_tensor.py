@@ -125,14 +125,41 @@ def test_deallocation(run):
     assert error.other[2] == "tcgen05.ld of cta(0,0,0).w0"
 
 
+WITHOUT_FENCES = [(HAND_OVER, "bar.sync 0;"), (f"{ARRIVED}\n  {AFTER}", ARRIVED)]
+
+
 def test_registers_of_loads(run):
-    """Reading one waits for its load and for those before, not for those after; a wait is not needed for it."""
+    """Without fences reading one waits for its load and for those before, not for those after; with them that takes the
+    wait."""
     use, store = "add.u32 %r98, %r99, 1;", "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r56+31], {%r98};"
     other = "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r97}, [%r56+31];"
     for good in (f"{LOAD_D} {use}", f"{other} {LOAD_D} {use}", f"{LOAD_D} bra NEXT; NEXT: {use}"):
-        run((WAIT_LD, f"{WAIT_LD} {good} {store} {WAIT_ST}"))
+        change = WAIT_LD, f"{WAIT_LD} {good} {store} {WAIT_ST}"
+        run(change, *WITHOUT_FENCES)
+        reported(run, RaceError, "write of .* after the read", change)
+        run((WAIT_LD, f"{WAIT_LD} {good} {WAIT_LD} {store} {WAIT_ST}"))
     for bad in (LOAD_D, f"{LOAD_D} {other} {use}", f"{LOAD_D} {use} {LOAD_D}"):
-        reported(run, RaceError, "write of .* after the read", (WAIT_LD, f"{WAIT_LD} {bad} {store} {WAIT_ST}"))
+        change = WAIT_LD, f"{WAIT_LD} {bad} {store} {WAIT_ST}"
+        reported(run, RaceError, "write of .* after the read", change, *WITHOUT_FENCES)
+
+
+def test_one_lane_arrives_for_what_all_have_stored(run):
+    """The lanes meet before, in programs that have the fences."""
+    meet = "bar.warp.sync -1;"
+    count = "mbarrier.init.shared.b64 [%r52], 1;", "mbarrier.init.shared.b64 [%r52], 4;"
+    copied = "mad.wide.u32 %rd5", f"{meet} mad.wide.u32 %rd5"  # what lies in shared memory
+    last = copied, (COMMIT, 4 * COMMIT), (ARRIVED, ARRIVED.replace(", 0;", ", 1;"))
+    arrival = "and.b32 %r97, %t, 31; setp.eq.u32 %p12, %r97, 0; @%p12 mbarrier.arrive.shared.b64 _, [%r52];"
+    waited = ARRIVED.replace("WAIT", "FIRST")
+
+    def handed_over(before: str, after: str, meet: str) -> tuple[str, str]:
+        return HAND_OVER, f"{before} {meet} {arrival} {waited} {after}"
+
+    run(count, handed_over(BEFORE, AFTER, meet), *last)
+    run(count, handed_over(f"{meet} {BEFORE}", AFTER, ""), *last)
+    reported(run, RaceError, "read of .* not ordered after the write", count, handed_over(BEFORE, AFTER, ""), *last)
+    without_fence = f"{ARRIVED}\n  {AFTER}", last[-1][1]
+    run(count, handed_over("", "", ""), *last[:-1], without_fence)
 
 
 def test_programs_without_fences(run):

@@ -51,8 +51,8 @@ class Victim:
 
     @property
     def sms(self) -> int:
-        """FA4 for Blackwell has clusters of two CTAs at head_dim 128."""
-        return 2 if (self.arch, self.head_dim) == ("sm_100a", 128) else 1
+        """Kernels for Blackwell may have clusters of two CTAs from head_dim 128 on."""
+        return 2 if self.arch == "sm_100a" and self.head_dim >= 128 else 1
 
     @property
     def file(self) -> Path:
@@ -83,6 +83,7 @@ FAMILIES = (
     ("FA4", "fa4", "sm_80"),
     ("FA4", "fa4", "sm_90a"),
     ("FA4", "fa4", "sm_100a"),
+    ("fa4_sm100", "cute-fa", "sm_100a"),
 )
 VICTIMS = [
     Victim(*family, head_dim, mask)
@@ -97,12 +98,19 @@ VICTIMS += [
     )
     for head_dim, mask in itertools.product((64, 128), masks)
 ]
-VICTIMS += [Victim(*FAMILIES[1], head_dim, "paged") for head_dim in (64, 128)]
-VICTIMS += [Victim(*FAMILIES[1], head_dim, mask, "fp8") for head_dim in (64, 128) for mask in ("full", "causal")]
+TILED = FAMILIES[1], FAMILIES[5]
+VICTIMS += [Victim(*family, head_dim, "paged") for family in TILED for head_dim in (64, 128)]
+VICTIMS += [
+    Victim(*family, head_dim, mask, "fp8")
+    for family, head_dim, mask in itertools.product(TILED, (64, 128), ("full", "causal"))
+]
 VICTIMS += [
     Victim(*family, 256, mask, what)
     for mask in ("full", "causal", "varlen")
-    for family, what in ((FAMILIES[0], "forward"), (FAMILIES[1], "forward"), *((FAMILIES[0], x) for x in BACKWARDS))
+    for family, what in (
+        *((family, "forward") for family in (FAMILIES[0], *TILED)),
+        *((FAMILIES[0], what) for what in BACKWARDS),
+    )
 ]
 VICTIMS += [Victim(*FAMILIES[3], head_dim, mask, "backward") for head_dim in (64, 128) for mask in ("full", "causal")]
 
@@ -116,6 +124,9 @@ NOTES = (
     ("FA3", "cute_fa/device/ring.py:Ring.acquire", "mbarrier.try_wait",
      "before a tile's first K is loaded: where all tiles have as many blocks, the wait for V of the tile before, or at "
      "head_dim 256 for its Q, which is released with O, covers it"),
+    ("fa4_sm100", "cute_fa/device/tile_handout.py:Handout.take", "fence.proxy.async",
+     "between reading an answer and the next one, which overwrites it: of a generic read before an asynchronous write "
+     "no proxy fence is asked (docs/ptxsim.md)"),
     ("FA4", f"{_BACKWARD}.load", "mbarrier.try_wait",
      "before dO is loaded: the stage of the same block's Q, which is released later, was waited for"),
     ("FA4", "quack/sm90_utils.py:gemm", "wgmma",
@@ -212,10 +223,10 @@ def page(known: dict[Victim, list[Record]]) -> str:
         f"**{len(records)} mutants of {sites} instructions in {len(known)} kernels: {total[CAUGHT]} caught, "
         f"{total[EQUIVALENT]} equivalent, {total[ESCAPED]} escaped. Caught of those that are not equivalent: "
         f"{_share(total)}.** {_shares(known)}.",
-        "FA2 and FA3 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package index: forwards\n"
-        "where nothing else is said; *backward* has atomic additions, *deterministic* none, *split* three parts of\n"
-        "the keys; each with the small kernels around it. bf16; *varlen* is packed sequences with a window, *paged*\n"
-        "keys in pages of 16 (split) or 64 under a causal mask.",
+        "FA2, FA3 and fa4_sm100 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package\n"
+        "index: forwards where nothing else is said; *backward* has atomic additions, *deterministic* none, *split*\n"
+        "three parts of the keys; each with the small kernels around it. bf16; *varlen* is packed sequences with a\n"
+        "window, *paged* keys in pages of 16 (split) or 64 under a causal mask.",
         _table(kernels),
         f"Not run yet: {missing}." if missing else "",
         "By kind of instruction, with the errors that caught the mutants and the classes of the equivalent ones\n"

@@ -1,0 +1,67 @@
+"""Planted faults: one wrong line, or one damaged synchronisation, in the FA4 forward must be noticed, by an error, a
+deadlock or a wrong result."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import ptxsim
+from cute_fa.semantics.tensors import problem_of
+from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
+from fa4_sm100.forward.entry import Fa4Forward
+from tests.testing.damaged_fa4 import FAULTS, DamagedConfig
+from tests.testing.scores import scored, spikes, visits
+from tests.testing.tiled_forward import Forward
+
+FORWARD = Forward(Fa4Forward, SmArch.SM_100A)
+PLAIN = InputSpec(1, 200, 450, 1, 1, 64)
+
+
+def peaked(**changes) -> Inputs:
+    return make_inputs(dataclasses.replace(PLAIN, **changes), "peaked")
+
+
+def steps(level: float, first: float = 0.0, **spec) -> Inputs:
+    """Scores of the blocks behind the first that is visited, and of the first query, differ from the others'."""
+    behind = level * (visits(FORWARD.config_of(PLAIN), 511) > 0)
+    of_first = torch.zeros(256)
+    of_first[0] = first
+    return scored([(torch.ones(256), behind), (of_first, torch.ones(511))], **spec)
+
+
+def spiked(dtype: DType) -> Inputs:
+    spec = InputSpec(1, 256, 1024, 1, 1, 64, dtype=dtype)
+    return spikes(FORWARD.config_of(spec), spec)
+
+
+# What shows each fault. The tests of these problems are elsewhere: this is why they can be relied on.
+SHOWN_BY = {
+    "O keeps its scale": lambda: steps(40.0),
+    "no row is outside": lambda: steps(40.0, dtype=DType.FP16),
+    "sums alone are asked": lambda: spiked(DType.FP16),
+    "sums are not asked": lambda: spiked(DType.FP16),
+    "emulated scores are not looked at": lambda: spiked(DType.BF16),
+    "a limit beyond fp16": lambda: spiked(DType.FP16),
+    "a reference of 0 before the first key": lambda: steps(0.0, first=-1000.0, causal=True),
+    "emulated beyond its range": lambda: steps(-150.0),
+    "a key more at the right edge": lambda: peaked(causal=True),
+    "a key less at the right edge": lambda: peaked(causal=True),
+    "a key more at the left edge": lambda: peaked(window=(100, 0)),
+    "a key less at the left edge": lambda: peaked(window=(100, 0)),
+    "a key more at the end": lambda: make_inputs(PLAIN, "random"),
+    "a key less at the end": lambda: peaked(),
+    "O of the tile before": lambda: peaked(),
+    "scores of the other phase": lambda: peaked(),
+    "sums without the last columns": lambda: peaked(),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_line_is_noticed(fault):
+    given = SHOWN_BY[fault]()
+    config = FORWARD.kernel.configure(problem_of(FORWARD.arch, given.call()))
+    FORWARD.check_with(config, given)
+    with pytest.raises((AssertionError, ptxsim.SimError)):
+        FORWARD.check_with(DamagedConfig.like(config, fault), given)

@@ -1,0 +1,43 @@
+"""The FA4 forward in fp8, simulated, against the fp32 reference: features in pairs, head_dims, descales of blocks, V
+with its keys contiguous."""
+
+import dataclasses
+import math
+
+import torch
+
+from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa4_sm100.forward.entry import Fa4Forward
+from tests.testing.fp8_tests import Fp8BlockDescaleTests, Fp8FeatureTests, Fp8KeyMajorTests, Fp8Tests
+from tests.testing.tiled_forward import Forward
+
+FORWARD = Forward(Fa4Forward, SmArch.SM_100A)
+
+
+class TestFp8(Fp8Tests):
+    forward = FORWARD
+
+    def test_scores_at_the_limit(self):
+        """From 2^24 on 1 is no digit of a score in log2 units: P of the best key, which each query sees alone, may have
+        been rounded to e4m3, and is in its range."""
+        given = make_inputs(InputSpec(1, 64, 300, 1, 1, 64, dtype=DType.E4M3, descales=False), "random")
+        scores = torch.einsum("bqhd,bkhd->bhqk", given.q.double(), given.k.double())
+        descale = 2.0**23.5 * 8 * math.log(2) / scores.max()
+        given = dataclasses.replace(given, q_descale=torch.full((1, 1), descale))
+        out, lse, _ = self.forward.launch(given)
+        torch.testing.assert_close(lse.double(), scores.amax(-1) * given.q_descale / 8.0, rtol=1e-6, atol=0.0)
+        best = given.v[0, scores[0, 0].argmax(-1)]
+        torch.testing.assert_close(out[0].float(), best.float(), rtol=2.0**-4, atol=0.0)
+
+
+class TestFeatures(Fp8FeatureTests):
+    forward = FORWARD
+
+
+class TestBlockDescales(Fp8BlockDescaleTests):
+    forward = FORWARD
+
+
+class TestKeyMajor(Fp8KeyMajorTests):
+    forward = FORWARD
