@@ -60,17 +60,17 @@ def test_the_whole_plan_is_walked(walk):
     log, configs = walk("sm_90a", "d128 causal", "backward d64, deterministic", "append")
     kernels = {f"fa2_sm80.{part}" for part in ("forward", "split", "backward", "append")} | {"fa3_sm90.forward"}
     assert families_of(configs) >= kernels and len(configs) > 250
-    assert "tests/fa3_sm90" in log
+    assert "tests/fa3_sm90/test_forward.py::" in log and "tests/fa4_sm100/test_forward.py::" not in log
 
 
 def test_tests_of_kernels_run_where_the_kernels_do(walk, monkeypatch):
-    """Hopper's not on Blackwell."""
-    monkeypatch.setitem(steps.TESTS, "kernels", "fa3_sm90/test_forward fa2_sm80/test_split")
+    """Blackwell's alone on Blackwell."""
+    monkeypatch.setitem(steps.TESTS, "kernels", "fa3_sm90/test_forward fa4_sm100/test_forward")
     monkeypatch.delitem(steps.TESTS, "around them")
     monkeypatch.setattr(Plan, "_sweep", lambda plan: iter(()))
     log, configs = walk("sm_100a", "fp8 d256, pages", "split")
     assert families_of(configs) == {"fa4_sm100.forward", "fa2_sm80.split"}
-    assert "tests/fa2_sm80" in log and "tests/fa3_sm90" not in log
+    assert "tests/fa4_sm100/test_forward.py::" in log and "tests/fa3_sm90/test_forward.py::" not in log
 
 
 GPU_TESTS = """
