@@ -203,9 +203,7 @@ def _gate(
 
 
 @main.command()
-@click.option(
-    "--arch", "archs", multiple=True, type=click.Choice(_ARCHS), default=["sm_80", "sm_90a"], show_default=True
-)
+@click.option("--arch", "archs", multiple=True, type=click.Choice(_ARCHS), default=_KERNEL_ARCHS, show_default=True)
 @click.option("--head-dim", type=int, default=128, show_default=True, help="Of the kernel that is compiled.")
 @click.option("--causal/--full", default=True, show_default=True, help="Its mask.")
 @click.option(

@@ -32,7 +32,7 @@ import ptxsim
 from cute_fa.engine import attention, worlds
 from cute_fa.engine import plan as plans
 from cute_fa.semantics.types import SmArch
-from perf.static import StaticKey, fa4_installed
+from perf.static import StaticKey, fa4_installed, fa4_target
 
 # Many short runs: other processes interrupt long ones every time.
 CALLS, REPETITIONS = 50, 600
@@ -150,10 +150,8 @@ def compile_figures(arch: SmArch, head_dim: int, causal: bool, repetitions: int)
         for _ in range(repetitions):
             ours.append(_process("compile", *key, environment={"CUTE_FA_CACHE": "0"}))
             if fa4_installed():
-                target = {"FLASH_ATTENTION_ARCH": arch.value.rstrip("a"), "CUTE_DSL_ARCH": arch.value}
-                sms = {"FLASH_ATTENTION_NUM_SMS": "108" if arch.number < 90 else "132"}
-                off = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}
-                theirs.append(_process("compile-fa4", *key, environment=target | sms | off))
+                environment = fa4_target(arch) | {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}
+                theirs.append(_process("compile-fa4", *key, environment=environment))
             loads.append(_process("load", *key, environment=cached))
     yield Figure(what + "cold compile", min(ours), "s", COMPILE_S)
     if theirs:

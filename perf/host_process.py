@@ -12,15 +12,17 @@ import sys
 import time
 from functools import partial
 
+import torch
 import tvm_ffi  # noqa: F401  imported here, as the DSL is, outside what is timed
 from cutlass import cute  # noqa: F401
 
 
 def main(what: str, arch: str, head_dim: str, causal: str) -> None:
     if what == "compile-fa4":
-        from perf.compile_fa4 import compile_kernels
+        from perf.compile_fa4 import answer_for_the_device, compile_kernels
 
-        step = partial(compile_kernels, "fwd", int(head_dim), causal == "1")
+        answer_for_the_device()
+        step = partial(compile_kernels, "fwd", int(head_dim), int(head_dim), causal == "1", torch.bfloat16)
     else:
         from cute_fa.engine.compiler import compile_artifacts, compiled
         from cute_fa.engine.table import TABLE

@@ -107,6 +107,16 @@ def fa4_serves(key: StaticKey) -> bool:
     return max(sizes) <= 128 or sizes in ((192, 128), (256, 256))
 
 
+def fa4_target(arch: SmArch) -> dict[str, str]:
+    """The environment in which FlashAttention-4 compiles for an architecture."""
+    sms = _SMS[max(known for known in _SMS if known <= arch.number)]
+    return {
+        "FLASH_ATTENTION_ARCH": arch.value.rstrip("a"),
+        "FLASH_ATTENTION_NUM_SMS": sms,
+        "CUTE_DSL_ARCH": arch.value,
+    }
+
+
 def fa4_reports(keys: list[StaticKey]) -> dict[StaticKey, KernelReport]:
     """FlashAttention-4's kernels for the same keys, as far as it has them, compiled in a process of their own for each
     arch, since FA4 takes its target from the environment."""
@@ -115,13 +125,8 @@ def fa4_reports(keys: list[StaticKey]) -> dict[StaticKey, KernelReport]:
     for arch in {key.arch for key in served}:
         mine = [key for key in served if key.arch is arch]
         with tempfile.TemporaryDirectory() as folder:
-            environment = os.environ | {
-                "FLASH_ATTENTION_ARCH": arch.value.rstrip("a"),
-                "FLASH_ATTENTION_NUM_SMS": _SMS[max(known for known in _SMS if known <= arch.number)],
-                "CUTE_DSL_ARCH": arch.value,
-                "CUTE_DSL_KEEP": "cubin",
-                "CUTE_DSL_DUMP_DIR": folder,
-            }
+            dumping = {"CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": folder}
+            environment = os.environ | fa4_target(arch) | dumping
             keywords = [
                 f"{key.direction.value}:{key.head_dim}:{key.head_dim_v}:{int(key.causal)}:{key.dtype.value}"
                 for key in mine

@@ -3,21 +3,33 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import ptxsim
 from cute_fa.engine.compiler import dsl_installed
+from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import CompilerMissingError
+from cute_fa.semantics.types import SmArch
+from cute_fa.tools.trial import gpu_arch
 
 KERNELS = ("fa2_sm80", "fa3_sm90", "fa4_sm100", "cute_fa")  # folders of their tests
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect what needs a GPU where there is none, unless one is made believe (``perf.gpu_check.dry_run``)."""
-    if not torch.cuda.is_available() and not config.getoption("--dry-gpu", None):
-        needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=needs_gpu)
-        items[:] = [item for item in items if item not in needs_gpu]
+    """Deselect what needs a GPU where there is none, or one that the kernels are not for. One may be made believe
+    (``perf.gpu_check.dry_run``)."""
+    believed = config.getoption("--dry-gpu", None)
+    present = SmArch(believed) if believed else gpu_arch()
+    lacking = [item for item in items if item.get_closest_marker("gpu") and present not in archs_of(item.path)]
+    if lacking:
+        config.hook.pytest_deselected(items=lacking)
+        items[:] = [item for item in items if item not in set(lacking)]
+
+
+def archs_of(test: Path) -> set[SmArch]:
+    """The architectures for which there are kernels in the folder that a test's is named after; else all."""
+    folder = test.relative_to(Path(__file__).parent).parts[0]
+    own = [entry.archs for entry in TABLE.entries if entry.target and entry.target.startswith(f"{folder}.")]
+    return {arch for archs in own or [SmArch] for arch in archs}
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,6 +2,7 @@
 
 from typing import Optional
 
+import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from cute_fa.device.forward_arguments import ForwardArguments, TmaTensors
@@ -14,7 +15,7 @@ from fa4_sm100.forward.storage import Storage
 
 
 class Cta:
-    """``tensor``: address of its tensor memory; ``rank``: which one of a pair it is."""
+    """``rank``: which one of a pair it is."""
 
     def __init__(
         self,
@@ -23,11 +24,16 @@ class Cta:
         tma: TmaTensors,
         storage: Storage,
         rings: dict[str, Ring],
-        tensor: Int32,
         rank: Int32,
     ):
         self.config, self.args, self.common, self.tma = config, args, args.common, tma
-        self.storage, self.rings, self.tensor, self.rank = storage, rings, tensor, rank
+        self.storage, self.rings, self.rank = storage, rings, rank
+
+    @property
+    def tensor(self) -> Int32:
+        """Address of its tensor memory, once all threads have met. Each role reads it anew: kept from before the roles
+        part, it is spilled in the loop of the MMA warp at head_dim 256, by the compiler for CUDA 13."""
+        return cute.make_tensor(self.storage.tensor, cute.make_layout(1))[0]
 
     @property
     def handout(self) -> Optional[Handout]:

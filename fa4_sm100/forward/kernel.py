@@ -50,14 +50,13 @@ class Fa4ForwardKernel:
         first_epilogue = c.softmax_threads // WARP
         mma_warp = first_epilogue + WARPGROUP // WARP
         prepare, load, multiply, schedule = self.prepare, self.load, self.multiply, self.schedule
-        normalise, store = self.normalise, self.store
+        normalise, store, free = self.normalise, self.store, self.free
         if warp == mma_warp:
             prepare(tma, pipelines)
             tensor_memory.allocate(storage.tensor, c.tensor_columns, c.ctas)
         self.meet(c.ctas)
-        tensor = cute.make_tensor(storage.tensor, cute.make_layout(1))[0]
         rank = cute.arch.block_idx_in_cluster() if const_expr(c.ctas > 1) else Int32(0)
-        cta = Cta(c, args, tma, storage, pipelines, tensor, rank)
+        cta = Cta(c, args, tma, storage, pipelines, rank)
 
         if warp < first_epilogue:
             _set_registers(c, c.registers.softmax)
@@ -71,7 +70,7 @@ class Fa4ForwardKernel:
                 if rank == 0:
                     multiply(cta)
                 if const_expr(c.ctas == 1):
-                    tensor_memory.free(tensor, c.tensor_columns, c.ctas)
+                    free(cta)
             elif warp == mma_warp + 1:
                 load(cta)
             elif warp == mma_warp + 2:
@@ -80,7 +79,7 @@ class Fa4ForwardKernel:
         if const_expr(c.ctas > 1):  # neither ends, or gives tensor memory back, while the other may still use it
             self.meet(c.ctas)
             if warp == mma_warp:
-                tensor_memory.free(tensor, c.tensor_columns, c.ctas)
+                free(cta)
 
     def meet(self, ctas: int):
         """All threads of the CTA, or of a pair."""
@@ -98,6 +97,10 @@ class Fa4ForwardKernel:
             for ring in pipelines.values():
                 ring.initialize()
         cute.arch.mbarrier_init_fence()
+
+    def free(self, cta: Cta):
+        """Tensor memory, by the warp that allocated it."""
+        tensor_memory.free(cta.tensor, self.config.tensor_columns, self.config.ctas)
 
     def load(self, cta: Cta):
         """The load warp."""

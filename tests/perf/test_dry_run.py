@@ -1,7 +1,6 @@
 """gpu-check's plan on a machine without a GPU: all of it is walked, with the simulator in the place of the GPU."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import cute_fa
 from cute_fa.engine import recording
 from cute_fa.tools.inputs import make_inputs
-from perf.gpu_check import dry_run
+from perf.__main__ import main
+from perf.gpu_check import dry_run, steps
 from perf.gpu_check.steps import Plan
 from perf.gpu_check.sweep import WORKLOADS
 from perf.workload import Workload
@@ -22,26 +23,54 @@ from tests.perf.test_gpu_check import results_of
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: gpu-check itself runs")
-def test_the_whole_plan_is_walked(tmp_path):
-    out, keys = tmp_path / "out", tmp_path / "kernels.keys"
-    command = [sys.executable, "-m", "perf", "gpu-check", "--dry-run", "sm_90a", "--minutes", "20", "--out", str(out)]
-    environment = {**os.environ, "CUTE_FA_RECORD_KEYS": str(keys), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:]
-    results = results_of(out / "summary.md")
-    sanitized = {name for name in results if "check " in name}
-    assert {results[name] for name in sanitized} == {"not run"}
-    assert {result for name, result in results.items() if name not in sanitized} == {"ok"}
-    # Every test got as far as a launch, but for those that are named; none failed.
-    log = (out / "tests.log").read_text()
-    assert "SKIPPED" in log and "PASSED" not in log and "FAILED" not in log
-    configs = [recording.config_of(line) for line in keys.read_text().splitlines()]
-    families = {type(config).__module__.rpartition(".")[0] for config in configs}
-    assert families >= {f"fa2_sm80.{part}" for part in ("forward", "split", "backward", "append")} | {
-        "fa3_sm90.forward"
-    }
-    assert {config.arch.value for config in configs} == {"sm_90a"} and len(configs) > 250
+@pytest.fixture
+def walk(tmp_path, monkeypatch):
+    """Walks the plan for an architecture, of the first problems only those named, which are simulated: each costs
+    seconds. Gives the log of the tests and the configs of all that was launched."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: gpu-check itself runs")
+
+    def walked(arch: str, *simulated: str) -> tuple[str, list]:
+        monkeypatch.setattr(steps, "served", lambda arch: simulated)
+        out, keys = tmp_path / "out", tmp_path / "kernels.keys"
+        monkeypatch.setenv("CUTE_FA_RECORD_KEYS", str(keys))
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        done = CliRunner().invoke(main, ["gpu-check", "--dry-run", arch, "--minutes", "20", "--out", str(out)])
+        assert done.exit_code == 0, done.output[-5000:]
+        results = results_of(out / "summary.md")
+        sanitized = {name for name in results if "check " in name}
+        assert {results[name] for name in sanitized} == {"not run"}
+        assert {result for name, result in results.items() if name not in sanitized} == {"ok"}
+        assert results.keys() >= set(simulated)
+        # Every test got as far as a launch, but for those that are named; none failed.
+        log = (out / "tests.log").read_text()
+        assert "SKIPPED" in log and "PASSED" not in log and "FAILED" not in log
+        configs = [recording.config_of(line) for line in keys.read_text().splitlines()]
+        assert {config.arch.value for config in configs} == {arch}
+        return log, configs
+
+    return walked
+
+
+def families_of(configs: list) -> set[str]:
+    return {type(config).__module__.rpartition(".")[0] for config in configs}
+
+
+def test_the_whole_plan_is_walked(walk):
+    log, configs = walk("sm_90a", "d128 causal", "backward d64, deterministic", "append")
+    kernels = {f"fa2_sm80.{part}" for part in ("forward", "split", "backward", "append")} | {"fa3_sm90.forward"}
+    assert families_of(configs) >= kernels and len(configs) > 250
+    assert "tests/fa3_sm90/test_forward.py::" in log and "tests/fa4_sm100/test_forward.py::" not in log
+
+
+def test_tests_of_kernels_run_where_the_kernels_do(walk, monkeypatch):
+    """Blackwell's alone on Blackwell."""
+    monkeypatch.setitem(steps.TESTS, "kernels", "fa3_sm90/test_forward fa4_sm100/test_forward")
+    monkeypatch.delitem(steps.TESTS, "around them")
+    monkeypatch.setattr(Plan, "_sweep", lambda plan: iter(()))
+    log, configs = walk("sm_100a", "fp8 d256, pages", "split")
+    assert families_of(configs) == {"fa4_sm100.forward", "fa2_sm80.split"}
+    assert "tests/fa4_sm100/test_forward.py::" in log and "tests/fa3_sm90/test_forward.py::" not in log
 
 
 GPU_TESTS = """

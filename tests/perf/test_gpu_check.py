@@ -178,11 +178,16 @@ def test_the_plan_is_in_an_order_of_value(monkeypatch, tmp_path):
 
 
 def test_the_plan_has_every_test_that_needs_a_gpu(tmp_path):
+    """Tests of their own, and those that a class has from one of tests/testing."""
+    shared = "".join(file.read_text() for file in (ROOT / "tests" / "testing").glob("*.py"))
+    classes = re.findall(r"^class (\w+).*\n((?:\n| +.*\n)*)", shared, re.MULTILINE)
+    inherited = "|".join(name for name, body in classes if "@pytest.mark.gpu" in body)
     marked = {
         file.relative_to(ROOT / "tests").with_suffix("").as_posix()
         for file in (ROOT / "tests").rglob("test_*.py")
-        if re.search(r"^@pytest.mark.gpu$", file.read_text(), re.MULTILINE)
+        if re.search(rf"^@pytest.mark.gpu$|^class Test\w+\((?:{inherited})\)", file.read_text(), re.MULTILINE)
     }
+    assert "fa4_sm100/test_forward" in marked
     assert {file for files in steps.TESTS.values() for file in files.split()} == marked
     run = {word for step in Plan(tmp_path).steps() if step.phase == "tests" for word in step.command}
     assert "tests/cute_fa/test_composable_kernel_grid.py" not in run

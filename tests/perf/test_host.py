@@ -14,6 +14,7 @@ from cute_fa.semantics.types import SmArch
 from perf import host
 from perf.__main__ import main
 from perf.host import Figure, call_figures, compile_figures, import_figures, microseconds
+from perf.static import fa4_target
 
 
 def test_idle_launches_run_nothing():
@@ -81,6 +82,13 @@ def test_compiles_are_of_fresh_processes(monkeypatch):
     key = ("sm_90a", "64", "1")
     turn = [("compile", *key, "0"), ("compile-fa4", *key, None), ("load", *key, "1")]
     assert calls == [("compile", *key, "1"), *turn, *turn]
+
+
+def test_a_compile_of_flash_attention_4_is_timed():
+    """For the architecture whose persistent scheduler asks for the device."""
+    off = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}
+    key = ("sm_100a", "64", "0")
+    assert 0.5 < host._process("compile-fa4", *key, environment=fa4_target(SmArch.SM_100A) | off) < 60
 
 
 def test_imports_are_of_fresh_processes():

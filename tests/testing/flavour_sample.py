@@ -30,6 +30,9 @@ PROBLEMS = (
     "--arch sm_90a --head-dim 128 --causal --seqlen-q 8 --seqlen-k 300 --heads 4 --heads-kv 1 --page-size 64",
     "--arch sm_90a --head-dim 128 --seqlen-q 1 --seqlen-k 500 --heads 8 --heads-kv 1 --page-size 16 --num-splits 3",
     "--arch sm_90a --head-dim 128 --causal --backward --seqlen-q 130 --heads 2 --inputs peaked",
+    "--arch sm_100a --head-dim 128 --causal --alibi --seqlen-q 200 --seqlen-k 300 --heads 2 --inputs peaked --race",
+    "--arch sm_100a --head-dim 256 --softcap 20 --sink 3 --window 40 9 --seqlen-q 300 --heads 1 --inputs peaked",
+    "--arch sm_100a --head-dim 64 --dtype e4m3 --seqlen-q 150 --seqlen-k 300 --heads 4 --heads-kv 2 --page-size 16",
 )
 
 
