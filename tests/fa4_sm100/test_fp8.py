@@ -4,6 +4,7 @@ with its keys contiguous."""
 import dataclasses
 import math
 
+import pytest
 import torch
 
 from cute_fa.semantics.types import DType, SmArch
@@ -33,6 +34,11 @@ class TestFp8(Fp8Tests):
 
 class TestFeatures(Fp8FeatureTests):
     forward = FORWARD
+
+    @pytest.mark.parametrize("page_size", [8, 256])
+    def test_pages_give_the_bits_of_contiguous_keys(self, page_size, contiguous):
+        """The other sizes are in the grid of features."""
+        super().test_pages_give_the_bits_of_contiguous_keys(page_size, contiguous)
 
 
 class TestBlockDescales(Fp8BlockDescaleTests):
