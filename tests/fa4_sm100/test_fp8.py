@@ -10,7 +10,7 @@ import torch
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa4_sm100.forward.entry import Fa4Forward
-from tests.testing.fp8_tests import Fp8BlockDescaleTests, Fp8FeatureTests, Fp8KeyMajorTests, Fp8Tests
+from tests.testing.fp8_tests import PAIRS, Fp8BlockDescaleTests, Fp8FeatureTests, Fp8KeyMajorTests, Fp8Tests
 from tests.testing.tiled_forward import Forward
 
 FORWARD = Forward(Fa4Forward, SmArch.SM_100A)
@@ -18,6 +18,11 @@ FORWARD = Forward(Fa4Forward, SmArch.SM_100A)
 
 class TestFp8(Fp8Tests):
     forward = FORWARD
+
+    @pytest.mark.parametrize("index", range(0, len(PAIRS), 2))
+    def test_pairs_of_head_dims(self, index):
+        """Others are in the grid of features and among the shapes of ``test_forward.py``."""
+        super().test_pairs_of_head_dims(index)
 
     def test_scores_at_the_limit(self):
         """From 2^24 on 1 is no digit of a score in log2 units: P of the best key, which each query sees alone, may have
