@@ -9,8 +9,7 @@ import pytest
 import ptxsim
 from cute_fa.semantics.reference import Expected, expected
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
-from ptxsim import runtime
-from tests.testing.faults import Fault, plan
+from tests.testing.faults import Fault, changed_programs, plan
 from tests.testing.simulated import call
 
 pytestmark = pytest.mark.without_races  # what is noticed without the detector; with it: docs/mutations.md
@@ -54,9 +53,7 @@ class Victim:
 
     def ending(self, ptx: str, mode: dict) -> str | None:
         """What is wrong with a run of that PTX in the kernel's place; None if nothing is."""
-        load = runtime.load_program
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runtime, "load_program", lambda text, name: load(ptx if text == self.ptx else text, name))
+        with changed_programs(lambda text: ptx if text == self.ptx else text):
             try:
                 out, lse, _ = _launch(self.given, mode)
             except ptxsim.SimError as error:
@@ -76,9 +73,7 @@ def victim(request) -> Victim:
     spec = InputSpec(2, 392, 492, 1, 1, request.param, causal=True, seqused_k=True, lengths_k=(492, 250))
     given = make_inputs(spec, "peaked")
     texts = []
-    load = runtime.load_program
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "load_program", lambda text, name: texts.append(text) or load(text, name))
+    with changed_programs(lambda text: texts.append(text) or text):
         _launch(given, {})
     return Victim(given, expected(given.q, given.k, given.v, **given.options()), texts[-1])
 

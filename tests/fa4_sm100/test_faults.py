@@ -3,6 +3,7 @@ deadlock or a wrong result. Of the latter a sample; docs/mutations.md has all.""
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from fa4_sm100.forward.entry import Fa4Forward
 from ptxsim.mutants import KINDS
 from ptxsim.mutate import ESCAPED, read
 from tests.testing.damaged_fa4 import FAULTS, DamagedConfig
+from tests.testing.faults import changed_programs
 from tests.testing.functions import ROOT, function_of
 from tests.testing.mutations import note
 from tests.testing.scores import scored, spikes, visits
@@ -67,6 +69,16 @@ def test_a_wrong_line_is_noticed(fault):
     config = FORWARD.kernel.configure(problem_of(FORWARD.arch, given.call()))
     with pytest.raises((AssertionError, ptxsim.SimError)):
         FORWARD.check_with(DamagedConfig.like(config, fault), given)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_tensor_memory_that_is_not_given_back_is_noticed(head_dim):
+    """Of one CTA, and of a pair: so every other test holds the kernel to that."""
+    given = peaked(head_dim=head_dim, head_dim_v=head_dim, seqlen_q=256)
+    assert FORWARD.config_of(given.spec).ctas == (2 if head_dim == 256 else 1)
+    without = changed_programs(lambda ptx: re.sub(r"^.*tcgen05\.dealloc.*$", "", ptx, flags=re.MULTILINE))
+    with without, pytest.raises(ptxsim.SimError, match=r"ends without tcgen05\.dealloc of the 512 columns from 0"):
+        FORWARD.check(given)
 
 
 def test_damaged_synchronisation_is_noticed(tmp_path):

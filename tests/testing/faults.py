@@ -24,7 +24,12 @@ their place in the code, by these rules:
 """
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from unittest import mock
+
+from ptxsim import runtime
 
 ARRIVE = re.compile(r"(@!?%p\d+\s+)?mbarrier\.arrive\.shared")
 BULK_STORE = re.compile(r"cp\.async\.bulk\.tensor\S*\.global\.shared")
@@ -46,6 +51,12 @@ class Fault:
         for number, text in self.edits:
             lines[number - 1] = text
         return "\n".join(lines)
+
+
+def changed_programs(change: Callable[[str], str]) -> AbstractContextManager:
+    """Inside, launches run what ``change`` makes of a kernel's PTX."""
+    load = runtime.load_program
+    return mock.patch.object(runtime, "load_program", lambda text, name: load(change(text), name))
 
 
 def plan(ptx: str) -> list[Fault]:
