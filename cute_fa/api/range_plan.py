@@ -67,4 +67,4 @@ class RangePlan:
         blocks = ceil_div(sizes[0], shape.rows) * ceil_div(sizes[1], shape.columns)
         most = _DEFAULT_WORDS // (shape.rows * mask_words(shape.columns))
         masks = min(blocks, most if self.mask_capacity is None else self.mask_capacity)
-        return range_walk(*self._sorted[rows], *sizes, *shape, min(blocks, _DEFAULT_WORDS), 1 + masks)
+        return range_walk(*self._sorted[rows], *sizes, *shape, rows == "keys", min(blocks, _DEFAULT_WORDS), 1 + masks)
