@@ -112,7 +112,7 @@ class KeyTile:
         dq_offset: Optional[Int64] = None,
     ):
         """One query block of one head. ``masked``: a key may lie beyond the sequence, or to the right of what a query
-        sees; ``left_edge``: to the left, too. Under a range plan ``bits`` from :meth:`mask_rows` say what is hidden, and
+        sees; ``left_edge``: to the left, too. Under a range plan ``bits`` of :meth:`mask_rows` say what is hidden, and
         the block's dQ lies ``dq_offset`` bytes behind ``dq_address``."""
         c = self.config
         acc_s, acc_dp = self.scores.accumulator(), self.dprobabilities.accumulator()
