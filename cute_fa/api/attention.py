@@ -379,7 +379,7 @@ def flash_attn_varlen_func(
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     sink = None if learnable_sink is None else _widened(learnable_sink)
     # Extras by position, made in a third of the time that its own constructor takes.
-    extras = tuple.__new__(Extras, (*lengths, page_table, None, None, alibi_slopes, sink, None, None, None))
+    extras = tuple.__new__(Extras, (*lengths, page_table, None, None, alibi_slopes, sink, *[None] * 8))
     if not q_descale is k_descale is v_descale is None:
         extras = extras._replace(**_descales(q, q_descale, k_descale, v_descale))
     options = _options(

@@ -35,7 +35,8 @@ class CommonArguments(NamedTuple):
     """Dense q, out (batch, seqlen_q, heads, d), k, v (batch, seqlen_k, heads_kv, d) or, paged, (num_pages, page_size,
     heads_kv, d), lse fp32 (batch, heads, seqlen_q); packed without the batch dimension, lse (heads, total_q).
     alibi_slopes fp32 (batch or stride 0, heads), learnable_sink fp32 (heads), page_table int32 (batch, max_pages),
-    cache_batch_idx int32 (batch), which sequence of k and v, or row of page_table, is the one of the batch."""
+    cache_batch_idx int32 (batch), which sequence of k and v, or row of page_table, is the one of the batch. query_walk
+    int32: what a range plan shows (``cute_fa.device.range_walk``); q_positions, k_positions int32 (seqlen)."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -51,6 +52,9 @@ class CommonArguments(NamedTuple):
     page_table: Optional[cute.Tensor]
     cache_batch_idx: Optional[cute.Tensor]
     descales: Descales
+    query_walk: Optional[cute.Tensor]
+    q_positions: Optional[cute.Tensor]
+    k_positions: Optional[cute.Tensor]
 
     @property
     def batches(self):

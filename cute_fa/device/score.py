@@ -83,19 +83,22 @@ class Score(NamedTuple):
         return self.softmax_scale if self.softcap_exponent is None else self.softmax_scale * -4.0
 
 
-def apply_score(score: Score, scores: cute.Tensor, columns: cute.Tensor, diagonals: Optional[list[Int32]]):
-    """Softcap and ALiBi in place, on the (rows, columns) view of an accumulator.
-
-    ``columns``: static column of each register of thread 0; ``diagonals``, needed for ALiBi: i + D − j0 of each row, j0
-    the first key of the block plus the thread's own column offset, so that i + D − j = diagonal − column.
-    """
-    if score.softcap_exponent is None and score.slopes is None:
-        return
-    positions = None if score.slopes is None else [Float32(diagonal) for diagonal in diagonals]
+def distances(diagonals: list[Int32], columns: cute.Tensor) -> Distance:
+    """Along a block of keys: ``diagonals`` are i + D − j0 of each row, j0 the first key of the block plus the thread's
+    own column offset, so that i + D − j = diagonal − column; ``columns``: static column of each register of thread
+    0."""
+    positions = [Float32(diagonal) for diagonal in diagonals]
 
     def distance(r: int, c: int) -> Float32:
         return cute.math.absf(positions[r] - Float32(columns[0, c][1]))
 
+    return distance
+
+
+def apply_score(score: Score, scores: cute.Tensor, distance: Optional[Distance]):
+    """Softcap and ALiBi, for which ``distance`` is needed, in place, on the (rows, columns) view of an accumulator."""
+    if score.softcap_exponent is None and score.slopes is None:
+        return
     for r in range(cute.size(scores, mode=[0])):
         for c in range(cute.size(scores, mode=[1])):
             scores[r, c] = score.apply(scores[r, c], r, c, distance)

@@ -57,6 +57,8 @@ class TiledForward(AttentionKernel):
             ]
             refused = None if reasons else cls.promotion_objection(problem)
             reasons += [] if refused is None else [refused]
+        if problem.ranges:
+            reasons.append("a range plan: this kernel walks over none yet")
         if problem.cache_leftpad and problem.page_size is not None:
             reasons.append(f"cache_leftpad with page_size {problem.page_size}: blocks of keys start where pages do")
         if problem.pack_gqa and problem.gqa_ratio > cls.rows:

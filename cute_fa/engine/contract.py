@@ -79,6 +79,17 @@ class AppendTensors(NamedTuple):
     call: AppendCall
 
 
+class WalkTensors(NamedTuple):
+    """The tensors of one walk of a range plan. ``ranges`` int32 (n, 8) and ``classes`` int32 (CLASSES + 1), sorted and
+    clipped (``cute_fa.engine.range_plans``); ``walk`` int32, written, with room for so many entries and mask tiles."""
+
+    ranges: torch.Tensor
+    classes: torch.Tensor
+    walk: torch.Tensor
+    entry_capacity: int
+    mask_capacity: int
+
+
 @dataclass(frozen=True)
 class KernelConfig(ABC):
     """Everything that shapes the machine code of one kernel: frozen, hashable, printable; the compile cache's key.
@@ -221,8 +232,8 @@ class AttentionKernel(ABC):
     @abstractmethod
     def arguments(cls, problem: Any, config: Any, tensors: Any, num_sms: int) -> tuple:
         """Run-time arguments in the order of ``KernelConfig.build()``: torch tensors, numbers, nested tuples, None.
-        ``config``: that of :meth:`configure`; ``tensors``: AttentionTensors, BackwardTensors or AppendTensors. A
-        backward allocates what it needs besides.
+        ``config``: that of :meth:`configure`; ``tensors``: AttentionTensors, BackwardTensors, AppendTensors or
+        WalkTensors. A backward allocates what it needs besides.
 
         ``num_sms``: SMs of the device, which a persistent kernel launches its CTAs by."""
 
@@ -293,6 +304,9 @@ class CommonArguments(NamedTuple):
     page_table: Any
     cache_batch_idx: Any
     descales: Descales
+    query_walk: Any
+    q_positions: Any
+    k_positions: Any
 
 
 def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> CommonArguments:
@@ -305,7 +319,7 @@ def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> Co
     sink_tokens = problem.sink_tokens if problem.sink_tokens and left is not None else None
     bounds = (None if b is None else max(-MAX_BOUND, min(b, MAX_BOUND)) for b in (left, right, sink_tokens))
     lengths = (extras.cu_seqlens_q, extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k, extras.cache_leftpad)
-    handed_on = ("learnable_sink", "page_table", "cache_batch_idx")
+    handed_on = ("learnable_sink", "page_table", "cache_batch_idx", "query_walk", "q_positions", "k_positions")
     return CommonArguments(
         *(t.q, t.k, t.v, t.out, t.lse),
         lengths=LengthArguments(*lengths),

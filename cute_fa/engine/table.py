@@ -14,13 +14,14 @@ from cute_fa.semantics.names import dtypes_of_code, problem_name
 from cute_fa.semantics.options import options_of, rows_of
 from cute_fa.semantics.problem import AttentionProblem, default_scale
 from cute_fa.semantics.types import Direction, DType, SmArch
+from cute_fa.semantics.walk_problem import WalkProblem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cute_fa.engine.contract import AttentionKernel
 
-Problem = AttentionProblem | AppendProblem
+Problem = AttentionProblem | AppendProblem | WalkProblem
 FAMILIES = ("fa2", "fa3", "fa4")
 
 
@@ -54,10 +55,12 @@ class DispatchKey:
     dtype_k: DType | None = None
     dtype_v: DType | None = None
     out_dtype: DType | None = None
+    ranges: bool = False
 
     def __post_init__(self):
-        if self.direction is Direction.APPEND:
-            raise ArgumentError("direction=append: a key is of attention, an append is looked up by its AppendProblem")
+        if self.direction not in (Direction.FORWARD, Direction.BACKWARD):
+            rule = "a key is of attention, others are looked up by their problem"
+            raise ArgumentError(f"direction={self.direction.value}: {rule}")
         if self.paged != (self.page_size is not None):
             raise ArgumentError(f"paged={self.paged} with page_size={self.page_size}: give both or neither")
         if self.causal and self.window_right not in (None, 0):
@@ -186,7 +189,7 @@ class DispatchTable:
     def rows(self) -> Iterator[SupportRow]:
         """The support table: every architecture × direction × feature that problems of the direction have."""
         for arch in SmArch:
-            for direction in Direction:
+            for direction in (Direction.FORWARD, Direction.BACKWARD, Direction.APPEND):
                 kind, base = AttentionProblem, _ATTENTION
                 if direction is Direction.APPEND:
                     kind, base = AppendProblem, _APPEND
@@ -253,6 +256,7 @@ TABLE = DispatchTable(
         Entry("fa4_bwd", "fa4", Direction.BACKWARD, missing="no fa4_sm100 backward exists yet", **_TCGEN05),
         Entry("fa3_bwd", "fa3", Direction.BACKWARD, missing="no fa3_sm90 backward exists yet", **_WGMMA),
         Entry("fa2_append", "fa2", Direction.APPEND, target="fa2_sm80.append.entry:Fa2Append", **_ANY),
+        Entry("fa2_ranges", "fa2", Direction.PLAN, target="fa2_sm80.ranges.entry:RangeWalks", **_ANY),
         Entry("fa2_bwd", "fa2", Direction.BACKWARD, target="fa2_sm80.backward.entry:Fa2Backward", **_ANY),
     )
 )

@@ -20,6 +20,10 @@ class Extras(NamedTuple):
     its first key; ``alibi_slopes`` fp32 (heads) or (batch, heads); ``learnable_sink`` fp32 (heads); ``*_descale`` fp32
     (batch, heads_kv) or one number: what codes of fp8 q, k, v are multiplied by; those of k and v also (batch,
     heads_kv, blocks), one for each ``DESCALE_BLOCK`` keys of a sequence.
+
+    ``query_walk``, ``key_walk``, ``dq_walk``: what a range plan shows, as lists of blocks for the forward's tiles of
+    queries, the backward's of keys, and those of its kernel for dQ alone: int32, see ``cute_fa.device.range_walk``.
+    ``q_positions`` int32 (total_q), ``k_positions`` int32 (total_k): between which ALiBi's distances are.
     """
 
     cu_seqlens_q: torch.Tensor | None = None
@@ -34,6 +38,11 @@ class Extras(NamedTuple):
     q_descale: torch.Tensor | None = None
     k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
+    query_walk: torch.Tensor | None = None
+    key_walk: torch.Tensor | None = None
+    dq_walk: torch.Tensor | None = None
+    q_positions: torch.Tensor | None = None
+    k_positions: torch.Tensor | None = None
 
 
 class Options(NamedTuple):

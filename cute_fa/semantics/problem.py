@@ -54,6 +54,7 @@ BLOCK_DESCALE_ROWS: dict[str, dict[str, Any]] = {
         "v_block_descale": True,
     },
 }
+POSITIONED = ("ranges", "alibi", "q_positions", "k_positions")
 HEAD_DIM_ROWS: dict[str, dict[str, Any]] = {
     f"head_dim {size}": {"head_dim": size, "head_dim_v": size} for size in (8, 64, 128, 192, 256, 512)
 }
@@ -143,7 +144,8 @@ class AttentionProblem:
     that do not count. ``dtype`` is q's; ``dtype_k`` and ``dtype_v`` are alike by default, and others only if both are
     fp8; ``out_dtype`` is q's by default, bf16 for fp8. ``q_descale``, ``k_descale``, ``v_descale``: fp8 codes are
     multiplied by given numbers; ``k_block_descale``, ``v_block_descale``: with one for each ``DESCALE_BLOCK`` keys of a
-    sequence. ``v_layout``: which dimension of v is contiguous, "head_dim" or "key_major" for the keys.
+    sequence. ``v_layout``: which dimension of v is contiguous, "head_dim" or "key_major" for the keys. ``ranges``: a
+    range plan says which keys a query sees; ``q_positions``, ``k_positions``: between which ALiBi's distances are.
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``).
 
@@ -305,6 +307,23 @@ class AttentionProblem:
         False, flag="k_block_descale", needs="k_descale", flag_token="kblocks", rows=BLOCK_DESCALE_ROWS
     )
     v_block_descale: bool = option(False, flag="v_block_descale", needs="v_descale", flag_token="vblocks")
+    ranges: bool = option(
+        False,
+        tensor=TensorOption("query_walk"),
+        flag="ranges",
+        flag_token="ranges",
+        token="ranges",
+        key="ranges",
+        rows={"range plan": {"ranges": True}},
+    )
+    q_positions: bool = option(
+        False,
+        tensor=TensorOption("q_positions"),
+        flag="q_positions",
+        flag_token="qpos",
+        rows={"range plan, ALiBi between positions": dict.fromkeys(POSITIONED, True)},
+    )
+    k_positions: bool = option(False, tensor=TensorOption("k_positions"), flag="k_positions", flag_token="kpos")
     v_layout: str = option(
         "head_dim",
         flag="key_major_v",
@@ -362,6 +381,7 @@ class AttentionProblem:
         self._check_gradients()
         self._check_dtypes()
         self._check_v_layout()
+        self._check_ranges()
 
     def _check_sizes(self) -> None:
         if self.direction not in (Direction.FORWARD, Direction.BACKWARD):
@@ -432,6 +452,25 @@ class AttentionProblem:
         for name, given in others.items():
             if given:
                 raise ArgumentError(f"v_layout={self.v_layout!r} with {name}: it is one of dense tensors")
+
+    def _check_ranges(self) -> None:
+        if self.q_positions != self.k_positions:
+            given, missing = ("q", "k") if self.q_positions else ("k", "q")
+            raise ArgumentError(f"{given}_positions without {missing}_positions: distances are between the two")
+        if self.q_positions and not (self.ranges and self.alibi):
+            needed = "alibi_slopes" if self.ranges else "a range plan"
+            raise ArgumentError(f"q_positions without {needed}: nothing depends on positions")
+        if not self.ranges:
+            return
+        others = {name: getattr(self, name) for name in ("varlen_q", "varlen_k", "seqused_q", "seqused_k")}
+        others |= {name: getattr(self, name) for name in ("cache_batch_idx", "cache_leftpad")}
+        others |= {"page_size": self.page_size is not None, "window_left": self.window_left is not None}
+        others |= {"window_right": self.window_right is not None, "num_splits": self.num_splits > 1}
+        for name, given in others.items():
+            if given:
+                raise ArgumentError(f"{name} with a range plan: which keys a query sees, the plan alone says")
+        if self.batch != 1:
+            raise ArgumentError(f"batch={self.batch} with a range plan: it is of one packed sequence")
 
     @property
     def dtypes(self) -> tuple[DType, DType, DType]:

@@ -56,6 +56,7 @@ TORCH_DTYPES = {
 }
 DTYPES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 ALIGNMENT = 16
+POSITIONS_STEP = 512  # a multiple of every tile
 _LARGEST_LOGIT = 2.0**126  # what log2(e) and a few sums keep finite in float32
 
 
@@ -85,6 +86,7 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
         if name != "v" or not key_major:
             check_loadable(names[name], tensor)
     _check_extras(names, extras, batch, sequences, q.shape[-2])
+    _check_walks(names, extras, rows_q, rows_k)
     ragged_k = cu_seqlens_k is not None or extras.seqused_k is not None
     longest_k = _longest_k(names, rows_k, options.max_seqlen_k, ragged_k, page_size)
     _check_descales(names, call, batch, sequences, longest_k)
@@ -148,6 +150,25 @@ def _check_extras(names: ArgumentNames, extras: Extras, batch: int, sequences: s
         check_vector(names["alibi_slopes"], extras.alibi_slopes, torch.float32, *shapes, of=of_heads)
     if extras.learnable_sink is not None:
         check_vector(names["learnable_sink"], extras.learnable_sink, torch.float32, (heads,), of=of_heads)
+
+
+def _check_walks(names: ArgumentNames, extras: Extras, rows_q: int, rows_k: int) -> None:
+    """Raise the error of walks of a range plan, or positions, of another dtype or shape."""
+    for name in ("query_walk", "key_walk", "dq_walk"):
+        walk = getattr(extras, name)
+        if walk is not None:
+            check_integers(names[name], walk)
+            check_dims(names[name], walk, 1, "(words)")
+            check_contiguous_rows(names[name], walk)
+    for name, rows in (("q_positions", rows_q), ("k_positions", rows_k)):
+        positions = getattr(extras, name)
+        if positions is not None:
+            check_vector(names[name], positions, torch.int32, (positions_held(rows),), of=f"{rows} rows")
+
+
+def positions_held(rows: int) -> int:
+    """How many positions kernels may read, of so many rows: those of whole tiles."""
+    return -(-rows // POSITIONS_STEP) * POSITIONS_STEP
 
 
 def _has_blocks(descale: torch.Tensor | None) -> bool:

@@ -81,6 +81,7 @@ class Direction(Enum):
     FORWARD = "fwd"
     BACKWARD = "bwd"
     APPEND = "append"
+    PLAN = "plan"
 
 
 class MaskKind(Enum):

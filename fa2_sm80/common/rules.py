@@ -32,6 +32,8 @@ def objections(
             reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")
         if problem.pack_gqa and problem.gqa_ratio > 1:
             reasons.append("pack_gqa: this kernel's tiles hold the queries of one head")
+    elif problem.ranges:
+        reasons.append("a range plan: its masks are of whole tiles of queries, this kernel's tiles hold any rows")
     if problem.direction is Direction.BACKWARD:
         indexed = {"cache_batch_idx": problem.cache_batch_idx, "cache_leftpad": problem.cache_leftpad}
         reasons += [f"{name}: a cache has no gradient" for name, given in indexed.items() if given]

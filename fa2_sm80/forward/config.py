@@ -34,6 +34,11 @@ class Fa2ForwardConfig(FeatureConfig):
         return 2 * (self.tile_m // (16 * self.num_warps))
 
     @property
+    def walk_shape(self) -> tuple[int, int]:
+        """Rows and columns of a tile, of a range plan's walk."""
+        return self.tile_m, self.tile_n
+
+    @property
     def smem_bytes(self) -> int:
         """Q (reused by O), and K and V of every stage."""
         return self.dtype.bytes * _smem_elements(self, self.head_dim_padded, self.head_dim_v_padded)

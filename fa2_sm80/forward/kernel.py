@@ -7,12 +7,15 @@ V blocks flow through shared memory by cp.async in a ring of ``stages`` blocks e
 from functools import partial
 
 import cutlass.cute as cute
-from cutlass import const_expr
+from cutlass import Int32, const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_fa.device.block_range import block_range
+from cute_fa.device.arguments import CommonArguments
+from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.range_walk import BlockList, RangeWalk, poisoned
 from cute_fa.device.score import Score
+from cute_fa.device.seqlen import SeqlenInfo
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, SmemTiles, TileLoader, store_tile
 from fa2_sm80.common.heads import head_matrix, head_row
 from fa2_sm80.common.walk import walk
@@ -51,7 +54,7 @@ class Fa2ForwardKernel:
         m_start = m_block * c.tile_m
 
         if m_start < info.rows_q:
-            blocks = block_range(args.common.window, info.seqlen_q, info.seqlen_k, m_start, c.tile_m, c.tile_n)
+            blocks = self.blocks(args.common, info, m_block)
             q = head_matrix(args.common.q, head, batch, info.offset_q, c.cu_seqlens_q)
             key_batch = args.common.key_batch(batch)
             k, v = (
@@ -66,7 +69,9 @@ class Fa2ForwardKernel:
             slopes = (args.common.alibi_slopes[batch, head],) * c.rows_per_thread if const_expr(c.alibi) else None
             score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
 
-            tile = QueryTile(c, tidx, smem, info, m_start, args.common.window, score)
+            tile = QueryTile(c, tidx, smem, info, m_start, args.common, score)
+            if const_expr(c.ranges):
+                tile.acc.fill(poisoned(blocks))
             pipeline = KeyValuePipeline(c.stages, load_k, load_v, blocks, args.common.window, info.seqlen_k, c.tile_n)
             load_queries = load_q.load
             if blocks.total > 0:
@@ -91,6 +96,13 @@ class Fa2ForwardKernel:
             cute.arch.sync_threads()
             store_tile(smem.out, out, m_block, info.rows_q - m_block * c.tile_m, c.head_dim_v, tidx, c.num_threads)
 
+    def blocks(self, common: CommonArguments, info: SeqlenInfo, m_block: Int32) -> BlockRange | BlockList:
+        """The key blocks of a tile of queries."""
+        c = self.config
+        if const_expr(c.ranges):
+            return RangeWalk.of(common.query_walk, info.seqlen_q, c.tile_m).blocks(m_block)
+        return block_range(common.window, info.seqlen_q, info.seqlen_k, m_block * c.tile_m, c.tile_m, c.tile_n)
+
     def smem_tiles(self) -> SmemTiles:
         """Q and O share their memory: O is written when no warp needs Q any more."""
         c = self.config
@@ -112,7 +124,7 @@ class Fa2ForwardKernel:
     @cute.jit
     def tile(self, args: ForwardArguments):
         """(m_block, head, batch) of this CTA. The query tiles of a head are neighbours, for its K and V in L2; under a
-        right bound the last tile has the most keys and goes first."""
+        right bound the last tile has the most keys and goes first, under a range plan the one with the most blocks."""
         c = self.config
         index, _, _ = cute.arch.block_idx()
         m_blocks = cute.ceil_div(args.seqlen_q, c.tile_m)
@@ -120,6 +132,8 @@ class Fa2ForwardKernel:
         m_block = index % m_blocks
         if const_expr(c.window_right):
             m_block = m_blocks - 1 - m_block
+        if const_expr(c.ranges):
+            m_block = RangeWalk.of(args.common.query_walk, args.seqlen_q, c.tile_m).tile(m_block)
         return m_block, index // m_blocks % heads, index // m_blocks // heads
 
 

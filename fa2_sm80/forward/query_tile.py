@@ -5,12 +5,15 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
 from cutlass.cute.nvgpu import warp
 
+from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
-from cute_fa.device.score import Score, apply_score
+from cute_fa.device.positions import distances_between, row_positions
+from cute_fa.device.range_walk import BlockList, hidden_columns, hide
+from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
-from cute_fa.device.visibility import Window, mask_scores
+from cute_fa.device.visibility import mask_scores
 from fa2_sm80.common.copies import FragmentLoader, SmemTile, SmemTiles, lane_offset
 from fa2_sm80.forward.config import Fa2ForwardConfig
 from fa2_sm80.forward.key_value_pipeline import KeyValuePipeline
@@ -26,11 +29,11 @@ class QueryTile:
         smem: SmemTiles,
         info: SeqlenInfo,
         m_start: Int32,
-        window: Window,
+        common: CommonArguments,
         score: Score,
     ):
         self.config, self.dtype = config, CUTE_DTYPE[config.dtype]
-        self.info, self.window, self.score = info, window, score
+        self.info, self.window, self.score = info, common.window, score
         warps, tile_m, tile_n = config.num_warps, config.tile_m, config.tile_n
         mma = cute.make_tiled_mma(warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16)), (warps, 1, 1))
         thread = mma.get_slice(tidx)
@@ -55,6 +58,10 @@ class QueryTile:
         self.column_offset = own[0, 0][1]
         self.rows = [own[r, 0][0] for r in range(cute.size(own, mode=[0]))]
         self.m_start = m_start
+        self.positions = None
+        if config.q_positions:
+            self.positions = row_positions(common.q_positions, m_start, self.rows)
+            self.key_positions = common.k_positions
         self.softmax = OnlineSoftmax(len(self.rows), score.scale_log2)
 
     @cute.jit
@@ -69,6 +76,9 @@ class QueryTile:
         acc_s = cute.make_rmem_tensor(self.score_shape, Float32)
         acc_s.fill(0.0)
         stage = pipeline.stage(iteration)
+        bits = None
+        if const_expr(self.config.ranges and right_edge):  # on their way while the scores are computed
+            bits = self.mask_rows(pipeline.blocks, iteration)
         pipeline.wait_k(iteration, right_edge)
         for k in cutlass.range_constexpr(0, self.config.head_dim_padded, 16):
             rQ = self.mma.make_fragment_A(self.shape_q)
@@ -79,7 +89,11 @@ class QueryTile:
                 self.load_k.load(cute.recast_tensor(rK, Uint32), 0, 16 * n, k, stage)
                 self.multiply(acc_s, rQ[None, None, 0], rK, n)
         scores = rows_and_columns(acc_s)
-        self.modify_and_mask(scores, pipeline.blocks.block(iteration, self.window), right_edge, left_edge)
+        block = pipeline.blocks.block(iteration, self.window)
+        if const_expr(self.config.ranges):
+            self.modify_and_hide(scores, block, bits)
+        else:
+            self.modify_and_mask(scores, block, right_edge, left_edge)
         pipeline.wait_v(iteration)
         self.softmax.update(scores, self.acc_rows, right_edge or left_edge)
         probabilities = cute.make_rmem_tensor_like(acc_s, self.dtype)
@@ -110,10 +124,30 @@ class QueryTile:
             first_key = block * self.config.tile_n + self.column_offset
             diagonal = self.info.seqlen_k - self.info.seqlen_q + self.m_start - first_key
             diagonals = [diagonal + row for row in self.rows]
-        apply_score(self.score, scores, self.columns, diagonals)
+        apply_score(self.score, scores, distances(diagonals, self.columns) if const_expr(self.config.alibi) else None)
         if const_expr(masked):
             keys_left = self.info.seqlen_k - first_key
             mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, right_edge, left_edge)
+
+    def mask_rows(self, blocks: BlockList, iteration: Int32) -> list[cute.Tensor]:
+        """The bits of a masked block for the thread's rows."""
+        c = self.config
+        return [blocks.mask_row(iteration, row, c.tile_m, c.tile_n) for row in self.rows]
+
+    @cute.jit
+    def modify_and_hide(self, scores: cute.Tensor, block: Int32, bits: cutlass.Constexpr):
+        """The same under a range plan; ``bits`` of :meth:`mask_rows`, None where all is seen."""
+        distance = None
+        if const_expr(self.config.alibi):
+            first_key = block * self.config.tile_n + self.column_offset
+            if const_expr(self.positions is not None):
+                columns = [self.columns[0, c][1] for c in range(cute.size(scores, mode=[1]))]
+                distance = distances_between(self.positions, self.key_positions, first_key, columns)
+            else:
+                distance = distances([self.m_start + row - first_key for row in self.rows], self.columns)
+        apply_score(self.score, scores, distance)
+        if const_expr(bits is not None):
+            hide(scores, self.columns, [hidden_columns(of_row, self.column_offset) for of_row in bits])
 
     @cute.jit
     def store_lse(self, lse: cute.Tensor, target: cute.Tensor, info: SeqlenInfo, m_start: Int32):

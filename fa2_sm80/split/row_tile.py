@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
 from cute_fa.device.registers import narrow
-from cute_fa.device.score import Score, apply_score
+from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.device.visibility import Window, mask_scores
@@ -77,7 +77,7 @@ class RowTile:
         scores = rows_and_columns(acc)
         first_key = ring.blocks.block(iteration, self.window) * self.config.tile_n + self.place.column
         diagonals = [self.info.seqlen_k - self.info.seqlen_q + query - first_key for query in self.queries]
-        apply_score(self.score, scores, self.columns, diagonals)
+        apply_score(self.score, scores, distances(diagonals, self.columns) if const_expr(self.config.alibi) else None)
         keys_left = self.info.seqlen_k - first_key
         mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, right_edge, left_edge)
         self.softmax.update(scores, rows_and_columns(self.acc), True)

@@ -9,7 +9,7 @@ from cute_fa.device.forward_arguments import ForwardArguments, TmaTensors
 from cute_fa.device.fragments import share_of_columns, warpgroup_rows_and_columns
 from cute_fa.device.registers import opaque
 from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
-from cute_fa.device.score import Score, apply_score
+from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.device.tile_work import Extents, TileWork, kv_head, scheduler_of, tile_work
 from cute_fa.device.visibility import mask_scores
@@ -264,7 +264,7 @@ class Consumer:
             first_token = work.first_token + self.index * c.tokens
             diagonal = info.seqlen_k - info.seqlen_q + first_token - first_key
             diagonals = [diagonal + token for token in rows.tokens]
-        apply_score(score, self.scores, self.columns, diagonals)
+        apply_score(score, self.scores, distances(diagonals, self.columns) if const_expr(c.alibi) else None)
         if const_expr(masked):
             keys_left = info.seqlen_k - first_key
             mask_scores(
