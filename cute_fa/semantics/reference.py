@@ -116,13 +116,13 @@ class _RangePlan(NamedTuple):
         """Of q and k (1, rows, heads, head_dim); None without ranges."""
         if q_ranges is None:
             return None
-        arrays: Any = [None if t is None else t.cpu().numpy() for t in (q_ranges, k_ranges, attn_type_map)]
-        visible = torch.from_numpy(HostRanges(*arrays, total_q=q.shape[1], total_k=k.shape[1]).mask()).to(q.device)
+        given: Any = [None if t is None else t.cpu().numpy() for t in (q_ranges, k_ranges, attn_type_map)]
+        host = HostRanges(given[0], given[1], given[2], q.shape[1], k.shape[1])
         of_q, of_k = (
             torch.arange(t.shape[1], device=q.device) if given is None else given
             for t, given in ((q, q_positions), (k, k_positions))
         )
-        return cls(visible, of_q, of_k)
+        return cls(torch.from_numpy(host.mask()).to(q.device), of_q, of_k)
 
 
 class _Span(NamedTuple):
