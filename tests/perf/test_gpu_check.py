@@ -26,7 +26,7 @@ from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import ArgumentError, BundleError, CompilerMissingError
 from cute_fa.semantics.types import Direction, SmArch
-from cute_fa.tools.cli import _config_of
+from cute_fa.tools.cli import _configs_of
 from cute_fa.tools.cli import main as cute_fa_main
 from cute_fa.tools.tour import layers_of
 from cute_fa.tools.trial import problem_of_spec
@@ -222,10 +222,11 @@ def test_a_pack_has_what_no_dry_run_comes_to(arch, tmp_path):
     """Both kernels of a backward, the tour, and the problems of tests that ask the GPU something before they launch."""
     keys = tmp_path / "keys"
     keys.write_text(pack._not_walked(arch))
-    packed = read_keys(keys, _config_of)
+    packed = read_keys(keys, _configs_of)
     needed = [f"--arch {arch} {problem}".split() for problem in steps.SANITIZED]
     needed += [[word for word in line if word != "--backward"] for line in needed]
-    needed = [_config_of(line) for line in [*needed, ["--arch", arch, "--causal"]]]  # test_cli's
+    needed.append(["--arch", arch, "--causal"])  # test_cli's
+    needed = [config for line in needed for config in _configs_of(line)]
     plain = replace(FULL, alibi=False, learnable_sink=False)
     specs = [SERVED, plain, Workload(heads=4, heads_kv=2, seqlen=512, tokens=1024, causal=True).spec()]
     specs += [layer.spec(layer.length) for layer in layers_of(SmArch(arch))]
