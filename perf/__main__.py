@@ -24,6 +24,7 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 from perf import cuda_driver
 from perf import flavours as dsl_flavours
 from perf.device import Clocks, CudaDevice
+from perf.plans import PLANS
 from perf.providers import PROVIDERS, CuteFa
 from perf.results import ResultFile, read_results, result_path, speed_table
 from perf.sass import add_per_score, assemble_ptx, report_cubin
@@ -316,6 +317,9 @@ def _grid_options(command):
         "--lengths": dict(type=click.Choice(LENGTHS), default=["dense"], help="All equal, or drawn; see Workload."),
         "--page-size": dict(type=_OrNone(), default=["none"]),
         "--phase": dict(type=click.Choice(["prefill", "decode"]), default=["prefill"]),
+        "--plan": dict(
+            type=click.Choice(["none", *PLANS]), default=["none"], help="Ranges of a sequence; see perf.plans."
+        ),
     }
     for name, options in reversed(choices.items()):
         command = click.option(name, multiple=True, show_default=True, **options)(command)
@@ -534,6 +538,7 @@ def _workloads(tokens: int, **given: Any) -> list[Workload]:
         window=given["window"],
         lengths=given["lengths"],
         page_size=given["page_size"],
+        plan=[None if name == "none" else name for name in given["plan"]],
         seqlen=given["seqlen"],
         tokens=[tokens],
     )

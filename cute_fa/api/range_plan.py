@@ -137,6 +137,11 @@ class RangePlan:
                 self._check_room(walk, rows, shape)
         return walk
 
+    @property
+    def walks_made(self) -> list[tuple[str, tuple[int, int]]]:
+        """Arguments of :meth:`walk` that it has kept the walks of."""
+        return [(rows, shape) for rows, shape, _ in self._walks]
+
     def _make_walk(self, rows: str, shape: WalkShape) -> torch.Tensor:
         of_rows = self._sorted.get(rows)
         if of_rows is None:

@@ -23,7 +23,7 @@ from cute_fa import engine
 from cute_fa.engine import plan, worlds
 from cute_fa.semantics import reference
 from cute_fa.semantics.types import Direction, SmArch
-from cute_fa.tools.inputs import make_inputs, output_gradients
+from cute_fa.tools.inputs import output_gradients
 from ptxsim.posing import posing
 
 # What a torch without CUDA, or without a GPU, says where it is asked for a graph or a generator of the device.
@@ -122,7 +122,7 @@ def launch_once(workload: Any, arch: str) -> None:
     """What a sweep launches of ours for a workload."""
     from perf.providers import CuteFa
 
-    inputs = make_inputs(workload.spec(), "random", poison=False)
+    inputs = workload.inputs("random")
     with dry_gpu(arch):
         attention = CuteFa().prepare(inputs)
         if workload.direction is Direction.FORWARD:
