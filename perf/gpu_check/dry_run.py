@@ -20,6 +20,7 @@ import torch
 
 import ptxsim
 from cute_fa import engine
+from cute_fa.api import ranges
 from cute_fa.engine import plan, worlds
 from cute_fa.semantics import reference
 from cute_fa.semantics.types import Direction, SmArch
@@ -67,7 +68,7 @@ def dry_gpu(arch: str) -> Iterator[_Unlaunched]:
         stack.enter_context(mock.patch.object(plan, "compiled", lambda config: kernel))
         stack.enter_context(mock.patch.object(worlds, "_gpu", lambda index: target))
         # Operators that were registered before the pose see through it.
-        for module in (engine.attention, engine.append, engine.autograd):
+        for module in (engine.attention, engine.append, engine.autograd, engine.range_plans, ranges):
             stack.enter_context(mock.patch.object(module, "target_of", lambda device: target))
         # Plans keep the kernel that they were made with, and know nothing of this GPU.
         known = dict(plan.PLANS)
