@@ -1,4 +1,4 @@
-"""range_attention and RangePlan: paths, errors, figures, torch.compile. Each kernel's folder has tests of its numbers."""
+"""range_attention and RangePlan: paths, errors, figures, torch.compile. The kernels' folders have tests of numbers."""
 
 import math
 
