@@ -35,6 +35,7 @@ SANITIZED = (
     "--head-dim 256 --batch 1 --heads 1 --seqlen-q 130 --seqlen-k 70",
     "--head-dim 128 --batch 2 --heads 8 --heads-kv 2 --seqlen-q 4 --seqlen-k 500 --causal --page-size 16",
     "--head-dim 64 --batch 2 --heads 4 --heads-kv 2 --seqlen-q 200 --causal --backward",
+    "--head-dim 64 --heads 2 --seqlen-q 200 --ranges 9 --backward",
 )
 # Files with tests marked gpu, in an order of value. composable_kernel's grid, 6144 runs, is for machines of one's own.
 TESTS = {

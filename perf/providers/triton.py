@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import itertools
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -36,13 +37,18 @@ class FlexAttention(Provider):
     def prepare(self, inputs: Inputs) -> Attention:
         if inputs.page_table is not None or inputs.seqused_k is not None:
             raise Unavailable("a cache with lengths or pages has no FlexAttention call of its own")
-        build = partial(_mask_of_ranges, inputs, _intervals(inputs)) if inputs.q_ranges is not None else None
-        mask = _block_mask(inputs) if build is None else build()
-        attention = flex_attention
+        attention, make_mask, build = flex_attention, create_block_mask, None
         if inputs.q.is_cuda:
             # each problem has its own code: forgotten ones must not count against torch's limit of recompilations
             torch.compiler.reset()
             attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+            make_mask = torch.compile(create_block_mask, dynamic=False)
+        if inputs.q_ranges is None:
+            mask = _block_mask(inputs)
+        else:
+            rows_q, rows_k, device = inputs.q.shape[1], inputs.k.shape[1], inputs.q.device
+            build = partial(make_mask, _sees(_intervals(inputs)), None, None, rows_q, rows_k, device=device)
+            mask = build()
         grouped = inputs.spec.heads != inputs.spec.heads_kv
         layout = HEADS_FIRST if inputs.cu_seqlens_q is None else _PACKED
         return Attention(lambda q, k, v: attention(q, k, v, block_mask=mask, enable_gqa=grouped), layout, build)
@@ -72,16 +78,16 @@ def _block_mask(inputs: Inputs) -> BlockMask | None:
     return create_block_mask(visible, None, None, rows_q, rows_k, device=inputs.q.device)
 
 
-def _mask_of_ranges(inputs: Inputs, intervals: list[tuple[torch.Tensor, torch.Tensor]]) -> BlockMask:
+def _sees(intervals: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    """Whether a key is in one of a query's intervals."""
+
     def visible(batch, head, query, key):
         seen = key < 0
         for start, stop in intervals:
             seen = seen | ((key >= start[query]) & (key < stop[query]))
         return seen
 
-    device = inputs.q.device
-    rows_q, rows_k = inputs.q.shape[1], inputs.k.shape[1]
-    return create_block_mask(visible, None, None, rows_q, rows_k, device=device, _compile=inputs.q.is_cuda)
+    return visible
 
 
 def _intervals(inputs: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -6,6 +6,7 @@ import dataclasses
 from functools import cache
 
 import pytest
+from click.testing import CliRunner
 
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.flavour import active
@@ -13,6 +14,7 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 from fa2_sm80.forward.entry import Fa2Forward
 from fa3_sm90.forward.entry import Fa3Forward
 from fa4_sm100.forward.entry import Fa4Forward
+from perf.__main__ import main
 from perf.sass import report_cubin
 from perf.static import COLUMNS, StaticKey, fa4_reports, range_row, static_table, table_row
 from perf.static import our_report as compile_report
@@ -277,3 +279,16 @@ def test_table_puts_peers_beside_ours(arch, per_score, instructions, stall):
     assert ours.setmaxnreg == report.setmaxnreg
     assert (ours.stall, ours.cond_stall) == (report.main_loop.stall_sum, report.main_loop.conditional_stall)
     assert ours.serialised is False
+
+
+def test_the_command_compares_range_plans():
+    done = CliRunner().invoke(main, ["static", "--ranges", "--arch", "sm_80", "--head-dim", "64", "--markdown"])
+    assert done.exit_code == 0, done.output
+    header, _, *rows = (line.strip("| ").split(" | ") for line in done.output.splitlines() if line.startswith("|"))
+    assert [row[:3] for row in rows] == [["sm_80", direction, "d64 full"] for direction in ("fwd", "bwd")]
+    row = range_row(StaticKey(SmArch.SM_80, 64, False))
+    assert list(row) == header and rows[0][3:] == [f"{row[name]:g}" for name in header[3:]]
+    dense, ranges = (our_report(StaticKey(SmArch.SM_80, 64, False, ranges=given)).main_loop for given in (False, True))
+    assert row["dense"] == pytest.approx(dense.per_score + dense.copy_per_score)
+    assert row["ranges"] == pytest.approx(ranges.per_score + ranges.copy_per_score) != row["dense"]
+    assert row["percent"] == round(100 * (row["ranges"] / row["dense"] - 1), 1)
