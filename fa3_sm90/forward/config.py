@@ -105,9 +105,15 @@ class Fa3ForwardConfig(FeatureConfig):
         return self.tokens * self.warpgroups
 
     @property
-    def right_edge_blocks(self) -> int:
-        """Most key blocks that a tile's right edge meets: its tokens' last visible keys lie side by side."""
-        return -(-(self.tile_n + self.tile_tokens - 2) // self.tile_n)
+    def walk_shape(self) -> tuple[int, int]:
+        """Rows and columns of a tile, of a range plan's walk."""
+        return self.tile_tokens, self.tile_n
+
+    @property
+    def single_edge_step(self) -> bool:
+        """Whether a tile's right edge meets two key blocks at most: its tokens' last visible keys lie side by side. A
+        range plan's masks lie anywhere."""
+        return not self.ranges and -(-(self.tile_n + self.tile_tokens - 2) // self.tile_n) <= 2
 
     @property
     def key_rows(self) -> int:
