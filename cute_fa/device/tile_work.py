@@ -3,6 +3,7 @@
 from typing import NamedTuple, Optional
 
 import cutlass
+import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from cute_fa.device.arguments import CommonArguments
@@ -51,7 +52,7 @@ def scheduler_of(common: CommonArguments, grid: TileGrid, config, handout: Optio
     window_right, ranges, persistent and tile_tokens. Under a range plan an m_block says which tile of rows by its place
     among those that have blocks, the last one being the longest."""
     if const_expr(config.ranges):
-        grid = grid._replace(m_blocks=walk_of(common, config).filled)
+        grid = grid._replace(m_blocks=cute.arch.make_warp_uniform(walk_of(common, config).filled))
     return make_scheduler(
         grid,
         longest_first=config.window_right or config.ranges,

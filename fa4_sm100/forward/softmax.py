@@ -22,9 +22,9 @@ from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.exponentials import emulated_exp2, max_with_nan
 from cute_fa.device.positions import distances_between, row_positions
 from cute_fa.device.range_walk import hidden_columns
-from cute_fa.device.registers import e4m3_word, narrow_pair, product_rounded_up, sum_rounded_up
+from cute_fa.device.registers import e4m3_word, narrow_pair, opaque, product_rounded_up, sum_rounded_up
 from cute_fa.device.ring import RingState, ring_next, ring_start
-from cute_fa.device.score import Score
+from cute_fa.device.score import Distance, Score
 from cute_fa.device.softmax import E4M3, WIDE, finite
 from cute_fa.device.tile_work import TileWork, kv_head
 from cute_fa.device.visibility import hidden_keys
@@ -178,36 +178,45 @@ class Softmax:
         masked = right_edge or left_edge
         if not (masked or c.alibi or c.softcap):
             return None
-        window, distance, hidden = self.common.window, None, None
+        window, distances, hidden = self.common.window, None, None
         if masked or c.alibi:
             first_key = work.blocks.block(iteration, window) * c.tile_n
             token = self.cta.first_token(work, self.index) + self.row.token
             diagonal = token - first_key if c.ranges else info.seqlen_k - info.seqlen_q + token - first_key
         if c.q_positions:
-            own = row_positions(self.common.q_positions, token, [0])
+            distances = self.distances_between(token, first_key)
         elif c.alibi:
-            position = Float32(diagonal)
-
-            def distance(r: int, column: int) -> Float32:
-                return cute.math.absf(position - Float32(column))
-
+            distances = self.distances(Float32(diagonal))
         if bits is not None:
             hidden = hidden_columns(bits, Int32(0))
         elif masked:
             hidden = hidden_keys(window, diagonal, first_key, info.seqlen_k - first_key, left_edge, right_edge)
 
         def modify(values: list[Float32], first: int) -> list[Float32]:
-            apart, start = distance, first
-            if c.q_positions:
-                columns = range(first, first + len(values))
-                apart, start = distances_between(own, self.common.k_positions, first_key, columns), 0
-            values = [score.apply(value, 0, start + i, apart) for i, value in enumerate(values)]
+            distance = None if distances is None else distances(range(first, first + len(values)))
+            values = [score.apply(value, 0, i, distance) for i, value in enumerate(values)]
             if hidden is None:
                 return values
             lowest = Float32(-Float32.inf)
             return [cutlass.select_(hidden(first + i), lowest, value) for i, value in enumerate(values)]
 
         return modify
+
+    def distances(self, diagonal: Float32) -> Callable[[range], Distance]:
+        """ALiBi's distances along columns, of a row at ``diagonal`` from the first of a block."""
+        ranges = self.config.ranges
+
+        def along(columns: range) -> Distance:
+            # opaque, so that they are not kept from the first look at the scores to the second: 150 spilled accesses
+            position = opaque(diagonal) if ranges else diagonal
+            return lambda r, c: cute.math.absf(position - Float32(columns[c]))
+
+        return along
+
+    def distances_between(self, token: Int32, first_key: Int32) -> Callable[[range], Distance]:
+        """The same between positions that the caller gives."""
+        own, keys = row_positions(self.common.q_positions, token, [0]), self.common.k_positions
+        return lambda columns: distances_between(own, keys, first_key, list(columns))
 
     @cute.jit
     def advance(
