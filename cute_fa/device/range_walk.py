@@ -18,7 +18,7 @@ words.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -49,12 +49,23 @@ class BlockList(NamedTuple):
         """Block of columns of an iteration."""
         return self.walk[self.first_entry + iteration]
 
-    def mask_row(self, iteration: Int32, row: Int32, tile_rows: int, tile_columns: int) -> cute.Tensor:
-        """What the row of the tile sees of a masked iteration's block, :func:`mask_words` registers of bits. The first
-        iteration may be asked for where it has no mask, too."""
+    def mask_row(
+        self,
+        iteration: Int32,
+        row: Int32,
+        tile_rows: int,
+        tile_columns: int,
+        first_column: Optional[Int32] = None,
+        columns: int = 0,
+    ) -> cute.Tensor:
+        """What the row of the tile sees of a masked iteration's block, registers of bits: of all columns, or of the
+        words in which ``columns`` lie from ``first_column``, a multiple of them, on. The first iteration may be asked
+        for where it has no mask, too."""
         words = mask_words(tile_columns)
         mask = cutlass.select_(self.masked > iteration, self.first_mask + iteration, Int32(0))
         start = self.walk[Header.MASKS] + (mask * tile_rows + row) * words
+        if first_column is not None:
+            words, start = mask_words(columns), start + first_column // 32
         bits = cute.make_rmem_tensor(words, Int32)
         copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Int32, num_bits_per_copy=min(128, 32 * words))
         pointer = (self.walk.iterator + start).align(min(16, 4 * words))

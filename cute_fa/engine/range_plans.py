@@ -115,13 +115,15 @@ def _range_walk(
     columns: int,
     tile_rows: int,
     tile_columns: int,
+    whole_tiles: bool,
     entry_capacity: int,
     mask_capacity: int,
 ) -> torch.Tensor:
     target = target_of(ranges.device)
-    key = ("range_walk", target, signatures((ranges, classes)), rows, columns, tile_rows, tile_columns)
-    plan = plan_of((*key, entry_capacity, mask_capacity), _make_plan, target, rows, columns, tile_rows, tile_columns)
-    walk = _fake(ranges, classes, rows, columns, tile_rows, tile_columns, entry_capacity, mask_capacity)
+    problem = WalkProblem(target.arch, tile_rows, tile_columns, rows, columns, whole_tiles)
+    key = ("range_walk", target, signatures((ranges, classes)), problem, entry_capacity, mask_capacity)
+    plan = plan_of(key, _make_plan, target, problem)
+    walk = ranges.new_empty(_words(rows, tile_rows, tile_columns, entry_capacity, mask_capacity))
     walk[: Header.WORDS] = 0
     walk[Header.MASK_TILES] = 1
     if plan.launches:
@@ -132,16 +134,21 @@ def _range_walk(
     return walk
 
 
-def _make_plan(target: Target, rows: int, columns: int, tile_rows: int, tile_columns: int) -> WalkPlan:
-    problem = WalkProblem(target.arch, tile_rows, tile_columns, rows, columns)
+def _make_plan(target: Target, problem: WalkProblem) -> WalkPlan:
     return WalkPlan(
         kind=WalkTensors,
         problem=problem,
         names=names_of(""),
         kernel=TABLE.lookup(problem),
         target=target,
-        launches=rows > 0 and columns > 0,
+        launches=problem.rows > 0 and problem.columns > 0,
     )
+
+
+def _words(rows: int, tile_rows: int, tile_columns: int, entry_capacity: int, mask_capacity: int) -> int:
+    """Of a walk's tensor."""
+    masks = mask_capacity * tile_rows * mask_words(tile_columns)
+    return masks_start(ceil_div(rows, tile_rows), entry_capacity) + masks
 
 
 def _fake(
@@ -151,17 +158,17 @@ def _fake(
     columns: int,
     tile_rows: int,
     tile_columns: int,
+    whole_tiles: bool,
     entry_capacity: int,
     mask_capacity: int,
 ) -> torch.Tensor:
-    masks = mask_capacity * tile_rows * mask_words(tile_columns)
-    return ranges.new_empty(masks_start(ceil_div(rows, tile_rows), entry_capacity) + masks)
+    return ranges.new_empty(_words(rows, tile_rows, tile_columns, entry_capacity, mask_capacity))
 
 
 define(
     "range_walk",
-    "Tensor ranges, Tensor classes, SymInt rows, SymInt columns, int tile_rows, int tile_columns, "
-    "SymInt entry_capacity, SymInt mask_capacity",
+    "Tensor ranges, Tensor classes, SymInt rows, SymInt columns, int tile_rows, int tile_columns, bool "
+    "whole_tiles, SymInt entry_capacity, SymInt mask_capacity",
     "Tensor",
     _range_walk,
     _fake,

@@ -15,6 +15,7 @@ class WalkProblem:
     """What is asked of the kernel that lists the blocks of columns which tiles of rows see.
 
     ``tile_rows``, ``tile_columns``: of the kernel that will walk over them; ``rows``, ``columns``: how many there are.
+    ``whole_tiles``: rows behind the last one see nothing, and need a mask for that.
     Raises ShapeError or LengthError.
     """
 
@@ -23,6 +24,7 @@ class WalkProblem:
     tile_columns: int
     rows: int
     columns: int
+    whole_tiles: bool = False
 
     direction: ClassVar[Direction] = Direction.PLAN
     is_fp8: ClassVar[bool] = False

@@ -28,7 +28,8 @@ class Scratch(NamedTuple):
 
 class BackwardArguments(NamedTuple):
     """dout like out, dlse like lse; dq, dk, dv like q, k, v; dalibi (1 or batch, heads), dsink (1, heads).
-    ``seqlen_*``: the longest, which size the grids where sequences are packed."""
+    ``seqlen_*``: the longest, which size the grids where sequences are packed. ``key_walk``, ``dq_walk``: of a range
+    plan, for tiles of keys and for the queries of the kernel for dQ alone."""
 
     common: CommonArguments
     dout: cute.Tensor
@@ -41,6 +42,8 @@ class BackwardArguments(NamedTuple):
     scratch: Scratch
     seqlen_q: Int32
     seqlen_k: Int32
+    key_walk: Optional[cute.Tensor]
+    dq_walk: Optional[cute.Tensor]
 
     def m_blocks(self, tile_m: int):
         """Most query blocks of a sequence."""
@@ -84,4 +87,6 @@ def backward_fakes(config: Fa2BackwardConfig) -> BackwardArguments:
         ),
         seqlen_q=Int32(0),
         seqlen_k=Int32(0),
+        key_walk=optional(c.ranges, lambda: fake_vector(Int32)),
+        dq_walk=optional(c.ranges and c.deterministic, lambda: fake_vector(Int32)),
     )

@@ -94,6 +94,16 @@ class Fa2BackwardConfig(FeatureConfig):
         return _ds_in_smem(self)
 
     @property
+    def key_walk_shape(self) -> tuple[int, int]:
+        """Rows, keys, and columns, queries, of a tile, of a range plan's walk."""
+        return self.tile_n, self.tile_m
+
+    @property
+    def dq_walk_shape(self) -> tuple[int, int] | None:
+        """The same of the kernel for dQ alone: rows are queries."""
+        return None if self.query_kernel is None else (self.query_kernel.tile_m, self.query_kernel.tile_n)
+
+    @property
     def smem_bytes(self) -> int:
         """K, V, Q and dO of every stage, their LSE and D, and dSᵀ and Pᵀ where they leave the registers."""
         widths = self.head_dim_padded + self.head_dim_v_padded

@@ -37,6 +37,8 @@ class Launch(NamedTuple):
     scratch: Scratch
     seqlen_q: int
     seqlen_k: int
+    key_walk: torch.Tensor | None
+    dq_walk: torch.Tensor | None
 
 
 class Fa2Backward(AttentionKernel):
@@ -83,6 +85,8 @@ class Fa2Backward(AttentionKernel):
             scratch=_scratch(config, problem, inputs.q, seqlen_q, seqlen_k),
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
+            key_walk=inputs.extras.key_walk,
+            dq_walk=inputs.extras.dq_walk if config.deterministic else None,
         )
 
 

@@ -13,11 +13,13 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.query_range import QueryRange, query_range
+from cute_fa.device.range_walk import BlockList, RangeWalk, poisoned
 from cute_fa.device.score import Score
-from cute_fa.device.seqlen import key_rows
+from cute_fa.device.seqlen import SeqlenInfo, key_rows
 from fa2_sm80.backward.arguments import BackwardArguments, scratch_address
 from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.backward.key_tile import BackwardTiles, KeyTile
+from fa2_sm80.backward.list_pipeline import ListPipeline
 from fa2_sm80.backward.query_pipeline import QueryPipeline, StatsLoader, head_strides
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, TileLoader, store_tile
 from fa2_sm80.common.heads import head_matrix
@@ -41,7 +43,7 @@ class KeyGradientKernel:
         gqa_ratio = args.common.q.shape[-2] // args.common.k.shape[-2]
         if n_start < key_rows(args.common.lengths, batch, args.common.dense[1]):
             head = head_kv * gqa_ratio
-            blocks = query_range(args.common.window, info.seqlen_q, info.seqlen_k, n_start, c.tile_m, c.tile_n)
+            blocks = self.blocks(args, info, n_block)
             q = head_matrix(args.common.q, head, batch, info.offset_q, c.cu_seqlens_q)
             dout = head_matrix(args.dout, head, batch, info.offset_q, c.cu_seqlens_q)
             k = head_matrix(args.common.k, head_kv, batch, info.offset_k, c.cu_seqlens_k)
@@ -50,7 +52,7 @@ class KeyGradientKernel:
             smem = self.smem_tiles()
             first_tile = args.first_tile(info, batch, c.tile_m)
             stats = args.scratch.stats
-            pipeline = QueryPipeline(
+            pipeline = (ListPipeline if c.ranges else QueryPipeline)(
                 c.stages,
                 TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads),
                 TileLoader(dout, smem.dout, c.head_dim_v, tidx, c.num_threads),
@@ -71,7 +73,10 @@ class KeyGradientKernel:
 
             pipeline.prologue(load_keys)
             score = Score.of(args.common.softmax_scale, args.common.softcap)
-            tile = KeyTile(c, smem, info, n_start, args.common.window)
+            tile = KeyTile(c, smem, info, n_start, args.common)
+            if const_expr(c.ranges):
+                tile.acc_dk.fill(poisoned(blocks))
+                tile.acc_dv.fill(poisoned(blocks))
             for index in cutlass.range(gqa_ratio, unroll=1):
                 self.head(args, tile, pipeline, blocks, score, index, head + index, batch, first_tile, n_block)
 
@@ -97,7 +102,7 @@ class KeyGradientKernel:
         args: BackwardArguments,
         tile: KeyTile,
         pipeline: QueryPipeline,
-        blocks: QueryRange,
+        blocks: QueryRange | BlockList,
         score: Score,
         index: Int32,
         head: Int32,
@@ -110,8 +115,8 @@ class KeyGradientKernel:
         if const_expr(c.alibi):
             score = score.with_slopes((args.common.alibi_slopes[batch, head],) * tile.register_rows)
         if const_expr(not c.deterministic):
-            last_tile = first_tile + blocks.last_block
-            tile.dq_address[0] = scratch_address(args.scratch.dq, last_tile, head)
+            start = first_tile if const_expr(c.ranges) else first_tile + blocks.last_block
+            tile.dq_address[0] = scratch_address(args.scratch.dq, start, head)
         walk(blocks.ranges(c.window_left), partial(self.step, args, tile, pipeline, blocks, index, score))
         if const_expr(c.slopes_gradient):
             self.store_dslope(args, cute.arch.warp_reduction_sum(tile.dslope[0]), batch, head, n_block)
@@ -130,7 +135,7 @@ class KeyGradientKernel:
         args: BackwardArguments,
         tile: KeyTile,
         pipeline: QueryPipeline,
-        blocks: QueryRange,
+        blocks: QueryRange | BlockList,
         index: Int32,
         score: Score,
         iteration: Int32,
@@ -140,10 +145,24 @@ class KeyGradientKernel:
         """Wait for one query block, and add what it gives."""
         c = self.config
         stage = pipeline.wait(index, iteration)
-        tile.step(blocks.block(iteration) * c.tile_m, stage, score, masked, left_edge)
-        if const_expr(not c.deterministic):
-            tile.dq_address[0] = tile.dq_address[0] - Int64(args.scratch.dq.stride[0]) * 4
+        block = blocks.block(iteration)
+        if const_expr(c.ranges):
+            bits = tile.mask_rows(blocks, iteration) if const_expr(masked) else None
+            offset = Int64(0) if const_expr(c.deterministic) else Int64(args.scratch.dq.stride[0]) * 4 * Int64(block)
+            tile.step(block * c.tile_m, stage, score, masked, left_edge, bits, offset)
+        else:
+            tile.step(block * c.tile_m, stage, score, masked, left_edge)
+            if const_expr(not c.deterministic):
+                tile.dq_address[0] = tile.dq_address[0] - Int64(args.scratch.dq.stride[0]) * 4
         pipeline.release(index, iteration)
+
+    def blocks(self, args: BackwardArguments, info: SeqlenInfo, n_block: Int32) -> QueryRange | BlockList:
+        """The query blocks of a tile of keys."""
+        c = self.config
+        if const_expr(c.ranges):
+            return RangeWalk.of(args.key_walk, args.seqlen_k, c.tile_n).blocks(n_block)
+        n_start = n_block * c.tile_n
+        return query_range(args.common.window, info.seqlen_q, info.seqlen_k, n_start, c.tile_m, c.tile_n)
 
     def smem_tiles(self) -> BackwardTiles:
         """dK and dV leave over K and V."""
@@ -171,7 +190,11 @@ class KeyGradientKernel:
     @cute.jit
     def tile(self, args: BackwardArguments):
         """(n_block, head_kv, batch) of this CTA. The key tiles of a head are neighbours, for its Q and dO in L2;
-        under a right bound the first one has the most queries and goes first."""
+        under a right bound the first one has the most queries and goes first, under a range plan the one with the most
+        blocks."""
         index, _, _ = cute.arch.block_idx()
         n_blocks, heads_kv = cute.ceil_div(args.seqlen_k, self.config.tile_n), args.common.k.shape[-2]
-        return index % n_blocks, index // n_blocks % heads_kv, index // n_blocks // heads_kv
+        n_block = index % n_blocks
+        if const_expr(self.config.ranges):
+            n_block = RangeWalk.of(args.key_walk, args.seqlen_k, self.config.tile_n).tile(n_block)
+        return n_block, index // n_blocks % heads_kv, index // n_blocks // heads_kv

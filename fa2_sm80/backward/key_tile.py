@@ -8,12 +8,15 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.arch import inline_ptx
 
+from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
+from cute_fa.device.positions import distances_between, row_positions
+from cute_fa.device.range_walk import BlockList, hidden_columns
 from cute_fa.device.registers import narrow, opaque
 from cute_fa.device.score import Score, probabilities, score_gradients
 from cute_fa.device.seqlen import SeqlenInfo
-from cute_fa.device.visibility import Window, hidden_queries
+from cute_fa.device.visibility import hidden_queries
 from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.common.copies import ColumnPart, FragmentLoader, FragmentStore, SmemTile, lane_offset
 from fa2_sm80.common.products import WarpPlace, WarpProduct, register_column, register_row
@@ -41,17 +44,25 @@ class KeyTile:
         smem: BackwardTiles,
         info: SeqlenInfo,
         n_start: Int32,
-        window: Window,
+        common: CommonArguments,
     ):
         c, dtype = config, CUTE_DTYPE[config.dtype]
         self.config, self.dtype, self.smem = config, dtype, smem
-        self.info, self.n_start, self.window = info, n_start, window
+        self.info, self.n_start, self.window = info, n_start, common.window
 
         rows, columns = c.tile_n // c.scores.rows, c.tile_m // c.scores.columns
         place = self.place = WarpPlace(c.scores, rows, columns)
         self.scores = WarpProduct(dtype, rows, columns, c.head_dim_padded)
         self.dprobabilities = WarpProduct(dtype, rows, columns, c.head_dim_v_padded)
         self.register_rows = rows // 8
+        self.key_positions = None
+        if c.k_positions:
+            first_key = n_start + place.row
+            keys = [register_row(r) for r in range(self.register_rows)]
+            self.key_positions, self.query_positions = (
+                row_positions(common.k_positions, first_key, keys),
+                common.q_positions,
+            )
         first_query = place.first_column if const_expr(c.scores.columns > 1) else 0
         tiles = [tile for tile in smem[:-1] if tile is not None]
         row_lanes = {tile.panel: lane_offset(tile, rows_first=True) for tile in tiles}
@@ -97,13 +108,19 @@ class KeyTile:
         score: Score,
         masked: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
+        bits: cutlass.Constexpr = None,
+        dq_offset: Optional[Int64] = None,
     ):
-        """One query block of one head. ``masked``: a key may lie
-        beyond the sequence, or to the right of what a query sees; ``left_edge``: to the left, too."""
+        """One query block of one head. ``masked``: a key may lie beyond the sequence, or to the right of what a query
+        sees; ``left_edge``: to the left, too. Under a range plan ``bits`` of :meth:`mask_rows` say what is hidden, and
+        the block's dQ lies ``dq_offset`` bytes behind ``dq_address``."""
         c = self.config
         acc_s, acc_dp = self.scores.accumulator(), self.dprobabilities.accumulator()
         self.scores.add(acc_s, self.scores.from_smem(self.load_k, 0), self.load_q, stage, False)
-        distance, hidden = self.positions(m_start, masked, left_edge)
+        if const_expr(c.ranges):
+            distance, hidden = self.listed_positions(m_start, bits)
+        else:
+            distance, hidden = self.positions(m_start, masked, left_edge)
         s = rows_and_columns(acc_s)
         derivatives = probabilities(score, s, self.statistics(stage, 0), distance, hidden)
         from_v = self.dprobabilities.from_smem(self.load_v, 0)
@@ -127,7 +144,8 @@ class KeyTile:
         if const_expr(not c.deterministic):
             acc = self.dq.accumulator()
             self.dq.add(acc, self.dq.from_smem(self.load_ds, 0, transposed=True), self.load_k_rows, 0, True)
-            add_to_memory(acc, self.dq_address[0], 32 * c.queries.rows * c.queries.columns)
+            address = self.dq_address[0] if const_expr(dq_offset is None) else self.dq_address[0] + dq_offset
+            add_to_memory(acc, address, 32 * c.queries.rows * c.queries.columns)
 
     def positions(self, m_start: Int32, masked: bool, left_edge: bool):
         """|i + D − j| of a register (r, c) of Sᵀ, for ALiBi, and whether it is masked; None where not needed."""
@@ -147,6 +165,34 @@ class KeyTile:
                 hidden_queries(window, row - diagonal, first_key + row, seqlen_k, columns, left_edge)
                 for row in map(register_row, range(self.register_rows))
             ]
+
+            def hidden(r: int, c: int):
+                return hidden_in_row[r](register_column(c))
+
+        return distance, hidden
+
+    def mask_rows(self, blocks: BlockList, iteration: Int32) -> list[cute.Tensor]:
+        """The bits of a masked block of a range plan, for the thread's keys and its warp's queries."""
+        c, place = self.config, self.place
+        rows = [place.row + register_row(r) for r in range(self.register_rows)]
+        part = (place.first_column, self.scores.columns) if c.scores.columns > 1 else ()
+        return [blocks.mask_row(iteration, row, c.tile_n, c.tile_m, *part) for row in rows]
+
+    def listed_positions(self, m_start: Int32, bits):
+        """As :meth:`positions`, under a range plan: distances are |i − j|, or between given positions."""
+        distance, hidden = None, None
+        if self.key_positions is not None:
+            columns = [register_column(c) for c in range(self.scores.columns // 4)]
+            first_query = m_start + self.place.column
+            distance = distances_between(self.key_positions, self.query_positions, first_query, columns)
+        elif self.config.alibi:
+            diagonal = Float32(m_start + self.place.column - (self.n_start + self.place.row))
+
+            def distance(r: int, c: int):
+                return cute.math.absf(diagonal + float(register_column(c) - register_row(r)))
+
+        if bits is not None:
+            hidden_in_row = [hidden_columns(of_row, self.place.column % 32) for of_row in bits]
 
             def hidden(r: int, c: int):
                 return hidden_in_row[r](register_column(c))

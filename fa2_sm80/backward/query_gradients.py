@@ -13,9 +13,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
+from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
+from cute_fa.device.positions import distances_between, row_positions
+from cute_fa.device.range_walk import BlockList, RangeWalk, hidden_columns, poisoned
 from cute_fa.device.registers import narrow
 from cute_fa.device.score import Score, probabilities, score_gradients
 from cute_fa.device.seqlen import SeqlenInfo
@@ -72,12 +75,12 @@ class QueryGradientTile:
         smem: QueryGradientTiles,
         info: SeqlenInfo,
         m_start: Int32,
-        window: Window,
+        common: CommonArguments,
         score: Score,
     ):
         c, tiles, dtype = config, config.query_kernel, CUTE_DTYPE[config.dtype]
         self.config, self.dtype, self.info, self.m_start = c, dtype, info, m_start
-        self.window, self.score = window, score
+        self.window, self.score = common.window, score
         rows = tiles.tile_m // tiles.num_warps
         self.place = WarpPlace(WarpGrid(tiles.num_warps), rows, 0)
         self.scores = WarpProduct(dtype, rows, tiles.tile_n, c.head_dim_padded)
@@ -94,6 +97,11 @@ class QueryGradientTile:
         self.rows = tiles.rows_per_thread
         self.lse_log2 = cute.make_rmem_tensor(self.rows, Float32)
         self.delta = cute.make_rmem_tensor(self.rows, Float32)
+        self.query_positions = None
+        if c.q_positions:
+            queries = [register_row(r) for r in range(self.rows)]
+            self.query_positions = row_positions(common.q_positions, m_start + self.place.row, queries)
+            self.key_positions = common.k_positions
 
     @cute.jit
     def load_statistics(self, stats: cute.Tensor, first_tile: Int32, head: Int32):
@@ -120,7 +128,11 @@ class QueryGradientTile:
         block, stage = ring.blocks.block(iteration, ring.window), ring.stage(iteration)
         acc_s, acc_dp = self.scores.accumulator(), self.dprobabilities.accumulator()
         self.scores.add(acc_s, self.scores.from_smem(self.load_q, 0), self.load_k, stage, False)
-        distance, hidden = self.positions(block * self.config.query_kernel.tile_n, right_edge, left_edge)
+        n_start = block * self.config.query_kernel.tile_n
+        if const_expr(self.config.ranges):
+            distance, hidden = self.listed_positions(ring.blocks, iteration, n_start, right_edge)
+        else:
+            distance, hidden = self.positions(n_start, right_edge, left_edge)
         s = rows_and_columns(acc_s)
         derivatives = probabilities(self.score, s, lambda r, c: self.lse_log2[r], distance, hidden)
         from_dout = self.dprobabilities.from_smem(self.load_dout, 0)
@@ -155,6 +167,30 @@ class QueryGradientTile:
 
         return distance, hidden
 
+    def listed_positions(self, blocks: BlockList, iteration: Int32, n_start: Int32, masked: bool):
+        """As :meth:`positions`, under a range plan: distances are |i − j|, or between given positions."""
+        tiles = self.config.query_kernel
+        distance, hidden = None, None
+        if self.query_positions is not None:
+            columns = [register_column(c) for c in range(tiles.tile_n // 4)]
+            first_key = n_start + self.place.column
+            distance = distances_between(self.query_positions, self.key_positions, first_key, columns)
+        elif self.config.alibi:
+            diagonal = Float32(self.m_start + self.place.row - (n_start + self.place.column))
+
+            def distance(r: int, c: int):
+                return cute.math.absf(diagonal + float(register_row(r) - register_column(c)))
+
+        if masked:
+            rows = [self.place.row + register_row(r) for r in range(self.rows)]
+            bits = [blocks.mask_row(iteration, row, tiles.tile_m, tiles.tile_n) for row in rows]
+            hidden_in_row = [hidden_columns(of_row, self.place.column) for of_row in bits]
+
+            def hidden(r: int, c: int):
+                return hidden_in_row[r](register_column(c))
+
+        return distance, hidden
+
 
 class QueryGradientKernel:
     """Device code of the dQ kernel of one :class:`Fa2BackwardConfig`."""
@@ -171,7 +207,7 @@ class QueryGradientKernel:
         info = args.common.info(batch)
         m_start = m_block * tiles.tile_m
         if m_start < info.rows_q:
-            blocks = block_range(args.common.window, info.seqlen_q, info.seqlen_k, m_start, tiles.tile_m, tiles.tile_n)
+            blocks = self.blocks(args, info, m_block)
             head_kv = head // (args.common.q.shape[-2] // args.common.k.shape[-2])
             q = head_matrix(args.common.q, head, batch, info.offset_q, c.cu_seqlens_q)
             dout = head_matrix(args.dout, head, batch, info.offset_q, c.cu_seqlens_q)
@@ -190,7 +226,9 @@ class QueryGradientKernel:
             ring.prologue(Int32(0))
             slopes = (args.common.alibi_slopes[batch, head],) * tiles.rows_per_thread if const_expr(c.alibi) else None
             score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
-            tile = QueryGradientTile(c, smem, info, m_start, args.common.window, score)
+            tile = QueryGradientTile(c, smem, info, m_start, args.common, score)
+            if const_expr(c.ranges):
+                tile.acc.fill(poisoned(blocks))
             tile.load_statistics(args.scratch.stats, args.first_tile(info, batch, c.tile_m), head)
             walk(blocks.ranges(c.window_left), partial(tile.step, ring))
 
@@ -204,6 +242,14 @@ class QueryGradientKernel:
             cute.arch.sync_threads()
             dq = head_matrix(args.dq, head, batch, info.offset_q, c.cu_seqlens_q)
             store_tile(smem.q, dq, m_block, info.rows_q - m_block * tiles.tile_m, c.head_dim, tidx, tiles.num_threads)
+
+    def blocks(self, args: BackwardArguments, info: SeqlenInfo, m_block: Int32) -> BlockRange | BlockList:
+        """The key blocks of a tile of queries."""
+        tiles = self.tiles
+        if const_expr(self.config.ranges):
+            return RangeWalk.of(args.dq_walk, args.seqlen_q, tiles.tile_m).blocks(m_block)
+        m_start = m_block * tiles.tile_m
+        return block_range(args.common.window, info.seqlen_q, info.seqlen_k, m_start, tiles.tile_m, tiles.tile_n)
 
     def smem_tiles(self) -> QueryGradientTiles:
         c, tiles, allocator = self.config, self.tiles, SmemAllocator()
@@ -227,4 +273,6 @@ class QueryGradientKernel:
         m_block = index % m_blocks
         if const_expr(self.config.window_right):
             m_block = m_blocks - 1 - m_block
+        if const_expr(self.config.ranges):
+            m_block = RangeWalk.of(args.dq_walk, args.seqlen_q, self.tiles.tile_m).tile(m_block)
         return m_block, index // m_blocks % heads, index // m_blocks // heads

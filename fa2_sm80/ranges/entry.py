@@ -22,6 +22,7 @@ class Launch(NamedTuple):
     walk: torch.Tensor
     rows: int
     columns: int
+    counted_rows: int
     entry_capacity: int
     mask_capacity: int
 
@@ -57,6 +58,7 @@ class RangeWalks(AttentionKernel):
             tensors.walk,
             problem.rows,
             problem.columns,
+            ceil_div(problem.rows, problem.tile_rows) * problem.tile_rows if problem.whole_tiles else problem.rows,
             tensors.entry_capacity,
             tensors.mask_capacity,
         )

@@ -27,13 +27,15 @@ from fa2_sm80.ranges.config import CLASSES, MAX_BLOCKS, NUM_THREADS, RangeWalkCo
 class WalkArguments(NamedTuple):
     """``ranges`` int32 (n, 8), sorted: first and last row, first and last column, both ends exclusive behind, least and
     largest column − row. ``classes`` int32 (CLASSES + 1): where a class begins. ``walk``: written, its header 0 but for
-    one mask tile, with room for so many entries and mask tiles."""
+    one mask tile, with room for so many entries and mask tiles. ``counted_rows``: only what all of these see of a block
+    needs no mask; ``rows``, or those of whole tiles."""
 
     ranges: cute.Tensor
     classes: cute.Tensor
     walk: cute.Tensor
     rows: Int32
     columns: Int32
+    counted_rows: Int32
     entry_capacity: Int32
     mask_capacity: Int32
 
@@ -186,7 +188,7 @@ class RangeWalkKernel:
         piece_of, mark_blocks = self.piece, self.mark_blocks
         columns, rows = self.config.tile_columns, self.config.tile_rows
         first_row = tile * rows
-        last_row = cutlass.min(first_row + rows, args.rows)
+        last_row = cutlass.min(first_row + rows, args.counted_rows)
         for c in cutlass.range(0, CLASSES, unroll=1):
             for index in cutlass.range(shared.first[c] + tidx, shared.stop[c], NUM_THREADS, unroll=1):
                 piece = piece_of(args, tile, index)
@@ -307,7 +309,7 @@ class RangeWalkKernel:
                 at = args.masks + (mask * c.tile_rows + row) * c.words
                 for word in range_constexpr(c.words):
                     args.walk[at + word] = bits[r, word]
-                    if first_row + row < args.rows:
+                    if first_row + row < args.counted_rows:
                         shown = all_of(c.tile_columns - 32 * word)
                         hides = hides | ((bits[r, word] & shown) != shown)
         if hides:
@@ -370,6 +372,6 @@ def all_of(columns: int) -> int:
 def build(config: RangeWalkConfig):
     """The callable and its fake arguments for ``cute.compile``."""
     ranges = fake_tensor(Int32, cute.sym_int(), 8, aligned=4)
-    numbers = (Int32(0) for _ in range(4))
+    numbers = (Int32(0) for _ in range(5))
     fakes = WalkArguments(ranges, fake_vector(Int32), fake_tensor(Int32, cute.sym_int(), aligned=4), *numbers)
     return RangeWalkKernel(config), (fakes, cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True))
