@@ -199,7 +199,8 @@ class Consumer:
         keys, values, products, stages = self.keys, self.values, self.products, self.config.stages
         state = ring_next(before, stages)
         second = right_edge and self.config.single_edge_step  # then the only step of its range
-        bits = self.mask_rows(work, iteration, right_edge)
+        if const_expr(self.config.pingpong):
+            bits = self.mask_rows(work, iteration, right_edge)
         keys.wait(state)
         self.settle(softmax, iteration > 1, previous_stage(before, stages), second)
         if const_expr(self.config.pingpong):
@@ -210,6 +211,8 @@ class Consumer:
         products.start_output(self.probabilities.operand, before.stage)
         if const_expr(self.config.pingpong):
             self.turns.pass_on()
+        if const_expr(not self.config.pingpong):  # the products take long enough, and registers are scarce before
+            bits = self.mask_rows(work, iteration, right_edge)
         score, softmax = self.descaled(score, softmax, state.stage)
         warpgroup.wait_group(1)
         keys.release(state.stage)
