@@ -10,13 +10,12 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from cute_fa.api.values import check_tensor, integer
-from cute_fa.device.tiling import ceil_div
-from cute_fa.device.walk_layout import TABLE_WORDS, Header, mask_words, table_start
 from cute_fa.engine import worlds
 from cute_fa.engine.range_plans import SortedRanges, WalkShape, range_walk
 from cute_fa.semantics.errors import ArgumentError, RangeError
 from cute_fa.semantics.ranges import HostRanges
 from cute_fa.semantics.tensors import check_devices, check_dims, check_vector
+from cute_fa.semantics.walk_layout import TABLE_WORDS, Header, mask_words, table_start, tiles_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,7 +145,7 @@ class RangePlan:
             if not (is_dynamo_compiling() or _is_captured(of_rows.ranges)):
                 self._sorted[rows] = of_rows
         sizes = (self.total_q, self.total_k) if rows == "queries" else (self.total_k, self.total_q)
-        blocks = ceil_div(sizes[0], shape.rows) * ceil_div(sizes[1], shape.columns)
+        blocks = tiles_of(sizes[0], shape.rows) * tiles_of(sizes[1], shape.columns)
         most = _DEFAULT_WORDS // (shape.rows * mask_words(shape.columns))
         masks = min(blocks, most if self.mask_capacity is None else self.mask_capacity)
         return range_walk(*of_rows, *sizes, *shape, rows == "keys", min(blocks, _DEFAULT_WORDS), 1 + masks)
@@ -191,7 +190,7 @@ class RangePlan:
         that have any; path; no_room: tiles of queries that found none, mask_tiles: how much room there should be.
         """
         area, walk = self._known.area(), self.walk("queries", tile)
-        rows = ceil_div(self.total_q, tile[0])
+        rows = tiles_of(self.total_q, tile[0])
         table = walk[table_start(rows) :][: TABLE_WORDS * rows].view(rows, TABLE_WORDS).cpu()
         blocks, masked = table[:, 2].clamp(min=0), table[:, 1]
         filled = blocks[blocks > 0].double()
@@ -305,7 +304,7 @@ def _device_ranges(
     shapes |= {"segment_offsets": (groups + 1,)}
     given["attn_type_map"] = attn_type_map
     for name, tensor in given.items():
-        if tensor is not None:
+        if tensor is not None and not is_dynamo_compiling():  # which compares no tuples of sizes
             check_vector(name, tensor, torch.int32, shapes[name], of=f"{groups} q_ranges")
     check_devices(given, "q_ranges")
     if segment_offsets is None or not groups:
