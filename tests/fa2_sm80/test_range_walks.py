@@ -52,7 +52,7 @@ any_range = st.tuples(bounds, bounds, bounds, bounds, st.integers(0, 3) | st.sam
     st.sampled_from([("queries", (128, 64)), ("queries", (64, 32)), ("keys", (128, 32)), ("keys", (256, 128))]),
 )
 def test_any_ints(ranges, totals, tiles):
-    """Empty, reversed, out of range, huge: what is left of them inside the tensors counts, by the two bits of a type."""
+    """Empty, reversed, out of range, huge: what is left inside the tensors counts, by a type's two low bits."""
     rows, tile = tiles
     with cute_fa.simulate("sm_80"):
         assert_walk(Ranges.of(ranges, *totals), tile, rows)

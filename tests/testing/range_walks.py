@@ -3,6 +3,7 @@ say by a dense mask."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,7 @@ class Ranges:
         return steps.cumsum(1)[:, :-1] > 0
 
     def walk(self, tile: tuple[int, int], rows: str = "queries", **capacities: int) -> torch.Tensor:
-        """The walk's tensor for tiles of (rows, columns), made on the device; ``capacities``: ``entries``, ``masks``."""
+        """The walk's tensor for tiles of (rows, columns), made on the device; ``capacities``: entries, masks."""
         totals = (self.total_q, self.total_k) if rows == "queries" else (self.total_k, self.total_q)
         make = SortedRanges.of_queries if rows == "queries" else SortedRanges.of_keys
         blocks = ceil_div(totals[0], tile[0]) * ceil_div(totals[1], tile[1])
@@ -152,6 +153,6 @@ def assert_walk(ranges: Ranges, tile: tuple[int, int], rows: str = "queries", ma
     assert walk.mask_zero.all()
     # mask tiles are handed out before it is known whether several ranges together cover a block
     used = sorted((t.first_mask, t.first_mask + len(t.masked)) for t in walk.tiles if t.masked)
-    assert all(stop <= following for (_, stop), (following, _) in zip(used, used[1:]))
+    assert all(stop <= following for (_, stop), (following, _) in itertools.pairwise(used))
     assert not used or (used[0][0] >= 1 and used[-1][1] <= walk.mask_tiles)
     return walk
