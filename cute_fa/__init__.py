@@ -7,6 +7,8 @@ from cute_fa.api.attention import flash_attn_func, flash_attn_varlen_func
 from cute_fa.api.cache_requests import ChunkedPrefillRequest, ChunkLayout, PagedAttentionRequest, PagedKvCache
 from cute_fa.api.kvcache import flash_attn_with_kvcache
 from cute_fa.api.merge import merge_states
+from cute_fa.api.range_plan import RangePlan
+from cute_fa.api.ranges import range_attention
 from cute_fa.api.requests import (
     CumulativeSeqlens,
     Fa2BwdRequest,
@@ -49,6 +51,7 @@ __all__ = [
     "PagedKvCache",
     "PersistentMode",
     "PositionBias",
+    "RangePlan",
     "SmArch",
     "VarlenFwdRequest",
     "__version__",
@@ -62,6 +65,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "fp8",
     "merge_states",
+    "range_attention",
     "record_keys",
     "reference",
     "service",

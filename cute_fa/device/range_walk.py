@@ -25,7 +25,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from cute_fa.device.block_range import MaskedRange
-from cute_fa.device.walk_layout import NO_ROOM, TABLE_WORDS, Header, mask_words, table_start
+from cute_fa.semantics.walk_layout import NO_ROOM, TABLE_WORDS, Header, mask_words, table_start
 
 
 class BlockList(NamedTuple):

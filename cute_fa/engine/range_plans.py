@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from cute_fa.device.tiling import ceil_div
-from cute_fa.device.walk_layout import TABLE_WORDS, Header, mask_words, masks_start, table_start
 from cute_fa.engine.contract import MAX_BOUND, WalkTensors
 from cute_fa.engine.operators import define
 from cute_fa.engine.plan import Plan, plan_of, signatures
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import target_of
 from cute_fa.semantics.argument_names import names_of
+from cute_fa.semantics.walk_layout import TABLE_WORDS, Header, mask_words, masks_start, table_start, tiles_of
 from cute_fa.semantics.walk_problem import WalkProblem
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def _range_walk(
     walk[Header.MASK_TILES] = 1
     if plan.launches:
         plan.launch((ranges, classes, walk, entry_capacity, mask_capacity))
-        tiles = ceil_div(rows, tile_rows)
+        tiles = tiles_of(rows, tile_rows)
         totals = walk[table_start(tiles) :][: TABLE_WORDS * tiles].view(tiles, TABLE_WORDS)[:, 2]
         walk[Header.WORDS :][:tiles] = totals.argsort(descending=True, stable=True)
     return walk
@@ -148,7 +147,7 @@ def _make_plan(target: Target, problem: WalkProblem) -> WalkPlan:
 def _words(rows: int, tile_rows: int, tile_columns: int, entry_capacity: int, mask_capacity: int) -> int:
     """Of a walk's tensor."""
     masks = mask_capacity * tile_rows * mask_words(tile_columns)
-    return masks_start(ceil_div(rows, tile_rows), entry_capacity) + masks
+    return masks_start(tiles_of(rows, tile_rows), entry_capacity) + masks
 
 
 def _fake(

@@ -117,6 +117,11 @@ class CumulativeSeqlensError(CuteFaError):
     """Cumulative sequence lengths that overflow int32, decrease, do not start at 0 or exceed the tensor."""
 
 
+class RangeError(CuteFaError):
+    """A range of a plan that is reversed, leaves its tensor or has a type that there is not; offsets of key segments
+    that name others than those given; a plan that cannot take the path asked for."""
+
+
 class ChunkIndexError(CuteFaError):
     """A chunk that no sequence reaches."""
 

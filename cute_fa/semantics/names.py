@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cute_fa.semantics.options import options_of
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import DType
+from cute_fa.semantics.walk_problem import WalkProblem
 
 if TYPE_CHECKING:
     from cute_fa.semantics.append_problem import AppendProblem
 
 # Of attention; an append's are in the order of its fields.
-_ORDER = "out causal varlen sw wr alibi sink softcap lsink page split gqa dlse dalibi det".split()
+_ORDER = "out causal varlen ranges sw wr alibi sink softcap lsink page split gqa dlse dalibi det".split()
 
 
 class _OfFamily(Protocol):
@@ -25,21 +26,23 @@ def canonical_name(kernel: _OfFamily, problem: AttentionProblem | AppendProblem)
     return f"{kernel.family}_{problem_name(problem)}"
 
 
-def problem_name(problem: AttentionProblem | AppendProblem) -> str:
+def problem_name(problem: AttentionProblem | AppendProblem | WalkProblem) -> str:
     """The problem in tokens: direction, architecture, dtype (``k`` and ``v`` with k's and v's if they differ), ``hd``
     head_dim (``v`` head_dim_v if it differs), then
 
-    of attention ``out`` the output's dtype (where not the usual one), ``causal``, ``varlen``, ``sw`` window left,
-    ``wr`` window right (where not causal; ``wr-1`` if literally −1), ``alibi``, ``sink`` sink tokens, ``softcap`` cap
-    (``p`` for the point), ``lsink`` learnable sink, ``page`` page size, ``split`` number of splits, ``gqa`` query heads
-    per kv head; of a backward ``dlse`` where the gradient of LSE is given, ``dalibi`` where that of the slopes is
-    wanted, ``det`` deterministic;
+    of attention ``out`` the output's dtype (where not the usual one), ``causal``, ``varlen``, ``ranges`` under a range
+    plan, ``sw`` window left, ``wr`` window right (where not causal; ``wr-1`` if literally −1), ``alibi``, ``sink`` sink
+    tokens, ``softcap`` cap (``p`` for the point), ``lsink`` learnable sink, ``page`` page size, ``split`` number of
+    splits, ``gqa`` query heads per kv head; of a backward ``dlse`` where the gradient of LSE is given, ``dalibi`` where
+    that of the slopes is wanted, ``det`` deterministic;
 
     of an append ``page`` page size, ``index``, ``query``, ``cuq``, ``cuk``, ``usedq``, ``usedk``, ``rotary``
     rotary_dim, ``interleaved``, ``shifted``.
 
-    What a problem does not use has no token.
+    What a problem does not use has no token. A walk of a range plan has its tiles: ``plan_sm90a_rows128_columns64``.
     """
+    if isinstance(problem, WalkProblem):
+        return f"{problem.direction.value}_{problem.arch.short}_rows{problem.tile_rows}_columns{problem.tile_columns}"
     tokens = {
         option.token: option.token + _digits(getattr(problem, name))
         for name, option in options_of(problem).items()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cute_fa.device.walk_layout import mask_words
 from cute_fa.engine.contract import KernelConfig
+from cute_fa.semantics.walk_layout import mask_words
 
 NUM_THREADS = 128
 # Blocks of columns are marked in bit sets in shared memory, 16 KB each.

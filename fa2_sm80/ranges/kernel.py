@@ -20,7 +20,7 @@ from cutlass import Boolean, Int32, Uint32, range_constexpr
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.fake_arguments import fake_tensor, fake_vector
-from cute_fa.device.walk_layout import NO_ROOM, TABLE_WORDS, Header, entries_start, masks_start, table_start
+from cute_fa.semantics.walk_layout import NO_ROOM, TABLE_WORDS, Header, entries_start, masks_start, table_start
 from fa2_sm80.ranges.config import CLASSES, MAX_BLOCKS, NUM_THREADS, RangeWalkConfig
 
 

@@ -240,13 +240,14 @@ print("right")
     ids=["fa2", "split", "fa3 and fa4"],
 )
 def test_the_kernels_grids_have_every_feature_that_shapes_code(cases, left_out):
-    """Where the rows of a cache lie has tests of its own, too, test_cache_index.py, and fp8 has a grid; the random
-    problems have everything."""
+    """Where the rows of a cache lie has tests of its own, too, test_cache_index.py, fp8 has a grid, range plans have
+    tests in each kernel's folder; the random problems have everything."""
     flags = {name for name, of in options_of(AttentionProblem).items() if of.flag}
     problems = [problem_of_spec(spec_of(case), SmArch.SM_90A) for case in cases]
     used = {name for name in flags for problem in problems if is_used(problem, name)}
     of_fp8 = {"q_descale", "k_descale", "v_descale", "k_block_descale", "v_block_descale", "v_layout"}
-    assert flags - used == left_out | of_fp8
+    of_range_plans = {"ranges", "q_positions", "k_positions"}
+    assert flags - used == left_out | of_fp8 | of_range_plans
 
 
 def test_without_the_private_names_no_tangent_is_dropped():

@@ -24,7 +24,7 @@ def test_key_fields_and_their_order():
     assert [field.name for field in dataclasses.fields(DispatchKey)] == [
         "arch", "dtype", "head_dim", "causal", "varlen", "sliding_window", "alibi", "sink", "paged", "gqa_ratio",
         "direction", "head_dim_v", "window_right", "softcap", "learnable_sink", "page_size", "splits",
-        "dtype_k", "dtype_v", "out_dtype",
+        "dtype_k", "dtype_v", "out_dtype", "ranges",
     ]  # fmt: skip
 
 

@@ -17,6 +17,11 @@ class Header:
     WORDS = HEADER
 
 
+def tiles_of(rows: int, tile: int) -> int:
+    """Tiles that so many rows, or columns, fill."""
+    return -(-rows // tile)
+
+
 def aligned(words):
     """The next multiple of four words; of ints or of integers in device code."""
     return (words + 3) // 4 * 4
