@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import cute_fa
 from cute_fa.api.range_plan import RangePlan
 from cute_fa.api.ranges import range_attention
+from cute_fa.engine import worlds
 from tests.testing.grid import pairwise
 from tests.testing.range_reference import RangeInputs
 from tests.testing.range_walks import BOTH, CAUSAL, FULL, INVERSE, Ranges
@@ -33,11 +34,9 @@ FEATURES = {
 
 def run(ranges: Ranges, inputs: RangeInputs, arch: str = "sm_80", plan: RangePlan | None = None, **schedule):
     """(out, lse) of one call."""
-    given_ranges = () if plan else (ranges.q, ranges.k, ranges.types)
+    choices = {"plan": plan or ranges.plan(), "return_lse": True, "family": "fa2"}
     with cute_fa.simulate(arch, **schedule), unwritten_is_nan():
-        return range_attention(
-            inputs.q, inputs.k, inputs.v, *given_ranges, plan=plan, return_lse=True, family="fa2", **inputs.options()
-        )
+        return range_attention(inputs.q, inputs.k, inputs.v, **choices, **inputs.options())
 
 
 def assert_right(ranges: Ranges, inputs: RangeInputs, **options):
@@ -69,11 +68,11 @@ def test_features_in_pairs(case):
 def test_features_in_pairs_on_the_gpu(case):
     n, longest = case["plan"]
     ranges = Ranges.random(n, *case["totals"], seed=n, longest=longest)
-    inputs = inputs_of(case, ranges)
-    tensors = (t.cuda() for t in (inputs.q, inputs.k, inputs.v, ranges.q, ranges.k, ranges.types))
-    options = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in inputs.options().items()}
-    out, lse = range_attention(*tensors, return_lse=True, family="fa2", **options)
-    result = inputs.check(out.cpu(), lse.cpu())
+    inputs = inputs_of(case, ranges).on("cuda")
+    given_ranges = (t.cuda() for t in (ranges.q, ranges.k, ranges.types))
+    choices = {"return_lse": True, "family": "fa2"}
+    out, lse = range_attention(inputs.q, inputs.k, inputs.v, *given_ranges, **choices, **inputs.options())
+    result = inputs.check(out, lse)
     assert result.ok, result
 
 
@@ -173,13 +172,14 @@ def test_positions_at_both_ends():
     assert_right(ranges, dataclasses.replace(inputs, q_positions=q, k_positions=k, alibi_slopes=slopes))
 
 
-def test_no_room_is_nan():
-    """Tiles of queries whose lists found no room are NaN, and no others are touched by that."""
+@pytest.mark.parametrize("sink", [False, True])
+def test_no_room_is_nan(sink, monkeypatch):
+    """O and LSE of tiles of queries whose lists found no room are NaN, and no others are touched by that."""
+    monkeypatch.setattr(worlds, "checks_values", lambda: False)
     ranges = Ranges.of([(3, 128, 5, 150, BOTH), (128, 300, 0, 192, FULL), (300, 390, 7, 170, CAUSAL)], 400, 192)
-    inputs = RangeInputs.make(ranges)
+    inputs = RangeInputs.make(ranges, sink=sink)
     right, right_lse = assert_right(ranges, inputs)
-    plan = RangePlan.build(ranges.q, ranges.k, ranges.types, total_q=400, total_k=192, mask_capacity=3)
-    out, lse = run(ranges, inputs, plan=plan)
+    out, lse = run(ranges, inputs, plan=ranges.plan(mask_capacity=3))
     tiles = torch.stack([t.isnan().all() for t in out.split(128)])
     rows = tiles.repeat_interleave(128)[:400]
     assert 0 < tiles.sum() < 4
@@ -189,7 +189,7 @@ def test_no_room_is_nan():
 
 def test_one_plan_serves_other_heads_and_types():
     ranges = Ranges.random(15, 200, 220, seed=2)
-    plan = RangePlan.build(ranges.q, ranges.k, ranges.types, total_q=200, total_k=220)
+    plan = ranges.plan()
     for heads, dtype in (((2, 1), torch.bfloat16), ((3, 3), torch.float16)):
         assert_right(ranges, RangeInputs.make(ranges, heads, dtype=dtype), plan=plan)
 
@@ -217,7 +217,7 @@ def test_cost_follows_the_mask():
         ranges = Ranges.of([(0, 128, 0, stop, FULL)], 128, total)
         with cute_fa.simulate("sm_80") as simulation:
             inputs = RangeInputs.make(ranges, (1, 1))
-            range_attention(inputs.q, inputs.k, inputs.v, ranges.q, ranges.k, ranges.types, family="fa2")
+            range_attention(inputs.q, inputs.k, inputs.v, plan=ranges.plan(), family="fa2")
         costs.append(simulation.launches[-1].warp_instrs)
     near, far, twice = costs
     assert far == near

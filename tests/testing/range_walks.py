@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cute_fa.api.range_plan import RangePlan
 from cute_fa.device.tiling import ceil_div
-from cute_fa.device.walk_layout import NO_ROOM, TABLE_WORDS, Header, entries_start, mask_words, table_start
 from cute_fa.engine.range_plans import SortedRanges, range_walk
+from cute_fa.semantics.walk_layout import NO_ROOM, TABLE_WORDS, Header, entries_start, mask_words, table_start
 from tests.testing.simulated import unwritten_is_nan
 
 FULL, CAUSAL, INVERSE, BOTH = range(4)
@@ -61,6 +62,10 @@ class Ranges:
             np.add.at(steps, (rows[some], first[some]), 1)
             np.add.at(steps, (rows[some], stop[some]), -1)
         return steps.cumsum(1)[:, :-1] > 0
+
+    def plan(self, **choices: int) -> RangePlan:
+        """Native, of whatever these ranges hold: values are not checked."""
+        return RangePlan(self.q, self.k, self.types, self.total_q, self.total_k, **choices)
 
     def walk(self, tile: tuple[int, int], rows: str = "queries", **capacities: int) -> torch.Tensor:
         """The walk's tensor for tiles of (rows, columns), made on the device; ``capacities``: entries, masks."""
