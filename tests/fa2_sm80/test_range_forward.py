@@ -101,7 +101,6 @@ def test_any_plan(ranges, schedule_seed, late):
 @pytest.mark.parametrize("kind", [FULL, CAUSAL, INVERSE, BOTH])
 def test_edges_that_meet_tiles(kind):
     """Ranges that begin and end within two of the corner of a tile, on either side."""
-    inputs = None
     for off in (-2, -1, 0, 1, 2):
         ranges = Ranges.of(
             [(64 + off, 128 - off, 64 - off, 128 + off, kind), (130, 190, 128 + off, 192, kind)], 200, 200
