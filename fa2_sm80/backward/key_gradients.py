@@ -119,7 +119,10 @@ class KeyGradientKernel:
             tile.dq_address[0] = scratch_address(args.scratch.dq, start, head)
         walk(blocks.ranges(c.window_left), partial(self.step, args, tile, pipeline, blocks, index, score))
         if const_expr(c.slopes_gradient):
-            self.store_dslope(args, cute.arch.warp_reduction_sum(tile.dslope[0]), batch, head, n_block)
+            dslope = cute.arch.warp_reduction_sum(tile.dslope[0])
+            if const_expr(c.ranges):
+                dslope += poisoned(blocks)
+            self.store_dslope(args, dslope, batch, head, n_block)
             tile.dslope[0] = Float32(0.0)
 
     @cute.jit

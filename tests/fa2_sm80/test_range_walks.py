@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import cute_fa
-from cute_fa.api.range_plan import RangePlan
 from cute_fa.engine.range_plans import WalkShape
 from tests.testing.range_walks import BOTH, CAUSAL, FULL, INVERSE, Ranges, Walk, assert_walk, expected_lists
 
@@ -52,7 +51,7 @@ any_range = st.tuples(bounds, bounds, bounds, bounds, st.integers(0, 3) | st.sam
     st.sampled_from([("queries", (128, 64)), ("queries", (64, 32)), ("keys", (128, 32)), ("keys", (256, 128))]),
 )
 def test_any_ints(ranges, totals, tiles):
-    """Empty, reversed, out of range, huge: what is left of them inside the tensors counts, by the two bits of a type."""
+    """Empty, reversed, out of range, huge: what is left inside the tensors counts, by a type's two low bits."""
     rows, tile = tiles
     with cute_fa.simulate("sm_80"):
         assert_walk(Ranges.of(ranges, *totals), tile, rows)
@@ -190,7 +189,7 @@ def test_no_rows_or_no_columns(totals):
 
 def test_a_plan_makes_each_walk_once():
     ranges = Ranges.random(20, 300, 200, seed=6)
-    plan = RangePlan.build(ranges.q, ranges.k, ranges.types, total_q=300, total_k=200)
+    plan = ranges.plan()
     with cute_fa.simulate("sm_80"):
         walk = plan.walk("queries", WalkShape(128, 64))
         assert plan.walk("queries", WalkShape(128, 64)) is walk

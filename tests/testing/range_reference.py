@@ -83,6 +83,11 @@ class RangeInputs:
         """What has a gradient, by name."""
         return {name: getattr(self, name) for name in _NAMES if getattr(self, name) is not None}
 
+    def on(self, device: str) -> RangeInputs:
+        """The same on a device."""
+        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        return replace(self, **tensors)
+
     def requiring_gradients(self) -> RangeInputs:
         """The same with copies of the variables that require gradients."""
         return replace(self, **{name: t.clone().requires_grad_() for name, t in self.variables().items()})
@@ -106,7 +111,7 @@ class RangeInputs:
             # slopes may come as (heads, total_q, total_k): the gradient then has its terms apart
             slopes = self.alibi_slopes.to(compute)
             s = s - (slopes if slopes.dim() == 3 else slopes[:, None, None]) * self.distance().to(compute)
-        sink = torch.full((h, q.shape[0]), -torch.inf, dtype=compute)
+        sink = torch.full((h, q.shape[0]), -torch.inf, dtype=compute, device=q.device)
         if self.learnable_sink is not None:
             own = self.learnable_sink.to(compute)
             sink = own if own.dim() == 2 else own[:, None].expand(h, q.shape[0])
@@ -124,8 +129,8 @@ class RangeInputs:
 
     def distance(self) -> torch.Tensor:
         """(total_q, total_k): what ALiBi multiplies."""
-        i = torch.arange(self.q.shape[0]) if self.q_positions is None else self.q_positions.long()
-        j = torch.arange(self.k.shape[0]) if self.k_positions is None else self.k_positions.long()
+        own = ((self.q, self.q_positions), (self.k, self.k_positions))
+        i, j = (torch.arange(len(t), device=t.device) if given is None else given.long() for t, given in own)
         return (i[:, None] - j).abs()
 
     def check(self, out: torch.Tensor, lse: torch.Tensor) -> Comparison:

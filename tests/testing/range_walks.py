@@ -3,14 +3,16 @@ say by a dense mask."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from cute_fa.api.range_plan import RangePlan
 from cute_fa.device.tiling import ceil_div
-from cute_fa.device.walk_layout import NO_ROOM, TABLE_WORDS, Header, entries_start, mask_words, table_start
 from cute_fa.engine.range_plans import SortedRanges, range_walk
+from cute_fa.semantics.walk_layout import NO_ROOM, TABLE_WORDS, Header, entries_start, mask_words, table_start
 from tests.testing.simulated import unwritten_is_nan
 
 FULL, CAUSAL, INVERSE, BOTH = range(4)
@@ -61,8 +63,12 @@ class Ranges:
             np.add.at(steps, (rows[some], stop[some]), -1)
         return steps.cumsum(1)[:, :-1] > 0
 
+    def plan(self, **choices: int) -> RangePlan:
+        """Native, of whatever these ranges hold: values are not checked."""
+        return RangePlan(self.q, self.k, self.types, self.total_q, self.total_k, **choices)
+
     def walk(self, tile: tuple[int, int], rows: str = "queries", **capacities: int) -> torch.Tensor:
-        """The walk's tensor for tiles of (rows, columns), made on the device; ``capacities``: ``entries``, ``masks``."""
+        """The walk's tensor for tiles of (rows, columns), made on the device; ``capacities``: entries, masks."""
         totals = (self.total_q, self.total_k) if rows == "queries" else (self.total_k, self.total_q)
         make = SortedRanges.of_queries if rows == "queries" else SortedRanges.of_keys
         blocks = ceil_div(totals[0], tile[0]) * ceil_div(totals[1], tile[1])
@@ -152,6 +158,6 @@ def assert_walk(ranges: Ranges, tile: tuple[int, int], rows: str = "queries", ma
     assert walk.mask_zero.all()
     # mask tiles are handed out before it is known whether several ranges together cover a block
     used = sorted((t.first_mask, t.first_mask + len(t.masked)) for t in walk.tiles if t.masked)
-    assert all(stop <= following for (_, stop), (following, _) in zip(used, used[1:]))
+    assert all(stop <= following for (_, stop), (following, _) in itertools.pairwise(used))
     assert not used or (used[0][0] >= 1 and used[-1][1] <= walk.mask_tiles)
     return walk
