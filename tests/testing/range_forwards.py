@@ -10,11 +10,11 @@ import cute_fa
 from cute_fa.api.range_plan import RangePlan
 from cute_fa.device.tiled_forward import TiledForward
 from cute_fa.device.tiling import ceil_div
-from cute_fa.device.walk_layout import Header
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import CuteFaError
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import DType, SmArch
+from cute_fa.semantics.walk_layout import Header
 from tests.testing.loads import recorded_loads
 from tests.testing.range_reference import RangeInputs
 from tests.testing.range_walks import CAUSAL, FULL, INVERSE, Ranges, Walk
