@@ -1,7 +1,7 @@
 """ALiBi's distances between positions that the caller gives, int32, with whole tiles of rows behind the last one.
 
-They become fp32, which holds integers up to 2^24, relative to the position of a thread's first row: exact within 2^24 of
-it, wherever that is.
+They become fp32, which holds integers up to 2^24, relative to the position of a thread's first row: exact within 2^24
+of it, wherever that is.
 """
 
 from typing import NamedTuple
