@@ -236,11 +236,13 @@ def _native(given: _RangeCall) -> State:
     shapes = _shapes(
         q.device,
         q.dtype,
-        (plan.total_q, plan.total_k, q.shape[1], k.shape[1], q.shape[2], v.shape[2]),
+        # ints that the graph is guarded by, where torch.compile traces with sizes that vary
+        len(range(q.shape[2])),
+        len(range(v.shape[2])),
         slopes is not None,
         positions.q is not None,
         options["learnable_sink"] is not None,
-        call.options.softcap,
+        1.0 if call.options.softcap else 0.0,
         given.trains(),
         call.options.deterministic or torch.are_deterministic_algorithms_enabled(),
         slopes is not None and slopes.requires_grad,
@@ -260,7 +262,8 @@ _PATHS = {"simple": _simple, "packed": _packed, "native": _native, "merge": _mer
 
 @torch.compiler.assume_constant_result
 def _shapes(device: torch.device, dtype: torch.dtype, *description: Any) -> WalkShapes:
-    """The tiles of the kernels that such a call will run, found while torch.compile traces, too."""
+    """The tiles of the kernels that such a call will run, also while torch.compile traces. Under a range plan they do
+    not follow from lengths or numbers of heads."""
     return _shapes_on(target_of(device).arch, dtype, *description)
 
 
@@ -268,7 +271,8 @@ def _shapes(device: torch.device, dtype: torch.dtype, *description: Any) -> Walk
 def _shapes_on(
     arch: SmArch,
     dtype: torch.dtype,
-    sizes: tuple[int, ...],
+    head_dim: int,
+    head_dim_v: int,
     alibi: bool,
     positioned: bool,
     learnable_sink: bool,
@@ -278,15 +282,14 @@ def _shapes_on(
     slopes_gradient: bool,
     family: str | None,
 ) -> WalkShapes:
-    total_q, total_k, heads, heads_kv, head_dim, head_dim_v = sizes
     described: dict[str, Any] = {
         "arch": arch,
         "dtype": DTYPES[dtype],
         "batch": 1,
-        "seqlen_q": total_q,
-        "seqlen_k": total_k,
-        "num_heads": heads,
-        "num_heads_kv": heads_kv,
+        "seqlen_q": 1,
+        "seqlen_k": 1,
+        "num_heads": 1,
+        "num_heads_kv": 1,
         "head_dim": head_dim,
         "head_dim_v": head_dim_v,
         "softmax_scale": default_scale(head_dim),

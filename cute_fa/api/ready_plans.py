@@ -50,7 +50,7 @@ def chunked_local(seqlen_q: int, seqlen_k: int, chunk: int) -> HostRanges:
     ⌊j / chunk⌋ = ⌊p / chunk⌋. One range for each chunk that has queries."""
     ahead = _queries_ahead(seqlen_q, seqlen_k)
     _at_least("chunk", chunk, 1)
-    starts = range(ahead // chunk * chunk, seqlen_k, chunk)
+    starts = range(0, seqlen_k, chunk)
     spans = [(start, min(start + chunk, seqlen_k)) for start in starts]
     ranges = [Range(max(start - ahead, 0), stop - ahead, start, stop, CAUSAL) for start, stop in spans]
     return _plan(ranges, seqlen_q, seqlen_k)
@@ -178,10 +178,6 @@ def _band(queries: tuple[int, int], keys: tuple[int, int], lower: int | None, up
     """Pairs with lower ≤ j − i ≤ upper, None for no bound, as at most three ranges: queries whose first key is the
     first of ``keys``, those that have both bounds (or neither), and those whose last key is the last of ``keys``."""
     (q_start, q_stop), (k_start, k_stop) = queries, keys
-    if upper is not None:
-        q_start = max(q_start, k_start - upper)
-    if lower is not None:
-        q_stop = min(q_stop, k_stop - lower)
     # queries before ``free`` begin with the first key, those from ``last`` on end with the last
     free = q_stop if lower is None else min(max(k_start - lower, q_start), q_stop)
     last = q_start if upper is None else min(max(k_stop - upper, q_start), q_stop)

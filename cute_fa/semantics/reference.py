@@ -7,6 +7,9 @@ The formula, with D = seqlen_k − seqlen_q of the sequence, for query i, key j 
     key j is visible iff j ≤ i + D + right, and j ≥ i + D − left or j < sink_tokens
     O_i = Σ_j p_j v_j with p the softmax over the visible keys and, if given, the extra logit learnable_sink[h]
 
+under a range plan, key j is visible iff a range names the pair (``cute_fa.semantics.ranges``), and ALiBi's distance is
+|q_positions[i] − k_positions[j]|, by default |i − j|.
+
 LSE is the natural logarithm of the softmax's denominator. A row without visible keys has O = 0 and LSE = −inf, or
 learnable_sink[h]; a sink of −inf is none. Rows beyond seqused_q have O = 0 and LSE = −inf. Only elements inside the
 lengths are read.
@@ -28,13 +31,14 @@ import itertools
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from typing_extensions import Unpack
 
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import DESCALE_BLOCK, default_scale, normalize_window
+from cute_fa.semantics.ranges import HostRanges
 from cute_fa.semantics.visibility import key_intervals
 
 if TYPE_CHECKING:
@@ -84,6 +88,41 @@ class ReferenceOptions(TypedDict, total=False):
     q_descale: torch.Tensor | None
     k_descale: torch.Tensor | None
     v_descale: torch.Tensor | None
+    q_ranges: torch.Tensor | None
+    k_ranges: torch.Tensor | None
+    attn_type_map: torch.Tensor | None
+    q_positions: torch.Tensor | None
+    k_positions: torch.Tensor | None
+
+
+class _RangePlan(NamedTuple):
+    """``visible`` bool (seqlen_q, seqlen_k), and positions of queries and keys."""
+
+    visible: torch.Tensor
+    q_positions: torch.Tensor
+    k_positions: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_ranges: torch.Tensor | None,
+        k_ranges: torch.Tensor | None,
+        attn_type_map: torch.Tensor | None,
+        q_positions: torch.Tensor | None,
+        k_positions: torch.Tensor | None,
+    ) -> _RangePlan | None:
+        """Of q and k (1, rows, heads, head_dim); None without ranges."""
+        if q_ranges is None:
+            return None
+        given: Any = [None if t is None else t.cpu().numpy() for t in (q_ranges, k_ranges, attn_type_map)]
+        host = HostRanges(given[0], given[1], given[2], q.shape[1], k.shape[1])
+        of_q, of_k = (
+            torch.arange(t.shape[1], device=q.device) if given is None else given
+            for t, given in ((q, q_positions), (k, k_positions))
+        )
+        return cls(torch.from_numpy(host.mask()).to(q.device), of_q, of_k)
 
 
 class _Span(NamedTuple):
@@ -120,6 +159,11 @@ def attention(
     q_descale: torch.Tensor | None = None,
     k_descale: torch.Tensor | None = None,
     v_descale: torch.Tensor | None = None,
+    q_ranges: torch.Tensor | None = None,
+    k_ranges: torch.Tensor | None = None,
+    attn_type_map: torch.Tensor | None = None,
+    q_positions: torch.Tensor | None = None,
+    k_positions: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reference attention; returns (out, lse).
@@ -132,6 +176,8 @@ def attention(
     (batch): rows before its first key, which its length counts.
     alibi_slopes: (heads) or (batch, heads). learnable_sink: (heads). q_descale, k_descale, v_descale: (batch, heads_kv)
     or one number, 1 by default; those of k and v also (batch, heads_kv, blocks), one for each 128 keys of a sequence.
+    q_ranges, k_ranges, attn_type_map, q_positions, k_positions: a range plan, as for ``cute_fa.range_attention``, of a
+    batch of one sequence; nothing else then says what is visible.
     softmax_scale: 1/√head_dim by default.
     out: q's shape with head_dim_v, of ``dtype``; lse: (batch, heads, seqlen_q) or (heads, total_q).
 
@@ -148,12 +194,13 @@ def attention(
     lse_shape = (heads, q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
     lse = torch.full(lse_shape, -math.inf, dtype=compute, device=q.device)
 
+    plan = _RangePlan.of(q, k, q_ranges, k_ranges, attn_type_map, q_positions, k_positions)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     for span in _spans(q, k, lengths, (page_table, cache_batch_idx, cache_leftpad)):
         k_s, v_s = (_keys(t, span, cu_seqlens_k, page_table).to(compute) for t in (k, v))
         k_s, v_s = _descaled(k_s, k_descale, span), _descaled(v_s, v_descale, span)
         slopes = _slopes(alibi_slopes, span, compute)
-        for rows, distance, visible in _pieces(span, heads, left, right, sink_tokens, q.device):
+        for rows, distance, visible in _pieces(span, heads, left, right, sink_tokens, plan, q.device):
             at, at_lse = _index(span, rows, cu_seqlens_q)
             q_s = _descaled(q[at].to(compute), q_descale, span)
             scores = _scores(q_s, k_s, scale, softcap, compute if dtype in _FP8 else dtype)
@@ -217,12 +264,13 @@ def _gradients(
         if parameter is not None:
             sums[name] = torch.zeros(2, *parameter.shape, dtype=compute, device=q.device)
 
+    plan = _RangePlan.of(q, k, o.q_ranges, o.k_ranges, o.attn_type_map, o.q_positions, o.k_positions)
     lengths = o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_q, o.seqused_k
     for span in _spans(q, k, lengths, (None, None, None)):
         k_s, v_s, dk_s, dv_s = (_keys(t, span, o.cu_seqlens_k, None) for t in (k, v, dk, dv))
         k_s, v_s = k_s.to(compute), v_s.to(compute)
         slopes = _slopes(alibi_slopes, span, compute)
-        for rows, distance, visible in _pieces(span, heads, left, right, o.sink_tokens, q.device):
+        for rows, distance, visible in _pieces(span, heads, left, right, o.sink_tokens, plan, q.device):
             at, at_lse = _index(span, rows, o.cu_seqlens_q)
             q_p, do = q[at].to(compute), dout[at].to(compute)
             capped = _scores(q_p, k_s, scale, softcap, dtype)
@@ -251,7 +299,13 @@ def _gradients(
 
 
 def _pieces(
-    span: _Span, heads: int, left: int | None, right: int | None, sink_tokens: int, device: torch.device
+    span: _Span,
+    heads: int,
+    left: int | None,
+    right: int | None,
+    sink_tokens: int,
+    plan: _RangePlan | None,
+    device: torch.device,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Rows of one sequence, as many at a time as memory allows, with i + D − j (rows, keys) and what is visible."""
     lengths = span.seqlen_q, span.seqlen_k
@@ -259,6 +313,9 @@ def _pieces(
     step = max(1, _MAX_SCORES // max(1, heads * span.seqlen_k))
     for first in range(0, span.seqlen_q, step):
         rows = slice(first, min(first + step, span.seqlen_q))
+        if plan is not None:
+            yield rows, plan.q_positions[rows, None] - plan.k_positions, plan.visible[rows]
+            continue
         position = torch.arange(rows.start, rows.stop, device=device) + span.seqlen_k - span.seqlen_q
         distance = position[:, None] - key
         visible = torch.zeros_like(distance, dtype=torch.bool)

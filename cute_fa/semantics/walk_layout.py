@@ -1,5 +1,9 @@
 """Where the parts of a range plan's walk lie in its tensor (``cute_fa.device.range_walk``): plain numbers, without the
-DSL, for the host as well."""
+DSL, for the host as well; numbers of tiles and entries are ints, or integers in device code."""
+
+from __future__ import annotations
+
+from typing import Any
 
 HEADER = 8
 TABLE_WORDS = 4
@@ -22,22 +26,22 @@ def tiles_of(rows: int, tile: int) -> int:
     return -(-rows // tile)
 
 
-def aligned(words):
+def aligned(words: Any) -> Any:
     """The next multiple of four words; of ints or of integers in device code."""
     return (words + 3) // 4 * 4
 
 
-def table_start(tiles):
+def table_start(tiles: Any) -> Any:
     """Where the table begins, of so many tiles of rows."""
     return HEADER + aligned(tiles)
 
 
-def entries_start(tiles):
+def entries_start(tiles: Any) -> Any:
     """Where the entries begin."""
     return table_start(tiles) + TABLE_WORDS * tiles
 
 
-def masks_start(tiles, entries):
+def masks_start(tiles: Any, entries: Any) -> Any:
     """Where mask tiles begin, behind room for so many entries."""
     return entries_start(tiles) + aligned(entries)
 

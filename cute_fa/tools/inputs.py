@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import DType
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cute_fa.semantics.call import Call
 
 _LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
@@ -41,7 +44,8 @@ class InputSpec:
     another order among more than the batch has, ``cache_leftpad`` behind a few rows that do not count.
     ``layout``: ``padded`` rows have 16 unused bytes after each head, ``transposed`` stores heads before sequence (so
     that sequence strides differ), ``expanded`` has one kv head with stride 0 in the place of ``heads_kv``.
-    ``v_layout``: "key_major" has v's keys contiguous.
+    ``v_layout``: "key_major" has v's keys contiguous. ``ranges``: how many ranges a plan has that says what is
+    visible, of a batch of one sequence; ``positions``: between which ALiBi's distances are.
     """
 
     batch: int = 2
@@ -75,6 +79,8 @@ class InputSpec:
     lengths_k: tuple[int, ...] | None = None
     layout: str = "contiguous"
     v_layout: str = "head_dim"
+    ranges: int = 0
+    positions: bool = False
 
     def __post_init__(self):
         if self.head_dim_v is None:
@@ -86,6 +92,8 @@ class InputSpec:
         if self.is_cache and (self.varlen_k or self.seqused_q):
             given = "varlen_k" if self.varlen_k else "seqused_q"
             raise ArgumentError(f"{given} with cache_batch_idx or cache_leftpad: the function for caches takes none")
+        if self.positions and not self.ranges:
+            raise ArgumentError("positions without ranges: nothing depends on them")
 
     @property
     def dtypes(self) -> tuple[DType, DType, DType]:
@@ -100,7 +108,8 @@ class InputSpec:
 
 _CACHE_TENSORS = ("cache_batch_idx", "cache_leftpad")
 _DESCALES = ("q_descale", "k_descale", "v_descale")
-_TENSORS = (*_LENGTH_TENSORS, *_CACHE_TENSORS, "alibi_slopes", "learnable_sink", *_DESCALES)
+_RANGES = ("q_ranges", "k_ranges", "attn_type_map", "q_positions", "k_positions")
+_TENSORS = (*_LENGTH_TENSORS, *_CACHE_TENSORS, "alibi_slopes", "learnable_sink", *_DESCALES, *_RANGES)
 
 
 @dataclass(frozen=True)
@@ -123,10 +132,15 @@ class Inputs:
     q_descale: torch.Tensor | None = None
     k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
+    q_ranges: torch.Tensor | None = None
+    k_ranges: torch.Tensor | None = None
+    attn_type_map: torch.Tensor | None = None
+    q_positions: torch.Tensor | None = None
+    k_positions: torch.Tensor | None = None
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments, beside q, k and v, for ``cute_fa.reference.attention`` and ``expected``."""
-        absent = {name for name in _CACHE_TENSORS if getattr(self, name) is None}
+        absent = {name for name in (*_CACHE_TENSORS, *_RANGES) if getattr(self, name) is None}
         tensors = {name: getattr(self, name) for name in _TENSORS if name not in absent}
         choices = {name: getattr(self.spec, name) for name in _CHOICES}
         return tensors | choices | {"window_size": self.spec.window}
@@ -146,7 +160,7 @@ class Inputs:
         return lengths | {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k} | options
 
     def call(self, **choices: Any) -> Call:
-        """The call of these inputs; ``choices``: further options of the public functions."""
+        """The call of these inputs, but for a range plan; ``choices``: further options of the public functions."""
         from cute_fa.api.attention import prepare
 
         longest = {}
@@ -154,7 +168,8 @@ class Inputs:
             longest["max_seqlen_q"] = self.spec.seqlen_q
         if longest and not self.spec.is_cache:
             longest["max_seqlen_k"] = self.spec.seqlen_k
-        return prepare(self.q, self.k, self.v, **self.options(), **longest, **choices)
+        options = {name: value for name, value in self.options().items() if name not in _RANGES}
+        return prepare(self.q, self.k, self.v, **options, **longest, **choices)
 
     def variables(self) -> dict[str, torch.Tensor]:
         """The tensors that have gradients, by name, in the order of ``reference.Gradients``."""
@@ -171,10 +186,25 @@ class Inputs:
         from cute_fa.api.kvcache import flash_attn_with_kvcache
 
         arguments = self.arguments()
+        if self.spec.ranges:
+            return self._run_ranges(**arguments, **extra)
         function = flash_attn_varlen_func if "page_table" in arguments else flash_attn_func
         if self.spec.is_cache:
             function = flash_attn_with_kvcache
         return function(self.q, self.k, self.v, **arguments, **extra)
+
+    def _run_ranges(self, **arguments: Any) -> Any:
+        """As :meth:`run`: range_attention takes its one sequence without the batch, and no windows."""
+        from cute_fa.api.ranges import range_attention
+
+        given = {name: value for name, value in arguments.items() if name not in _NOT_OF_RANGES}
+        return_lse = given.pop("return_lse", False)
+        out, lse = range_attention(self.q[0], self.k[0], self.v[0], **given, return_lse=True)
+        return (out[None], lse[None]) if return_lse else out[None]
+
+
+# What says beside a plan which keys are seen, and how a forward is computed, by values that ask for nothing.
+_NOT_OF_RANGES = ("causal", "window_size", "sink_tokens", *_DESCALES, "num_splits")
 
 
 def make_inputs(
@@ -189,10 +219,13 @@ def make_inputs(
     if spec.heads_kv < 1 or spec.heads % spec.heads_kv:
         raise ArgumentError(f"heads={spec.heads}, heads_kv={spec.heads_kv}: heads must be a multiple of heads_kv")
     rng = torch.Generator().manual_seed(seed)
+    plan = draw_ranges(spec, seed) if spec.ranges else None
     lengths_q = _lengths(spec.batch, spec.seqlen_q, spec.lengths_q, spec.varlen_q or spec.seqused_q, rng)
     any_k = spec.varlen_k or spec.seqused_k or spec.page_size is not None or spec.cache_leftpad
     lengths_k = _lengths(spec.batch, spec.seqlen_k, spec.lengths_k, any_k, rng)
-    make = _peaked if inputs == "peaked" else _random
+    make = _random
+    if inputs == "peaked":
+        make = _peaked if plan is None else partial(_peaked_at, partial(_edges_of_ranges, plan))
     sequences = [make(spec, *lengths, rng) for lengths in zip(lengths_q, lengths_k, strict=True)]
     descales = _draw_descales(spec, seed)
     if spec.block_descales:
@@ -240,6 +273,7 @@ def make_inputs(
     sink = torch.randn(spec.heads, generator=rng) * 2.0 if spec.learnable_sink else None
     leftpad = torch.tensor(pads, dtype=torch.int32) if spec.cache_leftpad else None
     tensors = (q, k, v, cu_q, cu_k, used_q, used_k, page_table, index, leftpad, slopes, sink, *descales)
+    tensors += (None,) * len(_RANGES) if plan is None else (*plan, *_draw_positions(spec, seed))
     return Inputs(spec, *(None if t is None else _to_device(t, device) for t in tensors))
 
 
@@ -285,6 +319,30 @@ def _lengths(batch: int, longest: int, given, vary: bool, rng) -> list[int]:
     # an odd length and an empty one must not depend on luck
     lengths = [longest, longest * 5 // 8 | 1, 0, *drawn][:batch]
     return [min(length, longest) for length in lengths]
+
+
+def draw_ranges(spec: InputSpec, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q_ranges, k_ranges and attn_type_map of a random plan, int32: long and short ranges, one in five empty or of a
+    single row, of all types."""
+    rng = torch.Generator().manual_seed(seed)
+    ranges = []
+    for total in (spec.seqlen_q, spec.seqlen_k):
+        reach = total * torch.rand(spec.ranges, generator=rng).square()
+        few = torch.rand(spec.ranges, generator=rng) < 0.2
+        short = torch.randint(0, 2, (spec.ranges,), generator=rng)
+        length = torch.where(few, short, reach.ceil().long()).clamp(max=total)
+        start = (torch.rand(spec.ranges, generator=rng) * (total - length + 1)).long().clamp(max=total)
+        ranges.append(torch.stack([start, start + length], 1).int())
+    return *ranges, torch.randint(0, 4, (spec.ranges,), generator=rng, dtype=torch.int32)
+
+
+def _draw_positions(spec: InputSpec, seed: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of queries and keys, int32."""
+    if not spec.positions:
+        return None, None
+    rng = torch.Generator().manual_seed(seed)
+    q, k = (torch.randint(-50, 50, (rows,), generator=rng).int() for rows in (spec.seqlen_q, spec.seqlen_k))
+    return q, k
 
 
 def _draw_descales(spec: InputSpec, seed: int) -> list[torch.Tensor | None]:
@@ -355,6 +413,12 @@ def _random(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
 
 def _peaked(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
     """q, k and v of one sequence."""
+    return _peaked_at(partial(_edges_of_window, spec), spec, seqlen_q, seqlen_k, rng)
+
+
+def _peaked_at(edges_of: Callable, spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
+    """q, k and v of one sequence; ``edges_of(seqlen_q, seqlen_k, rng)``: keys at the edges of what queries see, each
+    (seqlen_q, 1) or (seqlen_q, heads)."""
     kv_heads = 1 if spec.layout == "expanded" else spec.heads_kv
     k = _signs((seqlen_k, kv_heads, spec.head_dim), rng)
     bits = torch.arange(spec.head_dim_v) % max(1, (seqlen_k - 1).bit_length())
@@ -363,15 +427,8 @@ def _peaked(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
     if seqlen_k == 0:
         return torch.zeros(seqlen_q, spec.heads, spec.head_dim), k, v
 
-    left, right = normalize_window(spec.window, spec.causal)
-    position = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
-    last = position + (seqlen_k if right is None else right)
-    first = position - (seqlen_k if left is None else left)
     anywhere = torch.randint(0, seqlen_k, (seqlen_q, spec.heads), generator=rng)
-    sink = torch.full_like(position, spec.sink_tokens)
-    end = torch.full_like(position, seqlen_k - 1)
-    edges = (last, last + 1, first, first - 1, sink - 1, sink, end, anywhere)
-    edges = torch.stack([edge.expand(-1, spec.heads) for edge in edges])
+    edges = torch.stack([edge.expand(-1, spec.heads) for edge in (*edges_of(seqlen_q, seqlen_k, rng), anywhere)])
     choice = torch.randint(0, len(edges), (1, seqlen_q, spec.heads), generator=rng)
     target = edges.gather(0, choice)[0]
     target = torch.where((target >= 0) & (target < seqlen_k), target, anywhere)
@@ -379,6 +436,26 @@ def _peaked(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng):
     # a target's score is then about 16 after the default scale, the others' about 16/√head_dim
     sharpness = 16.0 / math.sqrt(spec.head_dim)
     return sharpness * k[target, group], k, v
+
+
+def _edges_of_window(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng) -> tuple[torch.Tensor, ...]:
+    left, right = normalize_window(spec.window, spec.causal)
+    position = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
+    last = position + (seqlen_k if right is None else right)
+    first = position - (seqlen_k if left is None else left)
+    sink = torch.full_like(position, spec.sink_tokens)
+    end = torch.full_like(position, seqlen_k - 1)
+    return last, last + 1, first, first - 1, sink - 1, sink, end
+
+
+def _edges_of_ranges(plan: tuple, seqlen_q: int, seqlen_k: int, rng) -> tuple[torch.Tensor, ...]:
+    """Ends and diagonals of a range of each query's own, drawn from the plan."""
+    q_ranges, k_ranges, _ = (tensor.long() for tensor in plan)
+    own = torch.randint(0, len(q_ranges), (seqlen_q,), generator=rng)
+    (q_start, q_stop), (k_start, k_stop) = (ranges[own].T[..., None] for ranges in (q_ranges, k_ranges))
+    row = torch.arange(seqlen_q)[:, None]
+    last, first = row + k_stop - q_stop, row + k_start - q_start
+    return k_start, k_start - 1, k_stop - 1, k_stop, last, last + 1, first, first - 1
 
 
 def _signs(shape: tuple[int, ...], rng) -> torch.Tensor:

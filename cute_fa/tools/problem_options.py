@@ -68,6 +68,8 @@ PROBLEM_OPTIONS = [
     click.option("--causal", is_flag=True),
     click.option("--window", type=int, nargs=2, metavar="L R", help="Keys visible to the left and right; -1: all."),
     *_feature_options(AttentionProblem),
+    click.option("--ranges", type=int, default=0, help="What queries see is a plan of so many ranges, from the seed."),
+    click.option("--positions", is_flag=True, help="ALiBi's distances under a range plan are between positions."),
     click.option("--family", type=click.Choice(FAMILIES), help="Kernels of that family alone."),
     click.option("--backward", is_flag=True, help="Also the gradients, for random ones of the output."),
     click.option("--append", is_flag=True, help="Not attention: seqlen-q new tokens into a cache of seqlen-k."),
@@ -75,6 +77,7 @@ PROBLEM_OPTIONS = [
 ]
 _OF_AN_APPEND = {of.cli or name for name, of in options_of(AppendProblem).items() if of.help}
 _OF_ATTENTION = {of.cli or name for name, of in options_of(AttentionProblem).items() if of.help} | {"causal", "window"}
+_OF_ATTENTION |= {"ranges", "positions"}
 _OF_BOTH = {"page_size", "cache_batch_idx", "varlen", "seqused_q", "seqused_k", "dtype_k", "dtype_v"}
 
 

@@ -152,6 +152,9 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionP
     described |= {name: spec.descales and dtype.is_fp8 for name, dtype in given}
     described |= {f"{name}_block_descale": spec.block_descales and described[f"{name}_descale"] for name in "kv"}
     described |= {
+        "ranges": spec.ranges > 0,
+        "q_positions": spec.positions,
+        "k_positions": spec.positions,
         "alibi": spec.alibi or spec.alibi_per_batch,
         "seqused_k": spec.seqused_k or spec.page_size is not None or spec.cache_leftpad,
     }
@@ -178,7 +181,8 @@ def run_trial(inputs: Inputs, machine: Machine, **choices: Any) -> TrialResult:
     pack_gqa, persistent, num_splits and family."""
     choices = {"num_splits": 1} | choices  # the function for caches has another default
     call = inputs.call(**choices)
-    problem = problem_of(machine.arch, call)
+    plan = {"ranges": inputs.spec.ranges > 0, **dict.fromkeys(("q_positions", "k_positions"), inputs.spec.positions)}
+    problem = replace(problem_of(machine.arch, call), **plan)
     problem, kernel = TABLE.choose(problem, call.options.family, machine.sms, call.options.num_splits)
     config = kernel.configure(problem)
 

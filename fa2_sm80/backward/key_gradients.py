@@ -21,7 +21,7 @@ from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.backward.key_tile import BackwardTiles, KeyTile
 from fa2_sm80.backward.list_pipeline import ListPipeline
 from fa2_sm80.backward.query_pipeline import QueryPipeline, StatsLoader, head_strides
-from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, TileLoader, store_tile
+from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, TileLoader, block_offset, store_tile
 from fa2_sm80.common.heads import head_matrix
 from fa2_sm80.common.walk import walk
 
@@ -54,9 +54,9 @@ class KeyGradientKernel:
             stats = args.scratch.stats
             pipeline = (ListPipeline if c.ranges else QueryPipeline)(
                 c.stages,
-                TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads),
-                TileLoader(dout, smem.dout, c.head_dim_v, tidx, c.num_threads),
-                StatsLoader(stats, first_tile, head, smem.stats, c.tile_m, tidx),
+                TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads, c.ranges),
+                TileLoader(dout, smem.dout, c.head_dim_v, tidx, c.num_threads, c.ranges),
+                StatsLoader(stats, first_tile, head, smem.stats, c.tile_m, tidx, c.ranges),
                 head_strides(args.common.q, args.dout, stats),
                 blocks,
                 gqa_ratio,
@@ -117,6 +117,7 @@ class KeyGradientKernel:
         if const_expr(not c.deterministic):
             start = first_tile if const_expr(c.ranges) else first_tile + blocks.last_block
             tile.dq_address[0] = scratch_address(args.scratch.dq, start, head)
+            tile.dq_block_bytes = Int32(args.scratch.dq.stride[0]) * 4
         walk(blocks.ranges(c.window_left), partial(self.step, args, tile, pipeline, blocks, index, score))
         if const_expr(c.slopes_gradient):
             dslope = cute.arch.warp_reduction_sum(tile.dslope[0])
@@ -151,7 +152,9 @@ class KeyGradientKernel:
         block = blocks.block(iteration)
         if const_expr(c.ranges):
             bits = tile.mask_rows(blocks, iteration) if const_expr(masked) else None
-            offset = Int64(0) if const_expr(c.deterministic) else Int64(args.scratch.dq.stride[0]) * 4 * Int64(block)
+            offset = None
+            if const_expr(not c.deterministic):
+                offset = block_offset(block, tile.dq_block_bytes)
             tile.step(block * c.tile_m, stage, score, masked, left_edge, bits, offset)
         else:
             tile.step(block * c.tile_m, stage, score, masked, left_edge)

@@ -2,9 +2,10 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Int32, const_expr
 
 from fa2_sm80.backward.query_pipeline import QueryPipeline
+from fa2_sm80.common.copies import block_offset
 
 
 class ListPipeline(QueryPipeline):
@@ -41,7 +42,7 @@ class ListPipeline(QueryPipeline):
             rows_left = self.seqlen_q - block * self.tile_m
         stage = 0 if const_expr(self.stages == 1) else self.next_stage[0]
         loads = (self.load_q, self.load_dout)
-        q, dout, stats = (self.sources[i] + self.block_strides[i] * Int64(block) for i in range(3))
+        q, dout, stats = (self.sources[i] + block_offset(block, self.block_strides[i]) for i in range(3))
         for load, source in zip(loads, (q, dout), strict=True):
             load(source, stage, rows_left)
         self.load_stats(stats, stage)

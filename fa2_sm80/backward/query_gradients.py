@@ -220,8 +220,8 @@ class QueryGradientKernel:
             if blocks.total > 0:
                 load_q(m_block, 0, rows_left)
                 load_dout(m_block, 0, rows_left)
-            load_k = TileLoader(k, smem.k, c.head_dim, tidx, tiles.num_threads)
-            load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, tiles.num_threads)
+            load_k = TileLoader(k, smem.k, c.head_dim, tidx, tiles.num_threads, c.ranges)
+            load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, tiles.num_threads, c.ranges)
             ring = TileRing(tiles.stages, load_k, load_v, blocks, args.common.window, info.seqlen_k)
             ring.prologue(Int32(0))
             slopes = (args.common.alibi_slopes[batch, head],) * tiles.rows_per_thread if const_expr(c.alibi) else None

@@ -10,6 +10,13 @@ from cute_fa.device.block_range import BlockRange
 from cute_fa.device.visibility import Window
 
 
+def stage_of(iteration: Int32, stages: int):
+    """Stage of an iteration ≥ 0; of two without the three instructions that a remainder of any sign takes."""
+    if stages == 1:
+        return 0
+    return iteration & 1 if stages == 2 else iteration % stages
+
+
 class BlockRing(ABC):
     """``stages`` steps in flight, K and V of one in one cp.async group; the next step is issued as soon as its stage is
     free."""
@@ -23,7 +30,7 @@ class BlockRing(ABC):
         """Issue the copies of one key block; ``first``: whether it may be that of the first step."""
 
     def stage(self, iteration: Int32):
-        return 0 if const_expr(self.stages == 1) else iteration % self.stages
+        return stage_of(iteration, self.stages)
 
     @cute.jit
     def prologue(self, start: Int32):

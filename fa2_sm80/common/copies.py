@@ -77,13 +77,19 @@ class SmemTiles(NamedTuple):
 class TileLoader:
     """cp.async of row tiles of one global (rows, head_dim) matrix into a :class:`SmemTile`, zeros outside."""
 
-    def __init__(self, matrix: cute.Tensor, smem: SmemTile, head_dim: int, tidx: Int32, num_threads: int):
+    def __init__(
+        self, matrix: cute.Tensor, smem: SmemTile, head_dim: int, tidx: Int32, num_threads: int, listed: bool = False
+    ):
+        """``listed``: tiles come in any order; a tile spans less than 2^31 bytes. Tiles one after the other need no
+        product for each, others one instruction instead of 7."""
         self.smem, self.head_dim = smem, head_dim
         chunks_per_row = smem.panel // CHUNK
         self.row, self.chunk = tidx // chunks_per_row, tidx % chunks_per_row
         self.rows_per_pass = num_threads // chunks_per_row
         row_bytes = Int64(matrix.stride[0]) * ELEMENT_BYTES
         self.block_bytes = row_bytes * smem.rows
+        if listed:
+            self.block_bytes = opaque(Int32(self.block_bytes))
         self.pass_bytes = row_bytes * self.rows_per_pass
         start = matrix.iterator.toint() + self.row * row_bytes + self.chunk * CHUNK_BYTES
         self.source = opaque(start)
@@ -93,7 +99,7 @@ class TileLoader:
     def load(self, block: Int32, stage: Int32, rows_left: Optional[Int32]):
         """Issue the copies of tile ``block``. ``rows_left``: rows of the matrix from the tile's first one on; rows
         beyond are zero-filled, never read. None: all rows of the tile are inside."""
-        self.load_from(self.source + self.block_bytes * Int64(block), stage, rows_left)
+        self.load_from(self.source + block_offset(block, self.block_bytes), stage, rows_left)
 
     @cute.jit
     def load_from(self, source: Int64, stage: Int32, rows_left: Optional[Int32]):
@@ -119,6 +125,11 @@ class TileLoader:
                 inside = column_inside if inside is None else inside & column_inside
             offset = first_row * smem.row_bytes + panel * smem.panel_bytes
             copy_async(target, offset, source, panel * smem.row_bytes, inside)
+
+
+def block_offset(block: Int32, block_bytes: Int64 | Int32) -> Int64:
+    """Where a block lies behind the first."""
+    return Int64(block_bytes) * Int64(block)
 
 
 @cute.jit

@@ -64,8 +64,8 @@ class Fa2ForwardKernel:
 
             smem = self.smem_tiles()
             load_q = TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads)
-            load_k = TileLoader(k, smem.k, c.head_dim, tidx, c.num_threads)
-            load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, c.num_threads)
+            load_k = TileLoader(k, smem.k, c.head_dim, tidx, c.num_threads, c.ranges)
+            load_v = TileLoader(v, smem.v, c.head_dim_v, tidx, c.num_threads, c.ranges)
             slopes = (args.common.alibi_slopes[batch, head],) * c.rows_per_thread if const_expr(c.alibi) else None
             score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
 

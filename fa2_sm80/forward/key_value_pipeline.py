@@ -6,6 +6,7 @@ from cutlass import Int32, const_expr
 
 from cute_fa.device.block_range import BlockRange
 from cute_fa.device.visibility import Window
+from fa2_sm80.common.block_ring import stage_of
 from fa2_sm80.common.copies import TileLoader
 
 
@@ -33,7 +34,7 @@ class KeyValuePipeline:
         self.seqlen_k, self.tile_n = seqlen_k, tile_n
 
     def stage(self, iteration: Int32):
-        return 0 if const_expr(self.stages == 1) else iteration % self.stages
+        return stage_of(iteration, self.stages)
 
     @cute.jit
     def prologue(self):

@@ -172,10 +172,10 @@ def test_hybrid_mtp_decode(steps, window, causal):
     check(ready_plans.hybrid_mtp_decode(past, new, window, causal_window=causal), sees, 3 * len(steps))
 
 
-def test_a_step_of_full_windows_gathers_pages():
-    """Without new tokens all is full: keys in pages need no mask. The key before the window ends a page's part."""
+def test_a_step_of_windows_alone_is_full():
+    """Without new tokens: two segments for each window, and between them the hidden key."""
     found = ready_plans.hybrid_mtp_decode([65, 129], [0, 0], 7)
-    assert [queries for queries, _, _ in ranges_of(found)] == [[0, 7], [0, 7], [7, 14], [7, 14]]
+    assert found.q_ranges.tolist() == [[0, 7], [0, 7], [7, 14], [7, 14]] and found.types.tolist() == [0] * 4
     assert found.k_ranges.tolist() == [[0, 64], [65, 72], [72, 200], [201, 208]]
 
 
