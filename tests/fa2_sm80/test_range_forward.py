@@ -163,6 +163,16 @@ def test_what_no_query_sees_changes_nothing():
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
 
+@pytest.mark.parametrize("base", [-(2**31), 2**24, 2**31 - 101])
+def test_neighbouring_positions_far_from_zero(base):
+    """Distances are exact where fp32 does not hold the positions."""
+    ranges = Ranges.of([(0, 70, 0, 100, FULL)], 70, 100)
+    inputs = RangeInputs.make(ranges, alibi=True, positions=True)
+    q, k = ((base + torch.arange(n)).int() for n in (70, 100))
+    slopes = torch.tensor([0.3, 0.1])
+    assert_right(ranges, dataclasses.replace(inputs, q_positions=q, k_positions=k, alibi_slopes=slopes))
+
+
 def test_positions_at_both_ends():
     """Of distances up to 2^31 − 1 in fp32, and a slope that keeps them finite."""
     ranges = Ranges.random(12, 130, 140, seed=1)

@@ -86,6 +86,17 @@ def test_what_no_query_sees_changes_nothing(deterministic):
     assert not deterministic or same_bits(first, again)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_neighbouring_positions_far_from_zero(deterministic):
+    """Distances are exact where fp32 does not hold the positions."""
+    ranges = Ranges.of([(0, 70, 0, 100, FULL)], 70, 100)
+    inputs = RangeInputs.make(ranges, alibi=True, positions=True)
+    q, k = ((2**25 + torch.arange(n)).int() for n in (70, 100))
+    slopes = torch.tensor([0.3, 0.1])
+    far = dataclasses.replace(inputs, q_positions=q, k_positions=k, alibi_slopes=slopes)
+    assert_right(ranges, far, deterministic=deterministic)
+
+
 def test_deterministic_under_every_schedule():
     """All features that sum over CTAs, and more CTAs than one SM takes."""
     ranges = Ranges.random(30, 200, 300, seed=5, longest=120)

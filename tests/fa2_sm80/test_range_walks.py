@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import cute_fa
-from cute_fa.engine.range_plans import WalkShape
+from cute_fa.api import range_plan
+from cute_fa.engine.range_plans import WalkShape, _words
 from tests.testing.range_walks import BOTH, CAUSAL, FULL, INVERSE, Ranges, Walk, assert_walk, expected_lists
 
 # rows × columns of the kernels' tiles: two mask words a row, or one, or four of which the last is empty
@@ -197,6 +199,18 @@ def test_a_plan_makes_each_walk_once():
     read = Walk.read(walk, 300, (128, 64), 3 * 4)
     expected = expected_lists(ranges.mask(), (128, 64), whole_tiles=False)
     assert [(t.masked, t.covered) for t in read.tiles] == [(t.masked, t.covered) for t in expected]
+
+
+def test_places_are_int32(monkeypatch):
+    """Whatever room is asked for, a walk ends below 2^31 words."""
+    sizes = []
+    monkeypatch.setattr(range_plan, "range_walk", lambda *given: sizes.append(given[2:]) or torch.zeros(8))
+    for total, capacity in ((2**20, 2**30), (2**23, 2**40), (2**20, 5)):
+        with cute_fa.simulate("sm_80"):
+            Ranges.of([(0, 9, 0, 9, FULL)], total, total).plan(mask_capacity=capacity).walk("queries", (128, 64))
+    words = [_words(rows, *tile, entries, masks) for rows, _, *tile, _, entries, masks in sizes]
+    assert 2**31 - 2**10 < words[0] < 2**31 and 2**31 - 2**10 < words[1] < 2**31
+    assert sizes[2][-1] == 6
 
 
 @pytest.mark.without_races
