@@ -120,7 +120,10 @@ class KeyGradientKernel:
             tile.dq_block_bytes = Int32(args.scratch.dq.stride[0]) * 4
         walk(blocks.ranges(c.window_left), partial(self.step, args, tile, pipeline, blocks, index, score))
         if const_expr(c.slopes_gradient):
-            self.store_dslope(args, cute.arch.warp_reduction_sum(tile.dslope[0]), batch, head, n_block)
+            dslope = cute.arch.warp_reduction_sum(tile.dslope[0])
+            if const_expr(c.ranges):
+                dslope += poisoned(blocks)
+            self.store_dslope(args, dslope, batch, head, n_block)
             tile.dslope[0] = Float32(0.0)
 
     @cute.jit
