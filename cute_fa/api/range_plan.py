@@ -13,9 +13,10 @@ from cute_fa.api.values import check_tensor, integer
 from cute_fa.engine import worlds
 from cute_fa.engine.range_plans import SortedRanges, WalkShape, range_walk
 from cute_fa.semantics.errors import ArgumentError, RangeError
+from cute_fa.semantics.problem import INT32_MAX
 from cute_fa.semantics.ranges import HostRanges
 from cute_fa.semantics.tensors import check_devices, check_dims, check_vector
-from cute_fa.semantics.walk_layout import TABLE_WORDS, Header, mask_words, table_start, tiles_of
+from cute_fa.semantics.walk_layout import TABLE_WORDS, Header, mask_words, masks_start, table_start, tiles_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,9 +151,10 @@ class RangePlan:
                 self._sorted[rows] = of_rows
         sizes = (self.total_q, self.total_k) if rows == "queries" else (self.total_k, self.total_q)
         blocks = tiles_of(sizes[0], shape.rows) * tiles_of(sizes[1], shape.columns)
-        most = _DEFAULT_WORDS // (shape.rows * mask_words(shape.columns))
-        masks = min(blocks, most if self.mask_capacity is None else self.mask_capacity)
-        return range_walk(*of_rows, *sizes, *shape, rows == "keys", min(blocks, _DEFAULT_WORDS), 1 + masks)
+        entries, words = min(blocks, _DEFAULT_WORDS), shape.rows * mask_words(shape.columns)
+        room = (INT32_MAX - masks_start(tiles_of(sizes[0], shape.rows), entries)) // words - 1  # places are int32
+        asked = _DEFAULT_WORDS // words if self.mask_capacity is None else self.mask_capacity
+        return range_walk(*of_rows, *sizes, *shape, rows == "keys", entries, 1 + min(blocks, asked, room))
 
     def checked(self) -> RangePlan:
         """The plan, :meth:`check` having been called where values on the device are checked."""

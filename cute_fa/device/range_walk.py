@@ -89,6 +89,11 @@ class RangeWalk(NamedTuple):
         """Tiles of rows that have blocks."""
         return self.walk[Header.FILLED]
 
+    @property
+    def poison(self) -> Float32:
+        """What sums over all tiles of rows begin with: 0, NaN if one found no room."""
+        return cutlass.select_(self.walk[Header.NO_ROOM] > 0, Float32(float("nan")), Float32(0.0))
+
     def tile(self, rank: Int32) -> Int32:
         """The tile of rows that is computed as the ``rank``-th."""
         return self.walk[Header.WORDS + rank]

@@ -57,8 +57,10 @@ class TiledForward(AttentionKernel):
             ]
             refused = None if reasons else cls.promotion_objection(problem)
             reasons += [] if refused is None else [refused]
-        if problem.ranges:
-            reasons.append("a range plan: this kernel walks over none yet")
+        if problem.ranges and problem.is_fp8:
+            reasons.append(f"a range plan with dtype {dtypes_of_code(problem)}: its kernels are of 16 bits")
+        if problem.ranges and problem.pack_gqa and problem.gqa_ratio > 1:
+            reasons.append("pack_gqa with a range plan: its masks are of tiles of queries of one head")
         if problem.cache_leftpad and problem.page_size is not None:
             reasons.append(f"cache_leftpad with page_size {problem.page_size}: blocks of keys start where pages do")
         if problem.pack_gqa and problem.gqa_ratio > cls.rows:
@@ -114,6 +116,8 @@ def packing_objection(problem: AttentionProblem, units: int, unit_rows: int) -> 
     """Why the query heads of one kv head do not share a tile of ``units`` times ``unit_rows``: they do where asked for,
     else where that fills the rows of the tiles better by a tenth, as with few queries (decoding, chunks)."""
     ratio = problem.gqa_ratio
+    if problem.ranges:
+        return f"pack_gqa {ratio}: the masks of a range plan are of tiles of queries of one head"
     if ratio > unit_rows:
         return f"pack_gqa {ratio}: a warpgroup holds {unit_rows} query heads"
     if problem.pack_gqa is not None:

@@ -140,11 +140,13 @@ def _range_walk(
     walk = ranges.new_empty(_words(rows, tile_rows, tile_columns, entry_capacity, mask_capacity))
     walk[: Header.WORDS] = 0
     walk[Header.MASK_TILES] = 1
+    tiles = tiles_of(rows, tile_rows)
+    table = walk[table_start(tiles) :][: TABLE_WORDS * tiles].view(tiles, TABLE_WORDS)
     if plan.launches:
         plan.launch((ranges, classes, walk, entry_capacity, mask_capacity))
-        tiles = tiles_of(rows, tile_rows)
-        totals = walk[table_start(tiles) :][: TABLE_WORDS * tiles].view(tiles, TABLE_WORDS)[:, 2]
-        walk[Header.WORDS :][:tiles] = totals.argsort(descending=True, stable=True)
+    else:
+        table.zero_()
+    walk[Header.WORDS :][:tiles] = table[:, 2].argsort(descending=True, stable=True)
     return walk
 
 

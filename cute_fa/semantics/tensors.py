@@ -56,7 +56,7 @@ TORCH_DTYPES = {
 }
 DTYPES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 ALIGNMENT = 16
-POSITIONS_STEP = 512  # a multiple of every tile
+LARGEST_TILE = 256  # rows of queries or keys that a kernel reads positions of at a time
 _LARGEST_LOGIT = 2.0**126  # what log2(e) and a few sums keep finite in float32
 
 
@@ -168,7 +168,7 @@ def _check_walks(names: ArgumentNames, extras: Extras, rows_q: int, rows_k: int)
 
 def positions_held(rows: int) -> int:
     """How many positions kernels may read, of so many rows: those of whole tiles."""
-    return -(-rows // POSITIONS_STEP) * POSITIONS_STEP
+    return (-(-rows // LARGEST_TILE) + 1) * LARGEST_TILE
 
 
 def _has_blocks(descale: torch.Tensor | None) -> bool:

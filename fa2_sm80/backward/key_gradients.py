@@ -54,9 +54,9 @@ class KeyGradientKernel:
             stats = args.scratch.stats
             pipeline = (ListPipeline if c.ranges else QueryPipeline)(
                 c.stages,
-                TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads, c.ranges),
-                TileLoader(dout, smem.dout, c.head_dim_v, tidx, c.num_threads, c.ranges),
-                StatsLoader(stats, first_tile, head, smem.stats, c.tile_m, tidx, c.ranges),
+                TileLoader(q, smem.q, c.head_dim, tidx, c.num_threads),
+                TileLoader(dout, smem.dout, c.head_dim_v, tidx, c.num_threads),
+                StatsLoader(stats, first_tile, head, smem.stats, c.tile_m, tidx),
                 head_strides(args.common.q, args.dout, stats),
                 blocks,
                 gqa_ratio,
@@ -120,7 +120,10 @@ class KeyGradientKernel:
             tile.dq_block_bytes = Int32(args.scratch.dq.stride[0]) * 4
         walk(blocks.ranges(c.window_left), partial(self.step, args, tile, pipeline, blocks, index, score))
         if const_expr(c.slopes_gradient):
-            self.store_dslope(args, cute.arch.warp_reduction_sum(tile.dslope[0]), batch, head, n_block)
+            dslope = cute.arch.warp_reduction_sum(tile.dslope[0])
+            if const_expr(c.ranges):
+                dslope += poisoned(blocks)
+            self.store_dslope(args, dslope, batch, head, n_block)
             tile.dslope[0] = Float32(0.0)
 
     @cute.jit
@@ -145,8 +148,11 @@ class KeyGradientKernel:
     ):
         """Wait for one query block, and add what it gives."""
         c = self.config
+        if const_expr(c.ranges):
+            block = pipeline.latest[0]
+        else:
+            block = blocks.block(iteration)
         stage = pipeline.wait(index, iteration)
-        block = blocks.block(iteration)
         if const_expr(c.ranges):
             bits = tile.mask_rows(blocks, iteration) if const_expr(masked) else None
             offset = None

@@ -2,11 +2,12 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int64
+from cutlass import Float32, Int64, const_expr
 from cutlass.cute.arch import inline_ptx
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.range_walk import RangeWalk
 from cute_fa.device.registers import narrow
 from cute_fa.device.score import Score
 from fa2_sm80.backward.arguments import BackwardArguments, scratch_address
@@ -44,6 +45,8 @@ class QueryGradientConversion:
             acc = WarpProduct(self.dtype, rows, columns, 0).accumulator()
             tile = args.first_tile(info, batch, c.tile_m) + m_block
             self.load(acc, scratch_address(args.scratch.dq, tile, head) + tidx * 4)
+            if const_expr(c.ranges):
+                acc.store(acc.load() + RangeWalk.of(args.key_walk, args.seqlen_k, c.tile_n).poison)
             acc.store(acc.load() * Score.of(args.common.softmax_scale, args.common.softcap).gradient_scale)
             narrowed = cute.make_rmem_tensor_like(acc, self.dtype)
             narrow(acc, narrowed)

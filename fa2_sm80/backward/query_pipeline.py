@@ -13,21 +13,13 @@ class StatsLoader:
     """cp.async of the (LSE, D) pairs of one tile of queries: 8 bytes a query."""
 
     def __init__(
-        self,
-        stats: cute.Tensor,
-        first_tile: Int32,
-        head: Int32,
-        smem: cute.Pointer,
-        tile_m: int,
-        tidx: Int32,
-        listed: bool = False,
+        self, stats: cute.Tensor, first_tile: Int32, head: Int32, smem: cute.Pointer, tile_m: int, tidx: Int32
     ):
-        """``stats`` (tiles, heads, 2 · tile_m); ``source`` is where ``head`` of the sequence's first tile lies;
-        ``listed`` as of a :class:`TileLoader`."""
+        """``stats`` (tiles, heads, 2 · tile_m); ``source`` is where ``head`` of the sequence's first tile lies."""
         self.stage_bytes = 8 * tile_m
         self.copies = tidx < self.stage_bytes // CHUNK_BYTES
-        self.block_bytes = Int32(stats.stride[0]) * 4 if listed else Int64(stats.stride[0]) * 4
-        place = Int64(first_tile) * Int64(self.block_bytes) + Int64(head) * (stats.stride[1] * 4)
+        self.block_bytes = Int64(stats.stride[0]) * 4
+        place = Int64(first_tile) * self.block_bytes + Int64(head) * (stats.stride[1] * 4)
         self.source = stats.iterator.toint() + place
         self.place = tidx * CHUNK_BYTES
         self.target = smem.toint()

@@ -86,6 +86,8 @@ class Fa2ForwardKernel:
                 (args.common.learnable_sink[head],) * c.rows_per_thread if const_expr(c.learnable_sink) else None
             )
             lse = tile.softmax.finalize(tile.acc_rows, score.offset_log2, sink_logits)
+            if const_expr(c.ranges):
+                lse.store(lse.load() + poisoned(self.blocks(args.common, info, m_block)))
             out = head_matrix(args.common.out, head, batch, info.offset_q, c.cu_seqlens_q)
             lse_row = head_row(args.common.lse, head, batch, info.offset_q, c.cu_seqlens_q)
             tile.store_lse(lse, lse_row, info, m_block * c.tile_m)

@@ -105,9 +105,15 @@ class Fa3ForwardConfig(FeatureConfig):
         return self.tokens * self.warpgroups
 
     @property
-    def right_edge_blocks(self) -> int:
-        """Most key blocks that a tile's right edge meets: its tokens' last visible keys lie side by side."""
-        return -(-(self.tile_n + self.tile_tokens - 2) // self.tile_n)
+    def walk_shape(self) -> tuple[int, int]:
+        """Rows and columns of a tile, of a range plan's walk."""
+        return self.tile_tokens, self.tile_n
+
+    @property
+    def single_edge_step(self) -> bool:
+        """Whether a tile's right edge meets two key blocks at most: its tokens' last visible keys lie side by side. A
+        range plan's masks lie anywhere."""
+        return not self.ranges and -(-(self.tile_n + self.tile_tokens - 2) // self.tile_n) <= 2
 
     @property
     def key_rows(self) -> int:
@@ -216,6 +222,7 @@ _SPILLS = {
     ("softcap",): 14,
     ("window_left", "softcap"): 43,
     ("window_right", "alibi"): 20,
+    ("ranges", "alibi"): 54,
 }
 
 
@@ -310,8 +317,9 @@ def _three_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
         return "6.1 instructions per score with 96 keys and three warpgroups, 5.4 with 128 and two (head_dim 96)"
     given = {"window_left": problem.window_left is not None, "softcap": problem.softcap > 0.0}
     crowd = tuple(name for name, present in given.items() if present)
-    if not crowd and problem.alibi and problem.window_right is not None and padded(problem.head_dim_v) > 32:
-        crowd = ("window_right", "alibi")
+    if not crowd and problem.alibi and (padded(problem.head_dim_v) > 32 or problem.q_positions):
+        beside = {"window_right": problem.window_right is not None, "ranges": problem.ranges}
+        crowd = next(((name, "alibi") for name, present in beside.items() if present), ())
     if crowd and tiles.tile_n == 128:
         return f"registers spill with {' and '.join(crowd)}: up to {_SPILLS[crowd]} accesses at 128 keys, none at 96"
     return None

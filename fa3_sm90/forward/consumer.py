@@ -1,5 +1,7 @@
 """A consumer warpgroup: 64 rows of queries through the key blocks, then out."""
 
+from typing import Optional
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
@@ -7,14 +9,17 @@ from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.forward_arguments import ForwardArguments, TmaTensors
 from cute_fa.device.fragments import share_of_columns, warpgroup_rows_and_columns
+from cute_fa.device.positions import distances_between, row_positions
+from cute_fa.device.range_walk import hidden_columns, hide
 from cute_fa.device.registers import opaque
 from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.device.tile_work import Extents, TileWork, kv_head, scheduler_of, tile_work
+from cute_fa.device.unseen_tiles import write_unseen_tiles
 from cute_fa.device.visibility import mask_scores
 from fa3_sm90.forward.accumulation import Direct, Promoted
-from fa3_sm90.forward.config import Fa3ForwardConfig
+from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
 from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.epilogue import Epilogue
 from fa3_sm90.forward.probabilities import EightBits, SixteenBits, probability_type
@@ -40,7 +45,7 @@ class Consumer:
         thread: Int32,
     ):
         """``index``: which consumer, ``thread``: which of its 128 threads."""
-        self.config, self.args, self.extents, self.index = config, args, extents, index
+        self.config, self.args, self.extents, self.index, self.thread = config, args, extents, index, thread
         # the rings of Q come first in memory, one for each warpgroup
         self.queries = Ring(config.pipelines[0], storage.barriers + 2 * index)
         self.keys, self.values = rings["k"], rings[config.values]
@@ -72,6 +77,9 @@ class Consumer:
             queries = ring_next(queries, 1)
             state = type(state)(*(cute.arch.make_warp_uniform(number) for number in advance(state)))  # see steps()
         self.epilogue.finish()
+        if const_expr(self.config.ranges):  # not in the loop: a branch around its products serialises them
+            threads = self.config.warpgroups * WARPGROUP
+            write_unseen_tiles(self.args.common, self.config, self.index * WARPGROUP + self.thread, threads)
 
     @cute.jit
     def compute_tile(self, scheduler, state, queries: RingState, keys: RingState) -> RingState:
@@ -124,7 +132,7 @@ class Consumer:
         self.queries.wait(queries)
         self.first_block(work, softmax, score, keys)
         ranges = blocks.ranges(c.window_left)
-        if const_expr(not c.window_right):
+        if const_expr(not (c.window_right or c.ranges)):
             ranges = ranges[1:]  # the sequence's end is in the first block
         for i in cutlass.range_constexpr(len(ranges)):
             keys = self.steps(work, softmax, score, keys, *ranges[i])
@@ -161,13 +169,14 @@ class Consumer:
     @cute.jit
     def first_block(self, work: TileWork, softmax: OnlineSoftmax, score: Score, state: RingState):
         """Exponentials of the first block, which may be of any range."""
+        bits = self.mask_rows(work, Int32(0), True)
         self.keys.wait(state)
         warpgroup.fence()
         self.products.start_scores(state.stage)
         score, softmax = self.descaled(score, softmax, state.stage)
         warpgroup.wait_group(0)
         self.keys.release(state.stage)
-        self.modify_and_mask(work, score, Int32(0), True, self.config.window_left)
+        self.modify_and_mask(work, score, Int32(0), True, self.config.window_left, bits)
         softmax.advance(self.scores)
         softmax.exponentiate(self.scores, True)
 
@@ -189,7 +198,9 @@ class Consumer:
         """
         keys, values, products, stages = self.keys, self.values, self.products, self.config.stages
         state = ring_next(before, stages)
-        second = right_edge and self.config.right_edge_blocks <= 2  # then the only step of its range
+        second = right_edge and self.config.single_edge_step  # then the only step of its range
+        if const_expr(self.config.pingpong):
+            bits = self.mask_rows(work, iteration, right_edge)
         keys.wait(state)
         self.settle(softmax, iteration > 1, previous_stage(before, stages), second)
         if const_expr(self.config.pingpong):
@@ -200,10 +211,12 @@ class Consumer:
         products.start_output(self.probabilities.operand, before.stage)
         if const_expr(self.config.pingpong):
             self.turns.pass_on()
+        if const_expr(not self.config.pingpong):  # the products take long enough, and registers are scarce before
+            bits = self.mask_rows(work, iteration, right_edge)
         score, softmax = self.descaled(score, softmax, state.stage)
         warpgroup.wait_group(1)
         keys.release(state.stage)
-        self.modify_and_mask(work, score, iteration, right_edge, left_edge)
+        self.modify_and_mask(work, score, iteration, right_edge, left_edge, bits)
         softmax.advance(self.scores)
         self.accumulation.go_on(
             lambda part: products.start_output(self.probabilities.operand, before.stage, part),
@@ -247,6 +260,15 @@ class Consumer:
         self.values.release(state.stage)
         self.accumulation.finish()
 
+    def mask_rows(self, work: TileWork, iteration: Int32, masked: bool) -> Optional[list[cute.Tensor]]:
+        """Under a range plan, the bits of a masked block for the thread's rows: on their way while its scores are
+        computed."""
+        c = self.config
+        if not (c.ranges and masked):
+            return None
+        first_row = self.index * c.tokens
+        return [work.blocks.mask_row(iteration, first_row + row, *c.walk_shape) for row in self.rows.tokens]
+
     @cute.jit
     def modify_and_mask(
         self,
@@ -255,17 +277,29 @@ class Consumer:
         iteration: Int32,
         right_edge: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
+        bits: cutlass.Constexpr,
     ):
-        """Softcap, ALiBi and the mask of one block of keys, in place."""
+        """Softcap, ALiBi and the mask of one block of keys, in place. ``bits``: of :meth:`mask_rows`."""
         c, rows, info = self.config, self.rows, work.info
-        masked, diagonals = right_edge or left_edge, None
+        masked, diagonals, distance = right_edge or left_edge, None, None
         if const_expr(masked or c.alibi):
             first_key = work.blocks.block(iteration, self.args.common.window) * c.tile_n + rows.column
             first_token = work.first_token + self.index * c.tokens
-            diagonal = info.seqlen_k - info.seqlen_q + first_token - first_key
+            diagonal = first_token - first_key
+            if const_expr(not c.ranges):
+                diagonal = info.seqlen_k - info.seqlen_q + first_token - first_key
             diagonals = [diagonal + token for token in rows.tokens]
-        apply_score(score, self.scores, distances(diagonals, self.columns) if const_expr(c.alibi) else None)
-        if const_expr(masked):
+        if const_expr(c.q_positions):
+            common, columns = self.args.common, range(cute.size(self.columns, mode=[1]))
+            own = row_positions(common.q_positions, first_token, rows.tokens)
+            columns = [self.columns[0, column][1] for column in columns]
+            distance = distances_between(own, common.k_positions, first_key, columns)
+        elif const_expr(c.alibi):
+            distance = distances(diagonals, self.columns)
+        apply_score(score, self.scores, distance)
+        if const_expr(bits is not None):
+            hide(self.scores, self.columns, [hidden_columns(of_row, rows.column) for of_row in bits])
+        elif const_expr(masked):
             keys_left = info.seqlen_k - first_key
             mask_scores(
                 self.scores,

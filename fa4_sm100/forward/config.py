@@ -109,6 +109,17 @@ class Fa4ForwardConfig(FeatureConfig):
         return self.tokens * self.q_tiles * self.ctas
 
     @property
+    def walk_shape(self) -> tuple[int, int]:
+        """Rows and columns of a tile, of a range plan's walk."""
+        return self.tile_tokens, self.tile_n
+
+    @property
+    def handed(self) -> bool:
+        """Whether running CTAs take over the tiles of those that do not run yet. Not under a range plan: how many tiles
+        have blocks the device alone knows, and CTAs are there for the others, too."""
+        return self.persistent and not self.ranges
+
+    @property
     def tile_keys(self) -> int:
         """Keys of a block that a CTA has K of."""
         return self.tile_n // self.ctas
@@ -292,7 +303,7 @@ def _objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
     if needed > COLUMNS:
         return f"tensor memory: {needed} columns of S and O, {COLUMNS} available"
     rows = TILE_M * tiles.q_tiles * tiles.ctas
-    if 2 * problem.seqlen_q * problem.gqa_ratio <= rows > TILE_M:
+    if not problem.ranges and 2 * problem.seqlen_q * problem.gqa_ratio <= rows > TILE_M:
         return f"{problem.seqlen_q} queries of {problem.gqa_ratio} heads fill half of {rows} rows at most"
     if tiles.ctas == 2:
         refused = _pair_objection(problem, config)
@@ -311,6 +322,8 @@ def _pair_objection(problem: AttentionProblem, config: Fa4ForwardConfig) -> str 
     of 128 keys at head_dim 128, beside 1,024 of products, and make room for as many blocks again."""
     if not config.persistent:
         return "pairs walk over tiles"
+    if problem.ranges:
+        return "pairs: tiles of 512 queries meet more masked blocks of a range plan than those of 256"
     if problem.v_layout != "head_dim":
         return "pairs: each CTA takes half of V's columns, which are rows of a key-major V"
     if problem.head_dim_v % (2 * config.mma_k) or config.head_dim_v_padded < 64:

@@ -37,8 +37,8 @@ class Cta:
 
     @property
     def handout(self) -> Optional[Handout]:
-        """Where the next tiles come from; None with one tile a CTA."""
-        if const_expr(not self.config.persistent):
+        """Where the next tiles come from; None where the scheduler knows them."""
+        if const_expr(not self.config.handed):
             return None
         return Handout(self.rings["tiles"], self.storage.responses, self.config.ctas)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cute_fa.device.tiled_forward import TiledForward
+from cute_fa.device.tiling import num_ctas
 from cute_fa.engine.contract import Candidate
 from cute_fa.semantics.problem import AttentionProblem
 from fa4_sm100.forward.config import TILE_M, Fa4ForwardConfig, forward_candidates, forward_config
@@ -31,5 +32,6 @@ class Fa4Forward(TiledForward):
 
     @classmethod
     def num_ctas(cls, config: Fa4ForwardConfig, tiles: int, num_sms: int) -> int:
-        """As many as tiles need: those that run take over the tiles of those that do not yet."""
-        return tiles * config.ctas
+        """As many as tiles need: those that run take over the tiles of those that do not yet. Under a range plan they
+        walk over fixed ones."""
+        return tiles * config.ctas if config.handed else num_ctas(tiles, num_sms, config.persistent)

@@ -14,6 +14,7 @@ from cute_fa.device.score import Score
 from cute_fa.device.softmax import normalisation
 from cute_fa.device.tile_work import TileWork, kv_head
 from cute_fa.device.tma_boxes import BoxCopy, panel_bytes
+from cute_fa.device.unseen_tiles import write_unseen_tiles
 from fa4_sm100.forward.config import TILE_M, WARPGROUP
 from fa4_sm100.forward.cta import Cta
 from fa4_sm100.forward.row import Row
@@ -48,6 +49,8 @@ class Epilogue:
             state = advance(state)
         if const_expr(config.own_output):  # shared memory must outlive the stores that read it
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+        if const_expr(config.ranges):
+            write_unseen_tiles(self.common, config, self.thread, WARPGROUP)
 
     @cute.jit
     def store_tile(self, q_tile: cutlass.Constexpr[int], work: TileWork, phase: Int32):

@@ -74,7 +74,7 @@ class Fa4ForwardKernel:
             elif warp == mma_warp + 1:
                 load(cta)
             elif warp == mma_warp + 2:
-                if const_expr(c.persistent):
+                if const_expr(c.handed):
                     schedule(cta)
         if const_expr(c.ctas > 1):  # neither ends, or gives tensor memory back, while the other may still use it
             self.meet(c.ctas)

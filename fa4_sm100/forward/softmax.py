@@ -20,9 +20,11 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cute_fa.device import tensor_memory
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.exponentials import emulated_exp2, max_with_nan
-from cute_fa.device.registers import e4m3_word, narrow_pair, product_rounded_up, sum_rounded_up
+from cute_fa.device.positions import distances_between, row_positions
+from cute_fa.device.range_walk import hidden_columns
+from cute_fa.device.registers import e4m3_word, narrow_pair, opaque, product_rounded_up, sum_rounded_up
 from cute_fa.device.ring import RingState, ring_next, ring_start
-from cute_fa.device.score import Score
+from cute_fa.device.score import Distance, Score
 from cute_fa.device.softmax import E4M3, WIDE, finite
 from cute_fa.device.tile_work import TileWork, kv_head
 from cute_fa.device.visibility import hidden_keys
@@ -92,7 +94,7 @@ class Softmax:
         score = self.formula(work)
         step(work, score, Int32(0), done, True, True, c.window_left)
         ranges = blocks.ranges(c.window_left)
-        if const_expr(not c.window_right):
+        if const_expr(not (c.window_right or c.ranges)):
             ranges = ranges[1:]  # the sequence's end is in the first block
         for i in cutlass.range_constexpr(len(ranges)):
             start, stop, right_edge, left_edge = ranges[i]
@@ -127,11 +129,14 @@ class Softmax:
         c, rings, reference, bias = self.config, self.rings, self.reference, self.bias
         advance, exponentiate = self.advance, self.exponentiate
         score, unit = self.descales.of_block(work, iteration, score)
+        bits = None
+        if const_expr(c.ranges and right_edge):  # on their way while the scores are computed
+            bits = work.blocks.mask_row(iteration, self.index * TILE_M + self.thread, *c.walk_shape)
         buffer = self.buffer(done + iteration)
         rings["s"].wait(buffer)
         tensor_memory.after_sync()
         at = self.tensor + buffer.stage * c.score_columns
-        modify = self.modifier(work, score, iteration, right_edge, left_edge)
+        modify = self.modifier(work, score, iteration, right_edge, left_edge, bits)
         masked = right_edge or left_edge
         if const_expr(first or masked or c.dtype.is_fp8):
             advance(score, unit, at, modify, done + iteration, not first)
@@ -159,36 +164,59 @@ class Softmax:
         self.bias[0] = -reference if unit is None else unit.log2 - reference
 
     def modifier(
-        self, work: TileWork, score: Score, iteration: Int32, right_edge: bool, left_edge: bool
+        self,
+        work: TileWork,
+        score: Score,
+        iteration: Int32,
+        right_edge: bool,
+        left_edge: bool,
+        bits: Optional[cute.Tensor],
     ) -> Optional[Callable]:
-        """What turns raw scores, of columns from one on, into those of the formula: softcap, ALiBi and the mask. None
-        where they are the same."""
+        """What turns raw scores, of columns from one on, into those of the formula: softcap, ALiBi and the mask, under
+        a range plan the row's ``bits``. None where they are the same."""
         c, info = self.config, work.info
         masked = right_edge or left_edge
         if not (masked or c.alibi or c.softcap):
             return None
-        window, distance, hidden = self.common.window, None, None
+        window, distances, hidden = self.common.window, None, None
         if masked or c.alibi:
             first_key = work.blocks.block(iteration, window) * c.tile_n
             token = self.cta.first_token(work, self.index) + self.row.token
-            diagonal = info.seqlen_k - info.seqlen_q + token - first_key
-        if c.alibi:
-            position = Float32(diagonal)
-
-            def distance(r: int, column: int) -> Float32:
-                return cute.math.absf(position - Float32(column))
-
-        if masked:
+            diagonal = token - first_key if c.ranges else info.seqlen_k - info.seqlen_q + token - first_key
+        if c.q_positions:
+            distances = self.distances_between(token, first_key)
+        elif c.alibi:
+            distances = self.distances(Float32(diagonal))
+        if bits is not None:
+            hidden = hidden_columns(bits, Int32(0))
+        elif masked:
             hidden = hidden_keys(window, diagonal, first_key, info.seqlen_k - first_key, left_edge, right_edge)
 
         def modify(values: list[Float32], first: int) -> list[Float32]:
-            values = [score.apply(value, 0, first + i, distance) for i, value in enumerate(values)]
+            distance = None if distances is None else distances(range(first, first + len(values)))
+            values = [score.apply(value, 0, i, distance) for i, value in enumerate(values)]
             if hidden is None:
                 return values
             lowest = Float32(-Float32.inf)
             return [cutlass.select_(hidden(first + i), lowest, value) for i, value in enumerate(values)]
 
         return modify
+
+    def distances(self, diagonal: Float32) -> Callable[[range], Distance]:
+        """ALiBi's distances along columns, of a row at ``diagonal`` from the first of a block."""
+        ranges = self.config.ranges
+
+        def along(columns: range) -> Distance:
+            # opaque, so that they are not kept from the first look at the scores to the second: 150 spilled accesses
+            position = opaque(diagonal) if ranges else diagonal
+            return lambda r, c: cute.math.absf(position - Float32(columns[c]))
+
+        return along
+
+    def distances_between(self, token: Int32, first_key: Int32) -> Callable[[range], Distance]:
+        """The same between positions that the caller gives."""
+        own, keys = row_positions(self.common.q_positions, token, [0]), self.common.k_positions
+        return lambda columns: distances_between(own, keys, first_key, list(columns))
 
     @cute.jit
     def advance(

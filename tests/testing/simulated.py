@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """New tensors hold NaN until something is written, not what an earlier call left in their memory."""
+    """New tensors hold NaN, or the largest int, until something is written, not what an earlier call left there."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
