@@ -26,7 +26,7 @@ from perf.step import step_of
 LIMITS = {64: 7.75, 128: 10.9}
 LIMITS_SM90 = {64: 5.67, 128: 6.13, 256: 9.06}
 # With forwards of their own under range plans.
-WITH_RANGES = [SmArch.SM_80]
+WITH_RANGES = [SmArch.SM_80, SmArch.SM_90A, SmArch.SM_100A]
 # An exponential's fma and MUFU, a maximum, an addition and half a conversion.
 IDEAL = 4.5
 # What ptxas makes of a mask: comparisons and selections, once a score.
