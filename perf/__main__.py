@@ -24,6 +24,7 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 from perf import cuda_driver
 from perf import flavours as dsl_flavours
 from perf.device import Clocks, CudaDevice
+from perf.plans import PLANS
 from perf.providers import PROVIDERS, CuteFa
 from perf.results import ResultFile, read_results, result_path, speed_table
 from perf.sass import add_per_score, assemble_ptx, report_cubin
@@ -117,9 +118,10 @@ _FLAVOUR = click.option(
 @click.option(
     "--gate", is_flag=True, help="Hold the main loops to perf/budgets.toml instead; exits with 1 if one fails."
 )
+@click.option("--ranges", is_flag=True, help="Range plans' main loops beside the dense kernels' instead.")
 @_FLAVOUR
 def static(
-    archs, head_dims, directions, dtypes, fa4: bool | None, csv: Path | None, markdown: bool, gate: bool
+    archs, head_dims, directions, dtypes, fa4: bool | None, csv: Path | None, markdown: bool, gate: bool, ranges: bool
 ) -> None:
     """Static figures of our kernels (full and causal) beside the peers'. Needs no GPU.
 
@@ -132,13 +134,15 @@ def static(
 
     Forwards on tcgen05 have tables of their own, explained in docs/static.md: by role, and in cycles of a step by pipe.
     """
-    from perf.static import ROLE_COLUMNS, StaticKey, fa4_installed, static_table
+    from perf.static import ROLE_COLUMNS, StaticKey, fa4_installed, range_row, static_table
     from perf.static_page import role_sections, to_page
 
     notes = Console(stderr=True)
     if gate:
         _gate(archs, head_dims, directions, dtypes, notes)
         return
+    if ranges:
+        dtypes, fa4 = ("bf16",), False
     if fa4 is None:
         fa4 = fa4_installed()
         if not fa4:
@@ -152,6 +156,9 @@ def static(
         for causal in (False, True)
     ]
     keys = [key for key in keys if key.served]
+    if ranges:
+        _print(pd.DataFrame(range_row(key) for key in keys if not key.causal), markdown)
+        return
     table = static_table(keys, fa4=fa4, progress=notes.print)
     if csv:
         table.to_csv(csv, index=False)
@@ -316,6 +323,9 @@ def _grid_options(command):
         "--lengths": dict(type=click.Choice(LENGTHS), default=["dense"], help="All equal, or drawn; see Workload."),
         "--page-size": dict(type=_OrNone(), default=["none"]),
         "--phase": dict(type=click.Choice(["prefill", "decode"]), default=["prefill"]),
+        "--plan": dict(
+            type=click.Choice(["none", *PLANS]), default=["none"], help="Ranges of a sequence; see perf.plans."
+        ),
     }
     for name, options in reversed(choices.items()):
         command = click.option(name, multiple=True, show_default=True, **options)(command)
@@ -534,6 +544,7 @@ def _workloads(tokens: int, **given: Any) -> list[Workload]:
         window=given["window"],
         lengths=given["lengths"],
         page_size=given["page_size"],
+        plan=[None if name == "none" else name for name in given["plan"]],
         seqlen=given["seqlen"],
         tokens=[tokens],
     )

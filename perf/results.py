@@ -18,20 +18,23 @@ from perf.workload import problem_name
 # What names a problem; the columns of Workload.columns.
 PROBLEM = (
     "direction dtype head_dim head_dim_v heads heads_kv phase seqlen_q seqlen_k batch tokens causal window_left "
-    "window_right lengths page_size"
+    "window_right lengths page_size plan"
 ).split()
 # What a result is one of.
 KEY = ["gpu", "provider", *PROBLEM]
 # status: ok (measured), wrong (its output disagrees with the reference) or skipped (it cannot run), with a reason for
-# the latter two. ms: of one call. tflops, gbps: by the median. ceiling_ms: the least time by the ceilings measured in
+# the latter two. ms: of one call; plan_ms: of making what calls
+# under one plan share, the median. tflops, gbps: by the median. ceiling_ms: the least time by the ceilings measured in
 # the same run, bound: the one that sets it, percent: 100·ceiling_ms/ms_p50. Clocks before and after the timing.
 COLUMNS = (
     ["provider", "version", "status", "reason", *PROBLEM]
-    + "ms_p20 ms_p50 ms_p80 samples tflops gbps percent bound ceiling_ms flops bytes error error_allowed".split()
+    + "ms_p20 ms_p50 ms_p80 samples plan_ms tflops gbps percent bound ceiling_ms flops bytes".split()
+    + "error error_allowed".split()
     + "matmul_tflops copy_gbps sm_mhz_before sm_mhz_after mem_mhz_before mem_mhz_after".split()
     + "watts_after celsius_after gpu arch driver cuda torch dsl date".split()
 )
-_TEXT = "provider version status reason direction dtype phase lengths bound gpu arch driver cuda torch dsl date".split()
+_TEXT = "provider version status reason direction dtype phase lengths plan bound".split()
+_TEXT += "gpu arch driver cuda torch dsl date".split()
 _INTEGERS = [name for name in PROBLEM if name not in (*_TEXT, "causal")] + ["samples", "flops", "bytes"]
 
 

@@ -45,7 +45,8 @@ _PEER_FIGURES = Path(__file__).with_name("peer_figures.csv")
 
 @dataclass(frozen=True)
 class StaticKey:
-    """One kernel to compile: dense, MHA; in fp8 with descales. ``head_dim_v`` is by default ``head_dim``."""
+    """One kernel to compile: dense, MHA; in fp8 with descales. ``head_dim_v`` is by default ``head_dim``; ``ranges``:
+    under a range plan."""
 
     arch: SmArch
     head_dim: int
@@ -53,6 +54,7 @@ class StaticKey:
     direction: Direction = Direction.FORWARD
     dtype: DType = DType.BF16
     head_dim_v: int | None = None
+    ranges: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_dim_v", self.head_dim_v or self.head_dim)
@@ -65,7 +67,8 @@ class StaticKey:
         """Head dims and mask, "d64 causal" or "d192,128 full", and the dtype unless it is bf16: "d64 causal e4m3"."""
         value = "" if self.head_dim_v == self.head_dim else f",{self.head_dim_v}"
         dtype = "" if self.dtype is DType.BF16 else f" {self.dtype.value}"
-        return f"d{self.head_dim}{value} {'causal' if self.causal else 'full'}{dtype}"
+        mask = "ranges" if self.ranges else "causal" if self.causal else "full"
+        return f"d{self.head_dim}{value} {mask}{dtype}"
 
     @property
     def columns(self) -> tuple[str, str, int, int, bool, str]:
@@ -84,7 +87,7 @@ class StaticKey:
 
     def problem(self) -> AttentionProblem:
         sizes = self.head_dim, self.head_dim_v
-        spec = InputSpec(1, 1024, 1024, 8, 8, *sizes, dtype=self.dtype, causal=self.causal)
+        spec = InputSpec(1, 1024, 1024, 8, 8, *sizes, dtype=self.dtype, causal=self.causal, ranges=int(self.ranges))
         return problem_of_spec(spec, self.arch, direction=self.direction)
 
 
@@ -165,6 +168,22 @@ def static_table(keys: list[StaticKey], *, fa4: bool, progress=lambda step: None
     table = pd.concat([pd.DataFrame(rows, columns=COLUMNS), recorded], ignore_index=True)
     order = [rank[columns] for columns in _key_columns(table)]
     return table.assign(rank=order).sort_values("rank", kind="stable").drop(columns="rank").reset_index(drop=True)
+
+
+def range_row(key: StaticKey) -> dict:
+    """What a range plan's kernel runs where nothing is masked, beside the dense one of ``key``: non-tensor instructions
+    of the main loop per score, with the copies of the next tiles, and accesses spilled in it."""
+    reports = {"dense": our_report(key), "ranges": our_report(dataclasses.replace(key, ranges=True))}
+    loops = {name: report.score_loop for name, report in reports.items()}
+    row = {name: round(loop.per_score + loop.copy_per_score, 2) for name, loop in loops.items()}
+    return {
+        "arch": key.arch.value,
+        "direction": key.direction.value,
+        "kernel": key.shape,
+        **row,
+        "percent": round(100 * (row["ranges"] / row["dense"] - 1), 1),
+        "spills": loops["ranges"].counts["local"],
+    }
 
 
 def _key_columns(table: pd.DataFrame) -> list[tuple]:

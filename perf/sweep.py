@@ -18,7 +18,7 @@ from cute_fa.semantics.errors import DeviceError
 from cute_fa.semantics.reference import Error, Gradients
 from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import Direction
-from cute_fa.tools.inputs import Inputs, make_inputs, output_gradients
+from cute_fa.tools.inputs import Inputs, output_gradients
 from perf.device import Device
 from perf.providers import Attention, Provider, Unavailable
 from perf.results import ResultFile
@@ -136,7 +136,7 @@ class Sweep:
 
     def _expected(self, workload: Workload) -> tuple[Inputs, Callable[[Sequence[torch.Tensor]], Check]]:
         """Inputs that show every wrong key, and what compares a provider's outputs with the reference's."""
-        peaked = make_inputs(workload.spec(), "peaked", self.seed, poison=False, device=self.device.torch_device)
+        peaked = workload.inputs("peaked", self.seed, self.device.torch_device)
         tensors, options = (peaked.q, peaked.k, peaked.v), peaked.options()
         if workload.direction is Direction.FORWARD:
             expected = reference.expected(*tensors, **options)
@@ -161,6 +161,8 @@ class Sweep:
         version = self.versions[name]
         if isinstance(version, Unavailable):
             raise version
+        if workload.plan is not None and not self.providers[name].takes_ranges:
+            raise Unavailable(f"{name} takes no ranges")
         dout = None
         if workload.direction is Direction.BACKWARD:
             dout, _ = output_gradients(peaked, self.seed, poison=False)
@@ -187,6 +189,8 @@ class Sweep:
         before = self.device.clocks()
         timings = time_interleaved(self.device, calls, self.effort)
         after = self.device.clocks()
+        builds = {name: [attention.build] for name, attention in trusted.items() if attention.build}
+        built = {name: {"plan_ms": t.median} for name, t in time_interleaved(self.device, builds, self.effort).items()}
         clocks = {
             "sm_mhz_before": before.sm_mhz,
             "mem_mhz_before": before.mem_mhz,
@@ -195,7 +199,9 @@ class Sweep:
             "watts_after": after.watts,
             "celsius_after": after.celsius,
         }
-        return {name: clocks | figures(workload, timing, ceilings) for name, timing in timings.items()}
+        return {
+            name: clocks | figures(workload, timing, ceilings) | built.get(name, {}) for name, timing in timings.items()
+        }
 
 
 def figures(workload: Workload, timing: Timing, ceilings: Ceilings) -> Row:

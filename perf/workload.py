@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 
 from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.ranges import HostRanges
 from cute_fa.semantics.types import Direction, DType
 from cute_fa.semantics.visibility import visible_keys, visible_pairs
-from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
+from perf.plans import PLANS, keys_of
 
 LENGTHS = ("dense", "equal", "uniform", "skewed")
 _SHORTEST_SKEWED = 16
@@ -33,6 +35,7 @@ class Workload:
     - ``skewed``: packed, log-uniform in 16 … seqlen, so that few sequences hold most of the tokens.
 
     The last drawn sequence is cut so that the tokens are exactly as many as asked for. ``page_size``: K and V in pages.
+    ``plan``: what is visible, by name in ``perf.plans``, of one sequence.
     """
 
     direction: Direction = Direction.FORWARD
@@ -48,6 +51,7 @@ class Workload:
     lengths: str = "dense"
     page_size: int | None = None
     decode: bool = False
+    plan: str | None = None
 
     def __post_init__(self):
         if self.lengths not in LENGTHS:
@@ -58,6 +62,12 @@ class Workload:
             raise ArgumentError("decode backward: a cache has no gradient")
         if self.page_size is not None and self.direction is Direction.BACKWARD:
             raise ArgumentError(f"page_size={self.page_size} backward: a cache has no gradient")
+        if self.plan is not None:
+            if self.plan not in PLANS:
+                raise ArgumentError(f"plan={self.plan!r}: one of {', '.join(PLANS)}")
+            one = (self.seqlen, False, None, "dense", None, False)
+            if (self.tokens, self.causal, self.window, self.lengths, self.page_size, self.decode) != one:
+                raise ArgumentError(f"plan={self.plan!r}: of one sequence, and nothing else says what is visible")
 
     @cached_property
     def lengths_k(self) -> tuple[int, ...]:
@@ -75,6 +85,11 @@ class Workload:
             drawn.append(min(length if drawn else self.seqlen, left))
             left -= drawn[-1]
         return tuple(drawn)
+
+    @cached_property
+    def ranges(self) -> HostRanges | None:
+        """The plan."""
+        return None if self.plan is None else PLANS[self.plan](self.tokens)
 
     @property
     def batch(self) -> int:
@@ -111,7 +126,12 @@ class Workload:
             page_size=self.page_size,
             lengths_q=self.lengths_q if packed and not self.decode else None,
             lengths_k=self.lengths_k if packed or paged else None,
+            ranges=0 if self.ranges is None else len(self.ranges),
         )
+
+    def inputs(self, kind: str, seed: int = 0, device: str = "cpu") -> Inputs:
+        """Tensors of the ``kind`` of make_inputs, nothing but zeros outside the lengths."""
+        return make_inputs(self.spec(), kind, seed, poison=False, device=device, plan=self.ranges)
 
     @cached_property
     def work(self) -> Work:
@@ -122,8 +142,9 @@ class Workload:
         2·heads·pairs·(3·head_dim + 2·head_dim_v). Traffic: each element that matters moved once: q, k, v, o; backward
         q, k, v, o, dO and the fp32 LSE read, dq, dk, dv written. Keys that no query sees do not count.
         """
-        pairs, keys = 0, 0
-        for lengths, count in _counted(zip(self.lengths_q, self.lengths_k, strict=True)):
+        pairs, keys = (0, 0) if self.ranges is None else (self.ranges.area(), keys_of(self.ranges))
+        sequences = zip(self.lengths_q, self.lengths_k, strict=True) if self.ranges is None else ()
+        for lengths, count in _counted(sequences):
             pairs += count * visible_pairs(*lengths, *self.window_size)
             keys += count * visible_keys(*lengths, *self.window_size)
         queries = sum(self.lengths_q)
@@ -156,6 +177,7 @@ class Workload:
             "window_right": right,
             "lengths": self.lengths,
             "page_size": self.page_size,
+            "plan": self.plan,
         }
 
     def __str__(self) -> str:
@@ -170,12 +192,13 @@ def problem_name(columns: Mapping[str, Any]) -> str:
 
 def configuration_name(columns: Mapping[str, Any]) -> str:
     """What problems of different lengths have in common; what is at its usual value is left out."""
-    decode = columns["phase"] == "decode"
+    decode, planned = columns["phase"] == "decode", not pd.isna(columns["plan"])
     value = f"v{columns['head_dim_v']}" if columns["head_dim_v"] != columns["head_dim"] else ""
     parts = [
         "decode" if decode else "",
         f"d{columns['head_dim']}{value} h{columns['heads']}/{columns['heads_kv']}",
-        "" if decode else "causal" if columns["causal"] else "full",
+        "" if decode or planned else "causal" if columns["causal"] else "full",
+        columns["plan"] if planned else "",
         "" if pd.isna(columns["window_left"]) else f"window {columns['window_left']}",
         "" if columns["lengths"] == "dense" else columns["lengths"],
         "" if pd.isna(columns["page_size"]) else f"pages of {columns['page_size']}",
@@ -200,7 +223,8 @@ def _counted(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int]
 def grid(**choices: Iterable[Any]) -> list[Workload]:
     """The workloads of all combinations of these values of fields; ``head_dims`` and ``heads`` are pairs: (head_dim,
     head_dim_v), (heads, heads_kv). What means nothing is left out: gradients of a cache, sequences longer than the
-    tokens, causal masks of a single query, and a window that is no bound."""
+    tokens, causal masks of a single query, a window that is no bound, and masks beside a plan, whose tokens are its
+    seqlen."""
     workloads = []
     for values in itertools.product(*choices.values()):
         fields = dict(zip(choices, values, strict=True))
@@ -208,6 +232,8 @@ def grid(**choices: Iterable[Any]) -> list[Workload]:
             fields["head_dim"], fields["head_dim_v"] = fields.pop("head_dims")
         if "heads" in fields:
             fields["heads"], fields["heads_kv"] = fields["heads"]
+        if fields.get("plan") is not None:
+            fields["tokens"] = fields["seqlen"]
         if _means_something(**fields):
             workloads.append(Workload(**fields))
     return workloads
@@ -215,9 +241,12 @@ def grid(**choices: Iterable[Any]) -> list[Workload]:
 
 def _means_something(*, seqlen: int, tokens: int, **fields: Any) -> bool:
     decode, window = fields.get("decode", False), fields.get("window")
+    masked = decode or window is not None or fields.get("causal", False)
+    stored = fields.get("page_size") is not None or fields.get("lengths", "dense") != "dense"
     cached = decode or fields.get("page_size") is not None
     return not (
         seqlen > tokens
+        or (fields.get("plan") is not None and (masked or stored))
         or (cached and fields.get("direction") is Direction.BACKWARD)
         or (decode and fields.get("causal", False))
         or (window is not None and window >= seqlen - 1)

@@ -176,6 +176,7 @@ def posing(simulation: Simulation) -> Iterator[None]:
     stream = _Stream()
     answers = {
         "is_available": lambda: True,
+        "is_current_stream_capturing": lambda: False,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,

@@ -25,7 +25,6 @@ PATHS = ("simple", "packed", "native", "merge")
 # Room that a walk takes by default, in words, where all blocks of all tiles would take more.
 _DEFAULT_WORDS = 2**24
 _TILE = WalkShape(128, 128)
-_SEES_NOTHING = (0, 0)
 
 
 @dataclass(eq=False)
@@ -137,6 +136,11 @@ class RangePlan:
             if worlds.checks_values():
                 self._check_room(walk, rows, shape)
         return walk
+
+    @property
+    def walks_made(self) -> list[tuple[str, tuple[int, int]]]:
+        """Arguments of :meth:`walk` that it has kept the walks of."""
+        return [(rows, shape) for rows, shape, _ in self._walks]
 
     def _make_walk(self, rows: str, shape: WalkShape) -> torch.Tensor:
         of_rows = self._sorted.get(rows)
@@ -314,8 +318,7 @@ def _device_ranges(
     place = torch.arange(segments, dtype=torch.int32, device=q_ranges.device)
     group = torch.searchsorted(segment_offsets[1:].contiguous(), place, right=True).clamp(max=groups - 1)
     outside = (place < segment_offsets[0]) | (place >= segment_offsets[-1])
-    nothing = torch.tensor(_SEES_NOTHING, dtype=torch.int32, device=q_ranges.device)
-    return torch.where(outside[:, None], nothing, q_ranges[group]), k_ranges, attn_type_map[group]
+    return q_ranges[group].masked_fill(outside[:, None], 0), k_ranges, attn_type_map[group]  # [0, 0): sees nothing
 
 
 def _is_captured(tensor: torch.Tensor) -> bool:

@@ -93,7 +93,10 @@ def _canonical(value: Any) -> Any:
 SHARED_SOURCES = (
     "device",
     "engine/contract.py",
-    *(f"semantics/{name}.py" for name in ("append_problem", "names", "options", "problem", "types", "visibility")),
+    *(
+        f"semantics/{name}.py"
+        for name in ("append_problem", "names", "options", "problem", "types", "visibility", "walk_layout")
+    ),
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,12 +18,15 @@ from cute_fa.engine.plan import Plan, plan_of, signatures
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import target_of
 from cute_fa.semantics.argument_names import names_of
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction
 from cute_fa.semantics.walk_layout import TABLE_WORDS, Header, mask_words, masks_start, table_start, tiles_of
 from cute_fa.semantics.walk_problem import WalkProblem
 
 if TYPE_CHECKING:
+    from cute_fa.engine.contract import KernelConfig
     from cute_fa.engine.worlds import Target
-    from cute_fa.semantics.problem import AttentionProblem
+    from cute_fa.semantics.append_problem import AppendProblem
 
 _INFINITE = MAX_BOUND  # of a bound of column − row: within int32 with a row added
 _CLASSES = 32
@@ -100,6 +103,18 @@ def walk_shapes(forward: AttentionProblem, backward: AttentionProblem | None, fa
         return WalkShapes(config.walk_shape)
     gradients = TABLE.lookup(backward, family).configure(backward)
     return WalkShapes(config.walk_shape, gradients.key_walk_shape, gradients.dq_walk_shape)
+
+
+def walk_configs(problem: AttentionProblem | AppendProblem, config: Any) -> list[KernelConfig]:
+    """Of the kernels that make the walks which the kernel of ``config`` takes for the problem, each once."""
+    if not isinstance(problem, AttentionProblem) or not problem.ranges:
+        return []
+    if problem.direction is Direction.FORWARD:
+        shapes = [config.walk_shape]
+    else:
+        shapes = [config.key_walk_shape, config.dq_walk_shape]
+    walks = [WalkProblem(problem.arch, *shape, rows=1, columns=1) for shape in shapes if shape is not None]
+    return list(dict.fromkeys(TABLE.lookup(walk).configure(walk) for walk in walks))
 
 
 @dataclass(kw_only=True)

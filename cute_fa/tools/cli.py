@@ -171,7 +171,8 @@ def _run_all(as_json: bool) -> None:
 def compile_command(
     context: click.Context, explain: bool, out: Path | None, keys: Path | None, jobs: int, as_json: bool, **given
 ) -> None:
-    """Write the kernel that serves the problem as PTX and cubin, named by its compile name. Needs no GPU.
+    """Write the kernel that serves the problem, and those that make the walks of a range plan, as PTX and cubin, named
+    by their compile names. Needs no GPU.
 
     With --keys, fill the cache ahead of time; CUTE_FA_CACHE_DIR=DIR names another folder for it.
     """
@@ -186,22 +187,29 @@ def compile_command(
         if explain:
             _explain(options)
         problem, kernel = options.compiled()
-        config = kernel.configure(problem)
-        ptx, cubin = compile_artifacts(config)
-        written = {"ptx": out / f"{config.compile_name}.ptx", "cubin": out / f"{config.compile_name}.cubin"}
+        config, *walks = options.configs()
         with _writing("--out", out):
             out.mkdir(parents=True, exist_ok=True)
-            written["ptx"].write_text(ptx)
-            written["cubin"].write_bytes(cubin)
+        written = _write_kernel(config, out)
+        of_walks = [{"compile_name": walk.compile_name, **_write_kernel(walk, out)} for walk in walks]
         names = {"canonical_name": canonical_name(kernel, problem), "compile_name": config.compile_name}
         if as_json:
-            paths = {kind: str(path) for kind, path in written.items()}
-            click.echo(json.dumps({**names, "config": config_fields(config), **paths}))
+            click.echo(json.dumps({**names, "config": config_fields(config), **written, "walks": of_walks}))
         else:
             click.echo(f"canonical name  {names['canonical_name']}\ncompile name    {names['compile_name']}")
             click.echo(f"config          {_shown(config)}")
-            for path in written.values():
-                click.echo(f"wrote           {path}")
+            for kernel in (written, *of_walks):
+                click.echo(f"wrote           {kernel['ptx']}\nwrote           {kernel['cubin']}")
+
+
+def _write_kernel(config: KernelConfig, folder: Path) -> dict[str, str]:
+    """Compile a kernel; where its PTX and its cubin are."""
+    contents = dict(zip(("ptx", "cubin"), compile_artifacts(config), strict=True))
+    paths = {kind: folder / f"{config.compile_name}.{kind}" for kind in contents}
+    with _writing("--out", folder):
+        paths["ptx"].write_text(contents["ptx"])
+        paths["cubin"].write_bytes(contents["cubin"])
+    return {kind: str(path) for kind, path in paths.items()}
 
 
 @main.command("bundle")
@@ -227,7 +235,7 @@ def bundle_command(keys: Path, out: Path, jobs: int, as_json: bool) -> None:
     """
     with _errors(as_json):
         check_out(out)
-        configs = read_keys(keys, _config_of)
+        configs = read_keys(keys, _configs_of)
         _compile_all(configs, jobs)
         done = []
         with _writing("--out", out):
@@ -252,16 +260,15 @@ def _one_problem(**given) -> ProblemOptions:
     return ProblemOptions(given)
 
 
-def _config_of(options: list[str]) -> KernelConfig:
+def _configs_of(options: list[str]) -> list[KernelConfig]:
     try:
-        problem, kernel = _one_problem.main(options, standalone_mode=False).compiled()
+        return _one_problem.main(options, standalone_mode=False).configs()
     except click.ClickException as error:
         raise ArgumentError(error.format_message()) from None
-    return kernel.configure(problem)
 
 
 def _warm(keys: Path, jobs: int, as_json: bool) -> None:
-    done = _compile_all(read_keys(keys, _config_of), jobs)
+    done = _compile_all(read_keys(keys, _configs_of), jobs)
     compiled = sum(kernel.compiled for kernel in done)
     if as_json:
         kernels = [kernel._asdict() for kernel in done]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cute_fa.semantics.call import Call
+    from cute_fa.semantics.ranges import HostRanges
 
 _LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
 _CHOICES = ("softmax_scale", "causal", "sink_tokens", "softcap")
@@ -208,24 +209,32 @@ _NOT_OF_RANGES = ("causal", "window_size", "sink_tokens", *_DESCALES, "num_split
 
 
 def make_inputs(
-    spec: InputSpec, inputs: str = "random", seed: int = 0, poison: bool = True, device: str = "cpu"
+    spec: InputSpec,
+    inputs: str = "random",
+    seed: int = 0,
+    poison: bool = True,
+    device: str = "cpu",
+    plan: HostRanges | None = None,
 ) -> Inputs:
     """Inputs of the kind ``random`` or ``peaked``; the same seed gives the same inputs on every machine.
 
     ``poison`` fills with NaN whatever lies outside the lengths: padding, tails, unused slots and unlisted pages.
+    ``plan``: of ``spec.ranges`` ranges, in the place of one drawn from the seed.
     """
     if inputs not in ("random", "peaked"):
         raise ArgumentError(f"inputs={inputs!r}: random or peaked")
     if spec.heads_kv < 1 or spec.heads % spec.heads_kv:
         raise ArgumentError(f"heads={spec.heads}, heads_kv={spec.heads_kv}: heads must be a multiple of heads_kv")
     rng = torch.Generator().manual_seed(seed)
-    plan = draw_ranges(spec, seed) if spec.ranges else None
+    ranges = draw_ranges(spec, seed) if spec.ranges else None
+    if plan is not None:
+        ranges = tuple(torch.from_numpy(array) for array in (plan.q_ranges, plan.k_ranges, plan.types))
     lengths_q = _lengths(spec.batch, spec.seqlen_q, spec.lengths_q, spec.varlen_q or spec.seqused_q, rng)
     any_k = spec.varlen_k or spec.seqused_k or spec.page_size is not None or spec.cache_leftpad
     lengths_k = _lengths(spec.batch, spec.seqlen_k, spec.lengths_k, any_k, rng)
     make = _random
     if inputs == "peaked":
-        make = _peaked if plan is None else partial(_peaked_at, partial(_edges_of_ranges, plan))
+        make = _peaked if ranges is None else partial(_peaked_at, partial(_edges_of_ranges, ranges))
     sequences = [make(spec, *lengths, rng) for lengths in zip(lengths_q, lengths_k, strict=True)]
     descales = _draw_descales(spec, seed)
     if spec.block_descales:
@@ -273,7 +282,7 @@ def make_inputs(
     sink = torch.randn(spec.heads, generator=rng) * 2.0 if spec.learnable_sink else None
     leftpad = torch.tensor(pads, dtype=torch.int32) if spec.cache_leftpad else None
     tensors = (q, k, v, cu_q, cu_k, used_q, used_k, page_table, index, leftpad, slopes, sink, *descales)
-    tensors += (None,) * len(_RANGES) if plan is None else (*plan, *_draw_positions(spec, seed))
+    tensors += (None,) * len(_RANGES) if ranges is None else (*ranges, *_draw_positions(spec, seed))
     return Inputs(spec, *(None if t is None else _to_device(t, device) for t in tensors))
 
 

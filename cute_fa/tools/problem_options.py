@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cute_fa.engine.range_plans import walk_configs
 from cute_fa.engine.table import FAMILIES, TABLE
 from cute_fa.semantics.append_problem import AppendProblem
 from cute_fa.semantics.errors import ArgumentError, LengthError
@@ -25,7 +26,7 @@ from cute_fa.tools.trial import Machine, choose_machine, problem_of_spec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cute_fa.engine.contract import AttentionKernel
+    from cute_fa.engine.contract import AttentionKernel, KernelConfig
 
 _SIMULATION = ("schedule_seed", "late", "race", "num_sms", "fp8_bits")
 
@@ -207,6 +208,12 @@ class ProblemOptions:
                 raise ArgumentError(f"{names} of a backward: how a forward is computed")
             return self.backward_problem, TABLE.lookup(self.backward_problem, self["family"])
         return self.forward()
+
+    def configs(self) -> list[KernelConfig]:
+        """Of all kernels that are to be compiled: the problem's, then those that make its walks."""
+        problem, kernel = self.compiled()
+        config = kernel.configure(problem)
+        return [config, *walk_configs(problem, config)]
 
     def forward(self) -> tuple[AttentionProblem, type[AttentionKernel]]:
         """The forward's problem and kernel."""

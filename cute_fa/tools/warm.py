@@ -39,8 +39,8 @@ class Warmed(NamedTuple):
     seconds: float
 
 
-def read_keys(path: Path, config_of: Callable[[list[str]], KernelConfig]) -> list[KernelConfig]:
-    """The kernels that a file asks for, each once, in its order. ``config_of`` gives that of a line's options.
+def read_keys(path: Path, configs_of: Callable[[list[str]], list[KernelConfig]]) -> list[KernelConfig]:
+    """The kernels that a file asks for, each once, in its order. ``configs_of`` gives those of a line's options.
 
     Raises ArgumentError, with the line's number, for a line that names no kernel.
     """
@@ -50,7 +50,7 @@ def read_keys(path: Path, config_of: Callable[[list[str]], KernelConfig]) -> lis
             if line.lstrip().startswith("{"):
                 configs[recording.config_of(line)] = None
             elif options := shlex.split(line, comments=True):
-                configs[config_of(options)] = None
+                configs |= dict.fromkeys(configs_of(options))
         except (CuteFaError, ValueError) as error:
             raise ArgumentError(f"{path}, line {number}: {error}") from error
     if not configs:

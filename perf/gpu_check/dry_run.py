@@ -20,10 +20,11 @@ import torch
 
 import ptxsim
 from cute_fa import engine
+from cute_fa.api import ranges
 from cute_fa.engine import plan, worlds
 from cute_fa.semantics import reference
 from cute_fa.semantics.types import Direction, SmArch
-from cute_fa.tools.inputs import make_inputs, output_gradients
+from cute_fa.tools.inputs import output_gradients
 from ptxsim.posing import posing
 
 # What a torch without CUDA, or without a GPU, says where it is asked for a graph or a generator of the device.
@@ -67,7 +68,7 @@ def dry_gpu(arch: str) -> Iterator[_Unlaunched]:
         stack.enter_context(mock.patch.object(plan, "compiled", lambda config: kernel))
         stack.enter_context(mock.patch.object(worlds, "_gpu", lambda index: target))
         # Operators that were registered before the pose see through it.
-        for module in (engine.attention, engine.append, engine.autograd):
+        for module in (engine.attention, engine.append, engine.autograd, engine.range_plans, ranges):
             stack.enter_context(mock.patch.object(module, "target_of", lambda device: target))
         # Plans keep the kernel that they were made with, and know nothing of this GPU.
         known = dict(plan.PLANS)
@@ -122,7 +123,7 @@ def launch_once(workload: Any, arch: str) -> None:
     """What a sweep launches of ours for a workload."""
     from perf.providers import CuteFa
 
-    inputs = make_inputs(workload.spec(), "random", poison=False)
+    inputs = workload.inputs("random")
     with dry_gpu(arch):
         attention = CuteFa().prepare(inputs)
         if workload.direction is Direction.FORWARD:

@@ -21,6 +21,7 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.append_trial import AppendResult, run_append_trial
 from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
 from cute_fa.tools.trial import Machine, TrialResult, choose_machine, problem_of_spec, run_backward_trial, run_trial
+from perf.gpu_check.walk_trial import run_walk_trial
 
 NOT_BUNDLED = 3
 
@@ -83,6 +84,15 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
     ),
     "split d256": Attention(InputSpec(1, 1, 500, 2, 1, 256), choices={"num_splits": 2}),
     "fa2 d128 causal": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), choices={"family": "fa2"}),
+    "walk of a range plan": run_walk_trial,
+    "ranges d128": Attention(InputSpec(1, 300, 400, 4, 2, 128, ranges=12)),
+    "ranges d64, positions": Attention(InputSpec(1, 200, 300, 2, 2, 64, alibi=True, ranges=12, positions=True)),
+    "ranges d256": Attention(InputSpec(1, 150, 200, 2, 1, 256, ranges=12)),
+    "ranges backward d128": Attention(InputSpec(1, 150, 150, 2, 1, 128, ranges=12), backward=True),
+    "ranges backward d64, deterministic": Attention(
+        InputSpec(1, 150, 150, 2, 2, 64, ranges=12), backward=True, choices={"deterministic": True}
+    ),
+    "fa2 ranges d128": Attention(InputSpec(1, 150, 150, 2, 1, 128, ranges=12), choices={"family": "fa2"}),
 }
 
 

@@ -45,6 +45,9 @@ WORKLOADS = (
     Workload(seqlen=8192, head_dim=256, head_dim_v=256),
     Workload(seqlen=512, causal=True),
     Workload(seqlen=512, causal=True, head_dim=64, head_dim_v=64),
+    Workload(seqlen=8192, tokens=8192, plan="documents"),
+    Workload(seqlen=8192, tokens=8192, plan="random-1000"),
+    Workload(Direction.BACKWARD, seqlen=8192, tokens=8192, plan="streaming-llm"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from perf.providers.base import Attention, Layout, Provider, Unavailable
 from perf.providers.flash import FlashAttention3, FlashAttention4
+from perf.providers.magi import MagiAttention
 from perf.providers.ours import CuteFa
 from perf.providers.sdpa import CuDnn, FlashAttention2
 from perf.providers.triton import FlexAttention, TritonTutorial
@@ -15,6 +16,7 @@ PROVIDERS: dict[str, Provider] = {
         FlashAttention2(),
         CuDnn(),
         FlexAttention(),
+        MagiAttention(),
         TritonTutorial(),
     )
 }

@@ -36,17 +36,20 @@ HEADS_FIRST = Layout(lambda tensor: tensor.transpose(1, 2), lambda tensor: tenso
 class Attention:
     """A provider's attention for inputs of one shape and one set of lengths.
 
-    ``forward``: (q, k, v) → out, all in the provider's ``layout``; differentiable where it has a backward.
+    ``forward``: (q, k, v) → out, all in the provider's ``layout``; differentiable where it has a backward. ``build``:
+    makes anew, on the device, what calls over the same ranges share.
     """
 
     forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     layout: Layout = OURS
+    build: Callable[[], object] | None = None
 
 
 class Provider(ABC):
-    """One implementation of attention."""
+    """One implementation of attention. ``takes_ranges``: whether what is visible may be a range plan's."""
 
     name: str
+    takes_ranges = False
 
     @abstractmethod
     def version(self) -> str:

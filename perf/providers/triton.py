@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import itertools
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from cute_fa import RangePlan
 from cute_fa.semantics.problem import default_scale, normalize_window
 from cute_fa.semantics.visibility import Neighbourhood, key_intervals
 from cute_fa.tools.inputs import Inputs
@@ -20,12 +23,13 @@ _CONTIGUOUS = Layout(lambda tensor: tensor.transpose(1, 2).contiguous(), HEADS_F
 
 
 class FlexAttention(Provider):
-    """torch.compile of flex_attention, with a block mask for masks, windows and packed sequences.
+    """torch.compile of flex_attention, with a block mask for masks, windows, packed sequences and range plans.
 
     Compiled on CUDA alone: elsewhere torch computes the same formula without fusing it.
     """
 
     name = "FlexAttention"
+    takes_ranges = True
 
     def version(self) -> str:
         return f"torch {torch.__version__}"
@@ -33,15 +37,21 @@ class FlexAttention(Provider):
     def prepare(self, inputs: Inputs) -> Attention:
         if inputs.page_table is not None or inputs.seqused_k is not None:
             raise Unavailable("a cache with lengths or pages has no FlexAttention call of its own")
-        mask = _block_mask(inputs)
-        attention = flex_attention
+        attention, make_mask, build = flex_attention, create_block_mask, None
         if inputs.q.is_cuda:
             # each problem has its own code: forgotten ones must not count against torch's limit of recompilations
             torch.compiler.reset()
             attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+            make_mask = torch.compile(create_block_mask, dynamic=False)
+        if inputs.q_ranges is None:
+            mask = _block_mask(inputs)
+        else:
+            rows_q, rows_k, device = inputs.q.shape[1], inputs.k.shape[1], inputs.q.device
+            build = partial(make_mask, _sees(_intervals(inputs)), None, None, rows_q, rows_k, device=device)
+            mask = build()
         grouped = inputs.spec.heads != inputs.spec.heads_kv
         layout = HEADS_FIRST if inputs.cu_seqlens_q is None else _PACKED
-        return Attention(lambda q, k, v: attention(q, k, v, block_mask=mask, enable_gqa=grouped), layout)
+        return Attention(lambda q, k, v: attention(q, k, v, block_mask=mask, enable_gqa=grouped), layout, build)
 
 
 def _block_mask(inputs: Inputs) -> BlockMask | None:
@@ -66,6 +76,33 @@ def _block_mask(inputs: Inputs) -> BlockMask | None:
             return (key >= window.first) & (key <= window.last)
 
     return create_block_mask(visible, None, None, rows_q, rows_k, device=inputs.q.device)
+
+
+def _sees(intervals: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    """Whether a key is in one of a query's intervals."""
+
+    def visible(batch, head, query, key):
+        seen = key < 0
+        for start, stop in intervals:
+            seen = seen | ((key >= start[query]) & (key < stop[query]))
+        return seen
+
+    return visible
+
+
+def _intervals(inputs: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """[start, stop) of the first keys that each query sees in a row under a plan, of the next ones …: int64 (seqlen_q),
+    0 and 0 where there are no more."""
+    totals = {"total_q": inputs.q.shape[1], "total_k": inputs.k.shape[1]}
+    plan = RangePlan.build(inputs.q_ranges, inputs.k_ranges, inputs.attn_type_map, **totals)
+    edges = torch.nn.functional.pad(plan.mask().char(), (1, 1)).diff(dim=1)
+    count = (edges > 0).sum(1)
+    bounds = []
+    for edge in (1, -1):
+        query, key = (edges == edge).nonzero(as_tuple=True)
+        place = torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
+        bounds.append(query.new_zeros(max(int(count.max()), 1), len(count)).index_put((place, query), key))
+    return list(zip(*bounds, strict=True))
 
 
 def _visible_rows(inputs: Inputs, left: int | None, right: int | None) -> list[torch.Tensor]:

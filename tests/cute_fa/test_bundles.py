@@ -45,11 +45,15 @@ PROBLEMS = """
 --arch sm_80 --head-dim 64 --varlen --batch 3 --seqlen-q 90 --window 20 0 --sink 2 --inputs peaked
 --arch sm_80 --head-dim 128 --batch 2 --seqlen-q 1 --seqlen-k 200 --page-size 16 --num-splits 3 --heads 8 --heads-kv 2
 --arch sm_80 --head-dim 64 --append --page-size 16 --seqlen-q 5 --seqlen-k 40 --rotary-dim 32
+--arch sm_80 --head-dim 64 --ranges 9 --seqlen-q 100 --seqlen-k 150 --heads 2 --inputs peaked
+--arch sm_80 --head-dim 64 --ranges 9 --seqlen-q 70 --seqlen-k 90 --heads 2 --backward
 --arch sm_90a --head-dim 128 --causal --seqlen-q 150 --heads 2 --inputs peaked
 --arch sm_90a --head-dim 64 --varlen --batch 2 --seqlen-q 130 --softcap 20 --heads 2
 --arch sm_90a --head-dim 128 --append --page-size 16 --seqlen-q 3 --seqlen-k 33
 --arch sm_100a --head-dim 64 --causal --seqlen-q 150 --heads 2 --inputs peaked
 """.strip().splitlines()
+# What makes walks for them, of the forward and of the backward under a range plan.
+WALKS = ["ranges_sm80_rows128_columns64", "ranges_sm80_rows128_columns32"]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +90,9 @@ def real(tmp_path_factory) -> Path:
     done = CliRunner().invoke(main, ["bundle", "--keys", f"{place}/keys.txt", "--out", f"{place}/bundle", "--json"])
     assert done.exit_code == 0, done.output
     told, folder = json.loads(done.stdout), place / "bundle"
-    assert len(told["kernels"]) == len(PROBLEMS)
+    names = [kernel["name"] for kernel in told["kernels"]]
+    assert len(names) == len(PROBLEMS) + len(WALKS)
+    assert [name for name in names if name.startswith("ranges_")] == WALKS
     assert told["linked_bytes"] == sum(file.stat().st_size for file in folder.glob("*.so"))
     assert told["ptx_bytes"] == sum(file.stat().st_size for file in folder.glob("*.ptx.gz"))
     return folder
@@ -137,7 +143,7 @@ def readelf(option: str, library: Path) -> str:
 
 def test_libraries_need_no_more_than_glibc_2_28_and_the_runtime(real):
     libraries = sorted(real.glob("*.so*"))
-    assert len(libraries) == len(PROBLEMS) + 1
+    assert len(libraries) == len(PROBLEMS) + len(WALKS) + 1
     for library in libraries:
         needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", readelf("-d", library)))
         glibc = {tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_([\d.]+)", readelf("-V", library))}
@@ -206,7 +212,7 @@ def test_a_sample_of_problems_runs_without_the_dsl(real, small, processes, tmp_p
         assert outcome["ok"], (line, outcome)
         assert outcome["race"] and outcome["simulated"]
     names = {outcome["compile_name"] for outcome in told["results"]}
-    assert names == {entry["key"]["name"] for entry in Bundle(real).entries.values()}
+    assert names.union(WALKS) == {entry["key"]["name"] for entry in Bundle(real).entries.values()}
     assert told["values"] == [[1.5 * i for i in range(300)]] * 2
     assert f"scale_sm80: {real} has it not; {small.folder} has it not; and nvidia-cutlass-dsl" in told["missing"]
     assert not (tmp_path / "none").exists()

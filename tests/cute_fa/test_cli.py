@@ -399,6 +399,19 @@ def test_compile_writes_ptx_and_cubin(tmp_path):
     assert len(list(tmp_path.glob("*.ptx"))) == 2
 
 
+def test_compile_writes_what_makes_walks_too(tmp_path):
+    done = invoke("compile", "--arch", "sm_80", "--head-dim", "64", "--ranges", "3", "--out", str(tmp_path), "--json")
+    assert done.exit_code == 0, done.output
+    names = json.loads(done.stdout)
+    (walk,) = names["walks"]
+    rows, columns = (names["config"][name] for name in ("tile_m", "tile_n"))
+    assert walk["compile_name"] == f"ranges_sm80_rows{rows}_columns{columns}"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{kind}" for name in (names["compile_name"], walk["compile_name"]) for kind in ("ptx", "cubin")
+    }
+    assert Path(walk["cubin"]).read_bytes()[:4] == b"\x7fELF"
+
+
 @pytest.mark.parametrize("option", ["--race", "--late", "--num-sms", "--schedule-seed", "--seed", "--inputs"])
 def test_what_only_a_run_has_is_no_option_of_a_compile(tmp_path, option):
     done = invoke("compile", "--out", str(tmp_path), option, "4")

@@ -23,13 +23,13 @@ from tests.testing import planted
 from tests.testing.fuzz import __main__ as command
 from tests.testing.fuzz.draw import GROUP, draw
 from tests.testing.fuzz.execute import WRONG, Failure, failure_of
-from tests.testing.fuzz.problem import CALLS, FUNCTIONS, CacheSpec, Problem, changed
+from tests.testing.fuzz.problem import CALLS, DIFFERENTIATED, PLANS, CacheSpec, Problem, changed
 from tests.testing.fuzz.runner import State, examine, find
 from tests.testing.fuzz.shrink import shrink, simplifications
 
 SEED = 1
 # what a group of problems is drawn for: a call, and whether its result is differentiated
-KINDS = [(call, backward) for call in CALLS for backward in ((False, True) if call in FUNCTIONS else (False,))]
+KINDS = [(call, backward) for call in CALLS for backward in ((False, True) if call in DIFFERENTIATED else (False,))]
 
 # half of the problems are drawn with the race detector
 pytestmark = pytest.mark.without_races
@@ -108,6 +108,9 @@ class TestDrawing:
             if name in ("dtype_k", "dtype_v", "out_dtype"):  # None only before the problem is made
                 values = {getattr(problem, name) is problem.dtype for problem in asked}
             assert len(values) == 2, name
+        planned = [p for p in problems if p.call == "range_attention"]
+        assert {p.plan for p in planned} == set(PLANS) and {p.segments for p in planned} == {1, 2, 3}
+        assert min(p.spec.ranges for p in planned) == 1 and max(p.spec.ranges for p in planned) > 150
         assert {0, 1, 30} == {p.tail for p in problems}
         assert any(0 in p.lengths_q for p in problems) and any(0 in p.lengths_k for p in problems)
         assert 0.45 < sum(p.machine.race for p in problems) / len(problems) < 0.55

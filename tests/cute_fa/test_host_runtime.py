@@ -12,7 +12,7 @@ import pytest
 from cute_fa.engine import bundles, compiler
 from cute_fa.semantics.types import SmArch
 from cute_fa.tools.bundle import write_bundle
-from cute_fa.tools.cli import _config_of
+from cute_fa.tools.cli import _configs_of
 from tests.testing import fake_driver
 from tests.testing.bundled import Processes, result
 
@@ -33,7 +33,7 @@ def processes(tmp_path_factory) -> Processes:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
     configs = [ScaleConfig(SmArch.SM_80, factor) for factor in (2.0, 3.0, 4.0)]
-    configs += [_config_of(line.split()) for line in FORWARDS]
+    configs += [config for line in FORWARDS for config in _configs_of(line.split())]
     folder = tmp_path_factory.mktemp("bundle") / "kernels"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "_kernels", {})

@@ -21,7 +21,8 @@ from cute_fa.engine.recording import Recorder, config_of, line_of
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
-from cute_fa.tools.cli import main
+from cute_fa.tools.cli import _configs_of, main
+from cute_fa.tools.warm import read_keys
 from fa2_sm80.append.config import AppendConfig
 from fa2_sm80.backward.entry import Fa2Backward
 from fa3_sm90.forward.entry import Fa3Forward
@@ -114,6 +115,27 @@ def test_each_kernel_is_written_once(tmp_path, nothing_compiles):
             cute_fa.flash_attn_func(q, q, q)
     configs = [config_of(line) for line in file.read_text().splitlines()]
     assert [config.compile_name for config in configs] == ["fa2_fwd_sm80_bf16_hd64", "fa2_fwd_sm80_bf16_hd64_right"]
+
+
+@pytest.mark.without_races
+def test_what_makes_walks_is_recorded_and_compiled_ahead_of_time(tmp_path, nothing_compiles):
+    """range_attention launches the kernels that make walks before its own; a problem's options stand for both."""
+    file = tmp_path / "keys"
+    q = torch.zeros(70, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+    ranges = torch.tensor([[0, 70]], dtype=torch.int32)
+    with cute_fa.simulate("sm_80"), cute_fa.record_keys(file):
+        cute_fa.range_attention(q, q, q, ranges, ranges, deterministic=True).sum().backward()
+    recorded = [config_of(line) for line in file.read_text().splitlines()]
+    assert [config.compile_name for config in recorded] == [
+        "ranges_sm80_rows128_columns64",
+        "ranges_sm80_rows128_columns32",
+        "fa2_fwd_sm80_bf16_hd64_ranges",
+        "fa2_bwd_sm80_bf16_hd64_ranges_det",
+    ]
+    file.write_text(
+        "--arch sm_80 --head-dim 64 --ranges 3 --backward --deterministic\n--arch sm_80 --head-dim 64 --ranges 1"
+    )
+    assert set(read_keys(file, _configs_of)) == set(recorded)
 
 
 def test_a_file_whose_last_line_has_no_end(tmp_path, nothing_compiles):

@@ -57,8 +57,9 @@ def families_of(configs: list) -> set[str]:
 
 
 def test_the_whole_plan_is_walked(walk):
-    log, configs = walk("sm_90a", "d128 causal", "backward d64, deterministic", "append")
-    kernels = {f"fa2_sm80.{part}" for part in ("forward", "split", "backward", "append")} | {"fa3_sm90.forward"}
+    log, configs = walk("sm_90a", "d128 causal", "backward d64, deterministic", "append", "walk of a range plan")
+    kernels = {f"fa2_sm80.{part}" for part in ("forward", "split", "backward", "append", "ranges")}
+    kernels |= {"fa3_sm90.forward"}
     assert families_of(configs) >= kernels and len(configs) > 250
     assert "tests/fa3_sm90/test_forward.py::" in log and "tests/fa4_sm100/test_forward.py::" not in log
 
@@ -124,6 +125,14 @@ def test_a_dry_launch_makes_the_plan_of_a_gpu(tmp_path):
     given = make_inputs(workload.spec(), "random", poison=False)  # the plan of the same call is forgotten
     with pytest.raises(cute_fa.errors.NoDeviceError):
         given.run(num_splits=0)
+
+
+def test_a_dry_launch_under_a_plan_makes_its_walk(tmp_path):
+    with cute_fa.record_keys(tmp_path / "keys"):
+        dry_run.launch_once(Workload(seqlen=512, tokens=512, plan="random-10"), "sm_80")
+    configs = [recording.config_of(line) for line in (tmp_path / "keys").read_text().splitlines()]
+    assert families_of(configs) == {"fa2_sm80.ranges", "fa2_sm80.forward"} and configs[1].ranges
+    assert (configs[0].tile_rows, configs[0].tile_columns) == configs[1].walk_shape
 
 
 def test_the_sweep_begins_with_what_tells_most():

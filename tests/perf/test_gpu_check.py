@@ -22,20 +22,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from cute_fa import RangePlan
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import ArgumentError, BundleError, CompilerMissingError
 from cute_fa.semantics.types import Direction, SmArch
-from cute_fa.tools.cli import _config_of
+from cute_fa.semantics.walk_layout import Header
+from cute_fa.tools.cli import _configs_of
 from cute_fa.tools.cli import main as cute_fa_main
 from cute_fa.tools.tour import layers_of
-from cute_fa.tools.trial import problem_of_spec
+from cute_fa.tools.trial import Machine, problem_of_spec
 from cute_fa.tools.warm import read_keys
 from perf import __main__ as command_line
 from perf import cuda_driver
 from perf import results as results_module
 from perf.cuda_driver import Driver
-from perf.gpu_check import pack, steps, sweep
+from perf.gpu_check import pack, steps, sweep, walk_trial
 from perf.gpu_check.smoke import SMOKE, Attention, served
 from perf.gpu_check.steps import Outcome, Plan, Step
 from perf.static import COLUMNS
@@ -222,10 +224,11 @@ def test_a_pack_has_what_no_dry_run_comes_to(arch, tmp_path):
     """Both kernels of a backward, the tour, and the problems of tests that ask the GPU something before they launch."""
     keys = tmp_path / "keys"
     keys.write_text(pack._not_walked(arch))
-    packed = read_keys(keys, _config_of)
+    packed = read_keys(keys, _configs_of)
     needed = [f"--arch {arch} {problem}".split() for problem in steps.SANITIZED]
     needed += [[word for word in line if word != "--backward"] for line in needed]
-    needed = [_config_of(line) for line in [*needed, ["--arch", arch, "--causal"]]]  # test_cli's
+    needed.append(["--arch", arch, "--causal"])  # test_cli's
+    needed = [config for line in needed for config in _configs_of(line)]
     plain = replace(FULL, alibi=False, learnable_sink=False)
     specs = [SERVED, plain, Workload(heads=4, heads_kv=2, seqlen=512, tokens=1024, causal=True).spec()]
     specs += [layer.spec(layer.length) for layer in layers_of(SmArch(arch))]
@@ -355,6 +358,21 @@ def test_the_sweep_fails_where_ours_does_and_says_why(provider, status, reason, 
     assert (done.exit_code, f"{provider} {status} ({reason})" in done.output) == (code, True), done.output
 
 
+@pytest.mark.without_races
+def test_a_walk_that_hides_or_shows_a_pair_too_many_is_noticed(monkeypatch):
+    right, machine = RangePlan._make_walk, Machine(SmArch.SM_80, simulated=True)
+    assert walk_trial.run_walk_trial(machine).wrong == 0
+
+    def flipped(plan, *arguments):
+        walk = right(plan, *arguments)
+        # of the mask tile behind the one that hides nothing: the first row's first column
+        walk[int(walk[Header.MASKS]) + 128 * 2] ^= 1
+        return walk
+
+    monkeypatch.setattr(RangePlan, "_make_walk", flipped)
+    assert walk_trial.run_walk_trial(machine).wrong == 1
+
+
 @pytest.mark.parametrize(
     ("arch", "forward"), [(SmArch.SM_90A, "fa3_sm90.forward"), (SmArch.SM_100A, "fa4_sm100.forward")]
 )
@@ -371,6 +389,10 @@ def test_smoke_has_every_kernel_of_hopper_and_blackwell(arch, forward):
         forward, "fa2_sm80.forward", "fa2_sm80.split", "fa2_sm80.backward"
     }  # fmt: skip
     assert {config.head_dim for config in configs.values()} == {64, 128, 256}
+    under_plans = [config for config in configs.values() if config.ranges]
+    of_plans = {type(config).__module__.rpartition(".")[0] for config in under_plans}
+    assert of_plans == {"fa2_sm80.forward", "fa2_sm80.backward"}
+    assert {config.query_kernel is None for config in under_plans if hasattr(config, "query_kernel")} == {True, False}
     largest = configs["largest shared memory"]
     assert (largest.head_dim, largest.head_dim_v, largest.smem_bytes) == (256, 176, arch.smem_bytes)
     in_fp8 = {config.head_dim for config in configs.values() if config.dtype.is_fp8}

@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 import cute_fa
+from cute_fa import RangePlan
 from cute_fa.compat import fa3
 from cute_fa.semantics import reference
 from cute_fa.tools.inputs import make_inputs
@@ -35,11 +36,13 @@ WORKLOADS = {
     "decode lengths": Workload(**SMALL, decode=True, lengths="uniform"),
     "decode paged": Workload(**SMALL, decode=True, lengths="uniform", page_size=16),
 }
+# One packed sequence under a range plan; queries of the second one may see nothing.
+PLANNED = {plan: Workload(**SMALL | {"seqlen": 80}, plan=plan) for plan in ("window-global", "random-10")}
 
 
 def agrees(name: str, workload: Workload) -> bool:
     """Whether the provider's output is within the project's tolerance, with inputs that show every wrong key."""
-    inputs = make_inputs(workload.spec(), "peaked", poison=False)
+    inputs = workload.inputs("peaked")
     attention = PROVIDERS[name].prepare(inputs)
     tensors = [attention.layout.adapt(t) for t in (inputs.q, inputs.k, inputs.v)]
     out = attention.layout.restore(attention.forward(*tensors))
@@ -47,7 +50,9 @@ def agrees(name: str, workload: Workload) -> bool:
 
 
 def test_names_are_unique_and_ours_comes_first():
-    assert list(PROVIDERS) == ["cute-fa", "FA4", "FA3", "FA2", "cuDNN", "FlexAttention", "Triton"]
+    assert list(PROVIDERS) == ["cute-fa", "FA4", "FA3", "FA2", "cuDNN", "FlexAttention", "MagiAttention", "Triton"]
+    taking = [name for name, provider in PROVIDERS.items() if provider.takes_ranges]
+    assert taking == ["cute-fa", "FlexAttention", "MagiAttention"]
     assert PROVIDERS["cute-fa"].version().startswith(cute_fa.__version__)
 
 
@@ -121,6 +126,38 @@ def test_our_kernels(case):
         assert agrees("cute-fa", WORKLOADS[case])
 
 
+@pytest.mark.without_races
+@pytest.mark.parametrize("case", PLANNED)
+def test_our_kernels_under_a_plan(case):
+    """Building it anew makes the walks that calls have taken."""
+    inputs = PLANNED[case].inputs("peaked")
+    with cute_fa.simulate("sm_80"):
+        assert agrees("cute-fa", PLANNED[case])
+        attention, made = PROVIDERS["cute-fa"].prepare(inputs), []
+        attention.build()
+        attention.forward(inputs.q, inputs.k, inputs.v)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RangePlan, "_make_walk", lambda plan, *of: made.append(of) or torch.zeros(8).int())
+            attention.build()
+    assert made == [("queries", (128, 64))]
+
+
+@pytest.mark.parametrize("case", PLANNED)
+def test_magi_attention(case, monkeypatch):
+    """Behind its own signature, as its documentation has it."""
+
+    def flex_flash_attn_func(q, k, v, q_ranges, k_ranges, attn_type_map=None):
+        ranges = {"q_ranges": q_ranges, "k_ranges": k_ranges, "attn_type_map": attn_type_map}
+        out, lse = reference.attention(q[None], k[None], v[None], **ranges, dtype=q.dtype)
+        return out[0], types.SimpleNamespace(lse=lse)
+
+    module = types.SimpleNamespace(flex_flash_attn_func=flex_flash_attn_func)
+    monkeypatch.setitem(sys.modules, "magi_attention.functional", module)
+    assert agrees("MagiAttention", PLANNED[case])
+    with pytest.raises(Unavailable, match="compared where there are ranges"):
+        PROVIDERS["MagiAttention"].prepare(WORKLOADS["dense"].inputs("random"))
+
+
 @pytest.mark.parametrize("case", ["dense", "causal", "decode"])
 def test_flash_attention_2_behind_sdpa(case):
     assert agrees("FA2", WORKLOADS[case])
@@ -150,6 +187,16 @@ def test_flash_attention_2_behind_varlen_attn(case, monkeypatch):
 )
 def test_flex_attention(case):
     assert agrees("FlexAttention", WORKLOADS[case])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("case", PLANNED)
+def test_flex_attention_under_a_plan(case):
+    """Its mask is the plan's, made again by ``build``."""
+    assert agrees("FlexAttention", PLANNED[case])
+    mask = PROVIDERS["FlexAttention"].prepare(PLANNED[case].inputs("random")).build()
+    query, key = torch.meshgrid(torch.arange(80), torch.arange(80), indexing="ij")
+    assert mask.mask_mod(0, 0, query, key).equal(torch.from_numpy(PLANNED[case].ranges.mask()))
 
 
 def tutorial(q, k, v, causal, scale, warp_specialise):
@@ -186,10 +233,11 @@ def test_what_a_provider_does_not_do_it_says(name, case, reason, monkeypatch):
 
 
 def test_what_is_not_installed_it_says(monkeypatch):
-    for name in ("flash_attn_interface", "flash_attn_3", "06-fused-attention"):
+    for name in ("flash_attn_interface", "flash_attn_3", "06-fused-attention", "magi_attention"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
-    for name, reason in (("FA3", "flash_attn_interface"), ("Triton", "06-fused-attention.py"), ("cuDNN", "no cuDNN")):
+    reasons = {"FA3": "flash_attn_interface", "Triton": "06-fused-attention.py", "cuDNN": "no cuDNN"}
+    for name, reason in (reasons | {"MagiAttention": "magi_attention"}).items():
         with pytest.raises(Unavailable, match=reason):
             PROVIDERS[name].version()
 

@@ -6,6 +6,7 @@ import dataclasses
 from functools import cache
 
 import pytest
+from click.testing import CliRunner
 
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.flavour import active
@@ -13,8 +14,9 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 from fa2_sm80.forward.entry import Fa2Forward
 from fa3_sm90.forward.entry import Fa3Forward
 from fa4_sm100.forward.entry import Fa4Forward
+from perf.__main__ import main
 from perf.sass import report_cubin
-from perf.static import COLUMNS, StaticKey, fa4_reports, static_table, table_row
+from perf.static import COLUMNS, StaticKey, fa4_reports, range_row, static_table, table_row
 from perf.static import our_report as compile_report
 from perf.static_page import role_sections
 from perf.step import step_of
@@ -23,6 +25,8 @@ from perf.step import step_of
 # sm_90a: 0.9 of FlashAttention-4's without a mask (6.30, 6.81, 10.07).
 LIMITS = {64: 7.75, 128: 10.9}
 LIMITS_SM90 = {64: 5.67, 128: 6.13, 256: 9.06}
+# With forwards of their own under range plans.
+WITH_RANGES = [SmArch.SM_80]
 # An exponential's fma and MUFU, a maximum, an addition and half a conversion.
 IDEAL = 4.5
 # What ptxas makes of a mask: comparisons and selections, once a score.
@@ -66,6 +70,14 @@ def test_our_main_loops(head_dim):
         assert loop.counts["tensor"] == loop.shapes["HMMA.16816.F32.BF16"] == products
         assert report.arch == 80
     assert causal.main_loop.instructions == pytest.approx(full.main_loop.instructions, rel=0.02)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("arch", WITH_RANGES)
+def test_main_loops_under_a_range_plan_are_the_dense_ones(arch, head_dim):
+    """Within 3 % where nothing is masked, with the copies of the next block, whose place is read from a list."""
+    row = range_row(StaticKey(arch, head_dim, False))
+    assert row["ranges"] <= 1.03 * row["dense"] and row["spills"] == 0, row
 
 
 @pytest.mark.parametrize("head_dim", LIMITS_SM90)
@@ -267,3 +279,16 @@ def test_table_puts_peers_beside_ours(arch, per_score, instructions, stall):
     assert ours.setmaxnreg == report.setmaxnreg
     assert (ours.stall, ours.cond_stall) == (report.main_loop.stall_sum, report.main_loop.conditional_stall)
     assert ours.serialised is False
+
+
+def test_the_command_compares_range_plans():
+    done = CliRunner().invoke(main, ["static", "--ranges", "--arch", "sm_80", "--head-dim", "64", "--markdown"])
+    assert done.exit_code == 0, done.output
+    header, _, *rows = (line.strip("| ").split(" | ") for line in done.output.splitlines() if line.startswith("|"))
+    assert [row[:3] for row in rows] == [["sm_80", direction, "d64 full"] for direction in ("fwd", "bwd")]
+    row = range_row(StaticKey(SmArch.SM_80, 64, False))
+    assert list(row) == header and rows[0][3:] == [f"{row[name]:g}" for name in header[3:]]
+    dense, ranges = (our_report(StaticKey(SmArch.SM_80, 64, False, ranges=given)).main_loop for given in (False, True))
+    assert row["dense"] == pytest.approx(dense.per_score + dense.copy_per_score)
+    assert row["ranges"] == pytest.approx(ranges.per_score + ranges.copy_per_score) != row["dense"]
+    assert row["percent"] == round(100 * (row["ranges"] / row["dense"] - 1), 1)

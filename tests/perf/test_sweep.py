@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -83,6 +84,30 @@ def test_rows_of_a_workload(tmp_path):
     assert table.loc["failing"].reason == "RuntimeError: an illegal memory access was encountered"
     assert done is workload
     assert [row["status"] for row in rows] == ["ok", "ok", "wrong", "skipped", "skipped"]
+
+
+def test_a_plan_is_timed_apart_and_asked_of_those_that_take_one(tmp_path):
+    device = FakeDevice()
+
+    class Planning(Reference):
+        takes_ranges = True
+
+        def prepare(self, inputs):
+            attention = super().prepare(inputs)
+
+            def build():
+                device.elapsed += 0.5
+
+            return dataclasses.replace(attention, build=build)
+
+    planned = Workload(**SMALL | {"seqlen": 48}, plan="random-10")
+    providers = Planning("ours", device, 2.0), Reference("other", device, 1.0)
+    run(tmp_path / "a.csv", device, *providers, workloads=[planned])
+    ours, other = read_results(tmp_path / "a.csv").to_dict("records")
+    assert (ours["plan"], ours["status"], ours["ms_p50"], ours["plan_ms"]) == ("random-10", "ok", 2.0, 0.5)
+    assert (other["status"], other["reason"]) == ("skipped", "other takes no ranges")
+    ((_, rows),) = run(tmp_path / "a.csv", device, *providers, workloads=[planned])
+    assert rows == []  # they are there already
 
 
 def test_unwritten_outputs_do_not_pass_as_those_of_a_right_provider(tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.ranges import HostRanges
 from cute_fa.semantics.types import Direction, DType
 from cute_fa.tools.inputs import make_inputs
+from perf.plans import PLANS
 from perf.workload import LENGTHS, Workload, grid
 
 
@@ -98,6 +100,30 @@ def test_grid_leaves_out_what_means_nothing():
     assert {(w.heads, w.heads_kv, w.head_dim, w.head_dim_v) for w in workloads} == {(8, 2, 64, 64), (8, 2, 192, 128)}
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans_are_counted_and_name_no_pair_twice(plan):
+    workload = Workload(head_dim=64, head_dim_v=32, heads=4, heads_kv=2, seqlen=700, tokens=700, plan=plan)
+    ranges, mask = workload.ranges, workload.ranges.mask()
+    one_by_one = [
+        HostRanges(ranges.q_ranges[i : i + 1], ranges.k_ranges[i : i + 1], ranges.types[i : i + 1], 700, 700)
+        for i in range(len(ranges))
+    ]
+    assert sum(one.area() for one in one_by_one) == mask.sum() == workload.work.pairs > 0
+    assert workload.work.flops == 2 * 4 * mask.sum() * 96
+    assert workload.work.bytes == 2 * (700 * 4 * 96 + mask.any(0).sum() * 2 * 96)
+    assert str(workload) == f"fwd bf16 1×700 d64v32 h4/2 {plan}"
+    inputs = workload.inputs("peaked")
+    assert inputs.q_ranges.numpy().tolist() == ranges.q_ranges.tolist() and inputs.spec.ranges == len(ranges)
+
+
+def test_plans_in_a_grid_stand_alone():
+    choices = dict(causal=[False, True], window=[None, 8], lengths=["dense", "equal"], plan=[None, "random-10"])
+    workloads = grid(**choices, decode=[False, True], page_size=[None, 16], seqlen=[64, 128], tokens=[64])
+    planned = [w for w in workloads if w.plan]
+    assert [(w.seqlen, w.tokens, w.batch) for w in planned] == [(64, 64, 1), (128, 128, 1)]
+    assert {w.seqlen for w in workloads if not w.plan} == {64}
+
+
 def test_windows_of_columns_and_name():
     sliding = Workload(causal=True, window=1024, lengths="uniform", page_size=64, heads_kv=4)
     assert (sliding.columns()["window_left"], sliding.columns()["window_right"]) == (1024, 0)
@@ -115,6 +141,9 @@ def test_windows_of_columns_and_name():
         ({"seqlen": 8192, "tokens": 4096}, "seqlen=8192: between 1 and tokens=4096"),
         ({"decode": True, "direction": Direction.BACKWARD}, "no gradient"),
         ({"page_size": 64, "direction": Direction.BACKWARD}, "page_size=64"),
+        ({"plan": "documents"}, "plan='documents': of one sequence"),
+        ({"plan": "documents", "tokens": 4096, "causal": True}, "plan='documents': of one sequence"),
+        ({"plan": "documentz"}, "plan='documentz': one of documents,"),
     ],
 )
 def test_refusals(fields, message):

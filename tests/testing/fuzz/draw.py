@@ -15,7 +15,7 @@ from cute_fa.semantics.problem import PAGE_SIZES
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec
 from cute_fa.tools.trial import Machine
-from tests.testing.fuzz.problem import CACHE_CALLS, FUNCTIONS, CacheSpec, Problem, changed
+from tests.testing.fuzz.problem import CACHE_CALLS, DIFFERENTIATED, FUNCTIONS, PLANS, CacheSpec, Problem, changed
 
 GROUP = 8  # problems that share their kernels
 _TILES = (16, 32, 48, 64, 80, 96, 112, 128)
@@ -33,6 +33,7 @@ _CALLS = {
     "ChunkedPrefillRequest": 3,
     "Fa2BwdRequest": 3,
     "merge_states": 2,
+    "range_attention": 5,
 }
 _ARCHS = {
     SmArch.SM_80: 4,
@@ -98,8 +99,8 @@ def _template(rng: random.Random) -> Problem:
     features = {
         "softcap": 1.0 if _chance(rng, 0.25) else 0.0,
         "learnable_sink": _chance(rng, 0.25),
-        rng.choice(["alibi", "alibi_per_batch"]): call != "merge_states" and _chance(rng, 0.25),
-        **(_mask(rng) if call != "merge_states" else {"causal": _chance(rng, 0.5)}),
+        **_distances(call, rng),
+        **_mask(call, rng),
         **_lengths_kind(call, rng),
     }
     template = Problem(
@@ -126,8 +127,20 @@ def _template(rng: random.Random) -> Problem:
     return _in_fp8(_with_gradients(replace(template, spec=replace(spec, **lengths)), rng), rng)
 
 
-def _mask(rng: random.Random) -> dict[str, Any]:
-    """Bounds of 1 where there is one."""
+def _distances(call: str, rng: random.Random) -> dict[str, Any]:
+    """Whether a bias grows with them."""
+    if call == "range_attention":
+        alibi = _chance(rng, 0.4)
+        return {"alibi": alibi, "positions": alibi and _chance(rng, 0.5)}
+    return {rng.choice(["alibi", "alibi_per_batch"]): call != "merge_states" and _chance(rng, 0.25)}
+
+
+def _mask(call: str, rng: random.Random) -> dict[str, Any]:
+    """Bounds of 1 where there is one; one range stands for any number."""
+    if call == "merge_states":
+        return {"causal": _chance(rng, 0.5)}
+    if call == "range_attention":
+        return {"ranges": 1}
     mask = rng.choice(
         [
             {},
@@ -176,7 +189,7 @@ def _choices(call: str, arch: SmArch, rng: random.Random) -> dict[str, Any]:
     """How the call is computed."""
     choices = {}
     function = call in (*FUNCTIONS, "flash_attn_with_kvcache", "merge_states")
-    if function and _chance(rng, 0.25):
+    if (function or call == "range_attention") and _chance(rng, 0.25):
         choices["family"] = rng.choice(_FAMILIES.get(arch, ("fa2",)))
     if call == "flash_attn_with_kvcache":
         choices["num_splits"] = rng.choice([0, 0, 1, 2])
@@ -217,7 +230,7 @@ def _cache(call: str, head_dim: int, features: dict[str, Any], rng: random.Rando
 
 def _with_gradients(problem: Problem, rng: random.Random) -> Problem:
     """A backward, where there can be one."""
-    backward = problem.call in FUNCTIONS and problem.spec.page_size is None and _chance(rng, 0.35)
+    backward = problem.call in DIFFERENTIATED and problem.spec.page_size is None and _chance(rng, 0.35)
     if not backward and problem.call != "Fa2BwdRequest":
         return problem
     alibi = problem.spec.alibi or problem.spec.alibi_per_batch
@@ -252,7 +265,7 @@ def _filled(template: Problem, rng: random.Random) -> Problem:
     spec, cache = template.spec, template.cache
     ratio = spec.heads
     heads_kv = rng.choice([1, 1, 2, 3]) if ratio <= 2 else rng.choice([1, 1, 2]) if ratio <= 4 else 1
-    batch = rng.choice([1, 1, 2, 2, 3, 4])
+    batch = 1 if spec.ranges else rng.choice([1, 1, 2, 2, 3, 4])
     most_q = max(1, min(spec.seqlen_q, _ROWS // (ratio * heads_kv * batch) + 1))
     seqlen_q, lengths_q = _lengths(batch, most_q, template.varies_q, rng)
     seqlen_k, lengths_k = _lengths(batch, spec.seqlen_k, template.varies_k, rng)
@@ -281,7 +294,7 @@ def _filled(template: Problem, rng: random.Random) -> Problem:
         inputs=rng.choice(["peaked", "peaked", "random"]),
         seed=rng.randrange(1000),
         num_splits=template.num_splits if template.num_splits < 2 else rng.choice([2, 3, 4, 7]),
-        max_seqlens=_chance(rng, 0.8),
+        max_seqlens=bool(spec.ranges) or _chance(rng, 0.8),
         offsets_k=template.call == "flash_attn_varlen_func" and spec.page_size is not None and _chance(rng, 0.3),
         tail=rng.choice([0, 0, 1, 30]) if template.call in FUNCTIONS and (spec.varlen_q or spec.varlen_k) else 0,
         joined=_may_be_joined(template) and _chance(rng, 0.15),
@@ -289,8 +302,19 @@ def _filled(template: Problem, rng: random.Random) -> Problem:
         into=not template.backward and "flash" in template.call and _chance(rng, 0.2),
         heads_first=_chance(rng, 0.3),
         machine=_machine(template.machine.arch, rng),
+        **_plan(template, rng),
     )
     return replace(problem, cache=_filled_cache(problem, rng), parts=_parts(problem, rng))
+
+
+def _plan(template: Problem, rng: random.Random) -> dict[str, Any]:
+    if template.call != "range_attention":
+        return {}
+    return {
+        "ranges": rng.choice([1, 2, rng.randint(1, 12), rng.randint(1, 60), rng.randint(1, 200)]),
+        "segments": rng.choice([1, 1, 1, 2, 3]),
+        "plan": rng.choice(PLANS),
+    }
 
 
 def _may_be_joined(template: Problem) -> bool:

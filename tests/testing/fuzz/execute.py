@@ -134,21 +134,32 @@ def _into(problem: Problem, given: Inputs) -> torch.Tensor | None:
 
 def _function(problem: Problem) -> list[str]:
     given = _inputs(problem)
+    out = _into(problem, given)
+
+    def call(called: Inputs):
+        arguments = called.arguments() | _choices(problem)
+        arguments |= {"persistent": problem.persistent, "deterministic": problem.deterministic, "return_lse": True}
+        if problem.offsets_k:
+            arguments["cu_seqlens_k"] = torch.nn.functional.pad(arguments.pop("seqused_k").cumsum(0), (1, 0)).int()
+        if not problem.max_seqlens:
+            arguments |= {name: None for name in arguments if name.startswith("max_seqlen")}
+        return getattr(cute_fa, problem.call)(called.q, called.k, called.v, **arguments, out=out)
+
+    result, wrong = _differentiated(problem, given, call)
+    if out is not None and result[0] is not out:
+        wrong.append("the result is not the caller's tensor")
+    return wrong
+
+
+def _differentiated(problem: Problem, given: Inputs, call: Callable[[Inputs], Any]) -> tuple[Any, list[str]]:
+    """What the call gives, and what is wrong with it or with its gradients."""
     variables = given.variables() if problem.backward else {}
     if not problem.slopes_gradient:
         variables.pop("alibi_slopes", None)
     variables = {name: tensor.detach().requires_grad_() for name, tensor in variables.items()}
     called = replace(given, **variables)
-    arguments = called.arguments() | _choices(problem)
-    arguments |= {"persistent": problem.persistent, "deterministic": problem.deterministic, "return_lse": True}
-    if problem.offsets_k:
-        arguments["cu_seqlens_k"] = torch.nn.functional.pad(arguments.pop("seqused_k").cumsum(0), (1, 0)).int()
-    if not problem.max_seqlens:
-        arguments |= {name: None for name in arguments if name.startswith("max_seqlen")}
-    out = _into(problem, given)
-    function = getattr(cute_fa, problem.call)
     with _simulated(problem):
-        result = function(called.q, called.k, called.v, **arguments, out=out)
+        result = call(called)
         if problem.backward:
             dout, dlse = output_gradients(given, problem.seed)
             if problem.summed:
@@ -158,12 +169,28 @@ def _function(problem: Problem) -> list[str]:
     rows = slice(None, -problem.tail if problem.tail and problem.spec.varlen_q else None)
     counting = replace(given, q=given.q[rows])
     wrong = _compared(_expected(counting).check(result[0].detach()[rows], result[1].detach()[..., rows]))
-    if out is not None and result[0] is not out:
-        wrong.append("the result is not the caller's tensor")
     if problem.backward:
         gradients = reference.Gradients.of(variables, grads)
         wrong += _compared_gradients(problem, given, gradients, dout, dlse)
-    return wrong
+    return result, wrong
+
+
+def _range_attention(problem: Problem) -> list[str]:
+    grouped = problem.grouped_ranges()
+    given = _inputs(problem)
+    if problem.segments > 1:  # the reference has a range of queries for each of keys
+        counts = grouped["segment_offsets"].diff()
+        given = replace(given, **{n: grouped[n].repeat_interleave(counts, 0) for n in ("q_ranges", "attn_type_map")})
+    names = ("softmax_scale", "softcap", "alibi_slopes", "learnable_sink", "q_positions", "k_positions")
+
+    def call(called: Inputs):
+        arguments = {name: value for name, value in called.options().items() if name in names}
+        arguments |= {"family": problem.family, "deterministic": problem.deterministic, "return_lse": True}
+        arguments |= grouped if problem.plan is None else {"plan": problem.range_plan()}
+        out, lse = cute_fa.range_attention(called.q[0], called.k[0], called.v[0], **arguments)
+        return out[None], lse[None]
+
+    return _differentiated(problem, given, call)[1]
 
 
 def _compared_gradients(problem: Problem, given: Inputs, gradients: reference.Gradients, dout, dlse) -> list[str]:
@@ -483,5 +510,6 @@ _RUN: dict[str, Callable[[Problem], list[str]]] = {
     "PagedAttentionRequest": _request,
     "ChunkedPrefillRequest": _request,
     "Fa2BwdRequest": _backward_request,
+    "range_attention": _range_attention,
     "merge_states": _merge,
 }

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cute_fa.api.range_plan import RangePlan
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import described
-from cute_fa.semantics.errors import ArgumentError, CuteFaError, Fa3ArchError, Fp8Error, UnsupportedKeyError
+from cute_fa.semantics.errors import ArgumentError, CuteFaError, Fa3ArchError, Fp8Error, RangeError, UnsupportedKeyError
 from cute_fa.semantics.problem import normalize_window
 from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
-from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.inputs import InputSpec, draw_ranges
 from cute_fa.tools.trial import Machine, problem_of_spec
 
 if TYPE_CHECKING:
@@ -34,15 +35,17 @@ FORWARD_REQUESTS = (
     "PagedAttentionRequest",
     "ChunkedPrefillRequest",
 )
-FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")  # which torch.autograd differentiates
+FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+DIFFERENTIATED = (*FUNCTIONS, "range_attention")  # by torch.autograd
 CACHE_CALLS = ("flash_attn_with_kvcache", "append_kv")
 CALLS = (
-    *FUNCTIONS,
+    *DIFFERENTIATED,
     *CACHE_CALLS,
     *FORWARD_REQUESTS,
     "Fa2BwdRequest",
     "merge_states",
 )
+PLANS = (None, "auto", "native", "merge")
 _FAMILIES = {"Fa2FwdRequest": "fa2", "Fa2BwdRequest": "fa2", "Fa3FwdRequest": "fa3", "Fa3FwdFp8Request": "fa3"}
 
 
@@ -85,7 +88,9 @@ class Problem:
     lengths from cu_seqlens_k. ``tail``: rows of packed q, k and v behind the last sequence. ``joined``: k and v are
     slices of one tensor (…, rows, 2, heads_kv, head_dim). ``into``: the result goes to a tensor of the caller's
     (``out=``). ``heads_first``: a cache's memory is (…, heads, rows, head_dim). ``parts``: where merge_states' parts of
-    the keys end; the last one is causal if the spec is.
+    the keys end; the last one is causal if the spec is. ``plan``: range_attention is given a plan that the host built,
+    of this path or, if "auto", of the one that it chooses; None: the ranges. ``segments``: so many key ranges belong to
+    each range of queries, by segment_offsets.
     """
 
     call: str
@@ -111,6 +116,8 @@ class Problem:
     heads_first: bool = False
     cache: CacheSpec = CacheSpec()
     parts: tuple[int, ...] = ()
+    plan: str | None = None
+    segments: int = 1
 
     @property
     def lengths_q(self) -> tuple[int, ...]:
@@ -178,6 +185,7 @@ class Problem:
         if spec.layout == "expanded" and cache.new is not None:
             yield "an expanded cache cannot be written"
         yield from self._contradictions_of_call()
+        yield from self._contradictions_of_plan()
         yield from self._contradictions_of_cache()
 
     def _contradictions_of_call(self) -> Iterator[str]:
@@ -208,7 +216,7 @@ class Problem:
                 yield "pages hold the longest prefix and the longest chunk behind it"
         if call in CACHE_CALLS and (spec.varlen_k or (spec.seqused_q and call != "append_kv")):
             yield "a cache's lengths are cache_seqlens"
-        if self.backward and (paged or call not in FUNCTIONS):
+        if self.backward and (paged or call not in DIFFERENTIATED):
             yield "nothing differentiates this call"
         if call == "merge_states":
             least = spec.seqlen_k - spec.seqlen_q if spec.causal else spec.seqlen_k
@@ -216,6 +224,45 @@ class Problem:
                 yield "parts end in order, where all queries see all keys before"
             if (spec.alibi or spec.alibi_per_batch) or spec.window != (None, None):
                 yield "a part's positions are its own"
+
+    def _contradictions_of_plan(self) -> Iterator[str]:
+        spec = self.spec
+        if (self.call == "range_attention") != (spec.ranges > 0):
+            yield "range_attention, and no other call, has ranges"
+        if self.call != "range_attention":
+            if (self.plan, self.segments) != (None, 1):
+                yield "this call has no plan"
+            return
+        if self.plan not in PLANS or self.segments < 1:
+            yield f"plan is one of {', '.join(map(str, PLANS))}, of at least one segment"
+        if spec.positions and not spec.alibi:
+            yield "positions without slopes"
+        if spec.causal or spec.alibi_per_batch or self.into or not self.max_seqlens:
+            yield "range_attention takes no such argument"
+        if (self.num_splits, self.pack_gqa, self.persistent) != (1, None, "auto"):
+            yield "range_attention chooses how it computes"
+        if self.plan == "merge":
+            try:
+                self.range_plan().parts  # noqa: B018  # making them checks
+            except RangeError as error:
+                yield str(error)
+
+    def grouped_ranges(self) -> dict[str, torch.Tensor]:
+        """The arguments that say the plan: of ``segments`` key ranges for each range of queries, or ranges alone."""
+        names = ("q_ranges", "k_ranges", "attn_type_map")
+        ranges = dict(zip(names, draw_ranges(self.spec, self.seed), strict=True))
+        if self.segments == 1:
+            return ranges
+        offsets = torch.arange(0, self.spec.ranges + self.segments, self.segments, dtype=torch.int32)
+        first = {name: ranges[name][:: self.segments] for name in ("q_ranges", "attn_type_map")}
+        first["attn_type_map"] = first["attn_type_map"] & 1
+        return ranges | first | {"segment_offsets": offsets.clamp(max=self.spec.ranges)}
+
+    def range_plan(self) -> RangePlan:
+        """What the host builds of them."""
+        known = {name: tensor.tolist() for name, tensor in self.grouped_ranges().items()}
+        totals = {"total_q": self.spec.seqlen_q, "total_k": self.spec.seqlen_k}
+        return RangePlan.build(**known, **totals, device="cpu", path=None if self.plan == "auto" else self.plan)
 
     def _contradictions_of_cache(self) -> Iterator[str]:
         spec, cache = self.spec, self.cache

@@ -87,6 +87,8 @@ def _defaults(problem: Problem) -> Iterator[dict[str, Any]]:
     if problem.num_splits > 2:
         yield {"num_splits": 2}
     yield {"call": "flash_attn_func"}
+    yield {"positions": False, "alibi": False, "slopes_gradient": False}
+    yield {"call": "flash_attn_func", "ranges": 0, "positions": False, "plan": None, "segments": 1}
     if problem.call not in FUNCTIONS:
         yield {"call": "flash_attn_varlen_func", "heads_first": False, "num_splits": problem.num_splits or 1}
 
@@ -142,13 +144,12 @@ def _smaller(problem: Problem) -> Iterator[Callable[[], Problem]]:
                 )
     for i in range(len(problem.parts)):
         yield lambda i=i: replace(problem, parts=problem.parts[:i] + problem.parts[i + 1 :])
-    for field in ("window", "sink_tokens"):
-        value = getattr(spec, field)
-        for i, bound in enumerate(value if field == "window" else ()):
-            for less in _less(bound or 0):
-                yield lambda i=i, less=less: changed(problem, window=_put(spec.window, i, less))
-    for less in _less(spec.sink_tokens):
-        yield lambda less=less: changed(problem, sink_tokens=less)
+    for i, bound in enumerate(spec.window):
+        for less in _less(bound or 0):
+            yield lambda i=i, less=less: changed(problem, window=_put(spec.window, i, less))
+    for field in ("sink_tokens", "ranges"):
+        for less in _less(getattr(spec, field)):
+            yield lambda field=field, less=less: changed(problem, **{field: less})
 
 
 def _less(number: int) -> list[int]:
