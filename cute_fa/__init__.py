@@ -1,6 +1,7 @@
 """Attention kernels in NVIDIA's CuTe DSL behind one dispatch table and one API that drops in for ``flash_attn``."""
 
 from cute_fa import compat, fp8, service
+from cute_fa.api import ready_plans
 from cute_fa.api.append import append_kv
 from cute_fa.api.append_by_position import append_rows
 from cute_fa.api.attention import flash_attn_func, flash_attn_varlen_func
@@ -66,6 +67,7 @@ __all__ = [
     "fp8",
     "merge_states",
     "range_attention",
+    "ready_plans",
     "record_keys",
     "reference",
     "service",

@@ -30,6 +30,7 @@ from cute_fa.semantics.tensors import (
     check_pointers,
     check_values,
     is_fp8,
+    is_spread,
     load_rule,
     problem_of,
 )
@@ -116,7 +117,7 @@ def _make_plan(target: Target, dout, dlse, out, lse, call: Call, slopes_gradient
         target=target,
         launches=call.has_work,
         strides=tuple(map(odd_strides, (call.q, call.k, call.v, out, dout))),
-        copies=load_rule(dout) is not None,
+        copies=load_rule(dout) is not None or (call.extras.query_walk is not None and is_spread(dout)),
     )
 
 

@@ -87,6 +87,11 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
             check_loadable(names[name], tensor)
     _check_extras(names, extras, batch, sequences, q.shape[-2])
     _check_walks(names, extras, rows_q, rows_k)
+    if extras.query_walk is not None:
+        for name, tensor in tensors.items():
+            if is_spread(tensor):
+                rule = f"under a range plan {LARGEST_TILE} rows must lie within 2 GiB"
+                raise StrideError(names[name], tensor.stride(), rule)
     ragged_k = cu_seqlens_k is not None or extras.seqused_k is not None
     longest_k = _longest_k(names, rows_k, options.max_seqlen_k, ragged_k, page_size)
     _check_descales(names, call, batch, sequences, longest_k)
@@ -164,6 +169,12 @@ def _check_walks(names: ArgumentNames, extras: Extras, rows_q: int, rows_k: int)
         positions = getattr(extras, name)
         if positions is not None:
             check_vector(names[name], positions, torch.int32, (positions_held(rows),), of=f"{rows} rows")
+
+
+def is_spread(tensor: torch.Tensor) -> bool:
+    """Whether rows lie so far apart that the bytes from one tile to the next are no int32, in which kernels count where
+    tiles come in any order."""
+    return tensor.shape[-3] > 1 and tensor.stride(-3) * tensor.element_size() * LARGEST_TILE > INT32_MAX
 
 
 def positions_held(rows: int) -> int:

@@ -148,11 +148,8 @@ class KeyGradientKernel:
     ):
         """Wait for one query block, and add what it gives."""
         c = self.config
-        if const_expr(c.ranges):
-            block = pipeline.latest[0]
-        else:
-            block = blocks.block(iteration)
         stage = pipeline.wait(index, iteration)
+        block = blocks.block(iteration)
         if const_expr(c.ranges):
             bits = tile.mask_rows(blocks, iteration) if const_expr(masked) else None
             offset = None

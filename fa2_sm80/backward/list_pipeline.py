@@ -10,14 +10,12 @@ from fa2_sm80.common.copies import block_offset
 
 class ListPipeline(QueryPipeline):
     """Blocks come in any order, so that ``sources`` are where a head's first block lies, and each step adds its own.
-    ``latest``: the block whose copies were issued last. Strides of blocks, below 2^31 bytes, are not kept in registers,
-    as loaders do elsewhere, of which this kernel has none to spare."""
+    Strides of blocks, below 2^31 bytes, are not kept in registers, as loaders do elsewhere: this kernel has none to
+    spare."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.block_strides = tuple(map(Int32, self.block_strides))
-        self.latest = cute.make_rmem_tensor(1, Int32)
-        self.latest[0] = Int32(0)
 
     @cute.jit
     def prologue(self, load_keys):
@@ -45,7 +43,6 @@ class ListPipeline(QueryPipeline):
     def _load_block(self, iteration: Int32, may_be_last: cutlass.Constexpr[bool]):
         """Only the first block of a list can reach beyond the queries."""
         block = self.blocks.block(iteration)
-        self.latest[0] = block
         rows_left = None
         if const_expr(may_be_last):
             rows_left = self.seqlen_q - block * self.tile_m

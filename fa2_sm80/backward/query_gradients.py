@@ -275,4 +275,5 @@ class QueryGradientKernel:
             m_block = m_blocks - 1 - m_block
         if const_expr(self.config.ranges):
             m_block = RangeWalk.of(args.dq_walk, args.seqlen_q, self.tiles.tile_m).tile(m_block)
+            return m_block, index // m_blocks, Int32(0)
         return m_block, index // m_blocks % heads, index // m_blocks // heads

@@ -136,6 +136,7 @@ class Fa2ForwardKernel:
             m_block = m_blocks - 1 - m_block
         if const_expr(c.ranges):
             m_block = RangeWalk.of(args.common.query_walk, args.seqlen_q, c.tile_m).tile(m_block)
+            return m_block, index // m_blocks, Int32(0)
         return m_block, index // m_blocks % heads, index // m_blocks // heads
 
 

@@ -20,9 +20,11 @@ from cute_fa.semantics.errors import (
     DTypeError,
     RangeError,
     ShapeError,
+    StrideError,
     UnsupportedArgumentError,
 )
 from cute_fa.semantics.ranges import HostRanges
+from cute_fa.semantics.tensors import is_spread
 from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.semantics.walk_layout import Header
 from cute_fa.tools.inputs import InputSpec
@@ -249,6 +251,18 @@ def test_arguments_that_do_not_fit_together():
             range_attention(q[1:], k, v, plan=plan)
         with pytest.raises(ShapeError, match=r"q has shape \(1, 150, 4, 64\): \(total_q, heads, head_dim\) is needed"):
             range_attention(q[None], k, v, plan=plan)
+
+
+def test_rows_that_lie_too_far_apart():
+    """Kernels count the bytes from tile to tile in 32 bits: a clear error, and gradients of such outputs are copied."""
+    host = PLANS["streaming"]
+    q, k, v = tensors(host)
+    # memory that nothing touches
+    spread = torch.empty(150, 2**22, dtype=torch.bfloat16)[:, : HEADS_KV * HEAD_DIM].unflatten(1, (HEADS_KV, HEAD_DIM))
+    rule = r"k has strides .*: under a range plan 256 rows must lie within 2 GiB"
+    with cute_fa.simulate("sm_80"), pytest.raises(StrideError, match=rule):
+        range_attention(q, spread, v, plan=RangePlan.build(host))
+    assert is_spread(spread) and not is_spread(spread[:1]) and not is_spread(k)
 
 
 def test_magi_names():
