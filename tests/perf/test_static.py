@@ -80,6 +80,13 @@ def test_main_loops_under_a_range_plan_are_the_dense_ones(arch, head_dim):
     assert row["ranges"] <= 1.03 * row["dense"] and row["spills"] == 0, row
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_backwards_main_loop_under_a_range_plan_is_the_dense_one(head_dim):
+    """Where the block is read costs it a few registers."""
+    row = range_row(StaticKey(SmArch.SM_80, head_dim, False, Direction.BACKWARD))
+    assert row["ranges"] <= 1.03 * row["dense"] and row["spills"] <= 3, row
+
+
 @pytest.mark.parametrize("head_dim", LIMITS_SM90)
 def test_sm90_main_loop_is_lean(head_dim):
     for report in sm90(head_dim):
