@@ -455,7 +455,8 @@ def test_every_note_of_the_table_is_used():
     used = {number for cell in re.findall(r"(?:no|fa._[a-z]+) \(([^)]*)\)", markdown) for number in cell.split(", ")}
     assert used == {str(number) for number in range(1, len(notes) + 1)}
     header = markdown.splitlines()[0]
-    assert all(header.count(f"{arch.value}") == len(Direction) for arch in SmArch)
+    directions = len(Direction) - 1  # but for that of range plans, which is no column
+    assert all(header.count(f"{arch.value}") == directions for arch in SmArch)
 
 
 @pytest.mark.parametrize("wrong", [False, True])
