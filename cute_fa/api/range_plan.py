@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from cute_fa.api.values import check_tensor, integer
-from cute_fa.engine import worlds
+from cute_fa.engine import torch_internals, worlds
 from cute_fa.engine.range_plans import SortedRanges, WalkShape, range_walk
 from cute_fa.semantics.errors import ArgumentError, RangeError
 from cute_fa.semantics.problem import INT32_MAX
@@ -91,14 +92,21 @@ class RangePlan:
         """
         if path is not None and path not in PATHS:
             raise ArgumentError(f"path={path!r}: one of {', '.join(PATHS)}")
-        if mask_capacity is not None and (isinstance(mask_capacity, bool) or mask_capacity < 1):
-            raise ArgumentError(f"mask_capacity={mask_capacity!r}: at least 1 is needed")
+        if mask_capacity is not None and (mask_capacity := integer("mask_capacity", mask_capacity)) < 1:
+            raise ArgumentError(f"mask_capacity={mask_capacity}: at least 1 is needed")
         choices: dict[str, Any] = {"path": path or "native", "forced": path is not None, "mask_capacity": mask_capacity}
         if isinstance(q_ranges, HostRanges):
+            more = {"k_ranges": k_ranges, "attn_type_map": attn_type_map, "segment_offsets": segment_offsets}
+            for name, value in (more | {"total_q": total_q, "total_k": total_k}).items():
+                if value is not None:
+                    raise ArgumentError(f"{name} with a HostRanges for q_ranges: that says it, leave it out")
             return cls._of_host(q_ranges, device, path, choices)
         total_q, total_k = integer("total_q", total_q), integer("total_k", total_k)
         given = {"q_ranges": q_ranges, "k_ranges": k_ranges, "attn_type_map": attn_type_map}
         given |= {"segment_offsets": segment_offsets}
+        for name in ("q_ranges", "k_ranges"):
+            if given[name] is None:
+                raise ArgumentError(f"{name} is missing: a plan has ranges of queries and of keys")
         if _is_known(device, given):
             host = _host_ranges(**given, total_q=total_q, total_k=total_k)
             return cls._of_host(host, device, path, choices)
@@ -129,9 +137,10 @@ class RangePlan:
         key = (rows, tuple(shape), worlds.simulated_target())
         walk = self._walks.get(key)
         if walk is None:
-            walk = self._make_walk(rows, WalkShape(*shape))
-            if is_dynamo_compiling() or torch.compiler.is_exporting() or _is_captured(walk):
-                return walk  # of that graph alone
+            with _for_any_use():
+                walk = self._make_walk(rows, WalkShape(*shape))
+            if torch.compiler.is_exporting() or not _stays(walk):
+                return walk  # of that graph, or that transform, alone
             self._walks[key] = walk
             if worlds.checks_values():
                 self._check_room(walk, rows, shape)
@@ -147,7 +156,7 @@ class RangePlan:
         if of_rows is None:
             make = SortedRanges.of_queries if rows == "queries" else SortedRanges.of_keys
             of_rows = make(self.q_ranges, self.k_ranges, self.types, self.total_q, self.total_k)
-            if not (is_dynamo_compiling() or _is_captured(of_rows.ranges)):
+            if _stays(of_rows.ranges):
                 self._sorted[rows] = of_rows
         sizes = (self.total_q, self.total_k) if rows == "queries" else (self.total_k, self.total_q)
         blocks = tiles_of(sizes[0], shape.rows) * tiles_of(sizes[1], shape.columns)
@@ -265,7 +274,10 @@ class RangePlan:
         return packed.page_size, {name: self._tensor(getattr(packed, name)) for name in names} | lengths
 
     def _tensor(self, array: Any) -> torch.Tensor | None:
-        return None if array is None else torch.from_numpy(array).to(self.q_ranges.device)
+        if array is None:
+            return None
+        with _for_any_use():
+            return torch.from_numpy(array).to(self.q_ranges.device)
 
 
 def _is_known(device: Any, given: dict[str, Any]) -> bool:
@@ -298,8 +310,6 @@ def _device_ranges(
     for name, tensor in given.items():
         if tensor is not None:
             check_tensor(name, tensor)
-        elif name in ("q_ranges", "k_ranges"):
-            raise ArgumentError(f"{name} is missing: a plan has ranges of queries and of keys")
     check_dims("q_ranges", q_ranges, 2, "(n, 2)")
     check_dims("k_ranges", k_ranges, 2, "(n, 2)")
     groups = q_ranges.shape[0]
@@ -321,6 +331,14 @@ def _device_ranges(
     return q_ranges[group].masked_fill(outside[:, None], 0), k_ranges, attn_type_map[group]  # [0, 0): sees nothing
 
 
-def _is_captured(tensor: torch.Tensor) -> bool:
-    """Whether a CUDA graph is being captured: what is made then holds nothing before it is replayed."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _for_any_use() -> AbstractContextManager:
+    """A context in which tensors are made that calls outside of inference mode can save for their gradients, too."""
+    return nullcontext() if is_dynamo_compiling() else torch.inference_mode(False)
+
+
+def _stays(tensor: torch.Tensor) -> bool:
+    """Whether a tensor just made is one for later calls: not of a trace or a transform of ``torch.func``, nor of a CUDA
+    graph being captured, before whose replay it holds nothing."""
+    if is_dynamo_compiling() or torch_internals.transformed((tensor,)):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

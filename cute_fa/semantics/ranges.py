@@ -290,8 +290,11 @@ def _pages(start: np.ndarray, stop: np.ndarray, size: int) -> np.ndarray:
 
 
 def _integers(name: str, value: Any) -> np.ndarray:
-    """An array of what the caller calls ``name``. Raises DTypeError."""
-    array = np.asarray(value)
+    """An array of what the caller calls ``name``. Raises DTypeError, and ShapeError for rows of different lengths."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ShapeError(f"{name}={value!r}: all its rows must be of one length") from None
     if array.size == 0:
         return array.astype(np.int64)
     if array.dtype.kind not in "iu":
