@@ -139,7 +139,7 @@ class RangePlan:
         if walk is None:
             with _for_any_use():
                 walk = self._make_walk(rows, WalkShape(*shape))
-            if torch.compiler.is_exporting() or not _stays(walk):
+            if not _stays(walk):
                 return walk  # of that graph, or that transform, alone
             self._walks[key] = walk
             if worlds.checks_values():
@@ -167,7 +167,9 @@ class RangePlan:
 
     def checked(self) -> RangePlan:
         """The plan, :meth:`check` having been called where values on the device are checked."""
-        if self.host is None and not is_dynamo_compiling() and worlds.checks_values():
+        if self.host is not None or is_dynamo_compiling() or not torch_internals.has_values(self.q_ranges):
+            return self
+        if worlds.checks_values():
             self.check()
         return self
 
@@ -339,6 +341,8 @@ def _for_any_use() -> AbstractContextManager:
 def _stays(tensor: torch.Tensor) -> bool:
     """Whether a tensor just made is one for later calls: not of a trace or a transform of ``torch.func``, nor of a CUDA
     graph being captured, before whose replay it holds nothing."""
-    if is_dynamo_compiling() or torch_internals.transformed((tensor,)):
+    if is_dynamo_compiling() or torch.compiler.is_exporting():
+        return False
+    if not torch_internals.has_values(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

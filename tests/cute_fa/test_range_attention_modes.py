@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_fa
 from cute_fa import RangePlan, range_attention
@@ -103,7 +104,29 @@ def test_a_plan_first_used_in_a_transform_is_made_anew():
             torch.func.grad(lambda x: range_attention(x, k, v, plan=plan).sum())(q)
         # q is not what is differentiated
         torch.func.grad(lambda x: x.sum() + range_attention(q, k, v, plan=plan).sum().detach())(torch.zeros(1))
+        assert not plan.walks_made
         assert close(STREAMING, gradients(q, k, v, dout, plan=plan), q, k, v, dout)
+
+
+def test_a_plan_first_used_with_fake_tensors_is_made_anew():
+    """Nothing is read of tensors without values, and no walk without values is kept."""
+    q, k, v, _ = tensors()
+    ranges = [torch.from_numpy(array) for array in (STREAMING.q_ranges, STREAMING.k_ranges, STREAMING.types)]
+    with cute_fa.simulate("sm_80"):
+        plan = RangePlan.build(STREAMING)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = [mode.from_tensor(tensor) for tensor in (q, k, v)]
+            assert range_attention(*fakes, plan=plan).shape == q.shape
+            assert range_attention(*fakes, *map(mode.from_tensor, ranges)).shape == q.shape
+        assert not plan.walks_made
+        right = range_attention(q, k, v, plan=plan)
+        for given in ((q, k, v), (q, k, v, *ranges)):
+
+            class Attention(torch.nn.Module):
+                def forward(self, *tensors):
+                    return range_attention(*tensors, plan=RangePlan.build(STREAMING) if len(tensors) == 3 else None)
+
+            assert torch.equal(torch.export.export(Attention(), given).module()(*given), right)
 
 
 def test_errors_show_what_the_caller_gave():
