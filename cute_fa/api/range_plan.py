@@ -113,7 +113,13 @@ class RangePlan:
         if path not in (None, "native"):
             rule = "only the host can tell whether a plan fits it: give lists, or tensors on the CPU, and device="
             raise ArgumentError(f"path={path!r} with ranges on {q_ranges.device}: {rule}")
-        return cls(*_device_ranges(**given), total_q, total_k, **choices).checked()
+        ranges = _device_ranges(**given)
+        if segment_offsets is not None and _are_checked(q_ranges):  # as the caller numbers them
+            values: dict[str, Any] = {
+                name: None if tensor is None else tensor.cpu().numpy() for name, tensor in given.items()
+            }
+            _host_ranges(**values, total_q=total_q, total_k=total_k, whole=False)
+        return cls(*ranges, total_q, total_k, **choices).checked()
 
     @classmethod
     def _of_host(cls, host: HostRanges, device: Any, path: str | None, choices: dict) -> RangePlan:
@@ -167,9 +173,7 @@ class RangePlan:
 
     def checked(self) -> RangePlan:
         """The plan, :meth:`check` having been called where values on the device are checked."""
-        if self.host is not None or is_dynamo_compiling() or not torch_internals.has_values(self.q_ranges):
-            return self
-        if worlds.checks_values():
+        if self.host is None and _are_checked(self.q_ranges):
             self.check()
         return self
 
@@ -282,6 +286,11 @@ class RangePlan:
             return torch.from_numpy(array).to(self.q_ranges.device)
 
 
+def _are_checked(ranges: torch.Tensor) -> bool:
+    """Whether the values of ranges on the device are checked."""
+    return not is_dynamo_compiling() and torch_internals.has_values(ranges) and worlds.checks_values()
+
+
 def _is_known(device: Any, given: dict[str, Any]) -> bool:
     """Whether the host knows the ranges: they are no tensors, or lie on the CPU on their way to another device."""
     tensors = [isinstance(value, torch.Tensor) for value in given.values() if value is not None]
@@ -295,12 +304,18 @@ def _is_known(device: Any, given: dict[str, Any]) -> bool:
 
 
 def _host_ranges(
-    q_ranges: Any, k_ranges: Any, attn_type_map: Any, segment_offsets: Any, total_q: int, total_k: int
+    q_ranges: Any,
+    k_ranges: Any,
+    attn_type_map: Any,
+    segment_offsets: Any,
+    total_q: int,
+    total_k: int,
+    whole: bool = True,
 ) -> HostRanges:
     if segment_offsets is None:
         return HostRanges(q_ranges, k_ranges, attn_type_map, total_q, total_k)
     totals = {"total_q": total_q, "total_k": total_k}
-    return HostRanges.from_segment_offsets(q_ranges, k_ranges, attn_type_map, segment_offsets, **totals)
+    return HostRanges.from_segment_offsets(q_ranges, k_ranges, attn_type_map, segment_offsets, **totals, whole=whole)
 
 
 def _device_ranges(

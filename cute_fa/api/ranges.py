@@ -79,6 +79,7 @@ def range_attention(
     ``cute_fa.errors.CuteFaError`` for whatever breaks a rule, before anything runs.
     """
     _check_magi(magi)
+    return_lse = flag("return_lse", return_lse)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor)
         check_dims(name, tensor, 3, f"(total_{'q' if name == 'q' else 'k'}, heads, head_dim)")
@@ -101,7 +102,7 @@ def range_attention(
     }
     call = _RangeCall(plan, q, k, v, positions, options)
     out, lse = _PATHS[call.path()](call)
-    return (out, lse) if flag("return_lse", return_lse) else out
+    return (out, lse) if return_lse else out
 
 
 def _check_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

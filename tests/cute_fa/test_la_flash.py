@@ -288,7 +288,7 @@ def test_errors_are_runtime_errors(at):
 
 def test_dictionaries_that_lack_something():
     """No types are full ones; no ranges are an error of theirs."""
-    plan = ready_plans.block_diagonal([40, 24], [30, 60])
+    plan = ready_plans.block_diagonal([40, 24], [30, 34])
     q, k, v = tensors(plan)
     given = {name: dictionary(plan)[name] for name in ("q_ranges", "k_ranges")}
     with cute_fa.simulate("sm_80"):

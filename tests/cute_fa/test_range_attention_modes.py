@@ -11,7 +11,7 @@ import cute_fa
 from cute_fa import RangePlan, range_attention
 from cute_fa.api import ready_plans
 from cute_fa.semantics import reference
-from cute_fa.semantics.errors import ArgumentError, DTypeError, NoBackwardError, ShapeError, StrideError
+from cute_fa.semantics.errors import ArgumentError, DTypeError, NoBackwardError, RangeError, ShapeError, StrideError
 from cute_fa.semantics.ranges import HostRanges
 
 HEADS, HEADS_KV = 4, 2
@@ -132,7 +132,7 @@ def test_a_plan_first_used_with_fake_tensors_is_made_anew():
 def test_errors_show_what_the_caller_gave():
     """Shapes without a batch, and names of range_attention's own arguments."""
     q, k, v, _ = tensors()
-    with cute_fa.simulate("sm_80"):
+    with cute_fa.simulate("sm_80") as simulation:
         plan = RangePlan.build(STREAMING)
         for tensors_given, more, error, message in (
             ((q, k, v[:, :1]), {}, ShapeError, "v (150, 1, 64) and k (150, 2, 64): all sizes but the last"),
@@ -141,11 +141,13 @@ def test_errors_show_what_the_caller_gave():
             ((q[:, :0], k, v), {}, ShapeError, "q (150, 0, 64): num_heads=0"),
             ((q.float(), k, v), {}, DTypeError, "q is float32: float16 or bfloat16 is needed"),
             ((q.int(), k, v), {}, DTypeError, "q is int32: float16 or bfloat16 is needed"),
+            ((q, k, v), {"return_lse": 3}, ArgumentError, "return_lse=3: True or False"),
             ((q, k, v), {"sink": torch.zeros(2, 3)}, ShapeError, "sink (2, 3): (logits, 4) is needed for the 4 heads"),
             ((q, k, v), {"sink": torch.zeros(2, 4).int()}, DTypeError, "sink is int32: float32 is needed"),
         ):
             with pytest.raises(error, match="^" + re.escape(message)):
                 range_attention(*tensors_given, plan=plan, **more)
+        assert not simulation.launches  # before anything runs
 
 
 def test_arguments_of_build_that_are_none():
@@ -162,3 +164,25 @@ def test_arguments_of_build_that_are_none():
     ):
         with pytest.raises(error, match="^" + re.escape(message)):
             RangePlan.build(**given)
+
+
+def test_segment_offsets_on_the_device_are_checked():
+    """As those that the host knows, ranges numbered as they were given."""
+    q, k, v, _ = tensors()
+    given = {
+        "q_ranges": [[0, 75], [75, 150]],
+        "k_ranges": [[0, 10], [20, 30], [40, 150]],
+        "attn_type_map": [0, 1],
+        "segment_offsets": [0, 2, 3],
+    }
+    with cute_fa.simulate("sm_80"):
+        for changes, message in (
+            ({"segment_offsets": [-1, 2, 3]}, "segment_offsets[0]=-1: between 0 and the 3 k_ranges"),
+            ({"segment_offsets": [0, 1, 9]}, "segment_offsets[2]=9: between 0 and the 3 k_ranges"),
+            ({"segment_offsets": [0, 5, 3]}, "segment_offsets goes from 5 to 3 at 2: offsets never decrease"),
+            ({"q_ranges": [[0, 75], [75, 151]]}, "q_ranges[1]=(75, 151): between 0 and the 150 queries"),
+            ({"attn_type_map": [0, 3]}, "attn_type_map[1]=3: one of 0 (full), 1 (causal)"),
+        ):
+            plan = {name: torch.as_tensor(value).int() for name, value in (given | changes).items()}
+            with pytest.raises(RangeError, match="^" + re.escape(message)):
+                range_attention(q, k, v, **plan)
