@@ -73,8 +73,8 @@ class RangePlan:
     ) -> RangePlan:
         """The plan of n ranges of total_q queries and total_k keys.
 
-        q_ranges, k_ranges: int32 (n, 2) on the device; or what the host knows, lists, arrays, or tensors on another
-            device than ``device``, which are copied there; or a ready-made plan (``cute_fa.api.ready_plans``) alone.
+        q_ranges, k_ranges: int32 (n, 2) on the device, not copied: they may not change between calls with the plan; or
+            what the host knows, lists, arrays, or tensors on another device than ``device``, which are copied there; or a ready-made plan (``cute_fa.api.ready_plans``) alone.
         attn_type_map: int32 (n), None for full everywhere.
         segment_offsets: int32 (m + 1), as LA Flash has it: segments [segment_offsets[i], segment_offsets[i + 1]) of
             k_ranges belong to q_ranges[i] and have the type attn_type_map[i].
@@ -102,7 +102,7 @@ class RangePlan:
                     raise ArgumentError(f"{name} with a HostRanges for q_ranges: that says it, leave it out")
             return cls._of_host(q_ranges, device, path, choices)
         total_q, total_k = integer("total_q", total_q), integer("total_k", total_k)
-        given = {"q_ranges": q_ranges, "k_ranges": k_ranges, "attn_type_map": attn_type_map}
+        given: dict[str, Any] = {"q_ranges": q_ranges, "k_ranges": k_ranges, "attn_type_map": attn_type_map}
         given |= {"segment_offsets": segment_offsets}
         for name in ("q_ranges", "k_ranges"):
             if given[name] is None:
@@ -115,9 +115,7 @@ class RangePlan:
             raise ArgumentError(f"path={path!r} with ranges on {q_ranges.device}: {rule}")
         ranges = _device_ranges(**given)
         if segment_offsets is not None and _are_checked(q_ranges):  # as the caller numbers them
-            values: dict[str, Any] = {
-                name: None if tensor is None else tensor.cpu().numpy() for name, tensor in given.items()
-            }
+            values = {name: None if tensor is None else tensor.cpu().numpy() for name, tensor in given.items()}
             _host_ranges(**values, total_q=total_q, total_k=total_k, whole=False)
         return cls(*ranges, total_q, total_k, **choices).checked()
 
