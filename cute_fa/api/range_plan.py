@@ -74,8 +74,8 @@ class RangePlan:
         """The plan of n ranges of total_q queries and total_k keys.
 
         q_ranges, k_ranges: int32 (n, 2) on the device, not copied: they may not change between calls with the plan; or
-            what the host knows, lists, arrays, or tensors on another device than ``device``, which are copied there; or a
-            ready-made plan (``cute_fa.api.ready_plans``) alone.
+            what the host knows, lists, arrays, or tensors on another device than ``device``, which are copied there; or
+            a ready-made plan (``cute_fa.api.ready_plans``) alone.
         attn_type_map: int32 (n), None for full everywhere.
         segment_offsets: int32 (m + 1), as LA Flash has it: segments [segment_offsets[i], segment_offsets[i + 1]) of
             k_ranges belong to q_ranges[i] and have the type attn_type_map[i].
