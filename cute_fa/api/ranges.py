@@ -92,15 +92,10 @@ def range_attention(
         _check_plan(plan, q, k, ranges | {"segment_offsets": segment_offsets})
     positions = _Positions(q_positions, k_positions)
     positions.check(alibi_slopes, q.shape[0], k.shape[0])
-    options = {
-        "softmax_scale": softmax_scale,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "learnable_sink": _one_sink(learnable_sink, sink, q.shape[1]),
-        "deterministic": deterministic,
-        "family": family,
-    }
-    call = _RangeCall(plan, q, k, v, positions, options)
+    score = {"softmax_scale": softmax_scale, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    score["learnable_sink"] = _one_sink(learnable_sink, sink, q.shape[1])
+    choices = {"deterministic": deterministic, "family": family}
+    call = _RangeCall(plan, q, k, v, positions, score, choices)
     out, lse = _PATHS[call.path()](call)
     return (out, lse) if return_lse else out
 
@@ -196,24 +191,26 @@ def _check_plan(plan: Any, q: torch.Tensor, k: torch.Tensor, ranges: dict[str, A
 
 
 class _RangeCall(NamedTuple):
-    """One call; ``options``: those that attention without a plan takes, too."""
+    """One call; ``score``: options of its formula that attention without a plan has, too, ``choices``: how it is
+    computed."""
 
     plan: RangePlan
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     positions: _Positions
-    options: dict[str, Any]
+    score: dict[str, Any]
+    choices: dict[str, Any]
 
     def trains(self) -> bool:
         """Whether gradients will be asked for."""
-        tensors = (self.q, self.k, self.v, self.options["alibi_slopes"], self.options["learnable_sink"])
+        tensors = (self.q, self.k, self.v, self.score["alibi_slopes"], self.score["learnable_sink"])
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def path(self) -> str:
         """The plan's, but for what its choice cannot do: native then, or an error where it was asked for."""
         plan, objection = self.plan, None
-        if plan.path in ("simple", "packed") and self.options["alibi_slopes"] is not None:
+        if plan.path in ("simple", "packed") and self.score["alibi_slopes"] is not None:
             objection = "alibi_slopes: distances would be within packed sequences"
         if plan.path == "packed" and self.trains():
             objection = "a gradient: pages have none"
@@ -228,7 +225,7 @@ State = tuple[torch.Tensor, torch.Tensor]
 
 
 def _simple(given: _RangeCall) -> State:
-    call = prepare(given.q, given.k, given.v, **given.options)
+    call = prepare(given.q, given.k, given.v, **given.score, **given.choices)
     return engine.attention(call.changed(**given.plan.sequences))
 
 
@@ -236,7 +233,7 @@ def _packed(given: _RangeCall) -> State:
     page_size, arguments = given.plan.pages
     pages = given.plan.total_k // page_size
     k, v = (tensor[: pages * page_size].unflatten(0, (pages, page_size)) for tensor in (given.k, given.v))
-    return engine.attention(prepare(given.q, k, v, **given.options).changed(**arguments))
+    return engine.attention(prepare(given.q, k, v, **given.score, **given.choices).changed(**arguments))
 
 
 def _merge(given: _RangeCall) -> State:
@@ -245,19 +242,19 @@ def _merge(given: _RangeCall) -> State:
         out, lse = _native(given._replace(plan=part))
         outs.append(out)
         lses.append(lse)
-        given = given._replace(options=given.options | {"learnable_sink": None})  # which counts once
+        given = given._replace(score=given.score | {"learnable_sink": None})  # which counts once
     return merge_states(outs, lses)
 
 
 def _native(given: _RangeCall) -> State:
-    plan, q, k, v, positions, options = given
+    plan, q, k, v, positions, score, choices = given
     dtype = engine.dtype_computed(q)
     if dtype not in DTYPES:
         raise DTypeError("q", dtype, "float16 or bfloat16 is needed")
-    call = prepare(q[None], k[None], v[None], **options)
+    call = prepare(q[None], k[None], v[None], **score, **choices)
     if given.trains() and torch.are_deterministic_algorithms_enabled():
         call = call.changed(deterministic=True)  # as the walks are, whatever is asked for until the backward
-    slopes = options["alibi_slopes"]
+    slopes = score["alibi_slopes"]
     shapes = _shapes(
         q.device,
         dtype,
@@ -266,7 +263,7 @@ def _native(given: _RangeCall) -> State:
         len(range(v.shape[2])),
         slopes is not None,
         positions.q is not None,
-        options["learnable_sink"] is not None,
+        score["learnable_sink"] is not None,
         1.0 if call.options.softcap else 0.0,
         given.trains(),
         call.options.deterministic,

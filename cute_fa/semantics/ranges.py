@@ -40,9 +40,15 @@ class SequenceArguments:
     cu_seqlens_q: np.ndarray
     cu_seqlens_k: np.ndarray
     seqused_k: np.ndarray | None
-    max_seqlen_q: int
-    max_seqlen_k: int
     causal: bool
+
+    @property
+    def max_seqlen_q(self) -> int:
+        return _longest(np.diff(self.cu_seqlens_q))
+
+    @property
+    def max_seqlen_k(self) -> int:
+        return _longest(np.diff(self.cu_seqlens_k) if self.seqused_k is None else self.seqused_k)
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,14 @@ class PageArguments:
     page_size: int
     page_table: np.ndarray
     seqused_k: np.ndarray
-    max_seqlen_q: int
-    max_seqlen_k: int
+
+    @property
+    def max_seqlen_q(self) -> int:
+        return _longest(np.diff(self.cu_seqlens_q))
+
+    @property
+    def max_seqlen_k(self) -> int:
+        return _longest(self.seqused_k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,8 +227,6 @@ class HostRanges:
             cu_seqlens_q,
             cu_seqlens_k,
             None if np.array_equal(seqused_k, np.diff(cu_seqlens_k)) else seqused_k,
-            max_seqlen_q=_longest(np.diff(cu_seqlens_q)),
-            max_seqlen_k=_longest(seqused_k),
             causal=self._kinds() == {CAUSAL},
         )
 
@@ -262,14 +272,7 @@ class HostRanges:
         for row, sequence in zip(page_table, np.flatnonzero(kept), strict=True):
             row[: len(lists[sequence])] = lists[sequence]
         cu_seqlens_q = np.append(bounds[:-1][kept], bounds[-1:]).astype(np.int32)
-        return PageArguments(
-            cu_seqlens_q,
-            page_size,
-            page_table,
-            used[kept],
-            max_seqlen_q=_longest(np.diff(cu_seqlens_q)),
-            max_seqlen_k=_longest(used),
-        )
+        return PageArguments(cu_seqlens_q, page_size, page_table, used[kept])
 
     def _page_size(self, intervals: list[tuple[np.ndarray, np.ndarray]]) -> int | None:
         """The largest page that all intervals begin with and all but one of each group fill; all its rows exist."""

@@ -49,11 +49,12 @@ PROBLEMS = """
 --arch sm_80 --head-dim 64 --ranges 9 --seqlen-q 70 --seqlen-k 90 --heads 2 --backward
 --arch sm_90a --head-dim 128 --causal --seqlen-q 150 --heads 2 --inputs peaked
 --arch sm_90a --head-dim 64 --varlen --batch 2 --seqlen-q 130 --softcap 20 --heads 2
+--arch sm_90a --head-dim 128 --ranges 9 --seqlen-q 150 --heads 2 --inputs peaked
 --arch sm_90a --head-dim 128 --append --page-size 16 --seqlen-q 3 --seqlen-k 33
 --arch sm_100a --head-dim 64 --causal --seqlen-q 150 --heads 2 --inputs peaked
 """.strip().splitlines()
-# What makes walks for them, of the forward and of the backward under a range plan.
-WALKS = ["ranges_sm80_rows128_columns64", "ranges_sm80_rows128_columns32"]
+# What makes walks for those under a range plan: FA2's forward and backward, FA3's forward.
+WALKS = ["ranges_sm80_rows128_columns64", "ranges_sm80_rows128_columns32", "ranges_sm90a_rows128_columns128"]
 
 
 @pytest.fixture(scope="module")

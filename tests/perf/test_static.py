@@ -26,7 +26,7 @@ from perf.step import step_of
 LIMITS = {64: 7.75, 128: 10.9}
 LIMITS_SM90 = {64: 5.67, 128: 6.13, 256: 9.06}
 # With forwards of their own under range plans.
-WITH_RANGES = [SmArch.SM_80]
+WITH_RANGES = [SmArch.SM_80, SmArch.SM_90A, SmArch.SM_100A]
 # An exponential's fma and MUFU, a maximum, an addition and half a conversion.
 IDEAL = 4.5
 # What ptxas makes of a mask: comparisons and selections, once a score.
@@ -78,6 +78,13 @@ def test_main_loops_under_a_range_plan_are_the_dense_ones(arch, head_dim):
     """Within 3 % where nothing is masked, with the copies of the next block, whose place is read from a list."""
     row = range_row(StaticKey(arch, head_dim, False))
     assert row["ranges"] <= 1.03 * row["dense"] and row["spills"] == 0, row
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_backwards_main_loop_under_a_range_plan_is_the_dense_one(head_dim):
+    """Where the block is read costs it a few registers."""
+    row = range_row(StaticKey(SmArch.SM_80, head_dim, False, Direction.BACKWARD))
+    assert row["ranges"] <= 1.03 * row["dense"] and row["spills"] <= 3, row
 
 
 @pytest.mark.parametrize("head_dim", LIMITS_SM90)
