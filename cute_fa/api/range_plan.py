@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from cute_fa.api.values import check_tensor, integer
-from cute_fa.engine import worlds
+from cute_fa.engine import torch_internals, worlds
 from cute_fa.engine.range_plans import SortedRanges, WalkShape, range_walk
 from cute_fa.semantics.errors import ArgumentError, RangeError
 from cute_fa.semantics.problem import INT32_MAX
@@ -72,8 +73,9 @@ class RangePlan:
     ) -> RangePlan:
         """The plan of n ranges of total_q queries and total_k keys.
 
-        q_ranges, k_ranges: int32 (n, 2) on the device; or what the host knows, lists, arrays, or tensors on another
-            device than ``device``, which are copied there; or a ready-made plan (``cute_fa.api.ready_plans``) alone.
+        q_ranges, k_ranges: int32 (n, 2) on the device, not copied: they may not change between calls with the plan; or
+            what the host knows, lists, arrays, or tensors on another device than ``device``, which are copied there; or
+            a ready-made plan (``cute_fa.api.ready_plans``) alone.
         attn_type_map: int32 (n), None for full everywhere.
         segment_offsets: int32 (m + 1), as LA Flash has it: segments [segment_offsets[i], segment_offsets[i + 1]) of
             k_ranges belong to q_ranges[i] and have the type attn_type_map[i].
@@ -91,21 +93,32 @@ class RangePlan:
         """
         if path is not None and path not in PATHS:
             raise ArgumentError(f"path={path!r}: one of {', '.join(PATHS)}")
-        if mask_capacity is not None and (isinstance(mask_capacity, bool) or mask_capacity < 1):
-            raise ArgumentError(f"mask_capacity={mask_capacity!r}: at least 1 is needed")
+        if mask_capacity is not None and (mask_capacity := integer("mask_capacity", mask_capacity)) < 1:
+            raise ArgumentError(f"mask_capacity={mask_capacity}: at least 1 is needed")
         choices: dict[str, Any] = {"path": path or "native", "forced": path is not None, "mask_capacity": mask_capacity}
         if isinstance(q_ranges, HostRanges):
+            more = {"k_ranges": k_ranges, "attn_type_map": attn_type_map, "segment_offsets": segment_offsets}
+            for name, value in (more | {"total_q": total_q, "total_k": total_k}).items():
+                if value is not None:
+                    raise ArgumentError(f"{name} with a HostRanges for q_ranges: that says it, leave it out")
             return cls._of_host(q_ranges, device, path, choices)
         total_q, total_k = integer("total_q", total_q), integer("total_k", total_k)
-        given = {"q_ranges": q_ranges, "k_ranges": k_ranges, "attn_type_map": attn_type_map}
+        given: dict[str, Any] = {"q_ranges": q_ranges, "k_ranges": k_ranges, "attn_type_map": attn_type_map}
         given |= {"segment_offsets": segment_offsets}
+        for name in ("q_ranges", "k_ranges"):
+            if given[name] is None:
+                raise ArgumentError(f"{name} is missing: a plan has ranges of queries and of keys")
         if _is_known(device, given):
             host = _host_ranges(**given, total_q=total_q, total_k=total_k)
             return cls._of_host(host, device, path, choices)
         if path not in (None, "native"):
             rule = "only the host can tell whether a plan fits it: give lists, or tensors on the CPU, and device="
             raise ArgumentError(f"path={path!r} with ranges on {q_ranges.device}: {rule}")
-        return cls(*_device_ranges(**given), total_q, total_k, **choices).checked()
+        ranges = _device_ranges(**given)
+        if segment_offsets is not None and _are_checked(q_ranges):  # as the caller numbers them
+            values = {name: None if tensor is None else tensor.cpu().numpy() for name, tensor in given.items()}
+            _host_ranges(**values, total_q=total_q, total_k=total_k, whole=False)
+        return cls(*ranges, total_q, total_k, **choices).checked()
 
     @classmethod
     def _of_host(cls, host: HostRanges, device: Any, path: str | None, choices: dict) -> RangePlan:
@@ -129,9 +142,10 @@ class RangePlan:
         key = (rows, tuple(shape), worlds.simulated_target())
         walk = self._walks.get(key)
         if walk is None:
-            walk = self._make_walk(rows, WalkShape(*shape))
-            if is_dynamo_compiling() or torch.compiler.is_exporting() or _is_captured(walk):
-                return walk  # of that graph alone
+            with _for_any_use():
+                walk = self._make_walk(rows, WalkShape(*shape))
+            if not _stays(walk):
+                return walk  # of that graph, or that transform, alone
             self._walks[key] = walk
             if worlds.checks_values():
                 self._check_room(walk, rows, shape)
@@ -147,7 +161,7 @@ class RangePlan:
         if of_rows is None:
             make = SortedRanges.of_queries if rows == "queries" else SortedRanges.of_keys
             of_rows = make(self.q_ranges, self.k_ranges, self.types, self.total_q, self.total_k)
-            if not (is_dynamo_compiling() or _is_captured(of_rows.ranges)):
+            if _stays(of_rows.ranges):
                 self._sorted[rows] = of_rows
         sizes = (self.total_q, self.total_k) if rows == "queries" else (self.total_k, self.total_q)
         blocks = tiles_of(sizes[0], shape.rows) * tiles_of(sizes[1], shape.columns)
@@ -158,7 +172,7 @@ class RangePlan:
 
     def checked(self) -> RangePlan:
         """The plan, :meth:`check` having been called where values on the device are checked."""
-        if self.host is None and not is_dynamo_compiling() and worlds.checks_values():
+        if self.host is None and _are_checked(self.q_ranges):
             self.check()
         return self
 
@@ -265,7 +279,15 @@ class RangePlan:
         return packed.page_size, {name: self._tensor(getattr(packed, name)) for name in names} | lengths
 
     def _tensor(self, array: Any) -> torch.Tensor | None:
-        return None if array is None else torch.from_numpy(array).to(self.q_ranges.device)
+        if array is None:
+            return None
+        with _for_any_use():
+            return torch.from_numpy(array).to(self.q_ranges.device)
+
+
+def _are_checked(ranges: torch.Tensor) -> bool:
+    """Whether the values of ranges on the device are checked."""
+    return not is_dynamo_compiling() and torch_internals.has_values(ranges) and worlds.checks_values()
 
 
 def _is_known(device: Any, given: dict[str, Any]) -> bool:
@@ -281,12 +303,18 @@ def _is_known(device: Any, given: dict[str, Any]) -> bool:
 
 
 def _host_ranges(
-    q_ranges: Any, k_ranges: Any, attn_type_map: Any, segment_offsets: Any, total_q: int, total_k: int
+    q_ranges: Any,
+    k_ranges: Any,
+    attn_type_map: Any,
+    segment_offsets: Any,
+    total_q: int,
+    total_k: int,
+    whole: bool = True,
 ) -> HostRanges:
     if segment_offsets is None:
         return HostRanges(q_ranges, k_ranges, attn_type_map, total_q, total_k)
     totals = {"total_q": total_q, "total_k": total_k}
-    return HostRanges.from_segment_offsets(q_ranges, k_ranges, attn_type_map, segment_offsets, **totals)
+    return HostRanges.from_segment_offsets(q_ranges, k_ranges, attn_type_map, segment_offsets, **totals, whole=whole)
 
 
 def _device_ranges(
@@ -298,8 +326,6 @@ def _device_ranges(
     for name, tensor in given.items():
         if tensor is not None:
             check_tensor(name, tensor)
-        elif name in ("q_ranges", "k_ranges"):
-            raise ArgumentError(f"{name} is missing: a plan has ranges of queries and of keys")
     check_dims("q_ranges", q_ranges, 2, "(n, 2)")
     check_dims("k_ranges", k_ranges, 2, "(n, 2)")
     groups = q_ranges.shape[0]
@@ -321,6 +347,16 @@ def _device_ranges(
     return q_ranges[group].masked_fill(outside[:, None], 0), k_ranges, attn_type_map[group]  # [0, 0): sees nothing
 
 
-def _is_captured(tensor: torch.Tensor) -> bool:
-    """Whether a CUDA graph is being captured: what is made then holds nothing before it is replayed."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _for_any_use() -> AbstractContextManager:
+    """A context in which tensors are made that calls outside of inference mode can save for their gradients, too."""
+    return nullcontext() if is_dynamo_compiling() else torch.inference_mode(False)
+
+
+def _stays(tensor: torch.Tensor) -> bool:
+    """Whether a tensor just made is one for later calls: not of a trace or a transform of ``torch.func``, nor of a CUDA
+    graph being captured, before whose replay it holds nothing."""
+    if is_dynamo_compiling() or torch.compiler.is_exporting():
+        return False
+    if not torch_internals.has_values(tensor):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

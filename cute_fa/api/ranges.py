@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from cute_fa.api.attention import Result, prepare
 from cute_fa.api.merge import merge_states
@@ -14,9 +15,9 @@ from cute_fa.api.values import check_tensor, flag
 from cute_fa.engine import attention as engine
 from cute_fa.engine.range_plans import WalkShapes, walk_shapes
 from cute_fa.engine.worlds import target_of
-from cute_fa.semantics.errors import ArgumentError, ShapeError, UnsupportedArgumentError
+from cute_fa.semantics.errors import ArgumentError, DTypeError, ShapeError, UnsupportedArgumentError
 from cute_fa.semantics.problem import AttentionProblem, default_scale
-from cute_fa.semantics.tensors import DTYPES, check_devices, check_dims, check_vector, positions_held
+from cute_fa.semantics.tensors import DTYPES, check_devices, check_dims, check_loadable, check_vector, positions_held
 from cute_fa.semantics.types import Direction, SmArch
 
 # MagiAttention's hints, which change nothing that is computed, and what it alone computes, by what asks for nothing.
@@ -78,9 +79,12 @@ def range_attention(
     ``cute_fa.errors.CuteFaError`` for whatever breaks a rule, before anything runs.
     """
     _check_magi(magi)
+    return_lse = flag("return_lse", return_lse)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor)
         check_dims(name, tensor, 3, f"(total_{'q' if name == 'q' else 'k'}, heads, head_dim)")
+    if not is_dynamo_compiling():
+        _check_packed(q, k, v)
     if plan is None:
         plan = _new_plan(q, k, q_ranges, k_ranges, attn_type_map, segment_offsets)
     else:
@@ -89,11 +93,23 @@ def range_attention(
     positions = _Positions(q_positions, k_positions)
     positions.check(alibi_slopes, q.shape[0], k.shape[0])
     score = {"softmax_scale": softmax_scale, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    score["learnable_sink"] = _one_sink(learnable_sink, sink)
+    score["learnable_sink"] = _one_sink(learnable_sink, sink, q.shape[1])
     choices = {"deterministic": deterministic, "family": family}
     call = _RangeCall(plan, q, k, v, positions, score, choices)
     out, lse = _PATHS[call.path()](call)
-    return (out, lse) if flag("return_lse", return_lse) else out
+    return (out, lse) if return_lse else out
+
+
+def _check_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise the errors that name shapes and strides, before there are a batch or pages that no caller gave, and that of
+    a transform, inside of which no plan can be made."""
+    engine.check_derivatives((q, k, v))
+    if q.shape[1] == 0:
+        raise ShapeError(f"q {tuple(q.shape)}: num_heads=0: at least 1 is needed")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ShapeError(f"v {tuple(v.shape)} and k {tuple(k.shape)}: all sizes but the last must be equal")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_loadable(name, tensor)
 
 
 class _Positions(NamedTuple):
@@ -135,7 +151,7 @@ def _check_magi(given: dict[str, Any]) -> None:
             raise ArgumentError(f"{name}: no such argument")
 
 
-def _one_sink(learnable_sink: torch.Tensor | None, sink: torch.Tensor | None) -> torch.Tensor | None:
+def _one_sink(learnable_sink: torch.Tensor | None, sink: torch.Tensor | None, heads: int) -> torch.Tensor | None:
     """Several logits of a head are one: the logarithm of the sum of their exponentials."""
     if sink is None:
         return learnable_sink
@@ -143,6 +159,10 @@ def _one_sink(learnable_sink: torch.Tensor | None, sink: torch.Tensor | None) ->
         raise ArgumentError("sink and learnable_sink: two names of one argument, give one")
     check_tensor("sink", sink)
     check_dims("sink", sink, 2, "(logits, heads)")
+    if sink.dtype != torch.float32:
+        raise DTypeError("sink", sink.dtype, "float32 is needed")
+    if sink.shape[1] != heads:
+        raise ShapeError(f"sink {tuple(sink.shape)}: (logits, {heads}) is needed for the {heads} heads of q")
     return sink.logsumexp(0)
 
 
@@ -228,11 +248,16 @@ def _merge(given: _RangeCall) -> State:
 
 def _native(given: _RangeCall) -> State:
     plan, q, k, v, positions, score, choices = given
+    dtype = engine.dtype_computed(q)
+    if dtype not in DTYPES:
+        raise DTypeError("q", dtype, "float16 or bfloat16 is needed")
     call = prepare(q[None], k[None], v[None], **score, **choices)
+    if given.trains() and torch.are_deterministic_algorithms_enabled():
+        call = call.changed(deterministic=True)  # as the walks are, whatever is asked for until the backward
     slopes = score["alibi_slopes"]
     shapes = _shapes(
         q.device,
-        q.dtype,
+        dtype,
         # ints that the graph is guarded by, where torch.compile traces with sizes that vary
         len(range(q.shape[2])),
         len(range(v.shape[2])),
@@ -241,7 +266,7 @@ def _native(given: _RangeCall) -> State:
         score["learnable_sink"] is not None,
         1.0 if call.options.softcap else 0.0,
         given.trains(),
-        call.options.deterministic or torch.are_deterministic_algorithms_enabled(),
+        call.options.deterministic,
         slopes is not None and slopes.requires_grad,
         call.options.family,
     )

@@ -225,6 +225,14 @@ def _autocast(op: Callable, device: str) -> Callable:
     return cast
 
 
+def dtype_computed(q: torch.Tensor) -> torch.dtype:
+    """What q's dtype is after autocast, if that is on."""
+    device = q.device.type
+    if device in AUTOCAST_DEVICES and q.dtype in CAST and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return q.dtype
+
+
 define("attention", ARGUMENTS, "(Tensor, Tensor)", _attention, _fake)
 define("attention_out", f"{ARGUMENTS}, Tensor(a!) out", "Tensor", _attention_out, _fake_out)
 _attention_op = torch.ops.cute_fa.attention.default
@@ -243,7 +251,7 @@ def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 def dispatched(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a call for which :func:`again` has nothing: the operator ``cute_fa::attention``."""
     if not is_dynamo_compiling() and torch_internals.transformed(call.tensors()):
-        _check_derivatives(call.tensors())
+        check_derivatives(call.tensors())
     return _attention_op(*call.flat())
 
 
@@ -266,7 +274,7 @@ def again(q: Any, k: Any, v: Any, extras: Extras, options: Options) -> tuple[tor
 def attention_out(call: Call, out: torch.Tensor) -> torch.Tensor:
     """lse of a call whose out is written to a tensor: the operator ``cute_fa::attention_out``."""
     if not is_dynamo_compiling() and torch_internals.transformed((*call.tensors(), out)):
-        _check_derivatives((*call.tensors(), out))
+        check_derivatives((*call.tensors(), out))
         # No transform knows what an operator writes, but all know copy_.
         result, lse = _attention_op(*call.flat())
         check_like("out", out, result.shape, result.dtype)
@@ -275,7 +283,7 @@ def attention_out(call: Call, out: torch.Tensor) -> torch.Tensor:
     return _attention_out_op(*call.flat(), out)
 
 
-def _check_derivatives(tensors: tuple) -> None:
+def check_derivatives(tensors: tuple) -> None:
     """Raise NoBackwardError where a transform of ``torch.func`` or forward-mode differentiation follows a tensor: torch
     would complain about the operator's internals in the first case, and drop the tangent in the second."""
     if torch_internals.is_differentiated(tensors):

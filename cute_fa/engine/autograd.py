@@ -72,6 +72,10 @@ def problem_of_backward(
         lse_gradient=dlse is not None,
         slopes_gradient=slopes_gradient,
     )
+    walks = call.extras
+    if walks.query_walk is not None and (walks.key_walk is None or (problem.deterministic and walks.dq_walk is None)):
+        rule = "ask for it, or for torch.use_deterministic_algorithms, before the forward, which makes the walks"
+        raise NoBackwardError(f"deterministic={problem.deterministic} with a range plan: {rule}")
     check_like("dout", dout, out.shape, out.dtype)
     check_like("lse", lse, call.lse_shape, torch.float32)
     if dlse is not None:

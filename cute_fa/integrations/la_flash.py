@@ -214,11 +214,11 @@ def _built(plan: MutableMapping[str, Any], q: torch.Tensor, k: torch.Tensor) -> 
     if _BUILT not in plan:
         offsets, q_ranges, types = (plan.get(name) for name in _GROUPS)
         if any(given is None for given in (offsets, q_ranges, types)):
-            q_ranges, types = plan["q_ranges"], plan["attn_type_map"]
+            q_ranges, types = plan.get("q_ranges"), plan.get("attn_type_map")
             # beside ranges that have a key range each, offsets say which of them have the same queries
-            if offsets is not None and len(offsets) != len(q_ranges) + 1:
+            if offsets is not None and q_ranges is not None and len(offsets) != len(q_ranges) + 1:
                 offsets = None
-        ranges = q_ranges, plan["k_ranges"], types
+        ranges = q_ranges, plan.get("k_ranges"), types
         plan[_BUILT] = RangePlan.build(*ranges, total_q=len(q), total_k=len(k), segment_offsets=offsets)
     return plan[_BUILT]
 

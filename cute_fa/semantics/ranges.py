@@ -102,13 +102,23 @@ class HostRanges:
 
     @classmethod
     def from_segment_offsets(
-        cls, q_ranges: Any, k_ranges: Any, attn_type_map: Any, segment_offsets: Any, *, total_q: int, total_k: int
+        cls,
+        q_ranges: Any,
+        k_ranges: Any,
+        attn_type_map: Any,
+        segment_offsets: Any,
+        *,
+        total_q: int,
+        total_k: int,
+        whole: bool = True,
     ) -> HostRanges:
         """LA Flash's form: key segments ``segment_offsets[i]`` up to ``segment_offsets[i + 1]`` of ``k_ranges`` belong
         to ``q_ranges[i]``, each with the type ``attn_type_map[i]``, 0 or 1. ``segment_offsets``: (len(q_ranges) + 1).
+        ``whole``: every segment belongs to one; else those before the first offset and from the last one on count for
+        nothing, as room that is not needed on a device.
 
-        Raises what the class does, and RangeError for offsets that decrease, do not start at 0 or do not end with the
-        last segment.
+        Raises what the class does, and RangeError for offsets that decrease, name segments that there are not or, if
+        whole, leave some out.
         """
         groups = _ranges("q_ranges", q_ranges, total_q, "queries")
         segments = _ranges("k_ranges", k_ranges, total_k, "keys")
@@ -117,15 +127,17 @@ class HostRanges:
         if offsets.shape != (len(groups) + 1,):
             rule = f"({len(groups) + 1},) is needed for {len(groups)} ranges of queries"
             raise ShapeError(f"segment_offsets {offsets.shape}: {rule}")
-        for i, first, last in ((0, 0, 0), (len(groups), len(segments), len(segments))):
-            if offsets[i] != first:
-                raise RangeError(f"segment_offsets[{i}]={offsets[i]}: {last} is needed for {len(segments)} k_ranges")
+        for i, end in ((0, 0), (len(groups), len(segments))):
+            if whole and offsets[i] != end:
+                raise RangeError(f"segment_offsets[{i}]={offsets[i]}: {end} is needed for {len(segments)} k_ranges")
+            if not 0 <= offsets[i] <= len(segments):
+                raise RangeError(f"segment_offsets[{i}]={offsets[i]}: between 0 and the {len(segments)} k_ranges")
         falls = np.flatnonzero(np.diff(offsets) < 0)
         if len(falls):
             i = int(falls[0])
             rule = "offsets never decrease"
             raise RangeError(f"segment_offsets goes from {offsets[i]} to {offsets[i + 1]} at {i + 1}: {rule}")
-        counts = np.diff(offsets)
+        counts, segments = np.diff(offsets), segments[offsets[0] : offsets[-1]]
         return cls(np.repeat(groups, counts, axis=0), segments, np.repeat(types, counts), total_q, total_k)
 
     @classmethod
@@ -293,8 +305,11 @@ def _pages(start: np.ndarray, stop: np.ndarray, size: int) -> np.ndarray:
 
 
 def _integers(name: str, value: Any) -> np.ndarray:
-    """An array of what the caller calls ``name``. Raises DTypeError."""
-    array = np.asarray(value)
+    """An array of what the caller calls ``name``. Raises DTypeError, and ShapeError for rows of different lengths."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ShapeError(f"{name}={value!r}: all its rows must be of one length") from None
     if array.size == 0:
         return array.astype(np.int64)
     if array.dtype.kind not in "iu":

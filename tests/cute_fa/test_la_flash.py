@@ -284,3 +284,17 @@ def test_errors_are_runtime_errors(at):
     with cute_fa.simulate("sm_80"), pytest.raises(RuntimeError, match=rf"k_ranges\[{at}\]=\(4, 2\)") as raised:
         plan_attention(*tensors(plan), dict(step) | {"k_ranges": ranges}, SCALE)
     assert isinstance(raised.value, RangeError)
+
+
+def test_dictionaries_that_lack_something():
+    """No types are full ones; no ranges are an error of theirs."""
+    plan = ready_plans.block_diagonal([40, 24], [30, 34])
+    q, k, v = tensors(plan)
+    given = {name: dictionary(plan)[name] for name in ("q_ranges", "k_ranges")}
+    with cute_fa.simulate("sm_80"):
+        full = plan_attention(q, k, v, given | {"attn_type_map": int32([0, 0])}, SCALE)
+        assert torch.equal(plan_attention(q, k, v, dict(given), SCALE), full)
+        for name in given:
+            left = {other: ranges for other, ranges in given.items() if other != name}
+            with pytest.raises(ArgumentError, match=f"{name} is missing"):
+                plan_attention(q, k, v, left | {"segment_offsets": int32([0, 1, 2])}, SCALE)
