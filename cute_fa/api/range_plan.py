@@ -184,11 +184,13 @@ class RangePlan:
             self._check_room(walk, rows, shape)
 
     def _check_room(self, walk: torch.Tensor, rows: str, shape: tuple[int, int]) -> None:
-        _, masks, _, lost = walk[: Header.MASKS].tolist()
+        entries, masks, _, lost = walk[: Header.MASKS].tolist()
         if lost:
             given = self.mask_capacity or _DEFAULT_WORDS // (shape[0] * mask_words(shape[1]))
-            rule = f"{lost} tiles of {shape[0]} {rows} found no room, {masks - 1} blocks of {shape[1]} are seen in part"
-            raise RangeError(f"mask_capacity={given}: {rule}")
+            found = f"{lost} tiles of {shape[0]} {rows} found no room"
+            if entries > _DEFAULT_WORDS:
+                raise RangeError(f"{found}: {entries} blocks of {shape[1]} are seen, a list has {_DEFAULT_WORDS}")
+            raise RangeError(f"mask_capacity={given}: {found}, {masks - 1} blocks of {shape[1]} are seen in part")
 
     @cached_property
     def _known(self) -> HostRanges:
@@ -207,9 +209,12 @@ class RangePlan:
 
         ranges: how many; area: pairs that are seen, density: their share of all; tiles: blocks that kernels of such
         tiles visit, masked: those seen in part; imbalance: most blocks of a tile of queries over their mean, of those
-        that have any; path; no_room: tiles of queries that found none, mask_tiles: how much room there should be.
+        that have any; path; no_room: tiles of rows that found none in such a walk, or in one that a kernel has walked;
+        mask_tiles: how much room there should be. Raises ArgumentError for a tile of no rows or columns.
         """
-        area, walk = self._known.area(), self.walk("queries", tile)
+        if min(tile) < 1:
+            raise ArgumentError(f"tile={tile}: at least one query and one key are needed")
+        area, walk = self._known.area(), self._make_walk("queries", WalkShape(*tile))
         rows = tiles_of(self.total_q, tile[0])
         table = walk[table_start(rows) :][: TABLE_WORDS * rows].view(rows, TABLE_WORDS).cpu()
         blocks, masked = table[:, 2].clamp(min=0), table[:, 1]
@@ -222,7 +227,7 @@ class RangePlan:
             "masked": int(masked.sum()),
             "imbalance": float(filled.max() / filled.mean()) if len(filled) else 1.0,
             "path": self.path,
-            "no_room": int(walk[Header.NO_ROOM]),
+            "no_room": max(int(made[Header.NO_ROOM]) for made in (walk, *self._walks.values())),
             "mask_tiles": int(walk[Header.MASK_TILES]) - 1,
         }
 
