@@ -201,7 +201,7 @@ class Request:
 
     def _reference_options(self) -> ReferenceOptions:
         """Keyword arguments of the reference."""
-        extras: Any = self._call.extras._asdict()
+        extras: Any = {name: given for name, given in self._call.extras._asdict().items() if given is not None}
         options = self._call.options
         return {
             **extras,
