@@ -6,14 +6,13 @@ from capacities. The operator ``cute_fa::range_walk`` makes a walk, ``cute_fa.de
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from cute_fa.engine.contract import MAX_BOUND, WalkTensors
-from cute_fa.engine.operators import define
+from cute_fa.engine.operators import define, schema
 from cute_fa.engine.plan import Plan, plan_of, signatures
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import target_of
@@ -117,41 +116,52 @@ def walk_configs(problem: AttentionProblem | AppendProblem, config: Any) -> list
     return list(dict.fromkeys(TABLE.lookup(walk).configure(walk) for walk in walks))
 
 
-@dataclass(kw_only=True)
-class WalkPlan(Plan):
-    """How to make walks of one shape."""
+class WalkSizes(NamedTuple):
+    """The operator's arguments beside sorted ranges: a ``WalkProblem``'s, and for how many entries and mask tiles
+    there is room."""
+
+    rows: int
+    columns: int
+    tile_rows: int
+    tile_columns: int
+    whole_tiles: bool
+    entry_capacity: int
+    mask_capacity: int
+
+    @property
+    def tiles(self) -> int:
+        """Of rows."""
+        return tiles_of(self.rows, self.tile_rows)
+
+    @property
+    def words(self) -> int:
+        """Of the walk's tensor."""
+        masks = self.mask_capacity * self.tile_rows * mask_words(self.tile_columns)
+        return masks_start(self.tiles, self.entry_capacity) + masks
 
 
-def _range_walk(
-    ranges: torch.Tensor,
-    classes: torch.Tensor,
-    rows: int,
-    columns: int,
-    tile_rows: int,
-    tile_columns: int,
-    whole_tiles: bool,
-    entry_capacity: int,
-    mask_capacity: int,
-) -> torch.Tensor:
-    target = target_of(ranges.device)
-    problem = WalkProblem(target.arch, tile_rows, tile_columns, rows, columns, whole_tiles)
-    key = ("range_walk", target, signatures((ranges, classes)), problem, entry_capacity, mask_capacity)
-    plan = plan_of(key, _make_plan, target, problem)
-    walk = ranges.new_empty(_words(rows, tile_rows, tile_columns, entry_capacity, mask_capacity))
+def _range_walk(ranges: torch.Tensor, classes: torch.Tensor, *numbers: int) -> torch.Tensor:
+    sizes, target = WalkSizes(*numbers), target_of(ranges.device)
+    key = ("range_walk", target, signatures((ranges, classes)), sizes)
+    plan = plan_of(key, _make_plan, target, sizes)
+    walk = _fake(ranges, classes, *sizes)
     walk[: Header.WORDS] = 0
     walk[Header.MASK_TILES] = 1
-    tiles = tiles_of(rows, tile_rows)
+    tiles = sizes.tiles
     table = walk[table_start(tiles) :][: TABLE_WORDS * tiles].view(tiles, TABLE_WORDS)
     if plan.launches:
-        plan.launch((ranges, classes, walk, entry_capacity, mask_capacity))
+        plan.launch((ranges, classes, walk, sizes.entry_capacity, sizes.mask_capacity))
     else:
         table.zero_()
     walk[Header.WORDS :][:tiles] = table[:, 2].argsort(descending=True, stable=True)
     return walk
 
 
-def _make_plan(target: Target, problem: WalkProblem) -> WalkPlan:
-    return WalkPlan(
+def _make_plan(target: Target, sizes: WalkSizes) -> Plan:
+    problem = WalkProblem(
+        target.arch, sizes.tile_rows, sizes.tile_columns, sizes.rows, sizes.columns, sizes.whole_tiles
+    )
+    return Plan(
         kind=WalkTensors,
         problem=problem,
         names=names_of(""),
@@ -161,32 +171,9 @@ def _make_plan(target: Target, problem: WalkProblem) -> WalkPlan:
     )
 
 
-def _words(rows: int, tile_rows: int, tile_columns: int, entry_capacity: int, mask_capacity: int) -> int:
-    """Of a walk's tensor."""
-    masks = mask_capacity * tile_rows * mask_words(tile_columns)
-    return masks_start(tiles_of(rows, tile_rows), entry_capacity) + masks
+def _fake(ranges: torch.Tensor, classes: torch.Tensor, *numbers: int) -> torch.Tensor:
+    return ranges.new_empty(WalkSizes(*numbers).words)
 
 
-def _fake(
-    ranges: torch.Tensor,
-    classes: torch.Tensor,
-    rows: int,
-    columns: int,
-    tile_rows: int,
-    tile_columns: int,
-    whole_tiles: bool,
-    entry_capacity: int,
-    mask_capacity: int,
-) -> torch.Tensor:
-    return ranges.new_empty(_words(rows, tile_rows, tile_columns, entry_capacity, mask_capacity))
-
-
-define(
-    "range_walk",
-    "Tensor ranges, Tensor classes, SymInt rows, SymInt columns, int tile_rows, int tile_columns, bool "
-    "whole_tiles, SymInt entry_capacity, SymInt mask_capacity",
-    "Tensor",
-    _range_walk,
-    _fake,
-)
+define("range_walk", schema("Tensor ranges, Tensor classes", WalkSizes), "Tensor", _range_walk, _fake)
 range_walk = torch.ops.cute_fa.range_walk.default

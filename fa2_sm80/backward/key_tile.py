@@ -59,10 +59,8 @@ class KeyTile:
         if c.k_positions:
             first_key = n_start + place.row
             keys = [register_row(r) for r in range(self.register_rows)]
-            self.key_positions, self.query_positions = (
-                row_positions(common.k_positions, first_key, keys),
-                common.q_positions,
-            )
+            self.key_positions = row_positions(common.k_positions, first_key, keys)
+            self.query_positions = common.q_positions
         first_query = place.first_column if const_expr(c.scores.columns > 1) else 0
         tiles = [tile for tile in smem[:-1] if tile is not None]
         row_lanes = {tile.panel: lane_offset(tile, rows_first=True) for tile in tiles}

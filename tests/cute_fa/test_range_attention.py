@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 import cute_fa
 from cute_fa import RangePlan, range_attention
@@ -437,7 +437,7 @@ def test_opcheck():
     ranges = on_device(PLANS["streaming"])
     with cute_fa.simulate("sm_80"), unwritten_is_nan():
         given = SortedRanges.of_queries(*ranges, 150, 150)
-        opcheck(torch.ops.cute_fa.range_walk.default, (*given, 150, 150, 128, 64, False, 8, 5))
+        library.opcheck(torch.ops.cute_fa.range_walk.default, (*given, 150, 150, 128, 64, False, 8, 5))
 
 
 def test_walks_of_another_kind_are_refused():
