@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import cute_fa
 from cute_fa.api import range_plan
-from cute_fa.engine.range_plans import WalkShape, _words
+from cute_fa.engine.range_plans import WalkShape, WalkSizes
 from tests.testing.range_walks import BOTH, CAUSAL, FULL, INVERSE, Ranges, Walk, assert_walk, expected_lists
 
 # rows × columns of the kernels' tiles: two mask words a row, or one, or four of which the last is empty
@@ -208,7 +208,7 @@ def test_places_are_int32(monkeypatch):
     for total, capacity in ((2**20, 2**30), (2**23, 2**40), (2**20, 5)):
         with cute_fa.simulate("sm_80"):
             Ranges.of([(0, 9, 0, 9, FULL)], total, total).plan(mask_capacity=capacity).walk("queries", (128, 64))
-    words = [_words(rows, *tile, entries, masks) for rows, _, *tile, _, entries, masks in sizes]
+    words = [WalkSizes(*numbers).words for numbers in sizes]
     assert 2**31 - 2**10 < words[0] < 2**31 and 2**31 - 2**10 < words[1] < 2**31
     assert sizes[2][-1] == 6
 
