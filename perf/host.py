@@ -33,6 +33,7 @@ from cute_fa.engine import attention, worlds
 from cute_fa.engine import plan as plans
 from cute_fa.semantics.types import SmArch
 from perf.static import StaticKey, fa4_installed, fa4_target
+from ptxsim.host.views import map_tensors
 
 # Many short runs: other processes interrupt long ones every time.
 CALLS, REPETITIONS = 50, 600
@@ -122,9 +123,9 @@ def call_figures(arch: SmArch) -> Iterator[Figure]:
         with _operator_that_allocates(plan) as operator:
             overhead = microseconds(lambda: operator(q, k, v))
         convert = tvm_ffi.get_global_func("ffi.Array")
-        ready = ptxsim.views.map_tensors(tvm_ffi.from_dlpack, reached.arguments)
+        ready = map_tensors(tvm_ffi.from_dlpack, reached.arguments)
         converting = microseconds(lambda: convert(reached.arguments)) - microseconds(lambda: convert(ready))
-        arguments = ptxsim.views.map_tensors(lambda t: tvm_ffi.from_dlpack(ptxsim.device_view(t)), reached.arguments)
+        arguments = map_tensors(lambda t: tvm_ffi.from_dlpack(ptxsim.device_view(t)), reached.arguments)
         launch = microseconds(lambda: plan.compiled.function(arguments))
     where = f"{arch.value}: "
     whole = before + converting + launch

@@ -23,9 +23,12 @@ from ptxsim.errors import (
     UninitializedRead,
     WgmmaError,
 )
-from ptxsim.runtime import Launch, Simulation, current, device_view, register_ptx, simulate
-from ptxsim.standin import RuntimeAlreadyLoaded, attach, install
-from ptxsim.views import DeviceView
+from ptxsim.host.images import register_ptx
+from ptxsim.host.launches import Launch
+from ptxsim.host.simulation import Simulation, current, device_view, simulate
+from ptxsim.host.standin import RuntimeAlreadyLoaded, attach, install
+from ptxsim.host.views import DeviceView
+from ptxsim.machine.events import Observer
 
 __all__ = [
     "BarrierInitError",
@@ -34,6 +37,7 @@ __all__ = [
     "DeviceView",
     "Launch",
     "MemoryFault",
+    "Observer",
     "ProxyError",
     "PtxError",
     "RaceError",

@@ -1,5 +1,5 @@
 """``python -m ptxsim``."""
 
-from ptxsim.cli import main
+from ptxsim.report.cli import main
 
 main()

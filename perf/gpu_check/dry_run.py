@@ -1,7 +1,7 @@
 """The plan of ``gpu-check`` without a GPU: the host's side of every launch, up to the launch.
 
-Tensors in host memory pose as CUDA tensors of a simulated GPU (``ptxsim.posing``); each launch makes its plan, and is
-then left out, so that large problems cost nothing and ``record_keys`` learns which kernels they launch.
+Tensors in host memory pose as CUDA tensors of a simulated GPU (``ptxsim.host.posing``); each launch makes its plan, and
+is then left out, so that large problems cost nothing and ``record_keys`` learns which kernels they launch.
 
 As a pytest plugin (``-p perf.gpu_check.dry_run --dry-gpu sm_90a``) it runs the tests marked gpu up to where they
 compare what a launch computed, or ask for CUDA itself, and skips the rest of each. A test that launches nothing, or
@@ -25,7 +25,7 @@ from cute_fa.engine import plan, worlds
 from cute_fa.semantics import reference
 from cute_fa.semantics.types import Direction, SmArch
 from cute_fa.tools.inputs import output_gradients
-from ptxsim.posing import posing
+from ptxsim.host.posing import posing
 
 # What a torch without CUDA, or without a GPU, says where it is asked for a graph or a generator of the device.
 _NO_CUDA = (

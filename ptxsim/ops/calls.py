@@ -10,8 +10,8 @@ import ctypes
 import re
 import struct
 
+from ..arrays import active_threads, full_width
 from ..errors import PtxError
-from ..warps import full_width
 from .forms import form
 
 _CONVERSION = re.compile(r"%([-+ #0]*)(\d*|\*)(?:\.(\d+))?(hh|h|ll|l|z|j|t)?([a-zA-Z%])")
@@ -50,10 +50,10 @@ def formatted(text: str, address: int) -> tuple[str, int]:
     return _CONVERSION.sub(convert, text), count
 
 
-def vprintf(machine, w, text, arguments, M):
+def vprintf(w, text, arguments, M):
     """Print for the active lanes; gives the number of arguments."""
     text, arguments, count = full_width(text, len(w)), full_width(arguments, len(w)), 0
-    for j, lane in machine.active_threads(w, M):
+    for j, lane in active_threads(w, M):
         form_of = ctypes.string_at(int(text[j, lane])).decode(errors="replace")
         printed, count = formatted(form_of, int(arguments[j, lane]))
         print(printed, end="")
@@ -66,5 +66,5 @@ def call(gen, args, mods):
     if len(args) != 3 or args[1] != "vprintf":
         raise PtxError("calls are not simulated, other than of vprintf")
     (result,), _, (text, arguments) = args
-    call_of = f"{gen.fn(vprintf)}(X, w, {gen.read(text, 'u8')}, {gen.read(arguments, 'u8')}, {gen.mask()})"
+    call_of = f"{gen.fn(vprintf)}(w, {gen.read(text, 'u8')}, {gen.read(arguments, 'u8')}, {gen.mask()})"
     gen.write(result, f"np.full((len(w), 32), {call_of}, u4)", "u4")

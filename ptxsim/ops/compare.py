@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .. import numerics
 from ..errors import PtxError
+from . import numerics
 from .floating import flush
 from .forms import KIND, form
 

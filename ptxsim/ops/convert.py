@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import numerics
 from ..errors import PtxError
+from . import numerics
 from .floating import flush, saturate
 from .forms import KIND, NUMPY, form
 

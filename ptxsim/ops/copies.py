@@ -2,7 +2,7 @@
 (tensor copies).
 
 Cache hints and prefetch sizes have no functional meaning. In the late mode a copy happens as late as it legally may:
-see ``ptxsim.copies``.
+see ``ptxsim.machine.copies``.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def copy_async(gen, args, mods):
         source_size = f"np.where({gen.predicate(rest[0])}, u4(0), u4({size}))"
     elif rest:
         source_size = gen.read(rest[0], "u4")
-    gen.emit(f"X.cp_async(w, {gen.address(args[0])}, {gen.address(args[1])}, {size}, {source_size}, {gen.mask()})")
+    gen.emit(f"X.cp_async.copy(w, {gen.address(args[0])}, {gen.address(args[1])}, {size}, {source_size}, {gen.mask()})")
 
 
-suspending("cp.async.commit_group", "h_cp_async_commit")
-suspending("cp.async.wait_group", "h_cp_async_wait")
-suspending("cp.async.wait_all", "h_cp_async_wait")
-suspending("cp.async.bulk.commit_group", "h_bulk_commit")
-suspending("cp.async.bulk.wait_group[.{read}]", "h_bulk_wait", read="read")
+suspending("cp.async.commit_group", "cp_async.commit")
+suspending("cp.async.wait_group", "cp_async.wait")
+suspending("cp.async.wait_all", "cp_async.wait")
+suspending("cp.async.bulk.commit_group", "bulk_groups.commit")
+suspending("cp.async.bulk.wait_group[.{read}]", "bulk_groups.wait", read="read")
 
 
 @form("cp.async.mbarrier.arrive[.{noinc}][.{space}].b64", writes=False, effect=True, noinc="noinc", space=_SHARED_CTA)
 def copy_async_arrive(gen, args, mods):
-    gen.emit(f"X.cp_async_arrive(w, {gen.address(args[0])}, {bool(mods.noinc)}, {gen.mask()})")
+    gen.emit(f"X.cp_async.arrive(w, {gen.address(args[0])}, {bool(mods.noinc)}, {gen.mask()})")
 
 
 # ---- cp.async.bulk --------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ _TO_SHARED = "mbarrier::complete_tx::bytes[.{multicast}][.{hint}]"
 def bulk_load(gen, args, mods):
     multicast = gen.read(args[4], "u2") if mods.multicast else "None"
     gen.emit(
-        f"X.bulk_load(w, {gen.address(args[0])}, {gen.address(args[1])}, {gen.read(args[2], 'u4')}, "
+        f"X.bulk_copies.load(w, {gen.address(args[0])}, {gen.address(args[1])}, {gen.read(args[2], 'u4')}, "
         f"{gen.address(args[3])}, {multicast}, {gen.mask()})"
     )
 
@@ -63,7 +63,7 @@ def bulk_load(gen, args, mods):
 @form("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes", writes=False, effect=True)
 def bulk_shared_to_shared(gen, args, mods):
     gen.emit(
-        f"X.bulk_shared(w, {gen.address(args[0])}, {gen.address(args[1])}, {gen.read(args[2], 'u4')}, "
+        f"X.bulk_copies.between(w, {gen.address(args[0])}, {gen.address(args[1])}, {gen.read(args[2], 'u4')}, "
         f"{gen.address(args[3])}, {gen.mask()})"
     )
 
@@ -86,8 +86,8 @@ def bulk_shared_to_shared(gen, args, mods):
 def bulk_store(gen, args, mods):
     reduction = (mods.op, mods.type) if getattr(mods, "op", None) else None
     gen.emit(
-        f"X.bulk_store(w, {gen.address(args[0])}, {gen.address(args[1])}, {gen.read(args[2], 'u4')}, {reduction!r}, "
-        f"{gen.mask()})"
+        f"X.bulk_copies.store(w, {gen.address(args[0])}, {gen.address(args[1])}, {gen.read(args[2], 'u4')}, "
+        f"{reduction!r}, {gen.mask()})"
     )
 
 
@@ -117,8 +117,8 @@ def tensor_load(gen, args, mods):
     address, coordinates = _tensor(gen, args[1], mods.rank)
     multicast = gen.read(args[3], "u2") if mods.multicast else "None"
     gen.emit(
-        f"X.tensor_load(w, {gen.address(args[0])}, {address}, {coordinates}, {gen.address(args[2])}, {multicast}, "
-        f"{gen.mask()}, {mods.group == 'cta_group::2'})"
+        f"X.tensor_copies.load(w, {gen.address(args[0])}, {address}, {coordinates}, {gen.address(args[2])}, "
+        f"{multicast}, {gen.mask()}, {mods.group == 'cta_group::2'})"
     )
 
 
@@ -135,7 +135,7 @@ def tensor_load(gen, args, mods):
 def tensor_store(gen, args, mods):
     address, coordinates = _tensor(gen, args[0], mods.rank)
     gen.emit(
-        f"X.tensor_store(w, {address}, {coordinates}, {gen.address(args[1])}, {getattr(mods, 'op', None)!r}, "
+        f"X.tensor_copies.store(w, {address}, {coordinates}, {gen.address(args[1])}, {getattr(mods, 'op', None)!r}, "
         f"{gen.mask()})"
     )
 

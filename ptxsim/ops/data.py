@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import itertools
 
-from ..errors import PtxError
-from ..sites import scope_of
-from .forms import KIND, SIZE, as_list, form
+import numpy as np
 
+from ..errors import PtxError
+from .forms import KIND, SIZE, as_list, form
+from .scopes import AccessOrder, scope_of
+
+SHARED_WINDOW = np.uint64(1 << 60)  # generic addresses of shared memory carry this bit
 _SPACE = "global|local|const|shared|shared::cta|shared::cluster"
 _TYPE = "b8|b16|b32|b64|u8|u16|u32|u64|s8|s16|s32|s64|f16|bf16|f32|f64"
 _HINTS = "[.{evict1}][.{evict2}][.{hint}][.{prefetch}]"
@@ -26,10 +29,10 @@ _HINT_NAMES = dict(
 
 
 def state_space(name: str | None) -> str:
-    """The method suffix of Machine that serves a state space."""
+    """The part of the machine that serves a state space."""
     if name is None:
         return "generic"
-    return "shared" if name.startswith("shared") else "global"
+    return "shared" if name.startswith("shared") else "global_memory"
 
 
 # ---- mov ------------------------------------------------------------------------------------------
@@ -58,11 +61,10 @@ def move(gen, args, mods):
 
 # ---- ld, st ---------------------------------------------------------------------------------------
 def _synchronise(gen, mods, operand, reads, writes):
-    """Tell the race detector of an access that may synchronise: not a weak one."""
+    """Tell observers of an access that may synchronise: not a weak one."""
     acquires, releases = mods.sem in ("acquire", "acq_rel"), mods.sem in ("release", "acq_rel")
-    place = f"{gen.address(operand)}, {state_space(mods.space)!r}"
-    how = f"({acquires}, {releases}, {reads}, {writes}, {scope_of(gen.instr.op)})"
-    gen.emit(f"if X.races is not None: X.races.atomics.access(w, {place}, {how}, {gen.mask()})")
+    order = AccessOrder(acquires, releases, reads, writes, scope_of(gen.instr.op))
+    gen.tell("ordered_access", "w", gen.address(operand), repr(state_space(mods.space)), gen.fn(order), gen.mask())
 
 
 def _count(mods) -> int:
@@ -76,7 +78,7 @@ def load_parameter(gen, args, mods):
     parameters = gen.kernel.params
     if gen.kernel.regtype(memory.base) is not None:
         count = len(as_list(args[0]))
-        values = gen.temp(f"X.ld_global(w, {gen.address(memory)}, {kind}, {count}, {gen.mask()})")
+        values = gen.temp(f"X.global_memory.load(w, {gen.address(memory)}, {kind}, {count}, {gen.mask()})")
         for j, register in enumerate(as_list(args[0])):
             gen.write(register, f"{values}[{j}]", kind)
         return
@@ -84,7 +86,7 @@ def load_parameter(gen, args, mods):
         raise PtxError(f"{memory.base} is not a kernel parameter")
     offset = parameters[memory.base][0] + memory.off
     for j, register in enumerate(as_list(args[0])):
-        gen.write(register, f"X.param({offset + j * SIZE[kind]}, {kind})", kind)
+        gen.write(register, f"X.symbols.param({offset + j * SIZE[kind]}, {kind})", kind)
 
 
 @form(
@@ -110,7 +112,7 @@ def load(gen, args, mods):
     address = gen.address(args[1])
     if getattr(mods, "sem", "weak") not in (None, "weak"):
         _synchronise(gen, mods, args[1], reads=True, writes=False)
-    values = gen.temp(f"X.ld_{state_space(mods.space)}(w, {address}, {kind}, {len(destinations)}, {gen.mask()})")
+    values = gen.temp(f"X.{state_space(mods.space)}.load(w, {address}, {kind}, {len(destinations)}, {gen.mask()})")
     for j, register in enumerate(destinations):
         gen.write(register, f"{values}[{j}]", kind)
 
@@ -135,7 +137,7 @@ def store(gen, args, mods):
     values = ", ".join(gen.read(x, kind) for x in sources)
     if getattr(mods, "sem", "weak") not in (None, "weak"):
         _synchronise(gen, mods, args[0], reads=False, writes=True)
-    gen.emit(f"X.st_{state_space(mods.space)}(w, {gen.address(args[0])}, {kind}, ({values},), {gen.mask()})")
+    gen.emit(f"X.{state_space(mods.space)}.store(w, {gen.address(args[0])}, {kind}, ({values},), {gen.mask()})")
 
 
 # ---- atom, red ------------------------------------------------------------------------------------
@@ -167,8 +169,8 @@ def _atomic(gen, args, mods, wanted):
     if not mods.type.startswith(("f", "bf")):
         _synchronise(gen, mods, args[0], reads=wanted, writes=True)
     return (
-        f"X.atomic(w, {gen.address(args[0])}, {state_space(mods.space)!r}, {operation!r}, {mods.type!r}, ({values},), "
-        f"{gen.mask()}, {wanted})"
+        f"X.atomics.update(w, {gen.address(args[0])}, {state_space(mods.space)!r}, {operation!r}, {mods.type!r}, "
+        f"({values},), {gen.mask()}, {wanted})"
     )
 
 
@@ -209,19 +211,19 @@ def convert_address(gen, args, mods):
     kind = KIND[mods.type]
     x = gen.read(args[1], kind)
     if mods.space.startswith("shared"):
-        x = f"{x} & {kind}(0xffffffff)" if mods.to else f"X.SHARED_WINDOW | {x}"
+        x = f"{x} & {kind}(0xffffffff)" if mods.to else f"{gen.fn(SHARED_WINDOW)} | {x}"
     gen.write(args[0], x, kind)
 
 
 @form("isspacep.{space}", space="global|local|shared|shared::cta|shared::cluster")
 def is_in_space(gen, args, mods):
-    gen.write(args[0], f"X.is_space(w, {mods.space!r}, {gen.read(args[1], 'u8')})", "b")
+    gen.write(args[0], f"X.generic.is_space(w, {mods.space!r}, {gen.read(args[1], 'u8')})", "b")
 
 
 @form("mapa[.{space}].{type}", space="shared::cluster", type="u32|u64")
 def map_to_rank(gen, args, mods):
     kind = KIND[mods.type]
-    gen.write(args[0], f"X.mapa({gen.read(args[1], kind)}, {gen.read(args[2], 'u4')}, {kind})", kind)
+    gen.write(args[0], f"X.symbols.mapa({gen.read(args[1], kind)}, {gen.read(args[2], 'u4')}, {kind})", kind)
 
 
 @form("getctarank[.{space}].{type}", space="shared::cluster", type="u32|u64")

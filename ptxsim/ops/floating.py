@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from .. import numerics
+from . import numerics
 from .forms import KIND, form
 
 

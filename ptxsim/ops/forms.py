@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from ..errors import PtxError
-from ..parser import Mem
+from .instruction import Mem
 
 KIND = {
     "s8": "i1", "s16": "i2", "s32": "i4", "s64": "i8", "u8": "u1", "u16": "u2", "u32": "u4", "u64": "u8",
@@ -75,7 +75,7 @@ class Form:
     translate: Callable | None
     writes: bool  # the first operand is a destination
     effect: bool  # touches memory, barriers or other lanes: errors need its line
-    handler: str | None  # name of the Machine method that runs it, for instructions that may suspend a warp
+    handler: str | None  # part and method of the machine that run it, for instructions that may suspend a warp
     reads_first: bool  # the destination is read as well (accumulators)
     destinations: int = 1  # operands that are written, if the first is
 
@@ -111,7 +111,8 @@ def form(template, *, writes=True, effect=False, handler=None, reads_first=False
 
 
 def suspending(template, handler, **names):
-    """Register a form that may suspend its warp: it gets a block of its own and runs in ``Machine.<handler>``."""
+    """Register a form that may suspend its warp: it gets a block of its own and is run by ``handler``, "part.method" of
+    the machine, which takes the instruction and the group and gives None or a ``machine.waiting.Wait``."""
     form(template, writes=False, effect=True, handler=handler, **names)(None)
 
 
@@ -162,7 +163,9 @@ def defs_uses(instruction, kernel) -> tuple[set, set]:
     if instruction.root in ("bra", "ret", "exit", "trap") or not args:
         return defs, uses
     entry = instruction.form
-    if (not entry.writes and entry.handler not in ("h_try_wait", "h_bar_red")) or isinstance(args[0], Mem):
+    if (not entry.writes and entry.handler not in ("mbarriers.try_wait", "named_barriers.reduce")) or isinstance(
+        args[0], Mem
+    ):
         register_names(args, kernel, uses)
         return defs, uses
     register_names(args[: entry.destinations], kernel, defs)

@@ -16,7 +16,10 @@ _CANCEL = "clusterlaunchcontrol.try_cancel.async[.shared::cta].mbarrier::complet
 @form(f"{_CANCEL}[.{{multicast}}].b128", writes=False, effect=True, multicast="multicast::cluster::all")
 def try_cancel(gen, args, mods):
     """[answer], [mbarrier]."""
-    gen.emit(f"X.try_cancel(w, {gen.address(args[0])}, {gen.address(args[1])}, {bool(mods.multicast)}, {gen.mask()})")
+    gen.emit(
+        f"X.launch_control.try_cancel(w, {gen.address(args[0])}, {gen.address(args[1])}, "
+        f"{bool(mods.multicast)}, {gen.mask()})"
+    )
 
 
 def words(answer):
@@ -60,7 +63,7 @@ def join(*parts):
 
 @form("ld.{space}.b128", effect=True, space="shared|shared::cta")
 def load_128(gen, args, mods):
-    loaded = gen.temp(f"X.ld_shared(w, {gen.address(args[1])}, u4, 4, {gen.mask()})")
+    loaded = gen.temp(f"X.shared.load(w, {gen.address(args[1])}, u4, 4, {gen.mask()})")
     gen.write(args[0], f"{gen.fn(join)}(*{loaded})", "c16")
 
 

@@ -3,8 +3,9 @@ and 9.7.15 (wgmma)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..errors import PtxError
-from ..wgmma import WgmmaSpec
 from .forms import as_list, form, suspending
 
 _F16_TYPES = ("f16", "bf16")
@@ -19,7 +20,7 @@ def load_matrix(gen, args, mods):
     destinations = as_list(args[0])
     if len(destinations) != int(mods.num[1]):
         raise PtxError(f"{len(destinations)} destinations for {mods.num}")
-    result = gen.temp(f"X.ldmatrix(w, {gen.address(args[1])}, {len(destinations)}, {bool(mods.trans)})")
+    result = gen.temp(f"X.matrices.load(w, {gen.address(args[1])}, {len(destinations)}, {bool(mods.trans)})")
     for j, register in enumerate(destinations):
         gen.write(register, f"{result}[{j}]", "u4")
 
@@ -36,7 +37,7 @@ def load_byte_matrix(gen, args, mods):
     if len(destinations) != int(mods.num[1]) * (2 if wide else 1):
         raise PtxError(f"{len(destinations)} destinations for {mods.num}")
     result = gen.temp(
-        f"X.ldmatrix_bytes(w, {gen.address(args[1])}, {len(destinations)}, {wide}, {_BYTES[mods.formats]})"
+        f"X.matrices.load_bytes(w, {gen.address(args[1])}, {len(destinations)}, {wide}, {_BYTES[mods.formats]})"
     )
     for j, register in enumerate(destinations):
         gen.write(register, f"{result}[{j}]", "u4")
@@ -48,7 +49,7 @@ def store_byte_matrix(gen, args, mods):
     sources = as_list(args[1])
     if len(sources) != int(mods.num[1]):
         raise PtxError(f"{len(sources)} sources for {mods.num}")
-    gen.emit(f"X.stmatrix_bytes(w, {gen.address(args[0])}, ({', '.join(gen.read(x, 'u4') for x in sources)},))")
+    gen.emit(f"X.matrices.store_bytes(w, {gen.address(args[0])}, ({', '.join(gen.read(x, 'u4') for x in sources)},))")
 
 
 @form("stmatrix.sync.aligned.m8n8.{num}[.{trans}][.{space}].b16", writes=False, effect=True, num="x1|x2|x4",
@@ -58,15 +59,40 @@ def store_matrix(gen, args, mods):
     if len(sources) != int(mods.num[1]):
         raise PtxError(f"{len(sources)} sources for {mods.num}")
     values = ", ".join(gen.read(x, "u4") for x in sources)
-    gen.emit(f"X.stmatrix(w, {gen.address(args[0])}, ({values},), {bool(mods.trans)})")
+    gen.emit(f"X.matrices.store(w, {gen.address(args[0])}, ({values},), {bool(mods.trans)})")
 
 
 @form("movmatrix.sync.aligned.m8n8.trans.b16", effect=True)
 def transpose_matrix(gen, args, mods):
-    gen.write(args[0], f"X.movmatrix(w, {gen.read(args[1], 'u4')})", "u4")
+    gen.write(args[0], f"X.matrices.transpose(w, {gen.read(args[1], 'u4')})", "u4")
 
 
 # ---- wgmma ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class WgmmaSpec:
+    """What the opcode and the immediates of a wgmma say: D (64 x n) = ± A (64 x k) B (k x n) + D."""
+
+    n: int
+    k: int
+    result: str  # f16, f32 or s32
+    a_type: str
+    b_type: str
+    negate: bool  # the product's sign: that of scale-a times scale-b
+    transpose_a: bool  # M-major, in shared memory
+    transpose_b: bool  # N-major
+    clamp: bool = False  # satfinite
+    selector: int | None = None  # of the metadata of a sparse A, None for a dense one
+
+    @property
+    def a_depth(self):
+        """Raw elements of A along K: half of a sparse one is stored, eight single bits are a byte."""
+        return self.k // 2 if self.selector is not None else self.b_depth
+
+    @property
+    def b_depth(self):
+        return self.k // 8 if self.b_type == "b1" else self.k
+
+
 def _same_family(a: str, b: str) -> bool:
     return a == b or any(a in family and b in family for family in (_FP8_TYPES, _INT8_TYPES))
 
@@ -129,14 +155,16 @@ def warpgroup_mma(gen, args, mods):
         int(mods.n), int(mods.k), mods.d, mods.a, mods.b, scale_a * scale_b < 0, bool(transpose_a), bool(transpose_b),
         clamp, selector,
     )  # fmt: skip
-    result = gen.temp(f"X.wgmma(w, {gen.fn(spec)}, {a}, {gen.read(args[2], 'u8')}, ({c},), {scale_d}{metadata})")
+    result = gen.temp(
+        f"X.wgmma.multiply(w, {gen.fn(spec)}, {a}, {gen.read(args[2], 'u8')}, ({c},), {scale_d}{metadata})"
+    )
     for j, register in enumerate(accumulators):
         gen.write(register, f"{result}[{j}]", "u4")
 
 
 @form("wgmma.commit_group.sync.aligned", writes=False, effect=True)
 def commit_group(gen, args, mods):
-    gen.emit("X.wgmma_commit(w)")
+    gen.emit("X.wgmma.commit(w)")
 
 
 @form("wgmma.fence.sync.aligned", writes=False)
@@ -144,4 +172,4 @@ def wgmma_fence(gen, args, mods):
     """Orders registers and shared memory before wgmma; accesses are in order anyway."""
 
 
-suspending("wgmma.wait_group.sync.aligned", "h_wgmma_wait")
+suspending("wgmma.wait_group.sync.aligned", "wgmma.wait")

@@ -13,7 +13,8 @@ _BYTES = "shared::cluster.mbarrier::complete_tx::bytes"
 def _store(gen, args, values, kind, reduction):
     listed = ", ".join(gen.read(x, kind) for x in values)
     gen.emit(
-        f"X.store_async(w, {gen.address(args[0])}, ({listed},), {gen.address(args[2])}, {reduction!r}, {gen.mask()})"
+        f"X.remote_stores.store(w, {gen.address(args[0])}, ({listed},), {gen.address(args[2])}, {reduction!r}, "
+        f"{gen.mask()})"
     )
 
 

@@ -6,43 +6,58 @@ buffers and .fill, .use are hints.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ..errors import PtxError
-from ..numerics import EXTREMES
-from ..parser import Mem
-from ..tcgen05_copy import SHAPES
-from ..tcgen05_mma import MmaForm
 from .forms import KIND, NUMPY, as_list, form, suspending
+from .instruction import Mem
+from .numerics import EXTREMES
 
 _GROUP = "cta_group::1|cta_group::2"
 # registers of one repetition (.x1)
 REGISTERS = {"32x32b": 1, "16x64b": 1, "16x128b": 2, "16x256b": 4, "16x32bx2": 1}
+# shape with its multicast -> (bytes of a row, lane of each row; one column for each copy)
+_ROWS = np.arange(128)
+SHAPES = {
+    "128x256b": (32, _ROWS[:, None]),
+    "128x128b": (16, _ROWS[:, None]),
+    "4x256b": (32, 32 * np.arange(4)[:, None]),
+    "64x128b.warpx2::02_13": (16, np.arange(64)[:, None] + [0, 64]),
+    "64x128b.warpx2::01_23": (16, (np.arange(64) % 32 + np.arange(64) // 32 * 64)[:, None] + [0, 32]),
+    "32x128b.warpx4": (16, np.arange(32)[:, None] + [0, 32, 64, 96]),
+}
 _REPEATS = "x1|x2|x4|x8|x16|x32|x64|x128"
 
-suspending("tcgen05.alloc.{group}.sync.aligned[.{space}].b32", "h_tmem_alloc", group=_GROUP, space="shared|shared::cta")
+suspending(
+    "tcgen05.alloc.{group}.sync.aligned[.{space}].b32",
+    "tensor_memory.allocate",
+    group=_GROUP,
+    space="shared|shared::cta",
+)
 
 
 @form("tcgen05.dealloc.{group}.sync.aligned.b32", writes=False, effect=True, group=_GROUP)
 def dealloc(gen, args, mods):
-    gen.emit(f"X.tmem_dealloc(w, {gen.read(args[0], 'u4')}, {gen.read(args[1], 'u4')})")
+    gen.emit(f"X.tensor_memory.free(w, {gen.read(args[0], 'u4')}, {gen.read(args[1], 'u4')})")
 
 
 @form("tcgen05.relinquish_alloc_permit.{group}.sync.aligned", writes=False, effect=True, group=_GROUP)
 def relinquish(gen, args, mods):
-    gen.emit("X.tmem_relinquish(w)")
+    gen.emit("X.tensor_memory.relinquish(w)")
 
 
 @form("tcgen05.fence::{side}", writes=False, side="before_thread_sync|after_thread_sync")
 def fence(gen, args, mods):
-    """Accesses to tensor memory are ordered as they are; the race detector is told."""
-    gen.emit(f"if X.races is not None: X.races.tensor.fence(w, {gen.mask()}, {mods.side!r})")
+    """Accesses to tensor memory are ordered as they are; observers are told."""
+    gen.tell("tensor_fence", "w", gen.mask(), repr(mods.side))
 
 
 @form("tcgen05.wait::{what}.sync.aligned", writes=False, what="ld|st")
 def wait(gen, args, mods):
-    """Loads and stores of tensor memory complete at once; the race detector is told."""
-    gen.emit(f"if X.races is not None: X.races.tensor.wait(w, {mods.what!r})")
+    """Loads and stores of tensor memory complete at once; observers are told."""
+    gen.tell("tensor_wait", "w", repr(mods.what))
 
 
 def _check_registers(mods, registers):
@@ -65,7 +80,8 @@ def load(gen, args, mods):
     _check_registers(mods, registers)
     second = _second_half(mods, args[2:])
     result = gen.temp(
-        f"X.tmem_ld(w, {gen.address(args[1])}, {mods.shape!r}, {len(registers)}, {second}, {bool(mods.pack)})"
+        f"X.tensor_memory.load(w, {gen.address(args[1])}, {mods.shape!r}, {len(registers)}, {second}, "
+        f"{bool(mods.pack)})"
     )
     for j, register in enumerate(registers):
         gen.write(register, f"{result}[{j}]", "u4")
@@ -93,7 +109,9 @@ def load_and_reduce(gen, args, mods):
     if mods.num == "x1" or (kind != "f4" and (mods.abs or mods.nan)):
         raise PtxError(f"tcgen05.ld.red of {mods.num} {mods.type}: at least x2, and .abs and .NaN are for f32")
     second = _second_half(mods, args[3:])
-    words = gen.temp(f"X.tmem_ld(w, {gen.address(args[2])}, {mods.shape!r}, {len(registers)}, {second}, False)")
+    words = gen.temp(
+        f"X.tensor_memory.load(w, {gen.address(args[2])}, {mods.shape!r}, {len(registers)}, {second}, False)"
+    )
     options = f"{mods.op!r}, {kind!r}, {bool(mods.abs)}, {bool(mods.nan)}"
     found = gen.temp(f"{gen.fn(reduced)}({words}, {options})")
     for j, register in enumerate(registers):
@@ -108,7 +126,9 @@ def store(gen, args, mods):
     _check_registers(mods, registers)
     second = _second_half(mods, args[1:-1])
     values = ", ".join(gen.read(x, "u4") for x in registers)
-    gen.emit(f"X.tmem_st(w, {gen.address(args[0])}, {mods.shape!r}, ({values},), {second}, {bool(mods.unpack)})")
+    gen.emit(
+        f"X.tensor_memory.store(w, {gen.address(args[0])}, {mods.shape!r}, ({values},), {second}, {bool(mods.unpack)})"
+    )
 
 
 @form(
@@ -121,7 +141,7 @@ def store(gen, args, mods):
 )
 def commit(gen, args, mods):
     multicast = gen.read(args[1], "u2") if mods.multicast else "None"
-    gen.emit(f"X.tc_commit(w, {gen.address(args[0])}, {multicast}, {gen.mask()})")
+    gen.emit(f"X.tensor_memory.commit(w, {gen.address(args[0])}, {multicast}, {gen.mask()})")
 
 
 _FORMAT_BITS = {None: 8, "b8x16.b6x16_p32": 6, "b8x16.b4x16_p64": 4}
@@ -131,14 +151,29 @@ _FORMAT_BITS = {None: 8, "b8x16.b6x16_p32": 6, "b8x16.b4x16_p64": 4}
       formats="b8x16.b6x16_p32|b8x16.b4x16_p64")  # fmt: skip
 def copy(gen, args, mods):
     gen.emit(
-        f"X.tc_copy(w, {mods.shape!r}, {mods.group == 'cta_group::2'}, {_FORMAT_BITS[mods.formats]}, "
+        f"X.tcgen05_copy.copy(w, {mods.shape!r}, {mods.group == 'cta_group::2'}, {_FORMAT_BITS[mods.formats]}, "
         f"{gen.address(args[0])}, {gen.read(args[1], 'u8')}, {gen.mask()})"
     )
 
 
 @form("tcgen05.shift.{group}.down", writes=False, effect=True, group=_GROUP)
 def shift(gen, args, mods):
-    gen.emit(f"X.tc_shift(w, {mods.group == 'cta_group::2'}, {gen.address(args[0])}, {gen.mask()})")
+    gen.emit(f"X.tcgen05_copy.shift(w, {mods.group == 'cta_group::2'}, {gen.address(args[0])}, {gen.mask()})")
+
+
+@dataclass(frozen=True)
+class MmaForm:
+    """What the opcode of a tcgen05.mma and its immediate say. ``vector``: scale factors of a row, 0 without scaling;
+    ``input_scale``: D is multiplied by 2^-input_scale first."""
+
+    kind: str
+    pair: bool  # .cta_group::2
+    a_in_tmem: bool
+    stationary: bool  # .ws
+    sparse: bool
+    vector: int
+    shift: bool  # .ashift
+    input_scale: int
 
 
 # kind -> scale factors in a row of A, by what the opcode says
@@ -196,6 +231,6 @@ def mma(gen, args, mods):
     pair = getattr(mods, "group", "") == "cta_group::2"
     spec = MmaForm(mods.kind, pair, from_tmem, stationary, sparse, vector, shift, input_scale)
     gen.emit(
-        f"X.tc_mma(w, {gen.fn(spec)}, {gen.address(args[0])}, {a}, {gen.read(args[2], 'u8')}, {instruction}, {enable}, "
-        f"dict({', '.join(others)}), {gen.mask()})"
+        f"X.tcgen05_mma.multiply(w, {gen.fn(spec)}, {gen.address(args[0])}, {a}, {gen.read(args[2], 'u8')}, "
+        f"{instruction}, {enable}, dict({', '.join(others)}), {gen.mask()})"
     )

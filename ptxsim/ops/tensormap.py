@@ -18,7 +18,8 @@ def replace(gen, args, mods):
     value = gen.read(args[-1], "u8" if mods.field in ("global_address", "global_stride") else "u4")
     shared = mods.space != "global"
     gen.emit(
-        f"X.replace_in_map(w, {gen.address(args[0])}, {shared}, {mods.field!r}, {dimension}, {value}, {gen.mask()})"
+        f"X.tensor_map_changes.replace(w, {gen.address(args[0])}, {shared}, {mods.field!r}, {dimension}, "
+        f"{value}, {gen.mask()})"
     )
 
 
@@ -26,4 +27,4 @@ def replace(gen, args, mods):
       effect=True)  # fmt: skip
 def copy_and_fence(gen, args, mods):
     """[destination], [source], 128, by a whole warp."""
-    gen.emit(f"X.copy_map(w, {gen.address(args[0])}, {gen.address(args[1])}, {gen.mask()})")
+    gen.emit(f"X.tensor_map_changes.copy(w, {gen.address(args[0])}, {gen.address(args[1])}, {gen.mask()})")

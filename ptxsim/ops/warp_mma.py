@@ -7,10 +7,11 @@ taken apart here instead of by a template.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from ..errors import PtxError
-from ..warp_mma import MmaSpec, metadata_threads
 from .forms import TABLE, Form, as_list
+from .sparsity import metadata_threads
 
 _SMALL = ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1")
 _TYPES = ("f16", "bf16", "tf32", "f32", "f64", *_SMALL, "s8", "u8", "s4", "u4", "b1", "s32", "ue8m0", "ue4m3")
@@ -35,6 +36,23 @@ _KINDS = {
 # how a byte holds a smaller element; mxf4 has two in a byte
 _STORED = {"e2m1": "e2m1_mid", "e3m2": "e3m2_low", "e2m3": "e2m3_low"}
 _BITS = {"f16": 16, "bf16": 16, "tf32": 32, "s4": 4, "u4": 4, "e2m1x2": 4, "b1": 1}
+
+
+@dataclass(frozen=True)
+class MmaSpec:
+    """What the opcode of an mma says: D (m x 8) = A (m x k) B (k x 8) + C. Elements are keys of ``numerics.DECODE``."""
+
+    m: int
+    k: int
+    a: str
+    b: str
+    result: str  # f16, f32 or s32
+    clamp: bool = False  # satfinite
+    operation: str = ""  # xor of single bits
+    sparse: bool = False
+    ordered: bool = False  # metadata
+    vector: int = 0  # scale factors of a row, 0 without scaling
+    scale: str = ""  # ue8m0 or ue4m3
 
 
 def _modifiers(opcode):
@@ -123,7 +141,7 @@ def translate(gen, args, mods):
         return "(" + ", ".join(gen.read(x, "u4") for x in registers) + ",)"
 
     if found["shape"] == "m8n8k4":
-        call = f"X.quad_mma(w, {quad(opcode, found, d, a, b, c)}, {read(a)}, {read(b)}, {read(c)})"
+        call = f"X.warp_mma.quad(w, {quad(opcode, found, d, a, b, c)}, {read(a)}, {read(b)}, {read(c)})"
     else:
         spec = _spec(opcode, found)
         _check_counts(spec, d, a, b, c)
@@ -138,7 +156,7 @@ def translate(gen, args, mods):
             more += [gen.read(scales, "u4"), gen.read(byte, "u2"), gen.read(thread, "u2")]
         if rest:
             raise PtxError(f"{len(rest)} operands too many")
-        call = f"X.mma(w, {gen.fn(spec)}, {', '.join([read(a), read(b), read(c), *more])})"
+        call = f"X.warp_mma.multiply(w, {gen.fn(spec)}, {', '.join([read(a), read(b), read(c), *more])})"
     result = gen.temp(call)
     for j, register in enumerate(d):
         gen.write(register, f"{result}[{j}]", "u4")
@@ -167,7 +185,7 @@ def double(gen, found, d, a, b, c):
     if (len(d), len(a), len(b), len(c)) != (2 * halves, halves * quarters, quarters, 2 * halves):
         raise PtxError(f"{len(d)}, {len(a)}, {len(b)} and {len(c)} registers do not fit mma {found['shape']} of f64")
     a, b, c = (", ".join(gen.read(x, "f8") for x in v) for v in (a, b, c))
-    result = gen.temp(f"X.double_mma(w, ({a},), ({b},), ({c},))")
+    result = gen.temp(f"X.warp_mma.double(w, ({a},), ({b},), ({c},))")
     for j, register in enumerate(d):
         gen.write(register, f"{result}[{j}]", "f8")
 

@@ -19,7 +19,7 @@ from cache_kernels import ScaleConfig
 import cute_fa
 from cute_fa.engine import compiler
 from cute_fa.semantics.types import SmArch
-from ptxsim.views import DeviceView, map_tensors
+from ptxsim.host.views import DeviceView, map_tensors
 from tests.testing.fake_driver import Driver
 
 STREAM = 0xABC0

@@ -25,7 +25,7 @@ from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from cute_fa.tools.tour import GPT_OSS, Stop
 from cute_fa.tools.trial import Machine, choose_machine, config_fields, problem_of_spec
 from perf.__main__ import main as perf_main
-from ptxsim.cli import main as ptxsim_main
+from ptxsim.report.cli import main as ptxsim_main
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--seqlen-q", "70", "--heads", "2", "--head-dim", "32", "--arch", "sm_80"]

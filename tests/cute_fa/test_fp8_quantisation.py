@@ -8,7 +8,7 @@ import torch
 
 from cute_fa import fp8
 from cute_fa.semantics import errors
-from ptxsim.accumulate import limited_sum
+from ptxsim.machine.accumulate import limited_sum
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TYPES = pytest.mark.parametrize("dtype", [E4M3, E5M2])

@@ -15,8 +15,8 @@ from cute_fa.semantics.tensors import problem_of
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from fa4_sm100.forward.entry import Fa4Forward
-from ptxsim.mutants import KINDS
-from ptxsim.mutate import ESCAPED, read
+from ptxsim.analysis.mutants import KINDS
+from ptxsim.analysis.mutate import ESCAPED, read
 from tests.testing.damaged_fa4 import FAULTS, DamagedConfig
 from tests.testing.faults import changed_programs
 from tests.testing.functions import ROOT, function_of

@@ -8,7 +8,7 @@ import pytest
 
 from cute_fa.semantics import reference
 from cute_fa.tools.inputs import InputSpec, make_inputs
-from ptxsim import runtime
+from ptxsim.host import launches
 from tests.testing.simulated import call
 
 PACKED = InputSpec(
@@ -35,7 +35,7 @@ class LastFirst(deque):
 @pytest.mark.parametrize("spec", [DENSE, PACKED], ids=["dense", "packed"])
 def test_tiles_in_reverse_order(spec: InputSpec, monkeypatch):
     given = make_inputs(spec, "peaked")
-    monkeypatch.setattr(runtime, "deque", LastFirst)
+    monkeypatch.setattr(launches, "deque", LastFirst)
     out, lse, simulated = call(given, "sm_100a", {"num_sms": 2}, family="fa4")
     assert simulated.launches[-1].grid[0] > 2
     assert reference.check(out, lse, given.q, given.k, given.v, **given.options()).ok

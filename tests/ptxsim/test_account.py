@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from ptxsim import observed
-from ptxsim.account import role_name
 from ptxsim.errors import Deadlock, MemoryFault, RaceError
-from ptxsim.observed import DEPTH, Event, History, ObservedMachine
+from ptxsim.report import history
+from ptxsim.report.account import role_name
+from ptxsim.report.history import DEPTH, Event, History, Latest
 from tests.testing import exceptions, ptx
 
 # Warps 0-3 arrive once each at a barrier of five arrivals, warps 4-7 wait for it, warp 8 runs to its end.
@@ -21,15 +21,11 @@ STUCK = """.shared .align 8 .b64 bar;
   END: """
 
 
-@pytest.fixture(autouse=True)
-def observing(monkeypatch):
-    monkeypatch.setattr(ptx, "Machine", ObservedMachine)
-
-
 def failure(body, kind, **options):
     declarations = options.pop("declarations", "")
     with pytest.raises(kind) as caught:
-        ptx.launch(ptx.kernel_text(body, 0, 1, declarations=declarations), [ptx.aligned(np.zeros(64))], **options)
+        ptx.launch(ptx.kernel_text(body, 0, 1, declarations=declarations), [ptx.aligned(np.zeros(64))],
+                   observers=[History()], **options)  # fmt: skip
     exceptions.assert_survives(caught.value)
     return caught.value
 
@@ -80,14 +76,14 @@ def test_race_tells_both_sides():
 
 def test_latest_events_of_each_warp(monkeypatch):
     """A warp that does a lot pushes out its own events only, also where those that nobody refers to are dropped."""
-    monkeypatch.setattr(observed, "_KEPT", 64)
-    history = History(2)
-    history.add(Event(0, 1, np.array([0, 1]), lambda j: "both"))
+    monkeypatch.setattr(history, "_KEPT", 64)
+    latest = Latest(2)
+    latest.add(Event(0, 1, np.array([0, 1]), lambda j: "both"))
     for step in range(1, 200):
-        history.add(Event(step, 1, np.array([1]), lambda j: "one"))
-    assert [event.since[0] for event in history.of(0)] == [0]
-    assert [event.since[0] for event in history.of(1)] == list(range(200 - DEPTH, 200))
-    assert len(history.events) <= 65
+        latest.add(Event(step, 1, np.array([1]), lambda j: "one"))
+    assert [event.since[0] for event in latest.of(0)] == [0]
+    assert [event.since[0] for event in latest.of(1)] == list(range(200 - DEPTH, 200))
+    assert len(latest.events) <= 65
 
 
 @pytest.mark.parametrize(

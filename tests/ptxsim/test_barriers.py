@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptxsim import scheduler
 from ptxsim.errors import Deadlock, MemoryFault, SyncError
+from ptxsim.machine import scheduler
 from tests.testing.ptx import run
 
 SHARED = ".shared .align 128 .b8 buffer[1024]; .shared .align 8 .b64 bar; .shared .align 8 .b64 bar2;"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ptxsim.numerics import EXTREMES
+from ptxsim.machine.products import double_products, in_fragments, products
 from ptxsim.ops import floating
-from ptxsim.products import double_products, in_fragments, products
+from ptxsim.ops.numerics import EXTREMES
 from tests.ptxsim import test_tcgen05_mma as tensor
 from tests.testing.ptx import aligned, kernel_text, launch, same_bits
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptxsim import tma
 from ptxsim.errors import Deadlock, MemoryFault, PtxError, SyncError, UninitializedRead
+from ptxsim.machine import tensor_maps
 from tests.testing.ptx import aligned, run, same_bits
 
 SHARED = ".shared .align 1024 .b8 buffer[16384]; .shared .align 8 .b64 bar;"
@@ -245,8 +245,8 @@ SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3, (128, 32): 4, (128, 64): 6}  # CUtensorMa
 def tensor_map(array, box, span=0):
     """Tensor map of a C-contiguous array whose rows are multiples of 16 bytes; ``box`` as the array's shape."""
     extents = array.shape[::-1]
-    raw = tma.encode(CODE[array.dtype.type], array.ndim, array.ctypes.data, extents, array.strides[::-1][1:], box[::-1],
-                     [1] * array.ndim, 0, SWIZZLE[span], 0)  # fmt: skip
+    raw = tensor_maps.encode(CODE[array.dtype.type], array.ndim, array.ctypes.data, extents, array.strides[::-1][1:],
+                             box[::-1], [1] * array.ndim, 0, SWIZZLE[span], 0)  # fmt: skip
     return np.frombuffer(raw, np.uint8)
 
 
@@ -301,7 +301,7 @@ def test_tiles_of_small_elements(code, bits, padding, row):
     not count; without padding, as they are. Rows from 16 on lie outside."""
     array = np.random.default_rng(0).integers(1, 256, (16, 128 * bits // 8)).astype(np.uint8)
     data = aligned(array)
-    raw = tma.encode(code, 2, data.ctypes.data, (128, 16), (array.shape[1],), (64, 16), [1, 1], 0, 0, 0)
+    raw = tensor_maps.encode(code, 2, data.ctypes.data, (128, 16), (array.shape[1],), (64, 16), [1, 1], 0, 0, 0)
     moved, size = 16 * 64 * bits // 8, 16 * (64 if padding else 64 * bits // 8)
     body = FIRST + INIT + load_text(2, (row, 64), moved) + WAIT + dump(size)
     out = aligned(np.zeros(max(size, 512), np.uint8))
@@ -434,7 +434,7 @@ def test_tensor_mistakes():
     with pytest.raises(PtxError, match="this form of the instruction is not simulated"):
         tensor_run(array, (16, 16), good.replace(".tile", ".im2col"), 512)
     with pytest.raises(PtxError, match="interleave, NaN fill or element strides"):
-        tma.encode(6, 2, 0, (16, 16), (32,), (16, 16), (2, 1), 0, 0, 0)
+        tensor_maps.encode(6, 2, 0, (16, 16), (32,), (16, 16), (2, 1), 0, 0, 0)
 
 
 GOOD_MAP = dict(dtype=6, rank=2, address=1 << 20, extents=(64, 64), strides=(128,), box=(64, 256),
@@ -454,7 +454,7 @@ GOOD_MAP = dict(dtype=6, rank=2, address=1 << 20, extents=(64, 64), strides=(128
 )
 def test_tensor_maps_within_the_limits(change):
     options = GOOD_MAP | change
-    found = tma.decode(tma.encode(**options))
+    found = tensor_maps.decode(tensor_maps.encode(**options))
     assert (found.address, found.extents, found.strides, found.box) == tuple(
         options[name] for name in ("address", "extents", "strides", "box")
     )
@@ -479,21 +479,21 @@ def test_tensor_maps_within_the_limits(change):
 )
 def test_tensor_maps_beyond_the_limits(change, message):
     with pytest.raises(PtxError, match=message):
-        tma.encode(**(GOOD_MAP | change))
+        tensor_maps.encode(**(GOOD_MAP | change))
 
 
 def test_descriptors_that_the_host_code_wrote_itself():
     """The same rules where no cuTensorMapEncodeTiled sees the numbers: an address off by 8, a box row of 120 bytes."""
-    raw = bytearray(tma.encode(**GOOD_MAP))
+    raw = bytearray(tensor_maps.encode(**GOOD_MAP))
     with pytest.raises(PtxError, match="0x100008 is not a multiple of 16"):
-        tma.decode(bytes([8]) + bytes(raw[1:]))
+        tensor_maps.decode(bytes([8]) + bytes(raw[1:]))
     for swizzle, atom in ((3, 2), (2, 1)):  # 8 bytes flipped; an atom of 32 bytes in a span of 64
         flags = int.from_bytes(raw[8:12], "little") & ~(3 << 13) | swizzle << 13 | atom << 19
         with pytest.raises(PtxError, match="with 8 flipped are not simulated; only a 128-byte swizzle has others"):
-            tma.decode(bytes(raw[:8]) + flags.to_bytes(4, "little") + bytes(raw[12:]))
+            tensor_maps.decode(bytes(raw[:8]) + flags.to_bytes(4, "little") + bytes(raw[12:]))
     raw[55] = 59
     with pytest.raises(PtxError, match="120 bytes is not a multiple of 16"):
-        tma.decode(bytes(raw))
+        tensor_maps.decode(bytes(raw))
 
 
 def test_store_of_an_unwritten_box():

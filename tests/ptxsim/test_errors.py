@@ -1,7 +1,7 @@
 """Errors of the simulator reach another process as they are. ``test_account`` does the same with raised ones."""
 
-from ptxsim.account import Account, Role
 from ptxsim.errors import RaceError, SimError
+from ptxsim.report.account import Account, Role
 from tests.testing import exceptions
 
 ROLE = Role("warp 0", "waits", 7, "bar.sync 0;", " (kernel.py:42)", ("step 1", "step 2"))

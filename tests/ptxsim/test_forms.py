@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptxsim.codegen import Program
 from ptxsim.errors import PtxError, SimError
-from ptxsim.parser import parse_module
+from ptxsim.frontend.parser import parse_module
+from ptxsim.frontend.program import Program
 from tests.testing.ptx import kernel_text, run
 
 UNKNOWN = [

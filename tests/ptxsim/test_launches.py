@@ -7,8 +7,9 @@ import ctypes
 import numpy as np
 import pytest
 
-from ptxsim import runtime
 from ptxsim.errors import UninitializedRead
+from ptxsim.host.launches import LaunchRequest, LoadedKernel
+from ptxsim.host.simulation import Simulation
 from tests.testing.ptx import aligned, kernel_text, run
 
 DECLARATIONS = ".shared .align 16 .b8 answer[16]; .shared .align 8 .b64 bar;"
@@ -41,10 +42,11 @@ def work(grid, cluster=1, query=VECTOR, *, late=False, seed=None, race=False, sm
     out = aligned(np.zeros(128, np.uint32))
     pointer = ctypes.c_uint64(out.ctypes.data)
     arguments = (ctypes.c_uint64 * 1)(ctypes.addressof(pointer))
-    simulation = runtime.Simulation("sm_100a", seed, late, race, sms, None)
+    simulation = Simulation("sm_100a", seed, late, race, sms, None)
     simulation._arguments = [(out.ctypes.data, out.nbytes)]
-    simulation._launch(
-        text, "kernel", (*grid, 1), (64, 1, 1), (cluster, 1, 1), 0, ctypes.addressof(arguments), False, 32
+    kernel = LoadedKernel(text, "kernel", registers=32)
+    simulation.launch(
+        LaunchRequest(kernel, (*grid, 1), (64, 1, 1), (cluster, 1, 1), arguments=ctypes.addressof(arguments))
     )
     return out[: grid[0] * grid[1]], out[64:].sum()
 

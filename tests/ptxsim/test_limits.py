@@ -13,9 +13,12 @@ import torch
 
 import cute_fa
 import ptxsim
-from ptxsim import machine, runtime
-from ptxsim.cubin import register_counts, resizing_kernels
 from ptxsim.errors import Deadlock, MemoryFault, SimError, SyncError
+from ptxsim.host import images
+from ptxsim.host.cubin import register_counts, resizing_kernels
+from ptxsim.host.launches import LaunchRequest, LoadedKernel
+from ptxsim.host.simulation import Simulation
+from ptxsim.machine import machine
 from tests.testing.copy_kernel import compile_scale
 from tests.testing.ptx import kernel_text, run
 
@@ -103,7 +106,7 @@ def test_registers_of_a_kernel_come_from_its_cubin():
         launched = simulation.launches[-1]
         assert launched.registers == 65536 // launched.block[0] // 8 * 8
         cubin = compile_scale().artifacts.CUBIN
-        kept = frozenset().union(*(names for _, _, names in runtime._ptx_of_cubin.values()))
+        kept = frozenset().union(*(image.resizing for image in images._images.values()))
     (count,) = register_counts(cubin).values()
     assert 8 <= count <= 32
     assert launched.name in kept and resizing_kernels(cubin) == frozenset()
@@ -115,18 +118,21 @@ def launch(grid=(1, 1, 1), block=(32, 1, 1), cluster=(1, 1, 1), smem=0, arch="sm
            registers=None):  # fmt: skip
     """What a launch of an empty kernel meets before it runs; needs no stand-in library."""
     text = kernel_text("", 0, 0, target=target).replace("kernel()", f"kernel() {directives}")
-    simulation = runtime.Simulation(arch, None, False, False, 4, None)
-    simulation._launch(text, "kernel", grid, block, cluster, smem, 0, False, registers)
+    simulation = Simulation(arch, None, False, False, 4, None)
+    simulation.launch(LaunchRequest(LoadedKernel(text, "kernel", registers), grid, block, cluster, smem))
     return simulation.launches[-1]
 
 
 def test_setmaxnreg_that_ptxas_has_dropped():
     """Without .minnctapersm ptxas leaves it out of the machine code (warning C7508)."""
     text = kernel_text("setmaxnreg.inc.sync.aligned.u32 232;", 0, 0)
-    simulation = runtime.Simulation("sm_90a", None, False, False, 4, None)
-    simulation._launch(text, "kernel", (1, 1, 1), (160, 1, 1), (1, 1, 1), 0, 0, False, 92, False)
+    simulation = Simulation("sm_90a", None, False, False, 4, None)
+    dropped, kept = (
+        LaunchRequest(LoadedKernel(text, "kernel", 92, resizes), (1, 1, 1), (160, 1, 1)) for resizes in (False, True)
+    )
+    simulation.launch(dropped)
     with pytest.raises(Deadlock, match="waits in setmaxnreg"):
-        simulation._launch(text, "kernel", (1, 1, 1), (160, 1, 1), (1, 1, 1), 0, 0, False, 92, True)
+        simulation.launch(kept)
 
 
 def test_registers_of_a_launch():
@@ -236,7 +242,7 @@ def test_bits_of_fp8_sums_reach_the_launch(monkeypatch):
     """``simulate(fp8_bits=…)`` is checked, and every wave of a launch gets it."""
     seen = []
     finish = machine.Machine.run
-    monkeypatch.setattr(machine.Machine, "run", lambda self: (seen.append(self.fp8_bits), finish(self))[1])
+    monkeypatch.setattr(machine.Machine, "run", lambda self: (seen.append(self.wave.launch.fp8_bits), finish(self))[1])
     with ptxsim.simulate("sm_90a", fp8_bits=14) as simulation:
         a, b = torch.ones(300), torch.zeros(300)
         simulation.call(compile_scale(), (a, b, None, 3.0, 300))

@@ -1,6 +1,6 @@
 """Python lines of PTX lines."""
 
-from ptxsim.locations import source_of
+from ptxsim.frontend.locations import source_of
 
 # What the DSL makes of mbarrier_wait in line 55: LLVM counts on within inline assembly.
 WAIT = """\

@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from ptxsim.equivalence import FIRST_ACQUIRE, LAST_RELEASE, PEEK, Facts, Recorder
-from ptxsim.mutants import damaged, kind_of, plan
-from ptxsim.parser import Instr, parse_module
+from ptxsim.analysis.equivalence import FIRST_ACQUIRE, LAST_RELEASE, PEEK, Recorder
+from ptxsim.analysis.mutants import damaged, kind_of, plan
+from ptxsim.frontend.parser import parse_module
+from ptxsim.ops.instruction import Instr
 from tests.testing import ptx
 from tests.testing.ptx import aligned, kernel_text
 
@@ -136,17 +137,16 @@ def test_peek_says_no_where_its_wait_is_damaged():
         assert ("setp.ne.u32 %p5, 0, 0" in peeks) == (mutant.line == spun or mutant.change == "no at once")
 
 
-def recorded(monkeypatch, body, **options):
+def recorded(body, **options):
     """(facts, mutants, lines of the text) of a run of two warps."""
-    monkeypatch.setattr(Recorder, "found", Facts())
-    monkeypatch.setattr(ptx, "Machine", Recorder)
+    recorder = Recorder()
     text = kernel_text(body, 1, 0, declarations=SHARED)
-    ptx.launch(text, [aligned(np.zeros(4, np.uint8))], threads=64, **options)
-    return Recorder.found, plan(parse_module(text).kernels["kernel"]), [line.strip() for line in text.split("\n")]
+    ptx.launch(text, [aligned(np.zeros(4, np.uint8))], threads=64, observers=[recorder], **options)
+    return recorder.found, plan(parse_module(text).kernels["kernel"]), [line.strip() for line in text.split("\n")]
 
 
-def test_equivalent_by_what_one_instruction_does(monkeypatch):
-    facts, mutants, lines = recorded(monkeypatch, RING)
+def test_equivalent_by_what_one_instruction_does():
+    facts, mutants, lines = recorded(RING)
     reasons = {}
     for mutant in mutants:
         label = next((m[1] for n in range(mutant.line - 1, -1, -1) if (m := re.match(r"(\w+):", lines[n]))), "")
@@ -178,10 +178,10 @@ SECOND = "SECOND: mbarrier.try_wait.parity.shared.b64 %p5, [full], 1; @!%p5 bra 
 
 
 @pytest.mark.parametrize(("awaited", "expected"), [(False, ANNOUNCED), (True, {})])
-def test_tail(monkeypatch, awaited, expected):
+def test_tail(awaited, expected):
     """An arrival before the end of a warp, for nobody or for somebody; the wait before it is not on the list."""
     body = TAIL.replace("], 64;", "], 0;").replace("END:", SECOND) if awaited else TAIL
-    facts, mutants, lines = recorded(monkeypatch, body)
+    facts, mutants, lines = recorded(body)
     reasons = {}
     for mutant in mutants:
         if lines[mutant.line - 1].startswith("TAIL") or mutant.kind == "expect_tx":
@@ -196,8 +196,8 @@ SECOND: bar.arrive 1, 64; bar.sync 2, 64; bar.sync 3, 64;
 END:"""
 
 
-def test_order_is_all_barriers_that_belong_together(monkeypatch):
-    facts, mutants, lines = recorded(monkeypatch, TURNS)
+def test_order_is_all_barriers_that_belong_together():
+    facts, mutants, lines = recorded(TURNS)
     texts = {mutant: lines[mutant.line - 1].rstrip(";").split(": ")[-1] for mutant in mutants}
     orders = {texts[m]: sorted(texts[other] for other in facts.order(m, mutants)) for m in mutants}
     one, two = ["bar.arrive 1, 64", "bar.sync 1, 64"], ["bar.arrive 2, 64", "bar.sync 2, 64"]

@@ -2,8 +2,8 @@
 
 import json
 
-from ptxsim.equivalence import FOR_SPEED
-from ptxsim.mutants import KINDS
+from ptxsim.analysis.equivalence import FOR_SPEED
+from ptxsim.analysis.mutants import KINDS
 from tests.testing.commands import neighbour, run_ptxsim
 
 

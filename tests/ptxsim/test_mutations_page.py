@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from ptxsim.mutate import CAUGHT, EQUIVALENT, ESCAPED, NOT_EXECUTED, Record
+from ptxsim.analysis.mutate import CAUGHT, EQUIVALENT, ESCAPED, NOT_EXECUTED, Record
 from tests.testing import functions
 from tests.testing.mutations import NOTES, VICTIMS, Victim, note, page
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ptxsim
-from ptxsim.posing import posing
+from ptxsim.host.posing import posing
 
 
 @pytest.fixture(autouse=True)

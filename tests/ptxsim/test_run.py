@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ptxsim.cli import Mode, _modes, _with_mode, main
+from ptxsim.report.cli import Mode, _modes, _with_mode, main
 from tests.testing import perfetto
 from tests.testing.commands import neighbour, run_ptxsim
 

@@ -21,7 +21,7 @@ ORDERED = """shr.u32 %r1, %t, 5; mad.lo.u32 %r1, %c, 8, %r1; cvt.rn.f32.u32 %f1,
 def ordered(seed):
     arrays = [aligned(np.zeros(1, np.float32)), aligned(np.zeros(4 * 256, np.float32))]
     machine = launch(kernel_text(ORDERED, 0, 2), arrays, threads=256, grid=4, seed=seed)
-    return arrays[1].tobytes(), machine.steps, machine.instr_count
+    return arrays[1].tobytes(), machine.wave.step, machine.scheduler.instr_count
 
 
 def test_default_is_deterministic():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptxsim import tma
 from ptxsim.errors import MemoryFault, ProxyError, PtxError, UninitializedRead
+from ptxsim.machine import tensor_maps
 from tests.testing.ptx import aligned, run
 
 ONE = "setp.ne.u32 %p1, %t, 0; @%p1 bra END; {} END:"
@@ -46,15 +46,15 @@ def test_atom_of_the_swizzle():
     """.swizzle_atomicity counts as table 33 of the ISA does, the driver's modes 4 and 6 as CUtensorMapSwizzle does."""
     for value, mode in ((1, 4), (3, 6), (0, 3)):
         text = f"tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [%out0], {value};"
-        got = run(ONE.format(text), [], [np.frombuffer(tma.encode(**TO), np.uint8)])
-        assert got.tobytes() == tma.encode(**TO | dict(swizzle_mode=mode))
+        got = run(ONE.format(text), [], [np.frombuffer(tensor_maps.encode(**TO), np.uint8)])
+        assert got.tobytes() == tensor_maps.encode(**TO | dict(swizzle_mode=mode))
 
 
 @pytest.mark.parametrize(("old", "new"), [(FROM, TO), (TO, FROM | dict(dtype=6))])
 def test_every_field(old, new):
     """A map with every field replaced reads as one that was encoded so."""
-    got = run(ONE.format(replacements(new)), [], [np.frombuffer(tma.encode(**old), np.uint8)])
-    assert tma.decode(got.tobytes()) == tma.decode(tma.encode(**new))
+    got = run(ONE.format(replacements(new)), [], [np.frombuffer(tensor_maps.encode(**old), np.uint8)])
+    assert tensor_maps.decode(got.tobytes()) == tensor_maps.decode(tensor_maps.encode(**new))
 
 
 SHARED = ".shared .align 1024 .b8 buffer[2048]; .shared .align 128 .b8 map[128]; .shared .align 8 .b64 bar;"
@@ -83,14 +83,14 @@ def load_through_a_new_map(fence=FENCE, copied="8", **options):
     old, new = aligned(np.zeros((8, 8), np.uint32)), aligned(rng.integers(1, 2**16, (40, 32)).astype(np.uint16))
     numbers = dict(dtype=1, rank=2, address=new.ctypes.data, extents=(32, 40), strides=(64,), box=(16, 16),
                    element_strides=(1, 1), interleave=0, swizzle_mode=0, fill=0)  # fmt: skip
-    template = tma.encode(2, 2, old.ctypes.data, (8, 8), (32,), (8, 8), (1, 1), 0, 1, 0)
+    template = tensor_maps.encode(2, 2, old.ctypes.data, (8, 8), (32,), (8, 8), (1, 1), 0, 1, 0)
     copy = COPY.replace("%t, 8;", f"%t, {copied};")  # pieces of 16 bytes
     body = copy + replacements(numbers, "shared::cta", "%r54") + USE.replace("FENCE", fence)
     outputs = [np.zeros(512, np.uint8), np.zeros(128, np.uint8)]
     got, written = run(
         body, [np.frombuffer(template, np.uint8)], outputs, legal=[old, new], declarations=SHARED, **options
     )
-    assert tma.decode(written.tobytes()) == tma.decode(tma.encode(**numbers))
+    assert tensor_maps.decode(written.tobytes()) == tensor_maps.decode(tensor_maps.encode(**numbers))
     return got.view(np.uint16).reshape(16, 16), new[2:18, 4:20]
 
 
@@ -129,7 +129,7 @@ def test_a_map_without_its_fence():
 )
 def test_values_that_no_map_may_have(instruction, message):
     with pytest.raises(PtxError, match=message) as caught:
-        run(f"tensormap.replace.tile.{instruction};", [], [np.frombuffer(tma.encode(**FROM), np.uint8)])
+        run(f"tensormap.replace.tile.{instruction};", [], [np.frombuffer(tensor_maps.encode(**FROM), np.uint8)])
     assert "tensormap.replace" in caught.value.text
 
 

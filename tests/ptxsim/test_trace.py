@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ptxsim.errors import Deadlock
-from ptxsim.trace import Trace, TracedMachine
+from ptxsim.report.trace import Trace, Tracer
 from tests.testing import perfetto, ptx
 
 # Warp 0 loads 64 bytes four times through a buffer of two stages, warp 1 waits for them and gives the stages back.
@@ -33,27 +33,22 @@ PIPELINE = """.shared .align 128 .b8 buffer[128]; .shared .align 8 .b64 full[2];
 RELEASE = "@%p5 mbarrier.arrive.shared.b64 _, [%r10]"
 
 
-def traced(path, monkeypatch, release=RELEASE, **options):
+def traced(path, release=RELEASE, **options):
     trace = Trace(path)
 
-    class Traced(TracedMachine):
-        def run(self):
-            self.begin(trace, "pipeline", 0)
-            super().run()
-
-    monkeypatch.setattr(ptx, "Machine", Traced)
     arrays = [ptx.aligned(np.arange(16, dtype=np.uint32)), ptx.aligned(np.zeros(1, np.uint32))]
     try:
-        ptx.launch(ptx.kernel_text(PIPELINE.replace("RELEASE", release), 1, 1), arrays, threads=64, **options)
+        ptx.launch(ptx.kernel_text(PIPELINE.replace("RELEASE", release), 1, 1), arrays, threads=64,
+                   observers=[Tracer(trace)], **options)  # fmt: skip
     finally:
         trace.write()
     return perfetto.opened(path)
 
 
 @pytest.mark.parametrize(("late", "seed", "waves"), [(False, None, 1), (True, None, 1), (False, 3, 2), (True, 5, 1)])
-def test_pipeline(tmp_path, monkeypatch, late, seed, waves):
-    found = traced(tmp_path / "trace.json", monkeypatch, grid=2, late=late, seed=seed, waves=waves)
-    assert sorted(found.processes.values()) == ["launch 0 cta(0,0,0) pipeline", "launch 0 cta(1,0,0) pipeline"]
+def test_pipeline(tmp_path, late, seed, waves):
+    found = traced(tmp_path / "trace.json", grid=2, late=late, seed=seed, waves=waves)
+    assert sorted(found.processes.values()) == ["launch 0 cta(0,0,0) kernel", "launch 0 cta(1,0,0) kernel"]
     for pid in found.processes:
         tracks = found.tracks[pid]
         assert [name for name in tracks if "other lanes" not in name] == [
@@ -95,7 +90,7 @@ def test_lanes_that_wait_for_different_things(tmp_path, monkeypatch):
       mbarrier.arrive.shared.b64 _, [%r1]; mov.u32 %r2, 0;
       AGAIN: add.u32 %r2, %r2, 1; setp.lt.u32 %p6, %r2, 50; @%p6 bra AGAIN; mbarrier.arrive.shared.b64 _, [%r1+8];"""
     monkeypatch.setitem(globals(), "PIPELINE", body)
-    (tracks,) = traced(tmp_path / "trace.json", monkeypatch).tracks.values()
+    (tracks,) = traced(tmp_path / "trace.json").tracks.values()
     waits = [[name for name, *_ in tracks[track].spans if "mbarrier" in name] for track in
              ("warp 0", "warp 0, other lanes")]  # fmt: skip
     assert sorted(name for track in waits for name in track) == [
@@ -113,24 +108,24 @@ def test_lanes_that_end_the_wait_of_others(tmp_path, monkeypatch):
       DELAY: add.u32 %r2, %r2, 1; setp.lt.u32 %p6, %r2, 50; @%p6 bra DELAY;
       mbarrier.arrive.shared.b64 _, [%r1];"""
     monkeypatch.setitem(globals(), "PIPELINE", body)
-    found = traced(tmp_path / "trace.json", monkeypatch)
+    found = traced(tmp_path / "trace.json")
     ((_, phase, (_, track, wait)),) = found.flows
     assert (phase[2][0], wait[0]) == ("phase 0", "waits for mbarrier 0x400, parity 0")
     (arrival,) = (time for name, time in found.tracks[1][track].instants if name == "arrive at mbarrier 0x400")
     assert wait[1] < arrival < wait[2]
 
 
-def test_failure_leaves_a_trace(tmp_path, monkeypatch):
+def test_failure_leaves_a_trace(tmp_path):
     """The stages are never given back: the trace is written, and shows the waits that do not end."""
     path = tmp_path / "trace.json"
     with pytest.raises(Deadlock):
-        traced(path, monkeypatch, release="mov.u32 %r14, 0")
+        traced(path, release="mov.u32 %r14, 0")
     found = perfetto.opened(path)
     ((pid, tracks),) = found.tracks.items()
     stuck = [name for track in tracks.values() for name, *_ in track.spans if name.endswith("never ends")]
     assert "waits for mbarrier 0x490, parity 0, never ends" in stuck
     assert "waits for mbarrier 0x480, parity 1, never ends" in stuck
-    assert found.processes[pid].endswith("pipeline")
+    assert found.processes[pid].endswith("kernel")
 
 
 def test_unusable_path(tmp_path):
@@ -221,10 +216,10 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_perfetto_shows_damage(tmp_path, monkeypatch, damage):
+def test_perfetto_shows_damage(tmp_path, damage):
     """Perfetto's tables are not those of the undamaged trace, which shows that the comparison with them is one."""
     path = tmp_path / "trace.json"
-    found = traced(path, monkeypatch, late=True)
+    found = traced(path, late=True)
     whole = json.loads(path.read_text("utf-8"))
     change, different, problems = DAMAGES[damage]
     change(whole["traceEvents"])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ptxsim.codegen import Program
 from ptxsim.errors import UninitializedRead
-from ptxsim.parser import parse_module
+from ptxsim.frontend.parser import parse_module
+from ptxsim.frontend.program import Program
 from tests.ptxsim.test_wgmma import A_AT, B_AT, SHARED, kernel, place
 from tests.testing.ptx import kernel_text, run
 

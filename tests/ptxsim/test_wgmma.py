@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ptxsim.accumulate import limited_sum
 from ptxsim.errors import PtxError, SyncError, UninitializedRead
+from ptxsim.machine.accumulate import limited_sum
 from tests.ptxsim.test_matrix import SIZE, a_registers, elements
 from tests.testing.ptx import run
 

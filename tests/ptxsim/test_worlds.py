@@ -15,7 +15,7 @@ import tvm_ffi
 from cutlass.cute.runtime import from_dlpack
 
 import ptxsim
-from ptxsim import runtime, standin
+from ptxsim.host import host_memory, programs, standin
 from tests.testing.copy_kernel import compile_copy, compile_scale
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +184,7 @@ def test_unknown_ptx_is_named(vectors):
     ],
 )
 def test_which_cubins_run(target, arch, runs):
-    assert runtime._runs_on(target, arch) is runs
+    assert programs.runs_on(target, arch) is runs
 
 
 def test_device_of_the_simulation():
@@ -247,7 +247,7 @@ def test_overlapping_arguments(vectors):
         assert torch.equal(a, b)
         sim.call(compile_scale(), (both, both[:300], None, 2.0, 300))
     assert torch.equal(2 * a, b)
-    assert runtime._merged([(0, 10), (5, 2), (8, 4), (12, 1), (20, 0)]) == [(0, 12), (12, 1)]
+    assert host_memory.merged([(0, 10), (5, 2), (8, 4), (12, 1), (20, 0)]) == [(0, 12), (12, 1)]
 
 
 def test_clusters(vectors):
@@ -382,7 +382,7 @@ except ptxsim.RuntimeAlreadyLoaded as error:
 
 
 # The library's path is what the DSL would find; without importing the DSL, which takes seconds.
-BUILD = "import sys, pathlib; from ptxsim import standin; print(standin.build(pathlib.Path(sys.argv[1])))"
+BUILD = "import sys, pathlib; from ptxsim.host import standin; print(standin.build(pathlib.Path(sys.argv[1])))"
 
 
 @pytest.fixture

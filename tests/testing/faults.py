@@ -29,7 +29,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from unittest import mock
 
-from ptxsim import runtime
+from ptxsim.host import programs
 
 ARRIVE = re.compile(r"(@!?%p\d+\s+)?mbarrier\.arrive\.shared")
 BULK_STORE = re.compile(r"cp\.async\.bulk\.tensor\S*\.global\.shared")
@@ -55,8 +55,8 @@ class Fault:
 
 def changed_programs(change: Callable[[str], str]) -> AbstractContextManager:
     """Inside, launches run what ``change`` makes of a kernel's PTX."""
-    load = runtime.load_program
-    return mock.patch.object(runtime, "load_program", lambda text, name: load(change(text), name))
+    load = programs.load_program
+    return mock.patch.object(programs, "load_program", lambda text, name: load(change(text), name))
 
 
 def plan(ptx: str) -> list[Fault]:

@@ -1,6 +1,6 @@
 """How accurate the FA3 forward in fp8 is, simulated with the accumulators of 14 bits that Hopper has:
 
-    python -m tests.testing.fp8_accuracy sums       # what sums of n wgmma lose, in the model of ptxsim.accumulate
+    python -m tests.testing.fp8_accuracy sums       # what sums of n wgmma lose, in ptxsim.machine.accumulate
     python -m tests.testing.fp8_accuracy scores     # what that does to Q·Kᵀ and the LSE
     python -m tests.testing.fp8_accuracy lengths    # O at 1k, 8k and 64k keys, with and without promotion
     python -m tests.testing.fp8_accuracy outliers   # FlashAttention-3's inputs with outliers, and what cute_fa.fp8 does
@@ -26,7 +26,7 @@ from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.tensors import problem_of
 from cute_fa.semantics.types import SmArch
 from fa3_sm90.forward.entry import Fa3Forward
-from ptxsim.accumulate import limited_sum
+from ptxsim.machine.accumulate import limited_sum
 from tests.testing.unpromoted import UnpromotedConfig
 
 if TYPE_CHECKING:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
+from unittest import mock
 
-import numpy as np
-
-from ptxsim.copies import CopyMixin
-from ptxsim.tma import TensorCopyMixin
-from ptxsim.warps import full_width
+from ptxsim import Observer, Simulation
+from ptxsim.arrays import full_width
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,42 +21,38 @@ class Load(NamedTuple):
     start: tuple[int, ...]
 
 
+class _Loads(Observer):
+    def __init__(self):
+        self.found = []
+
+    def copy_issued(self, copy):
+        if copy.box is not None and not copy.is_store:
+            tensor, start = copy.box
+            self.found.append(Load(copy.targets[0][0], tensor.extents, tuple(start)))
+
+
+class _Copies(Observer):
+    def __init__(self):
+        self.found = []
+
+    def cp_async(self, w, index, source, size, source_size, mask):
+        sizes = full_width(size if source_size is None else source_size, len(w))[mask]
+        self.found.extend((int(a), int(s)) for a, s in zip(source[mask], sizes, strict=True) if s)
+
+
 @contextmanager
-def recorded_loads() -> Iterator[list[Load]]:
+def _observed(observer) -> Iterator[list]:
+    """Every simulation inside has the observer, too; gives what it finds."""
+    others = Simulation.observers_of_wave
+    with mock.patch.object(Simulation, "observers_of_wave", lambda self: [*others(self), observer]):
+        yield observer.found
+
+
+def recorded_loads():
     """Every box that kernels load inside, in the order in which the loads are issued."""
-    loads = []
-    issue = TensorCopyMixin.tensor_load
-
-    def record(self, w, destination, address, coordinates, barrier, multicast, M, pair):
-        to, tensor_map, *start = (full_width(x, len(w)) for x in (destination, address, *coordinates))
-        for j, lane in self.active_threads(w, M):
-            cta, _ = self.cta_and_offset(w[j], to[j, lane])
-            extents = self.tensor_map(tensor_map[j, lane], len(coordinates)).extents
-            loads.append(Load(int(cta), extents, tuple(int(c[j, lane]) for c in start)))
-        issue(self, w, destination, address, coordinates, barrier, multicast, M, pair)
-
-    TensorCopyMixin.tensor_load = record
-    try:
-        yield loads
-    finally:
-        TensorCopyMixin.tensor_load = issue
+    return _observed(_Loads())
 
 
-@contextmanager
-def recorded_copies() -> Iterator[list[tuple[int, int]]]:
+def recorded_copies():
     """(global address, bytes) of every cp.async of a lane that reads anything inside."""
-    copies = []
-    issue = CopyMixin.cp_async
-
-    def record(self, w, destination, source, size, source_size, M):
-        lanes = np.ones((len(w), 32), bool) if M is None else M
-        addresses = full_width(source, len(w))[lanes]
-        sizes = full_width(size if source_size is None else source_size, len(w))[lanes]
-        copies.extend((int(a), int(s)) for a, s in zip(addresses, sizes, strict=True) if s)
-        issue(self, w, destination, source, size, source_size, M)
-
-    CopyMixin.cp_async = record
-    try:
-        yield copies
-    finally:
-        CopyMixin.cp_async = issue
+    return _observed(_Copies())

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from ptxsim.equivalence import CLASSES
-from ptxsim.mutants import KINDS
-from ptxsim.mutate import CAUGHT, EQUIVALENT, ESCAPED, Record, read
-from ptxsim.mutation_table import counts
+from ptxsim.analysis.equivalence import CLASSES
+from ptxsim.analysis.mutants import KINDS
+from ptxsim.analysis.mutate import CAUGHT, EQUIVALENT, ESCAPED, Record, read
+from ptxsim.report.mutation_table import counts
 from tests.testing.functions import ROOT, function_of, short
 
 KEPT = ROOT / "build" / "mutations"

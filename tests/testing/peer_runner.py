@@ -14,8 +14,8 @@ import sys
 import time
 
 import ptxsim
-from ptxsim import runtime
-from ptxsim.posing import posing
+from ptxsim.host import programs, simulation
+from ptxsim.host.posing import posing
 from tests.testing import quack_jobs
 from tests.testing.faults import plan
 from tests.testing.fence_faults import plan_fences
@@ -111,12 +111,12 @@ def bits(arch, modes, **problem):
 @contextlib.contextmanager
 def _repairing():
     """Kernels run as ``_repaired`` makes them."""
-    load_program = runtime.load_program
-    runtime.load_program = lambda text, name: load_program(_repaired(text), name)
+    load_program = programs.load_program
+    programs.load_program = lambda text, name: load_program(_repaired(text), name)
     try:
         yield
     finally:
-        runtime.load_program = load_program
+        programs.load_program = load_program
 
 
 def training(arch, modes, **problem):
@@ -186,14 +186,14 @@ def faults(arch, modes, kinds, per_kind, seed, **problem):
     what became of it in the modes, up to the first in which it was noticed: an error's name or the error of O."""
     case = Attention(arch, **problem)
     baseline = [_in_mode(mode, case.run)[0] for mode in modes]
-    load_program = runtime.load_program
-    ptx = runtime._kernels[max(runtime._kernels)][0]
+    load_program = programs.load_program
+    ptx = simulation._kernels[max(simulation._kernels)].ptx
     planned = [fault for fault in [*plan(ptx), *plan_fences(ptx)] if fault.kind in kinds]
     chosen = [fault for kind in kinds for fault in _sample([f for f in planned if f.kind == kind], per_kind, seed)]
     result = {}
     for fault in chosen:
         damaged = fault.plant(ptx)
-        runtime.load_program = lambda text, name, damaged=damaged: load_program(damaged if text == ptx else text, name)
+        programs.load_program = lambda text, name, damaged=damaged: load_program(damaged if text == ptx else text, name)
         result[str(fault)] = seen = []
         for mode in modes:
             try:
@@ -202,7 +202,7 @@ def faults(arch, modes, kinds, per_kind, seed, **problem):
                 seen.append(type(error).__name__)
             if isinstance(seen[-1], str) or not seen[-1] < 0.02:
                 break
-    runtime.load_program = load_program
+    programs.load_program = load_program
     return {"baseline": baseline, "faults": result}
 
 

@@ -3,7 +3,7 @@
     python -m tests.testing.peers_suite PATH --arch sm_90a --sample 50 --seed 1
 
 PATH is a test file in a checkout of the peer's, which stays as it is. Its imports find ``tests.testing.peers_shim``,
-tensors on "cuda" lie in host memory (``ptxsim.posing``), and of all its parametrised cases a few that simulate in
+tensors on "cuda" lie in host memory (``ptxsim.host.posing``), and of all its parametrised cases a few that simulate in
 seconds are drawn. Each comes out as one of
 
     agreed      the peer's own assertions hold
@@ -40,7 +40,7 @@ import torch
 
 import cute_fa
 from cute_fa.semantics.errors import CuteFaError, UnsupportedArgumentError, UnsupportedKeyError
-from ptxsim.posing import posing
+from ptxsim.host.posing import posing
 from tests.testing import peers_shim
 
 OUTCOMES = ("agreed", "refused", "differs", "error", "too costly", "skipped")

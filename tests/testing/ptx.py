@@ -11,11 +11,12 @@ import re
 
 import numpy as np
 
-from ptxsim.codegen import Program
-from ptxsim.machine import Machine
-from ptxsim.memory import Ranges
-from ptxsim.parser import parse_module
-from ptxsim.races import LaunchHistory
+from ptxsim.analysis.races import LaunchHistory
+from ptxsim.frontend.parser import parse_module
+from ptxsim.frontend.program import Program
+from ptxsim.machine.global_memory import Ranges
+from ptxsim.machine.launch import Launch
+from ptxsim.machine.machine import Machine
 
 HEADER = ".version 8.8\n.target {target}\n.address_size 64\n"
 
@@ -56,10 +57,10 @@ def kernel_text(body, inputs, outputs, *, declarations="", target="sm_90a", para
 
 
 def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=b"", seed=None, late=False, legal=(),
-           race=False, waves=1, registers=None, fp8_bits=None):  # fmt: skip
+           race=False, waves=1, registers=None, fp8_bits=None, observers=()):  # fmt: skip
     """Run the kernel of a PTX text; ``arrays`` are its pointer parameters and the only legal global memory. ``waves``:
     run the CTAs in so many equal parts, one after the other; ``registers``: those of a thread at launch; ``fp8_bits``:
-    see ``ptxsim.simulate``."""
+    see ``ptxsim.simulate``; ``observers`` hear what happens. Returns the machine of the last part."""
     program = Program(parse_module(text).kernels["kernel"])
     ranges = Ranges()
     for array in (*arrays, *legal):
@@ -71,12 +72,13 @@ def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=
         start = program.k.param_list[len(arrays)][0]
         params[start : start + len(extra_params)] = np.frombuffer(extra_params, np.uint8)
     shape = ((grid, 1, 1), (threads, 1, 1), (cluster, 1, 1))
+    whole = Launch(program, *shape, smem, params, ranges, registers=registers, seed=seed, late=late, fp8_bits=fp8_bits)
     races = LaunchHistory(program) if race else None
     for ctas in np.split(np.arange(grid), waves):
-        machine = Machine(program, *shape, smem, params, ctas.tolist(), ranges, seed, late, races, registers,
-                          fp8_bits)  # fmt: skip
+        machine = Machine(whole, ctas.tolist())
         ranges.prepare([(params.ctypes.data, params.ctypes.data + params.nbytes)]
-                       + [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in machine.local_arrays])  # fmt: skip
+                       + [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in machine.symbols.local_arrays])  # fmt: skip
+        machine.attach(*observers, *([] if races is None else [races.detector(machine)]))
         machine.run()
     return machine
 

@@ -11,7 +11,7 @@ import torch
 
 import cute_fa
 import ptxsim
-from ptxsim.posing import posing
+from ptxsim.host.posing import posing
 
 RUNS = 7
 

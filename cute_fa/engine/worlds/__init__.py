@@ -61,11 +61,11 @@ def simulate(
     ``num_sms``: how many SMs kernels find, by default as many as a published GPU has (132 for sm_90a); a persistent
     kernel launches no more CTAs than that. ``schedule_seed`` runs warps in an adversarial order drawn from it; ``late``
     completes asynchronous work as late as the PTX ISA allows; ``race`` reports missing synchronisation under any
-    schedule (``ptxsim.races``). ``fp8_bits`` (8 to 24) is how many significant bits wgmma keeps of sums of fp8
-    products, None for float32 (``ptxsim.accumulate``). ``trace`` names a file to which leaving writes what the warps
-    did (``ptxsim.trace``); ``line_info`` compiles with line information, so that reports name Python lines. Gives the
-    simulation, whose ``launches`` tell what ran. Leaving it restores everything. Raises ArgumentError for an unknown
-    architecture, fewer than 1 SM, or other ``fp8_bits``.
+    schedule (``ptxsim.analysis.races``). ``fp8_bits`` (8 to 24) is how many significant bits wgmma keeps of sums of fp8
+    products, None for float32 (``ptxsim.machine.accumulate``). ``trace`` names a file to which leaving writes what the
+    warps did (``ptxsim.report.trace``); ``line_info`` compiles with line information, so that reports name Python
+    lines. Gives the simulation, whose ``launches`` tell what ran. Leaving it restores everything. Raises ArgumentError
+    for an unknown architecture, fewer than 1 SM, or other ``fp8_bits``.
     """
     from cute_fa.engine.worlds import simulated
 
