@@ -127,8 +127,5 @@ class Recorder(Observer):
         self.facts.fresh[line] = self.facts.fresh.get(line, True) and bool((phases < 0).all())
         self.waited |= set(zip(words.tolist(), self.life[words].tolist(), phases.tolist(), strict=True))
 
-    def bar_arrived(self, warp, cta, barrier, waits):
-        self.facts.barriers[self.wave.line].add(barrier)
-
-    def bar_together(self, w, cta, barrier, waits):
-        self.facts.barriers[self.wave.line].add(barrier)
+    def bar_reached(self, w, cta, barrier, waits):
+        self.facts.barriers[self.wave.line] |= set(barrier.tolist())

@@ -78,6 +78,9 @@ class Detector(Observer):
         for domain in np.unique(self.memory.home).tolist():
             launch.names[domain] = names
 
+    def end(self, machine, error):
+        self.barriers = self.tensor = self.clocks.lanes = None  # cycles would keep the wave's memory
+
     # ---- reports ----------------------------------------------------------------------------------
     def _describe(self, start, end, shared):
         if shared:
@@ -466,7 +469,7 @@ class Detector(Observer):
         if len(waiting):
             self.clocks.acquire(np.array(waiting), limits)
 
-    def bar_together(self, w, cta, barrier, waits):
+    def bar_together(self, w, cta, waits):
         """All warps of whole CTAs arrive at a named barrier in one step."""
         rows = self.clocks.publish(w)
         if not waits:

@@ -42,7 +42,13 @@ class Program:
         self.undefined = {self.reg(name) for name in undefined_registers(self.blocks, kernel)}
         self.offset_products = offset_products(self.body)
         self.tensor_uses = tensor_uses(self.blocks, kernel)
-        self.takes_over = any(i.root == "clusterlaunchcontrol" for i in self.body)
+        roots = {i.root for i in self.body}
+        self.takes_over = "clusterlaunchcontrol" in roots
+        self.has_bar_reductions = any(i.form.handler == "named_barriers.reduce" for i in self.body)
+        self.has_tensor_memory = "tcgen05" in roots
+        groups = {x for i in self.body if i.root == "tcgen05" for x in i.parts if x.startswith("cta_group::")}
+        if len(groups) > 1:
+            raise PtxError("tcgen05 instructions of one kernel with cta_group::1 and with cta_group::2")
         self.source = "\n".join(BlockGen(self, b).generate() for b in self.blocks)
         exec(compile(self.source, f"<ptx {kernel.name[:40]}>", "exec"), self.globals)
         for b in self.blocks:

@@ -1,1 +1,1 @@
-"""A wave of CTAs: memory, synchronisation, copies, tensor cores, scheduler; parts that ``machine.Machine`` puts together."""
+"""A wave of CTAs: memory, barriers, copies, tensor cores, scheduler; parts that ``machine.Machine`` puts together."""

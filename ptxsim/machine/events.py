@@ -90,11 +90,14 @@ class Observer:
     def mbarrier_passed(self, w: Any, index: Any, mask: Any) -> None:
         """The active lanes have seen their phase complete."""
 
-    def bar_arrived(self, warp: int, cta: int, barrier: int, waits: bool) -> None:
-        """A warp arrives at a named barrier; ``waits``: with bar.sync or bar.red."""
+    def bar_reached(self, w: Any, cta: Any, barrier: Any, waits: bool) -> None:
+        """Warps come to bar.sync, bar.red (``waits``) or bar.arrive, each at a barrier of its CTA."""
 
-    def bar_together(self, w: Any, cta: Any, barrier: int, waits: bool) -> None:
-        """All warps of whole CTAs arrive at a named barrier in one step, and complete it."""
+    def bar_arrived(self, warp: int, cta: int, barrier: int, waits: bool) -> None:
+        """One of them arrives, and may complete the barrier."""
+
+    def bar_together(self, w: Any, cta: Any, waits: bool) -> None:
+        """All warps of whole CTAs arrive in one step, and complete the barrier."""
 
     def bar_completed(self, cta: int, barrier: int) -> None:
         """Everybody has arrived at a named barrier."""
@@ -180,6 +183,10 @@ class Events:
     """What the parts of a machine call: for each event the method of the observer that hears it, None if none does."""
 
     def __init__(self):
+        self.detach()
+
+    def detach(self) -> None:
+        """Nobody hears any more."""
         self.observers: list[Observer] = []
         for name in _EVENTS:
             setattr(self, name, None)

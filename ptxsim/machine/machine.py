@@ -90,8 +90,8 @@ class Machine:
 
         self.register_pool = RegisterPool(wave)
         self.offsets = Offsets(wave)
-        self.scheduler = Scheduler(wave, self.registers, self.deferred, self)
-        self.scheduler.after_exit += [self.named_barriers.after_exit, self.cluster_barriers.after_exit]
+        exits = [self.named_barriers.after_exit, self.cluster_barriers.after_exit]
+        self.scheduler = Scheduler(wave, self.registers, self.deferred, exits)
         self.warps = WarpExchange(wave, self.scheduler.lines_elsewhere)
 
     def attach(self, *observers: Observer) -> None:
@@ -113,7 +113,7 @@ class Machine:
     def _run(self):
         wave = self.wave
         try:
-            self.scheduler.run()
+            self.scheduler.run(self)
             self.bulk_groups.drain()
             self.register_pool.check_warpgroups()
             self.tensor_memory.check_freed()
@@ -126,3 +126,4 @@ class Machine:
     def _end(self, error):
         for observer in self.events.observers:
             observer.end(self, error)
+        self.events.detach()

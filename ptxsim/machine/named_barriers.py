@@ -21,7 +21,6 @@ class NamedBarriers:
         self.arrived, self.needed = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         self.generation = np.zeros(shape, np.int64)
         self.votes = np.zeros(shape, np.int64)  # true predicates of bar.red
-        self.has_reductions = any(i.form.handler == "named_barriers.reduce" for i in wave.program.body)
         self.results = {}  # (cta, barrier, generation) -> (true predicates, threads)
 
     def _arrive(self, cta, barrier, needed, votes):
@@ -44,7 +43,7 @@ class NamedBarriers:
         needed = self.needed[cta, barrier]
         arrived, votes = self.arrived[cta, barrier], self.votes[cta, barrier]
         if arrived == (self.wave.live_threads[cta] if needed == _EVERYBODY else needed):
-            if self.has_reductions:
+            if self.wave.program.has_bar_reductions:
                 self.results[cta, barrier, int(self.generation[cta, barrier])] = int(votes), int(arrived)
             if self.events.bar_completed:
                 self.events.bar_completed(cta, barrier)
@@ -73,11 +72,13 @@ class NamedBarriers:
         if needed is None and not waits:
             raise SyncError("bar.arrive without a thread count")
         cta = self.wave.cta_of[w]
+        if self.events.bar_reached:
+            self.events.bar_reached(w, cta, barrier, waits)
         if votes is None:
             generation = self.generation[cta, barrier & (NAMED_BARRIERS - 1)]
             if self._arrive_together(cta, barrier, needed):
                 if self.events.bar_together:
-                    self.events.bar_together(w, cta, int(barrier[0]), waits)
+                    self.events.bar_together(w, cta, waits)
                 return dict(cta=cta, barrier=barrier, generation=generation)
         generation = np.empty(len(w), np.int64)
         for j in range(len(w)):

@@ -133,20 +133,31 @@ class Operands:
 
     def tile(self, cta, layout, mn_major, rows, depth, element):
         """An operand [rows, depth] of a CTA's shared memory as float32; ``layout`` as the descriptors give it."""
+        return self.tiles([cta], layout, mn_major, rows, depth, element)[0]
+
+    def tiles(self, ctas, layout, mn_major, rows, depth, element):
+        """The operands [CTAs, rows, depth] at the same place of several CTAs: at once, which takes a third of the time
+        of 32 CTAs one by one."""
         size = ELEMENT_BYTES[element]
-        tile = DECODE[element](self.bytes(cta, layout, mn_major, rows, depth, size).view(_RAW[size]))
-        return tile.T if mn_major else tile
+        tiles = DECODE[element](self._bytes(ctas, layout, mn_major, rows, depth, size).view(_RAW[size]))
+        return tiles.swapaxes(1, 2) if mn_major else tiles
 
     def bytes(self, cta, layout, mn_major, rows, depth, size):
         """The bytes of an operand with elements of ``size`` bytes [lines, bytes of a line]; a line runs along K, or
         along M or N."""
-        chunks = self._chunks_of(layout, mn_major, rows, depth, size)
-        if int(chunks.min()) * 16 < SHARED_BASE or int(chunks.max()) * 16 + 16 > self.shared.limit:
-            raise MemoryFault(f"matrix operand outside shared memory: start 0x{layout.start:x}, offsets "
-                              f"0x{layout.leading:x} and "
-                              f"0x{layout.stride:x}, legal 0x{SHARED_BASE:x} to 0x{self.shared.limit:x}")  # fmt: skip
-        chunks = chunks + cta * (self.shared.stride >> 4)
+        return self._bytes([cta], layout, mn_major, rows, depth, size)[0]
+
+    def _bytes(self, ctas, layout, mn_major, rows, depth, size):
+        numbers = self._chunks_of(layout, mn_major, rows, depth, size)
+        if int(numbers.min()) * 16 < SHARED_BASE or int(numbers.max()) * 16 + 16 > self.shared.limit:
+            raise MemoryFault(
+                f"matrix operand outside shared memory: start 0x{layout.start:x}, offsets 0x{layout.leading:x} and "
+                f"0x{layout.stride:x}, legal 0x{SHARED_BASE:x} to 0x{self.shared.limit:x}"
+            )
+        chunks = numbers + (np.asarray(ctas) * (self.shared.stride >> 4))[:, None, None]
         if not self.shared.rows_are_written(chunks):
-            found = (chunks[..., None] * 16 + np.arange(16)).ravel()
-            self.shared.unwritten_operand(found[self.shared.states[found] != WRITTEN])
-        return self.shared.rows[chunks].reshape(len(chunks), -1).view(np.uint8)
+            for found in (chunks[..., None] * 16 + np.arange(16)).reshape(len(chunks), -1):
+                unwritten = found[self.shared.states[found] != WRITTEN]
+                if unwritten.size:
+                    self.shared.unwritten_operand(unwritten)
+        return self.shared.rows[chunks].reshape(*chunks.shape[:2], -1).view(np.uint8)

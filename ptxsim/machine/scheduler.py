@@ -32,25 +32,30 @@ class Group:
 class Scheduler:
     """Runs the warps of a wave. ``groups`` can run or are held, ``waits`` are suspended.
 
-    ``machine`` is what generated code works on, and where the handlers of instructions that may suspend a warp are;
     ``after_exit`` are functions to tell of warps that have ended.
     """
 
-    def __init__(self, wave, registers, deferred, machine):
+    def __init__(self, wave, registers, deferred, after_exit):
         self.wave, self.events, self.registers, self.deferred = wave, wave.events, registers, deferred
-        self.machine, self.handlers, self.after_exit = machine, {}, []
+        self.after_exit = after_exit
         self.instr_count = 0  # warp instructions
         self.groups, self.waits = [], []
         self.seen_progress = 0
         self.wait_key, self.failed_waits = None, 0
 
-    def run(self):
-        """Run all warps to the end."""
-        self._start_groups()
-        while self.groups or self.waits:
-            self._step()
-        while self.deferred.run_one():
-            pass
+    def run(self, machine):
+        """Run all warps to the end. ``machine`` is what generated code works on, and where the handlers of instructions
+        that may suspend a warp are."""
+        # held while it runs only: a cycle would keep the wave's memory until the next garbage collection
+        self.machine, self.handlers = machine, {}
+        try:
+            self._start_groups()
+            while self.groups or self.waits:
+                self._step()
+            while self.deferred.run_one():
+                pass
+        finally:
+            self.machine, self.handlers = None, {}
 
     def _start_groups(self):
         warps = np.arange(self.wave.nwarps)

@@ -40,11 +40,7 @@ class TensorMemory:
         self.mbarriers, self.deferred = mbarriers, deferred
         self.queues = {}  # warp -> deferred operations, in order
         self.allocations = {}
-        body = wave.program.k.body
-        groups = {p for i in body if i.root == "tcgen05" for p in i.parts if p.startswith("cta_group::")}
-        if len(groups) > 1:
-            raise PtxError("tcgen05 instructions of one kernel with cta_group::1 and with cta_group::2")
-        if any(i.root == "tcgen05" for i in body):
+        if wave.program.has_tensor_memory:
             self.relinquished = np.zeros(wave.nctas, bool)
             self.words = np.full((wave.nctas, 128, COLUMNS), 0xFFFFFFFF, _u4)
             self.used = np.zeros((wave.nctas, COLUMNS), bool)

@@ -235,7 +235,7 @@ class Wgmma:
         else:
             a_tiles, a_tile_of = self._tiles(w, a, spec.transpose_a, 64, spec.a_depth, spec.a_type)
             quarter = self.wave.warp_in_cta[w] & 3
-            left = np.stack(a_tiles).reshape(len(a_tiles), 4, 16, -1)[a_tile_of, quarter]
+            left = a_tiles.reshape(len(a_tiles), 4, 16, -1)[a_tile_of, quarter]
         if metadata is not None:
             codes = sparse_metadata(spec.a_type, full_width(metadata, n), spec.selector, spec.k)
             left = expand(left, codes, spec.a_type)
@@ -250,7 +250,7 @@ class Wgmma:
                 product[rows] = limited_sum(left[rows], tile, start[rows], self.fp8_bits)
             product = in_fragments(product)
         else:
-            product = products(left, np.stack(tiles), tile_of, fragments=True)
+            product = products(left, tiles, tile_of, fragments=True)
         if limited:  # the accumulators are in it
             use = np.zeros_like(use)
         if spec.result == "f16":
@@ -285,14 +285,12 @@ class Wgmma:
         return values.reshape(N // 8, 2, 2, n, 8, 4).transpose(3, 1, 4, 0, 5, 2).reshape(n, 16, N)
 
     def _tiles(self, w, descriptors, mn_major, rows, depth, element):
-        """Distinct operand tiles of the warps, and the number of each warp's tile."""
-        descriptors = full_width(descriptors, len(w))[:, 0]
-        numbers, tiles = {}, []
-        tile_of = np.empty(len(w), np.int64)
-        for j, (cta, descriptor) in enumerate(zip(self.wave.cta_of[w].tolist(), descriptors.tolist(), strict=False)):
-            number = numbers.get((cta, descriptor))
-            if number is None:
-                number = numbers[cta, descriptor] = len(tiles)
-                tiles.append(self._tile(cta, descriptor, mn_major, rows, depth, element))
-            tile_of[j] = number
-        return tiles, tile_of
+        """Distinct operand tiles of the warps [tiles, rows, depth], and the number of each warp's tile."""
+        ctas = self.wave.cta_of[w]
+        found, which = np.unique(full_width(descriptors, len(w))[:, 0], return_inverse=True)
+        places, tile_of = np.unique(which * self.wave.nctas + ctas, return_inverse=True)
+        tiles = []
+        for n, descriptor in enumerate(found):
+            mine = places[places // self.wave.nctas == n] % self.wave.nctas
+            tiles.append(self.operands.tiles(mine, wgmma_descriptor(descriptor), mn_major, rows, depth, element))
+        return np.ascontiguousarray(np.concatenate(tiles) if len(tiles) > 1 else tiles[0]), tile_of

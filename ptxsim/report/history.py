@@ -85,6 +85,8 @@ class History(Narrator):
     def end(self, machine, error):
         if isinstance(error, SimError):
             error.account = account(self, error)
+        super().end(machine, error)
+        self.latest = None  # its texts hold the history
 
     def note(self, w, text):
         self.latest.add(Event(self.wave.step, self.wave.line, w, text))

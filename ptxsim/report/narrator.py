@@ -21,6 +21,9 @@ class Narrator(Observer):
     def begin(self, machine):
         self.machine, self.wave, self.shared = machine, machine.wave, machine.shared
 
+    def end(self, machine, error):
+        self.machine = self.wave = self.shared = None  # what outlives the wave must not keep its memory
+
     def note(self, w, text):
         """The warps ``w`` do something."""
         raise NotImplementedError
@@ -72,13 +75,9 @@ class Narrator(Observer):
 
         self._note_threads(w, None if mask.all() else mask, text)
 
-    def bar_arrived(self, warp, cta, barrier, waits):
+    def bar_reached(self, w, cta, barrier, waits):
         if not waits:
-            self.note(np.array([warp]), lambda j: f"bar.arrive at barrier {barrier}")
-
-    def bar_together(self, w, cta, barrier, waits):
-        if not waits:
-            self.note(w, lambda j: f"bar.arrive at barrier {barrier}")
+            self.note(w, lambda j: f"bar.arrive at barrier {barrier[j]}")
 
     def cluster_arrived(self, w, cluster, relaxed):
         self.note(w, lambda j: "barrier.cluster.arrive")

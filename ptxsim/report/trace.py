@@ -112,6 +112,7 @@ class Tracer(Narrator):
                 if start is not None:
                     self._slice(kind, f"{name}, not waited for", warp, start, now)
         self.trace.end = -(-now // STEP) * STEP + STEP
+        super().end(machine, error)
 
     # ---- writing ----------------------------------------------------------------------------------
     def _now(self):
