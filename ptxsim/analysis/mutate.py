@@ -25,8 +25,6 @@ from typing import Any
 from ..errors import Deadlock, PtxError, SimError
 from ..frontend.locations import source_of
 from ..frontend.program import Program
-from ..host.launches import LoadedProgram
-from ..host.simulation import Simulation
 from ..machine.events import Observer
 from ..names import readable
 from .equivalence import FOR_SPEED, Facts, Recorder
@@ -110,10 +108,10 @@ class Study:
         self._again = {key for key, record in self._known.items() if again and record.outcome == ESCAPED}
         self._seen: set[int] = set()  # of programs
         self._limit = 0
-        self._child: tuple[LoadedProgram, LoadedProgram, Any] | None = None  # of a child: original, damaged, pipe
+        self._child: tuple[Any, Any, Any] | None = None  # of a child: original, damaged, pipe
 
     @contextmanager
-    def around(self, simulation: Simulation) -> Iterator[None]:
+    def around(self, simulation: Any) -> Iterator[None]:
         """Wraps the run of the script; a child ends here."""
         self._simulation = simulation
         simulation.before_launch = self._before_launch
@@ -124,7 +122,7 @@ class Study:
             raise
         self._end_child(None)
 
-    def _before_launch(self, loaded: LoadedProgram) -> LoadedProgram:
+    def _before_launch(self, loaded: Any) -> Any:
         if self._child is None and id(loaded) not in self._seen:
             self._seen.add(id(loaded))
             with suppress(_InChild):
@@ -135,7 +133,7 @@ class Study:
 
     # ---- one kernel ---------------------------------------------------------------------------------------------
 
-    def _examine(self, loaded: LoadedProgram) -> None:
+    def _examine(self, loaded: Any) -> None:
         facts = Facts()
         for (_, mode), (error, found) in self._run_all(loaded, [((), mode) for mode in self.modes]):
             if error:

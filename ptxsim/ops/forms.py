@@ -69,8 +69,9 @@ VOCABULARY = {
 
 @dataclass(frozen=True)
 class Form:
-    """One line of the table."""
+    """One line of the table; ``syntax`` is the template with the alternatives of its names in their places."""
 
+    syntax: str
     pattern: re.Pattern
     translate: Callable | None
     writes: bool  # the first operand is a destination
@@ -99,11 +100,25 @@ def _pattern(template: str, names: dict[str, str]) -> re.Pattern:
     return re.compile("".join(out))
 
 
+def _syntax(template: str, names: dict[str, str]) -> str:
+    def alternatives(match):
+        found = names.get(match[1]) or VOCABULARY[match[1]]
+        return f"{{{found}}}" if "|" in found else found
+
+    return re.sub(r"\{(\w+)\}", alternatives, template)
+
+
+def known(root: str = "") -> list[str]:
+    """The syntax of every form, or of those of one instruction (``mbarrier``), sorted."""
+    return sorted({entry.syntax for name, entries in TABLE.items() if root in ("", name) for entry in entries})
+
+
 def form(template, *, writes=True, effect=False, handler=None, reads_first=False, destinations=1, **names):
     """Register the decorated translator ``(gen, args, mods)`` for a form; may be applied several times."""
 
     def register(translate):
-        entry = Form(_pattern(template, names), translate, writes, effect, handler, reads_first, destinations)
+        text = _syntax(template, names), _pattern(template, names)
+        entry = Form(*text, translate, writes, effect, handler, reads_first, destinations)
         TABLE.setdefault(template.split(".")[0].split("[")[0], []).append(entry)
         return translate
 

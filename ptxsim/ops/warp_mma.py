@@ -190,4 +190,5 @@ def double(gen, found, d, a, b, c):
         gen.write(register, f"{result}[{j}]", "f8")
 
 
-TABLE["mma"] = [Form(re.compile(r"mma\..*"), translate, True, True, None, False)]
+_SYNTAX = "mma[.{sp|sp::ordered_metadata}].sync.aligned.{shape}.{kinds and types}, in any order"
+TABLE["mma"] = [Form(_SYNTAX, re.compile(r"mma\..*"), translate, True, True, None, False)]

@@ -24,6 +24,7 @@ import ptxsim
 from ptxsim.analysis.mutants import KINDS
 from ptxsim.machine.limits import SMEM_LIMIT
 from ptxsim.names import readable
+from ptxsim.ops.forms import known
 from ptxsim.report.mutation_table import rows
 
 CLEAN, FOUND, NOTHING = 0, 1, 2
@@ -161,6 +162,19 @@ def mutate(
     for record in escaped:
         console.print(f"escaped: {record}", markup=False, soft_wrap=True)
     sys.exit(FOUND if escaped else CLEAN)
+
+
+@main.command()
+@click.argument("root", default="")
+def forms(root: str) -> None:
+    """List the instructions that are simulated, or the forms of one: ROOT is its first word, as mbarrier.
+
+    {a|b} is one of the alternatives, [...] may be left out. What is in no form is refused (PtxError).
+    """
+    listed = known(root)
+    if not listed:
+        raise click.BadParameter(f"no instruction {root!r} is simulated", param_hint="ROOT")
+    click.echo("\n".join(listed))
 
 
 def _console() -> Console:
