@@ -217,7 +217,7 @@ class BlockGen:
             try:
                 if b.handler:  # run by the machine; its registers need numbers
                     defs, uses = ops.defs_uses(i, self.kernel)
-                    for r in defs | uses:
+                    for r in sorted(defs | uses):
                         self.prog.reg(r)
                 elif is_control(i):
                     if i.pred:

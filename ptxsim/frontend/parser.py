@@ -18,6 +18,8 @@ from ..ops.instruction import TYPE_BYTES, Instr, Mem
 _HEADER_DIRECTIVES = {"reqntid", "maxntid", "minnctapersm", "maxnreg", "reqnctapercluster", "explicitcluster",
                       "maxclusterrank", "maxnctapersm", "pragma"}  # fmt: skip
 _BODY_DIRECTIVES = {"loc", "pragma", "file"}
+_BRACKET, _BRACE = re.compile(r"[\[{(<]"), re.compile(r"[{}]")
+_RANGED = re.compile(r"(%[A-Za-z_]+)\d+$")
 _MODULE_DIRECTIVES = {"version", "target", "address_size", "file", "section", "pragma"}
 
 
@@ -39,14 +41,17 @@ class Kernel:
     shared: dict = field(default_factory=dict)  # name -> (alignment, size; None if dynamic)
     local: dict = field(default_factory=dict)
     module: object = None
+    _found: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # what regtype has answered
 
     def regtype(self, name: str) -> str | None:
         """Type of a register; None if it is not one."""
-        found = self.regtypes.get(name)
-        if found is None:
-            match = re.match(r"(%[A-Za-z_]+)\d+$", name)
-            found = self.regprefix.get(match.group(1)) if match else None
-        return found
+        if name not in self._found:
+            found = self.regtypes.get(name)
+            if found is None:
+                match = _RANGED.match(name)
+                found = self.regprefix.get(match.group(1)) if match else None
+            self._found[name] = found
+        return self._found[name]
 
 
 @dataclass
@@ -61,6 +66,9 @@ class Module:
 
 def split_top(text: str, separator: str = ",") -> list[str]:
     """Split at separators that are outside of brackets."""
+    if not _BRACKET.search(text):
+        parts = [part.strip() for part in text.split(separator)]
+        return parts if parts[-1] else parts[:-1]
     out, depth, current = [], 0, ""
     for ch in text:
         if ch in "[{(<":
@@ -127,18 +135,19 @@ def _without_comments(text: str) -> str:
 
 def _closing_brace(text: str, start: int) -> int:
     """Index after the brace that closes the one at ``start``."""
-    depth, i = 1, start + 1
-    while depth:
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        i += 1
-    return i
+    depth = 0
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace.group() == "{" else -1
+        if not depth:
+            return brace.end()
+    raise PtxError("a { is not closed")
 
 
 def parse_module(text: str) -> Module:
     """Parse a PTX file. Bodies of ``.func`` are skipped: a call to one is refused where it occurs."""
     module = Module(text=text)
     source = _without_comments(text)
-    line_starts = [0] + [i + 1 for i, ch in enumerate(source) if ch == "\n"]
+    line_starts = [0, *(newline.end() for newline in re.finditer("\n", source))]
 
     def line_of(position: int) -> int:
         return bisect.bisect_right(line_starts, position)

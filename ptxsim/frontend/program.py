@@ -39,7 +39,7 @@ class Program:
         self._lower_guards()
         self._split()
         self._find_cross_registers()
-        self.undefined = {self.reg(name) for name in undefined_registers(self.blocks, kernel)}
+        self.undefined = {self.reg(name) for name in sorted(undefined_registers(self.blocks, kernel))}
         self.offset_products = offset_products(self.body)
         self.tensor_uses = tensor_uses(self.blocks, kernel)
         roots = {i.root for i in self.body}

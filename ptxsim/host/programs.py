@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import time
@@ -36,12 +37,15 @@ class LoadedProgram:
 _programs: dict[tuple[bytes, str], LoadedProgram] = {}  # by the hash of the PTX and the kernel's name
 
 
+_parsed = functools.lru_cache(maxsize=4)(parse_module)  # a module may hold several kernels
+
+
 def load_program(ptx: str, name: str) -> LoadedProgram:
     """The kernel ``name`` of the PTX module, parsed and translated once per process."""
     key = hashlib.sha256(ptx.encode()).digest(), name
     if key not in _programs:
         started = time.perf_counter()
-        module = parse_module(ptx)
+        module = _parsed(ptx)
         if name not in module.kernels:
             raise SimError(f"the PTX has no kernel {name}; it has {', '.join(module.kernels)}")
         program = Program(module.kernels[name])

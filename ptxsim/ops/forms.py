@@ -172,7 +172,14 @@ def register_names(operand, kernel, out: set) -> None:
 
 
 def defs_uses(instruction, kernel) -> tuple[set, set]:
-    """Registers that an instruction writes and reads (its guard not included)."""
+    """Registers that an instruction writes and reads (its guard not included). Several analyses ask; do not change the
+    sets."""
+    if instruction.accesses is None:
+        instruction.accesses = _defs_uses(instruction, kernel)
+    return instruction.accesses
+
+
+def _defs_uses(instruction, kernel):
     defs, uses = set(), set()
     args = instruction.args
     if instruction.root in ("bra", "ret", "exit", "trap") or not args:

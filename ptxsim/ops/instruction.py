@@ -55,7 +55,7 @@ def operand_text(operand) -> str:
 
 @dataclass
 class Instr:
-    """One instruction; ``form`` and ``mods`` are filled in by ``frontend.program.Program``."""
+    """One instruction; ``form``, ``mods`` and ``accesses`` are filled in by ``frontend.program.Program``."""
 
     op: str  # full opcode, e.g. "add.s32"
     args: list
@@ -65,6 +65,7 @@ class Instr:
     parts: tuple = ()
     form: object = None
     mods: object = None
+    accesses: tuple | None = None  # the registers that it writes and reads, see ``forms.defs_uses``
 
     def __post_init__(self):
         self.parts = tuple(re.split(r"\.(?!:)", self.op))
