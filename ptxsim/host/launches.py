@@ -16,7 +16,7 @@ from ..analysis.dependents import Prerequisite, history_of
 from ..errors import SimError
 from ..machine.events import Observer
 from ..machine.global_memory import Ranges
-from ..machine.launch import Launch as MachineLaunch
+from ..machine.launch import LaunchConfig
 from ..machine.limits import check_launch
 from ..machine.machine import Machine
 from .host_memory import aligned_bytes, extent, integers
@@ -121,7 +121,7 @@ class Launcher:
                      loaded.static_smem, registers)  # fmt: skip
         cluster = kernel.cluster if kernel.cluster and request.cluster == (1, 1, 1) else request.cluster
         variables = loaded.global_arrays
-        launch = MachineLaunch(
+        launch = LaunchConfig(
             loaded.program, request.grid, request.block, cluster, request.smem, _parameters(kernel, request.arguments),
             under.ranges, {name: array.ctypes.data for name, array in variables.items()}, registers,
             request.kernel.resizes or registers is None, under.seed, under.late, under.fp8_bits,
@@ -149,9 +149,9 @@ class Launcher:
         ran = Machine(launch, [first + rank for first in starts for rank in range(per_cluster)], pending)
         legal = [launch.params, *variables.values(), *ran.symbols.local_arrays]
         launch.ranges.prepare([extent(array) for array in legal])
-        ran.attach(*under.observers())
-        if races is not None:
-            ran.attach(races.detector(ran))
+        # the detector hears last, so that others know of an access that it refuses; it may refuse the whole kernel
+        detectors = [] if races is None else [races.detector(ran)]
+        ran.attach(*under.observers(), *detectors)
         ran.run()
         return ran
 

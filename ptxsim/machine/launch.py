@@ -11,7 +11,7 @@ from .global_memory import Ranges
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchConfig:
     """A kernel with its geometry and arguments, and how it is to be simulated.
 
     ``grid``, ``block`` and ``cluster`` are dim3 tuples (CTAs, threads, CTAs), ``smem`` bytes of dynamic shared memory,

@@ -20,7 +20,7 @@ from .deferred import Deferred
 from .events import Observer
 from .generic_memory import GenericMemory
 from .global_memory import GlobalMemory
-from .launch import Launch
+from .launch import LaunchConfig
 from .launch_control import LaunchControl
 from .matrices import Matrices
 from .mbarriers import Mbarriers
@@ -51,7 +51,7 @@ class Machine:
     clusters that are not launched yet, which the wave may take over.
     """
 
-    def __init__(self, launch: Launch, ctas: list[int], pending_clusters: deque[int] | None = None):
+    def __init__(self, launch: LaunchConfig, ctas: list[int], pending_clusters: deque[int] | None = None):
         self.wave = wave = Wave(launch, ctas)
         self.events = wave.events
 

@@ -237,7 +237,7 @@ class Tcgen05Mma:
                 tensor(c, lanes, d & 0xFFFF, columns.stop - columns.start, True)
 
     def _a_place(self, form, description, descriptor):
-        """Arguments of ``operand_tile`` after the CTA for A of one CTA."""
+        """Arguments of ``Operands.tile`` after the CTA for A of one CTA."""
         element = _SHARED.get(description.a_type, description.a_type)
         depth = 48 if description.k == 96 else _ROW_BYTES // ELEMENT_BYTES[element]
         return (_operand_layout(descriptor, description.a_transposed, element, depth), description.a_transposed,

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import MemoryFault
 from .events import Events
-from .launch import Launch
+from .launch import LaunchConfig
 
 
 def cta_place(number, grid, cluster):
@@ -31,7 +31,7 @@ class Wave:
     ``ctas`` are the linear numbers of the CTAs (whole clusters, in order).
     """
 
-    def __init__(self, launch: Launch, ctas: list[int]):
+    def __init__(self, launch: LaunchConfig, ctas: list[int]):
         self.launch, self.program = launch, launch.program
         self.late = launch.late
         self.rng = random.Random(launch.seed) if launch.seed is not None else None

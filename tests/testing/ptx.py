@@ -15,7 +15,7 @@ from ptxsim.analysis.races import LaunchHistory
 from ptxsim.frontend.parser import parse_module
 from ptxsim.frontend.program import Program
 from ptxsim.machine.global_memory import Ranges
-from ptxsim.machine.launch import Launch
+from ptxsim.machine.launch import LaunchConfig
 from ptxsim.machine.machine import Machine
 
 HEADER = ".version 8.8\n.target {target}\n.address_size 64\n"
@@ -72,10 +72,12 @@ def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=
         start = program.k.param_list[len(arrays)][0]
         params[start : start + len(extra_params)] = np.frombuffer(extra_params, np.uint8)
     shape = ((grid, 1, 1), (threads, 1, 1), (cluster, 1, 1))
-    whole = Launch(program, *shape, smem, params, ranges, registers=registers, seed=seed, late=late, fp8_bits=fp8_bits)
+    config = LaunchConfig(
+        program, *shape, smem, params, ranges, registers=registers, seed=seed, late=late, fp8_bits=fp8_bits
+    )
     races = LaunchHistory(program) if race else None
     for ctas in np.split(np.arange(grid), waves):
-        machine = Machine(whole, ctas.tolist())
+        machine = Machine(config, ctas.tolist())
         ranges.prepare([(params.ctypes.data, params.ctypes.data + params.nbytes)]
                        + [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in machine.symbols.local_arrays])  # fmt: skip
         machine.attach(*observers, *([] if races is None else [races.detector(machine)]))
