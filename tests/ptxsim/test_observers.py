@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,12 @@ def example(tmp_path_factory):
     (folder / "counts.py").write_text(block("class BytesOfWarpgroups(ptxsim.Observer)"), "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        return runpy.run_path(str(folder / "counts.py"), run_name="__main__")
+        found = runpy.run_path(str(folder / "counts.py"), run_name="__main__")
+    del sys.modules["reverse"]
+    return found
 
 
-def test_the_page(example, capsys):
+def test_the_page(example):
     """512 elements of 4 bytes by cp.async, in CTAs of one warpgroup."""
     text = block("class BytesOfWarpgroups(ptxsim.Observer)")
     assert text.startswith("import ptxsim\n") and len(text.splitlines()) <= 45
