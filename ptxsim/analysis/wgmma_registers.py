@@ -156,7 +156,7 @@ class _Analysis:
             state.flying[r] = 0, i.line, True
 
     def _other(self, i, defs, uses, state, report):
-        for r in defs | uses:
+        for r in sorted(defs | uses):
             state.touched[r] = i.line
             entry = state.flying.get(r)
             if entry is None:

@@ -13,6 +13,7 @@ _u4 = np.uint32
 
 class Registers:
     """``files[number]`` is a register of all warps, an array [warps, 32]; ``program.reg(name)`` gives the number.
+    ``words`` [registers, warps, 32] are those of 32 bits that outlive a basic block, all in one array.
 
     Registers that may be read before they are written start as NaN patterns (``frontend.undefined``).
     """
@@ -23,6 +24,10 @@ class Registers:
         self._fill_special_registers(launch.grid, launch.block, launch.cluster, launch.smem,
                                      symbols.static + launch.smem)  # fmt: skip
         self.files = [np.zeros((wave.nwarps, 32), NUMPY[kind]) for kind in program.regkind]
+        shared = [n for n in sorted(map(program.reg, program.cross)) if program.regkind[n] == "u4"]
+        self.words = np.zeros((len(shared), wave.nwarps, 32), _u4)
+        for row, number in enumerate(shared):
+            self.files[number] = self.words[row]
         for number in program.undefined:
             register = self.files[number]
             if register.dtype.kind == "u":
