@@ -368,10 +368,13 @@ class Tcgen05Mma:
         for lanes, rows, columns in accumulator_parts(form, description, d >> 16):
             part = product[rows, columns]
             self.tensor_memory.require_allocated(cta, column, column + part.shape[1])
-            at = np.ix_(lanes, np.arange(column, column + part.shape[1]))
-            old = self.tensor_memory.words[cta][at]
+            # consecutive lanes as a slice: a view takes a third of the time of a gather
+            whole = lanes[-1] - lanes[0] == len(lanes) - 1
+            at = slice(lanes[0], lanes[-1] + 1) if whole else lanes, slice(column, column + part.shape[1])
+            words = self.tensor_memory.words[cta]
+            old = words[at]
             new = self._sum(form, description, old, part, enable)
-            self.tensor_memory.words[cta][at] = np.where(disabled[lanes][:, None], old, new)
+            words[at] = np.where(disabled[lanes][:, None], old, new) if disabled.any() else new
 
     def _sum(self, form, description, old, part, enable):
         """The new words of D."""
