@@ -20,7 +20,7 @@ from ..machine.launch import LaunchConfig
 from ..machine.limits import check_launch
 from ..machine.machine import Machine
 from .host_memory import aligned_bytes, extent, integers
-from .programs import LoadedProgram, number, runs_on
+from .programs import LoadedProgram, number, runs_on, static_smem
 
 MAX_CTAS = 64  # CTAs that run together in one wave
 
@@ -118,7 +118,7 @@ class Launcher:
         if not runs_on(loaded.target, arch):
             raise SimError(f"compiled for {loaded.target}, which does not run on the simulated {arch}")
         check_launch(number(arch), kernel, request.grid, request.block, request.cluster, request.smem,
-                     loaded.static_smem, registers)  # fmt: skip
+                     static_smem(kernel), registers)  # fmt: skip
         cluster = kernel.cluster if kernel.cluster and request.cluster == (1, 1, 1) else request.cluster
         variables = loaded.global_arrays
         launch = LaunchConfig(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import SimError
-from ..frontend.parser import parse_module
+from ..frontend.parser import Kernel, parse_module
 from ..frontend.program import Program
 from .host_memory import aligned_bytes
 
@@ -25,19 +25,27 @@ class LoadedProgram:
     target: str
     translate_time: float
 
-    @property
-    def static_smem(self) -> int:
-        """Bytes of the shared variables that the PTX declares with a size."""
-        kernel, end = self.program.k, 0
-        for alignment, size in [*kernel.module.shared.values(), *kernel.shared.values()]:
-            end = -(-end // alignment) * alignment + (size or 0)
-        return end
-
 
 _programs: dict[tuple[bytes, str], LoadedProgram] = {}  # by the hash of the PTX and the kernel's name
 
 
-_parsed = functools.lru_cache(maxsize=4)(parse_module)  # a module may hold several kernels
+_parsed = functools.lru_cache(maxsize=8)(parse_module)  # a module may hold several kernels
+
+
+def parsed_kernel(ptx: str, name: str) -> Kernel:
+    """The kernel ``name`` of the PTX module, parsed."""
+    module = _parsed(ptx)
+    if name not in module.kernels:
+        raise SimError(f"the PTX has no kernel {name}; it has {', '.join(module.kernels)}")
+    return module.kernels[name]
+
+
+def static_smem(kernel: Kernel) -> int:
+    """Bytes of the shared variables that the PTX declares with a size."""
+    end = 0
+    for alignment, size in [*kernel.module.shared.values(), *kernel.shared.values()]:
+        end = -(-end // alignment) * alignment + (size or 0)
+    return end
 
 
 def load_program(ptx: str, name: str) -> LoadedProgram:
@@ -45,12 +53,10 @@ def load_program(ptx: str, name: str) -> LoadedProgram:
     key = hashlib.sha256(ptx.encode()).digest(), name
     if key not in _programs:
         started = time.perf_counter()
-        module = _parsed(ptx)
-        if name not in module.kernels:
-            raise SimError(f"the PTX has no kernel {name}; it has {', '.join(module.kernels)}")
-        program = Program(module.kernels[name])
+        kernel = parsed_kernel(ptx, name)
+        program = Program(kernel)
         arrays = {}
-        for variable, (_, size, data) in module.globals.items():
+        for variable, (_, size, data) in kernel.module.globals.items():
             arrays[variable] = aligned_bytes(max(size or 1, 1), 256)
             if data:
                 arrays[variable][:size] = np.frombuffer(data, np.uint8)

@@ -131,6 +131,7 @@ class Simulation:
         self._views: list[DeviceView] = []  # kept, so that what is registered stays mapped
         self._arguments: list[tuple[int, int]] | None = None  # legal memory of the sim.call that runs
         self._allocations: dict[int, int] = {}
+        self._idle = False
         self._error: BaseException | None = None
         self._calling = threading.Lock()
 
@@ -180,10 +181,12 @@ class Simulation:
     @contextmanager
     def idle(self) -> Iterator[None]:
         """Launches succeed and run nothing meanwhile: what is left of a call is the host's side, to be timed."""
+        self._idle = True
         self._library.set_idle(True)
         try:
             yield
         finally:
+            self._idle = False
             self._library.set_idle(False)
 
     def register_view(self, view: DeviceView) -> None:
@@ -235,7 +238,11 @@ class Simulation:
             raise _foreign(f"kernel {a[2]:#x}")
         kernel = _kernels[a[2]]
         with _naming(kernel.name):
-            static = programs.load_program(kernel.ptx, kernel.name).static_smem
+            if self._idle:  # nothing will run: what the host code asks for needs no translation
+                parsed = programs.parsed_kernel(kernel.ptx, kernel.name)
+            else:
+                parsed = programs.load_program(kernel.ptx, kernel.name).program.k
+        static = programs.static_smem(parsed)
         known = {1: static, 8: SMEM_LIMIT[number(self.arch)] - static}  # shared memory: static, largest dynamic
         if a[1] not in known:
             raise SimError(f"kernel attribute {a[1]} (CUfunction_attribute) is not simulated")

@@ -192,7 +192,13 @@ class Events:
             setattr(self, name, None)
 
     def attach(self, observer: Observer) -> None:
-        """Add an observer; those that are there already hear first."""
+        """Add an observer; those that are there already hear first. TypeError if it is none, or has an attribute in the
+        place of an event."""
+        if not isinstance(observer, Observer):
+            raise TypeError(f"{observer!r} is not a ptxsim.Observer")
+        hidden = [name for name in _EVENTS if name in getattr(observer, "__dict__", ())]
+        if hidden:
+            raise TypeError(f"{type(observer).__name__}.{hidden[0]} is an attribute, and the name of an event")
         self.observers.append(observer)
         for name in _EVENTS:
             if getattr(type(observer), name) is not getattr(Observer, name):

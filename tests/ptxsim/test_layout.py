@@ -1,10 +1,8 @@
-"""The folders of the simulator: what may import what, that every module imports alone, and what needs the DSL."""
+"""The folders of the simulator: what may import what, and what needs the DSL."""
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,27 +40,6 @@ def test_arrows_go_one_way(file):
     mine = FOLDERS.index(folder_of(file.removesuffix(".py").split("/")))
     for name in imported(file):
         assert FOLDERS.index(folder_of(name)) <= mine, f"{file} imports {'.'.join(name)}"
-
-
-ALONE = """
-import importlib, sys
-for name in sys.argv[1:]:
-    for loaded in [x for x in sys.modules if x.split(".")[0] == "ptxsim"]:
-        del sys.modules[loaded]
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        sys.exit(f"{name}: {error}")
-"""
-
-
-def test_every_module_imports_alone():
-    """As the first one of the package."""
-    modules = [file.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for file in FILES]
-    alone = [name for name in modules if not name.endswith("__main__")]
-    assert len(alone) > 80
-    done = subprocess.run([sys.executable, "-c", ALONE, *alone], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 WITHOUT = """

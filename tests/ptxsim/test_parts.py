@@ -140,6 +140,18 @@ def test_mbarriers():
         barriers.change(ONE, "arrive", at, 1, (np.arange(32) < 3)[None])
 
 
+def test_what_is_no_observer():
+    """It would hear nothing, or be called where it cannot."""
+    events = wave().events
+    with pytest.raises(TypeError, match=r"is not a ptxsim\.Observer"):
+        events.attach(object())
+    log = Log([])
+    log.copy_lands = 3
+    with pytest.raises(TypeError, match=r"Log\.copy_lands is an attribute, and the name of an event"):
+        events.attach(log)
+    assert events.observers == [] and events.copy_landed is None
+
+
 def test_named_barriers():
     """bar.sync 1, 64: the warps of a CTA wait for each other, not for those of the other one."""
     found = wave("bar.sync 1, 64;")
