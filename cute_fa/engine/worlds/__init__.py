@@ -64,8 +64,9 @@ def simulate(
     schedule (``ptxsim.analysis.races``). ``fp8_bits`` (8 to 24) is how many significant bits wgmma keeps of sums of fp8
     products, None for float32 (``ptxsim.machine.accumulate``). ``trace`` names a file to which leaving writes what the
     warps did (``ptxsim.report.trace``); ``line_info`` compiles with line information, so that reports name Python
-    lines. Gives the simulation, whose ``launches`` tell what ran. Leaving it restores everything. Raises ArgumentError
-    for an unknown architecture, fewer than 1 SM, or other ``fp8_bits``.
+    lines. Gives the simulation: its ``launches`` tell what ran, and who is appended to its ``observers``
+    (``ptxsim.Observer``) hears it. Leaving it restores everything. Raises ArgumentError for an unknown architecture,
+    fewer than 1 SM, or other ``fp8_bits``.
     """
     from cute_fa.engine.worlds import simulated
 
