@@ -16,8 +16,9 @@ class SimError(Exception):
 
     ``message`` says what is wrong; ``line`` (1-based) and ``text`` name the PTX instruction; ``where`` names the CTA
     and the warps; ``kernel`` is the full name of the kernel, of which the text shows the readable part. The last four
-    are None where they have no meaning. ``account`` (``account.Account``) tells which roles are where and what they did
-    last; it is None for what no running kernel raised.
+    are None where they have no meaning. ``account`` (``report.account.Account``; of a Deadlock that no
+    ``History`` has seen, lines of text) tells which roles are where and what they did last; it is None for what no
+    running kernel raised.
     """
 
     def __init__(self, message: str, *, line: int | None = None, text: str | None = None, where: str | None = None):

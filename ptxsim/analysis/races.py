@@ -1,10 +1,10 @@
 """The race detector: orders the memory accesses of a launch by its synchronisation, and checks proxies.
 
-It is an observer of the machine, and hears of every access and every synchronisation. Two accesses
-to the same bytes, one of them a write and not both atomic, must be ordered: RaceError. Shared memory written through
-the generic proxy must be made visible to the async proxy before wgmma, tcgen05 or a bulk store reads it: ProxyError.
-An mbarrier's initialisation must be visible to who uses it: BarrierInitError. What is ordered when:
-``ptxsim.analysis.clocks``; registers of wgmma: ``ptxsim.analysis.wgmma_registers``.
+It is an observer of the machine, and hears of every access and every synchronisation. Two accesses to the same bytes,
+one of them a write and not both atomic, must be ordered: RaceError. Shared memory written through the generic proxy
+must be made visible to the async proxy before wgmma, tcgen05 or a bulk store reads it: ProxyError. An mbarrier's
+initialisation must be visible to who uses it: BarrierInitError. What is ordered when: ``clocks``; registers of wgmma:
+``wgmma_registers``.
 
 Accesses of asynchronous operations count from the issue on; they are ordered after what the issuing warp knows then,
 and before what comes after their completion has been waited for.
@@ -323,7 +323,7 @@ class Detector(Observer):
     # ---- bulk copies ------------------------------------------------------------------------------
     def copy_issued(self, copy):
         """What it reads and writes, in shared and in global memory."""
-        if copy.repeated or not copy.size:
+        if copy.repeated or not copy.size or not (copy.is_store or copy.targets):
             return
         if copy.tensor_map is not None:
             self._tensor_map(copy.warp, copy.tensor_map)

@@ -45,9 +45,9 @@ class ReleaseAcquire:
         empty = np.zeros(self.clocks.known.shape[1:], self.clocks.known.dtype)
         return np.stack([self.clocks.widened(self.fenced.get(x, {}).get(scope, empty)) for x in w.tolist()])
 
-    def access(self, w, address, space, how, M):
-        """An access that is not weak; ``how`` is an ``AccessOrder``."""
-        acquires, releases, reads, writes, scope = how
+    def access(self, w, address, space, order, M):
+        """An access that is not weak; ``order`` is an ``AccessOrder``."""
+        acquires, releases, reads, writes, scope = order
         if not (acquires or releases or self.has_fences):
             return
         index = full_width(address, len(w))

@@ -14,9 +14,8 @@ GENERIC, LANE, READ, CP_ASYNC, WGMMA, BULK_READ, BULK_WRITE, TCGEN05, ISSUED, TE
 KIND_NAMES = ("", "", "", "cp.async of ", "wgmma of the warpgroup of ", "bulk store of ", "bulk store of ",
               "tcgen05 of ", "", "tcgen05.ld of ", "tcgen05.st of ")  # fmt: skip
 _PROXIES = r"mbarrier|cp\.(reduce\.)?async\.bulk|wgmma|fence\.proxy"
-_LANES_RELEASE = (
-    rf"{_PROXIES}|(st|atom|red)\..*(release|acq_rel)"  # by some lanes of a warp, see ``ptxsim.analysis.lanes``
-)
+# by some lanes of a warp, see ``lanes``
+_LANES_RELEASE = rf"{_PROXIES}|(st|atom|red)\..*(release|acq_rel)"
 _USED = {
     LANE: _LANES_RELEASE,
     READ: _LANES_RELEASE,

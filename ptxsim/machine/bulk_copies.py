@@ -117,7 +117,7 @@ class BulkCopies:
             cta, offset = self.shared.locate(warp, where)
             check_bulk_size(count, start, offset)
             self.global_memory.check(start, count)
-            copy = Copy(name, warp, lane, where, count, repeated=repeated(j, start, offset, count),
+            copy = Copy(name, warp, lane, where, count, is_store=True, repeated=repeated(j, start, offset, count),
                         reduces=reduction is not None, shared_source=self._chunks(cta, offset, count),
                         global_pieces=_pieces(start, count))  # fmt: skip
             region = cta, offset, count

@@ -38,7 +38,7 @@ class ClusterBarriers:
 
         def check(wait):
             passed = self.generation[wait.info["cluster"]] > self.ticket[wait.w]
-            if self.events.cluster_passed:
+            if self.events.cluster_passed and passed.any():
                 self.events.cluster_passed(wait.w[passed], wait.info["cluster"][passed])
             return passed
 

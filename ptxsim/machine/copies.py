@@ -18,8 +18,9 @@ from .tensor_maps import TensorMap
 class Copy:
     """A bulk copy, tensor copy or remote store that one thread issues.
 
-    A *load* writes shared memory and signals an mbarrier for each target; a *store* reads shared memory, writes global
-    memory, and belongs to a bulk group. What only some observers want to know is computed when they ask.
+    A *load* writes shared memory and signals an mbarrier for each target (a multicast may name none); a *store*
+    (``is_store``) reads shared memory, writes global memory, and belongs to a bulk group. What only some observers want
+    to know is computed when they ask.
     """
 
     name: str  # "TMA load", "bulk store", "st.async" …
@@ -28,6 +29,7 @@ class Copy:
     address: int  # in shared memory, as the instruction names it
     size: int  # bytes in shared memory, of each target
     targets: list[tuple[int, int, int]] = ()  # of a load: (CTA, offset, flat index of the mbarrier)
+    is_store: bool = False
     step: int = 16  # bytes of one access to a target
     repeated: bool = False  # another lane of the warp issued the same store in the same instruction
     reduces: bool = False  # a store that reads what it writes
@@ -36,10 +38,6 @@ class Copy:
     box: tuple[TensorMap, list[int]] | None = None  # of a tensor copy: the map, the first element, innermost first
     shared_source: Callable[[], Any] | None = None  # flat indices of the 16-byte chunks that are read
     global_pieces: Callable[[int], tuple[Any, int]] | None = None  # granule -> (indices, bytes of a piece)
-
-    @property
-    def is_store(self) -> bool:
-        return not self.targets
 
 
 class Repeated:

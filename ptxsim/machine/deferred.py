@@ -14,9 +14,13 @@ class Deferred:
     def add(self, warp, action):
         """Perform an operation of a warp now, or (late mode) some time."""
         if self.wave.late:
-            self.pending.append(self.located(action, self.wave.warp_text, warp))
+            self.later(self.located(action, self.wave.warp_text, warp))
         else:
             action()
+
+    def later(self, action):
+        """Perform an action when the scheduler says."""
+        self.pending.append(action)
 
     def located(self, action, name, *who):
         """The action with the present PTX line as its own; ``name(*who)`` names the warp in errors."""

@@ -6,8 +6,10 @@ event in the order in which they were attached.
 
 Everywhere ``w`` are warps of the wave (``Wave`` says which CTA a warp belongs to), ``M`` is a mask [n, 32] of active
 lanes or None for all. Addresses in shared memory are *flat indices* of bytes, CTA after CTA (``SharedMemory.stride``
-apart), those in global memory count from ``GLOBAL_BASE``. The present PTX line is ``wave.line``, the present step of
-the scheduler ``wave.step``. Arrays must not be changed.
+apart), those in global memory count from ``GLOBAL_BASE``. ``wave.step`` is the present step of the scheduler,
+``wave.line`` the PTX line of the latest instruction with side effects: that of the event, but for ``issue``, fences,
+``grid_wait`` and ``tensor_wait``, where it is the one before. An event comes after the checks of its instruction, and
+before what it tells of unless its name says otherwise. Arrays must not be changed.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Observer:
 
     def wait_begins(self, wait: Any) -> None:
         """Warps come to an instruction that may suspend them (``waiting.Wait``), before it is known whether it does.
-        The observer may put arrays of its own into ``wait.info``, one row a warp."""
+        The observer may put arrays of its own into ``wait.info``, one row a warp, under names that are its own."""
 
     def wait_ends(self, wait: Any, selected: Any, failed: bool) -> None:
         """The warps of the rows ``selected`` (bool array) go on; ``failed``: the wait gave up and says no."""
@@ -81,11 +83,12 @@ class Observer:
 
     def mbarrier_changed(self, w: Any, operation: str, index: Any, count: Any, mask: Any) -> None:
         """The active lanes are about to arrive, or to change the transaction count: ``operation`` is arrive,
-        arrive_drop, arrive_tx, arrive_drop_tx (``count`` arrivals, or bytes expected), expect_tx or complete_tx."""
+        arrive_drop, arrive_tx, arrive_drop_tx (``count`` arrivals, or bytes expected), expect_tx or complete_tx. Of
+        cp.async.mbarrier.arrive tells ``cp_async_arrives``."""
 
-    def mbarrier_updated(self, index: int, arrivals: int, completed: bool) -> None:
-        """The word of a barrier has changed, by ``arrivals`` or by bytes that came; ``completed``: its phase is
-        over."""
+    def mbarrier_updated(self, index: int, arrivals: int, completed: int) -> None:
+        """The word of a barrier has changed, by ``arrivals`` or by bytes that came or are expected; ``completed``: how
+        many phases that has completed, 0 or 1 but where lanes of a warp arrive for several."""
 
     def mbarrier_passed(self, w: Any, index: Any, mask: Any) -> None:
         """The active lanes have seen their phase complete."""
@@ -192,13 +195,15 @@ class Events:
             setattr(self, name, None)
 
     def attach(self, observer: Observer) -> None:
-        """Add an observer; those that are there already hear first. TypeError if it is none, or has an attribute in the
-        place of an event."""
+        """Add an observer; those that are there already hear first. TypeError if it is none, or has something else in
+        the place of an event; ValueError if it hears already."""
         if not isinstance(observer, Observer):
             raise TypeError(f"{observer!r} is not a ptxsim.Observer")
-        hidden = [name for name in _EVENTS if name in getattr(observer, "__dict__", ())]
-        if hidden:
-            raise TypeError(f"{type(observer).__name__}.{hidden[0]} is an attribute, and the name of an event")
+        if any(other is observer for other in self.observers):
+            raise ValueError(f"{observer!r} observes this wave already")
+        for name in _EVENTS:
+            if name in getattr(observer, "__dict__", ()) or not callable(getattr(type(observer), name)):
+                raise TypeError(f"{type(observer).__name__}.{name} is no method, and has the name of an event")
         self.observers.append(observer)
         for name in _EVENTS:
             if getattr(type(observer), name) is not getattr(Observer, name):

@@ -43,11 +43,6 @@ class Ranges:
         self.user[start] = start + size
         self.starts = None
 
-    def clear(self):
-        """Forget all registered ranges."""
-        self.user.clear()
-        self.starts = None
-
     def prepare(self, extra):
         """Build the sorted table of a launch; ``extra`` is a list of (start, end)."""
         found = []

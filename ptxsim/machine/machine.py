@@ -96,9 +96,13 @@ class Machine:
 
     def attach(self, *observers: Observer) -> None:
         """Let observers hear what happens; before ``run``."""
-        for observer in observers:
-            self.events.attach(observer)
-            observer.begin(self)
+        try:
+            for observer in observers:
+                observer.begin(self)
+                self.events.attach(observer)
+        except BaseException as error:
+            self._end(error)
+            raise
 
     def run(self) -> None:
         """Run all warps to the end. Raises a subclass of SimError that names PTX line, CTA and warps."""
@@ -120,10 +124,22 @@ class Machine:
         except SimError as error:
             raise error.located(wave.line, wave.ptx_line(wave.line), wave.running_text()) from None
         except (IndexError, ValueError, OverflowError) as error:
-            wrapped = SimError(f"the simulator failed on this instruction: {type(error).__name__}: {error}")
+            wrapped = SimError(
+                f"the simulator, or an observer, failed on this instruction: {type(error).__name__}: {error}"
+            )
             raise wrapped.located(wave.line, wave.ptx_line(wave.line), wave.running_text()) from error
 
     def _end(self, error):
+        """Tell all observers; what one of them raises then is kept back if the kernel has raised."""
+        raised = None
         for observer in self.events.observers:
-            observer.end(self, error)
+            try:
+                observer.end(self, error)
+            except Exception as problem:
+                raised = raised or problem
         self.events.detach()
+        # what is left after an error would keep the wave's memory until the next garbage collection
+        for left in (self.deferred.pending, self.bulk_groups.queues, self.tensor_memory.queues, self.scheduler.waits):
+            left.clear()
+        if raised is not None and error is None:
+            raise raised

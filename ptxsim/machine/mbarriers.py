@@ -78,14 +78,14 @@ class Mbarriers:
         count += tx
         if not -(1 << 20) < count < (1 << 20):
             raise SyncError(f"the tx-count {count} of the mbarrier at {self.shared.describe(index)} overflows")
-        arrivals, completed = arrive, False
+        arrivals, completed = arrive, 0
         while True:
             taken = min(arrive, pending)
             pending -= taken
             arrive -= taken
             if pending or count:
                 break
-            phase, pending, completed = phase ^ 1, expected, True
+            phase, pending, completed = phase ^ 1, expected, completed + 1
             if not arrive or not expected:
                 break
         if arrive:
@@ -93,7 +93,7 @@ class Mbarriers:
                             f"(phase {phase}, expected {expected}, tx-count {count})")  # fmt: skip
         self.words[index >> 3] = _pack(phase, expected, pending, count)
         self.wave.active()
-        self.wave.progress += completed
+        self.wave.progress += completed > 0
         if self.events.mbarrier_updated:
             self.events.mbarrier_updated(index, arrivals, completed)
         return old

@@ -124,9 +124,8 @@ class NamedBarriers:
     def describe_wait(self, wait):
         """Lines about the named barriers that blocked warps wait for."""
         lines = []
-        for cta, barrier in sorted(set(zip(wait.info["cta"].tolist(), wait.info["barrier"].tolist(), strict=False)))[
-            :4
-        ]:
+        places = sorted({*zip(wait.info["cta"].tolist(), wait.info["barrier"].tolist(), strict=True)})
+        for cta, barrier in places[:4]:
             needed = self.needed[cta, barrier]
             needed = self.wave.live_threads[cta] if needed == _EVERYBODY else needed
             lines.append(f"barrier {barrier} of cta{self.wave.cta_name(cta)}: {self.arrived[cta, barrier]} of {needed} "

@@ -62,16 +62,15 @@ class Scheduler:
         complete = self.wave.alive.all(1)
         self.classes = np.zeros(self.wave.nwarps, np.int64)
         self.priority = [0]
-        if self.wave.rng:
-            count = self.wave.rng.randrange(2, 5)
+        rng = self.wave.rng
+        if rng:
+            count = rng.randrange(2, 5)
             self.priority = list(range(count))
-            self.wave.rng.shuffle(self.priority)
-            if self.wave.rng.random() < 0.5:
-                self.classes = np.array([self.wave.rng.randrange(count) for _ in range(self.wave.wpc)])[
-                    self.wave.warp_in_cta
-                ]
+            rng.shuffle(self.priority)
+            if rng.random() < 0.5:  # alike in all CTAs
+                self.classes = np.array([rng.randrange(count) for _ in range(self.wave.wpc)])[self.wave.warp_in_cta]
             else:
-                self.classes = np.array([self.wave.rng.randrange(count) for _ in range(self.wave.nwarps)])
+                self.classes = np.array([rng.randrange(count) for _ in range(self.wave.nwarps)])
         for c in range(len(self.priority)):
             for select, partial in ((complete & (self.classes == c), False), (~complete & (self.classes == c), True)):
                 if select.any():
@@ -362,4 +361,7 @@ class Scheduler:
         error = Deadlock(f"{reason}: {waiting} of {int(wave.alive.any(1).sum())} live warps wait", line=block.line,
                          text=wave.ptx_line(block.line), where=wave.warps_text(w))  # fmt: skip
         error.account = "\n".join(report)  # an observer may know more
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # with its traceback it would hold this frame, and with that the machine

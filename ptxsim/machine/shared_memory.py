@@ -94,7 +94,7 @@ class SharedMemory:
         cta, offset = divmod(int(index), self.stride)
         return f"shared memory 0x{offset:x} of cta{self.wave.cta_name(cta)}"
 
-    # ---- shared memory: indices and the shadow ----------------------------------------------------
+    # ---- indices and states ------------------------------------------------------------------------
     def index(self, w, address, size, M=None):
         """Flat byte indices [n, 32] of shared addresses (own CTA or cluster window); checks bounds and alignment."""
         address = full_width(address, len(w)).astype(np.int64)

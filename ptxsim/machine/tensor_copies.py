@@ -91,7 +91,7 @@ class TensorCopies:
                 raise PtxError("a tensor store from elements with padding is not simulated")
             # FlashAttention-4 lets all lanes of a warp issue the same store
             copy = Copy(name, warp, lane, int(source[j, lane]), int(np.prod(t.box_shape)),
-                        repeated=repeated(j, t, start, offset), reduces=reduction is not None,
+                        is_store=True, repeated=repeated(j, t, start, offset), reduces=reduction is not None,
                         tensor_map=int(address[j, lane]), box=(t, start),
                         shared_source=functools.partial(self._inner_chunks, t, start, cta, offset),
                         global_pieces=functools.partial(self._box_pieces, t, start))  # fmt: skip

@@ -24,7 +24,6 @@ class Commit:
     before is over; ``barrier`` is the address that the instruction names."""
 
     warp: int
-    lane: int
     barrier: int
     signal: int
 
@@ -53,7 +52,7 @@ class TensorMemory:
             return
         queue = self.queues.setdefault(warp, [])
         if not queue:
-            self.deferred.pending.append(lambda: self._drain(warp))
+            self.deferred.later(lambda: self._drain(warp))
         queue.append(self.deferred.located(action, self.wave.warp_text, warp))
 
     def _drain(self, warp):
@@ -207,7 +206,7 @@ class TensorMemory:
             if multicast is not None:
                 targets = self.wave.multicast_targets(warp, int(full_width(multicast, len(w))[j, lane]))
             for c in targets:
-                commit = Commit(warp, lane, at, c * self.shared.stride + offset)
+                commit = Commit(warp, at, c * self.shared.stride + offset)
                 if self.events.tcgen05_commit:
                     self.events.tcgen05_commit(commit)
                 self.defer(warp, lambda commit=commit: self._arrive(commit))

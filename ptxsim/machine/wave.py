@@ -86,8 +86,9 @@ class Wave:
             self.alive[w] = False
         else:
             self.alive[w] &= ~M
-        if self.events.exited:
-            self.events.exited(w[~self.alive[w].any(1)])
+        gone = w[~self.alive[w].any(1)]
+        if self.events.exited and gone.size:
+            self.events.exited(gone)
         for cta in np.unique(self.cta_of[w]):
             self.live_threads[cta] = 32 * self.alive[self.cta_of == cta].any(1).sum()
 

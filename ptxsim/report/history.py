@@ -80,7 +80,6 @@ class History(Narrator):
         super().begin(machine)
         self.latest = Latest(self.wave.nwarps)
         self.open_products = np.full(self.wave.nwarps, -1)  # event of the wgmma group that a warp has not committed
-        self.copied = None  # step, line and warp of the latest copy: one instruction may issue one in each lane
 
     def end(self, machine, error):
         if isinstance(error, SimError):
@@ -104,10 +103,7 @@ class History(Narrator):
             event.until[rows], event.gave_up[rows] = self.wave.step, failed
 
     def copy_issued(self, copy):
-        instruction = self.wave.step, self.wave.line, copy.warp
-        if instruction != self.copied:
-            self.copied = instruction
-            self.note(np.array([copy.warp]), lambda j: self.copy_text(copy))
+        self._note_once(copy.warp, self.copy_text(copy))
 
     def wgmma(self, w, spec, operands):
         numbers = self.open_products[w]

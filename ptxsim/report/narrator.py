@@ -20,6 +20,7 @@ class Narrator(Observer):
 
     def begin(self, machine):
         self.machine, self.wave, self.shared = machine, machine.wave, machine.shared
+        self._told = None  # step, line and warp of the latest copy or commit
 
     def end(self, machine, error):
         self.machine = self.wave = self.shared = None  # what outlives the wave must not keep its memory
@@ -27,6 +28,13 @@ class Narrator(Observer):
     def note(self, w, text):
         """The warps ``w`` do something."""
         raise NotImplementedError
+
+    def _note_once(self, warp, text):
+        """What an instruction does for each lane or target is told once for each warp."""
+        instruction = self.wave.step, self.wave.line, warp
+        if instruction != self._told:
+            self._told = instruction
+            self.note(np.array([warp]), lambda j: text)
 
     def _note_threads(self, w, M, text):
         """The same for the warps with an active lane; ``text`` takes a row of w and its first active lane."""
@@ -88,6 +96,8 @@ class Narrator(Observer):
         if copy.is_store:
             return f"{copy.name} from 0x{copy.address:x}"
         # what one instruction sends to several CTAs signals the barrier of each
+        if not copy.targets:
+            return f"{copy.name} to 0x{copy.address:x}, for no CTA"
         own = [signal for cta, _, signal in copy.targets if cta == self.wave.cta_of[copy.warp]]
         signal = own[0] if own else copy.targets[0][2]
         return f"{copy.name} to 0x{copy.address:x}, mbarrier {self.barrier_text(copy.warp, signal)}"
@@ -108,4 +118,4 @@ class Narrator(Observer):
         self.note(active_warps(w, M), lambda j: f"tcgen05.mma kind::{form.kind}")
 
     def tcgen05_commit(self, commit):
-        self.note(np.array([commit.warp]), lambda j: f"tcgen05.commit to mbarrier 0x{commit.barrier & 0xFFFFFF:x}")
+        self._note_once(commit.warp, f"tcgen05.commit to mbarrier 0x{commit.barrier & 0xFFFFFF:x}")

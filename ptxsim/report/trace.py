@@ -112,6 +112,7 @@ class Tracer(Narrator):
                 if start is not None:
                     self._slice(kind, f"{name}, not waited for", warp, start, now)
         self.trace.end = -(-now // STEP) * STEP + STEP
+        self.copies, self.batches, self.landing = {}, {}, None
         super().end(machine, error)
 
     # ---- writing ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 
 from ptxsim.errors import Deadlock, MemoryFault, PtxError, SyncError, UninitializedRead
 from ptxsim.machine import tensor_maps
+from ptxsim.report.history import History
 from tests.testing.ptx import aligned, run, same_bits
 
 SHARED = ".shared .align 1024 .b8 buffer[16384]; .shared .align 8 .b64 bar;"
@@ -509,3 +510,17 @@ def test_store_of_an_unwritten_box():
     assert (target[8:] != 0).any() and (target[:8] == 0).all()
     with pytest.raises(UninitializedRead, match="shared memory 0x500"):
         run(body.replace("START", "7"), [tensor_map(target, (16, 16))], [np.zeros(1)], **args)
+
+
+@pytest.mark.parametrize("race", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_multicast_to_nobody(race, late):
+    """A mask without a CTA copies nothing and signals nothing."""
+    body = """.shared .align 16 .b8 buffer[64]; .shared .align 8 .b64 bar; .reg .b16 %rs100;
+      mov.u32 %r1, buffer; mov.u32 %r2, bar; setp.eq.u32 %p1, %t, 0; mov.u16 %rs100, 0;
+      @%p1 mbarrier.init.shared.b64 [%r2], 1; fence.mbarrier_init.release.cluster; bar.sync 0;
+      @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r1], [%in0], 64, [%r2],
+      %rs100; @%p1 mbarrier.arrive.shared.b64 _, [%r2];
+      W: mbarrier.try_wait.parity.shared.b64 %p3, [%r2], 0; @!%p3 bra W; mov.u32 %r3, 5; st.global.u32 [%out0], %r3;"""
+    out = run(body, [np.zeros(64, np.uint8)], [np.zeros(1, np.uint32)], race=race, late=late, observers=[History()])
+    assert out[0] == 5

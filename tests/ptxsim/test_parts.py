@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ptxsim import Observer
-from ptxsim.errors import MemoryFault, SyncError, UninitializedRead
+from ptxsim.errors import MemoryFault, SyncError, Trap, UninitializedRead
 from ptxsim.frontend.parser import parse_module
 from ptxsim.frontend.program import Program
 from ptxsim.machine.cluster_barriers import ClusterBarriers
@@ -24,7 +25,7 @@ from ptxsim.machine.shared_memory import SHARED_BASE, SharedMemory, Suspicion
 from ptxsim.machine.symbols import Symbols
 from ptxsim.machine.tensor_memory import TensorMemory
 from ptxsim.machine.wave import Wave
-from tests.testing.ptx import aligned, kernel_text
+from tests.testing.ptx import aligned, kernel_text, launch
 
 EVERY = np.arange(4)  # the warps of a wave of two CTAs of two
 ONE = np.array([0])
@@ -134,7 +135,7 @@ def test_mbarriers():
     barriers.update(index, tx=-16)
     assert mbarrier_fields(barriers.words[index >> 3]) == (1, 2, 2, 0)
     assert barriers.test(ONE, at, 0, True, FIRST_LANE)[0, 0]
-    expected = [(index, 1, False), (index, 1, False), (index, 0, True)]
+    expected = [(index, 1, 0), (index, 1, 0), (index, 0, 1)]
     assert log == [(name, *event) for event in expected for name in ("first", "second")]
     with pytest.raises(SyncError, match="3 arrivals of one warp's lanes"):
         barriers.change(ONE, "arrive", at, 1, (np.arange(32) < 3)[None])
@@ -147,9 +148,44 @@ def test_what_is_no_observer():
         events.attach(object())
     log = Log([])
     log.copy_lands = 3
-    with pytest.raises(TypeError, match=r"Log\.copy_lands is an attribute, and the name of an event"):
+    with pytest.raises(TypeError, match=r"Log\.copy_lands is no method, and has the name of an event"):
         events.attach(log)
     assert events.observers == [] and events.copy_landed is None
+    events.attach(log := Log([]))
+    with pytest.raises(ValueError, match="observes this wave already"):
+        events.attach(log)
+
+
+class Failing(Observer):
+    def __init__(self, where):
+        self.where = where
+
+    def begin(self, machine):
+        if self.where == "begin":
+            raise KeyError("begin")
+
+    def end(self, machine, error):
+        if self.where == "end":
+            raise KeyError("end")
+
+
+class Ends(Observer):
+    def __init__(self):
+        self.errors = []
+
+    def end(self, machine, error):
+        self.errors.append(type(error))
+
+
+@pytest.mark.parametrize(("body", "where", "raised"), [
+    ("trap;", "end", Trap), ("trap;", "", Trap), ("", "end", KeyError), ("", "begin", KeyError), ("", "", None),
+])  # fmt: skip
+def test_observers_that_fail(body, where, raised):
+    """The kernel's error comes first, and every observer hears the end."""
+    text, ends = kernel_text(body, 0, 0), Ends()
+    with pytest.raises(raised) if raised else nullcontext():
+        launch(text, [], observers=[ends, Failing(where)])
+    assert ends.errors == [Trap if body else KeyError if where == "begin" else type(None)]
 
 
 def test_named_barriers():
@@ -194,12 +230,12 @@ def test_copies(late):
     barriers.update(SHARED_BASE, arrive=1, tx=16)
     copy = Copy("bulk load", 0, 0, SHARED_BASE + 16, 16, [(0, SHARED_BASE + 16, SHARED_BASE)])
     CopyUnit(found, memory, barriers, deferred).load(copy, lambda: np.full(16, 9, np.uint8))
-    landed = [("", "bulk load", "lands"), ("", SHARED_BASE, 0, True), ("", "bulk load", "landed")]
+    landed = [("", "bulk load", "lands"), ("", SHARED_BASE, 0, 1), ("", "bulk load", "landed")]
     assert log[1:] == ([] if late else landed) and len(deferred.pending) == late
     assert deferred.run_one() == late and log[1:] == landed
     assert (memory.read_region(0, SHARED_BASE + 16, 16) == 9).all()
     groups, stored = BulkGroups(found, deferred), []
-    store = Copy("bulk store", 0, 3, SHARED_BASE + 16, 16)
+    store = Copy("bulk store", 0, 3, SHARED_BASE + 16, 16, is_store=True)
     groups.store(store, lambda: stored.append(memory.read_region(0, SHARED_BASE + 16, 16)[0]))
     groups.commit(None, group(ONE))
     memory.write_region(0, SHARED_BASE + 16, np.full(16, 5, np.uint8))
