@@ -519,8 +519,8 @@ def test_multicast_to_nobody(race, late):
     body = """.shared .align 16 .b8 buffer[64]; .shared .align 8 .b64 bar; .reg .b16 %rs100;
       mov.u32 %r1, buffer; mov.u32 %r2, bar; setp.eq.u32 %p1, %t, 0; mov.u16 %rs100, 0;
       @%p1 mbarrier.init.shared.b64 [%r2], 1; fence.mbarrier_init.release.cluster; bar.sync 0;
-      @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r1], [%in0], 64, [%r2],
-      %rs100; @%p1 mbarrier.arrive.shared.b64 _, [%r2];
+      @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r1], [%in0], 64,
+      [%r2], %rs100; @%p1 mbarrier.arrive.shared.b64 _, [%r2];
       W: mbarrier.try_wait.parity.shared.b64 %p3, [%r2], 0; @!%p3 bra W; mov.u32 %r3, 5; st.global.u32 [%out0], %r3;"""
     out = run(body, [np.zeros(64, np.uint8)], [np.zeros(1, np.uint32)], race=race, late=late, observers=[History()])
     assert out[0] == 5
