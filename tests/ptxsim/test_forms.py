@@ -6,10 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from ptxsim.errors import PtxError, SimError
 from ptxsim.frontend.parser import parse_module
 from ptxsim.frontend.program import Program
+from ptxsim.report.cli import main
 from tests.testing.ptx import kernel_text, run
 
 UNKNOWN = [
@@ -227,3 +229,15 @@ def test_errors_are_of_one_family():
     assert str(error) == "what\n    at PTX line 3: add.u32 x\n    by cta(0,0,0).w1"
     assert error.located(9, "other", "elsewhere").line == 3
     assert str(SimError("what").located(4, "t")) == "what\n    at PTX line 4: t"
+
+
+def test_command_lists_forms():
+    """Each form once, with the alternatives of its names; of all instructions, or of one."""
+    listed = CliRunner().invoke(main, ["forms", "bar"])
+    assert listed.exit_code == 0 and listed.output.splitlines() == [
+        "bar.warp.sync", "bar[.cta].red.popc.u32", "bar[.cta].red.{and|or}.pred", "bar[.cta].{sync|arrive}",
+    ]  # fmt: skip
+    everything = CliRunner().invoke(main, ["forms"]).output.splitlines()
+    assert everything == sorted(set(everything)) and set(listed.output.splitlines()) < set(everything)
+    unknown = CliRunner().invoke(main, ["forms", "frobnicate"])
+    assert unknown.exit_code == 2 and "no instruction 'frobnicate' is simulated" in unknown.output
