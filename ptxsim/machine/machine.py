@@ -6,6 +6,7 @@ is made, and can be made and tested without the others.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 
 import numpy as np
@@ -130,7 +131,8 @@ class Machine:
             raise wrapped.located(wave.line, wave.ptx_line(wave.line), wave.running_text()) from error
 
     def _end(self, error):
-        """Tell all observers; what one of them raises then is kept back if the kernel has raised."""
+        """Tell all observers. What one of them raises then comes out, unless the kernel has raised: then it is a
+        warning."""
         raised = None
         for observer in self.events.observers:
             try:
@@ -141,5 +143,8 @@ class Machine:
         # what is left after an error would keep the wave's memory until the next garbage collection
         for left in (self.deferred.pending, self.bulk_groups.queues, self.tensor_memory.queues, self.scheduler.waits):
             left.clear()
-        if raised is not None and error is None:
+        if raised is None:
+            return
+        if error is None:
             raise raised
+        warnings.warn(f"an observer failed at the end of the wave: {raised!r}", RuntimeWarning, stacklevel=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from ..arrays import active_warps
@@ -14,7 +16,7 @@ def first_lane(M, j):
     return 0 if M is None else int(M[j].argmax())
 
 
-class Narrator(Observer):
+class Narrator(Observer, ABC):
     """Calls ``note(w, text)`` for what the warps ``w`` do; ``text(j)`` says it of ``w[j]``. Base of the history and of
     traces."""
 
@@ -25,9 +27,9 @@ class Narrator(Observer):
     def end(self, machine, error):
         self.machine = self.wave = self.shared = None  # what outlives the wave must not keep its memory
 
+    @abstractmethod
     def note(self, w, text):
         """The warps ``w`` do something."""
-        raise NotImplementedError
 
     def _note_once(self, warp, text):
         """What an instruction does for each lane or target is told once for each warp."""
@@ -35,13 +37,6 @@ class Narrator(Observer):
         if instruction != self._told:
             self._told = instruction
             self.note(np.array([warp]), lambda j: text)
-
-    def _note_threads(self, w, M, text):
-        """The same for the warps with an active lane; ``text`` takes a row of w and its first active lane."""
-        if M is None:
-            self.note(w, lambda j: text(j, 0))
-        elif (rows := np.flatnonzero(M.any(1))).size:
-            self.note(w[rows], lambda j: text(rows[j], first_lane(M, rows[j])))
 
     # ---- waits ----------------------------------------------------------------------------------------------------
     def signal_of(self, wait, j):
@@ -74,14 +69,18 @@ class Narrator(Observer):
 
     # ---- arrivals -------------------------------------------------------------------------------------------------
     def mbarrier_changed(self, w, operation, index, count, mask):
-        index, count = np.array(index), np.array(count)
+        rows = np.flatnonzero(mask.any(1))
+        if not rows.size:
+            return
+        first = mask[rows].argmax(1)  # lane
+        w, index, count = w[rows], index[rows, first], count[rows, first]
         name = {"arrive_tx": "arrive.expect_tx", "arrive_drop_tx": "arrive_drop.expect_tx"}.get(operation, operation)
 
-        def text(j, lane):
-            more = f" {int(count[j, lane])} bytes" if "tx" in operation else ""
-            return f"{name}{more} at mbarrier {self.barrier_text(w[j], index[j, lane])}"
+        def text(j):
+            more = f" {int(count[j])} bytes" if "tx" in operation else ""
+            return f"{name}{more} at mbarrier {self.barrier_text(w[j], index[j])}"
 
-        self._note_threads(w, None if mask.all() else mask, text)
+        self.note(w, text)
 
     def bar_reached(self, w, cta, barrier, waits):
         if not waits:
