@@ -5,7 +5,7 @@ crude bound model. The figure to compare is *per score*: the non-tensor instruct
 in the steady-state loop.
 """
 
-from perf.sass.cubin import assemble_ptx, disassemble, kernel_resources
+from ptxsim.timing.cubin import assemble_ptx, disassemble, kernel_resources
 from perf.sass.metrics import KernelReport, LoopReport, add_per_score, report_cubin
 
 __all__ = [

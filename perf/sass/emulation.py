@@ -9,7 +9,7 @@ too. An instruction for two exponentials (FADD2, FFMA2) counts once.
 
 from __future__ import annotations
 
-from perf.sass.cubin import Instruction
+from ptxsim.timing.cubin import Instruction
 from perf.sass.registers import read, written
 
 _EXPONENT_SHIFTS = {"IMAD": (2, "0x800000"), "LEA": (3, "0x17")}  # c + (b << 23): which operand says so

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from perf.sass.cubin import Code, Instruction
+from ptxsim.timing.cubin import Code, Instruction
 
 _TARGET = re.compile(r"`\((\.L\w+)\)")
 _ENDS_BLOCK = ("BRA", "UBRA", "BRX", "JMP", "EXIT", "RET", "BSYNC")

@@ -30,7 +30,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from perf.sass.cubin import Code, Instruction, disassemble, kernel_resources
+from ptxsim.timing.cubin import Code, Instruction, disassemble, kernel_resources
 from perf.sass.emulation import emulated_exp2
 from perf.sass.flow import ControlFlow, Loop
 from perf.sass.opcodes import (

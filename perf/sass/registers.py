@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from perf.sass.cubin import Instruction
+from ptxsim.timing.cubin import Instruction
 
 _NAMED = re.compile(r"\bR(\d+)")
 _VALUE = re.compile(r"[-|]*R(\d+)\b")

@@ -50,6 +50,13 @@ def resizing_kernels(cubin: bytes) -> frozenset[str]:
     return frozenset(found)
 
 
+def code_sections(cubin: bytes) -> dict[str, bytes]:
+    """The machine code of each kernel and function, by its name. SimError as ``register_counts``."""
+    _, sections = _sections(cubin)
+    text = {name: header for name, header in sections.items() if name.startswith(".text.")}
+    return {name.removeprefix(".text."): bytes(cubin[h[4] : h[4] + h[5]]) for name, h in text.items()}
+
+
 def _sections(cubin):
     """All section headers, and by name: name, type, flags, address, offset, size, link, info, alignment, entry size."""
     if cubin[:5] != b"\x7fELF\x02":

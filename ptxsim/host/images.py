@@ -21,6 +21,7 @@ class Image:
     """A cubin with its PTX: the registers a thread of each kernel, and the kernels that keep setmaxnreg."""
 
     ptx: str
+    cubin: bytes
     registers: dict[str, int]
     resizing: frozenset[str]
 
@@ -35,7 +36,7 @@ def register_ptx(cubin: bytes, ptx: str) -> None:
     must come from where it was kept when the object was made; it is found by the cubin's bytes.
     """
     cubin = bytes(cubin)
-    _images[_hash(cubin)] = Image(ptx, register_counts(cubin), resizing_kernels(cubin))
+    _images[_hash(cubin)] = Image(ptx, cubin, register_counts(cubin), resizing_kernels(cubin))
 
 
 def image_at(address: int) -> Image:
@@ -47,6 +48,11 @@ def image_at(address: int) -> Image:
             "comes from an exported object; compile it inside, or call ptxsim.register_ptx(cubin, ptx) first"
         )
     return image
+
+
+def cubin_of(ptx: str) -> bytes | None:
+    """The machine code of a PTX module whose image is known; None if there is none."""
+    return next((image.cubin for image in _images.values() if image.ptx == ptx), None)
 
 
 def _hash(cubin: bytes) -> bytes:

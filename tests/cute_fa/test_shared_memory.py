@@ -12,7 +12,7 @@ from fa2_sm80.forward.entry import Fa2Forward
 from fa2_sm80.split.entry import Fa2Split
 from fa3_sm90.forward.entry import Fa3Forward
 from fa4_sm100.forward.entry import Fa4Forward
-from perf.sass.cubin import kernel_resources
+from ptxsim.timing.cubin import kernel_resources
 from tests.testing.cases import small_problem
 
 # From sm_90 on a cubin's sections count the KiB that the system takes of an SM's 228 for each CTA, and leaves 227.

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from perf.sass.cubin import parse_listing
+from ptxsim.timing.cubin import parse_listing
 from perf.sass.flow import ControlFlow
 from perf.sass.metrics import add_per_score, report_code
 from perf.sass.opcodes import classify, tensor_operation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from perf.sass.cubin import parse_listing
+from ptxsim.timing.cubin import parse_listing
 from perf.sass.emulation import emulated_exp2
 from perf.sass.metrics import add_per_score, report_code
 from perf.sass.registers import needed, read, written

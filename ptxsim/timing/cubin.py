@@ -1,4 +1,4 @@
-"""Cubins: disassembly through nvdisasm, and per-kernel resources straight from the ELF sections."""
+"""Cubins: disassembly through nvdisasm, assembly through ptxas, and per-kernel resources from the ELF sections."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ptxsim.errors import SimError
+
 # Attributes of .nv.info entries, named EIATTR_* by cuobjdump --dump-elf.
 _ATTR_FRAME_SIZE, _ATTR_MIN_STACK, _ATTR_MAX_STACK, _ATTR_REGCOUNT = 0x11, 0x12, 0x23, 0x2F
 _ATTR_MAX_THREADS, _ATTR_REQNTID = 0x05, 0x10
@@ -19,18 +21,25 @@ _FORMAT_SIZED = 4
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w]*)((?:\.[\w:]+)*)\s*(.*?)\s*;")
 _ENCODING_HIGH = re.compile(r"^\s*/\* (0x[0-9a-f]{16}) \*/")
-_LABEL = re.compile(r"^(\.L_x?_?\w+):")
+_LABEL = re.compile(r"^(\.L_x?_?\w+|\$\S+):")
+_PTX_LINE = re.compile(r"^\s*//## .*, line (\d+)")
 _SECTION = re.compile(r"//-+ \.text\.(\S+) -+")
+_TARGET = re.compile(r"^\s*\.target\s+(sm_\w+)", re.M)
 _ARCH = re.compile(r"EF_CUDA_SM(\d+)|\.target\s+sm_(\d+)")
 
 
-class ToolMissing(RuntimeError):
+NO_SCOREBOARD = 7
+
+
+class ToolMissing(SimError):
     """A CUDA binary utility is not installed."""
 
 
 @dataclass
 class Instruction:
-    """One SASS instruction; ``stall`` is its fixed stall count in cycles, ``wait`` its mask of awaited scoreboards."""
+    """One SASS instruction and its control code: ``stall`` is its fixed stall count in cycles, ``wait`` its mask of
+    awaited scoreboards; ``write_scoreboard`` is free when the result is there, ``read_scoreboard`` when the operands
+    have been read (7: none). ``line``: of the source that it comes from, 0 where the listing has none."""
 
     address: int
     predicate: str | None
@@ -40,6 +49,9 @@ class Instruction:
     text: str
     stall: int = 1
     wait: int = 0
+    write_scoreboard: int = NO_SCOREBOARD
+    read_scoreboard: int = NO_SCOREBOARD
+    line: int = 0
 
 
 @dataclass
@@ -62,13 +74,20 @@ def find_tool(name: str) -> str:
 def assemble_ptx(ptx: Path) -> bytes:
     """Cubin of a PTX file for the target it names; another ptxas than the DSL's own may differ by about 1 %."""
     text = ptx.read_text().rstrip("\0")
-    target = re.search(r"^\s*\.target\s+(sm_\w+)", text, re.M)
-    if not target:
+    if not _TARGET.search(text):
         raise ValueError(f"{ptx}: no .target directive, so this is no PTX")
+    return run_ptxas(find_tool("ptxas"), text)
+
+
+def run_ptxas(ptxas: str, ptx: str, *options: str) -> bytes:
+    """The cubin that a ptxas makes of a PTX text, for the target that it names."""
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(text)
-        subprocess.run([find_tool("ptxas"), f"-arch={target[1]}", "-O3", str(source), "-o", str(cubin)], check=True)
+        source.write_text(ptx)
+        command = [ptxas, f"-arch={_TARGET.search(ptx)[1]}", "-O3", *options, str(source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SimError(f"{ptxas} refuses the PTX: {done.stderr.strip()[:400]}")
         return cubin.read_bytes()
 
 
@@ -119,12 +138,13 @@ def _info_entries(cubin: bytes, offset: int, end: int):
             offset += value
 
 
-def disassemble(cubin: bytes) -> tuple[int, dict[str, Code]]:
-    """Compute capability (80, 90 …) and the code of every kernel, by name."""
+def disassemble(cubin: bytes, lines: bool = False) -> tuple[int, dict[str, Code]]:
+    """Compute capability (80, 90 …) and the code of every kernel, by name; with ``lines`` each instruction's source
+    line, if the cubin has line information."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        result = subprocess.run([find_tool("nvdisasm"), "-c", "-hex", file.name], capture_output=True, text=True)
+        result = subprocess.run([find_tool("nvdisasm"), "-c", "-hex", *(["-g"] if lines else []), file.name], capture_output=True, text=True)
     if result.returncode:
         raise ValueError(f"nvdisasm: {result.stderr.strip()}")
     return parse_listing(result.stdout)
@@ -137,11 +157,14 @@ def parse_listing(listing: str) -> tuple[int, dict[str, Code]]:
         raise ValueError("the listing names no architecture, so it is no output of nvdisasm")
     kernels: dict[str, Code] = {}
     code: Code | None = None
+    source_line = 0
     for line in listing.splitlines():
         if section := _SECTION.match(line):
             code = kernels[section[1]] = Code()
         elif code is None:
             continue
+        elif source := _PTX_LINE.match(line):
+            source_line = int(source[1])
         elif label := _LABEL.match(line):
             code.labels[label[1]] = len(code.instructions)
         elif match := _INSTRUCTION.match(line):
@@ -149,11 +172,12 @@ def parse_listing(listing: str) -> tuple[int, dict[str, Code]]:
             operands = [operand.strip() for operand in rest.split(",")] if rest else []
             modifiers = modifiers.strip(".").split(".") if modifiers else []
             code.instructions.append(
-                Instruction(int(address, 16), predicate, opcode, modifiers, operands, line.strip())
+                Instruction(int(address, 16), predicate, opcode, modifiers, operands, line.strip(), line=source_line)
             )
         elif (encoding := _ENCODING_HIGH.match(line)) and code.instructions:
             # Second half of the 128-bit encoding: it holds the scheduling control bits.
             bits = int(encoding[1], 16)
-            code.instructions[-1].stall = bits >> 41 & 15
-            code.instructions[-1].wait = bits >> 52 & 63
+            last = code.instructions[-1]
+            last.stall, last.wait = bits >> 41 & 15, bits >> 52 & 63
+            last.write_scoreboard, last.read_scoreboard = bits >> 46 & 7, bits >> 49 & 7
     return int(arch[1] or arch[2]), kernels

@@ -1,0 +1,372 @@
+"""The path of a warp through the machine code, found from what it did in the PTX.
+
+The simulator ran the PTX; what is timed is SASS, where ptxas has moved, merged and copied code. A path is sought that
+performs the warp's operations (waits, arrivals, copies, products) in their order. At a branch the outcome of the PTX
+branch of the same line is tried first; what leads to a dead end is taken back. That a path is the right one is checked
+afterwards: instructions of which ptxas makes exactly one each were executed as often as in the PTX, line by line.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import SimError
+from .cubin import Code, Instruction
+from .recorder import PtxBlock
+
+OFF = "off"  # in a path: an operation that the warp's predicate, or another elected lane, switched off
+_MOST_STEPS = 5_000_000
+# How far the line of a barrier's instruction may be from that of its PTX: the line of its address or predicate.
+_LINE_DISTANCE = 5
+_REACH = 12  # operations that ptxas moves over a branch, at most
+
+_SYNCS = {"PHASECHK": "try", "EXCH": "init", "CAS": "init", "ARRIVE": "mbar"}
+_OPERATIONS = {
+    "HGMMA": "wgmma", "QGMMA": "wgmma", "IGMMA": "wgmma", "BAR": "bar", "UTMALDG": "tma", "UBLKCP": "tma",
+    "UTMASTG": "store", "UTMAREDG": "store", "UBLKRED": "store", "LDGSTS": "cp", "ARRIVES": "cp_arrive",
+    "UCGABAR_ARV": "cluster", "UCGABAR_WAIT": "cluster",
+}  # fmt: skip
+# Of waits for groups (wgmma, bulk, cp.async) the SASS says all, and ptxas adds some (C7512): they are not sought. Nor is
+# cp.async, whose instructions ptxas reorders: each takes its line's next.
+_SOUGHT = {"try", "init", "mbar", "wgmma", "bar", "tma", "store", "cp_arrive", "cluster"}
+# PTX instructions of which ptxas makes one SASS instruction each: what their PTX line and the SASS opcode look like.
+ONE_TO_ONE = {
+    r"\bex2\.approx": ("MUFU", "EX2"),
+    r"\bmma\.sync\.\S*\.m16n8k16\S*\.f32\.b?f16": ("HMMA", None),
+    r"\bldmatrix\.": ("LDSM", None),
+    r"\bstmatrix\.": ("STSM", None),
+    r"\bwgmma\.mma_async": ("HGMMA|QGMMA|IGMMA", None),
+    r"\bred\.global|\bred\.relaxed\S*\.global": ("RED|REDG", None),
+}
+
+
+class PathNotFound(SimError):
+    """No way through the machine code performs what the warp did."""
+
+
+def operation_kind(i: Instruction) -> str | None:
+    """Which kind of a trace's operations an instruction performs."""
+    if i.opcode == "SYNCS":
+        return _SYNCS.get(next((m for m in i.modifiers if m in _SYNCS), ""))
+    if i.opcode == "STAS" or i.opcode.startswith("BAR") and i.opcode != "BAR":
+        return None
+    return _OPERATIONS.get(i.opcode)
+
+
+def branch_target(code: Code, i: Instruction) -> int:
+    """Index of the instruction that a branch or call names, -1 if there is none."""
+    if i.opcode in ("BRA", "UBRA", "CALL") and (label := re.search(r"`\((\.?[\w$.]+)\)", i.text)):
+        return code.labels.get(label[1], -1)
+    return -1
+
+
+def is_branch(i: Instruction) -> bool:
+    """Whether the instruction jumps; a call of a place in the kernel itself, which ptxas uses for loops' ends, too."""
+    return i.opcode in ("BRA", "UBRA") or (i.opcode == "CALL" and "`(.L_x" in i.text)
+
+
+def is_conditional(i: Instruction) -> bool:
+    """Whether a branch may fall through."""
+    return i.predicate not in (None, "@PT") or not i.operands[0].startswith("`")
+
+
+def converged(trace: list[Any]) -> list[Any]:
+    """The trace as if lanes that parted had met again at once: the simulator may let some of them run ahead. What both
+    parts of a warp executed at the end of such a stretch becomes one."""
+    units: list[list[Any]] = []  # a block with the operations that follow it
+    for entry in trace:
+        if _is_block(entry):
+            units.append([entry])
+        elif units:
+            units[-1].append(entry)
+    out: list[Any] = []
+    n = 0
+    while n < len(units):
+        if isinstance(units[n][0], int):
+            out += units[n]
+            n += 1
+            continue
+        end = n
+        while end < len(units) and not isinstance(units[end][0], int):
+            end += 1
+        out += _joined(units[n:end])
+        n = end
+    return out
+
+
+def _is_block(entry):
+    return isinstance(entry, int) or isinstance(entry[0], int)
+
+
+def _joined(units):
+    """A stretch in which two parts of a warp went apart."""
+    parts = defaultdict(list)
+    for unit in units:
+        parts[unit[0][1]].append(unit)
+    if len(parts) != 2 or sum(parts) != 0xFFFFFFFF:
+        return [entry for unit in units for entry in unit]
+    a, b = parts.values()
+    k = 0
+    while k < min(len(a), len(b)) and a[-1 - k][0][0] == b[-1 - k][0][0]:
+        k += 1
+    out = [entry for unit in a[: len(a) - k] + b[: len(b) - k] for entry in unit]
+    for u, v in zip(a[len(a) - k :], b[len(b) - k :], strict=True):
+        out.append(u[0][0])
+        if len(u) == len(v):
+            pairs = zip(u[1:], v[1:], strict=True)
+            out += [(*x[:-1], x[-1] + y[-1]) if x[0] == "mbar" else x for x, y in pairs]
+        else:
+            out += u[1:] + v[1:]
+    return out
+
+
+@dataclass
+class _Choice:
+    """A branch where the other way can still be tried."""
+
+    other: int
+    operation: int
+    length: int
+    used: dict[int, int]
+    calls: list[int]
+
+
+@dataclass
+class _Trace:
+    """What a warp did: operations with their places, and the outcomes of its branches by line."""
+
+    operations: list[tuple[int, Any]]
+    places: list[int]
+    outcomes: dict[int, list[tuple[int, bool]]] = field(default_factory=lambda: defaultdict(list))
+
+
+class PathFinder:
+    """Paths of warps through one kernel."""
+
+    def __init__(self, code: Code, blocks: list[PtxBlock], ptx: str):
+        self.code, self.instructions, self.blocks = code, code.instructions, blocks
+        self.kinds = [operation_kind(i) for i in self.instructions]
+        self.targets = [branch_target(code, i) for i in self.instructions]
+        self.branches = {b.last: n for n, b in enumerate(blocks) if b.term == "cbr"}
+        self.polarities: dict[int, bool | None] = {}
+        text = ptx.split("\n")
+        self.one_to_one = []
+        for pattern, (opcodes, modifier) in ONE_TO_ONE.items():
+            lines = {n for n, line in enumerate(text, 1) if re.search(pattern, line)}
+            if lines:
+                self.one_to_one.append((lines, re.compile(opcodes), modifier))
+
+    def find(self, trace: list[Any]) -> list[tuple[int, Any]]:
+        """(index of the SASS instruction, operation that it performs, ``OFF`` or None) along a warp's path. PathNotFound
+        if there is none, or if an instruction of which there is one for each in the PTX was executed more or less often."""
+        trace = converged(trace)
+        path = self._walk(self._read(trace))
+        self._check(trace, path)
+        return self._with_copies(trace, path)
+
+    def _with_copies(self, trace, path):
+        """The path with the bytes of each cp.async."""
+        copies = defaultdict(list)
+        for entry in reversed(trace):
+            if not _is_block(entry) and entry[0] == "cp":
+                copies[entry[1]].append(entry)
+        for at, (n, _) in enumerate(path):
+            if self.kinds[n] == "cp":
+                left = copies[self.instructions[n].line]
+                path[at] = n, left.pop() if left else OFF
+        if left := [line for line, entries in copies.items() if entries]:
+            raise PathNotFound(f"the path of a warp lacks cp.async of PTX line {left[0]}: it is not the warp's path")
+        return path
+
+    def _read(self, trace):
+        operations = [(n, e) for n, e in enumerate(trace) if not _is_block(e) and e[0] in _SOUGHT]
+        # a wait that gave up and began again is one
+        operations = [
+            o
+            for n, o in enumerate(operations)
+            if o[1][0] != "try" or n + 1 == len(operations) or o[1] != operations[n + 1][1]
+        ]
+        read = _Trace(operations, [place for place, _ in operations])
+        steps = [(n, e if isinstance(e, int) else e[0]) for n, e in enumerate(trace) if _is_block(e)]
+        for (place, number), (_, following) in zip(steps, steps[1:], strict=False):
+            block = self.blocks[number]
+            if block.term == "cbr":
+                taken = following == block.target and block.target != block.fall
+                read.outcomes[block.last].append((place, taken))
+        return read
+
+    def _walk(self, trace: _Trace):
+        operations = trace.operations
+        path: list[tuple[int, Any]] = []
+        calls: list[int] = []
+        choices: list[_Choice] = []
+        used: dict[int, int] = defaultdict(int)
+        failed: set[tuple[int, int]] = set()
+        furthest = (-1, 0)
+        n = p = 0
+        for _ in range(_MOST_STEPS):
+            following = self._step(n, p, trace, path, calls, used, choices) if n < len(self.instructions) else None
+            if following is not None:
+                if following[0] is None:
+                    return path
+                n, p = following
+                continue
+            furthest = max(furthest, (p, n))
+            while choices and (choices[-1].other, choices[-1].operation) in failed:
+                choices.pop()
+            if not choices:
+                break
+            choice = choices.pop()
+            failed.add((choice.other, choice.operation))
+            del path[choice.length :]
+            used = defaultdict(int, choice.used)
+            calls[:] = choice.calls
+            n, p = choice.other, choice.operation
+        p, n = furthest
+        at = self.instructions[min(n, len(self.instructions) - 1)].text[:80]
+        wanted = operations[p][1][:2] if p < len(operations) else "its end"
+        raise PathNotFound(
+            f"no path of a warp through the machine code: at {at} it should come to {wanted}, operation {p} of "
+            f"{len(operations)}"
+        )
+
+    def _step(self, n, p, trace, path, calls, used, choices):
+        """Execute instruction n with p operations done: the next (n, p), (None, p) at the end, None for a dead end."""
+        i, kind = self.instructions[n], self.kinds[n]
+        operations = trace.operations
+        if kind in _SOUGHT:
+            if p < len(operations) and self._performs(i, kind, operations[p][1]):
+                path.append((n, operations[p][1]))
+                return n + 1, p + 1
+            # under a predicate, or where another lane than this warp's is elected
+            if i.predicate is not None and kind != "wgmma" or kind in ("tma", "store", "init"):
+                path.append((n, OFF))
+                return n + 1, p
+            return None
+        path.append((n, None))
+        if i.opcode == "EXIT" or (i.opcode == "RET" and not calls):
+            if p == len(operations):
+                return None, p
+            return (n + 1, p) if i.predicate is not None else None
+        target = self.targets[n]
+        if i.opcode == "CALL" and not is_branch(i):
+            calls.append(n + 1)
+            return target, p
+        if i.opcode == "RET":
+            return calls.pop(), p
+        if not is_branch(i) or target < 0:
+            return n + 1, p
+        if not is_conditional(i):
+            return (target, p) if target != n else None
+        taken = self._expected(n, trace, p, used)
+        way, other = (target, n + 1) if taken else (n + 1, target)
+        choices.append(_Choice(other, p, len(path), dict(used), list(calls)))
+        return way, p
+
+    def _performs(self, i, kind, operation):
+        if operation[0] != kind:
+            return False
+        if kind in ("try", "mbar", "init"):
+            return abs(operation[1] - i.line) <= _LINE_DISTANCE
+        if kind == "bar":
+            return operation[2] == (i.modifiers[0] != "ARV")
+        if kind == "cluster":
+            return operation[2] == i.opcode.endswith("WAIT")
+        return True
+
+    def _expected(self, n, trace: _Trace, p, used):
+        """Whether the trace has a branch taken at this place of the path."""
+        line = self.instructions[n].line
+        if line not in self.branches or line not in trace.outcomes:
+            return False
+        outcomes, places = trace.outcomes[line], trace.places
+        k = used[line]
+        if p:
+            k = max(k, bisect.bisect_left(outcomes, (places[p - 1], False)))
+        polarity = self._polarity(n)
+        if k >= len(outcomes) or polarity is None:
+            return False
+        # the next outcome, also a little beyond the next operation, which ptxas may have moved over the branch
+        if p + _REACH < len(places) and outcomes[k][0] >= places[p + _REACH]:
+            return False
+        used[line] = k + 1
+        return outcomes[k][1] == polarity
+
+    # ---- which way of a SASS branch is which of the PTX branch ------------------------------------------------------
+    def _polarity(self, n):
+        """True if the SASS branch is taken where the PTX branch is, False for the opposite, None: not known."""
+        if n not in self.polarities:
+            number = self.branches[self.instructions[n].line]
+            block = self.blocks[number]
+            taken, falls = self._reached(self.targets[n], n), self._reached(n + 1, n)
+            ptx_taken, ptx_falls = self._ptx_reached(block.target, number), self._ptx_reached(block.fall, number)
+            lines_taken = {self.instructions[x].line for x in taken - falls}
+            lines_falls = {self.instructions[x].line for x in falls - taken}
+            only_taken, only_falls = ptx_taken - ptx_falls, ptx_falls - ptx_taken
+            straight = len(lines_taken & only_taken) + len(lines_falls & only_falls)
+            crossed = len(lines_taken & only_falls) + len(lines_falls & only_taken)
+            self.polarities[n] = None if straight == crossed else straight > crossed
+        return self.polarities[n]
+
+    def _reached(self, start, stop):
+        """Instructions that can be reached from ``start`` without passing ``stop``."""
+        seen: set[int] = set()
+        stack = [start]
+        while stack:
+            n = stack.pop()
+            while 0 <= n < len(self.instructions) and n not in seen and n != stop:
+                seen.add(n)
+                i = self.instructions[n]
+                if is_branch(i) and self.targets[n] >= 0:
+                    stack.append(self.targets[n])
+                    if not is_conditional(i):
+                        break
+                elif i.opcode in ("EXIT", "RET") and i.predicate is None:
+                    break
+                n += 1
+        return seen
+
+    def _ptx_reached(self, start, stop):
+        """PTX lines of the blocks that can be reached from ``start`` without passing ``stop``."""
+        seen: set[int] = set()
+        stack = [start]
+        while stack:
+            n = stack.pop()
+            if n is None or n in seen or n == stop:
+                continue
+            seen.add(n)
+            block = self.blocks[n]
+            if block.term in ("jmp", "cbr"):
+                stack.append(block.target)
+            if block.term not in ("jmp", "ret", "trap"):
+                stack.append(block.fall)
+        return {line for n in seen for line in self.blocks[n].lines}
+
+    # ---- the check ------------------------------------------------------------------------------------------------
+    def _check(self, trace, path):
+        blocks = Counter(e if isinstance(e, int) else e[0] for e in trace if _is_block(e))
+        executed = Counter(n for n, _ in path)
+        for lines, opcodes, modifier in self.one_to_one:
+            wanted = Counter()
+            for number, times in blocks.items():
+                for line in self.blocks[number].lines:
+                    if line in lines:
+                        wanted[line] += times
+            found = Counter()
+            for n, times in executed.items():
+                i = self.instructions[n]
+                if opcodes.fullmatch(i.opcode) and (modifier is None or modifier in i.modifiers):
+                    found[i.line] += times
+            if opcodes.pattern.startswith("HGMMA"):  # it has the line of its descriptor
+                wanted, found = Counter({0: wanted.total()}), Counter({0: found.total()})
+            wrong = [line for line in wanted | found if wanted[line] != found[line]]
+            if wrong:
+                line = min(wrong)
+                raise PathNotFound(
+                    f"the path of a warp executes {opcodes.pattern} of PTX line {line} {found[line]} times, the PTX "
+                    f"{wanted[line]} times: it is not the warp's path"
+                )

@@ -1,0 +1,209 @@
+"""Cycles of a recorded launch: the paths of its warps, replayed by ``engine.c`` on a few SMs that share an L2."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..compiled import compiled
+from ..errors import SimError
+from ..host.images import cubin_of
+from . import assembler
+from .cubin import Code, Instruction
+from .gpus import Gpu
+from .instructions import PIPE_NAMES, PRODUCTS, costs, product_shape
+from .paths import OFF, PathFinder, is_branch
+from .recorder import Recording
+
+SOURCE = Path(__file__).with_name("engine.c")
+MOST_CYCLES = 20_000_000
+_MARKS = 100_000
+# Operations of the engine, in its order. A row is (instruction, operation, a, b, c); -1 as instruction: what the one before
+# does besides.
+(NONE, TRY, ARRIVE, INIT, BAR_SYNC, BAR_ARRIVE, WGMMA, WGMMA_WAIT, TMA_LOAD, TMA_TARGET, STORE, REDUCE, CP_ASYNC, CP_ARRIVE,
+ COMMIT, GROUP_WAIT, CLUSTER_ARRIVE, CLUSTER_WAIT) = range(18)  # fmt: skip
+REASONS = ("issuing", "stall counts", "scoreboards", "mbarriers", "named barriers", "wgmma", "pipes", "not selected",
+           "wgmma queue", "register ports", "copies", "cluster")  # fmt: skip
+_PIPES = 10
+# The engine's constants in its order: of a GPU by their names, l2 and l2_reductions as bytes a cycle of the SMs simulated.
+_CONSTANTS = ("try_wait", "wake", "arrive", "remote_arrive", "bar", "cluster_barrier", "branch", "wgmma_issue",
+              "wgmma_tail", "wgmma_least", "wgmma_queue", "tensor_flops", "shared_bytes", "tma_setup", "tma_latency",
+              "tma_interval", "tma_bytes", "store_latency", "global_latency", "cta_start", "register_ports",
+              "register_tensor", "slots_lost")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SmUse:
+    """Cycles that an SM's parts were busy (pipes: mean of its quarters), instructions, bytes that TMA loaded."""
+
+    tensor: int
+    shared: int
+    instructions: int
+    tma_bytes: int
+    pipes: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay found: cycles of all, start and end of each CTA, for each warp its end and the cycles spent for each of
+    ``REASONS`` [warps, reasons], the use of each SM; ``marks``: warpgroup, start and end of the last product of each group
+    of wgmma; ``issued``: when each row was issued, if asked for."""
+
+    cycles: int
+    cta_times: np.ndarray
+    ends: np.ndarray
+    reasons: np.ndarray
+    sms: list[SmUse]
+    marks: np.ndarray
+    issued: np.ndarray | None = None
+
+
+class ReplayStuck(SimError):
+    """The warps of a replay wait for ever, or longer than the limit."""
+
+
+class TimedLaunch:
+    """A recorded launch with its machine code: made once, replayed with the constants of many GPUs."""
+
+    def __init__(self, recording: Recording, cubin: bytes | None = None):
+        """``cubin``: the machine code that runs; by default what the simulation has of the PTX."""
+        cubin = cubin_of(recording.ptx) if cubin is None else cubin
+        self.recording = recording
+        self.code: Code = assembler.assemble(recording.ptx, cubin)[recording.name]
+        finder = PathFinder(self.code, recording.blocks, recording.ptx)
+        self.bars: dict[int, int] = {}
+        rows: list[tuple[int, int, int, int, int]] = []
+        offsets = [0]
+        for cta in recording.ctas:
+            for trace in cta:
+                rows += self._rows(finder.find(trace), len(cta))
+                offsets.append(len(rows))
+        self.rows = np.array(rows, np.int32).reshape(-1, 5)
+        self.offsets = np.array(offsets, np.int64)
+        self.owners = np.array([index // recording.stride for index in self.bars], np.int32)
+
+    @property
+    def warps_per_cta(self) -> int:
+        return len(self.recording.ctas[0])
+
+    def _bar(self, index):
+        return self.bars.setdefault(index, len(self.bars))
+
+    def _rows(self, path, warps):
+        rows = []
+        for at, (n, operation) in enumerate(path):
+            i = self.code.instructions[n]
+            taken = int(at + 1 < len(path) and path[at + 1][0] != n + 1) if is_branch(i) or i.opcode == "RET" else 0
+            operations = self._operations(i, operation, warps) or [(NONE, 0, 0, taken)]
+            rows += [(n if k == 0 else -1, *entry) for k, entry in enumerate(operations)]
+        return rows
+
+    def _operations(self, i: Instruction, operation: Any, warps: int) -> list[tuple[int, int, int, int]]:
+        """The engine's operations of an instruction."""
+        if i.opcode == "WARPGROUP" and i.modifiers[0] == "DEPBAR":
+            return [(WGMMA_WAIT, int(i.operands[1], 0), 0, 0)]
+        if i.opcode in ("UTMACMDFLUSH", "LDGDEPBAR"):
+            return [(COMMIT, 0, 0, 0)]
+        if i.opcode == "DEPBAR" and len(i.operands) > 1:
+            return [(GROUP_WAIT, int(i.operands[1], 0), 0, 0)]
+        if operation is None or operation == OFF:
+            return []
+        kind = operation[0]
+        if kind == "try":
+            return [(TRY, self._bar(operation[2]), operation[3], 0)]
+        if kind == "init":
+            return [(INIT, self._bar(index), count, 0) for index, count in operation[2]]
+        if kind == "mbar":
+            arrives, counts_bytes = "arrive" in operation[2], "tx" in operation[2]
+            return [
+                (ARRIVE, self._bar(index), (1 if counts_bytes else count) if arrives else 0, count if counts_bytes else 0)
+                for index, count in operation[3]
+            ]
+        if kind == "bar":
+            return [(BAR_SYNC if operation[2] else BAR_ARRIVE, operation[3], operation[4] or warps, 0)]
+        if kind == "cluster":
+            return [(CLUSTER_WAIT if operation[2] else CLUSTER_ARRIVE, 0, 0, 0)]
+        if kind == "wgmma":
+            flops, shared, eight, ends = product_shape(i)
+            return [(WGMMA, flops, shared, int(ends) | 2 * eight)]
+        if kind == "tma":
+            return [(TMA_LOAD, operation[2], 0, 0), *((TMA_TARGET, self._bar(x), n, 0) for x, n in operation[3])]
+        if kind == "store":
+            return [(REDUCE if operation[3] else STORE, operation[2], 0, 0)]
+        if kind == "cp":
+            return [(CP_ASYNC, operation[2], 0, 0)]
+        return [(CP_ARRIVE, self._bar(index), int(operation[3]), 0) for index in operation[2]]
+
+    def instruction_table(self, gpu: Gpu) -> np.ndarray:
+        """Rows of the engine's ``Instruction``."""
+        table = []
+        for i, cost in zip(self.code.instructions, costs(self.code, gpu, self.recording.conflicts), strict=True):
+            wait = i.wait
+            branch = is_branch(i) or i.opcode == "RET"
+            table.append((i.stall, i.write_scoreboard, i.read_scoreboard, wait, cost.pipe, round(1000 * cost.taken),
+                          round(cost.latency), min(round(cost.latency), 12), branch, cost.reads, cost.passes,
+                          cost.reduced))  # fmt: skip
+        return np.array(table, np.int32)
+
+    def replay(self, gpu: Gpu, sms: int = 1, residency: int = 1, times: bool = False) -> Replay:
+        """Replay all CTAs on ``sms`` SMs with their share of the L2's rate, ``residency`` CTAs at once on each; those that
+        find no room begin when others end, in order. ``times``: also when each row was issued."""
+        recording = self.recording
+        ctas, warps, size = len(recording.ctas), self.warps_per_cta, recording.cluster_size
+        if sms % size:
+            raise SimError(f"{sms} SMs do not hold clusters of {size} CTAs")
+        table = self.instruction_table(gpu)
+        share = sms / gpu.sms
+        rates = [gpu.bytes_per_cycle(rate) * share for rate in (gpu.l2, gpu.l2_reductions)]
+        constants = np.array([*(getattr(gpu, n) for n in _CONSTANTS), *rates, gpu.l2_saved * 1024 * sms])
+        out = np.zeros(ctas * warps * (1 + len(REASONS)) + sms * (5 + _PIPES) + 2, np.int64)
+        cta_times, marks = np.zeros((ctas, 2), np.int64), np.zeros((_MARKS, 3), np.int64)
+        issued = np.zeros(len(self.rows), np.int32) if times else None
+        stuck = _engine().ptxsim_replay(
+            _at(table), _at(self.rows), _at(self.offsets), ctas, warps, size, sms, residency, _at(self.owners),
+            len(self.bars), _at(constants), ctypes.c_int64(MOST_CYCLES), _at(out), _at(cta_times), _at(marks),
+            ctypes.c_int64(_MARKS), None if issued is None else _at(issued),
+        )  # fmt: skip
+        per_warp = out[: ctas * warps * (1 + len(REASONS))].reshape(ctas * warps, -1)
+        if stuck:
+            raise ReplayStuck(f"{recording.name[:60]}: {self._stuck(per_warp[:, 0], stuck)}")
+        per_sm = out[per_warp.size : -2].reshape(sms, -1).tolist()
+        uses = [
+            SmUse(tensor, tensor_shared + shared, count, loaded, {k: pipes[v] / 4 for k, v in PIPE_NAMES.items()})
+            for tensor, tensor_shared, shared, count, loaded, *pipes in per_sm
+        ]
+        return Replay(int(out[-2]), cta_times, per_warp[:, 0], per_warp[:, 1:], uses, marks[: out[-1]], issued)
+
+    def _stuck(self, ends, why):
+        if why == 2:
+            return f"more than {MOST_CYCLES} cycles"
+        lines = []
+        for warp in np.flatnonzero(ends < 0)[:8].tolist():
+            row = self.rows[-ends[warp] - 1]
+            cta, inside = divmod(warp, self.warps_per_cta)
+            lines.append(f"CTA {cta} warp {inside} at {self.code.instructions[row[0]].text[:60]}")
+        return "warps wait for ever: " + "; ".join(lines)
+
+
+def timed_launches(recordings: Sequence[Recording]) -> list[TimedLaunch]:
+    """The recordings with their machine code."""
+    return [TimedLaunch(recording) for recording in recordings]
+
+
+def _at(array):
+    return array.ctypes.data_as(ctypes.c_void_p)
+
+
+@functools.cache
+def _engine():
+    library = ctypes.CDLL(str(compiled(SOURCE, "engine.so", ["-O2"], "the timing engine")))
+    library.ptxsim_replay.restype = ctypes.c_int
+    return library
+
+
