@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ..compiled import compiled
 from ..errors import SimError
 from ..host.images import cubin_of
 from . import assembler
-from .cubin import Code, Instruction
+from .cubin import Code, Instruction, kernel_resources
 from .gpus import Gpu
 from .instructions import PIPE_NAMES, PRODUCTS, costs, product_shape
 from .paths import OFF, PathFinder, is_branch
@@ -74,8 +76,12 @@ class TimedLaunch:
     def __init__(self, recording: Recording, cubin: bytes | None = None):
         """``cubin``: the machine code that runs; by default what the simulation has of the PTX."""
         cubin = cubin_of(recording.ptx) if cubin is None else cubin
-        self.recording = recording
+        self.name, self.cluster_size, self.ctas = recording.name, recording.cluster_size, len(recording.ctas)
+        self.conflicts = recording.conflicts
+        self.threads, self.smem = prod(recording.block), recording.smem
         self.code: Code = assembler.assemble(recording.ptx, cubin)[recording.name]
+        resources = kernel_resources(cubin)[recording.name] if cubin else {}
+        self.registers, self.static_smem = resources.get("regs"), resources.get("static_smem", 0)
         finder = PathFinder(self.code, recording.blocks, recording.ptx)
         self.bars: dict[int, int] = {}
         rows: list[tuple[int, int, int, int, int]] = []
@@ -90,7 +96,23 @@ class TimedLaunch:
 
     @property
     def warps_per_cta(self) -> int:
-        return len(self.recording.ctas[0])
+        return (len(self.offsets) - 1) // self.ctas
+
+    def only(self, ctas: Sequence[int]) -> TimedLaunch:
+        """The launch with these of its CTAs alone (whole clusters)."""
+        warps = self.warps_per_cta
+        chosen = copy.copy(self)
+        spans = [self.offsets[[cta * warps + w, cta * warps + w + 1]] for cta in ctas for w in range(warps)]
+        chosen.rows = np.concatenate([self.rows[a:b] for a, b in spans])
+        chosen.offsets = np.concatenate([[0], np.cumsum([b - a for a, b in spans])])
+        place = {cta: n for n, cta in enumerate(ctas)}
+        chosen.owners = np.array([place.get(owner, 0) for owner in self.owners.tolist()], np.int32)
+        chosen.ctas = len(ctas)
+        return chosen
+
+    def rows_of(self, cta: int) -> int:
+        """How much the warps of a CTA execute."""
+        return int(self.offsets[(cta + 1) * self.warps_per_cta] - self.offsets[cta * self.warps_per_cta])
 
     def _bar(self, index):
         return self.bars.setdefault(index, len(self.bars))
@@ -143,7 +165,7 @@ class TimedLaunch:
     def instruction_table(self, gpu: Gpu) -> np.ndarray:
         """Rows of the engine's ``Instruction``."""
         table = []
-        for i, cost in zip(self.code.instructions, costs(self.code, gpu, self.recording.conflicts), strict=True):
+        for i, cost in zip(self.code.instructions, costs(self.code, gpu, self.conflicts), strict=True):
             wait = i.wait
             branch = is_branch(i) or i.opcode == "RET"
             table.append((i.stall, i.write_scoreboard, i.read_scoreboard, wait, cost.pipe, round(1000 * cost.taken),
@@ -154,8 +176,7 @@ class TimedLaunch:
     def replay(self, gpu: Gpu, sms: int = 1, residency: int = 1, times: bool = False) -> Replay:
         """Replay all CTAs on ``sms`` SMs with their share of the L2's rate, ``residency`` CTAs at once on each; those that
         find no room begin when others end, in order. ``times``: also when each row was issued."""
-        recording = self.recording
-        ctas, warps, size = len(recording.ctas), self.warps_per_cta, recording.cluster_size
+        ctas, warps, size = self.ctas, self.warps_per_cta, self.cluster_size
         if sms % size:
             raise SimError(f"{sms} SMs do not hold clusters of {size} CTAs")
         table = self.instruction_table(gpu)
@@ -172,7 +193,7 @@ class TimedLaunch:
         )  # fmt: skip
         per_warp = out[: ctas * warps * (1 + len(REASONS))].reshape(ctas * warps, -1)
         if stuck:
-            raise ReplayStuck(f"{recording.name[:60]}: {self._stuck(per_warp[:, 0], stuck)}")
+            raise ReplayStuck(f"{self.name[:60]}: {self._stuck(per_warp[:, 0], stuck)}")
         per_sm = out[per_warp.size : -2].reshape(sms, -1).tolist()
         uses = [
             SmUse(tensor, tensor_shared + shared, count, loaded, {k: pipes[v] / 4 for k, v in PIPE_NAMES.items()})

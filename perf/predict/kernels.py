@@ -1,0 +1,244 @@
+"""The kernels that are predicted: how they cut a problem, and how they are run on a few tiles of it.
+
+A *probe* is such a run: ``tiles`` tiles (or clusters of tiles) of ``steps`` steps each, simulated and recorded.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import cute_fa
+import ptxsim
+from cute_fa.engine.table import TABLE
+from cute_fa.semantics.errors import ArgumentError
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction, DType, SmArch
+from cute_fa.tools.trial import problem_of_spec
+from perf.predict.tiles import TileShape, steps_of
+from perf.workload import Workload
+from ptxsim.host.posing import posing
+from ptxsim.timing.recorder import Recorder
+from ptxsim.timing.replay import TimedLaunch
+
+_DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
+_SMEM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228}  # KiB of an SM: CUDA programming guide, compute capabilities
+_REGISTERS, _THREADS, _CTA_SMEM = 65536, 2048, 1024
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe computes, bottom-right aligned: ``heads_kv`` kv heads with so many queries and keys."""
+
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    window: tuple[int | None, int | None]
+
+
+class Kernel(ABC):
+    """A kernel of one arch for one workload."""
+
+    name: str
+
+    def __init__(self, workload: Workload, arch: SmArch, settings: dict[str, Any]):
+        self.workload, self.arch, self.settings = workload, arch, settings
+        if workload.lengths != "dense" or workload.page_size or workload.plan or workload.decode:
+            raise ArgumentError("predict: sequences of one length, without pages, plans and decoding")
+        if workload.dtype not in _DTYPES:
+            raise ArgumentError(f"predict: dtype={workload.dtype.value!r}: one of {', '.join(d.value for d in _DTYPES)}")
+        self.shape = self.tile_shape()
+
+    @abstractmethod
+    def tile_shape(self) -> TileShape:
+        """How the kernel cuts the workload."""
+
+    @abstractmethod
+    def run(self, probe: Probe, recorder: Recorder) -> None:
+        """Run a probe in simulation, recorded."""
+
+    @property
+    def identity(self) -> tuple:
+        """What the recordings of probes depend on."""
+        w = self.workload
+        ratio = w.heads // w.heads_kv
+        return (self.name, self.arch.value, w.direction.value, w.dtype.value, w.head_dim, w.head_dim_v, ratio,
+                w.window_size[0] is not None, w.window_size[1] is not None, *sorted(self.settings.items()), self.shape)  # fmt: skip
+
+    def probe(self, tiles: int, steps: int) -> TimedLaunch:
+        """The main kernel on so many tiles of so many steps."""
+        w, shape = self.workload, self.shape
+        left, right = w.window_size
+        if w.direction is Direction.BACKWARD:
+            return self._probe_backward(tiles, steps)
+        keys = steps * shape.step
+        if left is not None:  # two blocks before the window's edge, so that it is met
+            left, keys = keys - shape.span, keys + 2 * shape.step
+        ratio = w.heads // w.heads_kv
+        heads_kv = -(-tiles * shape.heads // ratio)
+        launch = self._record(Probe(heads_kv, shape.span, keys, (left, right)))
+        clusters = launch.ctas // shape.cluster
+        return launch if shape.persistent or clusters == tiles else launch.only(range(tiles * shape.cluster))
+
+    def _probe_backward(self, tiles, steps):
+        """Of a CTA a tile: those that take so many steps."""
+        w, shape = self.workload, self.shape
+        left, right = w.window_size
+        ratio = w.heads // w.heads_kv
+        heads_kv = -(-tiles // ratio)
+        if left is None and right is None:
+            launch = self._record(Probe(heads_kv, steps * shape.step, shape.tokens, (None, None)))
+            return launch.only(range(tiles))
+        length = steps * shape.step
+        if left is not None:
+            left = length - shape.tokens
+            length += 4 * shape.step
+        launch = self._record(Probe(heads_kv, length, length, (left, right)))
+        # CTAs in the order of what they execute are tiles in the order of their steps
+        longest = sorted(range(launch.ctas), key=launch.rows_of, reverse=True)
+        return launch.only(sorted(longest[:tiles]))
+
+    def _record(self, probe):
+        recorder = Recorder()
+        self.run(probe, recorder)
+        longest = max(recorder.recordings, key=lambda r: sum(len(trace) for trace in r.ctas[0]))
+        return TimedLaunch(longest)
+
+    def residency(self, launch: TimedLaunch) -> int:
+        """CTAs that an SM holds at once."""
+        shared = (launch.smem + launch.static_smem + _CTA_SMEM) / 1024
+        registers = -(-(launch.registers or 255) // 8) * 8 * launch.threads
+        limits = _SMEM[self.arch.number] // shared, _REGISTERS // registers, _THREADS // launch.threads
+        return max(int(min(limits)), 1)
+
+    def tensors(self, probe: Probe) -> list[torch.Tensor]:
+        """q, k, v of a probe."""
+        w = self.workload
+        torch.manual_seed(0)
+        ratio, dtype = w.heads // w.heads_kv, _DTYPES[w.dtype]
+        q = torch.randn(1, probe.seqlen_q, probe.heads_kv * ratio, w.head_dim).to(dtype)
+        k = torch.randn(1, probe.seqlen_k, probe.heads_kv, w.head_dim).to(dtype)
+        v = torch.randn(1, probe.seqlen_k, probe.heads_kv, w.head_dim_v).to(dtype)
+        return [q, k, v]
+
+
+def problem_of(workload: Workload, arch: SmArch) -> AttentionProblem:
+    """What the dispatch table is asked for."""
+    return problem_of_spec(workload.spec(), arch, direction=workload.direction)
+
+
+class OurKernel(Kernel):
+    """This package's, by the dispatch table."""
+
+    name = "ours"
+
+    def tile_shape(self) -> TileShape:
+        with self._forced():
+            problem = problem_of(self.workload, self.arch)
+            config = TABLE.lookup(problem).configure(problem)
+        if self.workload.direction is Direction.BACKWARD:
+            return TileShape(config.tile_n, config.tile_m)
+        tokens = getattr(config, "tile_tokens", None) or config.tile_m
+        return TileShape(tokens, config.tile_n, getattr(config, "pack_gqa", 1), getattr(config, "cluster", 1),
+                         getattr(config, "persistent", False))  # fmt: skip
+
+    @contextmanager
+    def _forced(self) -> Iterator[None]:
+        """The config with ``settings`` in the place of what the heuristic has."""
+        if not self.settings:
+            yield
+            return
+        from cute_fa.engine.overrides import forced
+
+        with forced(**self.settings):
+            yield
+
+    def run(self, probe: Probe, recorder: Recorder) -> None:
+        q, k, v = self.tensors(probe)
+        backward = self.workload.direction is Direction.BACKWARD
+        with self._forced(), cute_fa.simulate(self.arch, num_sms=self.shape.cluster) as simulation:
+            simulation.observers.append(recorder)
+            if not backward:
+                cute_fa.flash_attn_func(q, k, v, window_size=_window(probe))
+                return
+            for x in (q, k, v):
+                x.requires_grad_()
+            out = cute_fa.flash_attn_func(q, k, v, window_size=_window(probe))
+            recorder.recordings.clear()
+            out.backward(torch.randn_like(out))
+
+
+def _window(probe):
+    return tuple(-1 if edge is None else edge for edge in probe.window)
+
+
+class Fa4Kernel(Kernel):
+    """FlashAttention-4's, of the flash-attn-4 that is installed."""
+
+    name = "fa4"
+
+    def __init__(self, workload: Workload, arch: SmArch, settings: dict[str, Any]):
+        os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = os.environ["QUACK_CACHE_ENABLED"] = "0"
+        ptxsim.install()
+        try:
+            from flash_attn.cute import interface
+        except ImportError as error:
+            raise ArgumentError(f"predict: flash-attn-4 is not installed ({error})") from None
+        self.interface = interface
+        super().__init__(workload, arch, settings)
+
+    def tile_shape(self) -> TileShape:
+        w = self.workload
+        left, right = w.window_size
+        causal, local = left is None and right == 0, left is not None
+        major = self.arch.number // 10
+        if w.direction is Direction.BACKWARD:
+            if major != 9:
+                raise ArgumentError(f"predict: FlashAttention-4 has no backward for {self.arch.value} that is timed")
+            config = self.settings.get("config") or self.interface._tile_size_bwd_sm90(w.head_dim, w.head_dim_v, causal, local)
+            return TileShape(config.n_block_size, config.m_block_size)
+        if major == 8:
+            tokens, step, packed = 128, 64, False
+        elif major == 9:
+            config = self.interface._tile_size_fwd_sm90(w.head_dim, w.head_dim_v, causal, local)
+            tokens, step, packed = config.m_block_size, config.n_block_size, w.heads > w.heads_kv
+        else:
+            raise ArgumentError(f"predict: tcgen05 kernels are not timed yet ({self.arch.value})")
+        tokens, step = self.settings.get("tile_mn", (tokens, step))
+        ratio = w.heads // w.heads_kv if packed and tokens % (w.heads // w.heads_kv) == 0 else 1
+        return TileShape(tokens // ratio, step, ratio)
+
+    def run(self, probe: Probe, recorder: Recorder) -> None:
+        q, k, v = self.tensors(probe)
+        left, right = probe.window
+        window = dict(causal=True) if (left, right) == (None, 0) else dict(window_size_left=left, window_size_right=right)
+        backward = self.workload.direction is Direction.BACKWARD
+        with ExitStack() as stack:
+            simulation = stack.enter_context(ptxsim.simulate(self.arch.value, sm_count=132))
+            stack.enter_context(posing(simulation))
+            simulation.observers.append(recorder)
+            if backward:
+                out = torch.randn(*q.shape[:-1], v.shape[-1]).to(q.dtype)
+                lse = torch.full((1, q.shape[2], q.shape[1]), 8.0)
+                self.interface._flash_attn_bwd(q, k, v, out, torch.randn_like(out), lse, **window)
+            else:
+                self.interface._flash_attn_fwd(q, k, v, _arch=self.arch.number, return_lse=True, **window, **self.settings)
+
+
+KERNELS: dict[str, Callable[..., Kernel]] = {"ours": OurKernel, "fa4": Fa4Kernel}
+
+
+def probe_steps(kernel: Kernel) -> Sequence[tuple[int, int]]:
+    """(tiles a place, steps) of the probes: one tile of few and of many steps, three tiles of many."""
+    windowed = kernel.workload.window_size[0] is not None
+    short = max(4 if windowed else 8, -(-kernel.shape.span // kernel.shape.step) + 1)
+    return (1, short), (1, 2 * short), (3, 2 * short)
+
+
+__all__ = ["KERNELS", "Fa4Kernel", "Kernel", "OurKernel", "Probe", "probe_steps", "problem_of", "steps_of"]

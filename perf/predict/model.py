@@ -1,0 +1,138 @@
+"""A predicted time, with its spread over what is not known of the GPU, and what binds it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from perf.predict.cost import ProbeResult, TileCost
+from perf.predict.kernels import Kernel, probe_steps
+from perf.predict.tiles import makespan, ordered_steps
+from cute_fa.semantics.types import Direction
+from ptxsim.timing.gpus import Gpu
+from ptxsim.timing.replay import REASONS, TimedLaunch
+
+FEWEST_KERNELS = 3  # of a backward: before the main one, it, and after it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prediction with one set of constants: seconds, and the shares of time that parts of the GPU are busy."""
+
+    seconds: float
+    busy: dict[str, float]
+    tail: float
+    l2_bound: bool
+    cost: TileCost
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Mean and standard deviation over an ensemble of constants; TFLOP/s as FlashAttention counts them."""
+
+    milliseconds: float
+    milliseconds_spread: float
+    tflops: float
+    tflops_spread: float
+    bound: str
+    busy: dict[str, float]
+    waits: dict[str, float] = field(default_factory=dict)
+
+    def compare(self, other: Prediction) -> str:
+        """"faster", "slower", or "cannot tell" within the joint spread of two standard deviations."""
+        joint = 2 * (self.tflops_spread**2 + other.tflops_spread**2) ** 0.5
+        if abs(self.tflops - other.tflops) <= joint:
+            return "cannot tell"
+        return "faster" if self.tflops > other.tflops else "slower"
+
+
+class Predictor:
+    """A kernel's probes, simulated once, to be replayed with any constants."""
+
+    def __init__(self, kernel: Kernel, launches: Sequence[TimedLaunch] | None = None):
+        self.kernel = kernel
+        self.plan = probe_steps(kernel)
+        if launches is None:
+            launches = [kernel.probe(tiles, steps) for tiles, steps in self.plan[:1]]
+            self.residency = 1 if kernel.shape.persistent else kernel.residency(launches[0])
+            if self.residency > 1:
+                launches = []
+            launches += [kernel.probe(tiles * self.residency, steps) for tiles, steps in self.plan[len(launches) :]]
+        else:
+            self.residency = 1 if kernel.shape.persistent else kernel.residency(launches[0])
+        self.launches = list(launches)
+
+    def sample(self, gpu: Gpu) -> Sample:
+        """The prediction with these constants."""
+        kernel, shape, workload = self.kernel, self.kernel.shape, self.kernel.workload
+        results = [
+            ProbeResult(tiles, steps, launch.replay(gpu, shape.cluster, self.residency))
+            for (tiles, steps), launch in zip(self.plan, self.launches, strict=True)
+        ]
+        cost = TileCost.fit(*results, gpu, shape.cluster)
+        steps = ordered_steps(shape, workload, int(gpu.l2_size * 2**20))
+        slots = int(gpu.sms) // shape.cluster * self.residency
+        # cta_start is part of what a further tile costs in a probe
+        cycles = cost.first + makespan(shape, steps, cost, slots, 0.0)
+        even = cost.first + sum(map(cost, steps)) / min(slots, len(steps))
+        seconds = cycles / (gpu.clock * 1e9)
+        memory = workload.work.bytes / (gpu.hbm * 1e12)
+        beside = 0.0
+        if workload.direction is Direction.BACKWARD:
+            beside = _beside_backward(workload, gpu)
+        total = max(seconds, memory) + gpu.kernel_start * 1e-6 + beside
+        busy = _busy(results[0], results[1], gpu)
+        busy["hbm"] = memory / total
+        return Sample(total, busy, 1 - even / cycles, cost.l2_bound, cost)
+
+    def predict(self, gpu: Gpu, ensemble: int = 12) -> Prediction:
+        """Over the GPU's constants as they are and ``ensemble`` − 1 draws of those that have a spread."""
+        samples = [self.sample(gpu if seed == 0 else gpu.sample(seed)) for seed in range(ensemble)]
+        flops = self.kernel.workload.work.flops
+        times = [1e3 * s.seconds for s in samples]
+        rates = [flops / s.seconds / 1e12 for s in samples]
+        busy = {name: statistics.mean(s.busy[name] for s in samples) for name in samples[0].busy}
+        tail = statistics.mean(s.tail for s in samples)
+        bound = _bound(busy, tail, statistics.mean(s.l2_bound for s in samples))
+        return Prediction(statistics.mean(times), statistics.pstdev(times), statistics.mean(rates),
+                          statistics.pstdev(rates), bound, {**busy, "tail": tail}, _waits(samples[0].cost))  # fmt: skip
+
+
+def _beside_backward(workload, gpu):
+    """Seconds of a backward's other kernels: they read O and dO and clear dQ's accumulator, and convert it."""
+    elements = workload.tokens * workload.heads * workload.head_dim
+    moved = elements * (2 * workload.dtype.bytes + 4 + 4 + workload.dtype.bytes)
+    return moved / (gpu.hbm * 1e12) + (FEWEST_KERNELS - 1) * gpu.kernel_start * 1e-6 / 2
+
+
+def _busy(short: ProbeResult, long: ProbeResult, gpu: Gpu) -> dict[str, float]:
+    """Shares of the cycles in which parts of an SM are busy in the steady state: between the two probes."""
+    cycles = max(long.cycles - short.cycles, 1)
+    a, b = short.replay.sms[0], long.replay.sms[0]
+    busy = {"tensor": b.tensor - a.tensor, "shared memory": b.shared - a.shared,
+            "issue": (b.instructions - a.instructions) / 4}  # fmt: skip
+    busy |= {name: b.pipes[name] - a.pipes[name] for name in ("mufu", "alu", "fma", "imad", "convert", "mma_sync")}
+    loaded = sum(sm.tma_bytes for sm in long.replay.sms) - sum(sm.tma_bytes for sm in short.replay.sms)
+    busy["l2"] = loaded / len(long.replay.sms) / (gpu.bytes_per_cycle(gpu.l2) / gpu.sms)
+    return {name: value / cycles for name, value in busy.items()}
+
+
+def _bound(busy: dict[str, float], tail: float, l2: float) -> str:
+    """What binds: a part that is busy 85 % of the time, else the tail if it takes 15 %, else latency."""
+    if l2 > 0.5:
+        return "l2"
+    name = max(busy, key=lambda part: busy[part])
+    if busy[name] >= 0.85:
+        return name
+    return "tail" if tail >= 0.15 else "latency"
+
+
+def _waits(cost: TileCost) -> dict[str, float]:
+    """Where the cycles of the warps that compute go: shares, of the warps that issue most."""
+    reasons = cost.probe.replay.reasons
+    most = reasons[:, 0] > 0.5 * reasons[:, 0].max()
+    total = reasons[most].sum(0)
+    return {name: float(x) for name, x in zip(REASONS, total / np.sum(total), strict=True)}

@@ -1,0 +1,84 @@
+"""The tiles of a problem, how many steps each takes, in which order they are computed, and when the last one ends."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from cute_fa.device.tiling import ceil_div, head_group
+from cute_fa.semantics.types import Direction
+from perf.workload import Workload
+
+# Cycles of a tile with so many steps.
+Cost = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """How a kernel cuts a problem. Forward: a tile has ``tokens`` queries and takes ``step`` keys at a time; backward: a
+    tile has ``tokens`` keys and takes ``step`` queries at a time. ``heads``: query heads that share a tile. ``cluster``
+    CTAs take neighbouring tiles and walk over the same steps. ``persistent``: CTAs walk over tiles."""
+
+    tokens: int
+    step: int
+    heads: int = 1
+    cluster: int = 1
+    persistent: bool = False
+
+    @property
+    def span(self) -> int:
+        """Tokens of a cluster's tiles."""
+        return self.tokens * self.cluster
+
+
+def steps_of(shape: TileShape, workload: Workload, first: int) -> int:
+    """Steps of the tile, or cluster of tiles, that begins at a token: those with a visible pair, at least one."""
+    left, right = workload.window_size
+    length, end = workload.seqlen, min(first + shape.span, workload.seqlen)
+    if workload.direction is Direction.BACKWARD:
+        left, right = right, left  # the queries that see a key lie after it where its keys lie before a query
+    low = 0 if left is None else max(first - left, 0)
+    high = length if right is None else min(end + right, length)
+    return max(ceil_div(high, shape.step) - low // shape.step, 1)
+
+
+def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[int]:
+    """Steps of each cluster of tiles, in the order in which they are handed out (``device/tile_scheduler.py``): under a
+    right bound the longest first, in groups of heads whose K and V fit into the L2."""
+    per_row = [steps_of(shape, workload, first) for first in range(0, workload.seqlen, shape.span)]
+    rows = workload.batch * workload.heads // shape.heads
+    if workload.window_size[1] is None:
+        return per_row * rows
+    if workload.direction is Direction.FORWARD:
+        per_row.reverse()
+    kv = workload.seqlen * (workload.head_dim + workload.head_dim_v) * workload.dtype.bytes
+    per_kv = workload.heads // workload.heads_kv // shape.heads
+    group = min(head_group(kv, l2_bytes, max(per_kv, 1)), rows)
+    out: list[int] = []
+    groups = [min(group, rows - first) for first in range(0, rows, group)]
+    for number, heads in enumerate(groups):
+        falls = not shape.persistent or (len(groups) - 1 - number) % 2 == 0
+        out += [steps for steps in (per_row if falls else per_row[::-1]) for _ in range(heads)]
+    return out
+
+
+def makespan(shape: TileShape, steps: list[int], cost: Cost, slots: int, start: float) -> float:
+    """Cycles until the last tile ends on ``slots`` places for clusters. ``start``: between two CTAs on one place."""
+    costs = {n: cost(n) for n in set(steps)}
+    if shape.persistent:
+        ends = [0.0] * min(slots, len(steps))
+        for place, n in zip(_turns(len(ends)), steps, strict=False):
+            ends[place] += costs[n]
+        return max(ends)
+    ends = [0.0] * slots
+    for n in steps:
+        heapq.heappush(ends, heapq.heappop(ends) + costs[n] + start)
+    return max(ends) - start
+
+
+def _turns(places: int) -> Iterator[int]:
+    """Which CTA takes the next tile: by turns from the front and from the back."""
+    while True:
+        yield from range(places)
+        yield from reversed(range(places))
