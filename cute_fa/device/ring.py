@@ -89,24 +89,35 @@ class Ring:
 
     def release(self, stage: Int32, if_true=True):
         """Consumer warp: this warp has read the tile in a stage."""
-        leader = cute.arch.lane_idx() == 0
+        ctas = self.spec.ctas
+        leader = cute.arch.lane_idx() == 0 if ctas == 1 else cute.arch.lane_idx() < ctas
         if if_true is not True:
             leader = leader & if_true
-        self._arrive(self.empty + stage, leader)
+        if ctas == 1:
+            self._arrive(self.empty + stage, leader)
+        else:
+            _arrive_at(self.empty + stage, cute.arch.lane_idx() % ctas, leader)
 
     def _arrive(self, barrier: cute.Pointer, leader: Boolean):
         """By the one lane for which ``leader`` holds."""
         if self.spec.shared:
-            first = inline_ptx(
-                "mapa.shared::cluster.u32 {$w0}, {$r0}, 0;", write_only_types=[Int32], read_only_args=[barrier.toint()]
-            )
-            inline_ptx(
-                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{$r0}];",
-                read_only_args=[first],
-                predicate=leader,
-            )
+            _arrive_at(barrier, 0, leader)
         else:
             inline_ptx("mbarrier.arrive.shared.b64 _, [{$r0}];", read_only_args=[barrier.toint()], predicate=leader)
+
+
+def _arrive_at(barrier: cute.Pointer, rank: int | Int32, if_true: Boolean):
+    """Arrival at the barrier that CTA ``rank`` of the cluster has in the place of this one, by the lanes for which
+    ``if_true`` holds."""
+    place, ranks = (str(rank), []) if isinstance(rank, int) else ("{$r1}", [rank])
+    there = inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, " + place + ";",
+        write_only_types=[Int32],
+        read_only_args=[barrier.toint(), *ranks],
+    )
+    inline_ptx(
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{$r0}];", read_only_args=[there], predicate=if_true
+    )
 
 
 def rings(specs: tuple[PipelineSpec, ...], barriers: cute.Pointer) -> dict[str, Ring]:

@@ -29,9 +29,10 @@ class Fa3ForwardConfig(FeatureConfig):
     """Everything that shapes the machine code.
 
     ``warpgroups`` consumer warpgroups own 64 rows of Q each and take ``tile_n`` keys a step; ``stages`` blocks of K and
-    of V are in flight. ``pack_gqa`` query heads of one kv head share a tile (1: none). ``persistent``: CTAs walk over
-    tiles. ``promoted_columns``: of P·V in fp8, how many are computed at a time before they are added to O; None for
-    all.
+    of V are in flight. ``turns``: warpgroups take turns on the tensor cores. ``pack_gqa`` query heads of one kv head
+    share a tile (1: none). ``persistent``: CTAs walk over tiles. ``promoted_columns``: of P·V in fp8, how many are
+    computed at a time before they are added to O; None for all. ``cluster``: CTAs that walk over the same blocks of
+    keys, 1 or 2; of two each has half of a tile's queries, and brings half of every block to both.
     """
 
     kernel_module: ClassVar[str] = "fa3_sm90.forward.kernel"
@@ -40,9 +41,11 @@ class Fa3ForwardConfig(FeatureConfig):
     warpgroups: int
     tile_n: int
     stages: int
+    turns: bool
     pack_gqa: int = 1
     persistent: bool = True
     promoted_columns: int | None = None
+    cluster: int = 1
 
     @property
     def transposers(self) -> int:
@@ -101,8 +104,8 @@ class Fa3ForwardConfig(FeatureConfig):
 
     @property
     def tile_tokens(self) -> int:
-        """Query positions of one tile."""
-        return self.tokens * self.warpgroups
+        """Query positions that a CTA, or a cluster, computes at a time."""
+        return self.tokens * self.warpgroups * self.cluster
 
     @property
     def walk_shape(self) -> tuple[int, int]:
@@ -117,8 +120,9 @@ class Fa3ForwardConfig(FeatureConfig):
 
     @property
     def key_rows(self) -> int:
-        """Keys that one TMA copy brings: of a page, as many as a block and a page have in common."""
-        return self.tile_n if self.page_size is None else math.gcd(self.page_size, self.tile_n)
+        """Keys that one TMA copy brings: a CTA's part of a block, of a page as many as a block and a page have in
+        common."""
+        return self.tile_n // self.cluster if self.page_size is None else math.gcd(self.page_size, self.tile_n)
 
     @property
     def value_rows(self) -> int:
@@ -164,10 +168,11 @@ class Fa3ForwardConfig(FeatureConfig):
         """Q has one ring for each warpgroup, since each loads, waits for and releases its own rows."""
         rows = self.pack_gqa * self.tokens
         size = self.dtype.bytes
-        everyone = 4 * self.warpgroups
+        everyone, ctas = 4 * self.warpgroups * self.cluster, self.cluster
         queries = tuple(PipelineSpec(f"q{i}", 1, rows * self.head_dim_padded * size, 4) for i in range(self.warpgroups))
-        keys = PipelineSpec("k", self.stages, self.tile_n * self.head_dim_padded * size, everyone)
-        loaded = PipelineSpec("v", self.stages, self.tile_n * self.loaded_columns * size, self.transposers or everyone)
+        bytes_k, bytes_v = (self.tile_n * columns * size for columns in (self.head_dim_padded, self.loaded_columns))
+        keys = PipelineSpec("k", self.stages, bytes_k, everyone, ctas=ctas)
+        loaded = PipelineSpec("v", self.stages, bytes_v, self.transposers or everyone, ctas=ctas)
         if not self.transposers:
             return (*queries, keys, loaded)
         transposed = PipelineSpec("vt", self.stages, 0, everyone, self.transposers)
@@ -179,16 +184,11 @@ class Fa3ForwardConfig(FeatureConfig):
         return "vt" if self.transposers else "v"
 
     @property
-    def pingpong(self) -> bool:
-        """Whether warpgroups take turns on the tensor cores. Beyond head_dim 128 a block's products take so long that
-        the softmax of the other warpgroup hides behind them anyway."""
-        return max(self.head_dim_padded, self.head_dim_v_padded) <= 128
-
-    @property
     def compile_name(self) -> str:
         choices = {
             f"page{self.page_size}": self.page_size is not None,
             f"pack{self.pack_gqa}": self.pack_gqa > 1,
+            "pair": self.cluster > 1,
             "single": not self.persistent,
         }
         return self.named("fa3_fwd", **choices)
@@ -202,6 +202,7 @@ class Tiles(NamedTuple):
     stages: int = 2
     pack_gqa: int = 1
     promoted_columns: int | None = None
+    cluster: int = 1
 
 
 # In order of preference.
@@ -243,8 +244,15 @@ def _config(problem: AttentionProblem, tiles: Tiles) -> Fa3ForwardConfig:
     return Fa3ForwardConfig(
         **FeatureConfig.features(problem),
         **tiles._asdict(),
+        turns=_takes_turns(problem),
         persistent=problem.persistent is not PersistentMode.OFF,
     )
+
+
+def _takes_turns(problem: AttentionProblem) -> bool:
+    """Whether warpgroups take turns on the tensor cores. Beyond head_dim 128 a block's products take so long that the
+    softmax of the other warpgroup hides behind them anyway."""
+    return max(problem.head_dim, problem.head_dim_v) <= 128
 
 
 def promotion_objection(problem: AttentionProblem) -> str | None:

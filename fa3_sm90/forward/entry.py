@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cute_fa.device.tiled_forward import TiledForward
+from cute_fa.device.tiling import num_ctas
 from cute_fa.engine.contract import Candidate
 from cute_fa.semantics.problem import AttentionProblem
 from fa3_sm90.forward.config import (
@@ -28,6 +29,15 @@ class Fa3Forward(TiledForward):
     @classmethod
     def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
         return forward_candidates(problem)
+
+    @classmethod
+    def ctas(cls, config: Fa3ForwardConfig) -> int:
+        return config.cluster
+
+    @classmethod
+    def num_ctas(cls, config: Fa3ForwardConfig, tiles: int, num_sms: int) -> int:
+        """Whole clusters, one at least."""
+        return config.cluster * num_ctas(tiles, max(num_sms // config.cluster, 1), config.persistent)
 
     @classmethod
     def promotion_objection(cls, problem: AttentionProblem) -> str | None:
