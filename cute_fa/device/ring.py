@@ -1,6 +1,6 @@
 """Rings of shared-memory tiles, guarded by mbarriers: the loader fills a stage, the consumers read and release it."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -42,10 +42,12 @@ class Ring:
     """The mbarriers of one :class:`PipelineSpec`: ``full`` completes when a stage's bytes have arrived, ``empty`` when
     all consumer warps have released it."""
 
-    def __init__(self, spec: PipelineSpec, barriers: cute.Pointer):
-        """``barriers``: 2·stages mbarriers in shared memory."""
+    def __init__(self, spec: PipelineSpec, barriers: cute.Pointer, everywhere: Optional[Int32] = None):
+        """``barriers``: 2·stages mbarriers in shared memory; ``everywhere``: where each lane finds those of a CTA of the
+        cluster, see :func:`in_each_cta`."""
         self.spec = spec
         self.full, self.empty = barriers, barriers + spec.stages
+        self.everywhere = everywhere
 
     def initialize(self):
         """By one thread, before a fence and a barrier of the CTA."""
@@ -88,7 +90,10 @@ class Ring:
         cute.arch.mbarrier_wait(self.empty + state.stage, state.phase)
 
     def release(self, stage: Int32, if_true=True):
-        """Consumer warp: this warp has read the tile in a stage."""
+        """Consumer warp: this warp has read the tile in a stage, by wgmma where CTAs have the same tile.
+
+        Then there is nothing to publish to them. With ``.release.cluster`` ptxas puts MEMBAR.ALL.GPU before the arrival.
+        """
         ctas = self.spec.ctas
         leader = cute.arch.lane_idx() == 0 if ctas == 1 else cute.arch.lane_idx() < ctas
         if if_true is not True:
@@ -96,37 +101,44 @@ class Ring:
         if ctas == 1:
             self._arrive(self.empty + stage, leader)
         else:
-            _arrive_at(self.empty + stage, cute.arch.lane_idx() % ctas, leader)
+            place = self.everywhere + 8 * (self.spec.stages + stage)
+            inline_ptx("mbarrier.arrive.shared::cluster.b64 _, [{$r0}];", read_only_args=[place], predicate=leader)
 
     def _arrive(self, barrier: cute.Pointer, leader: Boolean):
         """By the one lane for which ``leader`` holds."""
         if self.spec.shared:
-            _arrive_at(barrier, 0, leader)
+            first = inline_ptx(
+                "mapa.shared::cluster.u32 {$w0}, {$r0}, 0;", write_only_types=[Int32], read_only_args=[barrier.toint()]
+            )
+            inline_ptx(
+                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{$r0}];",
+                read_only_args=[first],
+                predicate=leader,
+            )
         else:
             inline_ptx("mbarrier.arrive.shared.b64 _, [{$r0}];", read_only_args=[barrier.toint()], predicate=leader)
-
-
-def _arrive_at(barrier: cute.Pointer, rank: int | Int32, if_true: Boolean):
-    """Arrival at the barrier that CTA ``rank`` of the cluster has in the place of this one, by the lanes for which
-    ``if_true`` holds."""
-    place, ranks = (str(rank), []) if isinstance(rank, int) else ("{$r1}", [rank])
-    there = inline_ptx(
-        "mapa.shared::cluster.u32 {$w0}, {$r0}, " + place + ";",
-        write_only_types=[Int32],
-        read_only_args=[barrier.toint(), *ranks],
-    )
-    inline_ptx(
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{$r0}];", read_only_args=[there], predicate=if_true
-    )
 
 
 def rings(specs: tuple[PipelineSpec, ...], barriers: cute.Pointer) -> dict[str, Ring]:
     """The rings by name, their barriers one after the other."""
     made, first = {}, 0
+    ctas = max(spec.ctas for spec in specs)
+    everywhere = None if ctas == 1 else in_each_cta(barriers, ctas)
     for spec in specs:
-        made[spec.name] = Ring(spec, barriers + first)
+        there = None if spec.ctas == 1 else everywhere + 8 * first
+        made[spec.name] = Ring(spec, barriers + first, there)
         first += 2 * spec.stages
     return made
+
+
+def in_each_cta(place: cute.Pointer, ctas: int) -> Int32:
+    """Address of the same place in shared memory of a cluster's CTA, for each lane another one's, by turns. Computed
+    once: an instruction for each arrival less than with one at each."""
+    return inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};",
+        write_only_types=[Int32],
+        read_only_args=[place.toint(), cute.arch.lane_idx() % ctas],
+    )
 
 
 def barrier_count(specs: tuple[PipelineSpec, ...]) -> int:
