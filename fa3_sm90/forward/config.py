@@ -32,7 +32,8 @@ class Fa3ForwardConfig(FeatureConfig):
     of V are in flight. ``turns``: warpgroups take turns on the tensor cores. ``pack_gqa`` query heads of one kv head
     share a tile (1: none). ``persistent``: CTAs walk over tiles. ``promoted_columns``: of P·V in fp8, how many are
     computed at a time before they are added to O; None for all. ``cluster``: CTAs that walk over the same blocks of
-    keys, 1 or 2; of two each has half of a tile's queries, and brings half of every block to both.
+    keys, 1 or 2; of two each has half of a tile's queries, and brings half of every block to both. ``max_chains``: of
+    comparisons in which a thread looks for the largest of a row's scores, side by side.
     """
 
     kernel_module: ClassVar[str] = "fa3_sm90.forward.kernel"
@@ -46,6 +47,7 @@ class Fa3ForwardConfig(FeatureConfig):
     persistent: bool = True
     promoted_columns: int | None = None
     cluster: int = 1
+    max_chains: int = 1
 
     @property
     def transposers(self) -> int:

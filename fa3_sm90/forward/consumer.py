@@ -89,7 +89,7 @@ class Consumer:
         args, config = self.args, self.config
         work = tile_work(args.common, config, self.extents, scheduler.tile(state))
         score = self.score(work)
-        softmax = OnlineSoftmax(ROWS, score.scale_log2, self.probabilities.exponents)
+        softmax = OnlineSoftmax(ROWS, score.scale_log2, self.probabilities.exponents, config.max_chains)
         self.accumulation.clear()
         keys = self.walk(work, softmax, score, queries, keys)
 
