@@ -35,6 +35,8 @@ def ring_next(state: RingState, stages: int) -> RingState:
 
 def previous_stage(state: RingState, stages: int) -> Int32:
     """The stage of the tile before."""
+    if stages & (stages - 1):
+        return cutlass.select_(state.stage == 0, stages - 1, state.stage - 1)
     return state.stage ^ 1 if stages == 2 else (state.stage - 1) & (stages - 1)
 
 
@@ -43,8 +45,8 @@ class Ring:
     all consumer warps have released it."""
 
     def __init__(self, spec: PipelineSpec, barriers: cute.Pointer, everywhere: Optional[Int32] = None):
-        """``barriers``: 2·stages mbarriers in shared memory; ``everywhere``: where each lane finds those of a CTA of the
-        cluster, see :func:`in_each_cta`."""
+        """``barriers``: 2·stages mbarriers in shared memory; ``everywhere``: where each lane finds those of one of the
+        cluster's CTAs, see :func:`in_each_cta`."""
         self.spec = spec
         self.full, self.empty = barriers, barriers + spec.stages
         self.everywhere = everywhere
@@ -92,7 +94,7 @@ class Ring:
     def release(self, stage: Int32, if_true=True):
         """Consumer warp: this warp has read the tile in a stage, by wgmma where CTAs have the same tile.
 
-        Then there is nothing to publish to them. With ``.release.cluster`` ptxas puts MEMBAR.ALL.GPU before the arrival.
+        Then there is nothing to publish. With ``.release.cluster`` ptxas puts MEMBAR.ALL.GPU before the arrival.
         """
         ctas = self.spec.ctas
         leader = cute.arch.lane_idx() == 0 if ctas == 1 else cute.arch.lane_idx() < ctas

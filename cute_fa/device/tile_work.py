@@ -47,9 +47,7 @@ def walk_of(common: CommonArguments, config) -> RangeWalk:
     return RangeWalk.of(common.query_walk, dense_extents(common).queries, config.tile_tokens)
 
 
-def scheduler_of(
-    common: CommonArguments, grid: TileGrid, config, handout: Optional[Handout] = None, ctas: int = 1
-):
+def scheduler_of(common: CommonArguments, grid: TileGrid, config, handout: Optional[Handout] = None, ctas: int = 1):
     """The tile scheduler: each role makes its own and gets the same tiles. ``config``: of the kernel, with
     window_right, ranges, persistent and tile_tokens; ``ctas``: of a cluster that walks together. Under a range plan an
     m_block says which tile of rows by its place among those that have blocks, the last one being the longest."""

@@ -13,6 +13,7 @@ from fa3_sm90.forward.config import (
     forward_config,
     promotion_objection,
 )
+from fa3_sm90.forward.rules import config_objection
 
 
 class Fa3Forward(TiledForward):
@@ -21,10 +22,16 @@ class Fa3Forward(TiledForward):
     family = "fa3"
     rows = WGMMA_M
     l2_bytes = 50 * 2**20  # of an H100 and an H200 (NVIDIA H100 whitepaper)
+    tuned = Fa3ForwardConfig
 
     @classmethod
     def configure(cls, problem: AttentionProblem) -> Fa3ForwardConfig:
-        return forward_config(problem)
+        config = forward_config(problem)
+        return config if cls.override is None else cls.override(problem, config)
+
+    @classmethod
+    def config_objection(cls, problem: AttentionProblem, config: Fa3ForwardConfig) -> str | None:
+        return config_objection(problem, config)
 
     @classmethod
     def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
