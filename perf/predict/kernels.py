@@ -1,6 +1,6 @@
 """The kernels that are predicted: how they cut a problem, and how they are run on a few tiles of it.
 
-A *probe* is such a run: ``tiles`` tiles (or clusters of tiles) of ``steps`` steps each, simulated and recorded.
+A *probe* is such a run: ``tiles`` tiles of ``steps`` steps each, simulated and recorded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 import cute_fa
 import ptxsim
+from cute_fa.engine.overrides import forced
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import AttentionProblem
@@ -79,10 +80,10 @@ class Kernel(ABC):
             return self._probe_backward(tiles, steps)
         keys = steps * shape.step
         if left is not None:  # two blocks before the window's edge, so that it is met
-            left, keys = keys - shape.span, keys + 2 * shape.step
+            left, keys = keys - shape.tokens, keys + 2 * shape.step
         ratio = w.heads // w.heads_kv
         heads_kv = -(-tiles * shape.heads // ratio)
-        launch = self._record(Probe(heads_kv, shape.span, keys, (left, right)))
+        launch = self._record(Probe(heads_kv, shape.tokens, keys, (left, right)))
         clusters = launch.ctas // shape.cluster
         return launch if shape.persistent or clusters == tiles else launch.only(range(tiles * shape.cluster))
 
@@ -151,12 +152,7 @@ class OurKernel(Kernel):
     @contextmanager
     def _forced(self) -> Iterator[None]:
         """The config with ``settings`` in the place of what the heuristic has."""
-        if not self.settings:
-            yield
-            return
-        from cute_fa.engine.overrides import forced
-
-        with forced(**self.settings):
+        with forced(TABLE.lookup(problem_of(self.workload, self.arch)), **self.settings):
             yield
 
     def run(self, probe: Probe, recorder: Recorder) -> None:
@@ -237,7 +233,7 @@ KERNELS: dict[str, Callable[..., Kernel]] = {"ours": OurKernel, "fa4": Fa4Kernel
 def probe_steps(kernel: Kernel) -> Sequence[tuple[int, int]]:
     """(tiles a place, steps) of the probes: one tile of few and of many steps, three tiles of many."""
     windowed = kernel.workload.window_size[0] is not None
-    short = max(4 if windowed else 8, -(-kernel.shape.span // kernel.shape.step) + 1)
+    short = max(4 if windowed else 8, -(-kernel.shape.tokens // kernel.shape.step) + 1)
     return (1, short), (1, 2 * short), (3, 2 * short)
 
 

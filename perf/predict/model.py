@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from cute_fa.semantics.types import Direction
 from perf.predict.cost import ProbeResult, TileCost
 from perf.predict.kernels import Kernel, probe_steps
+from perf.predict.store import kept
 from perf.predict.tiles import makespan, ordered_steps
-from cute_fa.semantics.types import Direction
 from ptxsim.timing.gpus import Gpu
 from ptxsim.timing.replay import REASONS, TimedLaunch
 
@@ -52,18 +54,21 @@ class Prediction:
 class Predictor:
     """A kernel's probes, simulated once, to be replayed with any constants."""
 
-    def __init__(self, kernel: Kernel, launches: Sequence[TimedLaunch] | None = None):
+    def __init__(self, kernel: Kernel):
         self.kernel = kernel
         self.plan = probe_steps(kernel)
-        if launches is None:
-            launches = [kernel.probe(tiles, steps) for tiles, steps in self.plan[:1]]
-            self.residency = 1 if kernel.shape.persistent else kernel.residency(launches[0])
-            if self.residency > 1:
-                launches = []
-            launches += [kernel.probe(tiles * self.residency, steps) for tiles, steps in self.plan[len(launches) :]]
-        else:
-            self.residency = 1 if kernel.shape.persistent else kernel.residency(launches[0])
-        self.launches = list(launches)
+        first = self._probe(*self.plan[0])
+        self.residency = 1 if kernel.shape.persistent else kernel.residency(first)
+        self.launches = [self._probe(tiles * self.residency, steps) for tiles, steps in self.plan]
+
+    def of(self, kernel: Kernel) -> Predictor:
+        """The same probes for another workload of the kernel."""
+        other = copy.copy(self)
+        other.kernel = kernel
+        return other
+
+    def _probe(self, tiles: int, steps: int) -> TimedLaunch:
+        return kept((*self.kernel.identity, tiles, steps), lambda: self.kernel.probe(tiles, steps))
 
     def sample(self, gpu: Gpu) -> Sample:
         """The prediction with these constants."""
