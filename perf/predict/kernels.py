@@ -208,7 +208,7 @@ class Fa4Kernel(Kernel):
             raise ArgumentError(f"predict: tcgen05 kernels are not timed yet ({self.arch.value})")
         tokens, step = self.settings.get("tile_mn", (tokens, step))
         ratio = w.heads // w.heads_kv if packed and tokens % (w.heads // w.heads_kv) == 0 else 1
-        return TileShape(tokens // ratio, step, ratio)
+        return TileShape(tokens // ratio, step, ratio, skips_left=major >= 9)
 
     def run(self, probe: Probe, recorder: Recorder) -> None:
         q, k, v = self.tensors(probe)

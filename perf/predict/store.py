@@ -18,7 +18,7 @@ from ptxsim.timing.replay import TimedLaunch
 
 _ROOT = Path(cute_fa.__file__).parents[1]
 # What decides how a probe's warps run: our kernels, and the simulator with its recorder.
-_SOURCES = ("cute_fa", "fa2_sm80", "fa3_sm90", "fa4_sm100", "ptxsim", "perf/predict")
+_SOURCES = ("cute_fa", "fa2_sm80", "fa3_sm90", "fa4_sm100", "ptxsim", "perf/predict/kernels.py")
 
 
 @functools.cache
@@ -26,7 +26,8 @@ def _version() -> str:
     """Hash of everything that recordings depend on beside their problem."""
     digest = hashlib.sha256()
     for folder in _SOURCES:
-        for file in sorted(_ROOT.joinpath(folder).rglob("*.py")):
+        place = _ROOT / folder
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(file.read_bytes())
     for package in ("nvidia-cutlass-dsl", "flash-attn-4", "quack-kernels"):
         try:

@@ -18,13 +18,15 @@ Cost = Callable[[int], float]
 class TileShape:
     """How a kernel cuts a problem. Forward: a tile has ``tokens`` queries and takes ``step`` keys at a time; backward: a
     tile has ``tokens`` keys and takes ``step`` queries at a time. ``heads``: query heads that share a tile. ``cluster``
-    CTAs compute a tile together, and walk over the same steps. ``persistent``: CTAs walk over tiles."""
+    CTAs compute a tile together, and walk over the same steps. ``persistent``: CTAs walk over tiles. ``skips_left``: what
+    lies left of a window is not walked over."""
 
     tokens: int
     step: int
     heads: int = 1
     cluster: int = 1
     persistent: bool = False
+    skips_left: bool = True
 
 
 def steps_of(shape: TileShape, workload: Workload, first: int) -> int:
@@ -33,7 +35,7 @@ def steps_of(shape: TileShape, workload: Workload, first: int) -> int:
     length, end = workload.seqlen, min(first + shape.tokens, workload.seqlen)
     if workload.direction is Direction.BACKWARD:
         left, right = right, left  # the queries that see a key lie after it where its keys lie before a query
-    low = 0 if left is None else max(first - left, 0)
+    low = 0 if left is None or not shape.skips_left else max(first - left, 0)
     high = length if right is None else min(end + right, length)
     return max(ceil_div(high, shape.step) - low // shape.step, 1)
 

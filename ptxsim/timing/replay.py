@@ -37,7 +37,7 @@ _PIPES = 10
 _CONSTANTS = ("try_wait", "wake", "arrive", "remote_arrive", "bar", "cluster_barrier", "branch", "wgmma_issue",
               "wgmma_tail", "wgmma_least", "wgmma_queue", "tensor_flops", "shared_bytes", "tma_setup", "tma_latency",
               "tma_interval", "tma_bytes", "store_latency", "global_latency", "cta_start", "register_ports",
-              "register_tensor", "slots_lost")  # fmt: skip
+              "register_tensor", "slots_lost", "shared_slack")  # fmt: skip
 
 
 @dataclass(frozen=True)
