@@ -23,7 +23,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]
 _ENCODING_HIGH = re.compile(r"^\s*/\* (0x[0-9a-f]{16}) \*/")
 _LABEL = re.compile(r"^(\.L_x?_?\w+|\$\S+):")
 _PTX_LINE = re.compile(r"^\s*//## .*, line (\d+)")
-_SECTION = re.compile(r"//-+ \.text\.(\S+) -+")
+_SECTION = re.compile(r"//-+ \.text\.(\S+)\s+-+")  # a short name is padded
 _TARGET = re.compile(r"^\s*\.target\s+(sm_\w+)", re.M)
 _ARCH = re.compile(r"EF_CUDA_SM(\d+)|\.target\s+sm_(\d+)")
 

@@ -16,6 +16,7 @@ PIPE_NAMES = {"alu": ALU, "fma": FMA, "imad": IMAD, "mufu": XU, "lsu": LSU, "uni
               "convert": CONVERT}  # fmt: skip
 
 _FMA = {"FFMA", "FADD", "FMUL", "FFMA32I", "FADD32I", "FMUL32I", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FADD2", "FMUL2"}
+_MMA = {"HMMA", "IMMA", "QMMA", "DMMA", "BMMA"}
 _IMAD = {"IMAD", "IMUL", "IDP"}
 _XU = {"MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "FLO", "BREV"}
 _SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
@@ -71,7 +72,7 @@ def _pipe(i: Instruction, gpu: Gpu) -> tuple[int, float]:
         return IMAD, WARP / gpu.imad_lanes
     if op in _XU:
         return XU, WARP / gpu.mufu_lanes
-    if op == "HMMA":
+    if op in _MMA:
         return TENSOR, mma_sync_flops(i) * QUARTERS / gpu.mma_sync_flops
     if op in _LSU:
         return LSU, max(2, 2 * _width(i)) if op not in ("LDSM", "STSM") else 2 * _width(i)
@@ -79,7 +80,7 @@ def _pipe(i: Instruction, gpu: Gpu) -> tuple[int, float]:
         return 0, 1
     if op.startswith("U"):
         return UNIFORM, 2
-    if op in ("F2FP", "F2F"):
+    if op == "F2FP":
         return CONVERT, WARP / gpu.convert_lanes
     return ALU, WARP / gpu.alu_lanes
 
@@ -96,7 +97,7 @@ def _latency(i: Instruction, gpu: Gpu) -> float:
         return gpu.global_latency
     if op in ("LDC", "ULDC", "LDCU"):
         return gpu.constant_latency
-    if op == "HMMA":
+    if op in _MMA:
         return gpu.mma_sync_latency
     return _LATENCIES.get(op, _DEFAULT_LATENCY)
 
@@ -108,23 +109,34 @@ def _width(i: Instruction) -> int:
     return next((int(m) // 32 for m in i.modifiers if m in ("64", "128")), 1)
 
 
-def mma_sync_flops(i: Instruction) -> int:
-    """FLOP of a warp's HMMA: 16816 is m16n8k16."""
-    shape = next(m for m in i.modifiers if re.fullmatch(r"\d{4,5}", m))
+# Bits of an element by the modifiers that name its type; 16 where none does.
+_BITS = {"TF32": 32, "F64": 64, "S8": 8, "U8": 8, "S4": 4, "U4": 4, "B1": 1, "E4M3": 8, "E5M2": 8}
+
+
+def mma_sync_flops(i: Instruction) -> float:
+    """FLOP of a warp's mma in units of 16-bit products, of which the tensor cores do twice as many as of 32 bits and
+    half as many as of 8; HMMA.16816 is m16n8k16, DMMA.884 m8n8k4."""
+    shape = next(m for m in i.modifiers if re.fullmatch(r"\d{3,5}", m))
     m, n, k = (16, 8, int(shape[3:])) if shape.startswith("168") else (int(shape[0]), int(shape[1]), int(shape[2:]))
-    return 2 * m * n * k
+    return 2 * m * n * k * _bits(i) / 16
+
+
+def _bits(i):
+    return max((_BITS[m] for m in i.modifiers if m in _BITS), default=16)
 
 
 def product_shape(i: Instruction) -> tuple[int, int, bool, bool]:
-    """Of a wgmma: FLOP in units of 16-bit products, bytes of operands in shared memory, whether it is of 8 bits, whether
-    it ends a group."""
+    """Of a wgmma: FLOP in units of 16-bit products or, where it is of 8 bits, of such, bytes of operands in shared memory,
+    whether it is of 8 bits, whether it ends a group."""
     m, n, k = map(int, next(re.match(r"(\d+)x(\d+)x(\d+)", x).groups() for x in i.modifiers if re.match(r"\d+x\d+x", x)))
     eight = i.opcode != "HGMMA"
-    element = 1 if eight else 2
+    element = 1 if eight else _bits(i) // 8
     # the first source is a descriptor in uniform registers (gdesc), or a fragment in registers
     from_registers = bool(re.match(r"R\d", i.operands[1]))
-    shared = n * k * element + (0 if from_registers else m * k * element)
-    return 2 * m * n * k, shared, eight, "gsb0" in i.text
+    # of a sparse product half of A is there, and of its products half are computed
+    stored = 2 if "SP" in i.modifiers else 1
+    shared = n * k * element + (0 if from_registers else m * k * element // stored)
+    return 2 * m * n * k * max(element, 2) // 2 // stored, shared, eight, "gsb0" in i.text
 
 
 def register_reads(code: Code) -> list[int]:

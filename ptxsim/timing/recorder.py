@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,11 +67,12 @@ class Recorder(Observer):
     def begin(self, machine):
         self.machine, self.wave, self.shared = machine, machine.wave, machine.shared
         self.traces = [[] for _ in range(machine.wave.nwarps)]
+        self.bars = {}  # warp -> entry of the named barrier that it came to last
         self.at_bar = {}  # (cta, barrier) -> entries of the warps that have arrived
         self.latest = None  # step, line and warp of the latest copy, and its entry
-        self.banks = {}  # line -> [passes, accesses]
         if machine.wave.launch is not self._launch:
             self._launch = machine.wave.launch
+            self.banks = {}  # line -> [passes, accesses]
             self.recordings.append(self._new(machine))
 
     @staticmethod
@@ -142,12 +144,15 @@ class Recorder(Observer):
         for j, warp in enumerate(w.tolist()):
             entry = ["bar", line, waits, int(barrier[j]), 0]
             self.traces[warp].append(entry)
-            self.at_bar.setdefault((int(cta[j]), int(barrier[j])), []).append(entry)
+            self.bars[warp] = entry
+
+    def bar_arrived(self, warp, cta, barrier, waits):
+        self.at_bar.setdefault((cta, barrier), []).append(self.bars[warp])
 
     def bar_together(self, w, cta, waits):
-        for place in {*self.at_bar}:
-            if place[0] in set(cta.tolist()):
-                self.bar_completed(*place)
+        warps = Counter(cta.tolist())
+        for j, warp in enumerate(w.tolist()):
+            self.bars[warp][4] = warps[int(cta[j])]
 
     def bar_completed(self, cta, barrier):
         entries = self.at_bar.pop((cta, barrier), [])

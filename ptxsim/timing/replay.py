@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -29,7 +30,7 @@ _MARKS = 100_000
 # Operations of the engine, in its order. A row is (instruction, operation, a, b, c); -1 as instruction: what the one before
 # does besides.
 (NONE, TRY, ARRIVE, INIT, BAR_SYNC, BAR_ARRIVE, WGMMA, WGMMA_WAIT, TMA_LOAD, TMA_TARGET, STORE, REDUCE, CP_ASYNC, CP_ARRIVE,
- COMMIT, GROUP_WAIT, CLUSTER_ARRIVE, CLUSTER_WAIT) = range(18)  # fmt: skip
+ COMMIT, GROUP_WAIT, CLUSTER_ARRIVE, CLUSTER_WAIT, DROP) = range(19)  # fmt: skip
 REASONS = ("issuing", "stall counts", "scoreboards", "mbarriers", "named barriers", "wgmma", "pipes", "not selected",
            "wgmma queue", "register ports", "copies", "cluster")  # fmt: skip
 _PIPES = 10
@@ -142,11 +143,7 @@ class TimedLaunch:
         if kind == "init":
             return [(INIT, self._bar(index), count, 0) for index, count in operation[2]]
         if kind == "mbar":
-            arrives, counts_bytes = "arrive" in operation[2], "tx" in operation[2]
-            return [
-                (ARRIVE, self._bar(index), (1 if counts_bytes else count) if arrives else 0, count if counts_bytes else 0)
-                for index, count in operation[3]
-            ]
+            return self._changes(operation[2], operation[3])
         if kind == "bar":
             return [(BAR_SYNC if operation[2] else BAR_ARRIVE, operation[3], operation[4] or warps, 0)]
         if kind == "cluster":
@@ -160,7 +157,16 @@ class TimedLaunch:
             return [(REDUCE if operation[3] else STORE, operation[2], 0, 0)]
         if kind == "cp":
             return [(CP_ASYNC, operation[2], 0, 0)]
-        return [(CP_ARRIVE, self._bar(index), int(operation[3]), 0) for index in operation[2]]
+        return [(CP_ARRIVE, self._bar(index), n, 0 if operation[3] else n) for index, n in Counter(operation[2]).items()]
+
+    def _changes(self, what, lanes):
+        """Arrivals and bytes expected or completed, of a warp's lanes."""
+        arrivals, expected = Counter(), Counter()
+        for index, count in lanes:
+            arrivals[index] += (1 if "tx" in what else count) if "arrive" in what else 0
+            expected[index] += 0 if "tx" not in what else -count if what == "complete_tx" else count
+        dropped = [(DROP, self._bar(index), n, 0) for index, n in arrivals.items() if "drop" in what]
+        return dropped + [(ARRIVE, self._bar(index), n, expected[index]) for index, n in arrivals.items()]
 
     def instruction_table(self, gpu: Gpu) -> np.ndarray:
         """Rows of the engine's ``Instruction``."""
