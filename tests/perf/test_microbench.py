@@ -1,0 +1,168 @@
+"""The kernels that measure a GPU's constants: simulated once each, what their timed loops hold, and the inverse
+problem: rows of a GPU whose constants are known give them back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cute_fa import simulate
+from cute_fa.engine.compiler import compiled
+from cute_fa.semantics.errors import DeviceError
+from cute_fa.semantics.types import DType, SmArch
+from perf import __main__ as command_line
+from perf.gpu_check import steps
+from perf.microbench import __main__ as process
+from perf.microbench import gpu_file, session, wgmma
+from perf.microbench.benchmark import REPETITIONS, Measured
+from ptxsim.timing.gpus import known, load
+from tests.testing.clock import FakeDevice
+from tests.testing.timed_loops import mix, timed_loop
+
+SM90 = SmArch.SM_90A
+LOOPING = {"BRA", "ISETP", "IADD3", "VIADD", "NOP"}  # what a loop may hold beside what it times
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sm90():
+    """All kernels run here, under the race detector."""
+    with simulate(SM90, race=True, num_sms=2) as simulation:
+        yield simulation
+
+
+def rows_of(config, name, counts, cycles, **more):
+    """Rows as a kernel gives them that takes ``cycles(count)``."""
+    for repetition in range(REPETITIONS):
+        for count in counts:
+            figures = {"cycles": cycles(count), "seconds": cycles(count) / 1.5e9}
+            yield {"kernel": name, **config.parameters(), **more, "count": count, "repetition": repetition, **figures}
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        wgmma.Chain(SM90, 8, registers=True),
+        wgmma.Chain(SM90, 64, False, DType.BF16, *wgmma.ALONE),
+        wgmma.Chain(SM90, 256),
+        wgmma.Chain(SM90, 256, False, DType.E4M3),
+    ],
+    ids=lambda chain: chain.compile_name,
+)
+def test_wgmma(chain):
+    a, b = wgmma.operands(chain.dtype, chain.n)
+    done = wgmma.launch(chain, 2, a, b)
+    product = a.double() @ b.double().T
+    assert torch.allclose(done.output.double(), 2 * wgmma.UNROLL / 4 * product, rtol=1e-4, atol=1e-3)
+    assert (done.cycles > 0).all()
+    loop = timed_loop(compiled(chain).cubin)
+    counts = mix(loop)
+    assert counts["QGMMA" if chain.dtype.is_fp8 else "HGMMA"] == wgmma.UNROLL
+    # nothing is waited for that the kernel does not ask for, and what else is issued takes less time than the products
+    waits = [i for i in loop if i.opcode == "WARPGROUP" and "DEPBAR" in i.modifiers]
+    assert len(waits) == wgmma.UNROLL // chain.per_commit
+    assert {name for name in counts if name[0] != "U"} - LOOPING <= {"HGMMA", "QGMMA", "WARPGROUP"}
+    assert sum(i.stall for i in loop) < wgmma.UNROLL * max(chain.n / 3, 6)
+
+
+def test_wgmma_constants():
+    def interval(chain):
+        if (chain.per_commit, chain.pending) == wgmma.ALONE:
+            return 33 + 46
+        return max(19 if chain.registers else 18 + chain.n / 4, 2 * 64 * chain.n * 16 / 4096)
+
+    rows = []
+    for chain in wgmma.chains(SM90):
+        cycles = interval(chain)
+        rows += rows_of(chain, wgmma.NAME, (64, 320), lambda n, cycles=cycles: round(700 + n * wgmma.UNROLL * cycles))
+    found = wgmma.constants(rows)
+    assert found["tensor_flops"].value == pytest.approx(4096, rel=1e-3)
+    assert found["wgmma_least"].value == pytest.approx(19)
+    assert found["wgmma_tail"].value == pytest.approx(79 - 34)
+    assert all(constant.spread == 0 for constant in found.values())
+    # a session that was cut short has what it measured
+    assert set(wgmma.constants([row for row in rows if row["n"] == 256])) == {"tensor_flops"}
+
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "file"),
+    [
+        (H100, "sm_90a", "h100"),
+        ("NVIDIA H200", "sm_90a", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "sm_80", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "sm_80", "a100-pcie"),
+    ],
+)
+def test_the_nearest_gpu(name, arch, file):
+    assert gpu_file.nearest(name, arch) == load(file)
+
+
+def test_a_gpu_without_relatives():
+    with pytest.raises(DeviceError, match=r"NVIDIA B200 is sm_100a: constants are measured of sm_80, sm_90a"):
+        gpu_file.nearest("NVIDIA B200", "sm_100a")
+
+
+@pytest.mark.parametrize("file", known())
+def test_the_file_is_read_back(file, tmp_path):
+    base = load(file)
+    found = {"tensor_flops": Measured(4055.25, 0.0125), "slots_lost": Measured(0.0, 0.0)}
+    gpu = gpu_file.merged('A "new" one', base, found, "2026-11-30")
+    path = tmp_path / "new.toml"
+    path.write_text(gpu_file.text(gpu, ["clock of wgmma: 1.7 GHz"]), encoding="utf-8")
+    read = load(str(path))
+    assert read == gpu
+    assert read.constants["tensor_flops"].spread == 0.0125
+    assert read.constants["tensor_flops"].kind == "measured"
+    assert read.constants["hbm"] == base.constants["hbm"]
+    assert all("slots_lost" not in values and values for values in read.rivals.values())
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine with a GPU whose wgmma take 0.5 N cycles; processes of groups run in this one."""
+    monkeypatch.setattr(command_line, "CudaDevice", lambda: FakeDevice(gpu=H100))
+
+    def measure(arch):
+        for chain in wgmma.chains(arch):
+            yield from rows_of(chain, wgmma.NAME, (32, 160), lambda n, chain=chain: n * wgmma.UNROLL * chain.n // 2)
+
+    def in_process(step, log, deadline):
+        process.main(*step.command[3:])
+        return steps.Outcome(step, "ok", 1.0)
+
+    monkeypatch.setattr(wgmma, "measure", measure)
+    monkeypatch.setattr(steps, "_run", lambda step, log, deadline, stopped: in_process(step, log, deadline))
+    return tmp_path / "gpu.toml"
+
+
+def test_the_command_writes_rows_and_constants(gpu):
+    def invoke(*arguments):
+        return CliRunner().invoke(command_line.main, ["microbench", "--out", str(gpu), *arguments])
+
+    done = invoke("--only", "wgmma")
+    assert done.exit_code == 0, done.output
+    assert "tensor_flops = 4096, spread 0" in done.output
+    measured = load(str(gpu))
+    assert (measured.name, measured.tensor_flops, measured.wgmma_least) == (H100, 4096, 4)
+    rows = session.read_rows(gpu.with_suffix(".jsonl"))
+    assert len(rows) == 2 * REPETITIONS * len(wgmma.chains(SM90))
+    # rows of other groups stay, those of other GPUs and of the same group do not, nor does an unfinished line
+    with gpu.with_suffix(".jsonl").open("a") as file:
+        file.write(session.line({"group": "other", "gpu": H100}) + session.line({"group": "other", "gpu": "X"}) + "{")
+    assert invoke("--only", "wgmma").exit_code == 0
+    again = session.read_rows(gpu.with_suffix(".jsonl"))
+    assert [row["group"] for row in again] == ["other"] + ["wgmma"] * len(rows)
+
+
+def test_the_command_without_a_gpu():
+    done = CliRunner().invoke(command_line.main, ["microbench"])
+    assert (done.exit_code, done.stderr) == (2, "no GPU: kernels are timed on one.\n")
+
+
+def test_the_command_refuses_other_files(gpu):
+    done = CliRunner().invoke(command_line.main, ["microbench", "--out", "x.csv"])
+    assert done.exit_code == 2
+    assert "x.csv: a file that ends in .toml" in done.output
