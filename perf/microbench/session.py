@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -87,15 +87,14 @@ def read_rows(file: Path) -> list[Row]:
     return [json.loads(text) for text in file.read_text().splitlines(keepends=True) if text.endswith("}\n")]
 
 
-def constants(rows: Iterable[Row]) -> dict[str, Measured]:
+def constants(rows: Sequence[Row]) -> dict[str, Measured]:
     """What all groups say."""
-    rows, found = list(rows), {}
+    found: dict[str, Measured] = {}
     for name in GROUPS:
-        own = [row for row in rows if row["group"] == name]
-        found |= group(name).constants(own) if own else {}
+        found |= group(name).constants(rows)
     return found
 
 
-def remarks(rows: list[Row]) -> list[str]:
+def remarks(rows: Sequence[Row]) -> list[str]:
     """What groups say beside constants."""
     return [note for row in rows if (note := row.get("note"))]

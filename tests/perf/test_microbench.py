@@ -3,6 +3,8 @@ problem: rows of a GPU whose constants are known give them back."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,7 +16,7 @@ from cute_fa.semantics.types import DType, SmArch
 from perf import __main__ as command_line
 from perf.gpu_check import steps
 from perf.microbench import __main__ as process
-from perf.microbench import gpu_file, session, wgmma
+from perf.microbench import barriers, gpu_file, session, tma, wgmma
 from perf.microbench.benchmark import REPETITIONS, Measured
 from ptxsim.timing.gpus import known, load
 from tests.testing.clock import FakeDevice
@@ -82,6 +84,88 @@ def test_wgmma_constants():
     assert all(constant.spread == 0 for constant in found.values())
     # a session that was cut short has what it measured
     assert set(wgmma.constants([row for row in rows if row["n"] == 256])) == {"tensor_flops"}
+
+
+@pytest.mark.parametrize("config", barriers.hand_overs(SM90), ids=lambda config: config.kind)
+def test_barriers(config):
+    # what waits in vain never ends, which the simulator would say
+    done = barriers.launch(config, 2)
+    assert (done.cycles >= 2 * barriers.UNROLL).all()
+    instructions = [(i.opcode, *i.modifiers[:1], "TRYWAIT" in i.modifiers) for i in timed_loop(compiled(config).cubin)]
+    waits, arrivals = ("SYNCS", "PHASECHK", True), ("SYNCS", "ARRIVE", False)
+    if config.kind == "named barrier":
+        waits, arrivals = ("BAR", "SYNC", False), ("BAR", "ARV", False)
+    elif config.kind == "cluster barrier":
+        waits, arrivals = ("UCGABAR_WAIT", False), ("UCGABAR_ARV", False)
+    assert instructions.count(waits) == barriers.UNROLL
+    assert instructions.count(arrivals) == (0 if config.kind == "wait" else barriers.UNROLL)
+    assert not any("MEMBAR" in i for i in instructions) or config.kind == "cluster barrier"
+
+
+def test_barriers_constants():
+    known = {"try_wait": 21, "arrive": 17, "wake": 30, "remote_arrive": 190, "bar": 25, "cluster_barrier": 230}
+    k = SimpleNamespace(**known)
+    cycles = {
+        "wait": k.try_wait,
+        "arrive and wait": k.arrive + k.try_wait,
+        "mbarrier": 2 * (k.arrive + k.wake),
+        "named barrier": 2 * k.bar,
+        "remote mbarrier": 2 * (k.remote_arrive + k.wake),
+        "cluster barrier": k.cluster_barrier,
+    }
+    rows = []
+    for config in barriers.hand_overs(SM90):
+        each = cycles[config.kind] * barriers.UNROLL
+        rows += rows_of(config, barriers.NAME, (16, 144), lambda count, each=each: 90 + count * each)
+    assert {name: value for name, (value, _) in barriers.constants(rows).items()} == known
+
+
+LOADS = [
+    tma.Loads(SM90, 8192, 1),
+    tma.Loads(SM90, 32768, 4),
+    tma.Loads(SM90, *tma.PIECES),
+    tma.Loads(SM90, 8192, 4, True),
+]
+
+
+@pytest.mark.parametrize("loads", LOADS, ids=lambda loads: loads.compile_name)
+def test_tma(loads):
+    ctas, count = 2, 2
+    boxes = torch.randint(-8, 9, (16, loads.box_bytes // 2)).to(torch.bfloat16)
+    done = tma.launch(loads, count, ctas, boxes.view(-1, tma.COLUMNS))
+    # the last boxes of each ring
+    end = (count + 1) * loads.boxes - loads.multicast
+    worker = torch.arange(ctas)[:, None] // loads.cluster * loads.warps + torch.arange(loads.warps)
+    step = ctas // loads.cluster * loads.warps
+    last = boxes[(worker[..., None] + torch.arange(end - loads.boxes, end) * step) % 16]
+    assert torch.equal(done.output.view(ctas, loads.warps, -1).sum(2), last.float().sum((2, 3)))
+    loop = timed_loop(compiled(loads).cubin)
+    copies = [i for i in loop if i.opcode == "UTMALDG"]
+    assert len(copies) == loads.boxes * loads.pieces
+    assert all(("MULTICAST" in i.modifiers) == loads.multicast for i in copies)
+    # the warps issue faster than the copies could be done
+    assert sum(i.stall for i in loop) / len(copies) / loads.warps < (8 if loads.pieces > 1 else 100)
+
+
+def test_tma_constants():
+    known = {"tma_latency": 600, "tma_bytes": 64, "tma_interval": 32, "l2": 5.5, "hbm": 3.0}
+    wake, arrive, clock = 40, 15, 1.5e9
+    rows = []
+    for kind, cycles in {"wait": 20, "arrive and wait": 20 + arrive, "mbarrier": 2 * (arrive + wake)}.items():
+        config = barriers.HandOver(SM90, kind)
+        rows += rows_of(config, barriers.NAME, (16, 144), lambda count, c=cycles: count * c * barriers.UNROLL)
+    for loads, ctas, buffer in tma.runs(SM90, 132):
+        bandwidth = known["l2" if buffer == tma.L2_BYTES else "hbm"] * 1e12 / clock / ctas if ctas > 1 else 64
+        cycles = loads.boxes * loads.box_bytes / bandwidth
+        if loads.boxes == 1:
+            cycles += tma.SETUP + known["tma_latency"] + wake
+        elif loads.pieces > 1:
+            cycles = loads.boxes * loads.pieces * loads.warps * known["tma_interval"]
+        for row in rows_of(loads, tma.NAME, (20, 120), lambda count, c=cycles: 500 + count * c):
+            rows.append({**row, "ctas": ctas, "buffer": buffer, "seconds": row["cycles"] / clock})
+    found = {name: constant.value for name, constant in tma.constants(rows).items()}
+    assert found == pytest.approx(known)
+    assert load("h100").tma_setup == tma.SETUP
 
 
 H100 = "NVIDIA H100 80GB HBM3"

@@ -14,7 +14,7 @@ def reads_clock(instruction: Instruction) -> bool:
 
 
 def timed_loops(cubin: bytes) -> list[list[Instruction]]:
-    """The innermost loops of the one kernel that lie between two readings of the clock."""
+    """The outermost loops of the one kernel that lie between two readings of the clock."""
     _, codes = disassemble(cubin)
     (code,) = codes.values()
     flow = ControlFlow(code)
@@ -22,8 +22,8 @@ def timed_loops(cubin: bytes) -> list[list[Instruction]]:
     found = []
     for loop in flow.loops.values():
         body = flow.instructions(loop.body)
-        innermost = not any(loop.holds(other) for other in flow.loops.values())
-        if innermost and readings and readings[0] < body[0].address and body[-1].address < readings[-1]:
+        outermost = not any(other.holds(loop) for other in flow.loops.values())
+        if outermost and readings and readings[0] < body[0].address and body[-1].address < readings[-1]:
             found.append(body)
     return found
 
