@@ -40,11 +40,12 @@ class TimedKernel(KernelConfig):
 class Timed(NamedTuple):
     """``cycles``: int64 (CTAs, readers), or with more dimensions, between two readings of clock64; steps of the
     scheduler if simulated. ``output``: what the kernel computed. ``seconds``: of the launch by events, NaN if
-    simulated."""
+    simulated. ``figures``: what else a row is to have."""
 
     cycles: torch.Tensor
     output: torch.Tensor
     seconds: float = math.nan
+    figures: Row | None = None
 
 
 class Measured(NamedTuple):
@@ -82,7 +83,7 @@ def repeat(
     for repetition in range(REPETITIONS):
         for count in counts:
             done = timed(count)
-            figures = {"cycles": int(done.cycles.max()), "seconds": done.seconds}
+            figures = {"cycles": int(done.cycles.max()), "seconds": done.seconds, **(done.figures or {})}
             yield {"kernel": name, **config.parameters(), **more, "count": count, "repetition": repetition, **figures}
 
 

@@ -2,13 +2,16 @@
 
 import cutlass
 import cutlass.cute as cute
+import torch
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.tma_boxes import tile_layout
+from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import DType
+from perf.microbench.benchmark import device
 
 M = 64
 ROW_BYTES = 128  # of A and B: a swizzle atom's, which holds four steps of a dot product
@@ -25,6 +28,11 @@ def columns(dtype: DType) -> int:
 def smem_bytes(n: int) -> int:
     """Shared memory of a tile of A and one of B, and some room."""
     return (M + n) * ROW_BYTES + 2 * _ALIGNMENT
+
+
+def operands(dtype: DType, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random A and B."""
+    return tuple(torch.randn(rows, columns(dtype), device=device()).to(TORCH_DTYPES[dtype]) for rows in (M, n))
 
 
 class Product:

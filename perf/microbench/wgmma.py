@@ -18,7 +18,6 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fake_arguments import fake_tensor
-from cute_fa.semantics.tensors import TORCH_DTYPES
 from cute_fa.semantics.types import DType, SmArch
 from perf.microbench.benchmark import (
     WARP,
@@ -27,14 +26,13 @@ from perf.microbench.benchmark import (
     Row,
     Timed,
     TimedKernel,
-    device,
     each,
     measured_each,
     repeat,
     run,
     slopes,
 )
-from perf.microbench.products import M, Product, columns, smem_bytes
+from perf.microbench.products import M, Product, columns, operands, smem_bytes
 
 NAME = "wgmma"
 UNROLL = 32  # wgmma in the timed loop's body
@@ -120,11 +118,6 @@ def chains(arch: SmArch) -> list[Chain]:
     sizes = (8, 16, 32, 64, 128, 256)
     streams = [Chain(arch, n, registers) for registers in (False, True) for n in sizes]
     return [*streams, Chain(arch, 64, False, DType.BF16, *ALONE), Chain(arch, 256, False, DType.E4M3)]
-
-
-def operands(dtype: DType, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random A and B."""
-    return tuple(torch.randn(rows, columns(dtype), device=device()).to(TORCH_DTYPES[dtype]) for rows in (M, n))
 
 
 def measure(arch: SmArch) -> Iterator[Row]:

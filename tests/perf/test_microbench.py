@@ -16,11 +16,12 @@ from cute_fa.semantics.types import DType, SmArch
 from perf import __main__ as command_line
 from perf.gpu_check import steps
 from perf.microbench import __main__ as process
-from perf.microbench import barriers, gpu_file, session, tma, wgmma
+from perf.microbench import barriers, gpu_file, session, streams, tma, wgmma
 from perf.microbench.benchmark import REPETITIONS, Measured
+from perf.microbench.products import operands
 from ptxsim.timing.gpus import known, load
 from tests.testing.clock import FakeDevice
-from tests.testing.timed_loops import mix, timed_loop
+from tests.testing.timed_loops import mix, timed_loop, timed_loops
 
 SM90 = SmArch.SM_90A
 LOOPING = {"BRA", "ISETP", "IADD3", "VIADD", "NOP"}  # what a loop may hold beside what it times
@@ -52,7 +53,7 @@ def rows_of(config, name, counts, cycles, **more):
     ids=lambda chain: chain.compile_name,
 )
 def test_wgmma(chain):
-    a, b = wgmma.operands(chain.dtype, chain.n)
+    a, b = operands(chain.dtype, chain.n)
     done = wgmma.launch(chain, 2, a, b)
     product = a.double() @ b.double().T
     assert torch.allclose(done.output.double(), 2 * wgmma.UNROLL / 4 * product, rtol=1e-4, atol=1e-3)
@@ -166,6 +167,102 @@ def test_tma_constants():
     found = {name: constant.value for name, constant in tma.constants(rows).items()}
     assert found == pytest.approx(known)
     assert load("h100").tma_setup == tma.SETUP
+
+
+def chains_after(kind, instructions, x, y, z):
+    """x of a chain after so many instructions, all tensors of words."""
+    as_float = torch.float32
+    a, b, c = (value.view(as_float).double() for value in (x, y, z))
+    if kind == "imad":
+        for _ in range(instructions):
+            x = x * y + z
+        return x
+    if kind == "convert":
+        for _ in range(instructions):
+            high, low = (value.view(as_float).bfloat16().view(torch.int16).int() for value in (x, y))
+            x = high << 16 | low & 0xFFFF
+        return x
+    sums = {"ffma3": a + instructions * b * c, "ffma2": a + instructions * b / 2, "fadd1": a + instructions}
+    others = {"fmnmx": torch.maximum(a, b), "shuffle": a.view(-1, 2, a.shape[1]).flip(1).reshape(a.shape)}
+    if instructions % 2 == 0:
+        others["shuffle"] = a
+    fixed_point = 0.6411857445  # of 2^-x
+    return {**sums, **others, "mufu": torch.full_like(a, fixed_point)}[kind].float().view(torch.int32)
+
+
+STREAMS = [streams.Stream(SM90, kind) for kind in streams.INSTRUCTIONS if kind not in ("shuffle", "shared")]
+STREAMS += [streams.Stream(SM90, kind, 1, 1) for kind in ("ffma3", "mufu", "shuffle", "shared")]
+STREAMS += [streams.Stream(SM90, "ffma3", beside=128, registers=registers) for registers in (False, True)]
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.compile_name)
+def test_streams(stream):
+    chains, opcode = stream.chains, SASS[stream.kind]
+    # integers as floats, so that sums are exact
+    values = torch.randint(1, 9, (stream.threads, 3 * chains)).float().view(torch.int32)
+    done = streams.launch(stream, 2, values)
+    x, y, z = values.split(chains, 1)
+    found, _, _ = done.output.split(chains, 1)
+    if stream.kind == "shared":
+        assert (found.flatten().diff() == 4).all()  # each thread's word holds its own address
+    else:
+        wanted = chains_after(stream.kind, 2 * streams.UNROLL // chains, x, y, z)
+        assert torch.allclose(found.view(torch.float32), wanted.view(torch.float32), rtol=1e-6)
+    *products, loop = timed_loops(compiled(stream).cubin)
+    assert mix(loop)[opcode] == streams.UNROLL
+    assert len(loop) == streams.UNROLL + 3
+    assert set(mix(loop)) <= LOOPING | {opcode}
+    assert len(products) == (stream.beside is not None)
+    for loop in products:
+        assert mix(loop)["HGMMA"] == streams.PRODUCTS
+        assert [i.opcode for i in loop].count("WARPGROUP") == 2  # none of them is waited for at once
+        # they leave the issue slots to the stream
+        assert len(loop) < 0.04 * streams.PRODUCTS * stream.beside / 2
+        assert done.figures["groups"] > 0
+
+
+SASS = {"ffma3": "FFMA", "ffma2": "FFMA", "fadd1": "FADD", "fmnmx": "FMNMX", "imad": "IMAD", "mufu": "MUFU"}
+SASS |= {"convert": "F2FP", "shuffle": "SHFL", "shared": "LDS"}
+
+
+def stream_rows(rate, latency):
+    rows = []
+    for stream in streams.streams(SM90):
+        cycles = streams.UNROLL * (latency(stream.kind) if stream.chains == 1 else streams.WARPS / rate(stream))
+        rows += rows_of(stream, streams.NAME, (32, 288), lambda count, c=cycles: 300 + count * c)
+    return rows
+
+
+LANES = {"fp32_lanes": 32, "alu_lanes": 16, "imad_lanes": 16, "mufu_lanes": 4, "convert_lanes": 16}
+PIPES = {"fmnmx": 16, "imad": 16, "mufu": 4, "convert": 16}
+LATENCIES = {"mufu_latency": 22, "shuffle_latency": 24, "shared_latency": 29}
+
+
+def latency_of(kind):
+    return {"mufu": 22, "shuffle": 24, "shared": 29}.get(kind, 4)
+
+
+def test_streams_constants_of_ports():
+    """Three reads a cycle, of which wgmma take 1.7."""
+
+    def rate(stream):
+        reads = streams.INSTRUCTIONS[stream.kind][1]
+        return min(PIPES.get(stream.kind, 32) / 32, (3 - (1.7 if stream.beside else 0)) / reads)
+
+    known = {**LANES, **LATENCIES, "register_ports": 3, "register_tensor": 1.7, "slots_lost": 0}
+    found = streams.constants(stream_rows(rate, latency_of))
+    assert {name: constant.value for name, constant in found.items()} == pytest.approx(known)
+
+
+def test_streams_constants_of_slots():
+    """Whatever they read, streams lose 30 % of the issue slots."""
+
+    def rate(stream):
+        return min(PIPES.get(stream.kind, 32) / 32, 0.7 if stream.beside else 1)
+
+    known = {**LANES, **LATENCIES, "register_ports": 0, "slots_lost": 0.3}
+    found = streams.constants(stream_rows(rate, latency_of))
+    assert {name: constant.value for name, constant in found.items()} == pytest.approx(known)
 
 
 H100 = "NVIDIA H100 80GB HBM3"
