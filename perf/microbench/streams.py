@@ -243,8 +243,8 @@ def constants(rows: list[Row]) -> dict[str, Measured]:
 
 
 _COMPETITION = ("register_ports", "register_tensor", "slots_lost")
-# Shares of the rate: what a stream with three reads loses over one with one, if ports are short; and what a stream loses
-# whose rate is taken for that of the ports.
+# Shares of the rate: what a stream with three reads loses over one with one, if ports are short; and what a stream
+# loses whose rate is taken for that of the ports.
 _SHORT = 0.05
 
 

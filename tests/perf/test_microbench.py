@@ -16,12 +16,13 @@ from cute_fa.semantics.types import DType, SmArch
 from perf import __main__ as command_line
 from perf.gpu_check import steps
 from perf.microbench import __main__ as process
-from perf.microbench import barriers, gpu_file, session, streams, tma, wgmma
+from perf.microbench import barriers, gpu_file, issue, session, streams, tma, wgmma
 from perf.microbench.benchmark import REPETITIONS, Measured
 from perf.microbench.products import operands
+from perf.sass import disassemble
 from ptxsim.timing.gpus import known, load
 from tests.testing.clock import FakeDevice
-from tests.testing.timed_loops import mix, timed_loop, timed_loops
+from tests.testing.timed_loops import mix, reads_clock, timed_loop, timed_loops
 
 SM90 = SmArch.SM_90A
 LOOPING = {"BRA", "ISETP", "IADD3", "VIADD", "NOP"}  # what a loop may hold beside what it times
@@ -263,6 +264,30 @@ def test_streams_constants_of_slots():
     known = {**LANES, **LATENCIES, "register_ports": 0, "slots_lost": 0.3}
     found = streams.constants(stream_rows(rate, latency_of))
     assert {name: constant.value for name, constant in found.items()} == pytest.approx(known)
+
+
+@pytest.mark.parametrize("burst", [issue.Burst(SM90, 128), issue.Burst(SM90, 256, 2)], ids=lambda b: b.compile_name)
+def test_issue(burst):
+    a, b = operands(DType.BF16, burst.n)
+    done = issue.launch(burst, a, b)
+    product = issue.LENGTH / 4 * (a.float() @ b.float().T)
+    assert torch.allclose(done.output, product.expand_as(done.output), rtol=1e-4, atol=1e-3)
+    assert (done.cycles.diff() >= 0).all()
+    _, codes = disassemble(compiled(burst).cubin)
+    (code,) = codes.values()
+    kept = ["clock" if reads_clock(i) else i.opcode for i in code.instructions]
+    kept = [name for name in kept if name in ("clock", "HGMMA")]
+    assert kept == ["clock", *["HGMMA", "clock"] * issue.LENGTH, "clock"]
+    assert not any(i.opcode == "S2UR" and reads_clock(i) for i in code.instructions)  # it comes late
+
+
+def test_issue_constants():
+    """A queue of 3 in front of products of 64 cycles, which begin 10 cycles after their issue."""
+    issued = [0]
+    for i in range(issue.LENGTH):
+        issued.append(max(issued[-1] + 13, 10 + (i - 3) * 64))
+    rows = [{"kernel": issue.NAME, "n": 128, "warpgroups": 1, "issued": [[*issued, 1100]]}] * 5
+    assert issue.constants(rows) == {"wgmma_queue": Measured(3, 0)}
 
 
 H100 = "NVIDIA H100 80GB HBM3"
