@@ -3,6 +3,7 @@ problem: rows of a GPU whose constants are known give them back."""
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from cute_fa.semantics.types import DType, SmArch
 from perf import __main__ as command_line
 from perf.gpu_check import steps
 from perf.microbench import __main__ as process
-from perf.microbench import barriers, gpu_file, issue, session, streams, tma, wgmma
+from perf.microbench import barriers, gpu_file, issue, session, streams, tma, warps, wgmma
 from perf.microbench.benchmark import REPETITIONS, Measured
 from perf.microbench.products import operands
 from perf.sass import disassemble
@@ -223,7 +224,7 @@ def test_streams(stream):
 
 
 SASS = {"ffma3": "FFMA", "ffma2": "FFMA", "fadd1": "FADD", "fmnmx": "FMNMX", "imad": "IMAD", "mufu": "MUFU"}
-SASS |= {"convert": "F2FP", "shuffle": "SHFL", "shared": "LDS"}
+SASS |= {"convert": "F2FP", "shuffle": "SHFL", "shared": "LDS", "mma": "HMMA", "ldmatrix": "LDSM"}
 
 
 def stream_rows(rate, latency):
@@ -288,6 +289,64 @@ def test_issue_constants():
         issued.append(max(issued[-1] + 13, 10 + (i - 3) * 64))
     rows = [{"kernel": issue.NAME, "n": 128, "warpgroups": 1, "issued": [[*issued, 1100]]}] * 5
     assert issue.constants(rows) == {"wgmma_queue": Measured(3, 0)}
+
+
+@pytest.mark.parametrize("config", warps.matrices(SM90), ids=lambda config: config.compile_name)
+def test_warps(config):
+    one = 0x3F80  # in bf16
+    inputs = torch.randint(0, 2, (config.threads, warps.OPERANDS, 2), dtype=torch.int32) * one
+    results = torch.randint(-8, 9, (config.threads, 4 * config.chains)).float()
+    packed = inputs[..., 0] | inputs[..., 1] << 16
+    done = warps.launch(config, 2, packed, results.view(torch.int32))
+    found = done.output.view(config.warps, 8, 4, config.chains, 4)
+    steps = 2 * warps.UNROLL // config.chains
+    if config.kind == "mma":
+        # a lane is (row, pair of columns) of 8 × 8: A's registers are such blocks one below the other, B's side by side
+        bits = (inputs / one).view(config.warps, 8, 4, warps.OPERANDS, 2)
+        rows = torch.cat([bits[..., (0, 2), :], bits[..., (1, 3), :]], 1).transpose(2, 3).flatten(2)
+        columns = bits[..., 4:, :].transpose(2, 3).flatten(2)
+        product = (rows @ columns.mT).view(config.warps, 2, 8, 4, 2).permute(0, 2, 3, 1, 4).flatten(3)
+        wanted = results.view(found.shape) + steps * product[..., None, :]
+        assert torch.equal(found.view(torch.float32), wanted)
+    else:
+        # a lane's first register holds the address of its row
+        address = found[..., 0].view(config.warps, 32, -1)
+        assert (address.diff(dim=1) == 16).all() and (address.diff(dim=2) == 0).all()
+    loop = timed_loop(compiled(config).cubin)
+    # what ptxas puts between dependent mma.sync: "@!UPT UIADD3 URZ, URZ, URZ, URZ"
+    kept = [i.opcode for i in loop if i.predicate != "@!UPT"]
+    assert Counter(kept) - Counter(LOOPING) == {SASS[config.kind]: warps.UNROLL}
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_chases(copies):
+    config, buffer = warps.Chase(SM90, copies), warps.chase_buffer(2**16)
+    place = buffer.data_ptr() + torch.zeros(1, dtype=torch.int64)
+    done = warps.launch_chase(config, 2, place, buffer)
+    lines = 2**16 // 4224
+    assert place.item() == buffer.data_ptr() + 4224 * (2 * warps.LOADS % lines)
+    assert done.cycles > 0
+    # ptxas puts loads that never run in front of each LDGSTS
+    counts = mix([i for i in timed_loop(compiled(config).cubin) if i.predicate != "@!PT"])
+    loads = dict.fromkeys(("LDGSTS", "LDGDEPBAR", "DEPBAR", "LDS") if copies else ("LDG",), warps.LOADS)
+    assert counts - Counter(LOOPING) == loads
+
+
+def test_warps_constants():
+    rows = []
+    for config in warps.matrices(SM90):
+        chained = {"mma": 25, "ldmatrix": 33}[config.kind]
+        together = {"mma": 4096 / 2680, "ldmatrix": 512 / 128}[config.kind] * warps.WARPS
+        cycles = warps.UNROLL * (chained if config.chains == 1 else together)
+        rows += rows_of(config, warps.NAME, (32, 160), lambda count, c=cycles: 200 + count * c)
+    for size, latency in ((warps.L2_BYTES, 300), (warps.MEMORY_BYTES, 600)):
+        turn = latency * warps.LOADS
+        rows += rows_of(warps.Chase(SM90), warps.NAME, (32, 160), lambda n, c=turn: n * c, bytes=size)
+        rows += rows_of(warps.Chase(SM90, True), warps.NAME, (32, 160), lambda n, c=turn: 2 * n * c, bytes=size)
+    found = warps.constants(rows)
+    known = {"mma_sync_flops": 2680, "mma_sync_latency": 25, "shared_bytes": 128, "global_latency": 450}
+    assert {name: constant.value for name, constant in found.items()} == pytest.approx(known)
+    assert found["global_latency"].spread == pytest.approx(1 / 3)
 
 
 H100 = "NVIDIA H100 80GB HBM3"
