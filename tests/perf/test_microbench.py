@@ -17,7 +17,7 @@ from cute_fa.semantics.types import DType, SmArch
 from perf import __main__ as command_line
 from perf.gpu_check import steps
 from perf.microbench import __main__ as process
-from perf.microbench import barriers, gpu_file, issue, session, streams, tma, warps, wgmma
+from perf.microbench import barriers, gpu_file, issue, reductions, session, streams, tma, warps, wgmma
 from perf.microbench.benchmark import REPETITIONS, Measured
 from perf.microbench.products import operands
 from perf.sass import disassemble
@@ -347,6 +347,29 @@ def test_warps_constants():
     known = {"mma_sync_flops": 2680, "mma_sync_latency": 25, "shared_bytes": 128, "global_latency": 450}
     assert {name: constant.value for name, constant in found.items()} == pytest.approx(known)
     assert found["global_latency"].spread == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("config", reductions.kinds(SM90), ids=lambda config: config.kind)
+def test_reductions(config):
+    done = reductions.launch(config, 3, ctas=2)
+    assert (done.output == 3).all()
+    loop = timed_loop(compiled(config).cubin)
+    opcode, each = {"f32": ("REDG", 32 * 4), "v4": ("REDG", 32 * 16), "bulk": ("UBLKRED", 2**13)}[config.kind]
+    warps_of_cta = config.threads // 32
+    assert mix(loop)[opcode] * each * warps_of_cta == reductions.REGION_BYTES
+    # issued faster than at 16 TB/s on 132 SMs of 1.5 GHz
+    assert reductions.REGION_BYTES * reductions.KINDS[config.kind][1] / sum(i.stall for i in loop) > 80
+
+
+@pytest.mark.parametrize(("arch", "rate"), [(SM90, 4.0), (SmArch.SM_80, 1.2)])
+def test_reductions_constants(arch, rate):
+    rows = []
+    for config in reductions.kinds(arch):
+        rates = {"f32": rate if arch is SmArch.SM_80 else 2.1, "v4": rate, "bulk": 3.5}
+        seconds = 264 * reductions.REGION_BYTES / rates[config.kind] / 1e12
+        for row in rows_of(config, reductions.NAME, (64, 576), lambda count: count, ctas=264):
+            rows.append({**row, "seconds": 5e-6 + row["count"] * seconds})
+    assert reductions.constants(rows)["l2_reductions"].value == pytest.approx(rate)
 
 
 H100 = "NVIDIA H100 80GB HBM3"
