@@ -6,4 +6,13 @@ docstring; ``session`` runs the groups within a time, ``gpu_file`` writes the TO
 """
 
 # The modules in an order of value, with the least architecture that each runs on.
-GROUPS = {"wgmma": 90, "barriers": 80, "tma": 90, "streams": 80, "issue": 90, "warps": 80, "reductions": 80}
+GROUPS = {
+    "wgmma": 90,
+    "barriers": 80,
+    "tma": 90,
+    "streams": 80,
+    "issue": 90,
+    "warps": 80,
+    "reductions": 80,
+    "clocks": 90,
+}

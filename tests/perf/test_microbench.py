@@ -15,9 +15,10 @@ from cute_fa.engine.compiler import compiled
 from cute_fa.semantics.errors import DeviceError
 from cute_fa.semantics.types import DType, SmArch
 from perf import __main__ as command_line
+from perf.device import Clocks
 from perf.gpu_check import steps
 from perf.microbench import __main__ as process
-from perf.microbench import barriers, gpu_file, issue, reductions, session, streams, tma, warps, wgmma
+from perf.microbench import barriers, clocks, gpu_file, issue, reductions, session, streams, tma, warps, wgmma
 from perf.microbench.benchmark import REPETITIONS, Measured
 from perf.microbench.products import operands
 from perf.sass import disassemble
@@ -370,6 +371,38 @@ def test_reductions_constants(arch, rate):
         for row in rows_of(config, reductions.NAME, (64, 576), lambda count: count, ctas=264):
             rows.append({**row, "seconds": 5e-6 + row["count"] * seconds})
     assert reductions.constants(rows)["l2_reductions"].value == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(("head_dim", "exponentials"), [(None, 0), (64, 64), (256, 16)])
+def test_clocks(head_dim, exponentials):
+    config, loaded = clocks.Load(SM90, head_dim), clocks.tensors(ctas=2)
+    x = loaded.values.clone()
+    done = clocks.launch(config, 2, loaded)
+    product = 2 * clocks.PRODUCTS / 4 * (loaded.a.float() @ loaded.b.float().T)
+    assert torch.allclose(done.output, product.expand_as(done.output), rtol=1e-4, atol=1e-3)
+    for _ in range(2 * exponentials // clocks.CHAINS):
+        x = 2 - 2 * torch.exp2(x)
+    assert torch.allclose(loaded.values, x, rtol=1e-2, atol=1e-3)
+    assert (done.cycles > 0).all()
+    counts = mix(timed_loop(compiled(config).cubin))
+    wanted = {"HGMMA": clocks.PRODUCTS, "MUFU": exponentials, "FFMA": exponentials, "WARPGROUP": 2}
+    assert {name: counts[name] for name in wanted} == wanted
+    others = [name for name in counts.elements() if name[0] != "U" and name not in LOOPING | set(wanted)]
+    assert len(others) <= 1  # a constant of the FFMA
+
+
+def test_clocks_constants():
+    told = [Clocks(1500, 2600, 690.0, 60)] * 3
+    cycles = {None: [1450, 1000], 64: [1600, 1000], 128: [1500, 1000], 256: [1400, 1000]}
+    rows = [clocks.row(head_dim, torch.tensor([pair] * 4), told) for head_dim, pair in cycles.items()]
+    assert clocks.constants(rows)["clock"].value == pytest.approx(1.5)
+    assert clocks.constants(rows)["clock"].spread == pytest.approx(0.0544, abs=1e-4)
+    assert [row["note"] for row in rows[:2]] == [
+        "wgmma beside nothing: 1.450 GHz by clock64 over globaltimer; NVML: sm_mhz 1500, watts 690, celsius 60",
+        "wgmma beside exponentials of head_dim 64: 1.600 GHz by clock64 over globaltimer; "
+        "NVML: sm_mhz 1500, watts 690, celsius 60",
+    ]
+    assert "NVML: silent" in clocks.row(64, torch.tensor([[1, 1]]), [Clocks()])["note"]
 
 
 H100 = "NVIDIA H100 80GB HBM3"
