@@ -24,6 +24,7 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 from perf import cuda_driver
 from perf import flavours as dsl_flavours
 from perf.device import Clocks, CudaDevice
+from perf.microbench import GROUPS
 from perf.plans import PLANS
 from perf.providers import PROVIDERS, CuteFa
 from perf.results import ResultFile, read_results, result_path, speed_table
@@ -364,7 +365,7 @@ def sweep(
     if dry_run:
         _print(pd.DataFrame(map(_least, workloads)), markdown=False)
         return
-    device = _device()
+    device = _device(" --dry-run lists the problems.")
     if device.arch.number < 89 and any(workload.dtype.is_fp8 for workload in workloads):
         raise click.UsageError(f"--dtype e4m3: {device.arch.value} has no fp8 tensor cores")
     providers = {name: PROVIDERS[name] for name in names or PROVIDERS}
@@ -496,6 +497,42 @@ def gpu_check(
         sys.exit(1)
 
 
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file; the rows go to the .jsonl beside it.  [default: perf/results/GPU/DATE-microbench.toml]",
+)
+@click.option("--only", "names", multiple=True, type=click.Choice(list(GROUPS)), help="Groups.  [default: all]")
+@click.option("--seconds", type=click.FloatRange(min=20), default=240.0, show_default=True)
+def microbench(out: Path | None, names: tuple[str, ...], seconds: float) -> None:
+    """Measure the constants of this machine's GPU for the timing model with kernels of our own, docs/timing.md.
+
+    What is not measured is taken over from the nearest GPU that comes with the package. Rows of other groups than
+    --only that the file of rows has are kept and used. Exits with 1 if a group failed, 2 without a GPU.
+    """
+    device = _device()
+    gpu, arch = device.columns()["gpu"], device.arch
+    del device  # its memory is for the groups
+    # Not imported before: it takes the kernels with it.
+    from perf.microbench.session import Session
+
+    out = out or result_path(gpu, "microbench.toml")
+    if out.suffix != ".toml":
+        raise click.BadParameter(f"{out}: a file that ends in .toml", param_hint="--out")
+    session = Session(out, gpu, arch, names or tuple(GROUPS))
+    with _errors():
+        outcomes = session.measure(seconds, lambda o: click.echo(f"{o.step.name}: {o.result} after {o.seconds:.0f} s"))
+        measured, notes = session.write()
+    for name, constant in measured.items():
+        click.echo(f"{name} = {constant.value:.6g}, spread {constant.spread:.2g}")
+    for note in notes:
+        click.echo(note)
+    click.echo(out)
+    if any(outcome.bad for outcome in outcomes):
+        sys.exit(1)
+
+
 @main.command("gpu-pack", cls=_Compiling)
 @click.option("--arch", type=click.Choice(_ARCHS), default="sm_90a", show_default=True, help="Of the GPU.")
 @click.option(
@@ -561,11 +598,11 @@ def _least(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _device() -> CudaDevice:
+def _device(hint: str = "") -> CudaDevice:
     try:
         return CudaDevice()
     except DeviceError as error:
-        click.echo(f"{error}. --dry-run lists the problems.", err=True)
+        click.echo(f"{error}.{hint}", err=True)
         sys.exit(2)
 
 
