@@ -26,11 +26,12 @@ from perf import flavours as dsl_flavours
 from perf.device import Clocks, CudaDevice
 from perf.microbench import GROUPS
 from perf.plans import PLANS
+from perf.predict.command import predict
 from perf.providers import PROVIDERS, CuteFa
 from perf.results import ResultFile, read_results, result_path, speed_table
 from perf.sass import add_per_score, assemble_ptx, report_cubin
 from perf.sweep import Sweep
-from perf.tables import to_markdown, to_rich
+from perf.tables import show
 from perf.timing import Effort
 from perf.workload import LENGTHS, Workload, grid
 
@@ -76,6 +77,9 @@ _HEADS = _Pair("heads", "heads_kv")
 @click.version_option(__version__, prog_name="perf")
 def main() -> None:
     """Performance figures of the kernels."""
+
+
+main.add_command(predict)
 
 
 class _Compiling(click.Command):
@@ -158,7 +162,7 @@ def static(
     ]
     keys = [key for key in keys if key.served]
     if ranges:
-        _print(pd.DataFrame(range_row(key) for key in keys if not key.causal), markdown)
+        show(pd.DataFrame(range_row(key) for key in keys if not key.causal), markdown)
         return
     table = static_table(keys, fa4=fa4, progress=notes.print)
     if csv:
@@ -168,10 +172,10 @@ def static(
         return
     by_role = table.net_per_score.notna()
     if not by_role.all():
-        _print(table[~by_role].drop(columns=ROLE_COLUMNS), markdown)
+        show(table[~by_role].drop(columns=ROLE_COLUMNS), markdown)
     for title, section in role_sections(table[by_role]):
         click.echo(f"{title}:")
-        _print(section, markdown)
+        show(section, markdown)
 
 
 def _usual_head_dims(arch: str) -> list[tuple[int, int]]:
@@ -234,7 +238,7 @@ def host(archs: tuple[str, ...], head_dim: int, causal: bool, repetitions: int, 
         rows += [figure.row() for figure in compile_figures(arch, head_dim, causal, repetitions)]
     notes.print("imports")
     rows += [figure.row() for figure in import_figures(repetitions)]
-    _print(pd.DataFrame(rows), markdown)
+    show(pd.DataFrame(rows), markdown)
 
 
 @main.command(cls=_Compiling)
@@ -264,7 +268,7 @@ def features(
     table = pd.DataFrame(rows)
     if csv:
         table.to_csv(csv, index=False)
-    _print(table[table.offends] if offenders else table, markdown)
+    show(table[table.offends] if offenders else table, markdown)
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -308,7 +312,7 @@ def sass(files: tuple[Path, ...], score: str | None, all_loops: bool, csv: Path 
         # A kernel or loop a column; figures that are zero or unknown everywhere only take room.
         frame = pd.DataFrame(rows).set_index("file").drop(columns="kernel", errors="ignore")
         frame = frame.loc[:, frame.map(bool).any() & frame.notna().any()]
-        _print(frame.T.reset_index(names="figure"), markdown)
+        show(frame.T.reset_index(names="figure"), markdown)
 
 
 def _grid_options(command):
@@ -363,7 +367,7 @@ def sweep(
     if not workloads:
         raise click.UsageError("no problem of this grid makes sense")
     if dry_run:
-        _print(pd.DataFrame(map(_least, workloads)), markdown=False)
+        show(pd.DataFrame(map(_least, workloads)), markdown=False)
         return
     device = _device(" --dry-run lists the problems.")
     if device.arch.number < 89 and any(workload.dtype.is_fp8 for workload in workloads):
@@ -384,7 +388,7 @@ def sweep(
                 rows += new
         finally:
             _finish(results, notes)
-    _print(speed_table(results.rows()), markdown=False)
+    show(speed_table(results.rows()), markdown=False)
     if any(row["status"] == "wrong" and row["provider"] == CuteFa.name for row in rows):
         sys.exit(1)
 
@@ -436,7 +440,7 @@ def compare(
     click.echo(f"{len(table)} results in common; {machine_change(*tables)}")
     shown = table if everything else table[table.verdict != "same"]
     if len(shown):
-        _print(shown.round({"before_ms": 4, "after_ms": 4, "ratio": 3}), markdown)
+        show(shown.round({"before_ms": 4, "after_ms": 4, "ratio": 3}), markdown)
     if table.verdict.isin(REGRESSIONS).any():
         sys.exit(1)
 
@@ -625,14 +629,6 @@ def _errors() -> Iterator[None]:
     except CuteFaError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
-
-
-def _print(table: pd.DataFrame, markdown: bool) -> None:
-    if markdown:
-        click.echo(to_markdown(table))
-    else:
-        # A pipe has no width of its own: the whole table goes out, never wrapped or cut.
-        Console(width=None if sys.stdout.isatty() else 240).print(to_rich(table))
 
 
 if __name__ == "__main__":

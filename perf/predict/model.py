@@ -6,6 +6,7 @@ import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -43,19 +44,14 @@ class Prediction:
     busy: dict[str, float]
     waits: dict[str, float] = field(default_factory=dict)
 
-    def compare(self, other: Prediction) -> str:
-        """"faster", "slower", or "cannot tell" within the joint spread of two standard deviations."""
-        joint = 2 * (self.tflops_spread**2 + other.tflops_spread**2) ** 0.5
-        if abs(self.tflops - other.tflops) <= joint:
-            return "cannot tell"
-        return "faster" if self.tflops > other.tflops else "slower"
-
 
 class Predictor:
     """A kernel's probes, simulated once, to be replayed with any constants."""
 
-    def __init__(self, kernel: Kernel):
+    def __init__(self, kernel: Kernel, cubin: Path | None = None):
+        """``cubin``: a file with the machine code that the kernel has to have (``assembler.CodeDiffers`` otherwise)."""
         self.kernel = kernel
+        self.cubin = None if cubin is None else cubin.read_bytes()
         self.plan = probe_steps(kernel)
         first = self._probe(*self.plan[0])
         self.residency = 1 if kernel.shape.persistent else kernel.residency(first)
@@ -68,7 +64,15 @@ class Predictor:
         return other
 
     def _probe(self, tiles: int, steps: int) -> TimedLaunch:
-        return kept((*self.kernel.identity, tiles, steps), lambda: self.kernel.probe(tiles, steps))
+        identity = (*self.kernel.identity, tiles, steps, self.cubin)
+        return kept(identity, lambda: self.kernel.probe(tiles, steps, self.cubin))
+
+    def trace(self, gpu: Gpu, file: Path) -> None:
+        """Write a timeline of a tile of many steps for Perfetto."""
+        from ptxsim.timing.timeline import write_timeline
+
+        launch = self.launches[1]
+        write_timeline(launch, launch.replay(gpu, self.kernel.shape.cluster, self.residency, times=True), file)
 
     def sample(self, gpu: Gpu) -> Sample:
         """The prediction with these constants."""

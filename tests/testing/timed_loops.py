@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from perf.sass import disassemble
-from perf.sass.cubin import Instruction
+from ptxsim.timing.cubin import Instruction
 from perf.sass.flow import ControlFlow
 
 
