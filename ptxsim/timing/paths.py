@@ -51,7 +51,11 @@ class PathNotFound(SimError):
 def operation_kind(i: Instruction) -> str | None:
     """Which kind of a trace's operations an instruction performs."""
     if i.opcode == "SYNCS":
+        if "A0T1" in i.modifiers:  # the first half of cp.async.mbarrier.arrive without .noinc
+            return None
         return _SYNCS.get(next((m for m in i.modifiers if m in _SYNCS), ""))
+    if i.opcode == "UBLKCP" and i.modifiers[:2] == ["G", "S"]:
+        return "store"
     if i.opcode == "STAS" or i.opcode.startswith("BAR") and i.opcode != "BAR":
         return None
     return _OPERATIONS.get(i.opcode)
