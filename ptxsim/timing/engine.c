@@ -55,7 +55,7 @@ typedef struct {
     double waiting;  // shared memory's work beside the products that waits, in cycles
     i64 pipe_busy[PARTS][PIPES], lsu_blocked, issued, tma_bytes;
     i64 wake, visited;  // nothing can happen before wake; the latest cycle that has been looked at
-    i32 warps[PARTS][SM_WARPS], counts[PARTS], resident;
+    i32 warps[PARTS][2 * SM_WARPS], counts[PARTS], resident;
     Queued queue[QUEUE];
     i32 head, length;
 } Sm;
@@ -447,9 +447,12 @@ static void step(Engine *e, Sm *sm, i32 *left, i32 *alive, i64 *cta_times) {
 static void start_cta(Engine *e, i32 cta, i32 sm, i32 warps_per_cta, i64 at) {
     catch_up(e, &e->sms[sm]);
     e->sms[sm].wake = e->now;
+    i32 before = 0;  // warps go to the quarters by turns, also those of further CTAs
+    for (int p = 0; p < PARTS; p++) before += e->sms[sm].counts[p];
     for (i32 k = 0; k < warps_per_cta; k++) {
         i32 number = cta * warps_per_cta + k;
         Warp *w = &e->warps[number];
+        w->part = (before + k) % PARTS;
         w->sm = sm;
         w->next = at;
         w->last = -1;
@@ -482,7 +485,6 @@ int ptxsim_replay(const Instruction *code, const Row *rows, const i64 *offsets, 
     for (i32 k = 0; k < n_warps; k++) {
         Warp *w = &e->warps[k];
         w->cta = k / warps_per_cta;
-        w->part = k % warps_per_cta % PARTS;
         w->group = w->cta * padded + k % warps_per_cta / PARTS;
         w->row = offsets[k];
         w->end_row = offsets[k + 1];

@@ -25,7 +25,8 @@ _LSU = {*_SHARED, *_REDUCTIONS, "SHFL", "LDG", "STG", "LDGSTS", "LDL", "STL", "L
 _BRANCHES = {"BRA", "UBRA", "CALL", "RET"}
 _CONTROL = {"SYNCS", "BAR", "HGMMA", "QGMMA", "IGMMA", "WARPGROUP", "EXIT", "NOP", "UTMALDG", "UTMASTG", "UTMAREDG",
             "UBLKCP", "UBLKRED", "S2R", "S2UR", "LDC", "WARPSYNC", "BSSY", "BSYNC", "DEPBAR", "USETMAXREG", "ELECT",
-            "NANOSLEEP", "MEMBAR", "FENCE", "UTMACMDFLUSH", "LDGDEPBAR", "ARRIVES", "CCTL", "ERRBAR", *_BRANCHES}  # fmt: skip
+            "NANOSLEEP", "MEMBAR", "FENCE", "UTMACMDFLUSH", "LDGDEPBAR", "ARRIVES", "CCTL", "ERRBAR",
+            "CGAERRBAR", "YIELD", "PREEXIT", "ACQBULK", *_BRANCHES}  # fmt: skip
 _STORES = {"STS", "STG", "STL", "STSM", "ST", "ATOMS", *_REDUCTIONS}
 _NO_DESTINATION = {*_STORES, "ISETP", "FSETP", "R2UR", "R2P", "BAR", "SYNCS"}
 # Cycles of what has a scoreboard and no constant of its own: an order of magnitude.

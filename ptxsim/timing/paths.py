@@ -22,6 +22,7 @@ OFF = "off"  # in a path: an operation that the warp's predicate, or another ele
 _MOST_STEPS = 5_000_000
 # How far the line of a barrier's instruction may be from that of its PTX: the line of its address or predicate.
 _LINE_DISTANCE = 5
+_END = -1  # in the place of an instruction: the warp has ended
 _REACH = 12  # operations that ptxas moves over a branch, at most
 
 _SYNCS = {"PHASECHK": "try", "EXCH": "init", "CAS": "init", "ARRIVE": "mbar"}
@@ -51,7 +52,11 @@ class PathNotFound(SimError):
 def operation_kind(i: Instruction) -> str | None:
     """Which kind of a trace's operations an instruction performs."""
     if i.opcode == "SYNCS":
+        if "A0T1" in i.modifiers:  # the first half of cp.async.mbarrier.arrive without .noinc
+            return None
         return _SYNCS.get(next((m for m in i.modifiers if m in _SYNCS), ""))
+    if i.opcode == "UBLKCP" and i.modifiers[:2] == ["G", "S"]:
+        return "store"
     if i.opcode == "STAS" or i.opcode.startswith("BAR") and i.opcode != "BAR":
         return None
     return _OPERATIONS.get(i.opcode)
@@ -151,7 +156,7 @@ class PathFinder:
         self.code, self.instructions, self.blocks = code, code.instructions, blocks
         self.kinds = [operation_kind(i) for i in self.instructions]
         self.targets = [branch_target(code, i) for i in self.instructions]
-        self.branches = {b.last: n for n, b in enumerate(blocks) if b.term == "cbr"}
+        self.branches = {b.last: n for n, b in enumerate(blocks) if b.term in ("cbr", "cret")}
         self.polarities: dict[int, bool | None] = {}
         text = ptx.split("\n")
         self.one_to_one = []
@@ -197,6 +202,10 @@ class PathFinder:
             if block.term == "cbr":
                 taken = following == block.target and block.target != block.fall
                 read.outcomes[block.last].append((place, taken))
+            elif block.term == "cret":
+                read.outcomes[block.last].append((place, False))
+        if steps and (block := self.blocks[steps[-1][1]]).term == "cret":
+            read.outcomes[block.last].append((steps[-1][0], True))
         return read
 
     def _walk(self, trace: _Trace):
@@ -209,10 +218,10 @@ class PathFinder:
         furthest = (-1, 0)
         n = p = 0
         for _ in range(_MOST_STEPS):
+            if n == _END:
+                return path
             following = self._step(n, p, trace, path, calls, used, choices) if n < len(self.instructions) else None
             if following is not None:
-                if following[0] is None:
-                    return path
                 n, p = following
                 continue
             furthest = max(furthest, (p, n))
@@ -227,7 +236,7 @@ class PathFinder:
             calls[:] = choice.calls
             n, p = choice.other, choice.operation
         p, n = furthest
-        at = self.instructions[min(n, len(self.instructions) - 1)].text[:80]
+        at = " ".join(self.instructions[min(n, len(self.instructions) - 1)].text[:80].split("/*")[1].split("*/")[1].split())
         wanted = operations[p][1][:2] if p < len(operations) else "its end"
         raise PathNotFound(
             f"no path of a warp through the machine code: at {at} it should come to {wanted}, operation {p} of "
@@ -235,7 +244,7 @@ class PathFinder:
         )
 
     def _step(self, n, p, trace, path, calls, used, choices):
-        """Execute instruction n with p operations done: the next (n, p), (None, p) at the end, None for a dead end."""
+        """Execute instruction n with p operations done: the next (n, p), (``_END``, p) at the end, None for a dead end."""
         i, kind = self.instructions[n], self.kinds[n]
         operations = trace.operations
         if kind in _SOUGHT:
@@ -249,9 +258,14 @@ class PathFinder:
             return None
         path.append((n, None))
         if i.opcode == "EXIT" or (i.opcode == "RET" and not calls):
-            if p == len(operations):
-                return None, p
-            return (n + 1, p) if i.predicate is not None else None
+            if i.predicate is None:
+                return (_END, p) if p == len(operations) else None
+            if p < len(operations):
+                return n + 1, p
+            ends = self._outcome(i.line, trace, p, used)
+            way, other = (n + 1, _END) if ends is False else (_END, n + 1)
+            choices.append(_Choice(other, p, len(path), dict(used), list(calls)))
+            return way, p
         target = self.targets[n]
         if i.opcode == "CALL" and not is_branch(i):
             calls.append(n + 1)
@@ -281,20 +295,26 @@ class PathFinder:
     def _expected(self, n, trace: _Trace, p, used):
         """Whether the trace has a branch taken at this place of the path."""
         line = self.instructions[n].line
-        if line not in self.branches or line not in trace.outcomes:
+        if line not in self.branches or (polarity := self._polarity(n)) is None:
             return False
+        outcome = self._outcome(line, trace, p, used)
+        return outcome is not None and outcome == polarity
+
+    def _outcome(self, line, trace: _Trace, p, used):
+        """What the conditional branch or exit of a PTX line did next; None if it does nothing more."""
+        if line not in trace.outcomes:
+            return None
         outcomes, places = trace.outcomes[line], trace.places
         k = used[line]
         if p:
             k = max(k, bisect.bisect_left(outcomes, (places[p - 1], False)))
-        polarity = self._polarity(n)
-        if k >= len(outcomes) or polarity is None:
-            return False
+        if k >= len(outcomes):
+            return None
         # the next outcome, also a little beyond the next operation, which ptxas may have moved over the branch
         if p + _REACH < len(places) and outcomes[k][0] >= places[p + _REACH]:
-            return False
+            return None
         used[line] = k + 1
-        return outcomes[k][1] == polarity
+        return outcomes[k][1]
 
     # ---- which way of a SASS branch is which of the PTX branch ------------------------------------------------------
     def _polarity(self, n):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _MARKS = 100_000
 REASONS = ("issuing", "stall counts", "scoreboards", "mbarriers", "named barriers", "wgmma", "pipes", "not selected",
            "wgmma queue", "register ports", "copies", "cluster")  # fmt: skip
 _PIPES = 10
+_SM_WARPS, _QUEUE = 64, 512  # engine.c: SM_WARPS, QUEUE
+_TARGET = re.compile(r"^\s*\.target\s+(sm_\w+)", re.M)
 # The engine's constants in its order: of a GPU by their names, l2 and l2_reductions as bytes a cycle of the SMs simulated.
 _CONSTANTS = ("try_wait", "wake", "arrive", "remote_arrive", "bar", "cluster_barrier", "branch", "wgmma_issue",
               "wgmma_tail", "wgmma_least", "wgmma_queue", "tensor_flops", "shared_bytes", "tma_setup", "tma_latency",
@@ -83,6 +86,7 @@ class TimedLaunch:
         self.code: Code = assembler.assemble(recording.ptx, cubin)[recording.name]
         resources = kernel_resources(cubin)[recording.name] if cubin else {}
         self.registers, self.static_smem = resources.get("regs"), resources.get("static_smem", 0)
+        self.arch = _number(_TARGET.search(recording.ptx)[1])
         finder = PathFinder(self.code, recording.blocks, recording.ptx)
         self.bars: dict[int, int] = {}
         rows: list[tuple[int, int, int, int, int]] = []
@@ -100,8 +104,13 @@ class TimedLaunch:
         return (len(self.offsets) - 1) // self.ctas
 
     def only(self, ctas: Sequence[int]) -> TimedLaunch:
-        """The launch with these of its CTAs alone (whole clusters)."""
-        warps = self.warps_per_cta
+        """The launch with these of its CTAs alone, whole clusters in their order; SimError for others."""
+        warps, size = self.warps_per_cta, self.cluster_size
+        firsts = list(ctas[::size])
+        if not firsts or [first + k for first in firsts for k in range(size)] != list(ctas) or any(f % size for f in firsts):
+            raise SimError(f"CTAs {list(ctas)[:8]} are no clusters of {size}")
+        if not 0 <= min(ctas) <= max(ctas) < self.ctas or len(set(ctas)) != len(ctas):
+            raise SimError(f"CTAs {list(ctas)[:8]}: each once, of {self.ctas}")
         chosen = copy.copy(self)
         spans = [self.offsets[[cta * warps + w, cta * warps + w + 1]] for cta in ctas for w in range(warps)]
         chosen.rows = np.concatenate([self.rows[a:b] for a, b in spans])
@@ -183,8 +192,7 @@ class TimedLaunch:
         """Replay all CTAs on ``sms`` SMs with their share of the L2's rate, ``residency`` CTAs at once on each; those that
         find no room begin when others end, in order. ``times``: also when each row was issued."""
         ctas, warps, size = self.ctas, self.warps_per_cta, self.cluster_size
-        if sms % size:
-            raise SimError(f"{sms} SMs do not hold clusters of {size} CTAs")
+        self._check(gpu, sms, residency)
         table = self.instruction_table(gpu)
         share = sms / gpu.sms
         rates = [gpu.bytes_per_cycle(rate) * share for rate in (gpu.l2, gpu.l2_reductions)]
@@ -207,6 +215,16 @@ class TimedLaunch:
         ]
         return Replay(int(out[-2]), cta_times, per_warp[:, 0], per_warp[:, 1:], uses, marks[: out[-1]], issued)
 
+    def _check(self, gpu, sms, residency):
+        if sms < 1 or sms % self.cluster_size or sms > gpu.sms:
+            raise SimError(f"{sms} SMs: clusters of {self.cluster_size} CTAs on at most the {gpu.sms:.0f} SMs of {gpu.name}")
+        if residency < 1 or residency * self.warps_per_cta > _SM_WARPS:
+            raise SimError(f"{residency} CTAs of {self.warps_per_cta} warps at once: an SM holds {_SM_WARPS} warps")
+        if residency * -(-self.warps_per_cta // 4) * gpu.wgmma_queue > _QUEUE:
+            raise SimError(f"wgmma_queue = {gpu.wgmma_queue:g} of {gpu.name}: at most {_QUEUE} products may wait for an SM")
+        if _number(gpu.arch) != self.arch:
+            raise SimError(f"{gpu.name} ({gpu.arch}) does not run machine code of sm_{self.arch}")
+
     def _stuck(self, ends, why):
         if why == 2:
             return f"more than {MOST_CYCLES} cycles"
@@ -221,6 +239,10 @@ class TimedLaunch:
 def timed_launches(recordings: Sequence[Recording]) -> list[TimedLaunch]:
     """The recordings with their machine code."""
     return [TimedLaunch(recording) for recording in recordings]
+
+
+def _number(arch: str) -> int:
+    return int(re.match(r"sm_(\d+)", arch)[1])
 
 
 def _at(array):
