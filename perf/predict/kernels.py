@@ -54,6 +54,8 @@ class Kernel(ABC):
             raise ArgumentError("predict: sequences of one length, without pages, plans and decoding")
         if workload.dtype not in _DTYPES:
             raise ArgumentError(f"predict: dtype={workload.dtype.value!r}: one of {', '.join(d.value for d in _DTYPES)}")
+        if arch.number // 10 == 10:
+            raise ArgumentError(f"predict: {arch.value}: tcgen05 and tensor memory are not timed")
         self.shape = self.tile_shape()
 
     @abstractmethod
@@ -210,7 +212,7 @@ class Fa4Kernel(Kernel):
             config = self.interface._tile_size_fwd_sm90(w.head_dim, w.head_dim_v, causal, local)
             tokens, step, packed = config.m_block_size, config.n_block_size, w.heads > w.heads_kv
         else:
-            raise ArgumentError(f"predict: tcgen05 kernels are not timed yet ({self.arch.value})")
+            raise ArgumentError(f"predict: FlashAttention-4 has no forward for {self.arch.value} that is timed")
         tokens, step = self.settings.get("tile_mn", (tokens, step))
         ratio = w.heads // w.heads_kv if packed and tokens % (w.heads // w.heads_kv) == 0 else 1
         return TileShape(tokens // ratio, step, ratio, skips_left=major >= 9)

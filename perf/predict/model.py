@@ -57,6 +57,11 @@ class Predictor:
         self.residency = 1 if kernel.shape.persistent else kernel.residency(first)
         self.launches = [self._probe(tiles * self.residency, steps) for tiles, steps in self.plan]
 
+    @property
+    def spills(self) -> int:
+        """Accesses to local memory in the kernel's code."""
+        return sum(i.opcode in ("LDL", "STL") for i in self.launches[0].code.instructions)
+
     def of(self, kernel: Kernel) -> Predictor:
         """The same probes for another workload of the kernel."""
         other = copy.copy(self)
