@@ -8,6 +8,7 @@ tells from it. Four boxes of 32 KB: ``tma_bytes``; four of 8 KB by each of four 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 import cutlass
@@ -32,6 +33,7 @@ from perf.microbench.benchmark import (
     device,
     each,
     measured_each,
+    note,
     picked,
     repeat,
     run,
@@ -105,7 +107,7 @@ class LoadsKernel:
         self.kernel(args, tma).launch(
             grid=(args.ctas, 1, 1),
             block=(WARP * c.warps, 1, 1),
-            cluster=(c.cluster, 1, 1),
+            cluster=(2, 1, 1) if c.multicast else None,
             smem=c.warps * c.boxes * c.box_bytes + 2048,
             stream=stream,
         )
@@ -238,7 +240,14 @@ def measure(arch: SmArch) -> Iterator[Row]:
     for loads, ctas, size in runs(arch, worlds.num_sms(torch.device(at))):
         counts = tuple(count * 4 // loads.boxes for count in (_COUNTS if ctas == 1 else _LONG_COUNTS))
         more = {"ctas": ctas, "buffer": size}
-        yield from repeat(NAME, loads, counts, lambda n, c=loads, s=ctas, b=size: launch(c, n, s, buffers[b]), **more)
+        rows = []
+        for row in repeat(NAME, loads, counts, lambda n, c=loads, s=ctas, b=size: launch(c, n, s, buffers[b]), **more):
+            rows.append(row)
+            yield row
+        if ctas > 1 and (turns := slopes(rows, "seconds")):
+            rate = ctas * loads.boxes * loads.box_bytes / median(turns) / 1e12
+            how = "multicast to two" if loads.multicast else "each for itself"
+            yield note(NAME, f"TMA, boxes of {loads.box_bytes} out of {size} bytes, {how}: {rate:.2f} TB/s arrive")
 
 
 def constants(rows: list[Row]) -> dict[str, Measured]:
