@@ -225,6 +225,8 @@ def measure(arch: SmArch) -> Iterator[Row]:
         for row in repeat(NAME, config, _COUNTS, lambda count, c=config, v=values: launch(c, count, v)):
             rows.append(row)
             yield row
+    if turns := slopes(rows, kind="ffma3", chains=1):
+        yield note(NAME, f"FFMA: its result after {median(turns) / UNROLL:.1f} cycles")
     for config in streams(arch):
         alone = _rates(rows, config.kind)
         beside = _rates(rows, config.kind, beside=config.beside, registers=config.registers)
