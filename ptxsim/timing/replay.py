@@ -83,7 +83,8 @@ class TimedLaunch:
         """``cubin``: the machine code that runs; by default what the simulation has of the PTX."""
         cubin = cubin_of(recording.ptx) if cubin is None else cubin
         self.name, self.cluster_size, self.ctas = recording.name, recording.cluster_size, len(recording.ctas)
-        self.conflicts = recording.conflicts
+        self.conflicts, self.ptx = recording.conflicts, recording.ptx
+        self.grid = recording.grid
         self.threads, self.smem = prod(recording.block), recording.smem
         self.code: Code = assembler.assemble(recording.ptx, cubin)[recording.name]
         resources = kernel_resources(cubin)[recording.name] if cubin else {}
@@ -104,6 +105,10 @@ class TimedLaunch:
     @property
     def warps_per_cta(self) -> int:
         return (len(self.offsets) - 1) // self.ctas
+
+    def ptx_line(self, line: int) -> str:
+        """The text of a PTX line."""
+        return self.ptx.split("\n", line)[line - 1].strip()
 
     def only(self, ctas: Sequence[int]) -> TimedLaunch:
         """The launch with these of its CTAs alone, whole clusters in their order; SimError for others."""
@@ -237,7 +242,7 @@ class TimedLaunch:
         for warp in np.flatnonzero(ends < 0)[:8].tolist():
             row = self.rows[-ends[warp] - 1]
             cta, inside = divmod(warp, self.warps_per_cta)
-            lines.append(f"CTA {cta} warp {inside} at {self.code.instructions[row[0]].text[:60]}")
+            lines.append(f"CTA {cta} warp {inside} at {self.code.instructions[row[0]].source[:60]}")
         return "warps wait for ever: " + "; ".join(lines)
 
 
