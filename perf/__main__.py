@@ -24,12 +24,14 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 from perf import cuda_driver
 from perf import flavours as dsl_flavours
 from perf.device import Clocks, CudaDevice
+from perf.microbench import GROUPS
 from perf.plans import PLANS
+from perf.predict.command import predict
 from perf.providers import PROVIDERS, CuteFa
 from perf.results import ResultFile, read_results, result_path, speed_table
 from perf.sass import add_per_score, assemble_ptx, report_cubin
 from perf.sweep import Sweep
-from perf.tables import to_markdown, to_rich
+from perf.tables import show
 from perf.timing import Effort
 from perf.workload import LENGTHS, Workload, grid
 
@@ -75,6 +77,9 @@ _HEADS = _Pair("heads", "heads_kv")
 @click.version_option(__version__, prog_name="perf")
 def main() -> None:
     """Performance figures of the kernels."""
+
+
+main.add_command(predict)
 
 
 class _Compiling(click.Command):
@@ -157,7 +162,7 @@ def static(
     ]
     keys = [key for key in keys if key.served]
     if ranges:
-        _print(pd.DataFrame(range_row(key) for key in keys if not key.causal), markdown)
+        show(pd.DataFrame(range_row(key) for key in keys if not key.causal), markdown)
         return
     table = static_table(keys, fa4=fa4, progress=notes.print)
     if csv:
@@ -167,10 +172,10 @@ def static(
         return
     by_role = table.net_per_score.notna()
     if not by_role.all():
-        _print(table[~by_role].drop(columns=ROLE_COLUMNS), markdown)
+        show(table[~by_role].drop(columns=ROLE_COLUMNS), markdown)
     for title, section in role_sections(table[by_role]):
         click.echo(f"{title}:")
-        _print(section, markdown)
+        show(section, markdown)
 
 
 def _usual_head_dims(arch: str) -> list[tuple[int, int]]:
@@ -233,7 +238,7 @@ def host(archs: tuple[str, ...], head_dim: int, causal: bool, repetitions: int, 
         rows += [figure.row() for figure in compile_figures(arch, head_dim, causal, repetitions)]
     notes.print("imports")
     rows += [figure.row() for figure in import_figures(repetitions)]
-    _print(pd.DataFrame(rows), markdown)
+    show(pd.DataFrame(rows), markdown)
 
 
 @main.command(cls=_Compiling)
@@ -263,7 +268,7 @@ def features(
     table = pd.DataFrame(rows)
     if csv:
         table.to_csv(csv, index=False)
-    _print(table[table.offends] if offenders else table, markdown)
+    show(table[table.offends] if offenders else table, markdown)
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -307,7 +312,7 @@ def sass(files: tuple[Path, ...], score: str | None, all_loops: bool, csv: Path 
         # A kernel or loop a column; figures that are zero or unknown everywhere only take room.
         frame = pd.DataFrame(rows).set_index("file").drop(columns="kernel", errors="ignore")
         frame = frame.loc[:, frame.map(bool).any() & frame.notna().any()]
-        _print(frame.T.reset_index(names="figure"), markdown)
+        show(frame.T.reset_index(names="figure"), markdown)
 
 
 def _grid_options(command):
@@ -362,9 +367,9 @@ def sweep(
     if not workloads:
         raise click.UsageError("no problem of this grid makes sense")
     if dry_run:
-        _print(pd.DataFrame(map(_least, workloads)), markdown=False)
+        show(pd.DataFrame(map(_least, workloads)), markdown=False)
         return
-    device = _device()
+    device = _device(" --dry-run lists the problems.")
     if device.arch.number < 89 and any(workload.dtype.is_fp8 for workload in workloads):
         raise click.UsageError(f"--dtype e4m3: {device.arch.value} has no fp8 tensor cores")
     providers = {name: PROVIDERS[name] for name in names or PROVIDERS}
@@ -383,7 +388,7 @@ def sweep(
                 rows += new
         finally:
             _finish(results, notes)
-    _print(speed_table(results.rows()), markdown=False)
+    show(speed_table(results.rows()), markdown=False)
     if any(row["status"] == "wrong" and row["provider"] == CuteFa.name for row in rows):
         sys.exit(1)
 
@@ -435,7 +440,7 @@ def compare(
     click.echo(f"{len(table)} results in common; {machine_change(*tables)}")
     shown = table if everything else table[table.verdict != "same"]
     if len(shown):
-        _print(shown.round({"before_ms": 4, "after_ms": 4, "ratio": 3}), markdown)
+        show(shown.round({"before_ms": 4, "after_ms": 4, "ratio": 3}), markdown)
     if table.verdict.isin(REGRESSIONS).any():
         sys.exit(1)
 
@@ -492,6 +497,42 @@ def gpu_check(
 
     outcomes = steps.run(plan, began + 60 * minutes, tell)
     click.echo(written.summary())
+    if any(outcome.bad for outcome in outcomes):
+        sys.exit(1)
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file; the rows go to the .jsonl beside it.  [default: perf/results/GPU/DATE-microbench.toml]",
+)
+@click.option("--only", "names", multiple=True, type=click.Choice(list(GROUPS)), help="Groups.  [default: all]")
+@click.option("--seconds", type=click.FloatRange(min=20), default=240.0, show_default=True)
+def microbench(out: Path | None, names: tuple[str, ...], seconds: float) -> None:
+    """Measure the constants of this machine's GPU for the timing model with kernels of our own, docs/timing.md.
+
+    What is not measured is taken over from the nearest GPU that comes with the package. Rows of other groups than
+    --only that the file of rows has are kept and used. Exits with 1 if a group failed, 2 without a GPU.
+    """
+    device = _device()
+    gpu, arch = device.columns()["gpu"], device.arch
+    del device  # its memory is for the groups
+    # Not imported before: it takes the kernels with it.
+    from perf.microbench.session import Session
+
+    out = out or result_path(gpu, "microbench.toml")
+    if out.suffix != ".toml":
+        raise click.BadParameter(f"{out}: a file that ends in .toml", param_hint="--out")
+    session = Session(out, gpu, arch, names or tuple(GROUPS))
+    with _errors():
+        outcomes = session.measure(seconds, lambda o: click.echo(f"{o.step.name}: {o.result} after {o.seconds:.0f} s"))
+        measured, notes = session.write()
+    for name, constant in measured.items():
+        click.echo(f"{name} = {constant.value:.6g}, spread {constant.spread:.2g}")
+    for note in notes:
+        click.echo(note)
+    click.echo(out)
     if any(outcome.bad for outcome in outcomes):
         sys.exit(1)
 
@@ -561,11 +602,11 @@ def _least(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _device() -> CudaDevice:
+def _device(hint: str = "") -> CudaDevice:
     try:
         return CudaDevice()
     except DeviceError as error:
-        click.echo(f"{error}. --dry-run lists the problems.", err=True)
+        click.echo(f"{error}.{hint}", err=True)
         sys.exit(2)
 
 
@@ -588,14 +629,6 @@ def _errors() -> Iterator[None]:
     except CuteFaError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
-
-
-def _print(table: pd.DataFrame, markdown: bool) -> None:
-    if markdown:
-        click.echo(to_markdown(table))
-    else:
-        # A pipe has no width of its own: the whole table goes out, never wrapped or cut.
-        Console(width=None if sys.stdout.isatty() else 240).print(to_rich(table))
 
 
 if __name__ == "__main__":

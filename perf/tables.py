@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
+import click
 import pandas as pd
+from rich.console import Console
 from rich.table import Table
 
 
@@ -26,3 +30,12 @@ def to_rich(frame: pd.DataFrame, title: str | None = None) -> Table:
     for row in frame.itertuples(index=False):
         table.add_row(*map(_text, row))
     return table
+
+
+def show(frame: pd.DataFrame, markdown: bool) -> None:
+    """Print a frame."""
+    if markdown:
+        click.echo(to_markdown(frame))
+    else:
+        # A pipe has no width of its own: the whole table goes out, never wrapped or cut.
+        Console(width=None if sys.stdout.isatty() else 240).print(to_rich(frame))

@@ -64,14 +64,15 @@ class TmaTensors(NamedTuple):
     out: TmaTensor
 
     @classmethod
-    def of(cls, config, common: CommonArguments, load) -> "TmaTensors":
-        """``load``: the operation that brings q, k and v."""
+    def of(cls, config, common: CommonArguments, load, load_keys=None) -> "TmaTensors":
+        """``load``: the operation that brings q, k and v; ``load_keys``: k and v, if that is another one."""
+        load_keys = load_keys or load
         c, boxes, store, v = config, Boxes.of(config), cpasync.CopyBulkTensorTileS2GOp(), common.v
         if const_expr(c.key_major_v):  # (batch, head_dim_v, heads, keys)
             v = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[0, 3, 2, 1]))
         return cls(
             q=tma_tensor(load, common.q, boxes.q, c.cu_seqlens_q),
-            k=tma_tensor(load, common.k, boxes.k, c.cu_seqlens_k),
-            v=tma_tensor(load, v, boxes.v, c.cu_seqlens_k),
+            k=tma_tensor(load_keys, common.k, boxes.k, c.cu_seqlens_k),
+            v=tma_tensor(load_keys, v, boxes.v, c.cu_seqlens_k),
             out=tma_tensor(store, common.out, boxes.out, c.cu_seqlens_q),
         )

@@ -13,7 +13,8 @@ from cute_fa.device.tma_boxes import BoxCopy, BoxShape, TmaTensor
 
 class KeyTensor(NamedTuple):
     """K or V. ``rows``, keys, and ``columns`` of its tile in shared memory; ``key_major``: rows of the tile are columns
-    of V. Of a pair of CTAs each has a part of a block: keys from ``first_key``, or columns from ``first_panel`` on."""
+    of V. Of a pair of CTAs each has a part of a block: keys from ``first_key``, or columns from ``first_panel`` on.
+    ``ctas``: of a cluster, of which each brings a part to all."""
 
     tma: TmaTensor
     box: BoxShape
@@ -22,6 +23,7 @@ class KeyTensor(NamedTuple):
     key_major: bool = False
     first_key: int | Int32 = 0
     first_panel: int | Int32 = 0
+    ctas: int = 1
 
 
 class KeyCopies:
@@ -47,7 +49,7 @@ class KeyCopies:
             outer = () if const_expr(c.cu_seqlens_k) else (self.common.key_batch(work.tile.batch),)
             copy = BoxCopy(tensor.tma, tensor.box, tensor.rows, head, outer, tensor.columns // tensor.box.columns)
             row, rows_left = info.offset_k + first_key, info.seqlen_k - first_key
-            copy.load(target, 0, row, rows_left, barrier, tensor.first_panel)
+            copy.load(target, 0, row, rows_left, barrier, tensor.first_panel, tensor.ctas)
         else:
             self.load_pages(tensor, target, head, block * c.tile_n + tensor.first_key, work, barrier)
 

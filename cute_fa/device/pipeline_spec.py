@@ -16,7 +16,8 @@ class PipelineSpec:
     ``name``: what it carries; ``stages``: tiles in the ring; ``stage_bytes``: what the TMA copies of one
     stage deliver, 0 where warps write it; ``consumer_warps``: warps that release a stage, one arrival each;
     ``producer_warps``: warps that fill one. ``shared``: by a cluster, whose warps all arrive at the barriers of its
-    first CTA.
+    first CTA. ``ctas``: of a cluster that have the same tile, of which each brings its part to all: a stage's consumers
+    are those of all of them, and release it in each.
     """
 
     name: str
@@ -25,3 +26,4 @@ class PipelineSpec:
     consumer_warps: int
     producer_warps: int = 1
     shared: bool = False
+    ctas: int = 1

@@ -1,6 +1,6 @@
 """Rings of shared-memory tiles, guarded by mbarriers: the loader fills a stage, the consumers read and release it."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -35,6 +35,8 @@ def ring_next(state: RingState, stages: int) -> RingState:
 
 def previous_stage(state: RingState, stages: int) -> Int32:
     """The stage of the tile before."""
+    if stages & (stages - 1):
+        return cutlass.select_(state.stage == 0, stages - 1, state.stage - 1)
     return state.stage ^ 1 if stages == 2 else (state.stage - 1) & (stages - 1)
 
 
@@ -42,10 +44,12 @@ class Ring:
     """The mbarriers of one :class:`PipelineSpec`: ``full`` completes when a stage's bytes have arrived, ``empty`` when
     all consumer warps have released it."""
 
-    def __init__(self, spec: PipelineSpec, barriers: cute.Pointer):
-        """``barriers``: 2·stages mbarriers in shared memory."""
+    def __init__(self, spec: PipelineSpec, barriers: cute.Pointer, everywhere: Optional[Int32] = None):
+        """``barriers``: 2·stages mbarriers in shared memory; ``everywhere``: where each lane finds those of one of the
+        cluster's CTAs, see :func:`in_each_cta`."""
         self.spec = spec
         self.full, self.empty = barriers, barriers + spec.stages
+        self.everywhere = everywhere
 
     def initialize(self):
         """By one thread, before a fence and a barrier of the CTA."""
@@ -88,11 +92,19 @@ class Ring:
         cute.arch.mbarrier_wait(self.empty + state.stage, state.phase)
 
     def release(self, stage: Int32, if_true=True):
-        """Consumer warp: this warp has read the tile in a stage."""
-        leader = cute.arch.lane_idx() == 0
+        """Consumer warp: this warp has read the tile in a stage, by wgmma where CTAs have the same tile.
+
+        Then there is nothing to publish. With ``.release.cluster`` ptxas puts MEMBAR.ALL.GPU before the arrival.
+        """
+        ctas = self.spec.ctas
+        leader = cute.arch.lane_idx() == 0 if ctas == 1 else cute.arch.lane_idx() < ctas
         if if_true is not True:
             leader = leader & if_true
-        self._arrive(self.empty + stage, leader)
+        if ctas == 1:
+            self._arrive(self.empty + stage, leader)
+        else:
+            place = self.everywhere + 8 * (self.spec.stages + stage)
+            inline_ptx("mbarrier.arrive.shared::cluster.b64 _, [{$r0}];", read_only_args=[place], predicate=leader)
 
     def _arrive(self, barrier: cute.Pointer, leader: Boolean):
         """By the one lane for which ``leader`` holds."""
@@ -112,10 +124,23 @@ class Ring:
 def rings(specs: tuple[PipelineSpec, ...], barriers: cute.Pointer) -> dict[str, Ring]:
     """The rings by name, their barriers one after the other."""
     made, first = {}, 0
+    ctas = max(spec.ctas for spec in specs)
+    everywhere = None if ctas == 1 else in_each_cta(barriers, ctas)
     for spec in specs:
-        made[spec.name] = Ring(spec, barriers + first)
+        there = None if spec.ctas == 1 else everywhere + 8 * first
+        made[spec.name] = Ring(spec, barriers + first, there)
         first += 2 * spec.stages
     return made
+
+
+def in_each_cta(place: cute.Pointer, ctas: int) -> Int32:
+    """Address of the same place in shared memory of a cluster's CTA, for each lane another one's, by turns. Computed
+    once: an instruction for each arrival less than with one at each."""
+    return inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};",
+        write_only_types=[Int32],
+        read_only_args=[place.toint(), cute.arch.lane_idx() % ctas],
+    )
 
 
 def barrier_count(specs: tuple[PipelineSpec, ...]) -> int:

@@ -34,9 +34,10 @@ class OnlineSoftmax:
     −inf before the first visible key; ``total``: this thread's part of the sum of exponentials; ``factors``: what the
     accumulator has still to be multiplied by."""
 
-    def __init__(self, num_rows: int, scale_log2: Float32, exponents: ExponentRange = WIDE):
-        """``scale_log2``: factor from scores to log2 units; ``exponents``: of P."""
-        self.num_rows, self.exponents = num_rows, exponents
+    def __init__(self, num_rows: int, scale_log2: Float32, exponents: ExponentRange = WIDE, max_chains: int = 1):
+        """``scale_log2``: factor from scores to log2 units; ``exponents``: of P; ``max_chains``: of comparisons, in
+        which :meth:`advance` looks for a row's largest score."""
+        self.num_rows, self.exponents, self.max_chains = num_rows, exponents, max_chains
         self.scale_log2 = scale_log2
         self.reference = cute.make_rmem_tensor(num_rows, Float32)
         self.total = cute.make_rmem_tensor(num_rows, Float32)
@@ -77,7 +78,7 @@ class OnlineSoftmax:
         once the accumulator is there."""
         scale, running, total, factors = self.scale_log2, self.reference, self.total, self.factors
         exponents = self.exponents
-        maximum = row_maxima(scores)
+        maximum = row_maxima(scores, self.max_chains)
         while cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents)):  # runs once, see update()
             for r in cutlass.range_constexpr(self.num_rows):
                 reference = cute.arch.fmax(running[r], reference_of(quad_max(maximum[r]), scale, exponents))
@@ -165,13 +166,17 @@ def scale_row(acc: cute.Tensor, r: int, factor: Float32):
     row.store(row.load() * factor)
 
 
-def row_maxima(scores: cute.Tensor) -> cute.Tensor:
-    """Largest of one thread's scores of each row; what the other threads of the row hold is not looked at."""
+def row_maxima(scores: cute.Tensor, chains: int = 1) -> cute.Tensor:
+    """Largest of one thread's scores of each row; what the other threads of the row hold is not looked at. ``chains``
+    of comparisons that do not wait for each other are joined at the end."""
     maxima = cute.make_rmem_tensor(cute.size(scores, mode=[0]), Float32)
     for r in range(cute.size(scores, mode=[0])):
-        maximum = scores[r, 0]
-        for c in range(1, cute.size(scores, mode=[1])):
-            maximum = cute.arch.fmax(maximum, scores[r, c])
+        partial = [scores[r, chain] for chain in range(chains)]
+        for c in range(chains, cute.size(scores, mode=[1])):
+            partial[c % chains] = cute.arch.fmax(partial[c % chains], scores[r, c])
+        maximum = partial[0]
+        for other in partial[1:]:
+            maximum = cute.arch.fmax(maximum, other)
         maxima[r] = maximum
     return maxima
 

@@ -67,7 +67,7 @@ class TileState(NamedTuple):
 
 
 class SingleTileScheduler:
-    """One CTA a tile: the grid has m_blocks · heads · batches CTAs in x.
+    """One CTA a tile, or one cluster of ``ctas``: the grid has m_blocks · heads · batches of them in x.
 
     ``longest_first``: the tiles have a right bound. All methods are pure: calling ``tile`` again later costs two or
     three divisions, but no register in between.
@@ -75,13 +75,14 @@ class SingleTileScheduler:
 
     alternate = False
 
-    def __init__(self, grid: TileGrid, longest_first: bool):
+    def __init__(self, grid: TileGrid, longest_first: bool, ctas: int = 1):
         self.grid = grid
         self.longest_first = longest_first
+        self.ctas = ctas
 
     def first(self) -> TileState:
         """The CTA's first tile, valid or not."""
-        return TileState(cute.arch.block_idx()[0])
+        return TileState(_index(self.ctas))
 
     def valid(self, state: TileState) -> Boolean:
         """Whether the state names a tile."""
@@ -104,16 +105,16 @@ class SingleTileScheduler:
 
 
 class PersistentScheduler(SingleTileScheduler):
-    """Any number of CTAs in x: of each gridDim tiles in order every CTA computes one, by turns its own index from the
-    front and from the back."""
+    """Any number of CTAs, or clusters, in x: of each as many tiles in order every one computes one, by turns its own
+    index from the front and from the back."""
 
     alternate = True
 
     def next(self, state: TileState) -> TileState:
         """The CTA's next tile, valid or not."""
-        ctas = cute.arch.grid_dim()[0]
-        turn, _ = _divmod(state.tile, ctas)
-        return TileState(2 * (turn + 1) * ctas - 1 - state.tile)
+        walkers = _walkers(self.ctas)
+        turn, _ = _divmod(state.tile, walkers)
+        return TileState(2 * (turn + 1) * walkers - 1 - state.tile)
 
 
 class HandedState(NamedTuple):
@@ -153,22 +154,29 @@ class VarlenScheduler:
 
     ``cu_seqlens_q`` (batches + 1) int32 is read 32 sequences at a time, one a lane, from the current sequence on: a
     CTA's whole walk reads it about once. The 32 lanes of a warp call ``first`` and ``next`` together. ``m_blocks`` of
-    the grid has no meaning; ``tile_tokens``: tokens of a tile; ``persistent``: any number of CTAs in x, else at least
-    as many as tiles (``cute_fa.device.tiling.packed_tiles``), those beyond have none.
+    the grid has no meaning; ``tile_tokens``: tokens of a tile; ``persistent``: any number of CTAs in x, or of clusters
+    of ``ctas``, else at least as many as tiles (``cute_fa.device.tiling.packed_tiles``), those beyond have none.
     """
 
     def __init__(
-        self, grid: TileGrid, longest_first: bool, cu_seqlens_q: cute.Tensor, tile_tokens: int, persistent: bool
+        self,
+        grid: TileGrid,
+        longest_first: bool,
+        cu_seqlens_q: cute.Tensor,
+        tile_tokens: int,
+        persistent: bool,
+        ctas: int = 1,
     ):
         self.grid = grid
         self.longest_first = longest_first
         self.cu_seqlens_q = cu_seqlens_q
         self.tile_tokens = tile_tokens
         self.persistent = persistent
+        self.ctas = ctas
 
     def first(self) -> VarlenState:
         """The CTA's first tile, valid or not."""
-        return self._find(cute.arch.block_idx()[0], Int32(0), Int32(0))
+        return self._find(_index(self.ctas), Int32(0), Int32(0))
 
     def valid(self, state: VarlenState) -> Boolean:
         """Whether the state names a tile."""
@@ -189,7 +197,7 @@ class VarlenScheduler:
         """The CTA's next tile, valid or not."""
         if const_expr(not self.persistent):
             return VarlenState(state.tile, self.grid.batches, state.start)
-        return self._find(state.tile + cute.arch.grid_dim()[0], state.batch, state.start)
+        return self._find(state.tile + _walkers(self.ctas), state.batch, state.start)
 
     @cute.jit
     def _find(self, tile: Int32, batch: Int32, start: Int32) -> VarlenState:
@@ -256,21 +264,35 @@ def make_scheduler(
     persistent: bool,
     cu_seqlens_q: Optional[cute.Tensor],
     tile_tokens: int,
+    ctas: int = 1,
     handout: Optional[Handout] = None,
 ) -> TileScheduler:
     """The scheduler of a kernel; all arguments but ``grid`` and the tensor are compile-time values.
 
     ``longest_first``: tiles have a right bound; ``persistent``: CTAs walk over tiles; ``cu_seqlens_q``: (batches + 1)
     int32 if the queries are packed, else None; ``tile_tokens``: tokens of a tile, used if the queries are packed;
-    ``handout``: running clusters take over tiles, and ``persistent`` has no meaning.
+    ``ctas``: of a cluster that computes a tile together; ``handout``: running clusters take over tiles, and
+    ``persistent`` and ``ctas`` have no meaning.
     """
     if handout is not None:
         if cu_seqlens_q is None:
             return HandedScheduler(grid, longest_first, handout)
         return HandedVarlenScheduler(grid, longest_first, cu_seqlens_q, tile_tokens, handout)
     if cu_seqlens_q is not None:
-        return VarlenScheduler(grid, longest_first, cu_seqlens_q, tile_tokens, persistent)
-    return (PersistentScheduler if persistent else SingleTileScheduler)(grid, longest_first)
+        return VarlenScheduler(grid, longest_first, cu_seqlens_q, tile_tokens, persistent, ctas)
+    return (PersistentScheduler if persistent else SingleTileScheduler)(grid, longest_first, ctas)
+
+
+def _index(ctas: int) -> Int32:
+    """Of the CTA, or of its cluster of ``ctas``, among all that run and are yet to run."""
+    cta = cute.arch.block_idx()[0]
+    return cta if ctas == 1 else cta // ctas
+
+
+def _walkers(ctas: int) -> Int32:
+    """CTAs, or clusters of ``ctas``, of the launch."""
+    launched = cute.arch.grid_dim()[0]
+    return launched if ctas == 1 else launched // ctas
 
 
 def _longest_first(

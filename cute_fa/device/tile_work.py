@@ -47,10 +47,10 @@ def walk_of(common: CommonArguments, config) -> RangeWalk:
     return RangeWalk.of(common.query_walk, dense_extents(common).queries, config.tile_tokens)
 
 
-def scheduler_of(common: CommonArguments, grid: TileGrid, config, handout: Optional[Handout] = None):
+def scheduler_of(common: CommonArguments, grid: TileGrid, config, handout: Optional[Handout] = None, ctas: int = 1):
     """The tile scheduler: each role makes its own and gets the same tiles. ``config``: of the kernel, with
-    window_right, ranges, persistent and tile_tokens. Under a range plan an m_block says which tile of rows by its place
-    among those that have blocks, the last one being the longest."""
+    window_right, ranges, persistent and tile_tokens; ``ctas``: of a cluster that walks together. Under a range plan an
+    m_block says which tile of rows by its place among those that have blocks, the last one being the longest."""
     if const_expr(config.ranges):
         grid = grid._replace(m_blocks=cute.arch.make_warp_uniform(walk_of(common, config).filled))
     return make_scheduler(
@@ -59,6 +59,7 @@ def scheduler_of(common: CommonArguments, grid: TileGrid, config, handout: Optio
         persistent=config.persistent,
         cu_seqlens_q=common.lengths.cu_seqlens_q,
         tile_tokens=config.tile_tokens,
+        ctas=ctas,
         handout=handout,
     )
 

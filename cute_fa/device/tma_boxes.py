@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int16, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 _ATOMS = {
@@ -117,13 +117,16 @@ class BoxCopy:
         rows_left: Int32,
         barrier: cute.Pointer,
         first_panel: int | Int32 = 0,
+        ctas: int = 1,
     ):
         """Rows from ``row`` on into the tile from ``tile_row`` on, zeros beyond the ``rows_left`` valid ones; the bytes
-        are counted on ``barrier``. ``first_panel``: where the tile begins in the tensor. Called by all lanes of a warp,
-        one of which issues."""
+        are counted on ``barrier``. ``first_panel``: where the tile begins in the tensor; ``ctas``: of the cluster, in
+        each of which the rows and their bytes arrive at the same places, by a multicast operation. Called by all lanes
+        of a warp, one of which issues."""
+        everyone = {} if ctas == 1 else {"mcast_mask": Int16((1 << ctas) - 1)}
         for panel in range(self.panels):
             source, target = self._partition(tile, tile_row, panel, row, rows_left, first_panel)
-            cute.copy(self.tma.atom, source, target, tma_bar_ptr=barrier)
+            cute.copy(self.tma.atom, source, target, tma_bar_ptr=barrier, **everyone)
 
     def store(self, tile: cute.Pointer, row: Int32, rows_left: Int32, first_panel: int = 0):
         """The tile's first rows to those from ``row`` on, at most ``rows_left``. ``first_panel``: where the tile begins

@@ -206,6 +206,10 @@ class AttentionKernel(ABC):
 
     family: ClassVar[str]
     direction: ClassVar[Direction]
+    # Of a kernel whose configs can be forced (``cute_fa.engine.overrides``): their kind, and what :meth:`configure`
+    # then makes of the heuristic's config for a problem; None where it is left as it is.
+    tuned: ClassVar[type[KernelConfig] | None] = None
+    override: ClassVar[Callable[[Any, Any], Any] | None] = None
 
     @classmethod
     @abstractmethod
@@ -221,6 +225,12 @@ class AttentionKernel(ABC):
     def candidates(cls, problem: Any) -> list[Candidate]:
         """What the heuristic weighs for this problem, in order of preference, up to what it chooses."""
         return [Candidate(cls.configure(problem))]
+
+    @classmethod
+    def config_objection(cls, problem: Any, config: Any) -> str | None:
+        """Why a config, of the kind ``tuned``, does not serve the problem, whatever the heuristic thinks of it: which
+        field, its value and the rule."""
+        return None
 
     @classmethod
     def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:

@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 from cute_fa.device.pipeline_spec import PipelineSpec
 from cute_fa.device.tiled_forward import packing_objection
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, padded, smem_objection
+from cute_fa.semantics.names import dtypes_of_code
 from cute_fa.semantics.problem import DESCALE_BLOCK, AttentionProblem
 from cute_fa.semantics.types import PersistentMode, SmArch
 
@@ -29,9 +30,11 @@ class Fa3ForwardConfig(FeatureConfig):
     """Everything that shapes the machine code.
 
     ``warpgroups`` consumer warpgroups own 64 rows of Q each and take ``tile_n`` keys a step; ``stages`` blocks of K and
-    of V are in flight. ``pack_gqa`` query heads of one kv head share a tile (1: none). ``persistent``: CTAs walk over
-    tiles. ``promoted_columns``: of P·V in fp8, how many are computed at a time before they are added to O; None for
-    all.
+    of V are in flight. ``turns``: warpgroups take turns on the tensor cores. ``pack_gqa`` query heads of one kv head
+    share a tile (1: none). ``persistent``: CTAs walk over tiles. ``promoted_columns``: of P·V in fp8, how many are
+    computed at a time before they are added to O; None for all. ``cluster``: CTAs that walk over the same blocks of
+    keys, 1 or 2; of two each has half of a tile's queries, and brings half of every block to both. ``max_chains``: of
+    comparisons in which a thread looks for the largest of a row's scores, side by side.
     """
 
     kernel_module: ClassVar[str] = "fa3_sm90.forward.kernel"
@@ -40,9 +43,12 @@ class Fa3ForwardConfig(FeatureConfig):
     warpgroups: int
     tile_n: int
     stages: int
+    turns: bool
     pack_gqa: int = 1
     persistent: bool = True
     promoted_columns: int | None = None
+    cluster: int = 1
+    max_chains: int = 1
 
     @property
     def transposers(self) -> int:
@@ -101,8 +107,8 @@ class Fa3ForwardConfig(FeatureConfig):
 
     @property
     def tile_tokens(self) -> int:
-        """Query positions of one tile."""
-        return self.tokens * self.warpgroups
+        """Query positions that a CTA, or a cluster, computes at a time."""
+        return self.tokens * self.warpgroups * self.cluster
 
     @property
     def walk_shape(self) -> tuple[int, int]:
@@ -117,8 +123,9 @@ class Fa3ForwardConfig(FeatureConfig):
 
     @property
     def key_rows(self) -> int:
-        """Keys that one TMA copy brings: of a page, as many as a block and a page have in common."""
-        return self.tile_n if self.page_size is None else math.gcd(self.page_size, self.tile_n)
+        """Keys that one TMA copy brings: a CTA's part of a block, of a page as many as a block and a page have in
+        common."""
+        return self.tile_n // self.cluster if self.page_size is None else math.gcd(self.page_size, self.tile_n)
 
     @property
     def value_rows(self) -> int:
@@ -164,10 +171,11 @@ class Fa3ForwardConfig(FeatureConfig):
         """Q has one ring for each warpgroup, since each loads, waits for and releases its own rows."""
         rows = self.pack_gqa * self.tokens
         size = self.dtype.bytes
-        everyone = 4 * self.warpgroups
+        everyone, ctas = 4 * self.warpgroups * self.cluster, self.cluster
         queries = tuple(PipelineSpec(f"q{i}", 1, rows * self.head_dim_padded * size, 4) for i in range(self.warpgroups))
-        keys = PipelineSpec("k", self.stages, self.tile_n * self.head_dim_padded * size, everyone)
-        loaded = PipelineSpec("v", self.stages, self.tile_n * self.loaded_columns * size, self.transposers or everyone)
+        bytes_k, bytes_v = (self.tile_n * columns * size for columns in (self.head_dim_padded, self.loaded_columns))
+        keys = PipelineSpec("k", self.stages, bytes_k, everyone, ctas=ctas)
+        loaded = PipelineSpec("v", self.stages, bytes_v, self.transposers or everyone, ctas=ctas)
         if not self.transposers:
             return (*queries, keys, loaded)
         transposed = PipelineSpec("vt", self.stages, 0, everyone, self.transposers)
@@ -179,16 +187,11 @@ class Fa3ForwardConfig(FeatureConfig):
         return "vt" if self.transposers else "v"
 
     @property
-    def pingpong(self) -> bool:
-        """Whether warpgroups take turns on the tensor cores. Beyond head_dim 128 a block's products take so long that
-        the softmax of the other warpgroup hides behind them anyway."""
-        return max(self.head_dim_padded, self.head_dim_v_padded) <= 128
-
-    @property
     def compile_name(self) -> str:
         choices = {
             f"page{self.page_size}": self.page_size is not None,
             f"pack{self.pack_gqa}": self.pack_gqa > 1,
+            "pair": self.cluster > 1,
             "single": not self.persistent,
         }
         return self.named("fa3_fwd", **choices)
@@ -202,6 +205,7 @@ class Tiles(NamedTuple):
     stages: int = 2
     pack_gqa: int = 1
     promoted_columns: int | None = None
+    cluster: int = 1
 
 
 # In order of preference.
@@ -239,12 +243,40 @@ def forward_candidates(problem: AttentionProblem) -> list[Candidate]:
     return candidates(_weighed(problem), partial(_config, problem))
 
 
+def preferred_cluster(problem: AttentionProblem) -> int:
+    """CTAs that share their blocks of K and V, where :func:`cluster_objection` has nothing against it: 1 everywhere.
+
+    Two read half as much from the L2 cache, and wait for each other at every block. The main loop has 0 to 0.1
+    instructions per score more (head_dim 64, 128 and 256), but under a right bound the earlier CTA walks over its
+    partner's blocks as well. Which weighs more no GPU has said yet.
+    """
+    return 1
+
+
+def cluster_objection(problem: AttentionProblem) -> str | None:
+    """Why two CTAs cannot share their blocks of K and V."""
+    if problem.is_fp8:
+        return f"cluster 2 with dtype {dtypes_of_code(problem)}: its kernels are of 16 bits"
+    if problem.page_size is not None:
+        return f"cluster 2 with page_size {problem.page_size}: pages are looked up for whole blocks"
+    if problem.ranges:
+        return "cluster 2 with a range plan: its masks are of one CTA's queries"
+    return None
+
+
 def _config(problem: AttentionProblem, tiles: Tiles) -> Fa3ForwardConfig:
     return Fa3ForwardConfig(
         **FeatureConfig.features(problem),
         **tiles._asdict(),
+        turns=_takes_turns(problem),
         persistent=problem.persistent is not PersistentMode.OFF,
     )
+
+
+def _takes_turns(problem: AttentionProblem) -> bool:
+    """Whether warpgroups take turns on the tensor cores. Beyond head_dim 128 a block's products take so long that the
+    softmax of the other warpgroup hides behind them anyway."""
+    return max(problem.head_dim, problem.head_dim_v) <= 128
 
 
 def promotion_objection(problem: AttentionProblem) -> str | None:
@@ -267,8 +299,20 @@ def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
         else:
             reason = (_two_warpgroups if tiles.warpgroups == 2 else _three_warpgroups)(problem, tiles)
         if reason is None and problem.gqa_ratio > 1:
-            yield tiles._replace(pack_gqa=problem.gqa_ratio), packing_objection(problem, tiles.warpgroups, WGMMA_M)
-        yield tiles, reason
+            packed = tiles._replace(pack_gqa=problem.gqa_ratio)
+            yield from _in_clusters(problem, packed, packing_objection(problem, tiles.warpgroups, WGMMA_M))
+        yield from _in_clusters(problem, tiles, reason)
+
+
+def _in_clusters(problem: AttentionProblem, tiles: Tiles, reason: str | None) -> Iterator[tuple[Tiles, str | None]]:
+    """Tiles against which there is ``reason``; before them in clusters, where those are preferred."""
+    cluster = preferred_cluster(problem)
+    if cluster > 1 and reason is None:
+        refused, tokens = cluster_objection(problem), tiles.warpgroups * (WGMMA_M // tiles.pack_gqa)
+        if refused is None and problem.seqlen_q <= tokens:
+            refused = f"cluster {cluster}: {problem.seqlen_q} queries are no more than the {tokens} of one CTA"
+        yield tiles._replace(cluster=cluster), refused
+    yield tiles, reason
 
 
 def _fp8_tiles(problem: AttentionProblem) -> Iterator[Tiles]:

@@ -19,6 +19,7 @@ from cute_fa.device.tile_work import Extents, TileWork, kv_head, scheduler_of, t
 from cute_fa.device.unseen_tiles import write_unseen_tiles
 from cute_fa.device.visibility import mask_scores
 from fa3_sm90.forward.accumulation import Direct, Promoted
+from fa3_sm90.forward.cluster import place_of
 from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
 from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.epilogue import Epilogue
@@ -46,6 +47,7 @@ class Consumer:
     ):
         """``index``: which consumer, ``thread``: which of its 128 threads."""
         self.config, self.args, self.extents, self.index, self.thread = config, args, extents, index, thread
+        self.place = place_of(config, index)
         # the rings of Q come first in memory, one for each warpgroup
         self.queries = Ring(config.pipelines[0], storage.barriers + 2 * index)
         self.keys, self.values = rings["k"], rings[config.values]
@@ -66,9 +68,9 @@ class Consumer:
     @cute.jit
     def run(self):
         """Walk over the CTA's tiles."""
-        scheduler = scheduler_of(self.args.common, self.args.grid, self.config)
+        scheduler = scheduler_of(self.args.common, self.args.grid, self.config, ctas=self.config.cluster)
         valid, advance, compute_tile = scheduler.valid, scheduler.next, self.compute_tile
-        if const_expr(self.config.pingpong):
+        if const_expr(self.config.turns):
             self.turns.start()
         queries, keys = ring_start(), ring_start()
         state = scheduler.first()
@@ -87,7 +89,7 @@ class Consumer:
         args, config = self.args, self.config
         work = tile_work(args.common, config, self.extents, scheduler.tile(state))
         score = self.score(work)
-        softmax = OnlineSoftmax(ROWS, score.scale_log2, self.probabilities.exponents)
+        softmax = OnlineSoftmax(ROWS, score.scale_log2, self.probabilities.exponents, config.max_chains)
         self.accumulation.clear()
         keys = self.walk(work, softmax, score, queries, keys)
 
@@ -199,19 +201,19 @@ class Consumer:
         keys, values, products, stages = self.keys, self.values, self.products, self.config.stages
         state = ring_next(before, stages)
         second = right_edge and self.config.single_edge_step  # then the only step of its range
-        if const_expr(self.config.pingpong):
+        if const_expr(self.config.turns):
             bits = self.mask_rows(work, iteration, right_edge)
         keys.wait(state)
         self.settle(softmax, iteration > 1, previous_stage(before, stages), second)
-        if const_expr(self.config.pingpong):
+        if const_expr(self.config.turns):
             self.turns.take()
         warpgroup.fence()  # for P·V, too, which follows without a wait
         products.start_scores(state.stage)
         values.wait(before)
         products.start_output(self.probabilities.operand, before.stage)
-        if const_expr(self.config.pingpong):
+        if const_expr(self.config.turns):
             self.turns.pass_on()
-        if const_expr(not self.config.pingpong):  # the products take long enough, and registers are scarce before
+        if const_expr(not self.config.turns):  # the products take long enough, and registers are scarce before
             bits = self.mask_rows(work, iteration, right_edge)
         score, softmax = self.descaled(score, softmax, state.stage)
         warpgroup.wait_group(1)
@@ -284,7 +286,7 @@ class Consumer:
         masked, diagonals, distance = right_edge or left_edge, None, None
         if const_expr(masked or c.alibi):
             first_key = work.blocks.block(iteration, self.args.common.window) * c.tile_n + rows.column
-            first_token = work.first_token + self.index * c.tokens
+            first_token = work.first_token + self.place * c.tokens
             diagonal = first_token - first_key
             if const_expr(not c.ranges):
                 diagonal = info.seqlen_k - info.seqlen_q + first_token - first_key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cute_fa.device.tiled_forward import TiledForward
+from cute_fa.device.tiling import num_ctas
 from cute_fa.engine.contract import Candidate
 from cute_fa.semantics.problem import AttentionProblem
 from fa3_sm90.forward.config import (
@@ -12,6 +13,7 @@ from fa3_sm90.forward.config import (
     forward_config,
     promotion_objection,
 )
+from fa3_sm90.forward.rules import config_objection
 
 
 class Fa3Forward(TiledForward):
@@ -20,14 +22,29 @@ class Fa3Forward(TiledForward):
     family = "fa3"
     rows = WGMMA_M
     l2_bytes = 50 * 2**20  # of an H100 and an H200 (NVIDIA H100 whitepaper)
+    tuned = Fa3ForwardConfig
 
     @classmethod
     def configure(cls, problem: AttentionProblem) -> Fa3ForwardConfig:
-        return forward_config(problem)
+        config = forward_config(problem)
+        return config if cls.override is None else cls.override(problem, config)
+
+    @classmethod
+    def config_objection(cls, problem: AttentionProblem, config: Fa3ForwardConfig) -> str | None:
+        return config_objection(problem, config)
 
     @classmethod
     def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
         return forward_candidates(problem)
+
+    @classmethod
+    def ctas(cls, config: Fa3ForwardConfig) -> int:
+        return config.cluster
+
+    @classmethod
+    def num_ctas(cls, config: Fa3ForwardConfig, tiles: int, num_sms: int) -> int:
+        """Whole clusters, one at least."""
+        return config.cluster * num_ctas(tiles, max(num_sms // config.cluster, 1), config.persistent)
 
     @classmethod
     def promotion_objection(cls, problem: AttentionProblem) -> str | None:

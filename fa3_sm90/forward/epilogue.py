@@ -12,6 +12,7 @@ from cute_fa.device.registers import narrow, opaque
 from cute_fa.device.ring import Ring, RingState
 from cute_fa.device.tile_work import TileWork
 from cute_fa.device.tma_boxes import BoxCopy, tile_layout
+from fa3_sm90.forward.cluster import place_of
 from fa3_sm90.forward.config import WARPGROUP, WGMMA_M, Fa3ForwardConfig
 from fa3_sm90.forward.products import Products
 from fa3_sm90.forward.rows import ROWS, Rows
@@ -44,7 +45,7 @@ class Epilogue:
     def store(self, acc_o: cute.Tensor, lse: cute.Tensor, work: TileWork, queries: RingState):
         """Write the tile's rows; ``queries``: state of its Q, which is released here where O takes its place."""
         c = self.config
-        first_token = work.first_token + self.index * c.tokens
+        first_token = work.first_token + place_of(c, self.index) * c.tokens
         self.store_lse(lse, work, first_token)
         leader = self.thread < 32
         if const_expr(c.own_output):

@@ -2,12 +2,13 @@
 compute on wgmma, CTAs walk over tiles of queries."""
 
 import cutlass.cute as cute
-from cutlass import range_constexpr
+from cutlass import const_expr, range_constexpr
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.forward_arguments import ForwardArguments, TmaTensors
 from cute_fa.device.ring import Ring, rings
 from cute_fa.device.tile_work import dense_extents
+from fa3_sm90.forward.cluster import meet
 from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
 from fa3_sm90.forward.consumer import Consumer
 from fa3_sm90.forward.loader import Loader
@@ -23,11 +24,13 @@ class Fa3ForwardKernel:
 
     @cute.jit
     def __call__(self, args: ForwardArguments, stream):
-        c = self.config
-        tma = TmaTensors.of(c, args.common, cpasync.CopyBulkTensorTileG2SOp())
+        c, load = self.config, cpasync.CopyBulkTensorTileG2SOp()
+        load_keys = load if const_expr(c.cluster == 1) else cpasync.CopyBulkTensorTileG2SMulticastOp()
+        tma = TmaTensors.of(c, args.common, load, load_keys)
         self.kernel(args, tma).launch(
             grid=(args.num_ctas, 1, 1),
             block=(c.num_threads, 1, 1),
+            cluster=(c.cluster, 1, 1) if c.cluster > 1 else None,
             smem=c.smem_bytes,
             min_blocks_per_mp=1,
             stream=stream,
@@ -43,7 +46,7 @@ class Fa3ForwardKernel:
         prepare, load, consume, transpose = self.prepare, self.load, self.consume, self.transpose
         if warp == 0:
             prepare(tma, pipelines)
-        cute.arch.sync_threads()
+        meet(c)
 
         producer_registers, consumer_registers = c.registers
         if warp < 4:
@@ -56,6 +59,8 @@ class Fa3ForwardKernel:
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consume(args, tma, storage, pipelines)
+        if const_expr(c.cluster > 1):  # neither ends while the other may still release a stage in it
+            meet(c)
 
     def prepare(self, tma: TmaTensors, pipelines: dict[str, Ring]):
         """Descriptors on their way, barriers initialised and known to TMA."""

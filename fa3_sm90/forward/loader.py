@@ -9,13 +9,15 @@ from cute_fa.device.key_copies import KeyCopies, KeyTensor
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.tile_work import Extents, TileWork, scheduler_of, tile_work
 from cute_fa.device.tma_boxes import BoxCopy
+from fa3_sm90.forward.cluster import cluster_rank, place_of
 from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
 from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.storage import Storage
 
 
 class Loader:
-    """One warp. Order of the copies: K0, Q, then K1, V0, K2, V1 …: each is needed about when it arrives."""
+    """One warp. Order of the copies: K0, Q, then K1, V0, K2, V1 …: each is needed about when it arrives. In a cluster
+    each CTA's brings its own Q, and of every block the keys that are its part, to all CTAs."""
 
     def __init__(
         self,
@@ -34,13 +36,16 @@ class Loader:
             "k": KeyTensor(tma.k, self.boxes.k, config.tile_n, config.head_dim_padded),
             "v": KeyTensor(tma.v, self.boxes.v, config.tile_n, config.loaded_columns, config.key_major_v),
         }
+        if config.cluster > 1:
+            part = {"first_key": cluster_rank(config) * config.key_rows, "ctas": config.cluster}
+            self.tensors = {name: tensor._replace(**part) for name, tensor in self.tensors.items()}
         self.block_descales = BlockDescales(config, args, storage)
 
     @cute.jit
     def run(self):
         """Walk over the CTA's tiles."""
         args, config, extents = self.args, self.config, self.extents
-        scheduler = scheduler_of(args.common, args.grid, config)
+        scheduler = scheduler_of(args.common, args.grid, config, ctas=config.cluster)
         valid, tile, advance, load_tile = scheduler.valid, scheduler.tile, scheduler.next, self.load_tile
         queries, keys = ring_start(), ring_start()
         state = scheduler.first()
@@ -72,7 +77,7 @@ class Loader:
         copy = BoxCopy(self.tma.q, self.boxes.q, WGMMA_M, head, outer)
         for wg in cutlass.range_constexpr(c.warpgroups):
             barrier = self.rings[f"q{wg}"].acquire(state)
-            row = work.info.offset_q + work.first_token + wg * c.tokens
+            row = work.info.offset_q + work.first_token + place_of(c, wg) * c.tokens
             copy.load(self.storage.q[wg], 0, row, Int32(c.tokens), barrier)
 
     def load_k(self, work: TileWork, iteration: Int32, state: RingState):
@@ -94,4 +99,6 @@ class Loader:
         c, tensor = self.config, self.tensors[name]
         barrier = self.rings[name].acquire(state)
         target = getattr(self.storage, name) + state.stage * (c.tile_n * tensor.columns)
+        if const_expr(c.cluster > 1):
+            target += tensor.first_key * tensor.box.columns
         self.copies.load(tensor, target, work, iteration, barrier)

@@ -58,7 +58,7 @@ class Transposer:
     def run(self):
         """Walk over the blocks of the CTA's tiles."""
         args, config, extents = self.args, self.config, self.extents
-        scheduler = scheduler_of(args.common, args.grid, config)
+        scheduler = scheduler_of(args.common, args.grid, config, ctas=config.cluster)
         valid, tile, advance, transpose = scheduler.valid, scheduler.tile, scheduler.next, self.transpose
         values = ring_start()
         state = scheduler.first()

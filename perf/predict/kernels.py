@@ -1,6 +1,6 @@
 """The kernels that are predicted: how they cut a problem, and how they are run on a few tiles of it.
 
-A *probe* is such a run: ``tiles`` tiles (or clusters of tiles) of ``steps`` steps each, simulated and recorded.
+A *probe* is such a run: ``tiles`` tiles of ``steps`` steps each, simulated and recorded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 import cute_fa
 import ptxsim
+from cute_fa.engine.overrides import forced, settings
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import AttentionProblem
@@ -71,44 +72,44 @@ class Kernel(ABC):
         return (self.name, self.arch.value, w.direction.value, w.dtype.value, w.head_dim, w.head_dim_v, ratio,
                 w.window_size[0] is not None, w.window_size[1] is not None, *sorted(self.settings.items()), self.shape)  # fmt: skip
 
-    def probe(self, tiles: int, steps: int) -> TimedLaunch:
-        """The main kernel on so many tiles of so many steps."""
+    def probe(self, tiles: int, steps: int, cubin: bytes | None = None) -> TimedLaunch:
+        """The main kernel on so many tiles of so many steps. ``cubin``: machine code that it has to be."""
         w, shape = self.workload, self.shape
         left, right = w.window_size
         if w.direction is Direction.BACKWARD:
-            return self._probe_backward(tiles, steps)
+            return self._probe_backward(tiles, steps, cubin)
         keys = steps * shape.step
         if left is not None:  # two blocks before the window's edge, so that it is met
-            left, keys = keys - shape.span, keys + 2 * shape.step
+            left, keys = keys - shape.tokens, keys + 2 * shape.step
         ratio = w.heads // w.heads_kv
         heads_kv = -(-tiles * shape.heads // ratio)
-        launch = self._record(Probe(heads_kv, shape.span, keys, (left, right)))
+        launch = self._record(Probe(heads_kv, shape.tokens, keys, (left, right)), cubin)
         clusters = launch.ctas // shape.cluster
         return launch if shape.persistent or clusters == tiles else launch.only(range(tiles * shape.cluster))
 
-    def _probe_backward(self, tiles, steps):
+    def _probe_backward(self, tiles, steps, cubin):
         """Of a CTA a tile: those that take so many steps."""
         w, shape = self.workload, self.shape
         left, right = w.window_size
         ratio = w.heads // w.heads_kv
         heads_kv = -(-tiles // ratio)
         if left is None and right is None:
-            launch = self._record(Probe(heads_kv, steps * shape.step, shape.tokens, (None, None)))
+            launch = self._record(Probe(heads_kv, steps * shape.step, shape.tokens, (None, None)), cubin)
             return launch.only(range(tiles))
         length = steps * shape.step
         if left is not None:
             left = length - shape.tokens
             length += 4 * shape.step
-        launch = self._record(Probe(heads_kv, length, length, (left, right)))
+        launch = self._record(Probe(heads_kv, length, length, (left, right)), cubin)
         # CTAs in the order of what they execute are tiles in the order of their steps
         longest = sorted(range(launch.ctas), key=launch.rows_of, reverse=True)
         return launch.only(sorted(longest[:tiles]))
 
-    def _record(self, probe):
+    def _record(self, probe, cubin):
         recorder = Recorder()
         self.run(probe, recorder)
         longest = max(recorder.recordings, key=lambda r: sum(len(trace) for trace in r.ctas[0]))
-        return TimedLaunch(longest)
+        return TimedLaunch(longest, cubin)
 
     def residency(self, launch: TimedLaunch) -> int:
         """CTAs that an SM holds at once."""
@@ -133,6 +134,11 @@ def problem_of(workload: Workload, arch: SmArch) -> AttentionProblem:
     return problem_of_spec(workload.spec(), arch, direction=workload.direction)
 
 
+def settings_of(workload: Workload, arch: SmArch, changes: Sequence[str]) -> dict[str, Any]:
+    """Fields of our kernel's config from words like ``cluster=2``; ArgumentError for what cannot be set."""
+    return settings(TABLE.lookup(problem_of(workload, arch)), changes)
+
+
 class OurKernel(Kernel):
     """This package's, by the dispatch table."""
 
@@ -151,12 +157,7 @@ class OurKernel(Kernel):
     @contextmanager
     def _forced(self) -> Iterator[None]:
         """The config with ``settings`` in the place of what the heuristic has."""
-        if not self.settings:
-            yield
-            return
-        from cute_fa.engine.overrides import forced
-
-        with forced(**self.settings):
+        with forced(TABLE.lookup(problem_of(self.workload, self.arch)), **self.settings):
             yield
 
     def run(self, probe: Probe, recorder: Recorder) -> None:
@@ -212,7 +213,7 @@ class Fa4Kernel(Kernel):
             raise ArgumentError(f"predict: tcgen05 kernels are not timed yet ({self.arch.value})")
         tokens, step = self.settings.get("tile_mn", (tokens, step))
         ratio = w.heads // w.heads_kv if packed and tokens % (w.heads // w.heads_kv) == 0 else 1
-        return TileShape(tokens // ratio, step, ratio)
+        return TileShape(tokens // ratio, step, ratio, skips_left=major >= 9)
 
     def run(self, probe: Probe, recorder: Recorder) -> None:
         q, k, v = self.tensors(probe)
@@ -237,7 +238,7 @@ KERNELS: dict[str, Callable[..., Kernel]] = {"ours": OurKernel, "fa4": Fa4Kernel
 def probe_steps(kernel: Kernel) -> Sequence[tuple[int, int]]:
     """(tiles a place, steps) of the probes: one tile of few and of many steps, three tiles of many."""
     windowed = kernel.workload.window_size[0] is not None
-    short = max(4 if windowed else 8, -(-kernel.shape.span // kernel.shape.step) + 1)
+    short = max(4 if windowed else 8, -(-kernel.shape.tokens // kernel.shape.step) + 1)
     return (1, short), (1, 2 * short), (3, 2 * short)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from cute_fa.semantics.types import Direction
 from perf.predict.cost import ProbeResult, TileCost
 from perf.predict.kernels import Kernel, probe_steps
+from perf.predict.store import kept
 from perf.predict.tiles import makespan, ordered_steps
-from cute_fa.semantics.types import Direction
 from ptxsim.timing.gpus import Gpu
 from ptxsim.timing.replay import REASONS, TimedLaunch
 
@@ -41,29 +44,35 @@ class Prediction:
     busy: dict[str, float]
     waits: dict[str, float] = field(default_factory=dict)
 
-    def compare(self, other: Prediction) -> str:
-        """"faster", "slower", or "cannot tell" within the joint spread of two standard deviations."""
-        joint = 2 * (self.tflops_spread**2 + other.tflops_spread**2) ** 0.5
-        if abs(self.tflops - other.tflops) <= joint:
-            return "cannot tell"
-        return "faster" if self.tflops > other.tflops else "slower"
-
 
 class Predictor:
     """A kernel's probes, simulated once, to be replayed with any constants."""
 
-    def __init__(self, kernel: Kernel, launches: Sequence[TimedLaunch] | None = None):
+    def __init__(self, kernel: Kernel, cubin: Path | None = None):
+        """``cubin``: a file with the machine code that the kernel has to have (``assembler.CodeDiffers`` otherwise)."""
         self.kernel = kernel
+        self.cubin = None if cubin is None else cubin.read_bytes()
         self.plan = probe_steps(kernel)
-        if launches is None:
-            launches = [kernel.probe(tiles, steps) for tiles, steps in self.plan[:1]]
-            self.residency = 1 if kernel.shape.persistent else kernel.residency(launches[0])
-            if self.residency > 1:
-                launches = []
-            launches += [kernel.probe(tiles * self.residency, steps) for tiles, steps in self.plan[len(launches) :]]
-        else:
-            self.residency = 1 if kernel.shape.persistent else kernel.residency(launches[0])
-        self.launches = list(launches)
+        first = self._probe(*self.plan[0])
+        self.residency = 1 if kernel.shape.persistent else kernel.residency(first)
+        self.launches = [self._probe(tiles * self.residency, steps) for tiles, steps in self.plan]
+
+    def of(self, kernel: Kernel) -> Predictor:
+        """The same probes for another workload of the kernel."""
+        other = copy.copy(self)
+        other.kernel = kernel
+        return other
+
+    def _probe(self, tiles: int, steps: int) -> TimedLaunch:
+        identity = (*self.kernel.identity, tiles, steps, self.cubin)
+        return kept(identity, lambda: self.kernel.probe(tiles, steps, self.cubin))
+
+    def trace(self, gpu: Gpu, file: Path) -> None:
+        """Write a timeline of a tile of many steps for Perfetto."""
+        from ptxsim.timing.timeline import write_timeline
+
+        launch = self.launches[1]
+        write_timeline(launch, launch.replay(gpu, self.kernel.shape.cluster, self.residency, times=True), file)
 
     def sample(self, gpu: Gpu) -> Sample:
         """The prediction with these constants."""

@@ -18,35 +18,32 @@ Cost = Callable[[int], float]
 class TileShape:
     """How a kernel cuts a problem. Forward: a tile has ``tokens`` queries and takes ``step`` keys at a time; backward: a
     tile has ``tokens`` keys and takes ``step`` queries at a time. ``heads``: query heads that share a tile. ``cluster``
-    CTAs take neighbouring tiles and walk over the same steps. ``persistent``: CTAs walk over tiles."""
+    CTAs compute a tile together, and walk over the same steps. ``persistent``: CTAs walk over tiles. ``skips_left``: what
+    lies left of a window is not walked over."""
 
     tokens: int
     step: int
     heads: int = 1
     cluster: int = 1
     persistent: bool = False
-
-    @property
-    def span(self) -> int:
-        """Tokens of a cluster's tiles."""
-        return self.tokens * self.cluster
+    skips_left: bool = True
 
 
 def steps_of(shape: TileShape, workload: Workload, first: int) -> int:
-    """Steps of the tile, or cluster of tiles, that begins at a token: those with a visible pair, at least one."""
+    """Steps of the tile that begins at a token: those with a visible pair, at least one."""
     left, right = workload.window_size
-    length, end = workload.seqlen, min(first + shape.span, workload.seqlen)
+    length, end = workload.seqlen, min(first + shape.tokens, workload.seqlen)
     if workload.direction is Direction.BACKWARD:
         left, right = right, left  # the queries that see a key lie after it where its keys lie before a query
-    low = 0 if left is None else max(first - left, 0)
+    low = 0 if left is None or not shape.skips_left else max(first - left, 0)
     high = length if right is None else min(end + right, length)
     return max(ceil_div(high, shape.step) - low // shape.step, 1)
 
 
 def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[int]:
-    """Steps of each cluster of tiles, in the order in which they are handed out (``device/tile_scheduler.py``): under a
+    """Steps of each tile, in the order in which they are handed out (``device/tile_scheduler.py``): under a
     right bound the longest first, in groups of heads whose K and V fit into the L2."""
-    per_row = [steps_of(shape, workload, first) for first in range(0, workload.seqlen, shape.span)]
+    per_row = [steps_of(shape, workload, first) for first in range(0, workload.seqlen, shape.tokens)]
     rows = workload.batch * workload.heads // shape.heads
     if workload.window_size[1] is None:
         return per_row * rows

@@ -25,7 +25,7 @@ typedef struct { i32 instruction, operation, a, b, c; } Row;
 typedef struct {
     double try_wait, wake, arrive, remote_arrive, bar, cluster_barrier, branch, wgmma_issue, wgmma_tail, wgmma_least, wgmma_queue,
         tensor_flops, shared_bytes, tma_setup, tma_latency, tma_interval, tma_bytes, store_latency, global_latency, cta_start,
-        register_ports, register_tensor, slots_lost, l2_bytes, l2_reduced_bytes, l2_saved;
+        register_ports, register_tensor, slots_lost, shared_slack, l2_bytes, l2_reduced_bytes, l2_saved;
 } Constants;
 typedef struct { i32 expected, pending, phase, owner; i64 bytes, flipped; } Mbarrier;
 typedef struct { i32 arrived; i64 generation, released; } Named;
@@ -52,6 +52,7 @@ typedef struct {
 typedef struct { i32 group; Product product; i64 ready; } Queued;
 typedef struct {
     double pipe_free[PARTS][PIPES], debt[PARTS], port_free, tensor_free, tma_free, tensor_busy, tensor_shared, shared;
+    double waiting;  // shared memory's work beside the products that waits, in cycles
     i64 pipe_busy[PARTS][PIPES], lsu_blocked, issued, tma_bytes;
     i64 wake, visited;  // nothing can happen before wake; the latest cycle that has been looked at
     i32 warps[PARTS][2 * SM_WARPS], counts[PARTS], resident;
@@ -124,6 +125,12 @@ static double l2_served(Engine *e, double time, double bytes) {
     return e->l2_credit >= 0 ? time : e->l2_time - e->l2_credit / c->l2_bytes;
 }
 
+// Work of shared memory beside the products.
+static void use_shared(Sm *sm, double cycles) {
+    sm->shared += cycles;
+    sm->waiting += cycles;
+}
+
 // The tensor cores take the next product in the order of issue.
 static void feed_tensor_cores(Engine *e, Sm *sm) {
     Constants *c = &e->c;
@@ -136,8 +143,13 @@ static void feed_tensor_cores(Engine *e, Sm *sm) {
         if (duration < c->wgmma_least) duration = c->wgmma_least;
         if (duration < least) duration = least;
         double start = sm->tensor_free > e->now - 1 ? sm->tensor_free : e->now;
-        sm->tensor_free = start + duration;
         sm->tensor_busy += duration;
+        if (c->shared_slack > 0) {  // what the products leave of its rate serves the others; too much that waits slows them
+            sm->waiting -= start - sm->tensor_free + duration - least;
+            if (sm->waiting < 0) sm->waiting = 0;
+            if (sm->waiting > c->shared_slack) { duration += sm->waiting - c->shared_slack; sm->waiting = c->shared_slack; }
+        }
+        sm->tensor_free = start + duration;
         sm->tensor_shared += least;
         g->begun++;
         if (p.commit) g->done[g->finished++ % QUEUE] = (i64)(sm->tensor_free + c->wgmma_tail);
@@ -286,7 +298,7 @@ static void perform(Engine *e, Warp *w, const Row *row, const Instruction *i) {
         Sm *target = &e->sms[e->sm_of[e->bars[row->a].owner]];
         double from = w->served > target->port_free ? w->served : target->port_free;
         target->port_free = from + row->b / c->tma_bytes;
-        target->shared += row->b / c->shared_bytes;
+        use_shared(target, row->b / c->shared_bytes);
         push(e, (Event){(i64)(target->port_free + c->tma_latency), 1, row->a, row->b});
         break;
     }
@@ -294,13 +306,13 @@ static void perform(Engine *e, Warp *w, const Row *row, const Instruction *i) {
         double served = l2_served(e, now, row->operation == STORE ? row->a : row->a * c->l2_bytes / c->l2_reduced_bytes);
         i64 until = (i64)(served + c->store_latency + row->a / c->tma_bytes);
         if (until > w->open_until) w->open_until = until;
-        sm->shared += row->a / c->shared_bytes;
+        use_shared(sm, row->a / c->shared_bytes);
         break;
     }
     case CP_ASYNC: {  // a: bytes
         i64 until = (i64)(l2_served(e, now, row->a) + c->global_latency);
         if (until > w->open_until) w->open_until = until;
-        sm->shared += row->a / c->shared_bytes;
+        use_shared(sm, row->a / c->shared_bytes);
         break;
     }
     case CP_ARRIVE:  // a: mbarrier, b: arrivals, c: those that the present phase did not expect (no .noinc)
@@ -340,7 +352,7 @@ static void issue(Engine *e, Warp *w) {
     }
     if (i->pipe == LSU) {
         sm->lsu_blocked = now + (i->shared > 1 ? i->shared : 1);
-        sm->shared += i->shared;
+        use_shared(sm, i->shared);
         if (i->reduced) {
             double served = l2_served(e, now, i->reduced * c->l2_bytes / c->l2_reduced_bytes) - LSU_SLACK;
             if (served > sm->lsu_blocked) sm->lsu_blocked = (i64)served;

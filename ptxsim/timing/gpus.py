@@ -53,6 +53,7 @@ UNITS = {
     "register_ports": "reads/clk/quarter",
     "register_tensor": "reads/clk/quarter",
     "slots_lost": "share",
+    "shared_slack": "cycles",
     "try_wait": "cycles",
     "wake": "cycles",
     "arrive": "cycles",

@@ -32,37 +32,31 @@ _NO_DESTINATION = {*_STORES, "ISETP", "FSETP", "R2UR", "R2P", "BAR", "SYNCS"}
 # Cycles of what has a scoreboard and no constant of its own: an order of magnitude.
 _LATENCIES = {"S2R": 30, "S2UR": 30, "LDL": 40, "R2UR": 12, "VOTE": 12, "VOTEU": 12, "MEMBAR": 40, "B2R": 30, "REDUX": 30}
 _DEFAULT_LATENCY = 20
-_READ_LATENCY = 12  # until the operands have been read, at most
+READ_LATENCY = 12  # until the operands have been read, at most
 PRODUCTS = ("HGMMA", "QGMMA", "IGMMA")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an instruction takes: ``taken`` cycles of a pipe, ``latency`` of its result, ``reads`` of vector registers
-    beside the reuse cache, ``passes`` through shared memory, ``reduced`` bytes of reductions in global memory."""
+    """What an instruction takes: ``taken`` cycles of a pipe, ``latency`` of its result, ``passes`` through shared memory,
+    ``reduced`` bytes of reductions in global memory."""
 
     pipe: int
     taken: float
     latency: float
-    reads: int
     passes: int
     reduced: int
 
 
-def costs(code: Code, gpu: Gpu, conflicts: dict[int, float]) -> list[Cost]:
-    """The cost of each instruction. ``conflicts``: passes of an access to shared memory, by PTX line."""
-    reads = register_reads(code)
-    return [_cost(i, gpu, conflicts, r) for i, r in zip(code.instructions, reads, strict=True)]
-
-
-def _cost(i: Instruction, gpu: Gpu, conflicts: dict[int, float], reads: int) -> Cost:
+def cost(i: Instruction, gpu: Gpu, conflicts: dict[int, float]) -> Cost:
+    """The cost of an instruction. ``conflicts``: passes of an access to shared memory, by PTX line."""
     pipe, taken = _pipe(i, gpu)
     passes = reduced = 0
     if i.opcode in _SHARED:
         passes = round(conflicts.get(i.line, _width(i)))
     if i.opcode in _REDUCTIONS:
         reduced = WARP * 4 * _width(i)
-    return Cost(pipe, taken, _latency(i, gpu), reads, passes, reduced)
+    return Cost(pipe, taken, _latency(i, gpu), passes, reduced)
 
 
 def _pipe(i: Instruction, gpu: Gpu) -> tuple[int, float]:

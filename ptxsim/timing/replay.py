@@ -21,7 +21,7 @@ from ..host.images import cubin_of
 from . import assembler
 from .cubin import Code, Instruction, kernel_resources
 from .gpus import Gpu
-from .instructions import PIPE_NAMES, PRODUCTS, costs, product_shape
+from .instructions import PIPE_NAMES, READ_LATENCY, cost, product_shape, register_reads
 from .paths import OFF, PathFinder, is_branch
 from .recorder import Recording
 
@@ -40,7 +40,7 @@ _TARGET = re.compile(r"^\s*\.target\s+(sm_\w+)", re.M)
 _CONSTANTS = ("try_wait", "wake", "arrive", "remote_arrive", "bar", "cluster_barrier", "branch", "wgmma_issue",
               "wgmma_tail", "wgmma_least", "wgmma_queue", "tensor_flops", "shared_bytes", "tma_setup", "tma_latency",
               "tma_interval", "tma_bytes", "store_latency", "global_latency", "cta_start", "register_ports",
-              "register_tensor", "slots_lost")  # fmt: skip
+              "register_tensor", "slots_lost", "shared_slack")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,16 +184,33 @@ class TimedLaunch:
         dropped = [(DROP, self._bar(index), n, 0) for index, n in arrivals.items() if "drop" in what]
         return dropped + [(ARRIVE, self._bar(index), n, expected[index]) for index, n in arrivals.items()]
 
+    @functools.cached_property
+    def _kinds(self) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Instructions that cost the same: one of each kind, the kind of each instruction, and what does not depend on a
+        GPU (stall count, scoreboards, whether it branches, registers read)."""
+        first: dict[tuple, int] = {}
+        reads = register_reads(self.code)
+        kinds, fixed = [], []
+        for n, (i, count) in enumerate(zip(self.code.instructions, reads, strict=True)):
+            key = i.opcode, *i.modifiers, self.conflicts.get(i.line)
+            kinds.append(list(first).index(key) if key in first else len(first))
+            first.setdefault(key, n)
+            branch = is_branch(i) or i.opcode == "RET"
+            fixed.append((i.stall, i.write_scoreboard, i.read_scoreboard, i.wait, branch, count))
+        return list(first.values()), np.array(kinds), np.array(fixed)
+
     def instruction_table(self, gpu: Gpu) -> np.ndarray:
         """Rows of the engine's ``Instruction``."""
-        table = []
-        for i, cost in zip(self.code.instructions, costs(self.code, gpu, self.conflicts), strict=True):
-            wait = i.wait
-            branch = is_branch(i) or i.opcode == "RET"
-            table.append((i.stall, i.write_scoreboard, i.read_scoreboard, wait, cost.pipe, round(1000 * cost.taken),
-                          round(cost.latency), min(round(cost.latency), 12), branch, cost.reads, cost.passes,
-                          cost.reduced))  # fmt: skip
-        return np.array(table, np.int32)
+        examples, kinds, fixed = self._kinds
+        rows = []
+        for n in examples:
+            c = cost(self.code.instructions[n], gpu, self.conflicts)
+            rows.append((c.pipe, round(1000 * c.taken), round(c.latency), min(round(c.latency), READ_LATENCY), c.passes,
+                         c.reduced))  # fmt: skip
+        costs = np.array(rows)[kinds]
+        return np.ascontiguousarray(
+            np.concatenate([fixed[:, :4], costs[:, :4], fixed[:, 4:], costs[:, 4:]], axis=1), np.int32
+        )
 
     def replay(self, gpu: Gpu, sms: int = 1, residency: int = 1, times: bool = False) -> Replay:
         """Replay all CTAs on ``sms`` SMs with their share of the L2's rate, ``residency`` CTAs at once on each; those that

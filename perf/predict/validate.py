@@ -1,0 +1,110 @@
+"""Predicted beside published speeds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from cute_fa.semantics.errors import ArgumentError, CuteFaError
+from cute_fa.semantics.types import Direction, DType, SmArch
+from perf.predict.kernels import KERNELS, Kernel
+from perf.predict.model import Predictor
+from perf.workload import Workload
+from ptxsim.timing import gpus
+from ptxsim.timing.gpus import Gpu
+
+COLUMNS = ("source", "gpu", "kernel", "direction", "dtype", "head_dim", "head_dim_v", "seqlen", "batch", "heads",
+           "heads_kv", "causal", "tflops", "notes")  # fmt: skip
+# GPUs of a table by what their names contain.
+GPUS = {"H100 SXM": "h100", "H200": "h200", "A100 80GB SXM": "a100", "A100 80GB PCIe": "a100-pcie"}
+# (kernel of a table, architecture) -> the kernel that is predicted. The C++ FlashAttention-3 is no DSL kernel: ours
+# with its conditions, K and V shared by clusters of two without causal mask from head_dim 128 on
+# (hopper/flash_fwd_launch_template.h), stands for it.
+_FA4 = re.compile(r"^FA4\b")
+_FA3 = re.compile(r"^FA3$")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published row and the kernel that predicts it."""
+
+    number: int
+    workload: Workload
+    gpu: str
+    kernel: str
+    settings: tuple[tuple[str, int], ...]
+    tflops: float
+
+
+def rows(file: Path) -> Iterator[Row]:
+    """Rows of a table that can be predicted. ArgumentError if a column is missing."""
+    table = pd.read_csv(file)
+    if missing := [column for column in COLUMNS if column not in table]:
+        raise ArgumentError(f"{file} lacks the columns {', '.join(missing)}")
+    for number, row in table.iterrows():
+        gpu = next((name for text, name in GPUS.items() if text in str(row.gpu)), None)
+        kernel = "fa4" if _FA4.match(str(row.kernel)) else "ours" if _FA3.match(str(row.kernel)) else None
+        if gpu is None or kernel is None or row.direction not in ("fwd", "bwd") or row["dtype"] not in ("bf16", "fp16"):
+            continue
+        if kernel == "ours" and row.direction == "bwd":
+            continue  # the C++ backward is like none of ours
+        window = re.search(r"sliding window (\d+)", str(row.notes))
+        causal = bool(row.causal)
+        seqlen, batch = int(row.seqlen), int(row.batch)
+        settings = (("cluster", 2),) if kernel == "ours" and not causal and row.head_dim >= 128 else ()
+        workload = Workload(
+            direction=Direction(row.direction), dtype=DType(row["dtype"]), head_dim=int(row.head_dim),
+            head_dim_v=int(row.head_dim_v), heads=int(row.heads), heads_kv=int(row.heads_kv), seqlen=seqlen,
+            tokens=seqlen * batch, causal=causal, window=int(window[1]) - 1 if window else None,
+        )  # fmt: skip
+        yield Row(int(number), workload, gpu, kernel, settings, float(row.tflops))
+
+
+def predictors(listed: Iterable[Row], progress=lambda text: None) -> dict[Row, Predictor | str]:
+    """A predictor of each row, shared where probes are the same; a text where there is none, which says why."""
+    shared: dict[tuple, Predictor | str] = {}
+    out: dict[Row, Predictor | str] = {}
+    for row in listed:
+        try:
+            kernel: Kernel = KERNELS[row.kernel](row.workload, SmArch(gpus.load(row.gpu).arch), dict(row.settings))
+        except CuteFaError as error:
+            out[row] = str(error)
+            continue
+        if kernel.identity not in shared:
+            progress(f"{kernel.name} {row.workload.direction.value} {row.workload.head_dim} on {row.gpu}")
+            shared[kernel.identity] = Predictor(kernel)
+        out[row] = shared[kernel.identity].of(kernel)
+    return out
+
+
+def validated(listed: dict[Row, Predictor | str], constants: dict[str, Gpu], ensemble: int) -> pd.DataFrame:
+    """A row each: what was published, what is predicted, the relative error."""
+    out = []
+    for row, predictor in listed.items():
+        w = row.workload
+        entry = {
+            "row": row.number, "gpu": row.gpu, "kernel": row.kernel, "direction": w.direction.value, "head_dim": w.head_dim,
+            "mask": "window" if w.window is not None else "causal" if w.causal else "full", "seqlen": w.seqlen,
+            "published": row.tflops,
+        }  # fmt: skip
+        if isinstance(predictor, str):
+            out.append({**entry, "refused": predictor})
+            continue
+        made = predictor.predict(constants[row.gpu], ensemble)
+        out.append({**entry, "predicted": round(made.tflops, 1), "spread": round(made.tflops_spread, 1),
+                    "error": made.tflops / row.tflops - 1, "bound": made.bound})  # fmt: skip
+    return pd.DataFrame(out)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and worst of the errors' absolute logarithms, by direction and length."""
+    known = table[table.predicted.notna()].copy()
+    known["size"] = [abs(math.log(1 + error)) for error in known.error]
+    known["length"] = ["2k and longer" if seqlen >= 2048 else "shorter" for seqlen in known.seqlen]
+    grouped = known.groupby(["gpu", "kernel", "direction", "length"])["size"]
+    return grouped.agg(rows="size", mean="mean", worst="max").reset_index()
