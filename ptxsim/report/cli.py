@@ -1,13 +1,14 @@
-"""The command line: ``run`` a script that compiles and launches CuTe DSL kernels, in several schedules, or ``mutate``
-its kernels.
+"""The command line: ``run`` a script that compiles and launches CuTe DSL kernels, in several schedules, ``time`` its
+kernels, or ``mutate`` them.
 
 Exit codes: 0 everything ran clean (``mutate``: every mutant was noticed or is equivalent), 1 the simulator found a
 fault or the script failed (a mutant escaped), 2 there is nothing to say: a bad request, an instruction that is not
-simulated, or a script that launches no kernel.
+simulated, machine code that cannot be timed, or a script that launches no kernel.
 """
 
 from __future__ import annotations
 
+import functools
 import runpy
 import sys
 import traceback
@@ -26,6 +27,12 @@ from ptxsim.machine.limits import SMEM_LIMIT
 from ptxsim.names import readable
 from ptxsim.ops.forms import known
 from ptxsim.report.mutation_table import rows
+from ptxsim.timing.gpus import Gpu, load
+from ptxsim.timing.gpus import known as known_gpus
+from ptxsim.timing.recorder import Recorder
+from ptxsim.timing.replay import TimedLaunch
+from ptxsim.timing.table import BUSY, figures, replay_whole
+from ptxsim.timing.timeline import Timeline
 
 CLEAN, FOUND, NOTHING = 0, 1, 2
 _PIPE_WIDTH = 140  # columns of a table that goes to a pipe or file, which have no width of their own
@@ -54,11 +61,13 @@ def main() -> None:
     """Run CuTe DSL kernels on the CPU, instruction by instruction."""
 
 
-def _of_script(command):
-    """What every command takes that runs a script."""
+def _of_script(command=None, *, sms=4):
+    """What every command takes that runs a script; ``sms``: how many SMs the device reports by default."""
+    if command is None:
+        return functools.partial(_of_script, sms=sms)
     for add in (
         click.option("--line-info/--no-line-info", default=True, help="Compile with line information (the default)."),
-        click.option("--sms", type=click.IntRange(1), default=4, show_default=True,
+        click.option("--sms", type=click.IntRange(1), default=sms, show_default=True,
                      help="SMs that the device reports."),
         click.option("--arch", required=True, metavar="ARCH", callback=_known_arch,
                      help="Target of ptxas: sm_80, sm_90a, sm_100a …"),
@@ -162,6 +171,53 @@ def mutate(
     for record in escaped:
         console.print(f"escaped: {record}", markup=False, soft_wrap=True)
     sys.exit(FOUND if escaped else CLEAN)
+
+
+def _known_gpu(context, parameter, name: str) -> Gpu:
+    try:
+        return load(name)
+    except ptxsim.SimError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@_of_script(sms=8)
+@click.option("--gpu", required=True, metavar="GPU", callback=_known_gpu,
+              help=f"Whose constants: {', '.join(known_gpus())}, or the path of a TOML file.")  # fmt: skip
+@click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Write what the warps waited for, for Perfetto.")  # fmt: skip
+def time(
+    script: Path, arguments: tuple[str, ...], arch: str, gpu: Gpu, sms: int, trace: Path | None, line_info: bool,
+) -> None:  # fmt: skip
+    """Run SCRIPT with ARGUMENTS as `run` does, and replay the machine code of each launch, cycle by cycle.
+
+    A launch is replayed whole, on as many SMs as it has CTAs, at most --sms, with their share of the L2: times are those of
+    so many SMs, not of the GPU. What the model leaves out is in docs/timing.md.
+    """
+    console, recorder = _console(), Recorder()
+    timeline = None if trace is None else Timeline(trace)
+    launches: list[ptxsim.Launch] = []
+    options = {"sm_count": sms, "line_info": line_info, "observers": [recorder]}
+    code, error = _run_once(script, arguments, arch, options, launches)
+    table = Table("kernel", "grid", "on", "cycles", "µs", *BUSY, "where the warps' cycles went")
+    try:
+        for recording in recorder.recordings if error is None else ():
+            launch = TimedLaunch(recording)
+            replay, places = replay_whole(launch, gpu, sms, timeline is not None)
+            table.add_row(readable(launch.name, _NAME), "×".join(map(str, launch.grid)), places,
+                          *figures(launch, replay, gpu))  # fmt: skip
+            if timeline is not None:
+                timeline.add(launch, replay)
+    except ptxsim.SimError as problem:
+        code, error = NOTHING, f"{type(problem).__name__}: {problem}"
+    if table.rows:
+        console.print(table)
+    if error is not None:
+        console.print(error, markup=False, soft_wrap=True)
+    else:
+        console.print(f"{gpu.name} at {gpu.clock:g} GHz, a model: nothing was measured", markup=False)
+        if timeline is not None:
+            timeline.write()
+    sys.exit(code)
 
 
 @main.command()

@@ -23,7 +23,7 @@ RELEASES = {
     "9.4": ("13.4.59", "nvidia/cu13/bin/ptxas", "nvidia-cuda-nvcc==13.4.59"),
 }
 _VERSION = re.compile(r"^\s*\.version\s+(\S+)", re.M)
-_INSTRUCTION = re.compile(r"^(?![.{}$)]|//)\S(?!.*:$)")
+INSTRUCTION = re.compile(r"^(?![.{}$)]|//)\S(?!.*:$)")
 
 
 class CodeDiffers(SimError):
@@ -52,7 +52,7 @@ def with_lines(ptx: str) -> str:
         text = line.strip()
         if text.startswith((".loc", ".file")):
             continue
-        if inside and _INSTRUCTION.match(text):
+        if inside and INSTRUCTION.match(text):
             out.append(f".loc 1 {number} 0")
         out.append(line)
         inside = inside or text == "{"

@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptxsim.errors import SimError
+from ..errors import SimError
 
 # Attributes of .nv.info entries, named EIATTR_* by cuobjdump --dump-elf.
 _ATTR_FRAME_SIZE, _ATTR_MIN_STACK, _ATTR_MAX_STACK, _ATTR_REGCOUNT = 0x11, 0x12, 0x23, 0x2F
@@ -52,6 +52,16 @@ class Instruction:
     write_scoreboard: int = NO_SCOREBOARD
     read_scoreboard: int = NO_SCOREBOARD
     line: int = 0
+
+    @property
+    def name(self) -> str:
+        """The opcode with its modifiers."""
+        return ".".join((self.opcode, *self.modifiers))
+
+    @property
+    def source(self) -> str:
+        """The instruction as one writes it."""
+        return " ".join(x for x in (self.predicate, self.name, ", ".join(self.operands)) if x)
 
 
 @dataclass

@@ -46,7 +46,7 @@ typedef struct {
     i32 groups, products;  // committed groups of copies; of products
     i64 open_until, group_done[GROUPS];  // end of the copies so far; of each group
     double served;  // when the L2 gives what the latest TMA load asks for
-    i64 why[REASONS], until;  // until: when what it waits for now is over, NEVER if that is not known yet
+    i64 why[REASONS], before[REASONS], until;  // until: when what it waits for now is over, NEVER if that is not known yet
     int reason;
 } Warp;
 typedef struct { i32 group; Product product; i64 ready; } Queued;
@@ -72,10 +72,10 @@ typedef struct {
     ClusterBarrier *clusters;
     Sm *sms;
     Event *heap;
-    i64 heap_length, heap_room, now, marked, mark_room, *marks;
-    i32 *times;
+    i64 heap_length, heap_room, now, marked, *marks;
+    i32 *times, *waited;
     double l2_credit, l2_time;
-    const i32 *sm_of;
+    i32 *sm_of;
     i32 cluster_size;
 } Engine;
 
@@ -152,13 +152,9 @@ static void feed_tensor_cores(Engine *e, Sm *sm) {
         sm->tensor_free = start + duration;
         sm->tensor_shared += least;
         g->begun++;
-        if (p.commit) {
-            g->done[g->finished++ % QUEUE] = (i64)(sm->tensor_free + c->wgmma_tail);
-            if (e->marked < e->mark_room) {
-                i64 *m = e->marks + 3 * e->marked++;
-                m[0] = q->group; m[1] = (i64)start; m[2] = (i64)sm->tensor_free;
-            }
-        }
+        if (p.commit) g->done[g->finished++ % QUEUE] = (i64)(sm->tensor_free + c->wgmma_tail);
+        i64 *m = e->marks + 4 * e->marked++;
+        m[0] = q->group; m[1] = (i64)start; m[2] = (i64)sm->tensor_free; m[3] = p.commit;
         sm->head = (sm->head + 1) % QUEUE;
         sm->length--;
     }
@@ -340,7 +336,15 @@ static void issue(Engine *e, Warp *w) {
     w->why[ISSUED]++;
     sm->issued++;
     w->last = now;
-    if (e->times) e->times[w->row] = (i32)now;
+    if (e->times) {
+        i64 most = 0;
+        for (int r = 1; r < REASONS; r++) {
+            i64 cycles = w->why[r] - w->before[r];
+            if (cycles > most) { most = cycles; e->waited[w->row] = r; }
+            w->before[r] = w->why[r];
+        }
+        e->times[w->row] = (i32)now;
+    }
     double stall = i->stall > 1 ? i->stall : 1;
     if (i->pipe) {
         sm->pipe_free[w->part][i->pipe] = now + i->taken_milli / 1000.0;
@@ -463,11 +467,12 @@ static void start_cta(Engine *e, i32 cta, i32 sm, i32 warps_per_cta, i64 at) {
 
 // Returns 0, 1 if warps wait for ever, 2 if the limit of cycles is reached. ``out``: for each warp its end and the cycles of
 // each Reason; for each SM cycles of tensor cores, shared memory (theirs, others'), instructions, TMA bytes, pipes; then
-// all cycles and marks. ``cta_times``: start and end of each CTA. Space of an SM: ``residency`` CTAs.
+// all cycles and marks. ``cta_times``: start and end of each CTA; ``sm_of``: its SM, ``marks``: of each product warpgroup,
+// start, end, whether it ends a group; ``times``, ``waited``: of each row, or none. Space of an SM: ``residency`` CTAs.
 __attribute__((visibility("default")))
 int ptxsim_replay(const Instruction *code, const Row *rows, const i64 *offsets, i32 n_ctas, i32 warps_per_cta, i32 cluster_size,
                   i32 n_sms, i32 residency, const i32 *owners, i32 n_bars, const Constants *constants, i64 limit, i64 *out,
-                  i64 *cta_times, i64 *marks, i64 mark_room, i32 *times) {
+                  i64 *cta_times, i32 *sm_of, i64 *marks, i32 *times, i32 *waited) {
     i32 n_warps = n_ctas * warps_per_cta, padded = (warps_per_cta + 3) / 4;
     Engine engine = {.code = code, .rows = rows, .c = *constants}, *e = &engine;
     e->warps = calloc(n_warps, sizeof(Warp));
@@ -477,9 +482,9 @@ int ptxsim_replay(const Instruction *code, const Row *rows, const i64 *offsets, 
     e->clusters = calloc(n_ctas / cluster_size + 1, sizeof(ClusterBarrier));
     e->sms = calloc(n_sms, sizeof(Sm));
     e->heap = malloc(sizeof(Event) * (e->heap_room = 1024));
-    i32 *sm_of = calloc(n_ctas, sizeof(i32)), *left = calloc(n_ctas, sizeof(i32));
+    i32 *left = calloc(n_ctas, sizeof(i32));
     e->sm_of = sm_of; e->cluster_size = cluster_size;
-    e->marks = marks; e->mark_room = mark_room; e->times = times;
+    e->marks = marks; e->times = times; e->waited = waited;
     e->l2_credit = e->c.l2_saved;
     for (i32 k = 0; k < n_bars; k++) e->bars[k].owner = owners[k];
     for (i32 k = 0; k < n_warps; k++) {
@@ -545,6 +550,6 @@ int ptxsim_replay(const Instruction *code, const Row *rows, const i64 *offsets, 
     *o++ = e->now;
     *o++ = e->marked;
     free(e->warps); free(e->groups); free(e->bars); free(e->named); free(e->clusters); free(e->sms); free(e->heap);
-    free(sm_of); free(left);
+    free(left);
     return bad;
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ptxsim.errors import SimError
+from ..errors import SimError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -72,6 +73,9 @@ UNITS = {
     "store_latency": "cycles",
     "cta_start": "cycles",
 }
+# Those that something is divided by.
+_POSITIVE = {"sms", "clock", "hbm", "l2", "l2_reductions", "tensor_flops", "mma_sync_flops", "fp32_lanes", "alu_lanes",
+             "imad_lanes", "mufu_lanes", "convert_lanes", "shared_bytes", "tma_bytes"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,12 +166,19 @@ def parse(table: dict[str, Any], where: str) -> Gpu:
     missing = [name for name in ("name", "arch") if not isinstance(table.get(name), str)]
     name, arch = table.pop("name", ""), table.pop("arch", "")
     rivals = table.pop("rivals", {})
+    if not isinstance(rivals, dict) or not all(isinstance(values, dict) for values in rivals.values()):
+        raise SimError(f"{where}: rivals are tables of values")
     missing += [constant for constant in UNITS if constant not in table]
     if missing:
         raise SimError(f"{where} lacks {', '.join(missing)}")
     if unknown := [*(table.keys() - UNITS.keys()), *(k for r in rivals.values() for k in r.keys() - UNITS.keys())]:
         raise SimError(f"{where}: unknown constants {', '.join(sorted(unknown))}")
+    if not re.fullmatch(r"sm_\d+[af]?", arch):
+        raise SimError(f"{where}: arch = {arch!r}: sm_80, sm_90a …")
     constants = {key: _constant(key, value, where) for key, value in table.items()}
+    for rival, values in rivals.items():
+        for key, value in values.items():
+            _checked(key, value, f"{where}: rivals.{rival}.{key}")
     return Gpu(name, arch, constants, rivals)
 
 
@@ -179,10 +190,19 @@ def _constant(name: str, entry: Any, where: str) -> Constant:
         raise SimError(f"{at} has the unit {entry.get('unit')!r}: {UNITS[name]!r}")
     if entry.get("kind") not in KINDS:
         raise SimError(f"{at} has the kind {entry.get('kind')!r}: one of {', '.join(KINDS)}")
-    value = entry.get("value")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise SimError(f"{at} has the value {value!r}: a number that is not negative")
+    value, spread = _checked(name, entry.get("value"), at), entry.get("spread", 0.0)
+    if isinstance(spread, bool) or not isinstance(spread, (int, float)) or not 0 <= spread <= 1:
+        raise SimError(f"{at} has the spread {spread!r}: 0 to 1")
+    if unknown := entry.keys() - {"value", "unit", "kind", "source", "date", "spread"}:
+        raise SimError(f"{at} has unknown {', '.join(sorted(unknown))}")
     for key in ("source", "date"):
         if not str(entry.get(key, "")):
             raise SimError(f"{at} has no {key}")
-    return Constant(float(value), entry["kind"], entry["source"], str(entry["date"]), float(entry.get("spread", 0.0)))
+    return Constant(value, entry["kind"], entry["source"], str(entry["date"]), float(spread))
+
+
+def _checked(name: str, value: Any, at: str) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < float("inf") or (value == 0 and name in _POSITIVE):
+        raise SimError(f"{at} has the value {value!r}: a number {'above 0' if name in _POSITIVE else 'that is not negative'}")
+    return float(value)

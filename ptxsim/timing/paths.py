@@ -9,19 +9,21 @@ afterwards: instructions of which ptxas makes exactly one each were executed as 
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import SimError
+from .assembler import INSTRUCTION
 from .cubin import Code, Instruction
 from .recorder import PtxBlock
 
 OFF = "off"  # in a path: an operation that the warp's predicate, or another elected lane, switched off
 _MOST_STEPS = 5_000_000
-# How far the line of a barrier's instruction may be from that of its PTX: the line of its address or predicate.
-_LINE_DISTANCE = 5
+# How many instructions the line of a barrier's instruction may be from that of its PTX: the line of its address or predicate.
+_DISTANCE = 5
 _END = -1  # in the place of an instruction: the warp has ended
 _REACH = 12  # operations that ptxas moves over a branch, at most
 
@@ -154,11 +156,19 @@ class PathFinder:
 
     def __init__(self, code: Code, blocks: list[PtxBlock], ptx: str):
         self.code, self.instructions, self.blocks = code, code.instructions, blocks
+        for i in code.instructions:
+            if i.opcode == "SYNCS" and "PHASECHK" in i.modifiers and "TRYWAIT" not in i.modifiers:
+                raise PathNotFound(
+                    f"PTX line {i.line} polls an mbarrier (mbarrier.test_wait): how often it does depends on time, and the "
+                    "simulator's times are none"
+                )
         self.kinds = [operation_kind(i) for i in self.instructions]
         self.targets = [branch_target(code, i) for i in self.instructions]
         self.branches = {b.last: n for n, b in enumerate(blocks) if b.term in ("cbr", "cret")}
         self.polarities: dict[int, bool | None] = {}
         text = ptx.split("\n")
+        # of each line, how many instructions there are up to it: lines of .loc and comments do not count
+        self.ranks = [0, *itertools.accumulate(INSTRUCTION.match(line.strip()) is not None for line in text)]
         self.one_to_one = []
         for pattern, (opcodes, modifier) in ONE_TO_ONE.items():
             lines = {n for n, line in enumerate(text, 1) if re.search(pattern, line)}
@@ -236,7 +246,7 @@ class PathFinder:
             calls[:] = choice.calls
             n, p = choice.other, choice.operation
         p, n = furthest
-        at = " ".join(self.instructions[min(n, len(self.instructions) - 1)].text[:80].split("/*")[1].split("*/")[1].split())
+        at = self.instructions[min(n, len(self.instructions) - 1)].source[:80]
         wanted = operations[p][1][:2] if p < len(operations) else "its end"
         raise PathNotFound(
             f"no path of a warp through the machine code: at {at} it should come to {wanted}, operation {p} of "
@@ -285,7 +295,7 @@ class PathFinder:
         if operation[0] != kind:
             return False
         if kind in ("try", "mbar", "init"):
-            return abs(operation[1] - i.line) <= _LINE_DISTANCE
+            return abs(self.ranks[operation[1]] - self.ranks[i.line]) <= _DISTANCE
         if kind == "bar":
             return operation[2] == (i.modifiers[0] != "ARV")
         if kind == "cluster":

@@ -27,7 +27,6 @@ from .recorder import Recording
 
 SOURCE = Path(__file__).with_name("engine.c")
 MOST_CYCLES = 20_000_000
-_MARKS = 100_000
 # Operations of the engine, in its order. A row is (instruction, operation, a, b, c); -1 as instruction: what the one before
 # does besides.
 (NONE, TRY, ARRIVE, INIT, BAR_SYNC, BAR_ARRIVE, WGMMA, WGMMA_WAIT, TMA_LOAD, TMA_TARGET, STORE, REDUCE, CP_ASYNC, CP_ARRIVE,
@@ -58,16 +57,19 @@ class SmUse:
 @dataclass(frozen=True)
 class Replay:
     """What a replay found: cycles of all, start and end of each CTA, for each warp its end and the cycles spent for each of
-    ``REASONS`` [warps, reasons], the use of each SM; ``marks``: warpgroup, start and end of the last product of each group
-    of wgmma; ``issued``: when each row was issued, if asked for."""
+    ``REASONS`` [warps, reasons], the use of each SM, the SM of each CTA; ``marks``: of each product (wgmma) its warpgroup,
+    start, end, and whether it ends a group; ``issued``, ``waited``: when each row was issued, and for which of ``REASONS`` it
+    waited longest, if asked for."""
 
     cycles: int
     cta_times: np.ndarray
     ends: np.ndarray
     reasons: np.ndarray
     sms: list[SmUse]
+    cta_sms: np.ndarray
     marks: np.ndarray
     issued: np.ndarray | None = None
+    waited: np.ndarray | None = None
 
 
 class ReplayStuck(SimError):
@@ -81,7 +83,8 @@ class TimedLaunch:
         """``cubin``: the machine code that runs; by default what the simulation has of the PTX."""
         cubin = cubin_of(recording.ptx) if cubin is None else cubin
         self.name, self.cluster_size, self.ctas = recording.name, recording.cluster_size, len(recording.ctas)
-        self.conflicts = recording.conflicts
+        self.conflicts, self.ptx = recording.conflicts, recording.ptx
+        self.grid = recording.grid
         self.threads, self.smem = prod(recording.block), recording.smem
         self.code: Code = assembler.assemble(recording.ptx, cubin)[recording.name]
         resources = kernel_resources(cubin)[recording.name] if cubin else {}
@@ -102,6 +105,10 @@ class TimedLaunch:
     @property
     def warps_per_cta(self) -> int:
         return (len(self.offsets) - 1) // self.ctas
+
+    def ptx_line(self, line: int) -> str:
+        """The text of a PTX line."""
+        return self.ptx.split("\n", line)[line - 1].strip()
 
     def only(self, ctas: Sequence[int]) -> TimedLaunch:
         """The launch with these of its CTAs alone, whole clusters in their order; SimError for others."""
@@ -207,20 +214,22 @@ class TimedLaunch:
 
     def replay(self, gpu: Gpu, sms: int = 1, residency: int = 1, times: bool = False) -> Replay:
         """Replay all CTAs on ``sms`` SMs with their share of the L2's rate, ``residency`` CTAs at once on each; those that
-        find no room begin when others end, in order. ``times``: also when each row was issued."""
+        find no room begin when others end, in order. ``times``: also when each row was issued, and what it waited for."""
         ctas, warps, size = self.ctas, self.warps_per_cta, self.cluster_size
         self._check(gpu, sms, residency)
         table = self.instruction_table(gpu)
         share = sms / gpu.sms
         rates = [gpu.bytes_per_cycle(rate) * share for rate in (gpu.l2, gpu.l2_reductions)]
         constants = np.array([*(getattr(gpu, n) for n in _CONSTANTS), *rates, gpu.l2_saved * 1024 * sms])
+        # a warp: its end, reasons; an SM: tensor cores, shared memory twice, instructions, TMA bytes, pipes
         out = np.zeros(ctas * warps * (1 + len(REASONS)) + sms * (5 + _PIPES) + 2, np.int64)
-        cta_times, marks = np.zeros((ctas, 2), np.int64), np.zeros((_MARKS, 3), np.int64)
-        issued = np.zeros(len(self.rows), np.int32) if times else None
+        cta_times, cta_sms = np.zeros((ctas, 2), np.int64), np.zeros(ctas, np.int32)
+        marks = np.zeros((int((self.rows[:, 1] == WGMMA).sum()) // 4 + 1, 4), np.int64)
+        issued, waited = (np.zeros(len(self.rows), np.int32) if times else None for _ in range(2))
         stuck = _engine().ptxsim_replay(
             _at(table), _at(self.rows), _at(self.offsets), ctas, warps, size, sms, residency, _at(self.owners),
-            len(self.bars), _at(constants), ctypes.c_int64(MOST_CYCLES), _at(out), _at(cta_times), _at(marks),
-            ctypes.c_int64(_MARKS), None if issued is None else _at(issued),
+            len(self.bars), _at(constants), ctypes.c_int64(MOST_CYCLES), _at(out), _at(cta_times), _at(cta_sms),
+            _at(marks), _at(issued), _at(waited),
         )  # fmt: skip
         per_warp = out[: ctas * warps * (1 + len(REASONS))].reshape(ctas * warps, -1)
         if stuck:
@@ -230,7 +239,8 @@ class TimedLaunch:
             SmUse(tensor, tensor_shared + shared, count, loaded, {k: pipes[v] / 4 for k, v in PIPE_NAMES.items()})
             for tensor, tensor_shared, shared, count, loaded, *pipes in per_sm
         ]
-        return Replay(int(out[-2]), cta_times, per_warp[:, 0], per_warp[:, 1:], uses, marks[: out[-1]], issued)
+        return Replay(int(out[-2]), cta_times, per_warp[:, 0], per_warp[:, 1:], uses, cta_sms, marks[: out[-1]],
+                      issued, waited)  # fmt: skip
 
     def _check(self, gpu, sms, residency):
         if sms < 1 or sms % self.cluster_size or sms > gpu.sms:
@@ -249,7 +259,7 @@ class TimedLaunch:
         for warp in np.flatnonzero(ends < 0)[:8].tolist():
             row = self.rows[-ends[warp] - 1]
             cta, inside = divmod(warp, self.warps_per_cta)
-            lines.append(f"CTA {cta} warp {inside} at {self.code.instructions[row[0]].text[:60]}")
+            lines.append(f"CTA {cta} warp {inside} at {self.code.instructions[row[0]].source[:60]}")
         return "warps wait for ever: " + "; ".join(lines)
 
 
@@ -263,7 +273,7 @@ def _number(arch: str) -> int:
 
 
 def _at(array):
-    return array.ctypes.data_as(ctypes.c_void_p)
+    return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from tests.testing.bundled import Processes
 
 ROOT = Path(__file__).parents[2]
 # Each folder may import those before it, and the modules beside them. ``report.cli`` stands above all.
-FOLDERS = ("", "ops", "frontend", "machine", "analysis", "report", "host")
+FOLDERS = ("", "ops", "frontend", "machine", "analysis", "report", "host", "timing")
 ABOVE = {"ptxsim/report/cli.py", "ptxsim/__init__.py", "ptxsim/__main__.py"}
 FILES = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("ptxsim/**/*.py"))
 
