@@ -29,8 +29,6 @@ from ptxsim.timing.recorder import Recorder
 from ptxsim.timing.replay import TimedLaunch
 
 _DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
-_SMEM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228}  # KiB of an SM: CUDA programming guide, compute capabilities
-_REGISTERS, _THREADS, _CTA_SMEM = 65536, 2048, 1024
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,6 @@ class Kernel(ABC):
         self.run(probe, recorder)
         longest = max(recorder.recordings, key=lambda r: sum(len(trace) for trace in r.ctas[0]))
         return TimedLaunch(longest, cubin)
-
-    def residency(self, launch: TimedLaunch) -> int:
-        """CTAs that an SM holds at once."""
-        shared = (launch.smem + launch.static_smem + _CTA_SMEM) / 1024
-        registers = -(-(launch.registers or 255) // 8) * 8 * launch.threads
-        limits = _SMEM[self.arch.number] // shared, _REGISTERS // registers, _THREADS // launch.threads
-        return max(int(min(limits)), 1)
 
     def tensors(self, probe: Probe) -> list[torch.Tensor]:
         """q, k, v of a probe."""

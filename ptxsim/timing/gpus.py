@@ -178,7 +178,7 @@ def parse(table: dict[str, Any], where: str) -> Gpu:
     constants = {key: _constant(key, value, where) for key, value in table.items()}
     for rival, values in rivals.items():
         for key, value in values.items():
-            _checked(key, value, f"{where}: rivals.{rival}.{key}")
+            _check_rival(key, value, f"{where}: rivals.{rival}.{key}")
     return Gpu(name, arch, constants, rivals)
 
 
@@ -199,6 +199,18 @@ def _constant(name: str, entry: Any, where: str) -> Constant:
         if not str(entry.get(key, "")):
             raise SimError(f"{at} has no {key}")
     return Constant(value, entry["kind"], entry["source"], str(entry["date"]), float(spread))
+
+
+def _check_rival(name: str, value: Any, at: str) -> None:
+    """A number, or pairs [width, value]."""
+    if not isinstance(value, list):
+        _checked(name, value, at)
+    elif not value or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise SimError(f"{at} has the value {value!r}: a number, or pairs [width, value]")
+    else:
+        for width, number in value:
+            _checked("sms", width, at)
+            _checked(name, number, at)
 
 
 def _checked(name: str, value: Any, at: str) -> float:
