@@ -114,7 +114,7 @@ def note(kernel: str, text: str) -> Row:
 def measured(values: list[float]) -> Measured:
     """Of at least one value."""
     middle = statistics.median(values)
-    return Measured(middle, statistics.pstdev(values) / middle if middle else 0.0)
+    return Measured(middle, statistics.pstdev(values) / abs(middle) if middle else 0.0)
 
 
 def each(function: Callable[..., float], *lists: list[float]) -> list[float]:

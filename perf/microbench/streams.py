@@ -36,6 +36,7 @@ from perf.microbench.benchmark import (
     each,
     measured_each,
     note,
+    picked,
     repeat,
     run,
     slopes,
@@ -228,13 +229,23 @@ def measure(arch: SmArch) -> Iterator[Row]:
     if turns := slopes(rows, kind="ffma3", chains=1):
         yield note(NAME, f"FFMA: its result after {median(turns) / UNROLL:.1f} cycles")
     for config in streams(arch):
-        alone = _rates(rows, config.kind)
-        beside = _rates(rows, config.kind, beside=config.beside, registers=config.registers)
-        if config.beside and alone and beside:
-            share, operand = median(beside) / median(alone), "registers" if config.registers else "shared memory"
-            yield note(
-                NAME, f"{config.kind} beside wgmma n{config.beside} with A in {operand}: {share:.3f} of its rate"
-            )
+        if config.beside and (text := remark(config, rows)):
+            yield note(NAME, text)
+
+
+def remark(config: Stream, rows: list[Row]) -> str | None:
+    """What a stream and the wgmma beside it do to each other."""
+    beside = {"beside": config.beside, "registers": config.registers}
+    alone, less = _rates(rows, config.kind), _rates(rows, config.kind, **beside)
+    if not (alone and less):
+        return None
+    found = picked(rows, kind=config.kind, **beside)
+    pace = median(row["product_cycles"] / row["groups"] for row in found) / PRODUCTS
+    a, share = "registers" if config.registers else "shared memory", median(less) / median(alone)
+    return (
+        f"{config.kind} beside wgmma n{config.beside}, A in {a}: {share:.3f} of its {median(alone):.3f} a cycle and "
+        f"quarter, and a wgmma in {pace:.1f} cycles"
+    )
 
 
 def _rates(rows: list[Row], kind: str, **conditions: Any) -> list[float]:

@@ -125,6 +125,17 @@ def test_streams_constants_of_slots():
     assert {name: constant.value for name, constant in found.items()} == pytest.approx(known)
 
 
+def test_streams_remark():
+    alone, beside = streams.Stream(SM90, "ffma2"), streams.Stream(SM90, "ffma2", beside=128, registers=True)
+    rows = [*rows_of(alone, streams.NAME, (32, 288), lambda count: count * 256)]
+    products = {"product_cycles": 23040, "groups": 10}
+    rows += rows_of(beside, streams.NAME, (32, 288), lambda count: count * 512, **products)
+    assert streams.remark(beside, rows) == (
+        "ffma2 beside wgmma n128, A in registers: 0.500 of its 1.000 a cycle and quarter, and a wgmma in 72.0 cycles"
+    )
+    assert streams.remark(beside, rows[:3]) is None
+
+
 def test_issue_constants():
     """A queue of 3 in front of products of 64 cycles, which begin 10 cycles after their issue."""
     issued = [0]
