@@ -243,14 +243,26 @@ def forward_candidates(problem: AttentionProblem) -> list[Candidate]:
     return candidates(_weighed(problem), partial(_config, problem))
 
 
-def preferred_cluster(problem: AttentionProblem) -> int:
-    """CTAs that share their blocks of K and V, where :func:`cluster_objection` has nothing against it: 1 everywhere.
+# Queries from which a cluster is preferred, without and with a right bound.
+_CLUSTER_QUERIES = {False: 1024, True: 2048}
 
-    Two read half as much from the L2 cache, and wait for each other at every block. The main loop has 0 to 0.1
-    instructions per score more (head_dim 64, 128 and 256), but under a right bound the earlier CTA walks over its
-    partner's blocks as well. Which weighs more no GPU has said yet.
+
+def preferred_cluster(problem: AttentionProblem) -> int:
+    """CTAs that share their blocks of K and V, where :func:`cluster_objection` has nothing against it.
+
+    Two read half as much from the L2 cache, wait for each other at every block, and under a right bound the earlier CTA
+    walks over its partner's blocks as well. Two are chosen where the timing model (docs/timing.md) tells that they are
+    faster under each of its explanations of the published speeds, beyond two standard deviations: 1.16 times on an
+    H100 at head_dim 256 full, 1024 queries, and 1.14 at 192; causal, at 256, 1.09 at 2048 queries and 1.17 at 16384. It
+    cannot tell at 128 (1.07 ± 0.05; 1.03 ± 0.04 if power sets the clock), at 192 causal (1.12; 1.07 ± 0.04), at
+    192/128 (1.09; 1.06 ± 0.04) and for shorter sequences; at 64 one CTA is faster. Nothing of this has been timed.
+    Packed sequences, whose lengths only the device knows, and windows that end on the left have not been asked about.
     """
-    return 1
+    right = problem.window_right is not None
+    narrowest = min(problem.head_dim, problem.head_dim_v)
+    wide = narrowest > 192 if right else narrowest >= 192
+    asked = not (problem.varlen_q or problem.varlen_k or problem.window_left is not None)
+    return 2 if asked and wide and problem.seqlen_q >= _CLUSTER_QUERIES[right] else 1
 
 
 def cluster_objection(problem: AttentionProblem) -> str | None:

@@ -155,14 +155,15 @@ def _validate(file, ensemble, as_json, markdown):
     listed = validate.predictors(validate.rows(file), lambda text: notes.print(text, highlight=False))
     if not listed:
         raise ArgumentError(f"{file}: none of its rows is of a kernel and a GPU that are predicted")
-    table = validate.validated(listed, {name: gpus.load(name) for name in gpus.known()}, ensemble)
+    constants = {name: gpus.load(name) for name in gpus.known()}
+    table = validate.with_baseline(validate.validated(listed, constants, ensemble), listed, constants)
     summary = validate.summary(table)
     if as_json:
         click.echo(json.dumps({"rows": table.to_dict("records"), "summary": summary.to_dict("records")}, indent=1))
         return
-    for column in ("error",):
+    for column in ("error", "baseline"):
         table[column] = [f"{value:+.1%}" if value == value else "" for value in table[column]]
-    for column in ("mean", "worst"):
+    for column in ("mean", "worst", "baseline_mean", "baseline_worst"):
         summary[column] = [f"{value:.1%}" for value in summary[column]]
     for frame in (table, summary):
         _show(frame.to_dict("records"), markdown)

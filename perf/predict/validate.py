@@ -14,6 +14,7 @@ from cute_fa.semantics.errors import ArgumentError, CuteFaError
 from cute_fa.semantics.types import Direction, DType, SmArch
 from perf.predict.kernels import KERNELS, Kernel
 from perf.predict.model import Predictor
+from perf.predict.tiles import makespan, ordered_steps
 from perf.workload import Workload
 from ptxsim.timing import gpus
 from ptxsim.timing.gpus import Gpu
@@ -101,10 +102,40 @@ def validated(listed: dict[Row, Predictor | str], constants: dict[str, Gpu], ens
     return pd.DataFrame(out)
 
 
+def with_baseline(table: pd.DataFrame, listed: dict[Row, Predictor | str], constants: dict[str, Gpu]) -> pd.DataFrame:
+    """Beside it what needs no model: whole tiles on the GPU's SMs at one speed a step for each GPU, kernel, direction and
+    head_dim, that of its longest row, without a mask if there is one."""
+    by_number = {row.number: (row, predictor) for row, predictor in listed.items()}
+    group = ["gpu", "kernel", "direction", "head_dim"]
+    table = table.copy()
+    for _, rows_ in table.groupby(group):
+        known = rows_[rows_.predicted.notna()]
+        if known.empty:
+            continue
+        reference = known.sort_values(["mask", "seqlen"], key=lambda c: c == "full" if c.name == "mask" else c).index[-1]
+        times = {n: _whole_tiles(*by_number[table.row[n]], constants) for n in known.index}
+        row, _ = by_number[table.row[reference]]
+        unit = row.workload.work.flops / row.tflops / times[reference]
+        for n in known.index:
+            other, _ = by_number[table.row[n]]
+            table.loc[n, "baseline"] = other.workload.work.flops / (unit * times[n]) / other.tflops - 1
+    return table
+
+
+def _whole_tiles(row: Row, predictor: Predictor | str, constants: dict[str, Gpu]) -> float:
+    """Steps until the last tile ends, if a tile takes as long as it has steps."""
+    assert isinstance(predictor, Predictor)
+    gpu, shape = constants[row.gpu], predictor.kernel.shape
+    steps = ordered_steps(shape, row.workload, int(gpu.l2_size * 2**20))
+    return makespan(shape, steps, float, int(gpu.sms) // shape.cluster * predictor.residency, 0.0)
+
+
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and worst of the errors' absolute logarithms, by direction and length."""
+    """Mean and worst of the errors' absolute logarithms, the model's and the baseline's, by direction and length."""
     known = table[table.predicted.notna()].copy()
     known["size"] = [abs(math.log(1 + error)) for error in known.error]
+    known["baseline"] = [abs(math.log(1 + error)) for error in known.baseline]
     known["length"] = ["2k and longer" if seqlen >= 2048 else "shorter" for seqlen in known.seqlen]
-    grouped = known.groupby(["gpu", "kernel", "direction", "length"])["size"]
-    return grouped.agg(rows="size", mean="mean", worst="max").reset_index()
+    grouped = known.groupby(["gpu", "kernel", "direction", "length"])
+    figures = dict(rows=("size", "size"), mean=("size", "mean"), worst=("size", "max"))
+    return grouped.agg(**figures, baseline_mean=("baseline", "mean"), baseline_worst=("baseline", "max")).reset_index()
