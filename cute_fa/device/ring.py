@@ -134,8 +134,8 @@ def rings(specs: tuple[PipelineSpec, ...], barriers: cute.Pointer) -> dict[str, 
 
 
 def in_each_cta(place: cute.Pointer, ctas: int) -> Int32:
-    """Address of the same place in shared memory of a cluster's CTA, for each lane another one's, by turns. Computed
-    once: an instruction for each arrival less than with one at each."""
+    """Address of the same place in shared memory of a cluster's CTA, for each lane another one's, by turns. Kept, an
+    arrival takes about three instructions less than with the address computed there."""
     return inline_ptx(
         "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};",
         write_only_types=[Int32],

@@ -1,8 +1,5 @@
-"""Kernels of other configs than the heuristics choose, for tests, models of time and measurements.
-
-with forced(TABLE.lookup(problem), cluster=2, tile_n=96):
-    cute_fa.flash_attn_func(q, k, v)
-"""
+"""Kernels of other configs than the heuristics choose, for tests, models of time and measurements: calls inside
+``with forced(TABLE.lookup(problem), cluster=2, tile_n=96)``."""
 
 from __future__ import annotations
 

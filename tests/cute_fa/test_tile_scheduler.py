@@ -203,6 +203,17 @@ def test_packed_long_sequences(simulation, longest_first):
         assert hands == [[(m_block, heads - 1, 1)] for m_block in range(blocks - 3, blocks)]
 
 
+@pytest.mark.parametrize("persistent", BOTH)
+@pytest.mark.parametrize("longest_first", BOTH)
+@pytest.mark.parametrize("lengths", [None, [40, 0, 17, 100]], ids=["dense", "packed"])
+def test_ctas_of_a_cluster_walk_together(simulation, lengths, longest_first, persistent):
+    """Over the tiles of one CTA of half as many."""
+    grid, kind = (4, 3, 4, 2), {"longest_first": longest_first, "persistent": persistent, "lengths": lengths}
+    alone = walk(simulation, grid, 24, 48, **kind)
+    assert len(set(map(tuple, alone))) > 20
+    assert walk(simulation, grid, 48, 48, cluster=2, **kind) == [hand for hand in alone for _ in range(2)]
+
+
 # ---- what the order is for ------------------------------------------------------------------------
 
 

@@ -25,10 +25,11 @@ class Args(NamedTuple):
 
 
 class Walk:
-    """``records[cta, i, thread]`` = (m_block, head, batch) of the i-th tile of the CTA."""
+    """``records[cta, i, thread]`` = (m_block, head, batch) of the i-th tile of the CTA. ``cluster``: CTAs that walk
+    together."""
 
-    def __init__(self, longest_first: bool, persistent: bool):
-        self.longest_first, self.persistent = longest_first, persistent
+    def __init__(self, longest_first: bool, persistent: bool, cluster: int):
+        self.longest_first, self.persistent, self.cluster = longest_first, persistent, cluster
 
     @cute.jit
     def __call__(self, args: Args, stream):
@@ -44,6 +45,7 @@ class Walk:
             persistent=self.persistent,
             cu_seqlens_q=args.cu_seqlens_q,
             tile_tokens=TILE_TOKENS,
+            ctas=self.cluster,
         )
         valid, tile_of, following, records = scheduler.valid, scheduler.tile, scheduler.next, args.records
         state = scheduler.first()
@@ -62,7 +64,7 @@ class Walk:
 
 
 @cache
-def compiled(longest_first: bool, persistent: bool, packed: bool, started: bool):
+def compiled(longest_first: bool, persistent: bool, packed: bool, started: bool, cluster: int):
     """The kernel for tensors of any size, called as ``function(args)``."""
 
     def vector():
@@ -73,7 +75,7 @@ def compiled(longest_first: bool, persistent: bool, packed: bool, started: bool)
     grid = TileGrid(*[Int32(0)] * 4)
     args = Args(grid, records, vector() if packed else None, vector() if started else None, Int32(0))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(Walk(longest_first, persistent), args, stream, options="--enable-tvm-ffi")
+    return cute.compile(Walk(longest_first, persistent, cluster), args, stream, options="--enable-tvm-ffi")
 
 
 def walk(
@@ -86,11 +88,13 @@ def walk(
     persistent: bool,
     lengths: list[int] | None = None,
     starts: list[int] | None = None,
+    cluster: int = 1,
 ) -> list[list[tuple[int, int, int]]]:
     """For each CTA its tiles (m_block, head, batch) in order; all its threads agree on them.
 
     ``grid``: the fields of TileGrid; ``capacity``: most tiles of a CTA, beyond it the simulator stops the kernel;
-    ``lengths``: of packed sequences; ``starts``: for each CTA the tile index, as int32, after which it begins.
+    ``lengths``: of packed sequences; ``starts``: for each CTA the tile index, as int32, after which it begins;
+    ``cluster``: CTAs that walk together.
     """
 
     def int32(values):
@@ -98,7 +102,7 @@ def walk(
 
     cu_seqlens = None if lengths is None else np.cumsum([0, *lengths])
     records = torch.full((num_ctas, capacity, THREADS, 3), -1, dtype=torch.int32)
-    function = compiled(longest_first, persistent, lengths is not None, starts is not None)
+    function = compiled(longest_first, persistent, lengths is not None, starts is not None, cluster)
     simulation.call(function, (grid, records, int32(cu_seqlens), int32(starts), num_ctas))
     assert (records == records[:, :, :1]).all(), "threads of a CTA differ"
     return [[tuple(tile) for tile in cta if tile[0] != -1] for cta in records[:, :, 0].tolist()]
