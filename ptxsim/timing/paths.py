@@ -156,17 +156,17 @@ class PathFinder:
 
     def __init__(self, code: Code, blocks: list[PtxBlock], ptx: str):
         self.code, self.instructions, self.blocks = code, code.instructions, blocks
-        for i in code.instructions:
-            if i.opcode == "SYNCS" and "PHASECHK" in i.modifiers and "TRYWAIT" not in i.modifiers:
-                raise PathNotFound(
-                    f"PTX line {i.line} polls an mbarrier (mbarrier.test_wait): how often it does depends on time, and the "
-                    "simulator's times are none"
-                )
         self.kinds = [operation_kind(i) for i in self.instructions]
         self.targets = [branch_target(code, i) for i in self.instructions]
         self.branches = {b.last: n for n, b in enumerate(blocks) if b.term in ("cbr", "cret")}
         self.polarities: dict[int, bool | None] = {}
         text = ptx.split("\n")
+        used = {line for block in blocks for line in block.lines}
+        if polls := [n for n, line in enumerate(text, 1) if "mbarrier.test_wait" in line and n in used]:
+            raise PathNotFound(
+                f"PTX line {polls[0]} polls an mbarrier (mbarrier.test_wait): how often depends on time, which the simulator "
+                "does not know"
+            )
         # of each line, how many instructions there are up to it: lines of .loc and comments do not count
         self.ranks = [0, *itertools.accumulate(INSTRUCTION.match(line.strip()) is not None for line in text)]
         self.one_to_one = []

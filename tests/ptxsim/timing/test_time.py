@@ -64,10 +64,10 @@ def test_the_trace(softmax):
         assert any(name.startswith("copies: DEPBAR") for name, *_ in spans)
         ends.append(max(end for *_, end in spans))
     first, second = (int(row[3].replace(",", "")) for row in table)
-    assert first > max(ends[:2]) > 0.9 * first and second > max(ends[2:]) - first - 1000 > 0.9 * second
+    assert first > max(ends[:2]) > 0.9 * first and second > max(ends[2:]) - first - 1000 > 0.8 * second
     events = json.loads(path.read_text("utf-8"))["traceEvents"]
     copy = next(event["args"] for event in events if event["ph"] == "i" and event["name"].startswith("LDGSTS"))
-    assert copy["PTX"].startswith("cp.async.") and copy["SASS"].startswith("LDGSTS") and copy["PTX line"] > 0
+    assert copy["PTX"].startswith("cp.async.") and "LDGSTS" in copy["SASS"] and copy["PTX line"] > 0
     assert ".py:" in copy["source"]
 
 
