@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import SimError
 from .assembler import INSTRUCTION
+from .instructions import PRODUCTS
 from .cubin import Code, Instruction
 from .recorder import PtxBlock
 
@@ -144,11 +145,13 @@ class _Choice:
 
 @dataclass
 class _Trace:
-    """What a warp did: operations with their places, and the outcomes of its branches by line."""
+    """What a warp did: operations with their places, the outcomes of its branches by line, and how often it executed what
+    ptxas makes one instruction each of, by line."""
 
     operations: list[tuple[int, Any]]
     places: list[int]
     outcomes: dict[int, list[tuple[int, bool]]] = field(default_factory=lambda: defaultdict(list))
+    anchors: Counter = field(default_factory=Counter)
 
 
 class PathFinder:
@@ -160,7 +163,7 @@ class PathFinder:
         self.targets = [branch_target(code, i) for i in self.instructions]
         self.branches = {b.last: n for n, b in enumerate(blocks) if b.term in ("cbr", "cret")}
         self.polarities: dict[int, bool | None] = {}
-        text = ptx.split("\n")
+        text = self.text = ptx.split("\n")
         used = {line for block in blocks for line in block.lines}
         if polls := [n for n, line in enumerate(text, 1) if "mbarrier.test_wait" in line and n in used]:
             raise PathNotFound(
@@ -174,6 +177,11 @@ class PathFinder:
             lines = {n for n, line in enumerate(text, 1) if re.search(pattern, line)}
             if lines:
                 self.one_to_one.append((lines, re.compile(opcodes), modifier))
+        # Of those a path may not have more, nor fewer in the end; wgmma is sought anyway, and has another line.
+        self.anchors = [self._anchor(i) if i.predicate is None else 0 for i in self.instructions]
+        self.optional = [self._anchor(i) if i.predicate is not None else 0 for i in self.instructions]
+        lines = {*self.anchors, *self.optional} - {0}
+        self.anchored = [[line for line in block.lines if line in lines] for block in blocks]
 
     def find(self, trace: list[Any]) -> list[tuple[int, Any]]:
         """(index of the SASS instruction, operation that it performs, ``OFF`` or None) along a warp's path. PathNotFound
@@ -199,13 +207,10 @@ class PathFinder:
 
     def _read(self, trace):
         operations = [(n, e) for n, e in enumerate(trace) if not _is_block(e) and e[0] in _SOUGHT]
-        # a wait that gave up and began again is one
-        operations = [
-            o
-            for n, o in enumerate(operations)
-            if o[1][0] != "try" or n + 1 == len(operations) or o[1] != operations[n + 1][1]
-        ]
         read = _Trace(operations, [place for place, _ in operations])
+        for number, times in Counter(e if isinstance(e, int) else e[0] for e in trace if _is_block(e)).items():
+            for line in self.anchored[number]:
+                read.anchors[line] += times
         steps = [(n, e if isinstance(e, int) else e[0]) for n, e in enumerate(trace) if _is_block(e)]
         for (place, number), (_, following) in zip(steps, steps[1:], strict=False):
             block = self.blocks[number]
@@ -224,28 +229,49 @@ class PathFinder:
         calls: list[int] = []
         choices: list[_Choice] = []
         used: dict[int, int] = defaultdict(int)
-        failed: set[tuple[int, int]] = set()
-        furthest = (-1, 0)
+        failed: set[tuple[int, int, int]] = set()
+        left, passed = Counter(trace.anchors), 0  # of the one-to-one instructions, by line; and how many are done
+        furthest, wrong = (-1, 0), 0
         n = p = 0
         for _ in range(_MOST_STEPS):
+            following = None
             if n == _END:
-                return path
-            following = self._step(n, p, trace, path, calls, used, choices) if n < len(self.instructions) else None
+                if not (seldom := self._missing(left, path)):
+                    return path
+                wrong, n = seldom, path[-1][0]
+            elif n < len(self.instructions):
+                following = self._step(n, p, trace, path, calls, used, choices)
+                if following is not None and (line := self.anchors[n]):
+                    left[line] -= 1
+                    passed += 1
+                    if left[line] < 0:
+                        following, wrong = None, line
             if following is not None:
                 n, p = following
                 continue
             furthest = max(furthest, (p, n))
-            while choices and (choices[-1].other, choices[-1].operation) in failed:
-                choices.pop()
-            if not choices:
+            choice = None
+            while choices and choice is None:
+                choice = choices.pop()
+                for at, _ in path[choice.length :]:
+                    if line := self.anchors[at]:
+                        left[line] += 1
+                        passed -= 1
+                del path[choice.length :]
+                if (choice.other, choice.operation, passed) in failed:
+                    choice = None
+            if choice is None:
                 break
-            choice = choices.pop()
-            failed.add((choice.other, choice.operation))
-            del path[choice.length :]
+            failed.add((choice.other, choice.operation, passed))
             used = defaultdict(int, choice.used)
             calls[:] = choice.calls
             n, p = choice.other, choice.operation
         p, n = furthest
+        if wrong and p == len(operations):
+            raise PathNotFound(
+                f"no path of a warp executes what PTX line {wrong} becomes {trace.anchors[wrong]} times, as the PTX did: "
+                f"{self.text[wrong - 1].strip()}"
+            )
         at = self.instructions[min(n, len(self.instructions) - 1)].source[:80]
         wanted = operations[p][1][:2] if p < len(operations) else "its end"
         raise PathNotFound(
@@ -326,6 +352,20 @@ class PathFinder:
         used[line] = k + 1
         return outcomes[k][1]
 
+    def _missing(self, left, path):
+        """A line that a path executed too seldom, also if all that is predicated was on; 0 if there is none."""
+        if not any(left.values()):
+            return 0
+        perhaps = Counter(self.optional[n] for n, _ in path)
+        return next((line for line, times in left.items() if times > perhaps[line]), 0)
+
+    def _anchor(self, i):
+        """The line of an instruction of which there is one for each in the PTX; 0 for others."""
+        if i.opcode in PRODUCTS:
+            return 0
+        named = (x for x in self.one_to_one if i.line in x[0] and x[1].fullmatch(i.opcode))
+        return i.line if any(modifier is None or modifier in i.modifiers for _, _, modifier in named) else 0
+
     # ---- which way of a SASS branch is which of the PTX branch ------------------------------------------------------
     def _polarity(self, n):
         """True if the SASS branch is taken where the PTX branch is, False for the opposite, None: not known."""
@@ -386,14 +426,14 @@ class PathFinder:
                 for line in self.blocks[number].lines:
                     if line in lines:
                         wanted[line] += times
-            found = Counter()
+            found, perhaps = Counter(), Counter()  # without and with a predicate, which may have switched it off
             for n, times in executed.items():
                 i = self.instructions[n]
                 if opcodes.fullmatch(i.opcode) and (modifier is None or modifier in i.modifiers):
-                    found[i.line] += times
+                    (found if i.predicate is None else perhaps)[i.line] += times
             if opcodes.pattern.startswith("HGMMA"):  # it has the line of its descriptor
                 wanted, found = Counter({0: wanted.total()}), Counter({0: found.total()})
-            wrong = [line for line in wanted | found if wanted[line] != found[line]]
+            wrong = [x for x in wanted | found if not found[x] <= wanted[x] <= found[x] + perhaps[x]]
             if wrong:
                 line = min(wrong)
                 raise PathNotFound(

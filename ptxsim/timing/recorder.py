@@ -139,6 +139,13 @@ class Recorder(Observer):
         elif wait.why == "barrier.cluster.wait":
             self._add(wait.w, None, lambda j, lanes: ("cluster", line, True))
 
+    def wait_ends(self, wait, selected, failed):
+        if failed and wait.why == "mbarrier.try_wait":  # it begins again
+            for warp in wait.w[selected].tolist():
+                trace = self.traces[warp]
+                at = max(n for n, e in enumerate(trace) if not isinstance(e, int) and e[:2] == ("try", wait.block.line))
+                del trace[at]
+
     def bar_reached(self, w, cta, barrier, waits):
         line = self.wave.line
         for j, warp in enumerate(w.tolist()):

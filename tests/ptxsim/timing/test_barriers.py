@@ -110,6 +110,18 @@ def test_a_wait_that_is_over_takes_try_wait():
     assert slope(launch, 0, TRY, "wake") == {0}
 
 
+def test_the_same_wait_several_times():
+    """The same phase in a loop: each is a wait of its own. In an adversarial order waits give up, and begin again."""
+    body = f"""{BARS} mov.u32 %r1, full; ld.global.u32 %r9, [%in0]; setp.eq.u32 %p1, %t, 0; @!%p1 bra READY;
+    mbarrier.init.shared.b64 [%r1], 1; READY: bar.sync 0; mov.u32 %r8, 0;
+    W: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], 1; @!%p3 bra W; add.u32 %r8, %r8, 1; setp.lt.u32 %p4, %r8, %r9; @%p4 bra W;
+    {STORE}"""
+    launch = timed(body, [np.array([7], np.uint32)], OUT)
+    assert len(turns(launch, H100, 0, TRY)[0]) == 7 - 1 - 3
+    plain, other = (timed(ring(6), [], OUT, threads=64, seed=seed) for seed in (None, 1))
+    assert (plain.rows[:, 1:4] == other.rows[:, 1:4]).all()
+
+
 def test_a_phase_waits_for_all_arrivals():
     """32 lanes arrive, each once, in one instruction; a barrier that expects 33 of them waits for the other warp."""
     body = f"""{BARS} mov.u32 %r1, full; setp.eq.u32 %p1, %t, 0; @!%p1 bra READY; mbarrier.init.shared.b64 [%r1], COUNT;

@@ -163,7 +163,7 @@ def test_a_path_with_other_counts_is_refused():
     """A warp that would have executed the exponentials twice."""
     recording = recorded(BODY, [], OUT, threads=64)
     recording.ctas[0][0] = [*recording.ctas[0][0], recording.ctas[0][0][-1]]
-    with pytest.raises(PathNotFound, match=r"executes MUFU of PTX line \d+ 1 times, the PTX 2 times: it is not the warp's path"):
+    with pytest.raises(PathNotFound, match=r"no path of a warp executes what PTX line \d+ becomes 2 times, as the PTX did: ex2\."):
         TimedLaunch(recording)
 
 

@@ -95,17 +95,14 @@ def finder_of(recording):
 
 
 def test_another_warps_trace_has_another_path():
-    """A loop turned once more is refused, as is a trace with the products of two turns for one."""
+    """The exponentials of one block of keys more, without its barriers."""
     (recording,) = recordings("sm_80", 64, 128)
     finder = finder_of(recording)
     trace = recording.ctas[0][0]
     path = finder.find(trace)
-    blocks = [n for n, e in enumerate(trace) if isinstance(e, int)]
-    often = Counter(trace[n] for n in blocks)
-    # a block with exponentials, once more than the path has it
     lines = {n for n, line in enumerate(recording.ptx.split("\n"), 1) if "ex2.approx" in line}
-    (block, _), *_ = ((b, c) for b, c in often.items() if lines & {*recording.blocks[b].lines})
-    with pytest.raises(PathNotFound, match=r"executes MUFU of PTX line \d+ \d+ times, the PTX \d+ times"):
+    block = max((e for e in trace if isinstance(e, int)), key=lambda n: len(lines & {*recording.blocks[n].lines}))
+    with pytest.raises(PathNotFound, match=r"no path of a warp executes what PTX line \d+ becomes \d+ times, as the PTX did: .*ex2\.approx"):
         finder.find([*trace, block])
     assert finder.find(trace) == path
 
@@ -119,7 +116,9 @@ mad.wide.u32 %rd1, %g, 4, %out0; st.global.f32 [%rd1], %f1;"""
 def test_a_loop_that_ptxas_unrolls(turns):
     """Without a barrier, copy or product in it: the branches' outcomes alone say how often it turns."""
     launch = timed(LOOP, [np.array([turns], np.uint32)], OUT)
-    assert of_opcodes(launch, "MUFU", "EX2") == turns
+    code = launch.code.instructions
+    executed = Counter(code[n].predicate is None for n in launch.rows[:, 0].tolist() if code[n].opcode == "MUFU")
+    assert executed[True] <= turns <= executed.total() <= turns + 4
 
 
 def test_what_follows_a_predicated_exit():
