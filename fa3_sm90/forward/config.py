@@ -308,11 +308,19 @@ def _in_clusters(problem: AttentionProblem, tiles: Tiles, reason: str | None) ->
     """Tiles against which there is ``reason``; before them in clusters, where those are preferred."""
     cluster = preferred_cluster(problem)
     if cluster > 1 and reason is None:
-        refused, tokens = cluster_objection(problem), tiles.warpgroups * (WGMMA_M // tiles.pack_gqa)
-        if refused is None and problem.seqlen_q <= tokens:
-            refused = f"cluster {cluster}: {problem.seqlen_q} queries are no more than the {tokens} of one CTA"
-        yield tiles._replace(cluster=cluster), refused
+        pair = tiles._replace(cluster=cluster)
+        yield pair, cluster_objection(problem) or _cluster_doubt(problem, pair)
     yield tiles, reason
+
+
+def _cluster_doubt(problem: AttentionProblem, tiles: Tiles) -> str | None:
+    """Why a cluster does not pay where it serves. The address of its barriers takes a register in the loops."""
+    tokens = tiles.warpgroups * (WGMMA_M // tiles.pack_gqa)
+    if problem.seqlen_q <= tokens:
+        return f"cluster {tiles.cluster}: {problem.seqlen_q} queries are no more than the {tokens} of one CTA"
+    if tiles.warpgroups == 3 and tiles.tile_n == 128 and problem.alibi:
+        return f"cluster {tiles.cluster}: registers spill with alibi, 2 accesses at head_dim 64"
+    return None
 
 
 def _fp8_tiles(problem: AttentionProblem) -> Iterator[Tiles]:

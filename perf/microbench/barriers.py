@@ -83,9 +83,8 @@ class HandOverKernel:
 
     @cute.jit
     def __call__(self, args: Arguments, stream):
-        self.kernel(args).launch(
-            grid=(self.cluster, 1, 1), block=(self.threads, 1, 1), cluster=(self.cluster, 1, 1), stream=stream
-        )
+        cluster = (self.cluster, 1, 1) if self.cluster > 1 else None
+        self.kernel(args).launch(grid=(self.cluster, 1, 1), block=(self.threads, 1, 1), cluster=cluster, stream=stream)
 
     @cute.kernel
     def kernel(self, args: Arguments):

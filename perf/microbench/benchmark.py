@@ -94,7 +94,7 @@ def picked(rows: Iterable[Row], **conditions: Any) -> list[Row]:
 
 def slopes(rows: Iterable[Row], figure: str = "cycles", **conditions: Any) -> list[float]:
     """What one more turn of the loop takes, for each repetition that has two counts; of the rows that meet the
-    conditions, which leave one kernel."""
+    conditions, which leave one kernel. More turns that took less time measured something else, and are left out."""
     by_repetition: dict[int, dict[int, float]] = {}
     for row in picked(rows, **conditions):
         by_repetition.setdefault(row["repetition"], {})[row["count"]] = row[figure]
@@ -103,13 +103,18 @@ def slopes(rows: Iterable[Row], figure: str = "cycles", **conditions: Any) -> li
         if len(points) > 1:
             low, high = min(points), max(points)
             found.append((points[high] - points[low]) / (high - low))
-    return found
+    return [slope for slope in found if slope > 0]
+
+
+def note(kernel: str, text: str) -> Row:
+    """A row that says something beside constants; it goes to the head of the TOML file."""
+    return {"kernel": kernel, "note": text}
 
 
 def measured(values: list[float]) -> Measured:
     """Of at least one value."""
     middle = statistics.median(values)
-    return Measured(middle, statistics.pstdev(values) / middle if middle else 0.0)
+    return Measured(middle, statistics.pstdev(values) / abs(middle) if middle else 0.0)
 
 
 def each(function: Callable[..., float], *lists: list[float]) -> list[float]:

@@ -27,6 +27,7 @@ from perf.microbench.benchmark import (
     Timed,
     TimedKernel,
     measured_each,
+    note,
     picked,
     run,
 )
@@ -120,17 +121,18 @@ def measure(arch: SmArch) -> Iterator[Row]:
             issued = launch(burst, a, b).cycles.tolist()
             rows.append({"kernel": NAME, **burst.parameters(), "repetition": repetition, "issued": issued})
             yield rows[-1]
-        yield {"kernel": NAME, "note": _note(burst, rows)}
+        yield note(NAME, _remark(burst, rows))
 
 
 def depth(issued: list[int]) -> float:
     """How many wgmma wait when the last is issued, from a warpgroup's readings."""
     behind = issued[1 : LENGTH + 1]
     pace = (behind[-1] - behind[-1 - _STEADY]) / _STEADY
-    return LENGTH - 1 - (behind[-1] - issued[0]) / pace
+    # a simulation issues all at once
+    return LENGTH - 1 - ((behind[-1] - issued[0]) / pace if pace else 0)
 
 
-def _note(burst: Burst, rows: list[Row]) -> str:
+def _remark(burst: Burst, rows: list[Row]) -> str:
     """What is seen beside the constant."""
     depths = [round(median(depth(row["issued"][i]) for row in rows), 1) for i in range(burst.warpgroups)]
     ends = [median(row["issued"][i][-1] for row in rows) for i in range(burst.warpgroups)]

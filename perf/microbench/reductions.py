@@ -6,6 +6,7 @@ of four words, before sm_90 of one. All rates are notes, too.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 import cutlass
@@ -26,6 +27,7 @@ from perf.microbench.benchmark import (
     TimedKernel,
     device,
     measured_each,
+    note,
     picked,
     repeat,
     run,
@@ -156,8 +158,8 @@ def measure(arch: SmArch) -> Iterator[Row]:
         for row in repeat(NAME, config, _COUNTS, lambda n, c=config, g=ctas: launch(c, n, g), ctas=ctas):
             rows.append(row)
             yield row
-        rate = measured_each(rate=_rates(rows, config.kind))["rate"]
-        yield {"kernel": NAME, "note": f"fp32 sums, {config.kind}: {rate.value:.2f} TB/s, spread {rate.spread:.2f}"}
+        if rates := _rates(rows, config.kind):
+            yield note(NAME, f"fp32 sums, {config.kind}: {median(rates):.2f} TB/s")
 
 
 def _rates(rows: list[Row], kind: str) -> list[float]:

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from cute_fa.semantics.errors import DeviceError
 from cute_fa.semantics.types import SmArch
 from perf.gpu_check.steps import Outcome, Step, run
 from perf.microbench import GROUPS
@@ -50,9 +51,14 @@ class Session:
         return run(_Plan(self), deadline, tell)
 
     def write(self) -> tuple[dict[str, Measured], list[str]]:
-        """The TOML file out of the file of rows; what was measured, and notes."""
+        """The TOML file out of the file of rows; what was measured, and notes. A difference that came out negative is
+        none of the constants, but a note."""
         rows = read_rows(self.rows_file)
         found, notes = constants(rows), remarks(rows)
+        notes += [f"{name} came out as {it.value:.4g}: not taken" for name, it in found.items() if it.value < 0]
+        found = {name: it for name, it in found.items() if it.value >= 0}
+        if not found:
+            raise DeviceError(f"nothing was measured: {self.out.with_name('microbench.log')} says why")
         gpu = merged(self.gpu, nearest(self.gpu, self.arch.value), found, today())
         self.out.write_text(text(gpu, notes), encoding="utf-8")
         load(str(self.out))  # it is what the timing model reads

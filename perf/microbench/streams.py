@@ -11,8 +11,8 @@ running wgmma take ``register_tensor``. One chain of one warp: ``mufu_latency``,
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import mean
-from typing import NamedTuple, Optional
+from statistics import mean, median
+from typing import Any, NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -35,6 +35,8 @@ from perf.microbench.benchmark import (
     device,
     each,
     measured_each,
+    note,
+    picked,
     repeat,
     run,
     slopes,
@@ -218,25 +220,49 @@ def streams(arch: SmArch) -> list[Stream]:
 
 
 def measure(arch: SmArch) -> Iterator[Row]:
+    rows = []
     for config in streams(arch):
         values = torch.rand(config.threads, 3 * config.chains, device=device()).view(torch.int32)
-        yield from repeat(NAME, config, _COUNTS, lambda count, c=config, v=values: launch(c, count, v))
+        for row in repeat(NAME, config, _COUNTS, lambda count, c=config, v=values: launch(c, count, v)):
+            rows.append(row)
+            yield row
+    if turns := slopes(rows, kind="ffma3", chains=1):
+        yield note(NAME, f"FFMA: its result after {median(turns) / UNROLL:.1f} cycles")
+    for config in streams(arch):
+        if config.beside and (text := remark(config, rows)):
+            yield note(NAME, text)
+
+
+def remark(config: Stream, rows: list[Row]) -> str | None:
+    """What a stream and the wgmma beside it do to each other."""
+    beside = {"beside": config.beside, "registers": config.registers}
+    alone, less = _rates(rows, config.kind), _rates(rows, config.kind, **beside)
+    if not (alone and less):
+        return None
+    found = picked(rows, kind=config.kind, **beside)
+    pace = median(row["product_cycles"] / row["groups"] for row in found) / PRODUCTS
+    a, share = "registers" if config.registers else "shared memory", median(less) / median(alone)
+    return (
+        f"{config.kind} beside wgmma n{config.beside}, A in {a}: {share:.3f} of its {median(alone):.3f} a cycle and "
+        f"quarter, and a wgmma in {pace:.1f} cycles"
+    )
+
+
+def _rates(rows: list[Row], kind: str, **conditions: Any) -> list[float]:
+    """Instructions a cycle and quarter."""
+    turns = slopes(rows, kernel=NAME, kind=kind, chains=CHAINS, **{"beside": None, **conditions})
+    return [UNROLL * WARPS / cycles for cycles in turns]
 
 
 def constants(rows: list[Row]) -> dict[str, Measured]:
-    def rate(kind: str, **conditions) -> list[float]:
-        """Instructions a cycle and quarter."""
-        turns = slopes(rows, kernel=NAME, kind=kind, chains=CHAINS, **{"beside": None, **conditions})
-        return [UNROLL * WARPS / cycles for cycles in turns]
-
     def latency(kind: str) -> list[float]:
         return [cycles / UNROLL for cycles in slopes(rows, kernel=NAME, kind=kind, chains=1)]
 
-    lanes = {name: [WARP * value for value in rate(kind)] for name, kind in LANES.items()}
+    lanes = {name: [WARP * rate for rate in _rates(rows, kind)] for name, kind in LANES.items()}
     latencies = {name: latency(kind) for name, kind in LATENCIES.items()}
-    alone = [rate(kind) for kind in BY_READS]
-    beside = [[rate(kind, beside=128, registers=rs) for rs in (False, True)] for kind in BY_READS]
-    beside = [each(lambda *both: mean(both), *pair) for pair in beside]
+    alone = [_rates(rows, kind) for kind in BY_READS]
+    pairs = [[_rates(rows, kind, beside=128, registers=rs) for rs in (False, True)] for kind in BY_READS]
+    beside = [each(lambda *both: mean(both), *pair) for pair in pairs]
     competing = each(lambda *rates: _competition(rates[:3], rates[3:]), *alone, *beside)
     of_tensor = {name: [values[name] for values in competing if name in values] for name in _COMPETITION}
     return measured_each(**lanes, **latencies, **of_tensor)

@@ -8,6 +8,7 @@ tells from it. Four boxes of 32 KB: ``tma_bytes``; four of 8 KB by each of four 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 import cutlass
@@ -32,6 +33,7 @@ from perf.microbench.benchmark import (
     device,
     each,
     measured_each,
+    note,
     picked,
     repeat,
     run,
@@ -105,7 +107,7 @@ class LoadsKernel:
         self.kernel(args, tma).launch(
             grid=(args.ctas, 1, 1),
             block=(WARP * c.warps, 1, 1),
-            cluster=(c.cluster, 1, 1),
+            cluster=(2, 1, 1) if c.multicast else None,
             smem=c.warps * c.boxes * c.box_bytes + 2048,
             stream=stream,
         )
@@ -223,11 +225,12 @@ def launch(config: Loads, count: int, ctas: int, buffer: torch.Tensor) -> Timed:
 
 def runs(arch: SmArch, sms: int) -> list[tuple[Loads, int, int]]:
     """What is measured: the kernel, how many CTAs, bytes of the buffer."""
-    alone = [Loads(arch, size, boxes) for size in _SIZES for boxes in (1, 2, 4)] + [Loads(arch, *PIECES)]
+    alone = [Loads(arch, size, boxes) for size in _SIZES for boxes in (1, 2, 3, 4)] + [Loads(arch, *PIECES)]
     together = [Loads(arch, size, 4, multicast) for multicast in (False, True) for size in _SIZES]
     ctas = sms // 2 * 2
-    all_runs = [(loads, 1, L2_BYTES) for loads in alone] + [(loads, ctas, L2_BYTES) for loads in together]
-    return [*all_runs, (Loads(arch, _SIZES[-1], 4), ctas, HBM_BYTES)]
+    found = [(loads, 1, L2_BYTES) for loads in alone] + [(loads, ctas, L2_BYTES) for loads in together]
+    found += [(loads, 2, L2_BYTES) for loads in together if loads.multicast]
+    return [*found, (Loads(arch, _SIZES[-1], 4), ctas, HBM_BYTES)]
 
 
 def measure(arch: SmArch) -> Iterator[Row]:
@@ -236,9 +239,16 @@ def measure(arch: SmArch) -> Iterator[Row]:
         size: torch.ones(size // ROW_BYTES, COLUMNS, dtype=torch.bfloat16, device=at) for size in (L2_BYTES, HBM_BYTES)
     }
     for loads, ctas, size in runs(arch, worlds.num_sms(torch.device(at))):
-        counts = tuple(count * 4 // loads.boxes for count in (_COUNTS if ctas == 1 else _LONG_COUNTS))
+        counts = tuple(count * 4 // loads.boxes for count in (_COUNTS if ctas <= 2 else _LONG_COUNTS))
         more = {"ctas": ctas, "buffer": size}
-        yield from repeat(NAME, loads, counts, lambda n, c=loads, s=ctas, b=size: launch(c, n, s, buffers[b]), **more)
+        rows = []
+        for row in repeat(NAME, loads, counts, lambda n, c=loads, s=ctas, b=size: launch(c, n, s, buffers[b]), **more):
+            rows.append(row)
+            yield row
+        if ctas > 2 and (turns := slopes(rows, "seconds")):
+            rate = ctas * loads.boxes * loads.box_bytes / median(turns) / 1e12
+            how = "multicast to two" if loads.multicast else "each for itself"
+            yield note(NAME, f"TMA, boxes of {loads.box_bytes} out of {size} bytes, {how}: {rate:.2f} TB/s arrive")
 
 
 def constants(rows: list[Row]) -> dict[str, Measured]:

@@ -7,6 +7,7 @@ shared memory its 2 KB and B's 256 bytes take 18 cycles at 128 bytes a cycle, wh
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 import cutlass
@@ -28,6 +29,7 @@ from perf.microbench.benchmark import (
     TimedKernel,
     each,
     measured_each,
+    note,
     repeat,
     run,
     slopes,
@@ -123,7 +125,15 @@ def chains(arch: SmArch) -> list[Chain]:
 def measure(arch: SmArch) -> Iterator[Row]:
     for chain in chains(arch):
         a, b = operands(chain.dtype, chain.n)
-        yield from repeat(NAME, chain, _COUNTS, lambda count, chain=chain, a=a, b=b: launch(chain, count, a, b))
+        rows = []
+        for row in repeat(NAME, chain, _COUNTS, lambda count, c=chain, a=a, b=b: launch(c, count, a, b)):
+            rows.append(row)
+            yield row
+        if turns := slopes(rows):
+            where = "registers" if chain.registers else "shared memory"
+            groups = "in a stream" if chain.pending else "each waited for"
+            cycles = median(turns) / UNROLL
+            yield note(NAME, f"wgmma m64n{chain.n} {chain.dtype.value}, A in {where}, {groups}: {cycles:.1f} cycles")
 
 
 def constants(rows: list[Row]) -> dict[str, Measured]:

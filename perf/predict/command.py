@@ -53,13 +53,14 @@ def _errors():
 @click.option("--heads", default="16", show_default=True, metavar="H[,HKV]")
 @click.option("--tokens", type=click.IntRange(1), help="Of the batch.  [default: 16384, or a sequence]")
 @click.option("--ensemble", type=click.IntRange(1), default=12, show_default=True, help="Draws of the constants.")
+@click.option("--search", is_flag=True, help="Every config of our kernel that fits, ranked beside the chosen one.")
 @click.option("--cubin", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Machine code that has to be the one timed.")
 @click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), help="Write a timeline for Perfetto.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print Markdown instead of a terminal table.")
 @click.option("--validate", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Published rows to predict.")
 def predict(keys, gpu: str, names: tuple[str, ...], changes: tuple[str, ...], dtype: str, heads: str, tokens: int | None,
-            ensemble: int, cubin: Path | None, trace: Path | None, as_json: bool, markdown: bool,
+            ensemble: int, search: bool, cubin: Path | None, trace: Path | None, as_json: bool, markdown: bool,
             validate: Path | None) -> None:  # fmt: skip
     """Predict times without a GPU: kernels are simulated on a few tiles, their machine code is replayed cycle by cycle with
     a GPU's constants, and tiles are composed to the whole problem. docs/timing.md says how far that is to be trusted.
@@ -77,6 +78,9 @@ def predict(keys, gpu: str, names: tuple[str, ...], changes: tuple[str, ...], dt
             raise click.UsageError("no KEY, and no --validate")
         rows = []
         for key in keys:
+            if search:
+                rows += _found(_workload(key, dtype, heads, tokens), gpu, ensemble)
+                continue
             rows += _rows(_workload(key, dtype, heads, tokens), gpu, names, changes, ensemble, cubin, trace)
     if as_json:
         click.echo(json.dumps(rows, indent=1))
@@ -126,6 +130,22 @@ def _rows(workload, gpu_name, names, changes, ensemble, cubin, trace):
             predictor.trace(gpu, trace)
             trace = None
     return rows
+
+
+def _found(workload, gpu_name, ensemble):
+    """A row for each config of the grid."""
+    from perf.predict.search import searched
+
+    gpu = gpus.load(gpu_name)
+    rows = []
+    for found in searched(workload, SmArch(gpu.arch), gpu, ensemble):
+        row = {"problem": str(workload), **found.settings, "refused": found.refused}
+        if found.prediction is not None and found.ranking is not None:
+            row |= {"TFLOP/s": round(found.prediction.tflops, 1), "TFLOP/s ±": round(found.prediction.tflops_spread, 1),
+                    "bound": found.prediction.bound, "spills": found.spills,
+                    "against the chosen": found.ranking.verdict}  # fmt: skip
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row.get("TFLOP/s", 0.0))
 
 
 def _validate(file, ensemble, as_json, markdown):

@@ -29,8 +29,6 @@ from ptxsim.timing.recorder import Recorder
 from ptxsim.timing.replay import TimedLaunch
 
 _DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
-_SMEM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228}  # KiB of an SM: CUDA programming guide, compute capabilities
-_REGISTERS, _THREADS, _CTA_SMEM = 65536, 2048, 1024
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,8 @@ class Kernel(ABC):
             raise ArgumentError("predict: sequences of one length, without pages, plans and decoding")
         if workload.dtype not in _DTYPES:
             raise ArgumentError(f"predict: dtype={workload.dtype.value!r}: one of {', '.join(d.value for d in _DTYPES)}")
+        if arch.number // 10 == 10:
+            raise ArgumentError(f"predict: {arch.value}: tcgen05 and tensor memory are not timed")
         self.shape = self.tile_shape()
 
     @abstractmethod
@@ -110,13 +110,6 @@ class Kernel(ABC):
         self.run(probe, recorder)
         longest = max(recorder.recordings, key=lambda r: sum(len(trace) for trace in r.ctas[0]))
         return TimedLaunch(longest, cubin)
-
-    def residency(self, launch: TimedLaunch) -> int:
-        """CTAs that an SM holds at once."""
-        shared = (launch.smem + launch.static_smem + _CTA_SMEM) / 1024
-        registers = -(-(launch.registers or 255) // 8) * 8 * launch.threads
-        limits = _SMEM[self.arch.number] // shared, _REGISTERS // registers, _THREADS // launch.threads
-        return max(int(min(limits)), 1)
 
     def tensors(self, probe: Probe) -> list[torch.Tensor]:
         """q, k, v of a probe."""
@@ -210,7 +203,7 @@ class Fa4Kernel(Kernel):
             config = self.interface._tile_size_fwd_sm90(w.head_dim, w.head_dim_v, causal, local)
             tokens, step, packed = config.m_block_size, config.n_block_size, w.heads > w.heads_kv
         else:
-            raise ArgumentError(f"predict: tcgen05 kernels are not timed yet ({self.arch.value})")
+            raise ArgumentError(f"predict: FlashAttention-4 has no forward for {self.arch.value} that is timed")
         tokens, step = self.settings.get("tile_mn", (tokens, step))
         ratio = w.heads // w.heads_kv if packed and tokens % (w.heads // w.heads_kv) == 0 else 1
         return TileShape(tokens // ratio, step, ratio, skips_left=major >= 9)

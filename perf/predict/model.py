@@ -16,7 +16,9 @@ from perf.predict.kernels import Kernel, probe_steps
 from perf.predict.store import kept
 from perf.predict.tiles import makespan, ordered_steps
 from ptxsim.timing.gpus import Gpu
+from ptxsim.timing.occupancy import ctas_an_sm
 from ptxsim.timing.replay import REASONS, TimedLaunch
+from ptxsim.timing.timeline import Timeline
 
 FEWEST_KERNELS = 3  # of a backward: before the main one, it, and after it
 
@@ -54,8 +56,13 @@ class Predictor:
         self.cubin = None if cubin is None else cubin.read_bytes()
         self.plan = probe_steps(kernel)
         first = self._probe(*self.plan[0])
-        self.residency = 1 if kernel.shape.persistent else kernel.residency(first)
+        self.residency = 1 if kernel.shape.persistent else ctas_an_sm(first)
         self.launches = [self._probe(tiles * self.residency, steps) for tiles, steps in self.plan]
+
+    @property
+    def spills(self) -> int:
+        """Accesses to local memory in the kernel's code."""
+        return sum(i.opcode in ("LDL", "STL") for i in self.launches[0].code.instructions)
 
     def of(self, kernel: Kernel) -> Predictor:
         """The same probes for another workload of the kernel."""
@@ -69,10 +76,9 @@ class Predictor:
 
     def trace(self, gpu: Gpu, file: Path) -> None:
         """Write a timeline of a tile of many steps for Perfetto."""
-        from ptxsim.timing.timeline import write_timeline
-
-        launch = self.launches[1]
-        write_timeline(launch, launch.replay(gpu, self.kernel.shape.cluster, self.residency, times=True), file)
+        launch, timeline = self.launches[1], Timeline(file)
+        timeline.add(launch, launch.replay(gpu, self.kernel.shape.cluster, self.residency, times=True))
+        timeline.write()
 
     def sample(self, gpu: Gpu) -> Sample:
         """The prediction with these constants."""

@@ -32,15 +32,15 @@ class Ranking:
         return "cannot tell"
 
 
-def explanations(gpu: Gpu) -> dict[str, Gpu]:
+def explanations(gpu: Gpu, head_dim: int) -> dict[str, Gpu]:
     """The GPU as its file has it, and as rival explanations of the same measurements have it."""
-    return {"base": gpu, **{name: gpu.rival(name) for name in gpu.rivals}}
+    return {"base": gpu, **{name: gpu.rival(name, head_dim) for name in gpu.rivals}}
 
 
 def ranked(one: Predictor, other: Predictor, gpu: Gpu, ensemble: int) -> Ranking:
     """How much faster ``one`` is than ``other``."""
     ratios = {}
-    for name, explained in explanations(gpu).items():
+    for name, explained in explanations(gpu, one.kernel.workload.head_dim).items():
         draws = [explained if seed == 0 else explained.sample(seed) for seed in range(ensemble)]
         found = [other.sample(draw).seconds / one.sample(draw).seconds for draw in draws]
         ratios[name] = statistics.mean(found), statistics.pstdev(found)

@@ -1,17 +1,21 @@
 """Constants of GPUs, each with its source: the TOML files in ``gpus``, or one that ``python -m perf microbench`` wrote.
 
 A file has ``name`` (of the GPU), ``arch`` (sm_90a …), a table for each constant, and tables ``rivals.NAME`` of values
-that another explanation of the measured speeds puts in the place of the file's.
+that another explanation of the measured speeds puts in the place of the file's: numbers, or pairs [width, value] where
+they depend on how wide a kernel's products are (a clock that power limits falls with the exponentials for each FLOP).
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import SimError
 
@@ -93,7 +97,7 @@ class Gpu:
     name: str
     arch: str
     constants: dict[str, Constant]
-    rivals: dict[str, dict[str, float]] = field(default_factory=dict)
+    rivals: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> float:
         if name.startswith("_") or name not in UNITS:
@@ -105,11 +109,11 @@ class Gpu:
         constants = {name: replace(self.constants[name], value=value) for name, value in values.items()}
         return replace(self, constants={**self.constants, **constants})
 
-    def rival(self, name: str) -> Gpu:
-        """The GPU as another explanation has it."""
+    def rival(self, name: str, width: int) -> Gpu:
+        """The GPU as another explanation has it, for a kernel whose products are ``width`` wide (head_dim)."""
         if name not in self.rivals:
             raise SimError(f"{self.name} has no rival {name!r}: one of {', '.join(self.rivals) or 'none'}")
-        return self.with_values(**self.rivals[name])
+        return self.with_values(**{key: _at_width(value, width) for key, value in self.rivals[name].items()})
 
     def sample(self, seed: int) -> Gpu:
         """The GPU with every constant that has a spread drawn anew, seeded."""
@@ -128,6 +132,14 @@ class Gpu:
     def bytes_per_cycle(self, terabytes: float) -> float:
         """A rate in TB/s as bytes a cycle."""
         return terabytes * 1e3 / self.clock
+
+
+def _at_width(value, width):
+    """A number, or what pairs [width, value] give between the logarithms of their widths."""
+    if not isinstance(value, list):
+        return value
+    widths, values = zip(*sorted(value), strict=True)
+    return float(np.interp(math.log(width), [math.log(w) for w in widths], values))
 
 
 def known() -> list[str]:
@@ -166,7 +178,7 @@ def parse(table: dict[str, Any], where: str) -> Gpu:
     constants = {key: _constant(key, value, where) for key, value in table.items()}
     for rival, values in rivals.items():
         for key, value in values.items():
-            _checked(key, value, f"{where}: rivals.{rival}.{key}")
+            _check_rival(key, value, f"{where}: rivals.{rival}.{key}")
     return Gpu(name, arch, constants, rivals)
 
 
@@ -187,6 +199,18 @@ def _constant(name: str, entry: Any, where: str) -> Constant:
         if not str(entry.get(key, "")):
             raise SimError(f"{at} has no {key}")
     return Constant(value, entry["kind"], entry["source"], str(entry["date"]), float(spread))
+
+
+def _check_rival(name: str, value: Any, at: str) -> None:
+    """A number, or pairs [width, value]."""
+    if not isinstance(value, list):
+        _checked(name, value, at)
+    elif not value or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise SimError(f"{at} has the value {value!r}: a number, or pairs [width, value]")
+    else:
+        for width, number in value:
+            _checked("sms", width, at)
+            _checked(name, number, at)
 
 
 def _checked(name: str, value: Any, at: str) -> float:

@@ -72,6 +72,14 @@ CASES = {
     ),
 }
 
+ON_A_GPU = {
+    "full": InputSpec(2, 3000, 3000, 16, 16, 128),
+    "causal": InputSpec(2, 3000, 3000, 16, 2, 64, causal=True),
+    "wide, causal": InputSpec(2, 2000, 2100, 16, 2, 256, causal=True),
+    "few": InputSpec(1, 300, 3000, 3, 1, 128),
+    "packed, causal": packed((2000, 0, 1, 129, 513, 3000), (2500, 40, 130, 0, 513, 3000), causal=True),
+}
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_reference(name):
@@ -85,6 +93,15 @@ def test_against_the_reference(name):
     assert launch.cluster == (2, 1, 1) and launch.grid[0] % 2 == 0
     if "num_sms" in options:
         assert launch.grid[0] <= max(2, options["num_sms"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ON_A_GPU, ids=ON_A_GPU)
+def test_against_the_reference_on_the_gpu(spec):
+    """More clusters than run at once, of tiles with up to 24 blocks, and fewer."""
+    given = make_inputs(ON_A_GPU[spec], "peaked", device="cuda")
+    for persistent in ("on", "off"):
+        compare(given, *given.run(return_lse=True, family="fa3", persistent=persistent))
 
 
 @pytest.mark.without_races
@@ -199,6 +216,10 @@ def test_where_clusters_would_be_preferred(monkeypatch):
     monkeypatch.setattr("fa3_sm90.forward.config.preferred_cluster", lambda problem: 2)
     found = [candidate.reason for candidate in Fa3Forward.candidates(problem)]
     assert found == [None] and Fa3Forward.candidates(problem)[0].config == dataclasses.replace(alone, cluster=2)
-    short = Fa3Forward.candidates(dataclasses.replace(problem, seqlen_q=100))
-    assert [candidate.config.cluster for candidate in short] == [2, 1]
-    assert short[0].reason == "cluster 2: 100 queries are no more than the 192 of one CTA"
+    for change, reason in (
+        ({"seqlen_q": 100}, "cluster 2: 100 queries are no more than the 192 of one CTA"),
+        ({"alibi": True}, "cluster 2: registers spill with alibi, 2 accesses at head_dim 64"),
+        ({"page_size": 16}, "cluster 2 with page_size 16: pages are looked up for whole blocks"),
+    ):
+        weighed = Fa3Forward.candidates(dataclasses.replace(problem, **change))
+        assert [(c.config.cluster, c.reason) for c in weighed] == [(2, reason), (1, None)]
