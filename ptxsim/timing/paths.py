@@ -17,8 +17,8 @@ from typing import Any
 
 from ..errors import SimError
 from .assembler import INSTRUCTION
-from .instructions import PRODUCTS
 from .cubin import Code, Instruction
+from .instructions import PRODUCTS
 from .recorder import PtxBlock
 
 OFF = "off"  # in a path: an operation that the warp's predicate, or another elected lane, switched off
@@ -60,7 +60,7 @@ def operation_kind(i: Instruction) -> str | None:
         return _SYNCS.get(next((m for m in i.modifiers if m in _SYNCS), ""))
     if i.opcode == "UBLKCP" and i.modifiers[:2] == ["G", "S"]:
         return "store"
-    if i.opcode == "STAS" or i.opcode.startswith("BAR") and i.opcode != "BAR":
+    if i.opcode == "STAS" or (i.opcode.startswith("BAR") and i.opcode != "BAR"):
         return None
     return _OPERATIONS.get(i.opcode)
 
@@ -288,7 +288,7 @@ class PathFinder:
                 path.append((n, operations[p][1]))
                 return n + 1, p + 1
             # under a predicate, or where another lane than this warp's is elected
-            if i.predicate is not None and kind != "wgmma" or kind in ("tma", "store", "init"):
+            if (i.predicate is not None and kind != "wgmma") or kind in ("tma", "store", "init"):
                 path.append((n, OFF))
                 return n + 1, p
             return None

@@ -114,7 +114,11 @@ class TimedLaunch:
         """The launch with these of its CTAs alone, whole clusters in their order; SimError for others."""
         warps, size = self.warps_per_cta, self.cluster_size
         firsts = list(ctas[::size])
-        if not firsts or [first + k for first in firsts for k in range(size)] != list(ctas) or any(f % size for f in firsts):
+        if (
+            not firsts
+            or [first + k for first in firsts for k in range(size)] != list(ctas)
+            or any(f % size for f in firsts)
+        ):
             raise SimError(f"CTAs {list(ctas)[:8]} are no clusters of {size}")
         if not 0 <= min(ctas) <= max(ctas) < self.ctas or len(set(ctas)) != len(ctas):
             raise SimError(f"CTAs {list(ctas)[:8]}: each once, of {self.ctas}")
@@ -173,7 +177,9 @@ class TimedLaunch:
             return [(REDUCE if operation[3] else STORE, operation[2], 0, 0)]
         if kind == "cp":
             return [(CP_ASYNC, operation[2], 0, 0)]
-        return [(CP_ARRIVE, self._bar(index), n, 0 if operation[3] else n) for index, n in Counter(operation[2]).items()]
+        return [
+            (CP_ARRIVE, self._bar(index), n, 0 if operation[3] else n) for index, n in Counter(operation[2]).items()
+        ]
 
     def _changes(self, what, lanes):
         """Arrivals and bytes expected or completed, of a warp's lanes."""
@@ -244,11 +250,15 @@ class TimedLaunch:
 
     def _check(self, gpu, sms, residency):
         if sms < 1 or sms % self.cluster_size or sms > gpu.sms:
-            raise SimError(f"{sms} SMs: clusters of {self.cluster_size} CTAs on at most the {gpu.sms:.0f} SMs of {gpu.name}")
+            raise SimError(
+                f"{sms} SMs: clusters of {self.cluster_size} CTAs on at most the {gpu.sms:.0f} SMs of {gpu.name}"
+            )
         if residency < 1 or residency * self.warps_per_cta > _SM_WARPS:
             raise SimError(f"{residency} CTAs of {self.warps_per_cta} warps at once: an SM holds {_SM_WARPS} warps")
         if residency * -(-self.warps_per_cta // 4) * gpu.wgmma_queue > _QUEUE:
-            raise SimError(f"wgmma_queue = {gpu.wgmma_queue:g} of {gpu.name}: at most {_QUEUE} products may wait for an SM")
+            raise SimError(
+                f"wgmma_queue = {gpu.wgmma_queue:g} of {gpu.name}: at most {_QUEUE} products may wait for an SM"
+            )
         if _number(gpu.arch) != self.arch:
             raise SimError(f"{gpu.name} ({gpu.arch}) does not run machine code of sm_{self.arch}")
 
@@ -281,5 +291,3 @@ def _engine():
     library = ctypes.CDLL(str(compiled(SOURCE, "engine.so", ["-O2"], "the timing engine")))
     library.ptxsim_replay.restype = ctypes.c_int
     return library
-
-

@@ -40,7 +40,9 @@ class Timeline:
         for cta in range(launch.ctas):
             process = self._process(f"{name} CTA {cta} on SM {replay.cta_sms[cta]}")
             for warp in range(launch.warps_per_cta):
-                self._warp(launch, replay, cta * launch.warps_per_cta + warp, process, self._track(process, f"warp {warp}"))
+                self._warp(
+                    launch, replay, cta * launch.warps_per_cta + warp, process, self._track(process, f"warp {warp}")
+                )
         if len(replay.marks):
             self._tensor_cores(launch, replay, self._process(f"{name} tensor cores"))
         self.origin += replay.cycles + _PAUSE
@@ -49,7 +51,10 @@ class Timeline:
     def write(self) -> None:
         """Write what there is as JSON, in the order of time."""
         events = sorted(self.events, key=lambda event: event.get("ts", -1))
-        whole = {"traceEvents": events, "otherData": {"time": "cycles of the SMs' clock, 1 cycle = 1 µs", "by": "ptxsim"}}
+        whole = {
+            "traceEvents": events,
+            "otherData": {"time": "cycles of the SMs' clock, 1 cycle = 1 µs", "by": "ptxsim"},
+        }
         self.path.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
 
     def _process(self, name):

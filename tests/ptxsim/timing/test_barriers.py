@@ -131,7 +131,9 @@ def test_a_phase_waits_for_all_arrivals():
     @%p4 bra DONE; ARRIVE
     DONE: {STORE} st.global.f32 [%rd1+4096], %f1;"""
     one = timed(body.replace("COUNT", "32").replace("ARRIVE", ""), [], OUT, threads=64).replay(H100)
-    two = timed(body.replace("COUNT", "33").replace("ARRIVE", "@%p6 mbarrier.arrive.shared.b64 _, [%r1];"), [], OUT, threads=64)
+    two = timed(
+        body.replace("COUNT", "33").replace("ARRIVE", "@%p6 mbarrier.arrive.shared.b64 _, [%r1];"), [], OUT, threads=64
+    )
     two = two.replay(H100)
     assert one.ends[0] < one.ends[1] - 500 and abs(two.ends[0] - two.ends[1]) < 200
 
@@ -141,8 +143,12 @@ def test_who_drops_out_is_not_waited_for():
     body = f"""{BARS} mov.u32 %r1, full; setp.eq.u32 %p1, %t, 0; @!%p1 bra READY; mbarrier.init.shared.b64 [%r1], 2;
     READY: bar.sync 0; setp.eq.u32 %p2, %t, 32; @%p2 mbarrier.arrive_drop.shared.b64 _, [%r1];
     setp.ge.u32 %p2, %t, 32; @%p2 bra DONE;
-    {"".join(f"@%p1 mbarrier.arrive.shared.b64 _, [%r1]; W{n}: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], {n % 2}; @!%p3 bra W{n};"
-             for n in range(4))} DONE: {STORE}"""
+    {
+        "".join(
+            f"@%p1 mbarrier.arrive.shared.b64 _, [%r1]; W{n}: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], {n % 2}; @!%p3 bra W{n};"
+            for n in range(4)
+        )
+    } DONE: {STORE}"""
     replay = timed(body, [], OUT, threads=64).replay(H100)
     assert replay.cycles < 2000
 

@@ -39,7 +39,9 @@ def test_the_next_cta_takes_the_place_that_is_free():
     """Five CTAs on two SMs with two places each: four at once, on both SMs, then the fifth."""
     launch = timed(LATENCY, [], OUT, threads=128, grid=5)
     found = launch.replay(H100, sms=2, residency=2)
-    assert (found.cta_times[:4, 0] == 0).all() and found.cta_times[4, 0] == found.cta_times[:4, 1].min() + 1 + H100.cta_start
+    assert (found.cta_times[:4, 0] == 0).all() and found.cta_times[4, 0] == found.cta_times[
+        :4, 1
+    ].min() + 1 + H100.cta_start
     assert [sm.instructions for sm in launch.only([0, 1]).replay(H100, sms=2, residency=2).sms] == [
         4 * len(launch.rows) // 20] * 2  # fmt: skip
 

@@ -102,7 +102,10 @@ def test_another_warps_trace_has_another_path():
     path = finder.find(trace)
     lines = {n for n, line in enumerate(recording.ptx.split("\n"), 1) if "ex2.approx" in line}
     block = max((e for e in trace if isinstance(e, int)), key=lambda n: len(lines & {*recording.blocks[n].lines}))
-    with pytest.raises(PathNotFound, match=r"no path of a warp executes what PTX line \d+ becomes \d+ times, as the PTX did: .*ex2\.approx"):
+    with pytest.raises(
+        PathNotFound,
+        match=r"no path of a warp executes what PTX line \d+ becomes \d+ times, as the PTX did: .*ex2\.approx",
+    ):
         finder.find([*trace, block])
     assert finder.find(trace) == path
 

@@ -7,6 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from ptxsim.timing.cubin import parse_listing
+from ptxsim.timing.instructions import register_reads
 from ptxsim.timing.recorder import bank_passes
 from tests.testing.timed import A100, H100, chains, gaps, issued, timed
 
@@ -68,6 +70,17 @@ def test_register_ports_bind_what_reads_three_registers():
 def reads_of(launch, opcode):
     table = launch.instruction_table(H100)
     return [int(row[9]) for row, i in zip(table, launch.code.instructions, strict=True) if i.opcode == opcode]
+
+
+def test_the_reuse_cache_saves_reads():
+    """Of the operand in the same place of the instruction before, where that has .reuse."""
+    listing = "\n.target sm_90\n//--------------------- .text.kernel ----------\n" + "".join(
+        f"/*{16 * n:04x}*/ {text} ; /* 0x0 */\n"
+        for n, text in enumerate(["FFMA R0, R1.reuse, R2, R3", "FFMA R4, R1, R5, R6", "FFMA R7, R1, R5, R6", "FADD R7, R5, R1",
+                                  "STS.128 [R1], R8", "MUFU.EX2 R3, R4", "HGMMA.64x8x16.F32 R24, R4, gdesc[UR4], R24"])
+    )  # fmt: skip
+    code = parse_listing(listing)[1]["kernel"]
+    assert register_reads(code) == [3, 2, 3, 2, 5, 1, 0]
 
 
 @pytest.mark.parametrize(("lanes", "interval"), [(4, 8), (8, 4)])
@@ -134,6 +147,7 @@ LANES = np.arange(32)
         (144 * LANES, 16, 4),
         (128 * LANES[:8] ^ 16 * LANES[:8], 16, 1),  # ldmatrix.x1 of a swizzled tile
         (128 * LANES[:8], 16, 8),
+        (128 * LANES + 16 * (LANES // 8), 16, 32),  # each eight lanes meet, though not with the others
         (4 * LANES[:1], 4, 1),
         (4 * LANES[:0], 4, 1),  # no lane is active
     ],

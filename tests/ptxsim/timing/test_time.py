@@ -30,7 +30,9 @@ def rows(output):
 def softmax(tmp_path_factory):
     """quack's softmax and its backward: rows of the table, and the trace."""
     path = tmp_path_factory.mktemp("time") / "softmax.json"
-    code, output = run_ptxsim("time", "examples/quack_softmax.py", "--arch", "sm_90a", "--gpu", "h100", "--trace", str(path))
+    code, output = run_ptxsim(
+        "time", "examples/quack_softmax.py", "--arch", "sm_90a", "--gpu", "h100", "--trace", str(path)
+    )
     assert code == 0, output
     assert "softmax of (8, 1000) on cuda:0" in output and "H100 SXM5 80GB at" in output
     return rows(output), path
