@@ -48,8 +48,8 @@ PRODUCTS = ("HGMMA", "QGMMA", "IGMMA")
 
 @dataclass(frozen=True)
 class Cost:
-    """What an instruction takes: ``taken`` cycles of a pipe, ``latency`` of its result, ``passes`` through shared memory,
-    ``reduced`` bytes of reductions in global memory."""
+    """What an instruction takes: ``taken`` cycles of a pipe, ``latency`` of its result, ``passes`` through shared
+    memory, ``reduced`` bytes of reductions in global memory."""
 
     pipe: int
     taken: float
@@ -131,8 +131,8 @@ def _bits(i):
 
 
 def product_shape(i: Instruction) -> tuple[int, int, bool, bool]:
-    """Of a wgmma: FLOP in units of 16-bit products or, where it is of 8 bits, of such, bytes of operands in shared memory,
-    whether it is of 8 bits, whether it ends a group."""
+    """Of a wgmma: FLOP in units of 16-bit products or, where it is of 8 bits, of such, bytes of operands in shared
+    memory, whether it is of 8 bits, whether it ends a group."""
     m, n, k = map(
         int, next(re.match(r"(\d+)x(\d+)x(\d+)", x).groups() for x in i.modifiers if re.match(r"\d+x\d+x", x))
     )

@@ -9,10 +9,10 @@ afterwards: instructions of which ptxas makes exactly one each were executed as 
 from __future__ import annotations
 
 import bisect
-import itertools
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 from ..errors import SimError
@@ -23,7 +23,8 @@ from .recorder import PtxBlock
 
 OFF = "off"  # in a path: an operation that the warp's predicate, or another elected lane, switched off
 _MOST_STEPS = 5_000_000
-# How many instructions the line of a barrier's instruction may be from that of its PTX: the line of its address or predicate.
+# How many instructions the line of a barrier's instruction may be from that of its PTX: the line of its address or
+# predicate.
 _DISTANCE = 5
 _END = -1  # in the place of an instruction: the warp has ended
 _REACH = 12  # operations that ptxas moves over a branch, at most
@@ -34,8 +35,8 @@ _OPERATIONS = {
     "UTMASTG": "store", "UTMAREDG": "store", "UBLKRED": "store", "LDGSTS": "cp", "ARRIVES": "cp_arrive",
     "UCGABAR_ARV": "cluster", "UCGABAR_WAIT": "cluster",
 }  # fmt: skip
-# Of waits for groups (wgmma, bulk, cp.async) the SASS says all, and ptxas adds some (C7512): they are not sought. Nor is
-# cp.async, whose instructions ptxas reorders: each takes its line's next.
+# Of waits for groups (wgmma, bulk, cp.async) the SASS says all, and ptxas adds some (C7512): they are not sought. Nor
+# is cp.async, whose instructions ptxas reorders: each takes its line's next.
 _SOUGHT = {"try", "init", "mbar", "wgmma", "bar", "tma", "store", "cp_arrive", "cluster"}
 # PTX instructions of which ptxas makes one SASS instruction each: what their PTX line and the SASS opcode look like.
 ONE_TO_ONE = {
@@ -145,8 +146,8 @@ class _Choice:
 
 @dataclass
 class _Trace:
-    """What a warp did: operations with their places, the outcomes of its branches by line, and how often it executed what
-    ptxas makes one instruction each of, by line."""
+    """What a warp did: operations with their places, the outcomes of its branches by line, and how often it executed
+    what ptxas makes one instruction each of, by line."""
 
     operations: list[tuple[int, Any]]
     places: list[int]
@@ -167,11 +168,11 @@ class PathFinder:
         used = {line for block in blocks for line in block.lines}
         if polls := [n for n, line in enumerate(text, 1) if "mbarrier.test_wait" in line and n in used]:
             raise PathNotFound(
-                f"PTX line {polls[0]} polls an mbarrier (mbarrier.test_wait): how often depends on time, which the simulator "
-                "does not know"
+                f"PTX line {polls[0]} polls an mbarrier (mbarrier.test_wait): how often depends on time, which the "
+                "simulator does not know"
             )
         # of each line, how many instructions there are up to it: lines of .loc and comments do not count
-        self.ranks = [0, *itertools.accumulate(INSTRUCTION.match(line.strip()) is not None for line in text)]
+        self.ranks = [0, *accumulate(INSTRUCTION.match(line.strip()) is not None for line in text)]
         self.one_to_one = []
         for pattern, (opcodes, modifier) in ONE_TO_ONE.items():
             lines = {n for n, line in enumerate(text, 1) if re.search(pattern, line)}
@@ -184,8 +185,9 @@ class PathFinder:
         self.anchored = [[line for line in block.lines if line in lines] for block in blocks]
 
     def find(self, trace: list[Any]) -> list[tuple[int, Any]]:
-        """(index of the SASS instruction, operation that it performs, ``OFF`` or None) along a warp's path. PathNotFound
-        if there is none, or if an instruction of which there is one for each in the PTX was executed more or less often."""
+        """(index of the SASS instruction, operation that it performs, ``OFF`` or None) along a warp's path.
+        PathNotFound if there is none, or none on which what ptxas makes one instruction each of is executed as often
+        as in the PTX."""
         trace = converged(trace)
         path = self._walk(self._read(trace))
         self._check(trace, path)
@@ -212,7 +214,7 @@ class PathFinder:
             for line in self.anchored[number]:
                 read.anchors[line] += times
         steps = [(n, e if isinstance(e, int) else e[0]) for n, e in enumerate(trace) if _is_block(e)]
-        for (place, number), (_, following) in zip(steps, steps[1:], strict=False):
+        for (place, number), (_, following) in pairwise(steps):
             block = self.blocks[number]
             if block.term == "cbr":
                 taken = following == block.target and block.target != block.fall
@@ -269,8 +271,8 @@ class PathFinder:
         p, n = furthest
         if wrong and p == len(operations):
             raise PathNotFound(
-                f"no path of a warp executes what PTX line {wrong} becomes {trace.anchors[wrong]} times, as the PTX did: "
-                f"{self.text[wrong - 1].strip()}"
+                f"no path of a warp executes what PTX line {wrong} becomes {trace.anchors[wrong]} times, as the PTX "
+                f"did: {self.text[wrong - 1].strip()}"
             )
         at = self.instructions[min(n, len(self.instructions) - 1)].source[:80]
         wanted = operations[p][1][:2] if p < len(operations) else "its end"
@@ -280,7 +282,8 @@ class PathFinder:
         )
 
     def _step(self, n, p, trace, path, calls, used, choices):
-        """Execute instruction n with p operations done: the next (n, p), (``_END``, p) at the end, None for a dead end."""
+        """Execute instruction n with p operations done: the next (n, p), (``_END``, p) at the end, None for a dead
+        end."""
         i, kind = self.instructions[n], self.kinds[n]
         operations = trace.operations
         if kind in _SOUGHT:

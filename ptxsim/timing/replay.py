@@ -27,16 +27,17 @@ from .recorder import Recording
 
 SOURCE = Path(__file__).with_name("engine.c")
 MOST_CYCLES = 20_000_000
-# Operations of the engine, in its order. A row is (instruction, operation, a, b, c); -1 as instruction: what the one before
-# does besides.
-(NONE, TRY, ARRIVE, INIT, BAR_SYNC, BAR_ARRIVE, WGMMA, WGMMA_WAIT, TMA_LOAD, TMA_TARGET, STORE, REDUCE, CP_ASYNC, CP_ARRIVE,
- COMMIT, GROUP_WAIT, CLUSTER_ARRIVE, CLUSTER_WAIT, DROP) = range(19)  # fmt: skip
+# Operations of the engine, in its order. A row is (instruction, operation, a, b, c); -1 as instruction: what the one
+# before does besides.
+(NONE, TRY, ARRIVE, INIT, BAR_SYNC, BAR_ARRIVE, WGMMA, WGMMA_WAIT, TMA_LOAD, TMA_TARGET, STORE, REDUCE, CP_ASYNC,
+ CP_ARRIVE, COMMIT, GROUP_WAIT, CLUSTER_ARRIVE, CLUSTER_WAIT, DROP) = range(19)  # fmt: skip
 REASONS = ("issuing", "stall counts", "scoreboards", "mbarriers", "named barriers", "wgmma", "pipes", "not selected",
            "wgmma queue", "register ports", "copies", "cluster")  # fmt: skip
 _PIPES = 10
 _SM_WARPS, _QUEUE = 64, 512  # engine.c: SM_WARPS, QUEUE
 _TARGET = re.compile(r"^\s*\.target\s+(sm_\w+)", re.M)
-# The engine's constants in its order: of a GPU by their names, l2 and l2_reductions as bytes a cycle of the SMs simulated.
+# The engine's constants in its order: of a GPU by their names, l2 and l2_reductions as bytes a cycle of the SMs
+# simulated.
 _CONSTANTS = ("try_wait", "wake", "arrive", "remote_arrive", "bar", "cluster_barrier", "branch", "wgmma_issue",
               "wgmma_tail", "wgmma_least", "wgmma_queue", "tensor_flops", "shared_bytes", "tma_setup", "tma_latency",
               "tma_interval", "tma_bytes", "store_latency", "global_latency", "cta_start", "register_ports",
@@ -56,10 +57,10 @@ class SmUse:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay found: cycles of all, start and end of each CTA, for each warp its end and the cycles spent for each of
-    ``REASONS`` [warps, reasons], the use of each SM, the SM of each CTA; ``marks``: of each product (wgmma) its warpgroup,
-    start, end, and whether it ends a group; ``issued``, ``waited``: when each row was issued, and for which of ``REASONS`` it
-    waited longest, if asked for."""
+    """What a replay found: cycles of all, start and end of each CTA, for each warp its end and the cycles spent for
+    each of ``REASONS`` [warps, reasons], the use of each SM, the SM of each CTA; ``marks``: of each product (wgmma)
+    its warpgroup, start, end, and whether it ends a group; ``issued``, ``waited``: when each row was issued, and for
+    which of ``REASONS`` it waited longest, if asked for."""
 
     cycles: int
     cta_times: np.ndarray
@@ -192,8 +193,8 @@ class TimedLaunch:
 
     @functools.cached_property
     def _kinds(self) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Instructions that cost the same: one of each kind, the kind of each instruction, and what does not depend on a
-        GPU (stall count, scoreboards, whether it branches, registers read)."""
+        """Instructions that cost the same: one of each kind, the kind of each instruction, and what does not depend on
+        a GPU (stall count, scoreboards, whether it branches, registers read)."""
         first: dict[tuple, int] = {}
         reads = register_reads(self.code)
         kinds, fixed = [], []
@@ -219,8 +220,9 @@ class TimedLaunch:
         )
 
     def replay(self, gpu: Gpu, sms: int = 1, residency: int = 1, times: bool = False) -> Replay:
-        """Replay all CTAs on ``sms`` SMs with their share of the L2's rate, ``residency`` CTAs at once on each; those that
-        find no room begin when others end, in order. ``times``: also when each row was issued, and what it waited for."""
+        """Replay all CTAs on ``sms`` SMs with their share of the L2's rate, ``residency`` CTAs at once on each; those
+        that find no room begin when others end, in order. ``times``: also when each row was issued, and what it waited
+        for."""
         ctas, warps, size = self.ctas, self.warps_per_cta, self.cluster_size
         self._check(gpu, sms, residency)
         table = self.instruction_table(gpu)

@@ -1,7 +1,7 @@
 """Replays in the Chrome trace event format, which Perfetto (ui.perfetto.dev) opens; 1 µs is a cycle of the SMs' clock.
 
-* a process for each CTA of each launch, in it a track for each warp: spans where it waited, named by what for and by the
-  instruction that could not be issued, instants for barriers, copies and products;
+* a process for each CTA of each launch, in it a track for each warp: spans where it waited, named by what for and by
+  the instruction that could not be issued, instants for barriers, copies and products;
 * a process for the tensor cores of each launch, in it a track for each SM: a span for each product (wgmma).
 
 PTX line, PTX and source line of an instruction are its arguments.
@@ -101,5 +101,6 @@ class Timeline:
             sm = int(replay.cta_sms[cta])
             if sm not in tracks:
                 tracks[sm] = self._track(process, f"SM {sm}")
+            name = f"wgmma of CTA {cta} warpgroup {inside}"
             self.events.append({"ph": "X", "pid": process, "tid": tracks[sm], "ts": self.origin + start,
-                                "dur": max(end - start, 1), "name": f"wgmma of CTA {cta} warpgroup {inside}"})  # fmt: skip
+                                "dur": max(end - start, 1), "name": name})  # fmt: skip

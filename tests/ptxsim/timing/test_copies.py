@@ -45,7 +45,7 @@ def test_latency_of_a_load():
 
 
 def test_bandwidth_of_an_sm():
-    """Large pieces are bound by the port, small ones by the distance of two copies. The L2 does not bind one SM here."""
+    """Large pieces are bound by the port, small ones by the distance of two copies. The L2 is fast enough."""
     fast = H100.with_values(l2=500)
     few, many = (timed(loads(n, 8192), DATA, OUT, declarations=BUFFER) for n in (8, 24))
     assert (cycles(many, fast) - cycles(few, fast)) / 16 == pytest.approx(8192 / 64, abs=1)
@@ -92,7 +92,8 @@ def test_multicast_reads_the_l2_once():
         times = count // 2 if multicast else count
         return f"""mov.u32 %r1, bars; mov.u32 %r3, buffer; mov.u16 %rs1, 3; setp.eq.u32 %p1, %t, 0; @!%p1 bra A;
         mbarrier.init.shared.b64 [%r1], 1; mbarrier.arrive.expect_tx.shared.b64 _, [%r1], {4096 * count}; A: {cluster}
-        @!%p1 bra B; {one * times} B: W: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], 0; @!%p3 bra W; {cluster} {STORE}"""
+        @!%p1 bra B; {one * times} B: W: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], 0; @!%p3 bra W;
+        {cluster} {STORE}"""
 
     found = {}
     for multicast in (False, True):
@@ -132,8 +133,11 @@ def test_reductions_of_threads_take_the_rate_of_reductions():
     gpu = H100.with_values(l2_saved=0, l2_reductions=2)  # an instruction takes 12 cycles of it, 4 to issue
     rate = gpu.bytes_per_cycle(gpu.l2_reductions) / gpu.sms
     body = "cvt.rn.f32.u32 %f1, %t; mad.wide.u32 %rd1, %t, 4, %out0;"
-    few, many = (timed(body + "".join(f"red.global.add.f32 [%rd1+{128 * k}], %f1;" for k in range(n)), DATA, [np.zeros(1 << 15, np.uint32)])
-                 for n in (200, 300))  # fmt: skip
+    out = [np.zeros(1 << 15, np.uint32)]
+    few, many = (
+        timed(body + "".join(f"red.global.add.f32 [%rd1+{128 * k}], %f1;" for k in range(n)), DATA, out)
+        for n in (200, 300)
+    )
     assert (cycles(many, gpu) - cycles(few, gpu)) / 100 == pytest.approx(128 / rate, rel=0.03)
 
 
@@ -169,7 +173,8 @@ def test_bandwidth_of_cp_async():
         copies = "".join(
             f"cp.async.cg.shared.global [%r3+{512 * (n % 8)}], [%rd2+{512 * n}], 16;" for n in range(count)
         )
-        return f"""mov.u32 %r3, buffer; shl.b32 %r4, %t, 4; add.u32 %r3, %r3, %r4; mad.wide.u32 %rd2, %t, 16, %in0; {copies}
+        return f"""mov.u32 %r3, buffer; shl.b32 %r4, %t, 4; add.u32 %r3, %r3, %r4; mad.wide.u32 %rd2, %t, 16, %in0;
+        {copies}
         cp.async.commit_group; cp.async.wait_group 0; {STORE}"""
 
     few, many = (timed(body(n), DATA, OUT, declarations=BUFFER, target="sm_80") for n in (40, 100))
@@ -179,7 +184,8 @@ def test_bandwidth_of_cp_async():
 @pytest.mark.parametrize(("noinc", "count"), [(".noinc", 32), ("", 1)])
 def test_cp_async_arrives_at_an_mbarrier(noinc, count):
     """With .noinc the barrier expects the lanes' arrivals; without, it waits for them beside the one it expects."""
-    body = f"""mov.u32 %r1, bars; mov.u32 %r3, buffer; shl.b32 %r4, %t, 4; add.u32 %r3, %r3, %r4; mad.wide.u32 %rd2, %t, 16, %in0;
+    body = f"""mov.u32 %r1, bars; mov.u32 %r3, buffer; shl.b32 %r4, %t, 4; add.u32 %r3, %r3, %r4;
+    mad.wide.u32 %rd2, %t, 16, %in0;
     setp.eq.u32 %p1, %t, 0; @!%p1 bra READY; mbarrier.init.shared.b64 [%r1], {count}; READY: bar.sync 0;
     cp.async.cg.shared.global [%r3], [%rd2], 16; cp.async.mbarrier.arrive{noinc}.shared.b64 [%r1];
     {"" if noinc else "@%p1 mbarrier.arrive.shared.b64 _, [%r1];"}

@@ -82,7 +82,7 @@ def test_a_cluster_of_four_and_parts_of_a_launch():
     after = launch.replay(H100, sms=4).cta_times  # the second cluster begins when the first has ended
     assert (after[4:, 0] == after[:4, 1].max() + 1 + H100.cta_start).all()
     for ctas in ([0, 1], [4, 5, 6, 8], [1, 2, 3, 4], [], [0, 1, 2, 3, 0, 1, 2, 3], [8, 9, 10, 11]):
-        with pytest.raises(SimError, match="clusters of 4|each once"):
+        with pytest.raises(SimError, match=r"clusters of 4|each once"):
             launch.only(ctas)
 
 

@@ -1,5 +1,5 @@
-"""Paths of warps through machine code: of our kernels and FlashAttention-4's, where one SASS instruction for each of the
-PTX is checked line by line, and of toy kernels whose branches are awkward."""
+"""Paths of warps through machine code: of our kernels and FlashAttention-4's, where one SASS instruction for each of
+the PTX is checked line by line, and of toy kernels whose branches are awkward."""
 
 from __future__ import annotations
 
@@ -139,7 +139,8 @@ def test_line_information_does_not_matter():
     plain = recorded(ring(4), [], OUT, threads=64)
     located = recorded(
         re.sub(r";\s*", ";\n.loc 1 7 0\n.loc 1 8 0\n.loc 1 9 0\n", ring(4).split("READY:", 1)[0]) + "READY:"
-        + re.sub(r";\s*", ";\n.loc 1 7 0\n.loc 1 8 0\n.loc 1 9 0\n", ring(4).split("READY:", 1)[1]), [], OUT, threads=64,
+        + re.sub(r";\s*", ";\n.loc 1 7 0\n.loc 1 8 0\n.loc 1 9 0\n", ring(4).split("READY:", 1)[1]), [], OUT,
+        threads=64,
     )  # fmt: skip
     assert located.ptx.count(".loc") > 100
     a, b = (TimedLaunch(recording) for recording in (plain, located))

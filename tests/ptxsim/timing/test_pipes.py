@@ -55,8 +55,8 @@ def test_the_quarters_issue_one_instruction_a_cycle():
 
 def test_register_ports_bind_what_reads_three_registers():
     """3 registers at 2 a cycle and quarter: 1.5 cycles an instruction."""
-    body = chains("fma.rn.f32 {d}, %f5{k}, %f6{k}, {d};", 8, 32,
-                  start="".join(f"add.f32 %f{n}{k}, %f1, 0f3F{n}{k}0000;" for n in (5, 6) for k in range(8)))  # fmt: skip
+    start = "".join(f"add.f32 %f{n}{k}, %f1, 0f3F{n}{k}0000;" for n in (5, 6) for k in range(8))
+    body = chains("fma.rn.f32 {d}, %f5{k}, %f6{k}, {d};", 8, 32, start=start)
     launch = timed(body, [], OUT, threads=256)
     cycles, count = stream(launch, H100.with_values(register_ports=2), 8, "FFMA")
     reads = sum(cost for cost, row in zip(reads_of(launch, "FFMA"), range(count // 8), strict=True)) / (count // 8)
@@ -74,11 +74,10 @@ def reads_of(launch, opcode):
 
 def test_the_reuse_cache_saves_reads():
     """Of the operand in the same place of the instruction before, where that has .reuse."""
-    listing = "\n.target sm_90\n//--------------------- .text.kernel ----------\n" + "".join(
-        f"/*{16 * n:04x}*/ {text} ; /* 0x0 */\n"
-        for n, text in enumerate(["FFMA R0, R1.reuse, R2, R3", "FFMA R4, R1, R5, R6", "FFMA R7, R1, R5, R6", "FADD R7, R5, R1",
-                                  "STS.128 [R1], R8", "MUFU.EX2 R3, R4", "HGMMA.64x8x16.F32 R24, R4, gdesc[UR4], R24"])
-    )  # fmt: skip
+    instructions = ["FFMA R0, R1.reuse, R2, R3", "FFMA R4, R1, R5, R6", "FFMA R7, R1, R5, R6", "FADD R7, R5, R1",
+                    "STS.128 [R1], R8", "MUFU.EX2 R3, R4", "HGMMA.64x8x16.F32 R24, R4, gdesc[UR4], R24"]  # fmt: skip
+    listing = "\n.target sm_90\n//--------------------- .text.kernel ----------\n"
+    listing += "".join(f"/*{16 * n:04x}*/ {text} ; /* 0x0 */\n" for n, text in enumerate(instructions))
     code = parse_listing(listing)[1]["kernel"]
     assert register_reads(code) == [3, 2, 3, 2, 5, 1, 0]
 
@@ -98,13 +97,11 @@ def test_a_dependent_ex2_waits_for_the_latency():
     assert set(gaps(launch, H100.with_values(mufu_latency=40), "MUFU.EX2")) == {40}
 
 
-def mma(d, count):
-    return "".join(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{0}}}, {{%r1,%r2,%r3,%r4}}, {{%r5,%r6}}, {{{0}}};".format(
-            ", ".join(f"%f{10 + 4 * k + n}" for n in range(4))
-        )
-        for k in range(count)
-    ) * d  # fmt: skip
+def mma(steps, count):
+    """``steps`` products on each of ``count`` accumulators."""
+    registers = [", ".join(f"%f{n}" for n in range(k, k + 4)) for k in range(10, 10 + 4 * count, 4)]
+    product = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{0}}}, {{%r1,%r2,%r3,%r4}}, {{%r5,%r6}}, {{{0}}};"
+    return "".join(product.format(r) for r in registers) * steps
 
 
 def mma_stream(count, steps):
@@ -159,8 +156,9 @@ def test_bank_passes(index, size, passes):
 def ldmatrix(address):
     """Eight ldmatrix.x4, of 4 KB each."""
     loads = "".join(
-        f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{', '.join(f'%r{10 + 4 * k + n}' for n in range(4))}}}, [%r1+{4096 * k}];"
-        for k in range(8)
+        f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{', '.join(f'%r{n}' for n in range(k, k + 4))}}}, "
+        f"[%r1+{1024 * (k - 10)}];"
+        for k in range(10, 42, 4)
     )
     return f""".shared .align 128 .b8 buf[32768]; mov.u32 %r3, buf; and.b32 %r2, %t, 31; mov.u32 %r9, 0;
     mad.lo.u32 %r4, %t, 4, %r3; {"".join(f"st.shared.u32 [%r4+{512 * k}], %t;" for k in range(64))}
