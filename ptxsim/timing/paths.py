@@ -26,6 +26,7 @@ _MOST_STEPS = 5_000_000
 # How many instructions the line of a barrier's instruction may be from that of its PTX: the line of its address or
 # predicate.
 _DISTANCE = 5
+_BOTH = 2  # beside the outcome of a branch: other lanes went the other way
 _END = -1  # in the place of an instruction: the warp has ended
 _REACH = 12  # operations that ptxas moves over a branch, at most
 
@@ -134,14 +135,28 @@ def _joined(units):
 
 
 @dataclass
+class _Place:
+    """What a place of a path knows of the way to it: how many outcomes of each line are used, where calls return to,
+    the open regions (BSSY) in which lanes may part, and of lanes that have parted where the others begin and in which
+    region."""
+
+    used: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    calls: list[int] = field(default_factory=list)
+    regions: int = 0
+    parted: list[tuple[int, int]] = field(default_factory=list)
+
+    def copy(self) -> _Place:
+        return _Place(defaultdict(int, self.used), list(self.calls), self.regions, list(self.parted))
+
+
+@dataclass
 class _Choice:
     """A branch where the other way can still be tried."""
 
     other: int
     operation: int
     length: int
-    used: dict[int, int]
-    calls: list[int]
+    place: _Place
 
 
 @dataclass
@@ -151,7 +166,7 @@ class _Trace:
 
     operations: list[tuple[int, Any]]
     places: list[int]
-    outcomes: dict[int, list[tuple[int, bool]]] = field(default_factory=lambda: defaultdict(list))
+    outcomes: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     anchors: Counter = field(default_factory=Counter)
 
 
@@ -214,23 +229,45 @@ class PathFinder:
             for line in self.anchored[number]:
                 read.anchors[line] += times
         steps = [(n, e if isinstance(e, int) else e[0]) for n, e in enumerate(trace) if _is_block(e)]
+        parted = self._parted(trace)
         for (place, number), (_, following) in pairwise(steps):
             block = self.blocks[number]
+            following, other = parted.get(place, (following, None))
             if block.term == "cbr":
                 taken = following == block.target and block.target != block.fall
-                read.outcomes[block.last].append((place, taken))
+                both = other in (block.target, block.fall) and other != following
+                read.outcomes[block.last].append((place, int(taken) | _BOTH * both))
             elif block.term == "cret":
                 read.outcomes[block.last].append((place, False))
         if steps and (block := self.blocks[steps[-1][1]]).term == "cret":
             read.outcomes[block.last].append((steps[-1][0], True))
         return read
 
+    def _parted(self, trace):
+        """Where the lanes of a warp parted, one part behind the other in the trace: place of a block -> (what follows
+        it, what follows it for the other lanes or None). Of the first part's last block it is what both come to."""
+        found = {}
+        steps = [(n, *((e, None) if isinstance(e, int) else e)) for n, e in enumerate(trace) if _is_block(e)]
+        k = 1
+        while k < len(steps):
+            end = k
+            while end < len(steps) and steps[end][2] is not None:
+                end += 1
+            masks = [mask for _, _, mask in steps[k:end]]
+            changes = [n for n in range(1, len(masks)) if masks[n] != masks[n - 1]]
+            if len(changes) == 1 and not masks[0] & masks[-1]:
+                first, second = steps[k][1], steps[k + changes[0]][1]
+                found[steps[k - 1][0]] = first, second
+                if end < len(steps):
+                    found[steps[k + changes[0] - 1][0]] = steps[end][1], None
+            k = end + 1
+        return found
+
     def _walk(self, trace: _Trace):
         operations = trace.operations
         path: list[tuple[int, Any]] = []
-        calls: list[int] = []
         choices: list[_Choice] = []
-        used: dict[int, int] = defaultdict(int)
+        place = _Place()
         failed: set[tuple[int, int, int]] = set()
         left, passed = Counter(trace.anchors), 0  # of the one-to-one instructions, by line; and how many are done
         furthest, wrong = (-1, 0), 0
@@ -242,7 +279,7 @@ class PathFinder:
                     return path
                 wrong, n = seldom, path[-1][0]
             elif n < len(self.instructions):
-                following = self._step(n, p, trace, path, calls, used, choices)
+                following = self._step(n, p, trace, path, place, choices)
                 if following is not None and (line := self.anchors[n]):
                     left[line] -= 1
                     passed += 1
@@ -265,8 +302,7 @@ class PathFinder:
             if choice is None:
                 break
             failed.add((choice.other, choice.operation, passed))
-            used = defaultdict(int, choice.used)
-            calls[:] = choice.calls
+            place = choice.place
             n, p = choice.other, choice.operation
         p, n = furthest
         if wrong and p == len(operations):
@@ -281,7 +317,7 @@ class PathFinder:
             f"{len(operations)}"
         )
 
-    def _step(self, n, p, trace, path, calls, used, choices):
+    def _step(self, n, p, trace, path, place, choices):
         """Execute instruction n with p operations done: the next (n, p), (``_END``, p) at the end, None for a dead
         end."""
         i, kind = self.instructions[n], self.kinds[n]
@@ -296,28 +332,38 @@ class PathFinder:
                 return n + 1, p
             return None
         path.append((n, None))
-        if i.opcode == "EXIT" or (i.opcode == "RET" and not calls):
+        if i.opcode == "EXIT" or (i.opcode == "RET" and not place.calls):
+            if i.predicate is None and place.parted:
+                return place.parted.pop()[0], p
             if i.predicate is None:
                 return (_END, p) if p == len(operations) else None
             if p < len(operations):
                 return n + 1, p
-            ends = self._outcome(i.line, trace, p, used)
-            way, other = (n + 1, _END) if ends is False else (_END, n + 1)
-            choices.append(_Choice(other, p, len(path), dict(used), list(calls)))
+            ends = self._outcome(i.line, trace, p, place.used)
+            way, other = (_END, n + 1) if ends or ends is None else (n + 1, _END)
+            choices.append(_Choice(other, p, len(path), place.copy()))
             return way, p
+        if i.opcode == "BSSY":
+            place.regions += 1
+        if i.opcode == "BSYNC":
+            if place.parted and place.parted[-1][1] == place.regions:
+                return place.parted.pop()[0], p
+            place.regions = max(place.regions - 1, 0)
         target = self.targets[n]
         if i.opcode == "CALL" and not is_branch(i):
-            calls.append(n + 1)
+            place.calls.append(n + 1)
             return target, p
         if i.opcode == "RET":
-            return calls.pop(), p
+            return place.calls.pop(), p
         if not is_branch(i) or target < 0:
             return n + 1, p
         if not is_conditional(i):
             return (target, p) if target != n else None
-        taken = self._expected(n, trace, p, used)
-        way, other = (target, n + 1) if taken else (n + 1, target)
-        choices.append(_Choice(other, p, len(path), dict(used), list(calls)))
+        taken = self._expected(n, trace, p, place.used)
+        way, other = (target, n + 1) if taken & 1 else (n + 1, target)
+        choices.append(_Choice(other, p, len(path), place.copy()))
+        if taken & _BOTH:
+            place.parted.append((other, place.regions))
         return way, p
 
     def _performs(self, i, kind, operation):
@@ -332,15 +378,18 @@ class PathFinder:
         return True
 
     def _expected(self, n, trace: _Trace, p, used):
-        """Whether the trace has a branch taken at this place of the path."""
+        """Whether the trace has a branch taken at this place of the path, by the first lanes if with ``_BOTH``."""
         line = self.instructions[n].line
         if line not in self.branches or (polarity := self._polarity(n)) is None:
             return False
         outcome = self._outcome(line, trace, p, used)
-        return outcome is not None and outcome == polarity
+        if outcome is None:
+            return False
+        return int((outcome & 1) == polarity) | (outcome & _BOTH)
 
     def _outcome(self, line, trace: _Trace, p, used):
-        """What the conditional branch or exit of a PTX line did next; None if it does nothing more."""
+        """What the conditional branch or exit of a PTX line did next: 1 taken, 0 not, ``_BOTH`` beside if other lanes
+        went the other way; None if it does nothing more."""
         if line not in trace.outcomes:
             return None
         outcomes, places = trace.outcomes[line], trace.places

@@ -124,6 +124,34 @@ def test_a_loop_that_ptxas_unrolls(turns):
     assert executed[True] <= turns <= executed.total() <= turns + 4
 
 
+def sides(first, second, ends=""):
+    """Even and odd lanes go different ways, ten instructions each."""
+    return f"""cvt.rn.f32.u32 %f1, %t; mov.f32 %f2, 0f3F000001; mov.f32 %f3, 0f3F000011; and.b32 %r1, %t, 1;
+    mad.wide.u32 %rd1, %g, 4, %out0; setp.eq.u32 %p1, %r1, 0; @%p1 bra EVEN; {first * 10} {ends} bra JOIN;
+    EVEN: {second * 10} JOIN: add.f32 %f1, %f1, %f2; st.global.f32 [%rd1], %f1;"""
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        ("fma.rn.f32 %f1, %f1, %f2, %f3;", "fma.rn.f32 %f1, %f1, %f3, %f2;"),
+        ("ex2.approx.ftz.f32 %f1, %f1;", "ex2.approx.ftz.f32 %f1, %f1; mul.rn.f32 %f1, %f1, %f2;"),
+    ],
+)
+@pytest.mark.parametrize("ends", ["", "st.global.f32 [%rd1], %f1; exit;"])
+def test_lanes_that_part_execute_both_sides(instructions, ends):
+    """One after the other; where all lanes go one way, that side alone."""
+    body = sides(*instructions, ends)
+    launch = timed(body, [], OUT)
+    assert of_opcodes(launch, "FFMA|MUFU", None) == 20
+    launch.replay(H100)
+    for together, count in (("setp.eq.u32 %p1, %r1, 2;", 10), ("setp.ne.u32 %p1, %r1, 2;", 10)):
+        launch = timed(
+            body.replace("setp.eq.u32 %p1, %r1, 0;", together + "setp.eq.and.u32 %p1, %n, 32, %p1;"), [], OUT
+        )
+        assert of_opcodes(launch, "FFMA|MUFU", None) == count
+
+
 def test_what_follows_a_predicated_exit():
     """A path goes on behind the exit of other warps, also when nothing else is left to do."""
     body = "setp.ge.u32 %p1, %t, 32; @%p1 exit;" + chains("fma.rn.f32 {d}, {d}, %f2, %f3;", 1, 20)
