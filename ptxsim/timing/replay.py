@@ -154,7 +154,7 @@ class TimedLaunch:
             return [(WGMMA_WAIT, int(i.operands[1], 0), 0, 0)]
         if i.opcode in ("UTMACMDFLUSH", "LDGDEPBAR"):
             return [(COMMIT, 0, 0, 0)]
-        if i.opcode == "DEPBAR" and len(i.operands) > 1:
+        if i.opcode == "DEPBAR" and i.operands[0] == "SB0" and len(i.operands) > 1:  # that of the groups of copies
             return [(GROUP_WAIT, int(i.operands[1], 0), 0, 0)]
         if operation is None or operation == OFF:
             return []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from ptxsim.timing.replay import GROUP_WAIT
 from tests.testing.timed import A100, H100, gaps, issued, timed
 
 DATA, OUT = [np.zeros(1 << 16, np.uint32)], [np.zeros(1 << 14, np.uint32)]
@@ -163,6 +166,13 @@ def test_groups_of_cp_async(gpu, target):
         else:
             ends = copies[5 - pending] + gpu.global_latency
             assert ends <= barrier < ends + 20
+
+
+def test_another_scoreboards_depbar_is_no_wait_for_groups():
+    launch = timed(groups(2), DATA, OUT, declarations=BUFFER)
+    (wait,) = (i for i in launch.code.instructions if i.opcode == "DEPBAR")
+    assert (wait.operands[0], launch._operations(wait, None, 1)) == ("SB0", [(GROUP_WAIT, 2, 0, 0)])
+    assert launch._operations(replace(wait, operands=["SB3", "0x1"]), None, 1) == []
 
 
 def test_bandwidth_of_cp_async():
