@@ -7,10 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ptxsim.timing.cubin import parse_listing
+from ptxsim.timing.assembler import find_ptxas
+from ptxsim.timing.cubin import parse_listing, run_ptxas
 from ptxsim.timing.instructions import register_reads
 from ptxsim.timing.recorder import bank_passes
-from tests.testing.timed import A100, H100, chains, gaps, issued, timed
+from ptxsim.timing.replay import TimedLaunch
+from tests.testing import ptx
+from tests.testing.timed import A100, H100, chains, gaps, issued, recorded, timed
 
 OUT = [np.zeros(2048, np.float32)]
 NO_PORTS = H100.with_values(register_ports=0)
@@ -29,6 +32,16 @@ def stream(launch, gpu, warps, opcode):
 def test_a_chain_of_ffma_takes_the_compilers_stall_counts():
     launch = timed(chains(FMA, 1, 64), [], OUT)
     assert gaps(launch, H100, "FFMA") == [4] * 63
+
+
+@pytest.mark.parametrize(("gpu", "target"), [(A100, "sm_80"), (H100, "sm_90a")])
+def test_the_compiler_of_cuda_13(monkeypatch, gpu, target):
+    """PTX 9.4 is that of another ptxas; the chain is the same, and its machine code is read as well."""
+    monkeypatch.setattr(ptx, "HEADER", ptx.HEADER.replace("8.8", "9.4"))
+    recording = recorded(chains(FMA, 1, 16), [], OUT, target=target)
+    made = run_ptxas(find_ptxas(recording.ptx), recording.ptx)
+    launch = TimedLaunch(recording, made)
+    assert 8 <= launch.registers <= 16 and gaps(launch, gpu, "FFMA") == [4] * 15
 
 
 @pytest.mark.parametrize(("gpu", "target", "interval"), [(NO_PORTS, "sm_90a", 1), (A100, "sm_80", 2)])
