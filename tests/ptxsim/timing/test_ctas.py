@@ -109,6 +109,33 @@ def test_another_gpus_machine_code():
         timed("bar.sync 0;", [], OUT).replay(H100.with_values(wgmma_queue=1000))
 
 
+def test_skipped_cycles_change_nothing(tmp_path, monkeypatch):
+    """The engine against itself, looking at every cycle of every SM and asking every warp."""
+    text = replay.SOURCE.read_text()
+    patient = tmp_path / "engine.c"
+    for skips, does_not in (
+        ("if (next < sm->wake) sm->wake = next;", "sm->wake = now + 1;"),
+        ("if (w->until > now && w->until < NEVER) {", "if (0) {"),
+    ):
+        assert skips in text
+        text = text.replace(skips, does_not)
+    patient.write_text(text)
+    cluster = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+    launch = timed(cluster + THROUGHPUT + cluster + "bar.sync 0;", [], OUT, threads=128, grid=12, cluster=2)
+    gpus = [H100, H100.rival("slots", 128), H100.with_values(cluster_barrier=0, bar=0), H100.sample(1), H100.sample(2)]
+    options = [dict(sms=2), dict(sms=4, residency=2)]
+    found = []
+    for source in (replay.SOURCE, patient):
+        monkeypatch.setattr(replay, "SOURCE", source)
+        replay._engine.cache_clear()
+        found.append([launch.replay(gpu, times=True, **some) for gpu in gpus for some in options])
+    replay._engine.cache_clear()
+    for a, b in zip(*found, strict=True):
+        assert (
+            a.cycles == b.cycles and a.sms == b.sms and (a.reasons == b.reasons).all() and (a.issued == b.issued).all()
+        )
+
+
 def test_a_barrier_that_never_completes():
     """What is recorded completes; here the count is damaged."""
     launch = timed("bar.sync 0;" + LATENCY, [], OUT, threads=64)
