@@ -190,9 +190,11 @@ def time(
 ) -> None:  # fmt: skip
     """Run SCRIPT with ARGUMENTS as `run` does, and replay the machine code of each launch, cycle by cycle.
 
-    A launch is replayed whole, on as many SMs as it has CTAs, at most --sms, with their share of the L2: times are those of
-    so many SMs, not of the GPU. What the model leaves out is in docs/timing.md.
+    A launch is replayed whole, on as many SMs as it has CTAs, at most --sms, with their share of the L2: times are
+    those of so many SMs, not of the GPU. What the model leaves out is in docs/timing.md.
     """
+    if arch.rstrip("af") != gpu.arch.rstrip("af"):
+        raise click.BadParameter(f"{gpu.name} runs machine code of {gpu.arch}, not of {arch}", param_hint="--gpu")
     console, recorder = _console(), Recorder()
     timeline = None if trace is None else Timeline(trace)
     launches: list[ptxsim.Launch] = []

@@ -71,8 +71,8 @@ def _assemble(ptx, code):
     made = run_ptxas(ptxas, with_lines(ptx), "-lineinfo")
     if code is not None and _code(made) != code:
         raise CodeDiffers(
-            f"{ptxas} makes other machine code of the PTX than the one that runs: it was compiled by another release of "
-            "ptxas or with other options, and what is not known exactly is not timed"
+            f"{ptxas} makes other machine code of the PTX than the one that runs: it was compiled by another release "
+            "of ptxas or with other options, and what is not known exactly is not timed"
         )
     return disassemble(made, lines=True)[1]
 

@@ -154,7 +154,9 @@ def disassemble(cubin: bytes, lines: bool = False) -> tuple[int, dict[str, Code]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        result = subprocess.run([find_tool("nvdisasm"), "-c", "-hex", *(["-g"] if lines else []), file.name], capture_output=True, text=True)
+        result = subprocess.run(
+            [find_tool("nvdisasm"), "-c", "-hex", *(["-g"] if lines else []), file.name], capture_output=True, text=True
+        )
     if result.returncode:
         raise ValueError(f"nvdisasm: {result.stderr.strip()}")
     return parse_listing(result.stdout)

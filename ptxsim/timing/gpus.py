@@ -216,5 +216,7 @@ def _check_rival(name: str, value: Any, at: str) -> None:
 def _checked(name: str, value: Any, at: str) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value < float("inf") or (value == 0 and name in _POSITIVE):
-        raise SimError(f"{at} has the value {value!r}: a number {'above 0' if name in _POSITIVE else 'that is not negative'}")
+        raise SimError(
+            f"{at} has the value {value!r}: a number {'above 0' if name in _POSITIVE else 'that is not negative'}"
+        )
     return float(value)

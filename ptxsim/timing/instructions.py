@@ -30,7 +30,17 @@ _CONTROL = {"SYNCS", "BAR", "HGMMA", "QGMMA", "IGMMA", "WARPGROUP", "EXIT", "NOP
 _STORES = {"STS", "STG", "STL", "STSM", "ST", "ATOMS", *_REDUCTIONS}
 _NO_DESTINATION = {*_STORES, "ISETP", "FSETP", "R2UR", "R2P", "BAR", "SYNCS"}
 # Cycles of what has a scoreboard and no constant of its own: an order of magnitude.
-_LATENCIES = {"S2R": 30, "S2UR": 30, "LDL": 40, "R2UR": 12, "VOTE": 12, "VOTEU": 12, "MEMBAR": 40, "B2R": 30, "REDUX": 30}
+_LATENCIES = {
+    "S2R": 30,
+    "S2UR": 30,
+    "LDL": 40,
+    "R2UR": 12,
+    "VOTE": 12,
+    "VOTEU": 12,
+    "MEMBAR": 40,
+    "B2R": 30,
+    "REDUX": 30,
+}
 _DEFAULT_LATENCY = 20
 READ_LATENCY = 12  # until the operands have been read, at most
 PRODUCTS = ("HGMMA", "QGMMA", "IGMMA")
@@ -38,8 +48,8 @@ PRODUCTS = ("HGMMA", "QGMMA", "IGMMA")
 
 @dataclass(frozen=True)
 class Cost:
-    """What an instruction takes: ``taken`` cycles of a pipe, ``latency`` of its result, ``passes`` through shared memory,
-    ``reduced`` bytes of reductions in global memory."""
+    """What an instruction takes: ``taken`` cycles of a pipe, ``latency`` of its result, ``passes`` through shared
+    memory, ``reduced`` bytes of reductions in global memory."""
 
     pipe: int
     taken: float
@@ -121,9 +131,11 @@ def _bits(i):
 
 
 def product_shape(i: Instruction) -> tuple[int, int, bool, bool]:
-    """Of a wgmma: FLOP in units of 16-bit products or, where it is of 8 bits, of such, bytes of operands in shared memory,
-    whether it is of 8 bits, whether it ends a group."""
-    m, n, k = map(int, next(re.match(r"(\d+)x(\d+)x(\d+)", x).groups() for x in i.modifiers if re.match(r"\d+x\d+x", x)))
+    """Of a wgmma: FLOP in units of 16-bit products or, where it is of 8 bits, of such, bytes of operands in shared
+    memory, whether it is of 8 bits, whether it ends a group."""
+    m, n, k = map(
+        int, next(re.match(r"(\d+)x(\d+)x(\d+)", x).groups() for x in i.modifiers if re.match(r"\d+x\d+x", x))
+    )
     eight = i.opcode != "HGMMA"
     element = 1 if eight else _bits(i) // 8
     # the first source is a descriptor in uniform registers (gdesc), or a fragment in registers

@@ -9,21 +9,24 @@ afterwards: instructions of which ptxas makes exactly one each were executed as 
 from __future__ import annotations
 
 import bisect
-import itertools
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 from ..errors import SimError
 from .assembler import INSTRUCTION
 from .cubin import Code, Instruction
+from .instructions import PRODUCTS
 from .recorder import PtxBlock
 
 OFF = "off"  # in a path: an operation that the warp's predicate, or another elected lane, switched off
 _MOST_STEPS = 5_000_000
-# How many instructions the line of a barrier's instruction may be from that of its PTX: the line of its address or predicate.
+# How many instructions the line of a barrier's instruction may be from that of its PTX: the line of its address or
+# predicate.
 _DISTANCE = 5
+_BOTH = 2  # beside the outcome of a branch: other lanes went the other way
 _END = -1  # in the place of an instruction: the warp has ended
 _REACH = 12  # operations that ptxas moves over a branch, at most
 
@@ -33,8 +36,8 @@ _OPERATIONS = {
     "UTMASTG": "store", "UTMAREDG": "store", "UBLKRED": "store", "LDGSTS": "cp", "ARRIVES": "cp_arrive",
     "UCGABAR_ARV": "cluster", "UCGABAR_WAIT": "cluster",
 }  # fmt: skip
-# Of waits for groups (wgmma, bulk, cp.async) the SASS says all, and ptxas adds some (C7512): they are not sought. Nor is
-# cp.async, whose instructions ptxas reorders: each takes its line's next.
+# Of waits for groups (wgmma, bulk, cp.async) the SASS says all, and ptxas adds some (C7512): they are not sought. Nor
+# is cp.async, whose instructions ptxas reorders: each takes its line's next.
 _SOUGHT = {"try", "init", "mbar", "wgmma", "bar", "tma", "store", "cp_arrive", "cluster"}
 # PTX instructions of which ptxas makes one SASS instruction each: what their PTX line and the SASS opcode look like.
 ONE_TO_ONE = {
@@ -59,7 +62,7 @@ def operation_kind(i: Instruction) -> str | None:
         return _SYNCS.get(next((m for m in i.modifiers if m in _SYNCS), ""))
     if i.opcode == "UBLKCP" and i.modifiers[:2] == ["G", "S"]:
         return "store"
-    if i.opcode == "STAS" or i.opcode.startswith("BAR") and i.opcode != "BAR":
+    if i.opcode == "STAS" or (i.opcode.startswith("BAR") and i.opcode != "BAR"):
         return None
     return _OPERATIONS.get(i.opcode)
 
@@ -132,23 +135,39 @@ def _joined(units):
 
 
 @dataclass
+class _Place:
+    """What a place of a path knows of the way to it: how many outcomes of each line are used, where calls return to,
+    the open regions (BSSY) in which lanes may part, and of lanes that have parted where the others begin and in which
+    region."""
+
+    used: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    calls: list[int] = field(default_factory=list)
+    regions: int = 0
+    parted: list[tuple[int, int]] = field(default_factory=list)
+
+    def copy(self) -> _Place:
+        return _Place(defaultdict(int, self.used), list(self.calls), self.regions, list(self.parted))
+
+
+@dataclass
 class _Choice:
     """A branch where the other way can still be tried."""
 
     other: int
     operation: int
     length: int
-    used: dict[int, int]
-    calls: list[int]
+    place: _Place
 
 
 @dataclass
 class _Trace:
-    """What a warp did: operations with their places, and the outcomes of its branches by line."""
+    """What a warp did: operations with their places, the outcomes of its branches by line, and how often it executed
+    what ptxas makes one instruction each of, by line."""
 
     operations: list[tuple[int, Any]]
     places: list[int]
-    outcomes: dict[int, list[tuple[int, bool]]] = field(default_factory=lambda: defaultdict(list))
+    outcomes: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    anchors: Counter = field(default_factory=Counter)
 
 
 class PathFinder:
@@ -160,24 +179,30 @@ class PathFinder:
         self.targets = [branch_target(code, i) for i in self.instructions]
         self.branches = {b.last: n for n, b in enumerate(blocks) if b.term in ("cbr", "cret")}
         self.polarities: dict[int, bool | None] = {}
-        text = ptx.split("\n")
-        for number, line in enumerate(text, 1):
-            if "mbarrier.test_wait" in line:
-                raise PathNotFound(
-                    f"PTX line {number} polls an mbarrier (mbarrier.test_wait): how often it does depends on time, and the "
-                    "simulator's times are none"
-                )
+        text = self.text = ptx.split("\n")
+        used = {line for block in blocks for line in block.lines}
+        if polls := [n for n, line in enumerate(text, 1) if "mbarrier.test_wait" in line and n in used]:
+            raise PathNotFound(
+                f"PTX line {polls[0]} polls an mbarrier (mbarrier.test_wait): how often depends on time, which the "
+                "simulator does not know"
+            )
         # of each line, how many instructions there are up to it: lines of .loc and comments do not count
-        self.ranks = [0, *itertools.accumulate(INSTRUCTION.match(line.strip()) is not None for line in text)]
+        self.ranks = [0, *accumulate(INSTRUCTION.match(line.strip()) is not None for line in text)]
         self.one_to_one = []
         for pattern, (opcodes, modifier) in ONE_TO_ONE.items():
             lines = {n for n, line in enumerate(text, 1) if re.search(pattern, line)}
             if lines:
                 self.one_to_one.append((lines, re.compile(opcodes), modifier))
+        # Of those a path may not have more, nor fewer in the end; wgmma is sought anyway, and has another line.
+        self.anchors = [self._anchor(i) if i.predicate is None else 0 for i in self.instructions]
+        self.optional = [self._anchor(i) if i.predicate is not None else 0 for i in self.instructions]
+        lines = {*self.anchors, *self.optional} - {0}
+        self.anchored = [[line for line in block.lines if line in lines] for block in blocks]
 
     def find(self, trace: list[Any]) -> list[tuple[int, Any]]:
-        """(index of the SASS instruction, operation that it performs, ``OFF`` or None) along a warp's path. PathNotFound
-        if there is none, or if an instruction of which there is one for each in the PTX was executed more or less often."""
+        """(index of the SASS instruction, operation that it performs, ``OFF`` or None) along a warp's path.
+        PathNotFound if there is none, or none on which what ptxas makes one instruction each of is executed as often
+        as in the PTX."""
         trace = converged(trace)
         path = self._walk(self._read(trace))
         self._check(trace, path)
@@ -199,53 +224,92 @@ class PathFinder:
 
     def _read(self, trace):
         operations = [(n, e) for n, e in enumerate(trace) if not _is_block(e) and e[0] in _SOUGHT]
-        # a wait that gave up and began again is one
-        operations = [
-            o
-            for n, o in enumerate(operations)
-            if o[1][0] != "try" or n + 1 == len(operations) or o[1] != operations[n + 1][1]
-        ]
         read = _Trace(operations, [place for place, _ in operations])
+        for number, times in Counter(e if isinstance(e, int) else e[0] for e in trace if _is_block(e)).items():
+            for line in self.anchored[number]:
+                read.anchors[line] += times
         steps = [(n, e if isinstance(e, int) else e[0]) for n, e in enumerate(trace) if _is_block(e)]
-        for (place, number), (_, following) in zip(steps, steps[1:], strict=False):
+        parted = self._parted(trace)
+        for (place, number), (_, following) in pairwise(steps):
             block = self.blocks[number]
+            following, other = parted.get(place, (following, None))
             if block.term == "cbr":
                 taken = following == block.target and block.target != block.fall
-                read.outcomes[block.last].append((place, taken))
+                both = other in (block.target, block.fall) and other != following
+                read.outcomes[block.last].append((place, int(taken) | _BOTH * both))
             elif block.term == "cret":
                 read.outcomes[block.last].append((place, False))
         if steps and (block := self.blocks[steps[-1][1]]).term == "cret":
             read.outcomes[block.last].append((steps[-1][0], True))
         return read
 
+    def _parted(self, trace):
+        """Where the lanes of a warp parted, one part behind the other in the trace: place of a block -> (what follows
+        it, what follows it for the other lanes or None). Of the first part's last block it is what both come to."""
+        found = {}
+        steps = [(n, *((e, None) if isinstance(e, int) else e)) for n, e in enumerate(trace) if _is_block(e)]
+        k = 1
+        while k < len(steps):
+            end = k
+            while end < len(steps) and steps[end][2] is not None:
+                end += 1
+            masks = [mask for _, _, mask in steps[k:end]]
+            changes = [n for n in range(1, len(masks)) if masks[n] != masks[n - 1]]
+            if len(changes) == 1 and not masks[0] & masks[-1]:
+                first, second = steps[k][1], steps[k + changes[0]][1]
+                found[steps[k - 1][0]] = first, second
+                if end < len(steps):
+                    found[steps[k + changes[0] - 1][0]] = steps[end][1], None
+            k = end + 1
+        return found
+
     def _walk(self, trace: _Trace):
         operations = trace.operations
         path: list[tuple[int, Any]] = []
-        calls: list[int] = []
         choices: list[_Choice] = []
-        used: dict[int, int] = defaultdict(int)
-        failed: set[tuple[int, int]] = set()
-        furthest = (-1, 0)
+        place = _Place()
+        failed: set[tuple[int, int, int]] = set()
+        left, passed = Counter(trace.anchors), 0  # of the one-to-one instructions, by line; and how many are done
+        furthest, wrong = (-1, 0), 0
         n = p = 0
         for _ in range(_MOST_STEPS):
+            following = None
             if n == _END:
-                return path
-            following = self._step(n, p, trace, path, calls, used, choices) if n < len(self.instructions) else None
+                if not (seldom := self._missing(left, path)):
+                    return path
+                wrong, n = seldom, path[-1][0]
+            elif n < len(self.instructions):
+                following = self._step(n, p, trace, path, place, choices)
+                if following is not None and (line := self.anchors[n]):
+                    left[line] -= 1
+                    passed += 1
+                    if left[line] < 0:
+                        following, wrong = None, line
             if following is not None:
                 n, p = following
                 continue
             furthest = max(furthest, (p, n))
-            while choices and (choices[-1].other, choices[-1].operation) in failed:
-                choices.pop()
-            if not choices:
+            choice = None
+            while choices and choice is None:
+                choice = choices.pop()
+                for at, _ in path[choice.length :]:
+                    if line := self.anchors[at]:
+                        left[line] += 1
+                        passed -= 1
+                del path[choice.length :]
+                if (choice.other, choice.operation, passed) in failed:
+                    choice = None
+            if choice is None:
                 break
-            choice = choices.pop()
-            failed.add((choice.other, choice.operation))
-            del path[choice.length :]
-            used = defaultdict(int, choice.used)
-            calls[:] = choice.calls
+            failed.add((choice.other, choice.operation, passed))
+            place = choice.place
             n, p = choice.other, choice.operation
         p, n = furthest
+        if wrong and p == len(operations):
+            raise PathNotFound(
+                f"no path of a warp executes what PTX line {wrong} becomes {trace.anchors[wrong]} times, as the PTX "
+                f"did: {self.text[wrong - 1].strip()}"
+            )
         at = self.instructions[min(n, len(self.instructions) - 1)].source[:80]
         wanted = operations[p][1][:2] if p < len(operations) else "its end"
         raise PathNotFound(
@@ -253,8 +317,9 @@ class PathFinder:
             f"{len(operations)}"
         )
 
-    def _step(self, n, p, trace, path, calls, used, choices):
-        """Execute instruction n with p operations done: the next (n, p), (``_END``, p) at the end, None for a dead end."""
+    def _step(self, n, p, trace, path, place, choices):
+        """Execute instruction n with p operations done: the next (n, p), (``_END``, p) at the end, None for a dead
+        end."""
         i, kind = self.instructions[n], self.kinds[n]
         operations = trace.operations
         if kind in _SOUGHT:
@@ -262,33 +327,43 @@ class PathFinder:
                 path.append((n, operations[p][1]))
                 return n + 1, p + 1
             # under a predicate, or where another lane than this warp's is elected
-            if i.predicate is not None and kind != "wgmma" or kind in ("tma", "store", "init"):
+            if (i.predicate is not None and kind != "wgmma") or kind in ("tma", "store", "init"):
                 path.append((n, OFF))
                 return n + 1, p
             return None
         path.append((n, None))
-        if i.opcode == "EXIT" or (i.opcode == "RET" and not calls):
+        if i.opcode == "EXIT" or (i.opcode == "RET" and not place.calls):
+            if i.predicate is None and place.parted:
+                return place.parted.pop()[0], p
             if i.predicate is None:
                 return (_END, p) if p == len(operations) else None
             if p < len(operations):
                 return n + 1, p
-            ends = self._outcome(i.line, trace, p, used)
-            way, other = (n + 1, _END) if ends is False else (_END, n + 1)
-            choices.append(_Choice(other, p, len(path), dict(used), list(calls)))
+            ends = self._outcome(i.line, trace, p, place.used)
+            way, other = (_END, n + 1) if ends or ends is None else (n + 1, _END)
+            choices.append(_Choice(other, p, len(path), place.copy()))
             return way, p
+        if i.opcode == "BSSY":
+            place.regions += 1
+        if i.opcode == "BSYNC":
+            if place.parted and place.parted[-1][1] == place.regions:
+                return place.parted.pop()[0], p
+            place.regions = max(place.regions - 1, 0)
         target = self.targets[n]
         if i.opcode == "CALL" and not is_branch(i):
-            calls.append(n + 1)
+            place.calls.append(n + 1)
             return target, p
         if i.opcode == "RET":
-            return calls.pop(), p
+            return place.calls.pop(), p
         if not is_branch(i) or target < 0:
             return n + 1, p
         if not is_conditional(i):
             return (target, p) if target != n else None
-        taken = self._expected(n, trace, p, used)
-        way, other = (target, n + 1) if taken else (n + 1, target)
-        choices.append(_Choice(other, p, len(path), dict(used), list(calls)))
+        taken = self._expected(n, trace, p, place.used)
+        way, other = (target, n + 1) if taken & 1 else (n + 1, target)
+        choices.append(_Choice(other, p, len(path), place.copy()))
+        if taken & _BOTH:
+            place.parted.append((other, place.regions))
         return way, p
 
     def _performs(self, i, kind, operation):
@@ -303,15 +378,18 @@ class PathFinder:
         return True
 
     def _expected(self, n, trace: _Trace, p, used):
-        """Whether the trace has a branch taken at this place of the path."""
+        """Whether the trace has a branch taken at this place of the path, by the first lanes if with ``_BOTH``."""
         line = self.instructions[n].line
         if line not in self.branches or (polarity := self._polarity(n)) is None:
             return False
         outcome = self._outcome(line, trace, p, used)
-        return outcome is not None and outcome == polarity
+        if outcome is None:
+            return False
+        return int((outcome & 1) == polarity) | (outcome & _BOTH)
 
     def _outcome(self, line, trace: _Trace, p, used):
-        """What the conditional branch or exit of a PTX line did next; None if it does nothing more."""
+        """What the conditional branch or exit of a PTX line did next: 1 taken, 0 not, ``_BOTH`` beside if other lanes
+        went the other way; None if it does nothing more."""
         if line not in trace.outcomes:
             return None
         outcomes, places = trace.outcomes[line], trace.places
@@ -325,6 +403,20 @@ class PathFinder:
             return None
         used[line] = k + 1
         return outcomes[k][1]
+
+    def _missing(self, left, path):
+        """A line that a path executed too seldom, also if all that is predicated was on; 0 if there is none."""
+        if not any(left.values()):
+            return 0
+        perhaps = Counter(self.optional[n] for n, _ in path)
+        return next((line for line, times in left.items() if times > perhaps[line]), 0)
+
+    def _anchor(self, i):
+        """The line of an instruction of which there is one for each in the PTX; 0 for others."""
+        if i.opcode in PRODUCTS:
+            return 0
+        named = (x for x in self.one_to_one if i.line in x[0] and x[1].fullmatch(i.opcode))
+        return i.line if any(modifier is None or modifier in i.modifiers for _, _, modifier in named) else 0
 
     # ---- which way of a SASS branch is which of the PTX branch ------------------------------------------------------
     def _polarity(self, n):
@@ -386,14 +478,14 @@ class PathFinder:
                 for line in self.blocks[number].lines:
                     if line in lines:
                         wanted[line] += times
-            found = Counter()
+            found, perhaps = Counter(), Counter()  # without and with a predicate, which may have switched it off
             for n, times in executed.items():
                 i = self.instructions[n]
                 if opcodes.fullmatch(i.opcode) and (modifier is None or modifier in i.modifiers):
-                    found[i.line] += times
+                    (found if i.predicate is None else perhaps)[i.line] += times
             if opcodes.pattern.startswith("HGMMA"):  # it has the line of its descriptor
                 wanted, found = Counter({0: wanted.total()}), Counter({0: found.total()})
-            wrong = [line for line in wanted | found if wanted[line] != found[line]]
+            wrong = [x for x in wanted | found if not found[x] <= wanted[x] <= found[x] + perhaps[x]]
             if wrong:
                 line = min(wrong)
                 raise PathNotFound(

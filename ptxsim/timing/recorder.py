@@ -29,8 +29,8 @@ class PtxBlock:
 
 @dataclass
 class Recording:
-    """A launch. ``ctas[n][warp]`` is a warp's trace: numbers of blocks, a pair (block, mask of active lanes) where lanes
-    have parted, and operations ``(kind, PTX line, …)``:
+    """A launch. ``ctas[n][warp]`` is a warp's trace: numbers of blocks, a pair (block, mask of active lanes) where
+    lanes have parted, and operations ``(kind, PTX line, …)``:
 
     init [(mbarrier, count)], mbar operation [(mbarrier, count)], try mbarrier parity, bar waits barrier warps, cluster
     waits, tma bytes [(mbarrier, bytes)], store bytes reduces, cp bytes, cp_arrive [mbarrier] noinc, commit kind,
@@ -139,6 +139,13 @@ class Recorder(Observer):
         elif wait.why == "barrier.cluster.wait":
             self._add(wait.w, None, lambda j, lanes: ("cluster", line, True))
 
+    def wait_ends(self, wait, selected, failed):
+        if failed and wait.why == "mbarrier.try_wait":  # it begins again
+            for warp in wait.w[selected].tolist():
+                trace = self.traces[warp]
+                at = max(n for n, e in enumerate(trace) if not isinstance(e, int) and e[:2] == ("try", wait.block.line))
+                del trace[at]
+
     def bar_reached(self, w, cta, barrier, waits):
         line = self.wave.line
         for j, warp in enumerate(w.tolist()):
@@ -217,8 +224,8 @@ class Recorder(Observer):
 
 
 def bank_passes(index: np.ndarray, size: int) -> int:
-    """How often a warp's access of ``size`` bytes a lane goes through the 32 banks of 4 bytes: lanes go together as long
-    as they have 128 bytes, and for each bank as many times as there are words of it to read."""
+    """How often a warp's access of ``size`` bytes a lane goes through the 32 banks of 4 bytes: lanes go together as
+    long as they have 128 bytes, and for each bank as many times as there are words of it to read."""
     together = max(BANKS * 4 // max(size, 4), 1)
     passes = 0
     for first in range(0, len(index), together):

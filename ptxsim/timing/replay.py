@@ -27,16 +27,17 @@ from .recorder import Recording
 
 SOURCE = Path(__file__).with_name("engine.c")
 MOST_CYCLES = 20_000_000
-# Operations of the engine, in its order. A row is (instruction, operation, a, b, c); -1 as instruction: what the one before
-# does besides.
-(NONE, TRY, ARRIVE, INIT, BAR_SYNC, BAR_ARRIVE, WGMMA, WGMMA_WAIT, TMA_LOAD, TMA_TARGET, STORE, REDUCE, CP_ASYNC, CP_ARRIVE,
- COMMIT, GROUP_WAIT, CLUSTER_ARRIVE, CLUSTER_WAIT, DROP) = range(19)  # fmt: skip
+# Operations of the engine, in its order. A row is (instruction, operation, a, b, c); -1 as instruction: what the one
+# before does besides.
+(NONE, TRY, ARRIVE, INIT, BAR_SYNC, BAR_ARRIVE, WGMMA, WGMMA_WAIT, TMA_LOAD, TMA_TARGET, STORE, REDUCE, CP_ASYNC,
+ CP_ARRIVE, COMMIT, GROUP_WAIT, CLUSTER_ARRIVE, CLUSTER_WAIT, DROP) = range(19)  # fmt: skip
 REASONS = ("issuing", "stall counts", "scoreboards", "mbarriers", "named barriers", "wgmma", "pipes", "not selected",
            "wgmma queue", "register ports", "copies", "cluster")  # fmt: skip
 _PIPES = 10
 _SM_WARPS, _QUEUE = 64, 512  # engine.c: SM_WARPS, QUEUE
 _TARGET = re.compile(r"^\s*\.target\s+(sm_\w+)", re.M)
-# The engine's constants in its order: of a GPU by their names, l2 and l2_reductions as bytes a cycle of the SMs simulated.
+# The engine's constants in its order: of a GPU by their names, l2 and l2_reductions as bytes a cycle of the SMs
+# simulated.
 _CONSTANTS = ("try_wait", "wake", "arrive", "remote_arrive", "bar", "cluster_barrier", "branch", "wgmma_issue",
               "wgmma_tail", "wgmma_least", "wgmma_queue", "tensor_flops", "shared_bytes", "tma_setup", "tma_latency",
               "tma_interval", "tma_bytes", "store_latency", "global_latency", "cta_start", "register_ports",
@@ -56,10 +57,10 @@ class SmUse:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay found: cycles of all, start and end of each CTA, for each warp its end and the cycles spent for each of
-    ``REASONS`` [warps, reasons], the use of each SM, the SM of each CTA; ``marks``: of each product (wgmma) its warpgroup,
-    start, end, and whether it ends a group; ``issued``, ``waited``: when each row was issued, and for which of ``REASONS`` it
-    waited longest, if asked for."""
+    """What a replay found: cycles of all, start and end of each CTA, for each warp its end and the cycles spent for
+    each of ``REASONS`` [warps, reasons], the use of each SM, the SM of each CTA; ``marks``: of each product (wgmma)
+    its warpgroup, start, end, and whether it ends a group; ``issued``, ``waited``: when each row was issued, and for
+    which of ``REASONS`` it waited longest, if asked for."""
 
     cycles: int
     cta_times: np.ndarray
@@ -114,7 +115,11 @@ class TimedLaunch:
         """The launch with these of its CTAs alone, whole clusters in their order; SimError for others."""
         warps, size = self.warps_per_cta, self.cluster_size
         firsts = list(ctas[::size])
-        if not firsts or [first + k for first in firsts for k in range(size)] != list(ctas) or any(f % size for f in firsts):
+        if (
+            not firsts
+            or [first + k for first in firsts for k in range(size)] != list(ctas)
+            or any(f % size for f in firsts)
+        ):
             raise SimError(f"CTAs {list(ctas)[:8]} are no clusters of {size}")
         if not 0 <= min(ctas) <= max(ctas) < self.ctas or len(set(ctas)) != len(ctas):
             raise SimError(f"CTAs {list(ctas)[:8]}: each once, of {self.ctas}")
@@ -149,7 +154,7 @@ class TimedLaunch:
             return [(WGMMA_WAIT, int(i.operands[1], 0), 0, 0)]
         if i.opcode in ("UTMACMDFLUSH", "LDGDEPBAR"):
             return [(COMMIT, 0, 0, 0)]
-        if i.opcode == "DEPBAR" and len(i.operands) > 1:
+        if i.opcode == "DEPBAR" and i.operands[0] == "SB0" and len(i.operands) > 1:  # that of the groups of copies
             return [(GROUP_WAIT, int(i.operands[1], 0), 0, 0)]
         if operation is None or operation == OFF:
             return []
@@ -173,7 +178,9 @@ class TimedLaunch:
             return [(REDUCE if operation[3] else STORE, operation[2], 0, 0)]
         if kind == "cp":
             return [(CP_ASYNC, operation[2], 0, 0)]
-        return [(CP_ARRIVE, self._bar(index), n, 0 if operation[3] else n) for index, n in Counter(operation[2]).items()]
+        return [
+            (CP_ARRIVE, self._bar(index), n, 0 if operation[3] else n) for index, n in Counter(operation[2]).items()
+        ]
 
     def _changes(self, what, lanes):
         """Arrivals and bytes expected or completed, of a warp's lanes."""
@@ -186,8 +193,8 @@ class TimedLaunch:
 
     @functools.cached_property
     def _kinds(self) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Instructions that cost the same: one of each kind, the kind of each instruction, and what does not depend on a
-        GPU (stall count, scoreboards, whether it branches, registers read)."""
+        """Instructions that cost the same: one of each kind, the kind of each instruction, and what does not depend on
+        a GPU (stall count, scoreboards, whether it branches, registers read)."""
         first: dict[tuple, int] = {}
         reads = register_reads(self.code)
         kinds, fixed = [], []
@@ -213,8 +220,9 @@ class TimedLaunch:
         )
 
     def replay(self, gpu: Gpu, sms: int = 1, residency: int = 1, times: bool = False) -> Replay:
-        """Replay all CTAs on ``sms`` SMs with their share of the L2's rate, ``residency`` CTAs at once on each; those that
-        find no room begin when others end, in order. ``times``: also when each row was issued, and what it waited for."""
+        """Replay all CTAs on ``sms`` SMs with their share of the L2's rate, ``residency`` CTAs at once on each; those
+        that find no room begin when others end, in order. ``times``: also when each row was issued, and what it waited
+        for."""
         ctas, warps, size = self.ctas, self.warps_per_cta, self.cluster_size
         self._check(gpu, sms, residency)
         table = self.instruction_table(gpu)
@@ -244,11 +252,15 @@ class TimedLaunch:
 
     def _check(self, gpu, sms, residency):
         if sms < 1 or sms % self.cluster_size or sms > gpu.sms:
-            raise SimError(f"{sms} SMs: clusters of {self.cluster_size} CTAs on at most the {gpu.sms:.0f} SMs of {gpu.name}")
+            raise SimError(
+                f"{sms} SMs: clusters of {self.cluster_size} CTAs on at most the {gpu.sms:.0f} SMs of {gpu.name}"
+            )
         if residency < 1 or residency * self.warps_per_cta > _SM_WARPS:
             raise SimError(f"{residency} CTAs of {self.warps_per_cta} warps at once: an SM holds {_SM_WARPS} warps")
         if residency * -(-self.warps_per_cta // 4) * gpu.wgmma_queue > _QUEUE:
-            raise SimError(f"wgmma_queue = {gpu.wgmma_queue:g} of {gpu.name}: at most {_QUEUE} products may wait for an SM")
+            raise SimError(
+                f"wgmma_queue = {gpu.wgmma_queue:g} of {gpu.name}: at most {_QUEUE} products may wait for an SM"
+            )
         if _number(gpu.arch) != self.arch:
             raise SimError(f"{gpu.name} ({gpu.arch}) does not run machine code of sm_{self.arch}")
 
@@ -281,5 +293,3 @@ def _engine():
     library = ctypes.CDLL(str(compiled(SOURCE, "engine.so", ["-O2"], "the timing engine")))
     library.ptxsim_replay.restype = ctypes.c_int
     return library
-
-

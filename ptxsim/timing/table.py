@@ -11,7 +11,8 @@ _SHOWN = 4  # reasons, the largest first
 
 
 def replay_whole(launch: TimedLaunch, gpu: Gpu, most_sms: int, times: bool) -> tuple[Replay, str]:
-    """A launch on as many SMs as it has CTAs, at most ``most_sms`` and at least one cluster's, and what they are called."""
+    """A launch on as many SMs as it has CTAs, at most ``most_sms`` and at least one cluster's, and what they are
+    called."""
     size = launch.cluster_size
     sms = max(min(launch.ctas, most_sms) // size, 1) * size
     residency = ctas_an_sm(launch)

@@ -1,7 +1,7 @@
 """Replays in the Chrome trace event format, which Perfetto (ui.perfetto.dev) opens; 1 µs is a cycle of the SMs' clock.
 
-* a process for each CTA of each launch, in it a track for each warp: spans where it waited, named by what for and by the
-  instruction that could not be issued, instants for barriers, copies and products;
+* a process for each CTA of each launch, in it a track for each warp: spans where it waited, named by what for and by
+  the instruction that could not be issued, instants for barriers, copies and products;
 * a process for the tensor cores of each launch, in it a track for each SM: a span for each product (wgmma).
 
 PTX line, PTX and source line of an instruction are its arguments.
@@ -40,7 +40,9 @@ class Timeline:
         for cta in range(launch.ctas):
             process = self._process(f"{name} CTA {cta} on SM {replay.cta_sms[cta]}")
             for warp in range(launch.warps_per_cta):
-                self._warp(launch, replay, cta * launch.warps_per_cta + warp, process, self._track(process, f"warp {warp}"))
+                self._warp(
+                    launch, replay, cta * launch.warps_per_cta + warp, process, self._track(process, f"warp {warp}")
+                )
         if len(replay.marks):
             self._tensor_cores(launch, replay, self._process(f"{name} tensor cores"))
         self.origin += replay.cycles + _PAUSE
@@ -49,7 +51,10 @@ class Timeline:
     def write(self) -> None:
         """Write what there is as JSON, in the order of time."""
         events = sorted(self.events, key=lambda event: event.get("ts", -1))
-        whole = {"traceEvents": events, "otherData": {"time": "cycles of the SMs' clock, 1 cycle = 1 µs", "by": "ptxsim"}}
+        whole = {
+            "traceEvents": events,
+            "otherData": {"time": "cycles of the SMs' clock, 1 cycle = 1 µs", "by": "ptxsim"},
+        }
         self.path.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
 
     def _process(self, name):
@@ -96,5 +101,6 @@ class Timeline:
             sm = int(replay.cta_sms[cta])
             if sm not in tracks:
                 tracks[sm] = self._track(process, f"SM {sm}")
+            name = f"wgmma of CTA {cta} warpgroup {inside}"
             self.events.append({"ph": "X", "pid": process, "tid": tracks[sm], "ts": self.origin + start,
-                                "dur": max(end - start, 1), "name": f"wgmma of CTA {cta} warpgroup {inside}"})  # fmt: skip
+                                "dur": max(end - start, 1), "name": name})  # fmt: skip

@@ -101,7 +101,8 @@ def test_a_round_trip_over_two_mbarriers():
 def test_a_wait_that_is_over_takes_try_wait():
     """The barrier's phase −1 counts as complete: warp 0 waits for it ten times, each before its next."""
     body = f"""{BARS} mov.u32 %r1, full; setp.eq.u32 %p1, %t, 0; @!%p1 bra READY; mbarrier.init.shared.b64 [%r1], 1;
-    READY: bar.sync 0; {"".join(f"W{n}: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], 1; @!%p3 bra W{n};" for n in range(10))}
+    READY: bar.sync 0;
+    {"".join(f"W{n}: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], 1; @!%p3 bra W{n};" for n in range(10))}
     {STORE}"""
     launch = timed(body, [], OUT)
     times, _ = turns(launch, H100, 0, TRY)
@@ -110,16 +111,32 @@ def test_a_wait_that_is_over_takes_try_wait():
     assert slope(launch, 0, TRY, "wake") == {0}
 
 
+def test_the_same_wait_several_times():
+    """The same phase in a loop: each is a wait of its own. In an adversarial order waits give up, and begin again."""
+    body = f"""{BARS} mov.u32 %r1, full; ld.global.u32 %r9, [%in0]; setp.eq.u32 %p1, %t, 0; @!%p1 bra READY;
+    mbarrier.init.shared.b64 [%r1], 1; READY: bar.sync 0; mov.u32 %r8, 0;
+    W: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], 1; @!%p3 bra W; add.u32 %r8, %r8, 1; setp.lt.u32 %p4, %r8, %r9;
+    @%p4 bra W;
+    {STORE}"""
+    launch = timed(body, [np.array([7], np.uint32)], OUT)
+    assert len(turns(launch, H100, 0, TRY)[0]) == 7 - 1 - 3
+    plain, *others = (timed(ring(6), [], OUT, threads=64, seed=seed) for seed in (None, 4, 9))
+    assert all((plain.rows == other.rows).all() for other in others)
+
+
 def test_a_phase_waits_for_all_arrivals():
     """32 lanes arrive, each once, in one instruction; a barrier that expects 33 of them waits for the other warp."""
     body = f"""{BARS} mov.u32 %r1, full; setp.eq.u32 %p1, %t, 0; @!%p1 bra READY; mbarrier.init.shared.b64 [%r1], COUNT;
     READY: bar.sync 0; setp.ge.u32 %p2, %t, 32; @%p2 bra OTHER; mbarrier.arrive.shared.b64 _, [%r1];
     W: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], 0; @!%p3 bra W; bra DONE;
-    OTHER: setp.ne.u32 %p4, %t, 32; cvt.rn.f32.u32 %f1, %t; {"ex2.approx.ftz.f32 %f1, %f1;" * 50} setp.neu.f32 %p6, %f1, 0f00000000;
+    OTHER: setp.ne.u32 %p4, %t, 32; cvt.rn.f32.u32 %f1, %t;
+    {"ex2.approx.ftz.f32 %f1, %f1;" * 50} setp.neu.f32 %p6, %f1, 0f00000000;
     @%p4 bra DONE; ARRIVE
     DONE: {STORE} st.global.f32 [%rd1+4096], %f1;"""
     one = timed(body.replace("COUNT", "32").replace("ARRIVE", ""), [], OUT, threads=64).replay(H100)
-    two = timed(body.replace("COUNT", "33").replace("ARRIVE", "@%p6 mbarrier.arrive.shared.b64 _, [%r1];"), [], OUT, threads=64)
+    two = timed(
+        body.replace("COUNT", "33").replace("ARRIVE", "@%p6 mbarrier.arrive.shared.b64 _, [%r1];"), [], OUT, threads=64
+    )
     two = two.replay(H100)
     assert one.ends[0] < one.ends[1] - 500 and abs(two.ends[0] - two.ends[1]) < 200
 
@@ -129,8 +146,13 @@ def test_who_drops_out_is_not_waited_for():
     body = f"""{BARS} mov.u32 %r1, full; setp.eq.u32 %p1, %t, 0; @!%p1 bra READY; mbarrier.init.shared.b64 [%r1], 2;
     READY: bar.sync 0; setp.eq.u32 %p2, %t, 32; @%p2 mbarrier.arrive_drop.shared.b64 _, [%r1];
     setp.ge.u32 %p2, %t, 32; @%p2 bra DONE;
-    {"".join(f"@%p1 mbarrier.arrive.shared.b64 _, [%r1]; W{n}: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], {n % 2}; @!%p3 bra W{n};"
-             for n in range(4))} DONE: {STORE}"""
+    {
+        "".join(
+            f"@%p1 mbarrier.arrive.shared.b64 _, [%r1];"
+            f"W{n}: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], {n % 2}; @!%p3 bra W{n};"
+            for n in range(4)
+        )
+    } DONE: {STORE}"""
     replay = timed(body, [], OUT, threads=64).replay(H100)
     assert replay.cycles < 2000
 
@@ -168,8 +190,10 @@ def test_arrivals_at_another_cta():
         f"W{n}: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], {n % 2}; @!%p3 bra W{n};"
         for n in range(10)
     )
-    body = f"""{BARS} mov.u32 %r1, full; mov.u32 %r5, %cluster_ctarank; xor.b32 %r5, %r5, 1; mapa.shared::cluster.u32 %r4, %r1, %r5;
-    setp.eq.u32 %p1, %t, 0; @!%p1 bra READY; mbarrier.init.shared.b64 [%r1], 1; READY: {CLUSTER} {steps} {CLUSTER} {STORE}"""
+    body = f"""{BARS} mov.u32 %r1, full; mov.u32 %r5, %cluster_ctarank; xor.b32 %r5, %r5, 1;
+    mapa.shared::cluster.u32 %r4, %r1, %r5;
+    setp.eq.u32 %p1, %t, 0; @!%p1 bra READY; mbarrier.init.shared.b64 [%r1], 1;
+    READY: {CLUSTER} {steps} {CLUSTER} {STORE}"""
     launch = timed(body, [], OUT, grid=2, cluster=2)
     times, _ = turns(launch, H100, 0, TRY, sms=2)
     hop = H100.remote_arrive + H100.wake

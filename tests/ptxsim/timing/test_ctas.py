@@ -39,7 +39,9 @@ def test_the_next_cta_takes_the_place_that_is_free():
     """Five CTAs on two SMs with two places each: four at once, on both SMs, then the fifth."""
     launch = timed(LATENCY, [], OUT, threads=128, grid=5)
     found = launch.replay(H100, sms=2, residency=2)
-    assert (found.cta_times[:4, 0] == 0).all() and found.cta_times[4, 0] == found.cta_times[:4, 1].min() + 1 + H100.cta_start
+    assert (found.cta_times[:4, 0] == 0).all() and found.cta_times[4, 0] == found.cta_times[
+        :4, 1
+    ].min() + 1 + H100.cta_start
     assert [sm.instructions for sm in launch.only([0, 1]).replay(H100, sms=2, residency=2).sms] == [
         4 * len(launch.rows) // 20] * 2  # fmt: skip
 
@@ -80,7 +82,7 @@ def test_a_cluster_of_four_and_parts_of_a_launch():
     after = launch.replay(H100, sms=4).cta_times  # the second cluster begins when the first has ended
     assert (after[4:, 0] == after[:4, 1].max() + 1 + H100.cta_start).all()
     for ctas in ([0, 1], [4, 5, 6, 8], [1, 2, 3, 4], [], [0, 1, 2, 3, 0, 1, 2, 3], [8, 9, 10, 11]):
-        with pytest.raises(SimError, match="clusters of 4|each once"):
+        with pytest.raises(SimError, match=r"clusters of 4|each once"):
             launch.only(ctas)
 
 
@@ -105,6 +107,33 @@ def test_another_gpus_machine_code():
         timed("bar.sync 0;", [], OUT).replay(A100)
     with pytest.raises(SimError, match="wgmma_queue = 1000 of H100"):
         timed("bar.sync 0;", [], OUT).replay(H100.with_values(wgmma_queue=1000))
+
+
+def test_skipped_cycles_change_nothing(tmp_path, monkeypatch):
+    """The engine against itself, looking at every cycle of every SM and asking every warp."""
+    text = replay.SOURCE.read_text()
+    patient = tmp_path / "engine.c"
+    for skips, does_not in (
+        ("if (next < sm->wake) sm->wake = next;", "sm->wake = now + 1;"),
+        ("if (w->until > now && w->until < NEVER) {", "if (0) {"),
+    ):
+        assert skips in text
+        text = text.replace(skips, does_not)
+    patient.write_text(text)
+    cluster = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+    launch = timed(cluster + THROUGHPUT + cluster + "bar.sync 0;", [], OUT, threads=128, grid=12, cluster=2)
+    gpus = [H100, H100.rival("slots", 128), H100.with_values(cluster_barrier=0, bar=0), H100.sample(1), H100.sample(2)]
+    options = [dict(sms=2), dict(sms=4, residency=2)]
+    found = []
+    for source in (replay.SOURCE, patient):
+        monkeypatch.setattr(replay, "SOURCE", source)
+        replay._engine.cache_clear()
+        found.append([launch.replay(gpu, times=True, **some) for gpu in gpus for some in options])
+    replay._engine.cache_clear()
+    for a, b in zip(*found, strict=True):
+        assert (
+            a.cycles == b.cycles and a.sms == b.sms and (a.reasons == b.reasons).all() and (a.issued == b.issued).all()
+        )
 
 
 def test_a_barrier_that_never_completes():

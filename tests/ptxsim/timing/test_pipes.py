@@ -7,8 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from ptxsim.timing.assembler import find_ptxas
+from ptxsim.timing.cubin import parse_listing, run_ptxas
+from ptxsim.timing.instructions import register_reads
 from ptxsim.timing.recorder import bank_passes
-from tests.testing.timed import A100, H100, chains, gaps, issued, timed
+from ptxsim.timing.replay import TimedLaunch
+from tests.testing import ptx
+from tests.testing.timed import A100, H100, chains, gaps, issued, recorded, timed
 
 OUT = [np.zeros(2048, np.float32)]
 NO_PORTS = H100.with_values(register_ports=0)
@@ -27,6 +32,16 @@ def stream(launch, gpu, warps, opcode):
 def test_a_chain_of_ffma_takes_the_compilers_stall_counts():
     launch = timed(chains(FMA, 1, 64), [], OUT)
     assert gaps(launch, H100, "FFMA") == [4] * 63
+
+
+@pytest.mark.parametrize(("gpu", "target"), [(A100, "sm_80"), (H100, "sm_90a")])
+def test_the_compiler_of_cuda_13(monkeypatch, gpu, target):
+    """PTX 9.4 is that of another ptxas; the chain is the same, and its machine code is read as well."""
+    monkeypatch.setattr(ptx, "HEADER", ptx.HEADER.replace("8.8", "9.4"))
+    recording = recorded(chains(FMA, 1, 16), [], OUT, target=target)
+    made = run_ptxas(find_ptxas(recording.ptx), recording.ptx)
+    launch = TimedLaunch(recording, made)
+    assert 8 <= launch.registers <= 16 and gaps(launch, gpu, "FFMA")[-14:] == [4] * 14
 
 
 @pytest.mark.parametrize(("gpu", "target", "interval"), [(NO_PORTS, "sm_90a", 1), (A100, "sm_80", 2)])
@@ -53,8 +68,8 @@ def test_the_quarters_issue_one_instruction_a_cycle():
 
 def test_register_ports_bind_what_reads_three_registers():
     """3 registers at 2 a cycle and quarter: 1.5 cycles an instruction."""
-    body = chains("fma.rn.f32 {d}, %f5{k}, %f6{k}, {d};", 8, 32,
-                  start="".join(f"add.f32 %f{n}{k}, %f1, 0f3F{n}{k}0000;" for n in (5, 6) for k in range(8)))  # fmt: skip
+    start = "".join(f"add.f32 %f{n}{k}, %f1, 0f3F{n}{k}0000;" for n in (5, 6) for k in range(8))
+    body = chains("fma.rn.f32 {d}, %f5{k}, %f6{k}, {d};", 8, 32, start=start)
     launch = timed(body, [], OUT, threads=256)
     cycles, count = stream(launch, H100.with_values(register_ports=2), 8, "FFMA")
     reads = sum(cost for cost, row in zip(reads_of(launch, "FFMA"), range(count // 8), strict=True)) / (count // 8)
@@ -68,6 +83,16 @@ def test_register_ports_bind_what_reads_three_registers():
 def reads_of(launch, opcode):
     table = launch.instruction_table(H100)
     return [int(row[9]) for row, i in zip(table, launch.code.instructions, strict=True) if i.opcode == opcode]
+
+
+def test_the_reuse_cache_saves_reads():
+    """Of the operand in the same place of the instruction before, where that has .reuse."""
+    instructions = ["FFMA R0, R1.reuse, R2, R3", "FFMA R4, R1, R5, R6", "FFMA R7, R1, R5, R6", "FADD R7, R5, R1",
+                    "STS.128 [R1], R8", "MUFU.EX2 R3, R4", "HGMMA.64x8x16.F32 R24, R4, gdesc[UR4], R24"]  # fmt: skip
+    listing = "\n.target sm_90\n//--------------------- .text.kernel ----------\n"
+    listing += "".join(f"/*{16 * n:04x}*/ {text} ; /* 0x0 */\n" for n, text in enumerate(instructions))
+    code = parse_listing(listing)[1]["kernel"]
+    assert register_reads(code) == [3, 2, 3, 2, 5, 1, 0]
 
 
 @pytest.mark.parametrize(("lanes", "interval"), [(4, 8), (8, 4)])
@@ -85,13 +110,11 @@ def test_a_dependent_ex2_waits_for_the_latency():
     assert set(gaps(launch, H100.with_values(mufu_latency=40), "MUFU.EX2")) == {40}
 
 
-def mma(d, count):
-    return "".join(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{0}}}, {{%r1,%r2,%r3,%r4}}, {{%r5,%r6}}, {{{0}}};".format(
-            ", ".join(f"%f{10 + 4 * k + n}" for n in range(4))
-        )
-        for k in range(count)
-    ) * d  # fmt: skip
+def mma(steps, count):
+    """``steps`` products on each of ``count`` accumulators."""
+    registers = [", ".join(f"%f{n}" for n in range(k, k + 4)) for k in range(10, 10 + 4 * count, 4)]
+    product = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{0}}}, {{%r1,%r2,%r3,%r4}}, {{%r5,%r6}}, {{{0}}};"
+    return "".join(product.format(r) for r in registers) * steps
 
 
 def mma_stream(count, steps):
@@ -134,6 +157,7 @@ LANES = np.arange(32)
         (144 * LANES, 16, 4),
         (128 * LANES[:8] ^ 16 * LANES[:8], 16, 1),  # ldmatrix.x1 of a swizzled tile
         (128 * LANES[:8], 16, 8),
+        (128 * LANES + 16 * (LANES // 8), 16, 32),  # each eight lanes meet, though not with the others
         (4 * LANES[:1], 4, 1),
         (4 * LANES[:0], 4, 1),  # no lane is active
     ],
@@ -145,8 +169,9 @@ def test_bank_passes(index, size, passes):
 def ldmatrix(address):
     """Eight ldmatrix.x4, of 4 KB each."""
     loads = "".join(
-        f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{', '.join(f'%r{10 + 4 * k + n}' for n in range(4))}}}, [%r1+{4096 * k}];"
-        for k in range(8)
+        f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{', '.join(f'%r{n}' for n in range(k, k + 4))}}}, "
+        f"[%r1+{1024 * (k - 10)}];"
+        for k in range(10, 42, 4)
     )
     return f""".shared .align 128 .b8 buf[32768]; mov.u32 %r3, buf; and.b32 %r2, %t, 31; mov.u32 %r9, 0;
     mad.lo.u32 %r4, %t, 4, %r3; {"".join(f"st.shared.u32 [%r4+{512 * k}], %t;" for k in range(64))}

@@ -24,7 +24,8 @@ def products(n, per_group, groups, wait, *, threads=128, shape="k16.f32.bf16.bf1
     product = f"wgmma.mma_async.sync.aligned.m64n{n}{shape} {{{registers}}}, %rd3, %rd4, %p1, 1, 1{transposes};"
     group = product * per_group + f"wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned {wait};"
     body = f"""mov.u64 %rd3, {descriptor(1024)}; mov.u64 %rd4, {descriptor(1024 + 8192)}; mov.u32 %r50, buffer;
-    {"".join(f"mov.f32 %f{j}, 0f00000000;" for j in range(n // 2))} mad.lo.u32 %r50, %t, 4, %r50; setp.ge.u32 %p2, %t, 128;
+    {"".join(f"mov.f32 %f{j}, 0f00000000;" for j in range(n // 2))} mad.lo.u32 %r50, %t, 4, %r50;
+    setp.ge.u32 %p2, %t, 128;
     @%p2 bra WRITTEN; {"".join(f"st.shared.u32 [%r50+{512 * j}], 0;" for j in range(96))}
     WRITTEN: fence.proxy.async.shared::cta; bar.sync 0; setp.eq.u32 %p1, %t, %t; wgmma.fence.sync.aligned;
     {group * groups} wgmma.wait_group.sync.aligned 0; mad.wide.u32 %rd9, %t, 4, %out0;

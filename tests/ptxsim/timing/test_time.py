@@ -9,9 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from ptxsim.report.cli import main
+from ptxsim.timing import assembler
 from ptxsim.timing.replay import REASONS
 from tests.testing import perfetto
 from tests.testing.commands import neighbour, run_ptxsim
+from tests.testing.traces import check_trace
 
 
 def rows(output):
@@ -30,7 +32,9 @@ def rows(output):
 def softmax(tmp_path_factory):
     """quack's softmax and its backward: rows of the table, and the trace."""
     path = tmp_path_factory.mktemp("time") / "softmax.json"
-    code, output = run_ptxsim("time", "examples/quack_softmax.py", "--arch", "sm_90a", "--gpu", "h100", "--trace", str(path))
+    code, output = run_ptxsim(
+        "time", "examples/quack_softmax.py", "--arch", "sm_90a", "--gpu", "h100", "--trace", str(path)
+    )
     assert code == 0, output
     assert "softmax of (8, 1000) on cuda:0" in output and "H100 SXM5 80GB at" in output
     return rows(output), path
@@ -64,10 +68,10 @@ def test_the_trace(softmax):
         assert any(name.startswith("copies: DEPBAR") for name, *_ in spans)
         ends.append(max(end for *_, end in spans))
     first, second = (int(row[3].replace(",", "")) for row in table)
-    assert first > max(ends[:2]) > 0.9 * first and second > max(ends[2:]) - first - 1000 > 0.9 * second
+    assert first > max(ends[:2]) > 0.9 * first and second > max(ends[2:]) - first - 1000 > 0.8 * second
     events = json.loads(path.read_text("utf-8"))["traceEvents"]
     copy = next(event["args"] for event in events if event["ph"] == "i" and event["name"].startswith("LDGSTS"))
-    assert copy["PTX"].startswith("cp.async.") and copy["SASS"].startswith("LDGSTS") and copy["PTX line"] > 0
+    assert copy["PTX"].startswith("cp.async.") and "LDGSTS" in copy["SASS"] and copy["PTX line"] > 0
     assert ".py:" in copy["source"]
 
 
@@ -77,7 +81,7 @@ def test_tensor_cores_have_a_track(tmp_path):
     code, output = run_ptxsim("time", "examples/fa3_forward.py", *options, "--trace", str(path))
     assert code == 0, output
     found = rows(output)
-    whole = perfetto.opened(path)
+    whole = check_trace(path)
     (pid,) = (pid for pid, name in whole.processes.items() if "tensor cores" in name)
     ((name, track),) = whole.tracks[pid].items()
     assert name == "SM 0" and {span[0] for span in track.spans} == {f"wgmma of CTA 0 warpgroup {n}" for n in (1, 2)}
@@ -85,10 +89,24 @@ def test_tensor_cores_have_a_track(tmp_path):
     assert f"{busy:.0%}" == found[0][5]
 
 
-def test_what_cannot_be_timed(tmp_path):
-    script = tmp_path / "neighbour.py"
+@pytest.mark.parametrize(
+    ("gpu", "message"),
+    [
+        ("h900", "no constants of the GPU 'h900': one of a100"),
+        ("a100", "A100 SXM4 80GB runs machine code of sm_80, not of sm_90a"),
+    ],
+)
+def test_what_cannot_be_timed(tmp_path, gpu, message):
+    script = tmp_path / "script.py"
+    script.write_text("raise AssertionError")
+    result = CliRunner().invoke(main, ["time", str(script), "--arch", "sm_90a", "--gpu", gpu])
+    assert result.exit_code == 2 and message in " ".join(result.output.replace("│", "").split())
+
+
+def test_machine_code_that_differs(tmp_path, monkeypatch):
+    """The reason is told, and that nothing was timed by the exit code."""
+    monkeypatch.setattr(assembler, "_code", lambda cubin: id(cubin))
+    script = tmp_path / "script.py"
     script.write_text(neighbour("cute.arch.barrier()"))
-    code, output = run_ptxsim("time", script, "--arch", "sm_90a", "--gpu", "a100")
-    assert code == 2 and "A100 SXM4 80GB (sm_80) does not run machine code of sm_90" in output
-    result = CliRunner().invoke(main, ["time", str(script), "--arch", "sm_90a", "--gpu", "h900"])
-    assert result.exit_code == 2 and "no constants of the GPU 'h900': one of" in " ".join(result.output.split())
+    result = CliRunner().invoke(main, ["time", str(script), "--arch", "sm_90a", "--gpu", "h100"])
+    assert result.exit_code == 2 and "CodeDiffers: " in result.output and "other machine code" in result.output
