@@ -30,8 +30,8 @@ class _Key(click.ParamType):
     def convert(self, value: str, param, context) -> tuple:
         found = _KEY.fullmatch(value)
         if not found:
-            self.fail(f"{value!r}: DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN, such as fwd:128:causal:4096; MASK is full, causal, or "
-                      "windowN for N keys to the left and none to the right", param, context)  # fmt: skip
+            self.fail(f"{value!r}: DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN, such as fwd:128:causal:4096; MASK is full, "
+                      "causal, or windowN for N keys to the left and none to the right", param, context)  # fmt: skip
         direction, d, dv, mask, window, seqlen = found.groups()
         return Direction(direction), int(d), int(dv or d), mask != "full", int(window) if window else None, int(seqlen)
 
@@ -47,23 +47,33 @@ def _errors():
 @click.command()
 @click.argument("keys", nargs=-1, type=_Key(), metavar="[KEY]...")
 @click.option("--gpu", default="h100", show_default=True, help=f"{', '.join(gpus.known())}, or a TOML file.")
-@click.option("--kernel", "names", multiple=True, type=click.Choice(["ours", "fa4"]), default=["ours"], show_default=True)
-@click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Of our kernel's config; ranked beside the chosen.")
+@click.option(
+    "--kernel", "names", multiple=True, type=click.Choice(["ours", "fa4"]), default=["ours"], show_default=True
+)
+@click.option(
+    "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Of our kernel's config; ranked beside the chosen."
+)
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True)
 @click.option("--heads", default="16", show_default=True, metavar="H[,HKV]")
 @click.option("--tokens", type=click.IntRange(1), help="Of the batch.  [default: 16384, or a sequence]")
 @click.option("--ensemble", type=click.IntRange(1), default=12, show_default=True, help="Draws of the constants.")
 @click.option("--search", is_flag=True, help="Every config of our kernel that fits, ranked beside the chosen one.")
-@click.option("--cubin", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Machine code that has to be the one timed.")
+@click.option(
+    "--cubin",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Machine code that has to be the one timed.",
+)
 @click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), help="Write a timeline for Perfetto.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print Markdown instead of a terminal table.")
-@click.option("--validate", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Published rows to predict.")
-def predict(keys, gpu: str, names: tuple[str, ...], changes: tuple[str, ...], dtype: str, heads: str, tokens: int | None,
-            ensemble: int, search: bool, cubin: Path | None, trace: Path | None, as_json: bool, markdown: bool,
-            validate: Path | None) -> None:  # fmt: skip
-    """Predict times without a GPU: kernels are simulated on a few tiles, their machine code is replayed cycle by cycle with
-    a GPU's constants, and tiles are composed to the whole problem. docs/timing.md says how far that is to be trusted.
+@click.option(
+    "--validate", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Published rows to predict."
+)
+def predict(keys, gpu: str, names: tuple[str, ...], changes: tuple[str, ...], dtype: str, heads: str,
+            tokens: int | None, ensemble: int, search: bool, cubin: Path | None, trace: Path | None, as_json: bool,
+            markdown: bool, validate: Path | None) -> None:  # fmt: skip
+    """Predict times without a GPU: kernels are simulated on a few tiles, their machine code is replayed cycle by cycle
+    with a GPU's constants, and tiles are composed to the whole problem. docs/timing.md says how far to trust that.
 
     KEY is DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN, such as fwd:128:causal:4096 or bwd:64:window128:8192.
 
@@ -95,8 +105,9 @@ def _workload(key, dtype, heads, tokens):
         h, hkv = int(h), int(hkv or h)
     except ValueError:
         raise ArgumentError(f"heads={heads!r}: a number, or two with a comma between") from None
-    return Workload(direction=direction, dtype=DType(dtype), head_dim=head_dim, head_dim_v=head_dim_v, heads=h, heads_kv=hkv,
-                    seqlen=seqlen, tokens=tokens or max(16384, seqlen), causal=causal, window=window)  # fmt: skip
+    return Workload(direction=direction, dtype=DType(dtype), head_dim=head_dim, head_dim_v=head_dim_v, heads=h,
+                    heads_kv=hkv, seqlen=seqlen, tokens=tokens or max(16384, seqlen), causal=causal,
+                    window=window)  # fmt: skip
 
 
 def _rows(workload, gpu_name, names, changes, ensemble, cubin, trace):
@@ -115,7 +126,8 @@ def _rows(workload, gpu_name, names, changes, ensemble, cubin, trace):
         predictor = Predictor(KERNELS[name](workload, arch, settings), cubin if name == "ours" else None)
         result = predictor.predict(gpu, ensemble)
         row: dict[str, Any] = {
-            "problem": str(workload), "gpu": gpu.name, "kernel": name + "".join(f" {k}={v}" for k, v in settings.items()),
+            "problem": str(workload), "gpu": gpu.name,
+            "kernel": name + "".join(f" {k}={v}" for k, v in settings.items()),
             "ms": round(result.milliseconds, 4), "ms ±": round(result.milliseconds_spread, 4),
             "TFLOP/s": round(result.tflops, 1), "TFLOP/s ±": round(result.tflops_spread, 1), "bound": result.bound,
             "busy": result.busy, "waits": result.waits,

@@ -53,5 +53,3 @@ class TileCost:
 
 def _loaded(result):
     return sum(sm.tma_bytes for sm in result.replay.sms)
-
-

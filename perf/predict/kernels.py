@@ -51,7 +51,9 @@ class Kernel(ABC):
         if workload.lengths != "dense" or workload.page_size or workload.plan or workload.decode:
             raise ArgumentError("predict: sequences of one length, without pages, plans and decoding")
         if workload.dtype not in _DTYPES:
-            raise ArgumentError(f"predict: dtype={workload.dtype.value!r}: one of {', '.join(d.value for d in _DTYPES)}")
+            raise ArgumentError(
+                f"predict: dtype={workload.dtype.value!r}: one of {', '.join(d.value for d in _DTYPES)}"
+            )
         if arch.number // 10 == 10:
             raise ArgumentError(f"predict: {arch.value}: tcgen05 and tensor memory are not timed")
         self.shape = self.tile_shape()
@@ -70,7 +72,8 @@ class Kernel(ABC):
         w = self.workload
         ratio = w.heads // w.heads_kv
         return (self.name, self.arch.value, w.direction.value, w.dtype.value, w.head_dim, w.head_dim_v, ratio,
-                w.window_size[0] is not None, w.window_size[1] is not None, *sorted(self.settings.items()), self.shape)  # fmt: skip
+                w.window_size[0] is not None, w.window_size[1] is not None,
+                *sorted(self.settings.items()), self.shape)  # fmt: skip
 
     def probe(self, tiles: int, steps: int, cubin: bytes | None = None) -> TimedLaunch:
         """The main kernel on so many tiles of so many steps. ``cubin``: machine code that it has to be."""
@@ -196,7 +199,9 @@ class Fa4Kernel(Kernel):
         if w.direction is Direction.BACKWARD:
             if major != 9:
                 raise ArgumentError(f"predict: FlashAttention-4 has no backward for {self.arch.value} that is timed")
-            config = self.settings.get("config") or self.interface._tile_size_bwd_sm90(w.head_dim, w.head_dim_v, causal, local)
+            config = self.settings.get("config") or self.interface._tile_size_bwd_sm90(
+                w.head_dim, w.head_dim_v, causal, local
+            )
             return TileShape(config.n_block_size, config.m_block_size)
         if major == 8:
             tokens, step, packed = 128, 64, False
@@ -212,7 +217,9 @@ class Fa4Kernel(Kernel):
     def run(self, probe: Probe, recorder: Recorder) -> None:
         q, k, v = self.tensors(probe)
         left, right = probe.window
-        window = dict(causal=True) if (left, right) == (None, 0) else dict(window_size_left=left, window_size_right=right)
+        window = (
+            dict(causal=True) if (left, right) == (None, 0) else dict(window_size_left=left, window_size_right=right)
+        )
         backward = self.workload.direction is Direction.BACKWARD
         with ExitStack() as stack:
             simulation = stack.enter_context(ptxsim.simulate(self.arch.value, sm_count=132))
@@ -223,7 +230,9 @@ class Fa4Kernel(Kernel):
                 lse = torch.full((1, q.shape[2], q.shape[1]), 8.0)
                 self.interface._flash_attn_bwd(q, k, v, out, torch.randn_like(out), lse, **window)
             else:
-                self.interface._flash_attn_fwd(q, k, v, _arch=self.arch.number, return_lse=True, **window, **self.settings)
+                self.interface._flash_attn_fwd(
+                    q, k, v, _arch=self.arch.number, return_lse=True, **window, **self.settings
+                )
 
 
 KERNELS: dict[str, Callable[..., Kernel]] = {"ours": OurKernel, "fa4": Fa4Kernel}

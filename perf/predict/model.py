@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,7 +81,7 @@ class Predictor:
 
     def sample(self, gpu: Gpu) -> Sample:
         """The prediction with these constants."""
-        kernel, shape, workload = self.kernel, self.kernel.shape, self.kernel.workload
+        shape, workload = self.kernel.shape, self.kernel.workload
         results = [
             ProbeResult(tiles, steps, launch.replay(gpu, shape.cluster, self.residency))
             for (tiles, steps), launch in zip(self.plan, self.launches, strict=True)

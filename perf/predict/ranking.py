@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from perf.predict.model import Predictor
 from ptxsim.timing.gpus import Gpu
 
-# Differences that no draw of the constants explains: a replay resonates, so that a constant which no steady state should
-# notice moves a kernel's time by up to 3 % (TMA latency 600 → 400 at head_dim 64).
+# Differences that no draw of the constants explains: a replay resonates, so that a constant which no steady state
+# should notice moves a kernel's time by up to 3 % (TMA latency 600 → 400 at head_dim 64).
 RESONANCE = 0.03
 
 
@@ -22,7 +22,7 @@ class Ranking:
 
     @property
     def verdict(self) -> str:
-        """"faster" or "slower" if every explanation says so beyond two standard deviations, and beyond ``RESONANCE``;
+        """ "faster" or "slower" if every explanation says so beyond two standard deviations, and beyond ``RESONANCE``;
         else "cannot tell"."""
         margins = [(mean, max(2 * spread, RESONANCE)) for mean, spread in self.ratios.values()]
         if all(mean - margin > 1 for mean, margin in margins):

@@ -18,7 +18,7 @@ from perf.workload import Workload
 from ptxsim.errors import SimError
 from ptxsim.timing.gpus import Gpu
 
-# Values that are tried of the fields that a config has; what does not fit the SM or the problem is refused by the kernel.
+# Values that are tried of the fields that a config has; what does not fit the SM or the problem the kernel refuses.
 GRID: dict[str, tuple[Any, ...]] = {
     "warpgroups": (2, 3),
     "tile_n": (64, 80, 96, 112, 128, 160, 176),
@@ -51,7 +51,9 @@ def searched(
     for values in itertools.product(*(grid[name] for name in fields)):
         settings = dict(zip(fields, values, strict=True))
         changed = {name: value for name, value in settings.items() if getattr(chosen_config, name) != value}
-        yield _tried(lambda changed=changed: Predictor(OurKernel(workload, arch, changed)), settings, chosen, gpu, ensemble)
+        yield _tried(
+            lambda changed=changed: Predictor(OurKernel(workload, arch, changed)), settings, chosen, gpu, ensemble
+        )
 
 
 def _tried(make: Callable[[], Predictor], settings, chosen, gpu, ensemble) -> Found:

@@ -16,10 +16,10 @@ Cost = Callable[[int], float]
 
 @dataclass(frozen=True)
 class TileShape:
-    """How a kernel cuts a problem. Forward: a tile has ``tokens`` queries and takes ``step`` keys at a time; backward: a
-    tile has ``tokens`` keys and takes ``step`` queries at a time. ``heads``: query heads that share a tile. ``cluster``
-    CTAs compute a tile together, and walk over the same steps. ``persistent``: CTAs walk over tiles. ``skips_left``: what
-    lies left of a window is not walked over."""
+    """How a kernel cuts a problem. Forward: a tile has ``tokens`` queries and takes ``step`` keys at a time; backward:
+    a tile has ``tokens`` keys and takes ``step`` queries at a time. ``heads``: query heads that share a tile.
+    ``cluster`` CTAs compute a tile together, and walk over the same steps. ``persistent``: CTAs walk over tiles.
+    ``skips_left``: what lies left of a window is not walked over."""
 
     tokens: int
     step: int

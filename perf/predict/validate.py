@@ -57,7 +57,8 @@ def rows(file: Path) -> Iterator[Row]:
         window = re.search(r"sliding window (\d+)", str(row.notes))
         causal = bool(row.causal)
         seqlen, batch = int(row.seqlen), int(row.batch)
-        settings = (("cluster", 2),) if kernel == "ours" and not causal and row.head_dim >= 128 else ()
+        shared = kernel == "ours" and not causal and row.head_dim >= 128
+        settings = (("cluster", 1 + shared),) if kernel == "ours" else ()
         workload = Workload(
             direction=Direction(row.direction), dtype=DType(row["dtype"]), head_dim=int(row.head_dim),
             head_dim_v=int(row.head_dim_v), heads=int(row.heads), heads_kv=int(row.heads_kv), seqlen=seqlen,
@@ -89,7 +90,8 @@ def validated(listed: dict[Row, Predictor | str], constants: dict[str, Gpu], ens
     for row, predictor in listed.items():
         w = row.workload
         entry = {
-            "row": row.number, "gpu": row.gpu, "kernel": row.kernel, "direction": w.direction.value, "head_dim": w.head_dim,
+            "row": row.number, "gpu": row.gpu, "kernel": row.kernel, "direction": w.direction.value,
+            "head_dim": w.head_dim,
             "mask": "window" if w.window is not None else "causal" if w.causal else "full", "seqlen": w.seqlen,
             "published": row.tflops,
         }  # fmt: skip
@@ -103,8 +105,8 @@ def validated(listed: dict[Row, Predictor | str], constants: dict[str, Gpu], ens
 
 
 def with_baseline(table: pd.DataFrame, listed: dict[Row, Predictor | str], constants: dict[str, Gpu]) -> pd.DataFrame:
-    """Beside it what needs no model: whole tiles on the GPU's SMs at one speed a step for each GPU, kernel, direction and
-    head_dim, that of its longest row, without a mask if there is one."""
+    """Beside it what needs no model: whole tiles on the GPU's SMs at one speed a step for each GPU, kernel, direction
+    and head_dim, that of its longest row, without a mask if there is one."""
     by_number = {row.number: (row, predictor) for row, predictor in listed.items()}
     group = ["gpu", "kernel", "direction", "head_dim"]
     table = table.copy()
@@ -112,7 +114,9 @@ def with_baseline(table: pd.DataFrame, listed: dict[Row, Predictor | str], const
         known = rows_[rows_.predicted.notna()]
         if known.empty:
             continue
-        reference = known.sort_values(["mask", "seqlen"], key=lambda c: c == "full" if c.name == "mask" else c).index[-1]
+        reference = known.sort_values(["mask", "seqlen"], key=lambda c: c == "full" if c.name == "mask" else c).index[
+            -1
+        ]
         times = {n: _whole_tiles(*by_number[table.row[n]], constants) for n in known.index}
         row, _ = by_number[table.row[reference]]
         unit = row.workload.work.flops / row.tflops / times[reference]

@@ -5,8 +5,8 @@ crude bound model. The figure to compare is *per score*: the non-tensor instruct
 in the steady-state loop.
 """
 
-from ptxsim.timing.cubin import assemble_ptx, disassemble, kernel_resources
 from perf.sass.metrics import KernelReport, LoopReport, add_per_score, report_cubin
+from ptxsim.timing.cubin import assemble_ptx, disassemble, kernel_resources
 
 __all__ = [
     "KernelReport",

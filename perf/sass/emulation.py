@@ -9,8 +9,8 @@ too. An instruction for two exponentials (FADD2, FFMA2) counts once.
 
 from __future__ import annotations
 
-from ptxsim.timing.cubin import Instruction
 from perf.sass.registers import read, written
+from ptxsim.timing.cubin import Instruction
 
 _EXPONENT_SHIFTS = {"IMAD": (2, "0x800000"), "LEA": (3, "0x17")}  # c + (b << 23): which operand says so
 

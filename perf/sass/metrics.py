@@ -30,7 +30,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from ptxsim.timing.cubin import Code, Instruction, disassemble, kernel_resources
 from perf.sass.emulation import emulated_exp2
 from perf.sass.flow import ControlFlow, Loop
 from perf.sass.opcodes import (
@@ -43,6 +42,7 @@ from perf.sass.opcodes import (
     tensor_operation,
 )
 from perf.sass.registers import needed
+from ptxsim.timing.cubin import Code, Instruction, disassemble, kernel_resources
 
 _SPIN_LENGTH = 12  # instructions; a longer loop without tensor work or exp2 is no spin
 _POLLING = ("sync", "ldg", "red")  # what a spin asks for the state of a barrier or semaphore by

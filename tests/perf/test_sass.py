@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from ptxsim.timing.cubin import parse_listing
 from perf.sass.flow import ControlFlow
 from perf.sass.metrics import add_per_score, report_code
 from perf.sass.opcodes import classify, tensor_operation
+from ptxsim.timing.cubin import parse_listing
 from tests.testing.listing import listing_text
 
 # (instruction, stall count, mask of scoreboards waited for). The loop spins on a barrier, and a block that only some

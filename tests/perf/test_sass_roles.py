@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ptxsim.timing.cubin import parse_listing
 from perf.sass.emulation import emulated_exp2
 from perf.sass.metrics import add_per_score, report_code
 from perf.sass.registers import needed, read, written
 from perf.step import step_of
+from ptxsim.timing.cubin import parse_listing
 from tests.testing.listing import listing_text
 
 # 2^R4 and 2^R5 on the FMA pipe into R4 and R5, beside the scaling and what is no part of it.

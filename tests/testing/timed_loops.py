@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from perf.sass import disassemble
-from ptxsim.timing.cubin import Instruction
 from perf.sass.flow import ControlFlow
+from ptxsim.timing.cubin import Instruction
 
 
 def reads_clock(instruction: Instruction) -> bool:
