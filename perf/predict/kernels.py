@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 import cute_fa
 import ptxsim
-from cute_fa.engine.overrides import forced, settings
+from cute_fa.engine.overrides import forced, settings, tunable
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import AttentionProblem
@@ -112,6 +112,8 @@ class Kernel(ABC):
         recorder = Recorder()
         self.run(probe, recorder)
         longest = max(recorder.recordings, key=lambda r: sum(len(trace) for trace in r.ctas[0]))
+        if longest.cluster_size != self.shape.cluster:
+            raise ArgumentError(f"predict: clusters of {longest.cluster_size} CTAs ran, not of {self.shape.cluster}")
         return TimedLaunch(longest, cubin)
 
     def tensors(self, probe: Probe) -> list[torch.Tensor]:
@@ -141,25 +143,22 @@ class OurKernel(Kernel):
     name = "ours"
 
     def tile_shape(self) -> TileShape:
-        with self._forced():
-            problem = problem_of(self.workload, self.arch)
-            config = TABLE.lookup(problem).configure(problem)
+        problem = problem_of(self.workload, self.arch)
+        self.kernel = TABLE.lookup(problem)
+        with forced(self.kernel, **self.settings):
+            config = self.kernel.configure(problem)
+        # a probe is shorter than the workload, and gets the workload's config all the same
+        self.fields = {name: getattr(config, name) for name in tunable(self.kernel)}
         if self.workload.direction is Direction.BACKWARD:
             return TileShape(config.tile_n, config.tile_m)
         tokens = getattr(config, "tile_tokens", None) or config.tile_m
         return TileShape(tokens, config.tile_n, getattr(config, "pack_gqa", 1), getattr(config, "cluster", 1),
                          getattr(config, "persistent", False))  # fmt: skip
 
-    @contextmanager
-    def _forced(self) -> Iterator[None]:
-        """The config with ``settings`` in the place of what the heuristic has."""
-        with forced(TABLE.lookup(problem_of(self.workload, self.arch)), **self.settings):
-            yield
-
     def run(self, probe: Probe, recorder: Recorder) -> None:
         q, k, v = self.tensors(probe)
         backward = self.workload.direction is Direction.BACKWARD
-        with self._forced(), cute_fa.simulate(self.arch, num_sms=self.shape.cluster) as simulation:
+        with forced(self.kernel, **self.fields), cute_fa.simulate(self.arch, num_sms=self.shape.cluster) as simulation:
             simulation.observers.append(recorder)
             if not backward:
                 cute_fa.flash_attn_func(q, k, v, window_size=_window(probe))
