@@ -81,11 +81,10 @@ def predict(keys, gpu: str, names: tuple[str, ...], changes: tuple[str, ...], dt
     every explanation of the measured speeds agrees, beyond the spread; else it says "cannot tell".
     """
     with _errors():
+        _check_options(keys, names, changes, cubin, trace, search, validate)
         if validate is not None:
             _validate(validate, ensemble, as_json, markdown)
             return
-        if not keys:
-            raise click.UsageError("no KEY, and no --validate")
         rows = []
         for key in keys:
             if search:
@@ -96,6 +95,21 @@ def predict(keys, gpu: str, names: tuple[str, ...], changes: tuple[str, ...], dt
         click.echo(json.dumps(rows, indent=1))
         return
     _show([{name: row[name] for name in row if not isinstance(row[name], dict)} for row in rows], markdown)
+
+
+def _check_options(keys, names, changes, cubin, trace, search, validate) -> None:
+    """UsageError for options that would have no effect."""
+    if not keys and validate is None:
+        raise click.UsageError("no KEY, and no --validate")
+    if keys and validate is not None:
+        raise click.UsageError("--validate takes no KEY: the file says what is predicted")
+    if not (search or validate is not None):
+        return
+    of_one = {"--kernel fa4": "fa4" in names, "--set": changes, "--cubin": cubin, "--trace": trace}
+    of_one["--search"] = search and validate is not None
+    if given := [option for option, value in of_one.items() if value]:
+        asked = "--search" if validate is None else "--validate"
+        raise click.UsageError(f"{', '.join(given)}: not with {asked}")
 
 
 def _workload(key, dtype, heads, tokens):
@@ -171,7 +185,9 @@ def _validate(file, ensemble, as_json, markdown):
     table = validate.with_baseline(validate.validated(listed, constants, ensemble), listed, constants)
     summary = validate.summary(table)
     if as_json:
-        click.echo(json.dumps({"rows": table.to_dict("records"), "summary": summary.to_dict("records")}, indent=1))
+        parts = {"rows": table, "summary": summary}
+        plain = {name: part.astype(object).where(part.notna(), None).to_dict("records") for name, part in parts.items()}
+        click.echo(json.dumps(plain, indent=1))
         return
     for column in ("error", "baseline"):
         table[column] = [f"{value:+.1%}" if value == value else "" for value in table[column]]

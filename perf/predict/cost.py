@@ -23,8 +23,8 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class TileCost:
-    """``first`` cycles once, then ``fixed + step · steps`` a tile, with at most ``l2_share`` of the step at the L2's
-    limit; ``probe``: the replay that the breakdown is taken from, ``before`` the shorter one."""
+    """``first`` cycles once, then ``fixed + step · steps`` a tile; ``l2_bound``: the L2's rate allows no shorter step.
+    ``probe``: the replay that the breakdown is taken from, ``before`` the shorter one."""
 
     first: float
     fixed: float

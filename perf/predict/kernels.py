@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class Kernel(ABC):
             )
         if arch.number // 10 == 10:
             raise ArgumentError(f"predict: {arch.value}: tcgen05 and tensor memory are not timed")
+        self.problem = problem_of(workload, arch)
         self.shape = self.tile_shape()
 
     @abstractmethod
@@ -72,7 +73,7 @@ class Kernel(ABC):
         w = self.workload
         ratio = w.heads // w.heads_kv
         return (self.name, self.arch.value, w.direction.value, w.dtype.value, w.head_dim, w.head_dim_v, ratio,
-                w.window_size[0] is not None, w.window_size[1] is not None,
+                w.window_size[0] is not None, w.window_size[1],  # probes have a left bound of their own
                 *sorted(self.settings.items()), self.shape)  # fmt: skip
 
     def probe(self, tiles: int, steps: int, cubin: bytes | None = None) -> TimedLaunch:
@@ -94,14 +95,14 @@ class Kernel(ABC):
         """Of a CTA a tile: those that take so many steps."""
         w, shape = self.workload, self.shape
         left, right = w.window_size
-        ratio = w.heads // w.heads_kv
-        heads_kv = -(-tiles // ratio)
+        heads_kv = -(-tiles * shape.heads // (w.heads // w.heads_kv))
+        length = steps // shape.heads * shape.step
         if left is None and right is None:
-            launch = self._record(Probe(heads_kv, steps * shape.step, shape.tokens, (None, None)), cubin)
+            launch = self._record(Probe(heads_kv, length, shape.tokens, (None, None)), cubin)
             return launch.only(range(tiles))
-        length = steps * shape.step
-        if left is not None:
-            left = length - shape.tokens
+        if left is not None:  # a tile in the middle is seen by ``length`` queries
+            right = min(right, (length - shape.tokens) // 2)
+            left = length - shape.tokens - right
             length += 4 * shape.step
         launch = self._record(Probe(heads_kv, length, length, (left, right)), cubin)
         # CTAs in the order of what they execute are tiles in the order of their steps
@@ -143,17 +144,21 @@ class OurKernel(Kernel):
     name = "ours"
 
     def tile_shape(self) -> TileShape:
-        problem = problem_of(self.workload, self.arch)
-        self.kernel = TABLE.lookup(problem)
+        w, self.kernel = self.workload, TABLE.lookup(self.problem)
         with forced(self.kernel, **self.settings):
-            config = self.kernel.configure(problem)
+            config = self.kernel.configure(self.problem)
         # a probe is shorter than the workload, and gets the workload's config all the same
         self.fields = {name: getattr(config, name) for name in tunable(self.kernel)}
-        if self.workload.direction is Direction.BACKWARD:
-            return TileShape(config.tile_n, config.tile_m)
+        by_head = self.kernel.family == "fa2"
+        if w.direction is Direction.BACKWARD:
+            return TileShape(config.tile_n, config.tile_m, w.heads // w.heads_kv, by_head=by_head)
         tokens = getattr(config, "tile_tokens", None) or config.tile_m
         return TileShape(tokens, config.tile_n, getattr(config, "pack_gqa", 1), getattr(config, "cluster", 1),
-                         getattr(config, "persistent", False))  # fmt: skip
+                         getattr(config, "persistent", False), by_head=by_head)  # fmt: skip
+
+    @property
+    def identity(self) -> tuple:
+        return (*super().identity, *sorted(self.fields.items()))
 
     def run(self, probe: Probe, recorder: Recorder) -> None:
         q, k, v = self.tensors(probe)
@@ -172,6 +177,15 @@ class OurKernel(Kernel):
 
 def _window(probe):
     return tuple(-1 if edge is None else edge for edge in probe.window)
+
+
+@contextmanager
+def _refusals():
+    """What FlashAttention-4 does not serve, as an ArgumentError."""
+    try:
+        yield
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise ArgumentError(f"predict: FlashAttention-4 refuses: {error}") from error
 
 
 class Fa4Kernel(Kernel):
@@ -198,14 +212,16 @@ class Fa4Kernel(Kernel):
         if w.direction is Direction.BACKWARD:
             if major != 9:
                 raise ArgumentError(f"predict: FlashAttention-4 has no backward for {self.arch.value} that is timed")
-            config = self.settings.get("config") or self.interface._tile_size_bwd_sm90(
-                w.head_dim, w.head_dim_v, causal, local
-            )
+            with _refusals():
+                config = self.settings.get("config") or self.interface._tile_size_bwd_sm90(
+                    w.head_dim, w.head_dim_v, causal, local
+                )
             return TileShape(config.n_block_size, config.m_block_size)
         if major == 8:
             tokens, step, packed = 128, 64, False
         elif major == 9:
-            config = self.interface._tile_size_fwd_sm90(w.head_dim, w.head_dim_v, causal, local)
+            with _refusals():
+                config = self.interface._tile_size_fwd_sm90(w.head_dim, w.head_dim_v, causal, local)
             tokens, step, packed = config.m_block_size, config.n_block_size, w.heads > w.heads_kv
         else:
             raise ArgumentError(f"predict: FlashAttention-4 has no forward for {self.arch.value} that is timed")
@@ -224,6 +240,7 @@ class Fa4Kernel(Kernel):
             simulation = stack.enter_context(ptxsim.simulate(self.arch.value, sm_count=132))
             stack.enter_context(posing(simulation))
             simulation.observers.append(recorder)
+            stack.enter_context(_refusals())
             if backward:
                 out = torch.randn(*q.shape[:-1], v.shape[-1]).to(q.dtype)
                 lse = torch.full((1, q.shape[2], q.shape[1]), 8.0)
@@ -241,6 +258,8 @@ def probe_steps(kernel: Kernel) -> Sequence[tuple[int, int]]:
     """(tiles a place, steps) of the probes: one tile of few and of many steps, three tiles of many."""
     windowed = kernel.workload.window_size[0] is not None
     short = max(4 if windowed else 8, -(-kernel.shape.tokens // kernel.shape.step) + 1)
+    if kernel.workload.direction is Direction.BACKWARD:
+        short *= kernel.shape.heads  # which a tile walks over one after the other
     return (1, short), (1, 2 * short), (3, 2 * short)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import logging
 import os
 import pickle
 import tempfile
@@ -15,6 +16,8 @@ import cute_fa
 from cute_fa.engine import flavour
 from ptxsim.compiled import cache_dir
 from ptxsim.timing.replay import TimedLaunch
+
+logger = logging.getLogger(__name__)
 
 _ROOT = Path(cute_fa.__file__).parents[1]
 # What decides how a probe's warps run: our kernels, and the simulator with its recorder.
@@ -27,7 +30,8 @@ def _version() -> str:
     digest = hashlib.sha256()
     for folder in _SOURCES:
         place = _ROOT / folder
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        found = place.rglob("*.[cp]*") if place.is_dir() else [place]
+        for file in sorted(file for file in found if file.suffix in (".c", ".py")):
             digest.update(file.read_bytes())
     for package in ("nvidia-cutlass-dsl", "flash-attn-4", "quack-kernels"):
         try:
@@ -43,8 +47,12 @@ def kept(identity: tuple, make: Callable[[], TimedLaunch]) -> TimedLaunch:
     processes wrote."""
     name = hashlib.sha256(repr((_version(), identity)).encode()).hexdigest()[:32]
     file = cache_dir() / "timing" / f"{name}.pickle"
-    if file.exists():
+    try:
         return pickle.loads(file.read_bytes())
+    except FileNotFoundError:
+        pass
+    except Exception:  # a damaged pickle raises anything; it is made again
+        logger.warning("%s is damaged and is made again", file)
     launch = make()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,10 @@ Cost = Callable[[int], float]
 @dataclass(frozen=True)
 class TileShape:
     """How a kernel cuts a problem. Forward: a tile has ``tokens`` queries and takes ``step`` keys at a time; backward:
-    a tile has ``tokens`` keys and takes ``step`` queries at a time. ``heads``: query heads that share a tile.
-    ``cluster`` CTAs compute a tile together, and walk over the same steps. ``persistent``: CTAs walk over tiles.
-    ``skips_left``: what lies left of a window is not walked over."""
+    a tile has ``tokens`` keys and takes ``step`` queries at a time. ``heads``: query heads that share a tile, forward
+    in the same steps, backward one after the other. ``cluster`` CTAs compute a tile together, and walk over the same
+    steps. ``persistent``: CTAs walk over tiles. ``skips_left``: what lies left of a window is not walked over.
+    ``by_head``: tiles of a head are neighbours, however many heads the L2 holds."""
 
     tokens: int
     step: int
@@ -27,22 +28,24 @@ class TileShape:
     cluster: int = 1
     persistent: bool = False
     skips_left: bool = True
+    by_head: bool = False
 
 
 def steps_of(shape: TileShape, workload: Workload, first: int) -> int:
-    """Steps of the tile that begins at a token: those with a visible pair, at least one."""
+    """Steps of the tile that begins at a token: those with a visible pair, at least one (backward: of each head)."""
     left, right = workload.window_size
     length, end = workload.seqlen, min(first + shape.tokens, workload.seqlen)
     if workload.direction is Direction.BACKWARD:
         left, right = right, left  # the queries that see a key lie after it where its keys lie before a query
     low = 0 if left is None or not shape.skips_left else max(first - left, 0)
     high = length if right is None else min(end + right, length)
-    return max(ceil_div(high, shape.step) - low // shape.step, 1)
+    steps = max(ceil_div(high, shape.step) - low // shape.step, 1)
+    return steps * shape.heads if workload.direction is Direction.BACKWARD else steps
 
 
 def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[int]:
     """Steps of each tile, in the order in which they are handed out (``device/tile_scheduler.py``): under a
-    right bound the longest first, in groups of heads whose K and V fit into the L2."""
+    right bound the longest first, in groups of heads whose K and V fit into the L2, or head by head."""
     per_row = [steps_of(shape, workload, first) for first in range(0, workload.seqlen, shape.tokens)]
     rows = workload.batch * workload.heads // shape.heads
     if workload.window_size[1] is None:
@@ -51,7 +54,7 @@ def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[i
         per_row.reverse()
     kv = workload.seqlen * (workload.head_dim + workload.head_dim_v) * workload.dtype.bytes
     per_kv = workload.heads // workload.heads_kv // shape.heads
-    group = min(head_group(kv, l2_bytes, max(per_kv, 1)), rows)
+    group = 1 if shape.by_head else min(head_group(kv, l2_bytes, max(per_kv, 1)), rows)
     out: list[int] = []
     groups = [min(group, rows - first) for first in range(0, rows, group)]
     for number, heads in enumerate(groups):

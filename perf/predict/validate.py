@@ -16,11 +16,13 @@ from perf.predict.kernels import KERNELS, Kernel
 from perf.predict.model import Predictor
 from perf.predict.tiles import makespan, ordered_steps
 from perf.workload import Workload
+from ptxsim.errors import SimError
 from ptxsim.timing import gpus
 from ptxsim.timing.gpus import Gpu
 
 COLUMNS = ("source", "gpu", "kernel", "direction", "dtype", "head_dim", "head_dim_v", "seqlen", "batch", "heads",
            "heads_kv", "causal", "tflops", "notes")  # fmt: skip
+_NUMBERS = ("head_dim", "head_dim_v", "seqlen", "batch", "heads", "heads_kv", "tflops")
 # GPUs of a table by what their names contain.
 GPUS = {"H100 SXM": "h100", "H200": "h200", "A100 80GB SXM": "a100", "A100 80GB PCIe": "a100-pcie"}
 # (kernel of a table, architecture) -> the kernel that is predicted. The C++ FlashAttention-3 is no DSL kernel: ours
@@ -43,8 +45,12 @@ class Row:
 
 
 def rows(file: Path) -> Iterator[Row]:
-    """Rows of a table that can be predicted. ArgumentError if a column is missing."""
-    table = pd.read_csv(file)
+    """Rows of a table that can be predicted. ArgumentError for what is no table, lacks a column, or has a row of a
+    predicted kernel without one of its numbers."""
+    try:
+        table = pd.read_csv(file)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{file} is no CSV table: {error}") from None
     if missing := [column for column in COLUMNS if column not in table]:
         raise ArgumentError(f"{file} lacks the columns {', '.join(missing)}")
     for number, row in table.iterrows():
@@ -54,10 +60,16 @@ def rows(file: Path) -> Iterator[Row]:
             continue
         if kernel == "ours" and row.direction == "bwd":
             continue  # the C++ backward is like none of ours
+        try:
+            numbers = {name: float(row[name]) for name in _NUMBERS}
+        except (TypeError, ValueError):
+            numbers = {}
+        if lacking := [name for name in _NUMBERS if not numbers.get(name, 0) > 0]:
+            raise ArgumentError(f"{file}, row {number}: {', '.join(lacking)}: positive numbers are needed")
         window = re.search(r"sliding window (\d+)", str(row.notes))
         causal = bool(row.causal)
         seqlen, batch = int(row.seqlen), int(row.batch)
-        shared = kernel == "ours" and not causal and row.head_dim >= 128
+        shared = kernel == "ours" and not causal and window is None and row.head_dim >= 128
         settings = (("cluster", 1 + shared),) if kernel == "ours" else ()
         workload = Workload(
             direction=Direction(row.direction), dtype=DType(row["dtype"]), head_dim=int(row.head_dim),
@@ -69,17 +81,17 @@ def rows(file: Path) -> Iterator[Row]:
 
 def predictors(listed: Iterable[Row], progress=lambda text: None) -> dict[Row, Predictor | str]:
     """A predictor of each row, shared where probes are the same; a text where there is none, which says why."""
-    shared: dict[tuple, Predictor | str] = {}
+    shared: dict[tuple, Predictor] = {}
     out: dict[Row, Predictor | str] = {}
     for row in listed:
         try:
             kernel: Kernel = KERNELS[row.kernel](row.workload, SmArch(gpus.load(row.gpu).arch), dict(row.settings))
-        except CuteFaError as error:
+            if kernel.identity not in shared:
+                progress(f"{kernel.name} {row.workload.direction.value} {row.workload.head_dim} on {row.gpu}")
+                shared[kernel.identity] = Predictor(kernel)
+        except (CuteFaError, SimError) as error:
             out[row] = str(error)
             continue
-        if kernel.identity not in shared:
-            progress(f"{kernel.name} {row.workload.direction.value} {row.workload.head_dim} on {row.gpu}")
-            shared[kernel.identity] = Predictor(kernel)
         out[row] = shared[kernel.identity].of(kernel)
     return out
 
@@ -101,6 +113,8 @@ def validated(listed: dict[Row, Predictor | str], constants: dict[str, Gpu], ens
         made = predictor.predict(constants[row.gpu], ensemble)
         out.append({**entry, "predicted": round(made.tflops, 1), "spread": round(made.tflops_spread, 1),
                     "error": made.tflops / row.tflops - 1, "bound": made.bound})  # fmt: skip
+    if all("refused" in entry for entry in out):
+        raise ArgumentError(f"none of {len(out)} rows can be predicted; the first: {out[0]['refused']}")
     return pd.DataFrame(out)
 
 

@@ -14,9 +14,9 @@ from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.types import Direction, SmArch
 from perf.__main__ import main
-from perf.predict import validate
+from perf.predict import store, validate
 from perf.predict.cost import ProbeResult, TileCost
-from perf.predict.kernels import OurKernel, problem_of, settings_of
+from perf.predict.kernels import OurKernel, probe_steps, problem_of, settings_of
 from perf.predict.model import Predictor
 from perf.predict.ranking import RESONANCE, Ranking, explanations, ranked
 from perf.predict.tiles import TileShape, makespan, ordered_steps, steps_of
@@ -76,6 +76,50 @@ def test_the_longest_tiles_come_first_and_groups_of_persistent_ctas_alternate():
 def test_packed_heads_are_one_row():
     workload = Workload(seqlen=512, tokens=512, heads=8, heads_kv=2)
     assert len(ordered_steps(TileShape(32, 128, heads=4), workload, 1 << 20)) == 16 * 2
+
+
+def test_a_backward_tile_of_keys_walks_over_the_queries_of_each_of_its_heads():
+    workload = Workload(direction=Direction.BACKWARD, seqlen=512, tokens=512, heads=8, heads_kv=2, causal=True)
+    shape = TileShape(128, 64, heads=4, by_head=True)
+    assert ordered_steps(shape, workload, 40 << 20) == [4 * 8, 4 * 6, 4 * 4, 4 * 2] * 2
+
+
+def test_our_backward_of_grouped_heads():
+    """The CTA of a tile of keys adds up dK and dV of all heads that share it: as much work as with heads of their own,
+    in fewer, longer tiles."""
+    sizes = dict(direction=Direction.BACKWARD, head_dim=64, head_dim_v=64, heads=32, seqlen=4096)
+    shared = OurKernel(Workload(**sizes, heads_kv=16), SmArch.SM_80, {})
+    assert shared.shape.heads == 2
+    gpu = gpus.load("a100")
+    alone = Predictor(OurKernel(Workload(**sizes, heads_kv=32), SmArch.SM_80, {}))
+    ratio = Predictor(shared).sample(gpu).seconds / alone.sample(gpu).seconds
+    assert 0.9 < ratio < 1.1
+
+
+@pytest.mark.parametrize("window, causal, heads_kv", [(40, False, 4), (4000, False, 2), (200, True, 1)])
+def test_probes_of_a_windowed_backward_have_the_steps_asked_for(window, causal, heads_kv, monkeypatch):
+    workload = Workload(direction=Direction.BACKWARD, seqlen=8192, heads=4, heads_kv=heads_kv, head_dim=64,
+                        head_dim_v=64, window=window, causal=causal)  # fmt: skip
+    kernel, made = OurKernel(workload, SmArch.SM_80, {}), []
+    launch = SimpleNamespace(ctas=1, rows_of=lambda cta: 0, only=lambda ctas: None)
+    monkeypatch.setattr(kernel, "_record", lambda probe, cubin: made.append(probe) or launch)
+    for tiles, steps in probe_steps(kernel):
+        kernel.probe(tiles, steps)
+        left, right = made[-1].window
+        seen = kernel.shape.tokens + left + right  # queries that see a tile of keys
+        assert seen * kernel.shape.heads == steps * kernel.shape.step
+        assert made[-1].seqlen_q >= seen and left >= 0 <= right
+        assert made[-1].heads_kv * (workload.heads // heads_kv) >= tiles
+
+
+def test_recordings_depend_on_the_right_bound_and_on_the_config():
+    def identity(**changes):
+        workload = Workload(seqlen=2048, head_dim=64, head_dim_v=64, **changes)
+        return OurKernel(workload, SmArch.SM_90A, {}).identity
+
+    assert identity(window=64) != identity(window=128)
+    assert identity(window=64, causal=True) == identity(window=128, causal=True)
+    assert ("stages", 2) in identity()
 
 
 def test_makespan_of_static_and_of_handed_out_tiles():
@@ -212,6 +256,12 @@ def test_the_command(hopper):
         (["fwd:64:full:4096", "--gpu", "b200"], "tcgen05"),
         (["fwd:64:full:4096", "--heads", "a"], "heads='a'"),
         (["fwd:64:full:4096", "--set", "cluster=3"], "cluster"),
+        (["fwd:64:full:4096", "--kernel", "fa4", "--heads", "16,0"], "num_heads_kv=0"),
+        (["fwd:64:full:4096", "--kernel", "fa4", "--heads", "3,2"], "3 query heads and 2 kv heads"),
+        (["fwd:512:full:4096", "--kernel", "fa4"], "FlashAttention-4 refuses"),
+        (["fwd:64:full:4096", "--search", "--trace", "x.json", "--set", "cluster=2"], "--set, --trace: not with"),
+        (["fwd:64:full:4096", "--validate", __file__], "--validate takes no KEY"),
+        (["--validate", __file__, "--search"], "--search: not with --validate"),
     ],
 )
 def test_bad_input_is_one_error(arguments, message):
@@ -273,3 +323,52 @@ def test_validation_says_the_errors(tmp_path):
     assert "lacks the columns batch" in run("--validate", str(file)).output
     file.write_text(CSV.splitlines()[0] + "\n")
     assert "none of its rows" in run("--validate", str(file)).output
+
+
+FORWARD = "a,H100 SXM5 80GB,FA3,fwd,fp16,{0},{0},{1},2,32,{2},0,460,"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is no CSV table"),
+        ("a,b\n1,2\n1,2,3,4\n", "is no CSV table"),
+        (CSV.splitlines()[0] + "\n" + FORWARD.format(64, "", 32), "row 0: seqlen: positive numbers are needed"),
+        (CSV.splitlines()[0] + "\n" + FORWARD.format(512, 8192, 32), "none of 1 rows can be predicted; the first: "),
+    ],
+)
+def test_a_table_that_is_none_is_one_error(text, message, tmp_path):
+    file = tmp_path / "published.csv"
+    file.write_text(text)
+    done = run("--validate", str(file), "--ensemble", "1")
+    assert done.exit_code == 1
+    assert message in done.output.replace("\n", " ")
+    assert "Traceback" not in done.output
+
+
+def test_a_row_that_is_refused_leaves_the_others_and_valid_json(tmp_path):
+    file = tmp_path / "published.csv"
+    file.write_text("\n".join([CSV.splitlines()[0], FORWARD.format(512, 8192, 32), FORWARD.format(64, 8192, 32)]))
+    done = run("--validate", str(file), "--ensemble", "1", "--json")
+    assert done.exit_code == 0, done.output
+    refused, predicted = json.loads(done.stdout, parse_constant=pytest.fail)["rows"]
+    assert refused["predicted"] is None and "head_dim 512" in refused["refused"]
+    assert predicted["predicted"] > 0 and predicted["refused"] is None
+
+
+def test_clusters_of_the_stand_in_are_those_of_flash_attention_3(tmp_path):
+    """Full attention from head_dim 128 on, without a window."""
+    file = tmp_path / "published.csv"
+    lines = [FORWARD.format(size, 8192, 32) for size in (64, 128)] + [FORWARD.format(128, 8192, 32) + "sliding window 9"]
+    file.write_text("\n".join([CSV.splitlines()[0], *lines]))
+    assert [row.settings for row in validate.rows(file)] == [(("cluster", n),) for n in (1, 2, 1)]
+
+
+def test_a_damaged_recording_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("perf.predict.store.cache_dir", lambda: tmp_path)
+    assert store.kept(("a",), lambda: 1) == 1
+    assert store.kept(("a",), lambda: 2) == 1
+    (file,) = (tmp_path / "timing").iterdir()
+    file.write_bytes(file.read_bytes()[:-3])
+    assert store.kept(("a",), lambda: 3) == 3
+    assert store.kept(("a",), lambda: 4) == 3
