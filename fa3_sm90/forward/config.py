@@ -245,6 +245,9 @@ def forward_candidates(problem: AttentionProblem) -> list[Candidate]:
 
 # Queries from which a cluster is preferred, without and with a right bound.
 _CLUSTER_QUERIES = {False: 1024, True: 2048}
+# Of an odd number of tiles of a CTA's queries the last pair's second CTA is idle, beside the longest tile under a right
+# bound: the least odd number with which a cluster is preferred, without and with a right bound.
+_CLUSTER_ODD_TILES = {False: 11, True: 33}
 
 
 def preferred_cluster(problem: AttentionProblem) -> int:
@@ -256,7 +259,8 @@ def preferred_cluster(problem: AttentionProblem) -> int:
     H100 at head_dim 256 full, 1024 queries, and 1.14 at 192; causal, at 256, 1.09 at 2048 queries and 1.17 at 16384. It
     cannot tell at 128 (1.07 ± 0.05; 1.03 ± 0.04 if power sets the clock), at 192 causal (1.12; 1.07 ± 0.04), at
     192/128 (1.09; 1.06 ± 0.04) and for shorter sequences; at 64 one CTA is faster. Nothing of this has been timed.
-    Packed sequences, whose lengths only the device knows, and windows that end on the left have not been asked about.
+    Packed sequences, whose lengths only the device knows, and windows that end on the left have not been asked about,
+    nor have far fewer keys than queries.
     """
     right = problem.window_right is not None
     narrowest = min(problem.head_dim, problem.head_dim_v)
@@ -330,6 +334,10 @@ def _cluster_doubt(problem: AttentionProblem, tiles: Tiles) -> str | None:
     tokens = tiles.warpgroups * (WGMMA_M // tiles.pack_gqa)
     if problem.seqlen_q <= tokens:
         return f"cluster {tiles.cluster}: {problem.seqlen_q} queries are no more than the {tokens} of one CTA"
+    # By the timing model 1.04 ± 0.04 with 9 tiles at head_dim 256 full (11: 1.16), 1.04 ± 0.04 causal with 31 (33: 1.14).
+    number = -(-problem.seqlen_q // tokens)
+    if number % 2 and number < _CLUSTER_ODD_TILES[problem.window_right is not None]:
+        return f"cluster {tiles.cluster}: of {number} tiles of queries the last would have a cluster of its own"
     if tiles.warpgroups == 3 and tiles.tile_n == 128 and problem.alibi:
         return f"cluster {tiles.cluster}: registers spill with alibi, 2 accesses at head_dim 64"
     return None

@@ -12,23 +12,20 @@ from perf.microbench.benchmark import Measured
 from ptxsim.timing.gpus import UNITS, Constant, Gpu, known, load
 
 SOURCE = "perf microbench"
+MEASURED = ("sm_80", "sm_90a")  # architectures that the kernels are for
 
 
 def nearest(name: str, arch: str) -> Gpu:
     """The packaged GPU of the architecture whose file's name has most in common with the driver's name of a GPU."""
-    files = [file for file in known() if load(file).arch == arch]
+    files = [file for file in known() if load(file).arch == arch and arch in MEASURED]
     if not files:
-        raise DeviceError(f"{name} is {arch}: constants are measured of {', '.join(_archs())}")
+        raise DeviceError(f"{name} is {arch}: constants are measured of {', '.join(MEASURED)}")
     words = name.lower().replace("-", " ").split()
 
     def likeness(file: str) -> int:
         return sum(1 if word in words else -1 for word in file.split("-"))
 
     return load(max(files, key=likeness))
-
-
-def _archs() -> list[str]:
-    return sorted({load(file).arch for file in known()})
 
 
 def merged(name: str, base: Gpu, measured: Mapping[str, Measured], date: str) -> Gpu:
@@ -49,7 +46,7 @@ def text(gpu: Gpu, notes: Iterable[str]) -> str:
         lines += [f"source = {json.dumps(constant.source, ensure_ascii=False)}", f"date = {constant.date}"]
         lines += [f"spread = {constant.spread:.3g}"] if constant.spread else []
     for rival, values in gpu.rivals.items():
-        lines += ["", f"[rivals.{rival}]", *(f"{key} = {value:.6g}" for key, value in values.items())]
+        lines += ["", f"[rivals.{rival}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
 
 

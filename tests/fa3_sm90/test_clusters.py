@@ -17,7 +17,7 @@ from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec, make_inputs
-from fa3_sm90.forward.config import cluster_objection, preferred_cluster
+from fa3_sm90.forward.config import cluster_objection, forward_config, preferred_cluster
 from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.cases import small_problem
 from tests.testing.faults import changed_programs
@@ -223,3 +223,21 @@ def test_where_clusters_would_be_preferred(monkeypatch):
     ):
         weighed = Fa3Forward.candidates(dataclasses.replace(problem, **change))
         assert [(c.config.cluster, c.reason) for c in weighed] == [(2, reason), (1, None)]
+
+
+@pytest.mark.parametrize(
+    ("causal", "tiles"),
+    [(False, {8: 2, 9: 1, 10: 2, 11: 2, 129: 2}), (True, {16: 2, 17: 1, 31: 1, 32: 2, 33: 2})],
+)
+@pytest.mark.without_races
+def test_a_pair_without_a_second_cta_has_to_be_one_of_many(causal, tiles):
+    """At head_dim 256, where a CTA has 128 queries; one query in the last tile."""
+    pairs = {}
+    for number in tiles:
+        shape = {"arch": SmArch.SM_90A, "head_dim": 256, "head_dim_v": 256, "window_right": 0 if causal else None}
+        problem = small_problem(**shape, seqlen_q=128 * number - 127 * (number % 2), seqlen_k=4096)
+        pairs[number] = forward_config(problem).cluster
+    assert pairs == tiles
+    reason = "cluster 2: of 9 tiles of queries the last would have a cluster of its own"
+    problem = small_problem(arch=SmArch.SM_90A, head_dim=256, head_dim_v=256, seqlen_q=1025, seqlen_k=4096)
+    assert reason in [candidate.reason for candidate in Fa3Forward.candidates(problem)]
