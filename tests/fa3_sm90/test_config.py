@@ -6,7 +6,7 @@ import pytest
 
 from cute_fa.semantics.problem import PAGE_SIZES, AttentionProblem
 from cute_fa.semantics.types import SmArch
-from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M, PipelineSpec
+from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M, PipelineSpec, forward_config
 from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.cases import refusals, small_problem
 from tests.testing.config_tests import ConfigTests
@@ -163,6 +163,7 @@ THREE_WARPGROUPS = [
                     "one of 64 has 64"
                     for keys, common in ((96, 32), (80, 16))
                 ),
+                "cluster 2 with page_size 16: pages are looked up for whole blocks",
             ],
         ),
         (
@@ -177,3 +178,24 @@ THREE_WARPGROUPS = [
 )
 def test_refused_tiles_say_why(change, reasons):
     assert refusals(Fa3Forward, problem(**change)) == reasons
+
+
+@pytest.mark.parametrize(
+    ("change", "cluster"),
+    [
+        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 1024}, 2),
+        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 1023}, 1),
+        ({"head_dim": 192, "head_dim_v": 192, "seqlen_q": 4096}, 2),
+        ({"head_dim": 192, "head_dim_v": 128, "seqlen_q": 4096}, 1),
+        ({"head_dim": 128, "head_dim_v": 128, "seqlen_q": 4096}, 1),
+        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 2048, "window_right": 0}, 2),
+        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 2047, "window_right": 0}, 1),
+        ({"head_dim": 192, "head_dim_v": 192, "seqlen_q": 4096, "window_right": 0}, 1),
+        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 4096, "window_left": 512}, 1),
+        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 4096, "varlen_q": True, "varlen_k": True}, 1),
+        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 4096, "page_size": 64}, 1),
+    ],
+)
+def test_clusters_are_chosen_where_the_timing_model_tells(change, cluster):
+    """docs/timing.md."""
+    assert forward_config(problem(**change)).cluster == cluster
