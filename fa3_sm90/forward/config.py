@@ -334,7 +334,7 @@ def _cluster_doubt(problem: AttentionProblem, tiles: Tiles) -> str | None:
     tokens = tiles.warpgroups * (WGMMA_M // tiles.pack_gqa)
     if problem.seqlen_q <= tokens:
         return f"cluster {tiles.cluster}: {problem.seqlen_q} queries are no more than the {tokens} of one CTA"
-    # By the timing model at head_dim 256: 1.04 ± 0.04 with 9 tiles full (11: 1.16), 1.04 ± 0.04 with 31 causal (33: 1.14).
+    # By the timing model at head_dim 256: 1.04 ± 0.04 with 9 tiles full (11: 1.16) and with 31 causal (33: 1.14).
     number = -(-problem.seqlen_q // tokens)
     if number % 2 and number < _CLUSTER_ODD_TILES[problem.window_right is not None]:
         return f"cluster {tiles.cluster}: of {number} tiles of queries the last would have a cluster of its own"

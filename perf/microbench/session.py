@@ -52,11 +52,16 @@ class Session:
 
     def write(self) -> tuple[dict[str, Measured], list[str]]:
         """The TOML file out of the file of rows; what was measured, and notes. A difference that came out negative is
-        none of the constants, but a note."""
+        none of the constants, but a note, as is one whose repetitions differ by more than itself."""
         rows = read_rows(self.rows_file)
         found, notes = constants(rows), remarks(rows)
         notes += [f"{name} came out as {it.value:.4g}: not taken" for name, it in found.items() if it.value < 0]
-        found = {name: it for name, it in found.items() if it.value >= 0}
+        notes += [
+            f"{name} came out as {it.value:.4g} with a spread of {it.spread:.2g}: not taken"
+            for name, it in found.items()
+            if it.value >= 0 and not 0 <= it.spread <= 1
+        ]
+        found = {name: it for name, it in found.items() if it.value >= 0 and 0 <= it.spread <= 1}
         if not found:
             raise DeviceError(f"nothing was measured: {self.out.with_name('microbench.log')} says why")
         gpu = merged(self.gpu, nearest(self.gpu, self.arch.value), found, today())

@@ -291,6 +291,20 @@ def test_what_came_out_negative_is_told_and_not_taken(gpu):
     assert load(str(gpu)).arrive == load("h100").arrive
 
 
+def test_what_differs_by_more_than_itself_is_told_and_not_taken(gpu, monkeypatch):
+    done = session.Session(gpu, H100, SM90, ("barriers",))
+    done.rows_file.touch()
+    found = {"try_wait": Measured(20, 0.1), "wake": Measured(4, 1.5), "global_latency": Measured(600, -0.1)}
+    monkeypatch.setattr(session, "constants", lambda rows: found)
+    taken, notes = done.write()
+    assert taken == {"try_wait": Measured(20, 0.1)}
+    assert notes == [
+        "wake came out as 4 with a spread of 1.5: not taken",
+        "global_latency came out as 600 with a spread of -0.1: not taken",
+    ]
+    assert load(str(gpu)).wake == load("h100").wake
+
+
 def test_without_any_row_there_is_no_file(gpu):
     done = session.Session(gpu, H100, SM90, ("barriers",))
     done.rows_file.touch()
