@@ -40,7 +40,7 @@ class _Key(click.ParamType):
 def _errors():
     try:
         yield
-    except (CuteFaError, SimError) as error:
+    except (CuteFaError, SimError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -132,6 +132,8 @@ def _rows(workload, gpu_name, names, changes, ensemble, cubin, trace):
 
     gpu = gpus.load(gpu_name)
     arch = SmArch(gpu.arch)
+    if trace is not None:
+        trace.write_text("")  # an unusable path is an error before anything runs
     made: list[tuple[str, Any]] = [(name, {}) for name in names]
     if changes:
         made.append(("ours", settings_of(workload, arch, changes)))

@@ -151,7 +151,7 @@ def load(name: str) -> Gpu:
     """A GPU by its name, as :func:`known` lists them, or the path of a TOML file. SimError if there is none, or if the
     file lacks a constant, has an unknown one, or does not say where a value comes from."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
-    if not path.exists():
+    if not path.is_file():
         raise SimError(f"no constants of the GPU {name!r}: one of {', '.join(known())}, or the path of a TOML file")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))

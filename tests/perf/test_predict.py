@@ -262,6 +262,8 @@ def test_the_command(hopper):
         (["fwd:64:full:4096", "--search", "--trace", "x.json", "--set", "cluster=2"], "--set, --trace: not with"),
         (["fwd:64:full:4096", "--validate", __file__], "--validate takes no KEY"),
         (["--validate", __file__, "--search"], "--search: not with --validate"),
+        (["fwd:64:full:4096", "--trace", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
+        (["fwd:64:full:4096", "--gpu", "/no/such/folder.toml"], "no constants of the GPU"),
     ],
 )
 def test_bad_input_is_one_error(arguments, message):
