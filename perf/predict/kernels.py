@@ -33,9 +33,11 @@ _DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe computes, bottom-right aligned: ``heads_kv`` kv heads with so many queries and keys."""
+    """What a probe computes, bottom-right aligned: ``heads_kv`` kv heads, each with ``ratio`` query heads, with so many
+    queries and keys."""
 
     heads_kv: int
+    ratio: int
     seqlen_q: int
     seqlen_k: int
     window: tuple[int | None, int | None]
@@ -85,9 +87,10 @@ class Kernel(ABC):
         keys = steps * shape.step
         if left is not None:  # two blocks before the window's edge, so that it is met
             left, keys = keys - shape.tokens, keys + 2 * shape.step
-        ratio = w.heads // w.heads_kv
+        # a persistent CTA walks over all tiles that there are
+        ratio = shape.heads if shape.persistent else w.heads // w.heads_kv
         heads_kv = -(-tiles * shape.heads // ratio)
-        launch = self._record(Probe(heads_kv, shape.tokens, keys, (left, right)), cubin)
+        launch = self._record(Probe(heads_kv, ratio, shape.tokens, keys, (left, right)), cubin)
         clusters = launch.ctas // shape.cluster
         return launch if shape.persistent or clusters == tiles else launch.only(range(tiles * shape.cluster))
 
@@ -95,16 +98,17 @@ class Kernel(ABC):
         """Of a CTA a tile: those that take so many steps."""
         w, shape = self.workload, self.shape
         left, right = w.window_size
-        heads_kv = -(-tiles * shape.heads // (w.heads // w.heads_kv))
+        ratio = w.heads // w.heads_kv
+        heads_kv = -(-tiles * shape.heads // ratio)
         length = steps // shape.heads * shape.step
         if left is None and right is None:
-            launch = self._record(Probe(heads_kv, length, shape.tokens, (None, None)), cubin)
+            launch = self._record(Probe(heads_kv, ratio, length, shape.tokens, (None, None)), cubin)
             return launch.only(range(tiles))
         if left is not None:  # a tile in the middle is seen by ``length`` queries
             right = min(right, (length - shape.tokens) // 2)
             left = length - shape.tokens - right
             length += 4 * shape.step
-        launch = self._record(Probe(heads_kv, length, length, (left, right)), cubin)
+        launch = self._record(Probe(heads_kv, ratio, length, length, (left, right)), cubin)
         # CTAs in the order of what they execute are tiles in the order of their steps
         longest = sorted(range(launch.ctas), key=launch.rows_of, reverse=True)
         return launch.only(sorted(longest[:tiles]))
@@ -121,8 +125,8 @@ class Kernel(ABC):
         """q, k, v of a probe."""
         w = self.workload
         torch.manual_seed(0)
-        ratio, dtype = w.heads // w.heads_kv, _DTYPES[w.dtype]
-        q = torch.randn(1, probe.seqlen_q, probe.heads_kv * ratio, w.head_dim).to(dtype)
+        dtype = _DTYPES[w.dtype]
+        q = torch.randn(1, probe.seqlen_q, probe.heads_kv * probe.ratio, w.head_dim).to(dtype)
         k = torch.randn(1, probe.seqlen_k, probe.heads_kv, w.head_dim).to(dtype)
         v = torch.randn(1, probe.seqlen_k, probe.heads_kv, w.head_dim_v).to(dtype)
         return [q, k, v]

@@ -96,6 +96,16 @@ def test_our_backward_of_grouped_heads():
     assert 0.9 < ratio < 1.1
 
 
+def test_a_persistent_forward_of_grouped_heads_walks_over_the_tiles_asked_for():
+    """With heads apart a tile costs what it costs without groups, however many heads share K and V."""
+    sizes = dict(head_dim=64, head_dim_v=64, heads=32, seqlen=4096, tokens=8192)
+    shared, alone = (
+        Predictor(OurKernel(Workload(**sizes, heads_kv=kv), SmArch.SM_90A, {})).sample(H100) for kv in (4, 32)
+    )
+    assert shared.cost.step == pytest.approx(alone.cost.step, rel=0.02)
+    assert shared.seconds == pytest.approx(alone.seconds, rel=0.05)
+
+
 @pytest.mark.parametrize("window, causal, heads_kv", [(40, False, 4), (4000, False, 2), (200, True, 1)])
 def test_probes_of_a_windowed_backward_have_the_steps_asked_for(window, causal, heads_kv, monkeypatch):
     workload = Workload(direction=Direction.BACKWARD, seqlen=8192, heads=4, heads_kv=heads_kv, head_dim=64,
