@@ -103,6 +103,8 @@ def _check_options(keys, names, changes, cubin, trace, search, validate) -> None
         raise click.UsageError("no KEY, and no --validate")
     if keys and validate is not None:
         raise click.UsageError("--validate takes no KEY: the file says what is predicted")
+    if trace is not None and len(keys) > 1:
+        raise click.UsageError("--trace is of one KEY")
     if not (search or validate is not None):
         return
     of_one = {"--kernel fa4": "fa4" in names, "--set": changes, "--cubin": cubin, "--trace": trace}

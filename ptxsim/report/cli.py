@@ -196,7 +196,10 @@ def time(
     if arch.rstrip("af") != gpu.arch.rstrip("af"):
         raise click.BadParameter(f"{gpu.name} runs machine code of {gpu.arch}, not of {arch}", param_hint="--gpu")
     console, recorder = _console(), Recorder()
-    timeline = None if trace is None else Timeline(trace)
+    try:
+        timeline = None if trace is None else Timeline(trace)
+    except OSError as problem:
+        raise click.BadParameter(f"{trace}: {problem.strerror}", param_hint="--trace") from None
     launches: list[ptxsim.Launch] = []
     options = {"sm_count": sms, "line_info": line_info, "observers": [recorder]}
     code, error = _run_once(script, arguments, arch, options, launches)

@@ -271,6 +271,7 @@ def test_the_command(hopper):
         (["fwd:512:full:4096", "--kernel", "fa4"], "FlashAttention-4 refuses"),
         (["fwd:64:full:4096", "--search", "--trace", "x.json", "--set", "cluster=2"], "--set, --trace: not with"),
         (["fwd:64:full:4096", "--validate", __file__], "--validate takes no KEY"),
+        (["fwd:64:full:4096", "fwd:64:full:8192", "--trace", "x.json"], "--trace is of one KEY"),
         (["--validate", __file__, "--search"], "--search: not with --validate"),
         (["fwd:64:full:4096", "--trace", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
         (["fwd:64:full:4096", "--gpu", "/no/such/folder.toml"], "no constants of the GPU"),

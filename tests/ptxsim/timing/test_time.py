@@ -103,6 +103,14 @@ def test_what_cannot_be_timed(tmp_path, gpu, message):
     assert result.exit_code == 2 and message in " ".join(result.output.replace("│", "").split())
 
 
+def test_a_trace_that_cannot_be_written(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("raise AssertionError")
+    options = ["--arch", "sm_90a", "--gpu", "h100", "--trace", str(tmp_path / "missing" / "trace.json")]
+    result = CliRunner().invoke(main, ["time", str(script), *options])
+    assert result.exit_code == 2 and "No such file or directory" in " ".join(result.output.replace("│", "").split())
+
+
 def test_machine_code_that_differs(tmp_path, monkeypatch):
     """The reason is told, and that nothing was timed by the exit code."""
     monkeypatch.setattr(assembler, "_code", lambda cubin: id(cubin))
