@@ -52,6 +52,8 @@ class Fa2BackwardConfig(FeatureConfig):
     """
 
     kernel_module: ClassVar[str] = "fa2_sm80.backward.kernel"
+    statistics: ClassVar[str] = "rows"
+    turns: ClassVar[bool] = False
 
     tile_m: int
     tile_n: int
@@ -66,6 +68,21 @@ class Fa2BackwardConfig(FeatureConfig):
     @property
     def deterministic(self) -> bool:
         return self.query_kernel is not None
+
+    @property
+    def dq_sums(self) -> bool:
+        """Whether dQ is summed up in scratch memory."""
+        return not self.deterministic
+
+    @property
+    def stats_elements(self) -> int:
+        """Statistics of a tile of queries: LSE and D."""
+        return 2 * self.tile_m
+
+    @property
+    def slope_parts(self) -> int:
+        """Parts of a slope's gradient that a tile of keys gives: one a warp."""
+        return self.num_warps
 
     @property
     def num_warps(self) -> int:

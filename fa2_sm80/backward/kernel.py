@@ -3,11 +3,12 @@
 import cutlass.cute as cute
 from cutlass import const_expr
 
-from fa2_sm80.backward.arguments import BackwardArguments, backward_fakes
+from cute_fa.device.backward_arguments import BackwardArguments, backward_fakes
+from cute_fa.device.backward_preprocess import PreprocessKernel
+from cute_fa.device.backward_sums import PartialSums
 from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.backward.key_gradients import KeyGradientKernel
-from fa2_sm80.backward.postprocess import PartialSums, QueryGradientConversion
-from fa2_sm80.backward.preprocess import PreprocessKernel
+from fa2_sm80.backward.postprocess import QueryGradientConversion
 from fa2_sm80.backward.query_gradients import QueryGradientKernel
 
 

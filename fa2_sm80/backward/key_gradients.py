@@ -11,18 +11,18 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 
+from cute_fa.device.backward_arguments import BackwardArguments, scratch_address
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.heads import head_matrix
 from cute_fa.device.query_range import QueryRange, query_range
 from cute_fa.device.range_walk import BlockList, RangeWalk, poisoned
 from cute_fa.device.score import Score
 from cute_fa.device.seqlen import SeqlenInfo, key_rows
-from fa2_sm80.backward.arguments import BackwardArguments, scratch_address
 from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.backward.key_tile import BackwardTiles, KeyTile
 from fa2_sm80.backward.list_pipeline import ListPipeline
 from fa2_sm80.backward.query_pipeline import QueryPipeline, StatsLoader, head_strides
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, TileLoader, block_offset, store_tile
-from fa2_sm80.common.heads import head_matrix
 from fa2_sm80.common.walk import walk
 
 

@@ -1,19 +1,18 @@
-"""What is left after the main kernel: dQ out of its fp32 sums, and sums of the parts of per-head gradients."""
+"""What is left after the main kernel: dQ out of its fp32 sums."""
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int64, const_expr
 from cutlass.cute.arch import inline_ptx
 from cutlass.memory import SmemAllocator
 
+from cute_fa.device.backward_arguments import BackwardArguments, scratch_address
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.heads import head_matrix
 from cute_fa.device.range_walk import RangeWalk
 from cute_fa.device.registers import narrow
 from cute_fa.device.score import Score
-from fa2_sm80.backward.arguments import BackwardArguments, scratch_address
 from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, FragmentStore, SmemTile, store_tile
-from fa2_sm80.common.heads import head_matrix
 from fa2_sm80.common.products import WarpPlace, WarpProduct
 
 
@@ -65,23 +64,3 @@ class QueryGradientConversion:
                 write_only_types=[Float32],
                 read_only_args=[address],
             )
-
-
-class PartialSums:
-    """target (1 or batch, heads) = sum of parts (batch, heads, n) over n, and over the batch if target has one row; one
-    warp an element, always in the same order."""
-
-    num_threads = 32
-
-    @cute.kernel
-    def kernel(self, parts: cute.Tensor, target: cute.Tensor):
-        lane, _, _ = cute.arch.thread_idx()
-        row, head, _ = cute.arch.block_idx()
-        sequences = parts.shape[0] // target.shape[0]
-        total = Float32(0.0)
-        for sequence in cutlass.range(row * sequences, (row + 1) * sequences, unroll=1):
-            for part in cutlass.range(lane, parts.shape[2], self.num_threads, unroll=1):
-                total = total + parts[sequence, head, part]
-        total = cute.arch.warp_reduction_sum(total)
-        if lane == 0:
-            target[row, head] = total

@@ -14,16 +14,17 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.arguments import CommonArguments
+from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
+from cute_fa.device.heads import head_matrix
 from cute_fa.device.positions import distances_between, row_positions
 from cute_fa.device.range_walk import BlockList, RangeWalk, hidden_columns, poisoned
 from cute_fa.device.registers import narrow
 from cute_fa.device.score import Score, probabilities, score_gradients
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.visibility import Window, hidden_keys
-from fa2_sm80.backward.arguments import BackwardArguments
 from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.common.block_ring import BlockRing
 from fa2_sm80.common.copies import (
@@ -35,7 +36,6 @@ from fa2_sm80.common.copies import (
     lane_offset,
     store_tile,
 )
-from fa2_sm80.common.heads import head_matrix
 from fa2_sm80.common.products import WarpPlace, WarpProduct, register_column, register_row
 from fa2_sm80.common.walk import walk
 from fa2_sm80.common.warp_grid import WarpGrid

@@ -13,11 +13,11 @@ from cutlass.memory import SmemAllocator
 from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.heads import head_matrix, head_row
 from cute_fa.device.range_walk import BlockList, RangeWalk, poisoned
 from cute_fa.device.score import Score
 from cute_fa.device.seqlen import SeqlenInfo
 from fa2_sm80.common.copies import SMEM_ALIGNMENT, SmemTile, SmemTiles, TileLoader, store_tile
-from fa2_sm80.common.heads import head_matrix, head_row
 from fa2_sm80.common.walk import walk
 from fa2_sm80.forward.arguments import ForwardArguments, forward_fakes
 from fa2_sm80.forward.config import Fa2ForwardConfig

@@ -14,9 +14,9 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.block_range import MaskedRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.heads import head_row
 from cute_fa.device.score import Score
 from fa2_sm80.common.copies import ELEMENT_BYTES, SMEM_ALIGNMENT, SmemTile
-from fa2_sm80.common.heads import head_row
 from fa2_sm80.common.walk import walk
 from fa2_sm80.split.arguments import SplitArguments, split_fakes
 from fa2_sm80.split.combine import COLUMNS, CombineKernel, merge_parts, merged_lse, store_chunk

@@ -7,14 +7,13 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.arch import inline_ptx
 from cutlass.memory import SmemAllocator
 
+from cute_fa.device.backward_arguments import BackwardArguments, scratch_address
 from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.heads import head_matrix, head_row
 from cute_fa.device.score import LOG2_E
-from fa2_sm80.backward.arguments import BackwardArguments, scratch_address
-from fa2_sm80.backward.config import Fa2BackwardConfig
-from fa2_sm80.common.copies import CHUNK
-from fa2_sm80.common.heads import head_matrix, head_row
 
 WARPS = 4
+_CHUNK = 8  # elements that a thread loads at a time, 16 bytes
 
 
 class PreprocessKernel:
@@ -22,10 +21,11 @@ class PreprocessKernel:
 
     num_threads = 32 * WARPS
 
-    def __init__(self, config: Fa2BackwardConfig):
+    def __init__(self, config):
+        """``config``: of a backward."""
         self.config = config
         self.dtype = CUTE_DTYPE[config.dtype]
-        self.chunks = config.head_dim_v // CHUNK
+        self.chunks = config.head_dim_v // _CHUNK
         self.lanes = min(32, 1 << (self.chunks - 1).bit_length())
 
     @cute.kernel
@@ -40,8 +40,14 @@ class PreprocessKernel:
         if m_block * c.tile_m < info.rows_q:
             tile = args.first_tile(info, batch, c.tile_m) + m_block
             dsink = self.rows(args, info, tile, m_block, head, batch, tidx)
-            if const_expr(not c.deterministic):
+            if const_expr(c.turns):
+                if tidx == 0:
+                    args.scratch.turns[tile * heads + head] = Int32(0)
+            if const_expr(c.dq_sums):
                 zero(scratch_address(args.scratch.dq, tile, head), c.tile_m * c.head_dim_padded, tidx, self.num_threads)
+        if const_expr(c.turns):
+            if index + tidx == 0:
+                args.scratch.turns[cute.size(args.scratch.turns) - 1] = Int32(0)
         if const_expr(c.learnable_sink):
             total = self.sum_of_cta(dsink, tidx)
             if tidx == 0:
@@ -74,8 +80,10 @@ class PreprocessKernel:
                 if row_lse != -Float32.inf:
                     delta = delta - head_row(args.dlse, head, batch, info.offset_q, packed)[row]
             if tidx % self.lanes == 0 and place < c.tile_m:
-                stats[place] = Float32.inf if row_lse == -Float32.inf else row_lse * LOG2_E - offset
-                stats[c.tile_m + place] = delta
+                at_lse, at_delta, sign = statistics_places(c, place)
+                stats[at_lse] = Float32.inf if row_lse == -Float32.inf else row_lse * LOG2_E - offset
+                for at in at_delta:
+                    stats[at] = delta if const_expr(sign > 0) else -delta
                 if const_expr(c.learnable_sink):
                     if row_lse != -Float32.inf:  # which it is beside a sink of −inf, whose gradient is 0
                         weight = cute.math.exp2((args.common.learnable_sink[head] - row_lse) * LOG2_E, fastmath=True)
@@ -88,8 +96,8 @@ class PreprocessKernel:
         copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=128)
         values = []
         for matrix in (out, dout):
-            source = cute.local_tile(matrix[row, None], (CHUNK,), (chunk,))
-            fragment = cute.make_rmem_tensor(CHUNK, self.dtype)
+            source = cute.local_tile(matrix[row, None], (_CHUNK,), (chunk,))
+            fragment = cute.make_rmem_tensor(_CHUNK, self.dtype)
             cute.copy(copy, source, fragment)
             values.append(fragment.load().to(Float32))
         return (values[0] * values[1]).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
@@ -106,6 +114,20 @@ class PreprocessKernel:
         for warp in cutlass.range_constexpr(WARPS):
             total = total + smem[warp]
         return total
+
+
+def statistics_places(config, place: Int32):
+    """Where the LSE of a tile's query lies in its statistics, where its D, and the sign that D has there.
+
+    "rows": LSE of all queries, then D. "wgmma": as a thread of wgmma's transposed accumulator reads them, 16 bytes at a
+    time. Of 8 queries it has two neighbouring ones: the LSE of two such blocks lie together, and −D of a block twice,
+    as its four registers are to have it, so that dO·Vᵀ starts from there."""
+    c = config
+    if c.statistics == "rows":
+        return place, (c.tile_m + place,), 1
+    pair, block = place % 8 // 2 * 4 + place % 2, place // 8
+    delta = c.tile_m + block * 16 + pair
+    return block // 2 * 16 + block % 2 * 2 + pair, (delta, delta + 2), -1
 
 
 def zero(address, elements: int, tidx: Int32, num_threads: int):

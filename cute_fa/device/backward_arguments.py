@@ -1,4 +1,4 @@
-"""What the kernels of the FA2 backward take, and where they find one tile of queries in the scratch memory."""
+"""What the kernels of a backward take, and where they find one tile of queries in the scratch memory."""
 
 from typing import NamedTuple, Optional
 
@@ -9,21 +9,23 @@ from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fake_arguments import common_fakes, fake_activations, fake_tensor, fake_vector, optional
 from cute_fa.device.seqlen import SeqlenInfo
-from fa2_sm80.backward.config import Fa2BackwardConfig
 
 
 class Scratch(NamedTuple):
     """Memory between the kernels, fp32. A sequence has whole tiles of queries, see :func:`first_tile`.
 
-    ``stats`` (tiles, heads, 2 · tile_m): LSE of the queries in log2 units, less the softcap's offset, +inf where P is
-    0, then their D = rowsum(dO∘O) − dLSE. ``dq`` (tiles, heads, tile_m · head_dim_padded): the sum of dS·K in the order
-    of the accumulator's registers, None where deterministic. ``dsink`` (batch, heads, m_blocks) and ``dslopes`` (batch,
-    heads, n_blocks · warps): parts of the gradients of the learnable sink and of the ALiBi slopes, or None."""
+    ``stats`` (tiles, heads, stats_elements): LSE of the queries in log2 units, less the softcap's offset, +inf where P
+    is 0, and their D = rowsum(dO∘O) − dLSE, see :func:`cute_fa.device.backward_preprocess.statistics_places`. ``dq``
+    (tiles, heads, tile_m · head_dim_padded): the sum of dS·K in the order of the accumulator's registers, or None.
+    ``dsink`` (batch, heads, m_blocks) and ``dslopes`` (batch, heads, n_blocks · slope_parts): parts of the gradients of
+    the learnable sink and of the ALiBi slopes, or None. ``turns`` int32 (tiles · heads + 1), where tiles of keys add to
+    dQ in order, or None: how many have added to each, and at the end how many have been begun."""
 
     stats: cute.Tensor
     dq: Optional[cute.Tensor]
     dsink: Optional[cute.Tensor]
     dslopes: Optional[cute.Tensor]
+    turns: Optional[cute.Tensor]
 
 
 class BackwardArguments(NamedTuple):
@@ -63,8 +65,8 @@ def scratch_address(tensor: cute.Tensor, tile: Int32, head: Int32) -> Int64:
     return tensor.iterator.toint() + elements * 4
 
 
-def backward_fakes(config: Fa2BackwardConfig) -> BackwardArguments:
-    """Arguments for ``cute.compile``."""
+def backward_fakes(config) -> BackwardArguments:
+    """Arguments for ``cute.compile`` of the kernels of a backward's config."""
     c, dtype = config, CUTE_DTYPE[config.dtype]
 
     def scratch(elements: int):
@@ -80,13 +82,14 @@ def backward_fakes(config: Fa2BackwardConfig) -> BackwardArguments:
         dalibi=optional(c.slopes_gradient, lambda: fake_vector(Float32, 2)),
         dsink=optional(c.learnable_sink, lambda: fake_vector(Float32, 2)),
         scratch=Scratch(
-            stats=scratch(2 * c.tile_m),
-            dq=optional(not c.deterministic, lambda: scratch(c.tile_m * c.head_dim_padded)),
+            stats=scratch(c.stats_elements),
+            dq=optional(c.dq_sums, lambda: scratch(c.tile_m * c.head_dim_padded)),
             dsink=optional(c.learnable_sink, lambda: fake_vector(Float32, 3)),
             dslopes=optional(c.slopes_gradient, lambda: fake_vector(Float32, 3)),
+            turns=optional(c.turns, lambda: fake_vector(Int32)),
         ),
         seqlen_q=Int32(0),
         seqlen_k=Int32(0),
         key_walk=optional(c.ranges, lambda: fake_vector(Int32)),
-        dq_walk=optional(c.ranges and c.deterministic, lambda: fake_vector(Int32)),
+        dq_walk=optional(c.ranges and not c.dq_sums, lambda: fake_vector(Int32)),
     )

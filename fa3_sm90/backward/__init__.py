@@ -1,0 +1,1 @@
+"""The Hopper backward: TMA, wgmma, warp-specialised."""

@@ -1,0 +1,82 @@
+"""The producer warp: brings K and V, then for every step Q, dO and their statistics, by TMA."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr
+from cutlass.cute.arch import inline_ptx
+
+from cute_fa.device.backward_arguments import BackwardArguments, scratch_address
+from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
+from cute_fa.device.tma_boxes import BoxCopy
+from fa3_sm90.backward.arguments import Boxes, TmaTensors
+from fa3_sm90.backward.config import Fa3BackwardConfig
+from fa3_sm90.backward.storage import Storage
+from fa3_sm90.backward.work import KeyWork
+
+
+class Loader:
+    """One warp. Behind the last step it hands out one more stage of Q, with nothing in it: the consumers start the
+    scores of a step one step early, the last time of none."""
+
+    def __init__(
+        self,
+        config: Fa3BackwardConfig,
+        args: BackwardArguments,
+        tma: TmaTensors,
+        storage: Storage,
+        rings: dict[str, Ring],
+    ):
+        self.config, self.args, self.tma, self.storage, self.rings = config, args, tma, storage, rings
+        self.boxes = Boxes.of(config)
+
+    @cute.jit
+    def run(self, work: KeyWork):
+        """All loads of a tile of keys."""
+        load_keys, load_step, c = self.load_keys, self.load_step, self.config
+        wait_free, full = self.rings["q"].wait_free, self.rings["q"].full
+        load_keys(work)
+        state = ring_start()
+        for index in cutlass.range(work.heads, unroll=1):
+            for iteration in cutlass.range(work.blocks.total, unroll=1):
+                load_step(work, work.first_head + index, work.blocks.block(iteration), state)
+                state = ring_next(state, c.stages)
+        wait_free(state)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(full + state.stage)
+
+    def load_keys(self, work: KeyWork):
+        """K and V of the tile; also of one without queries, whose first scores are computed of no step."""
+        c, info = self.config, work.info
+        outer = () if const_expr(c.cu_seqlens_k) else (work.batch,)
+        first = work.first_key(c)
+        for name, columns in (("k", c.head_dim_padded), ("v", c.head_dim_v_padded)):
+            box = getattr(self.boxes, name)
+            copy = BoxCopy(getattr(self.tma, name), box, c.tile_n, work.head_kv, outer, columns // box.columns)
+            barrier = self.rings[name].acquire(ring_start())
+            copy.load(getattr(self.storage, name), 0, info.offset_k + first, info.seqlen_k - first, barrier)
+
+    def load_step(self, work: KeyWork, head: Int32, block: Int32, state: RingState):
+        """Q and dO of a block of queries of a head, with their statistics."""
+        c, info, storage = self.config, work.info, self.storage
+        outer = () if const_expr(c.cu_seqlens_q) else (work.batch,)
+        first = block * c.tile_m
+        statistics = scratch_address(self.args.scratch.stats, work.first_tile + block, head)
+        for name, columns, numbers, offset, count in (
+            ("q", c.head_dim_padded, storage.lse, 0, c.tile_m),
+            ("dout", c.head_dim_v_padded, storage.delta, c.tile_m, 2 * c.tile_m),
+        ):
+            box = getattr(self.boxes, name)
+            copy = BoxCopy(getattr(self.tma, name), box, c.tile_m, head, outer, columns // box.columns)
+            barrier = self.rings[name].acquire(state)
+            target = getattr(storage, name) + state.stage * (c.tile_m * columns)
+            copy.load(target, 0, info.offset_q + first, info.seqlen_q - first, barrier)
+            with cute.arch.elect_one():
+                load_numbers(numbers + state.stage * count, statistics + 4 * offset, 4 * count, barrier)
+
+
+def load_numbers(target: cute.Pointer, source: Int64, size: int, barrier: cute.Pointer):
+    """Bulk copy of ``size`` bytes, by one thread."""
+    inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], " + f"{size}, [{{$r2}}];",
+        read_only_args=[target.toint(), source, barrier.toint()],
+    )

@@ -1,0 +1,117 @@
+"""The five matrix products of a step on wgmma (PTX ISA, "Asynchronous warpgroup level matrix instructions").
+
+    Sᵀ = K·Qᵀ    dPᵀ = V·dOᵀ    dV += Pᵀ·dO    dK += dSᵀ·Q    dQ = dS·K
+
+A warpgroup has 64 of the tile's keys in all but the last. Of dQ it has 64 queries, or half the columns if there are no
+more queries than that.
+"""
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.tma_boxes import tile_layout
+from fa3_sm90.backward.config import SCORE_STAGES, WGMMA_K, WGMMA_M, Fa3BackwardConfig
+from fa3_sm90.backward.storage import TILE_ALIGNMENT, Storage
+
+_SMEM, _REGISTERS = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
+_ROWS, _COLUMNS = OperandMajorMode.K, OperandMajorMode.MN
+
+
+class Products:
+    """Operands and accumulators of one warpgroup. Products only issue, each as a group of its own; between what is done
+    to their registers and the next of them the caller has a ``warpgroup.fence()``."""
+
+    def __init__(self, config: Fa3BackwardConfig, storage: Storage, index: Int32):
+        """``index``: of the consumer warpgroup."""
+        c = config
+        dtype = CUTE_DTYPE[c.dtype]
+
+        def operation(columns: int, source, major_a, major_b):
+            shape = (WGMMA_M, columns, WGMMA_K)
+            return warpgroup.MmaF16BF16Op(dtype, Float32, shape, source, major_a, major_b)
+
+        self.op_s = operation(c.tile_m, _SMEM, _ROWS, _ROWS)
+        self.op_dv = operation(c.head_dim_v_padded, _REGISTERS, _ROWS, _COLUMNS)
+        self.op_dk = operation(c.head_dim_padded, _REGISTERS, _ROWS, _COLUMNS)
+        self.op_dq = operation(c.dq_columns, _SMEM, _COLUMNS, _COLUMNS)
+        mma_s, mma_dv, mma_dk, mma_dq = map(cute.make_tiled_mma, (self.op_s, self.op_dv, self.op_dk, self.op_dq))
+        self.mma_s, self.mma_dv, self.mma_dk = mma_s, mma_dv, mma_dk
+        slice_s, slice_dv, slice_dk, slice_dq = (mma.get_slice(0) for mma in (mma_s, mma_dv, mma_dk, mma_dq))
+
+        k = _tiles(storage.k, dtype, c.tile_n, c.head_dim_padded, 1)[None, None, 0]
+        v = _tiles(storage.v, dtype, c.tile_n, c.head_dim_v_padded, 1)[None, None, 0]
+        q = _tiles(storage.q, dtype, c.tile_m, c.head_dim_padded, c.stages)
+        dout = _tiles(storage.dout, dtype, c.tile_m, c.head_dim_v_padded, c.stages)
+        ds = _tiles(storage.ds, dtype, c.tile_n, c.tile_m, SCORE_STAGES)
+        self.k = mma_s.make_fragment_A(slice_s.partition_A(k))[None, index, None]
+        self.v = mma_s.make_fragment_A(slice_s.partition_A(v))[None, index, None]
+        self.q = mma_s.make_fragment_B(slice_s.partition_B(q))
+        self.dout = mma_s.make_fragment_B(slice_s.partition_B(dout))
+        self.dout_columns = mma_dv.make_fragment_B(slice_dv.partition_B(_transposed(dout)))
+        self.q_columns = mma_dk.make_fragment_B(slice_dk.partition_B(_transposed(q)))
+        k_columns = _transposed(k)
+        row_block = index
+        if c.tile_m == WGMMA_M:
+            k_columns, row_block = cute.local_tile(k_columns, (c.dq_columns, c.tile_n), (index, 0)), 0
+        self.k_columns = mma_dq.make_fragment_B(slice_dq.partition_B(k_columns))
+        self.ds = mma_dq.make_fragment_A(slice_dq.partition_A(_transposed(ds)))[None, row_block, None, None]
+
+        def accumulator(part, columns: int) -> cute.Tensor:
+            return cute.make_rmem_tensor(part.partition_shape_C((WGMMA_M, columns)), Float32)
+
+        self.acc_s, self.acc_dp = accumulator(slice_s, c.tile_m), accumulator(slice_s, c.tile_m)
+        self.acc_dv = accumulator(slice_dv, c.head_dim_v_padded)
+        self.acc_dk = accumulator(slice_dk, c.head_dim_padded)
+        self.acc_dq = accumulator(slice_dq, c.dq_columns)
+
+    @cute.jit
+    def start_scores(self, stage: Int32):
+        """Sᵀ with Q of a stage."""
+        _multiply(self.op_s, self.acc_s, self.k, self.q[None, 0, None, stage], True)
+
+    @cute.jit
+    def start_dp(self, stage: Int32):
+        """dPᵀ with dO of a stage, added to what its accumulator holds."""
+        _multiply(self.op_s, self.acc_dp, self.v, self.dout[None, 0, None, stage], False)
+
+    @cute.jit
+    def start_dv(self, p: cute.Tensor, stage: Int32):
+        """dV += Pᵀ·dO, Pᵀ in registers."""
+        _multiply(self.op_dv, self.acc_dv, p[None, 0, None], self.dout_columns[None, 0, None, stage], False)
+
+    @cute.jit
+    def start_dk(self, ds: cute.Tensor, stage: Int32):
+        """dK += dSᵀ·Q, dSᵀ in registers."""
+        _multiply(self.op_dk, self.acc_dk, ds[None, 0, None], self.q_columns[None, 0, None, stage], False)
+
+    @cute.jit
+    def start_dq(self, stage: Int32):
+        """dQ = dS·K with dSᵀ of a stage in shared memory."""
+        _multiply(self.op_dq, self.acc_dq, self.ds[None, None, stage], self.k_columns[None, 0, None], True)
+
+
+def _transposed(tile: cute.Tensor) -> cute.Tensor:
+    """(columns, rows, …) of a tile."""
+    modes = [1, 0, *range(2, cute.rank(tile))]
+    return cute.make_tensor(tile.iterator, cute.select(tile.layout, mode=modes))
+
+
+def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> cute.Tensor:
+    """(rows, columns, count) at an address that comes out of a shuffle: what ptxas can compute it computes in every
+    iteration (see :func:`fa3_sm90.forward.products._tiles`)."""
+    layout = tile_layout(dtype, rows, columns, count)
+    address = cute.arch.make_warp_uniform(pointer.toint())
+    plain = cute.make_ptr(dtype, address, cute.AddressSpace.smem, assumed_align=TILE_ALIGNMENT)
+    return cute.make_tensor(cute.recast_ptr(plain, layout.inner, dtype=dtype), layout.outer)
+
+
+def _multiply(operation, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, from_zero: bool):
+    """One group of wgmma over all steps of the dot products; ``a`` and ``b``: (element, steps)."""
+    atom = cute.make_mma_atom(operation)
+    for k in range(cute.size(a, mode=[1])):
+        atom.set(warpgroup.Field.ACCUMULATE, not (from_zero and k == 0))
+        step_a, step_b = (cute.append_ones(operand[None, k], up_to_rank=2) for operand in (a, b))
+        cute.gemm(atom, acc, step_a, step_b, acc)
+    warpgroup.commit_group()

@@ -1,0 +1,56 @@
+"""What lies where in shared memory."""
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Float32, Int64
+from cutlass.memory import SmemAllocator
+
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.ring import barrier_count
+from cute_fa.device.tma_boxes import tile_layout
+from fa3_sm90.backward.config import SCORE_STAGES, Fa3BackwardConfig
+
+# A swizzle atom of 8 rows of 128 bytes, of which the pattern of TMA and wgmma is a function of the absolute address.
+TILE_ALIGNMENT = 1024
+
+
+class Storage(NamedTuple):
+    """Shared memory of a CTA: pointers, swizzled like their tiles. ``k`` and ``v`` become dK and dV; ``ds``: dSᵀ, rows
+    are keys; ``dq``: fp32, quads of a thread's registers; ``lse`` and ``delta``: −D twice, of every stage."""
+
+    barriers: cute.Pointer
+    k: cute.Pointer
+    v: cute.Pointer
+    q: cute.Pointer
+    dout: cute.Pointer
+    ds: cute.Pointer
+    dq: cute.Pointer
+    lse: cute.Pointer
+    delta: cute.Pointer
+
+
+def allocate(config: Fa3BackwardConfig) -> Storage:
+    """The CTA's shared memory."""
+    c, dtype, allocator = config, CUTE_DTYPE[config.dtype], SmemAllocator()
+
+    def tiles(rows: int, columns: int, count: int) -> cute.Pointer:
+        layout = tile_layout(dtype, rows, columns, count)
+        elements = cute.make_layout(cute.cosize(layout.outer))
+        raw = allocator.allocate_tensor(dtype, elements, TILE_ALIGNMENT).iterator
+        return cute.recast_ptr(raw, layout.inner, dtype=dtype)
+
+    def numbers(count: int) -> cute.Pointer:
+        return allocator.allocate_tensor(Float32, cute.make_layout(count), 128).iterator
+
+    return Storage(
+        k=tiles(c.tile_n, c.head_dim_padded, 1),
+        v=tiles(c.tile_n, c.head_dim_v_padded, 1),
+        q=tiles(c.tile_m, c.head_dim_padded, c.stages),
+        dout=tiles(c.tile_m, c.head_dim_v_padded, c.stages),
+        ds=tiles(c.tile_n, c.tile_m, SCORE_STAGES),
+        dq=numbers(c.tile_m * c.head_dim_padded),
+        lse=numbers(c.tile_m * c.stages),
+        delta=numbers(2 * c.tile_m * c.stages),
+        barriers=allocator.allocate_array(Int64, barrier_count(c.pipelines)),
+    )

@@ -1,0 +1,57 @@
+"""What a CTA does: one tile of keys of one kv head, with the queries of all heads of its group."""
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+from cute_fa.device.backward_arguments import BackwardArguments
+from cute_fa.device.query_range import QueryRange, query_range
+from cute_fa.device.seqlen import SeqlenInfo, key_rows
+from fa3_sm90.backward.config import Fa3BackwardConfig
+
+
+class KeyWork(NamedTuple):
+    """``first_head``: of the ``heads`` query heads of ``head_kv``; ``first_tile``: of the sequence in the scratch
+    memory; ``rows_k``: rows of k that belong to the sequence, whether or not they count."""
+
+    n_block: Int32
+    head_kv: Int32
+    batch: Int32
+    info: SeqlenInfo
+    blocks: QueryRange
+    heads: Int32
+    first_head: Int32
+    first_tile: Int32
+    rows_k: Int32
+
+    def first_key(self, config: Fa3BackwardConfig) -> Int32:
+        """Of the tile."""
+        return self.n_block * config.tile_n
+
+
+def key_tile(config: Fa3BackwardConfig, args: BackwardArguments, index: Int32):
+    """(n_block, head_kv, batch) of the tile of this index. The tiles of a head are neighbours, for its Q and dO in L2;
+    under a right bound the first one has the most queries and goes first."""
+    n_blocks, heads_kv = cute.ceil_div(args.seqlen_k, config.tile_n), args.common.k.shape[-2]
+    return index % n_blocks, index // n_blocks % heads_kv, index // n_blocks // heads_kv
+
+
+def key_work(config: Fa3BackwardConfig, args: BackwardArguments, index: Int32) -> KeyWork:
+    """All of a tile of this index."""
+    c, common = config, args.common
+    n_block, head_kv, batch = key_tile(c, args, index)
+    info = common.info(batch)
+    heads = common.q.shape[-2] // common.k.shape[-2]
+    dense_k = common.dense[1] if const_expr(not c.cu_seqlens_k) else Int32(0)
+    return KeyWork(
+        n_block=n_block,
+        head_kv=head_kv,
+        batch=batch,
+        info=info,
+        blocks=query_range(common.window, info.seqlen_q, info.seqlen_k, n_block * c.tile_n, c.tile_m, c.tile_n),
+        heads=heads,
+        first_head=head_kv * heads,
+        first_tile=args.first_tile(info, batch, c.tile_m),
+        rows_k=key_rows(common.lengths, batch, dense_k),
+    )
