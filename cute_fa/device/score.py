@@ -140,8 +140,8 @@ def score_gradients(
 ):
     """dO·Vᵀ becomes dX, in place, on (rows, columns) views.
 
-    ``delta(r, c)``: D = rowsum(dO∘O) − dLSE of a register's query, None where dO·Vᵀ is less D already; ``derivatives`` from :func:`probabilities`;
-    ``dslope``: one register, to which −Σ dS·|i + D − j| is added, or None.
+    ``delta(r, c)``: D = rowsum(dO∘O) − dLSE of a register's query, None where dO·Vᵀ is less D already;
+    ``derivatives`` from :func:`probabilities`; ``dslope``: one register, to which −Σ dS·|i + D − j| is added, or None.
     """
     for r in range(cute.size(p, mode=[0])):
         for c in range(cute.size(p, mode=[1])):

@@ -2,35 +2,31 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Float32, Int32, Uint32, const_expr
 from cutlass.cute.arch import inline_ptx
-from cutlass.cute.nvgpu import warp, warpgroup
+from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
-from cute_fa.device.registers import narrow
-from cute_fa.device.ring import Ring, RingState, previous_stage, ring_next, ring_start
+from cute_fa.device.fragments import as_warpgroup_operand_a, share_of_columns, warpgroup_rows_and_columns
+from cute_fa.device.registers import narrow, narrow_pair
+from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score, probabilities, score_gradients
-from cute_fa.device.tma_boxes import tile_layout
 from cute_fa.device.visibility import hidden_queries
-from fa3_sm90.backward.config import CONSUMERS, SCORE_STAGES, WARPGROUP, WGMMA_M, Fa3BackwardConfig
+from fa3_sm90.backward.config import CONSUMERS, WARPGROUP, WGMMA_M, Fa3BackwardConfig
 from fa3_sm90.backward.products import Products
 from fa3_sm90.backward.query_sums import QuerySumsWriter
 from fa3_sm90.backward.storage import Storage
 from fa3_sm90.backward.work import KeyWork
 
 CONSUMER_BARRIER = 1
+PANEL_BYTES = 128
 
 
 class Consumer:
-    """Products are issued ahead of what they are needed for, so that the tensor cores have work while a warpgroup is at
-    its exponentials and gradients. In flight, one step a column:
-
-        step i   P of S(i) | dQ(i−1) out | dP(i) dV(i) issued | dS(i) | S(i+1) dQ(i) dK(i) issued
-
-    where S(i), dQ(i−1) and dK(i−1) are in flight at the beginning. dSᵀ, which all warpgroups' dQ needs, is the one
-    thing that they exchange: a barrier a step.
+    """Products are issued as soon as their operands are there, so that the tensor cores have work while a warpgroup is
+    at its exponentials and gradients: S and dP; behind P dV, beside which dS is computed; dQ and dK, beside which dQ is
+    handed on. dSᵀ, which all warpgroups' dQ needs, is the one thing that they exchange: a barrier a step.
     """
 
     def __init__(
@@ -51,15 +47,11 @@ class Consumer:
         self.first_row = index * WGMMA_M + thread // 32 * 16 + thread % 32 // 4
         self.first_column = thread % 4 * 2
         self.statistics = (storage.lse.toint() + thread % 4 * 16, storage.delta.toint() + thread % 4 * 16)
-        self.p, self.ds = (cute.make_rmem_tensor_like(self.products.acc_s, self.dtype) for _ in range(2))
         self.dslope = cute.make_rmem_tensor(1, Float32)
-        layout = tile_layout(self.dtype, c.tile_n, c.tile_m, SCORE_STAGES)
-        ds = cute.local_tile(
-            cute.make_tensor(storage.ds, layout.outer), (WGMMA_M, c.tile_m, SCORE_STAGES), (index, 0, 0)
-        )
-        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
-        self.copy = cute.make_tiled_copy_C(atom, self.products.mma_s).get_slice(thread)
-        self.ds_target = self.copy.partition_D(ds)
+        # stmatrix: a lane's row and 16 bytes of it, in a panel of 64 queries with a swizzle of 128 bytes
+        row, half = index * WGMMA_M + thread // 32 * 16 + thread % 16, thread % 32 // 16
+        place = row * PANEL_BYTES + ((half ^ (row & 7)) << 4)
+        self.ds_address = cute.arch.make_warp_uniform(storage.ds.toint()) + place
 
     @cute.jit
     def run(self, work: KeyWork):
@@ -68,36 +60,29 @@ class Consumer:
         products, rings, args = self.products, self.rings, self.args
         products.acc_dk.fill(0.0)
         products.acc_dv.fill(0.0)
-        products.acc_dq.fill(0.0)
         self.dslope.fill(0.0)
         state = ring_start()
         rings["k"].wait(state)
         rings["v"].wait(state)
-        rings["q"].wait(state)
-        warpgroup.fence()
-        products.start_scores(state.stage)
-        for _ in cutlass.range_constexpr(2):  # in place of dQ and dK of a step before the first
-            warpgroup.commit_group()
         score = Score.of(args.common.softmax_scale, args.common.softcap)
         head = self.head
         for index in cutlass.range(work.heads, unroll=1):
-            state = head(work, score, work.first_head + index, index > 0, state)
-        warpgroup.wait_group(0)
-        self.sums.put(products.acc_dq)
+            state = head(work, score, work.first_head + index, state)
 
     @cute.jit
-    def head(self, work: KeyWork, score: Score, head: Int32, further: Boolean, state: RingState) -> RingState:
-        """The steps of one head; ``further``: it is not the first."""
+    def head(self, work: KeyWork, score: Score, head: Int32, state: RingState) -> RingState:
+        """The steps of one head."""
         c, steps = self.config, self.steps
         if const_expr(c.alibi):
             score = score.with_slopes((self.args.common.alibi_slopes[work.batch, head],) * 2)
         for masked in work.blocks.ranges(c.window_left):
-            state = steps(work, score, further, state, *masked)
+            state = steps(work, score, state, *masked)
         if const_expr(c.slopes_gradient):
             dslope = cute.arch.warp_reduction_sum(self.dslope[0])
             part = work.n_block * c.slope_parts + self.index * 4 + self.thread // 32
-            if self.thread % 32 == 0:
-                self.args.scratch.dslopes[work.batch, head, part] = dslope
+            parts, lane = self.args.scratch.dslopes, self.thread % 32
+            if lane == 0:
+                parts[work.batch, head, part] = dslope
             self.dslope[0] = Float32(0.0)
         return state
 
@@ -106,7 +91,6 @@ class Consumer:
         self,
         work: KeyWork,
         score: Score,
-        further: Boolean,
         state: RingState,
         start: Int32,
         stop: Int32,
@@ -119,7 +103,7 @@ class Consumer:
         start, stop = cute.arch.make_warp_uniform(start), cute.arch.make_warp_uniform(stop)
         state = RingState(*(cute.arch.make_warp_uniform(number) for number in state))
         for iteration in cutlass.range(start, stop, unroll=1):
-            state = step(work, score, iteration, further | (iteration > 0), state, masked, left_edge)
+            state = step(work, score, iteration, state, masked, left_edge)
         return state
 
     @cute.jit
@@ -128,70 +112,88 @@ class Consumer:
         work: KeyWork,
         score: Score,
         iteration: Int32,
-        further: Boolean,
         state: RingState,
         masked: cutlass.Constexpr[bool],
         left_edge: cutlass.Constexpr[bool],
     ) -> RingState:
-        """One block of queries of one head; ``further``: it is not the first of all."""
-        c, products, rings = self.config, self.products, self.rings
-        before, following = previous_stage(state, c.stages), ring_next(state, c.stages)
-        s, dp = products.acc_s, products.acc_dp
-        lse = self.lse(state.stage)
-        warpgroup.wait_group(2)  # S, and all before it
-        rings["dout"].release(before, further)
-        distance, hidden = self.positions(work, work.blocks.block(iteration) * c.tile_m, masked, left_edge)
-        matrix = warpgroup_rows_and_columns(s)
-        derivatives = probabilities(score, matrix, lse, distance, hidden)
-        narrow(s, self.p)
-        if const_expr(not c.overlap):
-            warpgroup.wait_group(0)
-            rings["q"].release(before, further)
-        else:
-            warpgroup.wait_group(1)  # dQ of the step before
-        self.sums.put(products.acc_dq)
+        """One block of queries of one head."""
+        products, rings = self.products, self.rings
+        s, dp, dq = products.accumulators()
+        p, ds = (cute.make_rmem_tensor_like(acc, self.dtype) for acc in (s, dp))
+        rings["q"].wait(state)
         rings["dout"].wait(state)
-        self.fill_delta(state.stage)
+        self.fill_delta(dp, state.stage)
         warpgroup.fence()
-        products.start_dp(state.stage)
-        products.start_dv(as_warpgroup_operand_a(self.p), state.stage)
-        if const_expr(c.overlap):
-            warpgroup.wait_group(2)  # dK of the step before
-            rings["q"].release(before, further)
-        warpgroup.wait_group(1)
-        dslope = self.dslope if const_expr(c.slopes_gradient) else None
-        score_gradients(matrix, warpgroup_rows_and_columns(dp), None, derivatives, distance, dslope)
-        narrow(dp, self.ds)
-        cute.copy(self.copy, self.copy.retile(self.ds), self.ds_target[None, None, None, state.stage])
+        products.start_scores(s, state.stage)
+        products.start_dp(dp, state.stage)
+        distance, hidden = self.positions(work, work.blocks.block(iteration) * self.config.tile_m, masked, left_edge)
+        warpgroup.wait_group(1)  # S
+        derivatives = self.probabilities(s, p, score, state.stage, distance, hidden)
+        warpgroup.fence()
+        products.start_dv(as_warpgroup_operand_a(p), state.stage)
+        warpgroup.wait_group(1)  # dP
+        dslope = self.dslope if const_expr(self.config.slopes_gradient) else None
+        matrices = (warpgroup_rows_and_columns(acc) for acc in (s, dp))
+        score_gradients(*matrices, None, derivatives, distance, dslope)
+        narrow(dp, ds)
+        self.store_ds(ds, state.stage)
         cute.arch.fence_proxy("async.shared", space="cta")
-        rings["q"].wait(following)
         cute.arch.barrier(barrier_id=CONSUMER_BARRIER, number_of_threads=WARPGROUP * CONSUMERS)
         warpgroup.fence()
-        products.start_scores(following.stage)
-        products.start_dq(state.stage)
-        products.start_dk(as_warpgroup_operand_a(self.ds), state.stage)
-        return following
+        products.start_dq(dq, state.stage)
+        products.start_dk(as_warpgroup_operand_a(ds), state.stage)
+        warpgroup.wait_group(1)  # dQ, and dV
+        rings["dout"].release(state.stage)
+        self.sums.put(dq)
+        warpgroup.wait_group(0)
+        rings["q"].release(state.stage)
+        return ring_next(state, self.config.stages)
 
-    def lse(self, stage: Int32):
-        """LSE of the query of register column c."""
-        address, values = self.statistics[0] + stage * (4 * self.config.tile_m), []
-        for pair in range(self.config.tile_m // 16):
-            values += inline_ptx(
-                "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(64 * pair) + "];",
-                write_only_types=[Float32] * 4,
-                read_only_args=[address],
+    def probabilities(self, acc: cute.Tensor, p: cute.Tensor, score: Score, stage: Int32, distance, hidden):
+        """P in place of S, and in the registers of operand A; returns the softcap's derivatives, or None. LSE comes 16
+        queries at a time, where it is needed: a thread's share of all takes a quarter of the scores' registers.
+        """
+        c = self.config
+        address = self.statistics[0] + stage * (4 * c.tile_m)
+        words, derivatives = cute.recast_tensor(p, Uint32), []
+        for pair in range(c.tile_m // 16):
+            lse = load_quad(address, 64 * pair)
+            share = share_of_columns(acc, pair, c.tile_m // 16)
+            first = 4 * pair  # register column
+            derivatives.append(
+                probabilities(
+                    score,
+                    share,
+                    lambda row, column, lse=lse: lse[column],
+                    distance and (lambda row, column, first=first: distance(row, first + column)),
+                    hidden and (lambda row, column, first=first: hidden(row, first + column)),
+                )
             )
-        return lambda r, c: values[c]
+            for word in range(4):
+                low = 8 * pair + 2 * word
+                words[4 * pair + word] = narrow_pair(acc[low], acc[low + 1], self.dtype)
+        if derivatives[0] is None:
+            return None
+        return SharedColumns(derivatives)
 
-    def fill_delta(self, stage: Int32):
+    def store_ds(self, ds: cute.Tensor, stage: Int32):
+        """dSᵀ to shared memory. Of 16 queries, number n of a panel, the 16 bytes are the first ones' with bits 5 and 6
+        flipped as n has them: one address in a register, where computed ones took eight."""
+        c, words = self.config, cute.recast_tensor(ds, Uint32)
+        address = self.ds_address + stage * (c.tile_n * c.tile_m * c.dtype.bytes)
+        for share in range(c.tile_m // 16):
+            panel, column = divmod(share, PANEL_BYTES // 32)
+            inline_ptx(
+                f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [{{$r0}}+{panel * c.tile_n * PANEL_BYTES}], "
+                "{{$r1}, {$r2}, {$r3}, {$r4}};",
+                read_only_args=[address ^ (32 * column), *(words[4 * share + e] for e in range(4))],
+            )
+
+    def fill_delta(self, acc: cute.Tensor, stage: Int32):
         """dP starts from −D: one addition per score less."""
-        acc, address = self.products.acc_dp, self.statistics[1] + stage * (8 * self.config.tile_m)
+        address = self.statistics[1] + stage * (8 * self.config.tile_m)
         for block in range(self.config.tile_m // 8):
-            values = inline_ptx(
-                "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(64 * block) + "];",
-                write_only_types=[Float32] * 4,
-                read_only_args=[address],
-            )
+            values = load_quad(address, 64 * block)
             for e in range(4):
                 acc[4 * block + e] = values[e]
 
@@ -219,6 +221,26 @@ class Consumer:
                 return hidden_in_row[r](_column(c))
 
         return distance, hidden
+
+
+class SharedColumns:
+    """Fragments of 16 columns each, as one of all."""
+
+    def __init__(self, shares: list[cute.Tensor]):
+        self.shares = shares
+
+    def __getitem__(self, place: tuple[int, int]) -> Float32:
+        row, column = place
+        return self.shares[column // 4][row, column % 4]
+
+
+def load_quad(address: Int32, offset: int) -> list[Float32]:
+    """16 bytes of shared memory."""
+    return inline_ptx(
+        "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(offset) + "];",
+        write_only_types=[Float32] * 4,
+        read_only_args=[address],
+    )
 
 
 def _column(c: int) -> int:

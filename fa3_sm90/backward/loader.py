@@ -15,8 +15,7 @@ from fa3_sm90.backward.work import KeyWork
 
 
 class Loader:
-    """One warp. Behind the last step it hands out one more stage of Q, with nothing in it: the consumers start the
-    scores of a step one step early, the last time of none."""
+    """One warp."""
 
     def __init__(
         self,
@@ -33,19 +32,15 @@ class Loader:
     def run(self, work: KeyWork):
         """All loads of a tile of keys."""
         load_keys, load_step, c = self.load_keys, self.load_step, self.config
-        wait_free, full = self.rings["q"].wait_free, self.rings["q"].full
         load_keys(work)
         state = ring_start()
         for index in cutlass.range(work.heads, unroll=1):
             for iteration in cutlass.range(work.blocks.total, unroll=1):
                 load_step(work, work.first_head + index, work.blocks.block(iteration), state)
                 state = ring_next(state, c.stages)
-        wait_free(state)
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(full + state.stage)
 
     def load_keys(self, work: KeyWork):
-        """K and V of the tile; also of one without queries, whose first scores are computed of no step."""
+        """K and V of the tile."""
         c, info = self.config, work.info
         outer = () if const_expr(c.cu_seqlens_k) else (work.batch,)
         first = work.first_key(c)

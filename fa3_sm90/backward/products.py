@@ -58,23 +58,24 @@ class Products:
         self.k_columns = mma_dq.make_fragment_B(slice_dq.partition_B(k_columns))
         self.ds = mma_dq.make_fragment_A(slice_dq.partition_A(_transposed(ds)))[None, row_block, None, None]
 
-        def accumulator(part, columns: int) -> cute.Tensor:
-            return cute.make_rmem_tensor(part.partition_shape_C((WGMMA_M, columns)), Float32)
+        self.shape_s = slice_s.partition_shape_C((WGMMA_M, c.tile_m))
+        self.shape_dq = slice_dq.partition_shape_C((WGMMA_M, c.dq_columns))
+        self.acc_dv = cute.make_rmem_tensor(slice_dv.partition_shape_C((WGMMA_M, c.head_dim_v_padded)), Float32)
+        self.acc_dk = cute.make_rmem_tensor(slice_dk.partition_shape_C((WGMMA_M, c.head_dim_padded)), Float32)
 
-        self.acc_s, self.acc_dp = accumulator(slice_s, c.tile_m), accumulator(slice_s, c.tile_m)
-        self.acc_dv = accumulator(slice_dv, c.head_dim_v_padded)
-        self.acc_dk = accumulator(slice_dk, c.head_dim_padded)
-        self.acc_dq = accumulator(slice_dq, c.dq_columns)
+    def accumulators(self) -> tuple[cute.Tensor, cute.Tensor, cute.Tensor]:
+        """Of S, dP and dQ, of one step: kept from step to step their registers would count as used in between."""
+        return tuple(cute.make_rmem_tensor(shape, Float32) for shape in (self.shape_s, self.shape_s, self.shape_dq))
 
     @cute.jit
-    def start_scores(self, stage: Int32):
+    def start_scores(self, acc: cute.Tensor, stage: Int32):
         """Sᵀ with Q of a stage."""
-        _multiply(self.op_s, self.acc_s, self.k, self.q[None, 0, None, stage], True)
+        _multiply(self.op_s, acc, self.k, self.q[None, 0, None, stage], True)
 
     @cute.jit
-    def start_dp(self, stage: Int32):
-        """dPᵀ with dO of a stage, added to what its accumulator holds."""
-        _multiply(self.op_s, self.acc_dp, self.v, self.dout[None, 0, None, stage], False)
+    def start_dp(self, acc: cute.Tensor, stage: Int32):
+        """dPᵀ with dO of a stage, added to what the accumulator holds."""
+        _multiply(self.op_s, acc, self.v, self.dout[None, 0, None, stage], False)
 
     @cute.jit
     def start_dv(self, p: cute.Tensor, stage: Int32):
@@ -87,9 +88,9 @@ class Products:
         _multiply(self.op_dk, self.acc_dk, ds[None, 0, None], self.q_columns[None, 0, None, stage], False)
 
     @cute.jit
-    def start_dq(self, stage: Int32):
+    def start_dq(self, acc: cute.Tensor, stage: Int32):
         """dQ = dS·K with dSᵀ of a stage in shared memory."""
-        _multiply(self.op_dq, self.acc_dq, self.ds[None, None, stage], self.k_columns[None, 0, None], True)
+        _multiply(self.op_dq, acc, self.ds[None, None, stage], self.k_columns[None, 0, None], True)
 
 
 def _transposed(tile: cute.Tensor) -> cute.Tensor:

@@ -17,8 +17,7 @@ _THREADS = WARPGROUP + 32
 
 
 class QuerySums:
-    """The place of one step's dQ in shared memory, and both sides of it. Before the first step's a consumer hands over
-    one that is dropped: so its loop has no step without."""
+    """The place of one step's dQ in shared memory, and both sides of it."""
 
     def __init__(self, config: Fa3BackwardConfig, storage: Storage):
         self.config, self.storage = config, storage
@@ -27,10 +26,6 @@ class QuerySums:
     def run(self, args: BackwardArguments, work: KeyWork):
         """The storing warp: all steps of a tile."""
         add = self.add
-        for wg in cutlass.range_constexpr(CONSUMERS):
-            self.hand_back(wg)
-        for wg in cutlass.range_constexpr(CONSUMERS):
-            self.receive(wg)
         for index in cutlass.range(work.heads, unroll=1):
             for iteration in cutlass.range(work.blocks.total, unroll=1):
                 add(args, work, work.first_head + index, work.blocks.block(iteration))
