@@ -9,7 +9,7 @@ from cutlass.cute.nvgpu import warpgroup
 from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_warpgroup_operand_a, share_of_columns, warpgroup_rows_and_columns
-from cute_fa.device.registers import narrow, narrow_pair
+from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score, probabilities, score_gradients
 from cute_fa.device.visibility import hidden_queries
@@ -117,7 +117,7 @@ class Consumer:
         left_edge: cutlass.Constexpr[bool],
     ) -> RingState:
         """One block of queries of one head."""
-        products, rings = self.products, self.rings
+        c, products, rings = self.config, self.products, self.rings
         s, dp, dq = products.accumulators()
         p, ds = (cute.make_rmem_tensor_like(acc, self.dtype) for acc in (s, dp))
         rings["q"].wait(state)
@@ -126,17 +126,25 @@ class Consumer:
         warpgroup.fence()
         products.start_scores(s, state.stage)
         products.start_dp(dp, state.stage)
-        distance, hidden = self.positions(work, work.blocks.block(iteration) * self.config.tile_m, masked, left_edge)
+        distance, hidden = self.positions(work, work.blocks.block(iteration) * c.tile_m, masked, left_edge)
         warpgroup.wait_group(1)  # S
-        derivatives = self.probabilities(s, p, score, state.stage, distance, hidden)
-        warpgroup.fence()
-        products.start_dv(as_warpgroup_operand_a(p), state.stage)
-        warpgroup.wait_group(1)  # dP
-        dslope = self.dslope if const_expr(self.config.slopes_gradient) else None
+        derivatives = self.probabilities(s, score, state.stage, distance, hidden)
+        if const_expr(c.overlap):
+            narrow(s, p)
+            warpgroup.fence()
+            products.start_dv(as_warpgroup_operand_a(p), state.stage)
+            warpgroup.wait_group(1)  # dP
+        else:
+            warpgroup.wait_group(0)
+        dslope = self.dslope if const_expr(c.slopes_gradient) else None
         matrices = (warpgroup_rows_and_columns(acc) for acc in (s, dp))
         score_gradients(*matrices, None, derivatives, distance, dslope)
         narrow(dp, ds)
         self.store_ds(ds, state.stage)
+        if const_expr(not c.overlap):
+            narrow(s, p)
+            warpgroup.fence()
+            products.start_dv(as_warpgroup_operand_a(p), state.stage)
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=CONSUMER_BARRIER, number_of_threads=WARPGROUP * CONSUMERS)
         warpgroup.fence()
@@ -147,15 +155,15 @@ class Consumer:
         self.sums.put(dq)
         warpgroup.wait_group(0)
         rings["q"].release(state.stage)
-        return ring_next(state, self.config.stages)
+        return ring_next(state, c.stages)
 
-    def probabilities(self, acc: cute.Tensor, p: cute.Tensor, score: Score, stage: Int32, distance, hidden):
-        """P in place of S, and in the registers of operand A; returns the softcap's derivatives, or None. LSE comes 16
-        queries at a time, where it is needed: a thread's share of all takes a quarter of the scores' registers.
+    def probabilities(self, acc: cute.Tensor, score: Score, stage: Int32, distance, hidden):
+        """P in place of S; returns the softcap's derivatives, or None. LSE comes 16 queries at a time, where it is
+        needed: a thread's share of all takes a quarter of the scores' registers.
         """
         c = self.config
         address = self.statistics[0] + stage * (4 * c.tile_m)
-        words, derivatives = cute.recast_tensor(p, Uint32), []
+        derivatives = []
         for pair in range(c.tile_m // 16):
             lse = load_quad(address, 64 * pair)
             share = share_of_columns(acc, pair, c.tile_m // 16)
@@ -169,9 +177,6 @@ class Consumer:
                     hidden and (lambda row, column, first=first: hidden(row, first + column)),
                 )
             )
-            for word in range(4):
-                low = 8 * pair + 2 * word
-                words[4 * pair + word] = narrow_pair(acc[low], acc[low + 1], self.dtype)
         if derivatives[0] is None:
             return None
         return SharedColumns(derivatives)
