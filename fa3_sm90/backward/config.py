@@ -14,6 +14,7 @@ from cute_fa.semantics.problem import AttentionProblem
 WARPGROUP = 128
 WGMMA_M = 64
 WGMMA_K = 16
+PANEL = 64  # columns of shared memory side by side, 128 bytes
 # Consumer warpgroups, and setmaxnreg of the producers' warpgroup and of theirs: all 65,536 registers of the SM.
 CONSUMERS = 2
 REGISTERS = (24, 240)
@@ -198,9 +199,9 @@ def _smem_bytes(tiles: Tiles | Fa3BackwardConfig, head_dim: int, head_dim_v: int
 
 
 def _padded(head_dim: int, tile_m: int) -> int:
-    """head_dim as the tiles hold it: whole steps of wgmma; with 64 queries the warpgroups share dQ's columns, whole
-    panels of 64 each."""
-    step = WGMMA_K if tile_m > WGMMA_M else 64 * CONSUMERS
+    """head_dim as the tiles hold it: whole steps of wgmma; with 64 queries the warpgroups share dQ's columns, half a
+    panel or whole panels of 64 each."""
+    step = WGMMA_K if tile_m > WGMMA_M else PANEL if head_dim <= PANEL else PANEL * CONSUMERS
     return -(-head_dim // step) * step
 
 
