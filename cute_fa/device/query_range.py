@@ -79,3 +79,21 @@ def query_range(
         full_end=stop - full_first,
         total=stop - first,
     )
+
+
+def earlier_tiles(
+    window: Window, seqlen_q: Int32, seqlen_k: Int32, n_block: Int32, block: Int32, tile_m: int, tile_n: int
+) -> Int32:
+    """How many tiles of keys before ``n_block``, which meets the query block, meet it too.
+
+    Where a tile's queries begin and end grows with the tile, so that an earlier one can only end too early: all its
+    keys lie to the left of what the block's first query sees, and none is a sink token.
+    """
+    if const_expr(window.left is None):
+        return n_block
+    passed = block * tile_m + seqlen_k - seqlen_q - window.left
+    unmet = cutlass.max(passed, 0) // tile_n
+    if const_expr(window.sink_tokens is None):
+        return n_block - unmet
+    sinks = (window.sink_tokens + tile_n - 1) // tile_n
+    return cutlass.min(n_block, sinks) + cutlass.max(n_block - cutlass.max(unmet, sinks), 0)

@@ -33,8 +33,6 @@ class Fa3Backward(AttentionKernel):
             reasons.append("persistent: this kernel launches one CTA for each tile")
         if problem.ranges:
             reasons.append("a range plan: this kernel walks over ranges of blocks, not over lists")
-        if problem.deterministic:
-            reasons.append("deterministic: not yet")
         if not reasons:
             reasons += backward_objections(problem)
         if reasons:

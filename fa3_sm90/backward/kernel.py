@@ -17,6 +17,7 @@ from fa3_sm90.backward.epilogue import Epilogue
 from fa3_sm90.backward.loader import Loader
 from fa3_sm90.backward.query_sums import QuerySums, QuerySumsWriter
 from fa3_sm90.backward.storage import Storage, allocate
+from fa3_sm90.backward.turns import Turns, take_ticket
 from fa3_sm90.backward.work import KeyWork, key_work
 
 
@@ -60,14 +61,18 @@ class KeyGradientKernel:
         """The first warpgroup produces, with few registers; the others consume, with many."""
         c = self.config
         index, _, _ = cute.arch.block_idx()
-        work = key_work(c, args, index)
         storage = allocate(c)
         pipelines = rings(c.pipelines, storage.barriers)
         prepare, load, sum_up, consume = self.prepare, self.load, self.sum_up, self.consume
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             prepare(tma, pipelines)
+            if const_expr(c.turns):
+                take_ticket(args.scratch.turns, storage.ticket)
         cute.arch.sync_threads()
+        if const_expr(c.turns):
+            index = storage.ticket.load()
+        work = key_work(c, args, index)
         if work.first_key(c) < work.rows_k:
             if warp < 4:
                 cute.arch.setmaxregister_decrease(REGISTERS[0])
@@ -96,7 +101,8 @@ class KeyGradientKernel:
 
     def sum_up(self, args: BackwardArguments, storage: Storage, work: KeyWork):
         """The warp that adds to dQ."""
-        QuerySums(self.config, storage).run(args, work)
+        turns = Turns(self.config, args, work) if const_expr(self.config.turns) else None
+        QuerySums(self.config, storage).run(args, work, turns)
 
     def consume(
         self, args: BackwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring], work: KeyWork

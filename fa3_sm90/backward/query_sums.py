@@ -1,13 +1,16 @@
 """dQ on its way to global memory: consumers leave it in shared memory, a warp of its own adds it up there."""
 
+from typing import Optional
+
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, const_expr
 from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.backward_arguments import BackwardArguments, scratch_address
 from fa3_sm90.backward.config import CONSUMERS, WARPGROUP, Fa3BackwardConfig
 from fa3_sm90.backward.storage import Storage
+from fa3_sm90.backward.turns import Turns
 from fa3_sm90.backward.work import KeyWork
 
 # Named barriers, a pair for each consumer warpgroup: dQ is there, its place is free. 0 is the CTA's own, 1 the
@@ -23,26 +26,30 @@ class QuerySums:
         self.config, self.storage = config, storage
 
     @cute.jit
-    def run(self, args: BackwardArguments, work: KeyWork):
-        """The storing warp: all steps of a tile."""
+    def run(self, args: BackwardArguments, work: KeyWork, turns: Optional[Turns]):
+        """The storing warp: all steps of a tile, with ``turns`` each when it is its turn."""
         add = self.add
         for index in cutlass.range(work.heads, unroll=1):
             for iteration in cutlass.range(work.blocks.total, unroll=1):
-                add(args, work, work.first_head + index, work.blocks.block(iteration))
+                add(args, work, work.first_head + index, work.blocks.block(iteration), turns)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def add(self, args: BackwardArguments, work: KeyWork, head: Int32, block: Int32):
+    def add(self, args: BackwardArguments, work: KeyWork, head: Int32, block: Int32, turns: Optional[Turns]):
         """One step's dQ."""
         c = self.config
         target = scratch_address(args.scratch.dq, work.first_tile + block, head)
         for wg in range(CONSUMERS):
             cute.arch.cp_async_bulk_wait_group(CONSUMERS - 1 - wg, read=True)
             self.hand_back(wg)
+        if const_expr(turns is not None):
+            turns.wait(head, block)
         for wg in range(CONSUMERS):
             self.receive(wg)
             with cute.arch.elect_one():
                 add_bulk(target + wg * c.dq_bytes, self.place(wg), c.dq_bytes)
                 cute.arch.cp_async_bulk_commit_group()
+        if const_expr(turns is not None):
+            turns.pass_on(head, block)
 
     def place(self, wg: int | Int32) -> cute.Pointer:
         """Of a warpgroup's dQ."""

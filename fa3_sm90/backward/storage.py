@@ -1,9 +1,9 @@
 """What lies where in shared memory."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cutlass.cute as cute
-from cutlass import Float32, Int64
+from cutlass import Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
@@ -17,7 +17,8 @@ TILE_ALIGNMENT = 1024
 
 class Storage(NamedTuple):
     """Shared memory of a CTA: pointers, swizzled like their tiles. ``k`` and ``v`` become dK and dV; ``ds``: dSᵀ, rows
-    are keys; ``dq``: fp32, quads of a thread's registers; ``lse`` and ``delta``: −D twice, of every stage."""
+    are keys; ``dq``: fp32, quads of a thread's registers; ``lse`` and ``delta``: −D twice, of every stage;
+    ``ticket``: which tile of keys is the CTA's, or None."""
 
     barriers: cute.Pointer
     k: cute.Pointer
@@ -28,6 +29,7 @@ class Storage(NamedTuple):
     dq: cute.Pointer
     lse: cute.Pointer
     delta: cute.Pointer
+    ticket: Optional[cute.Pointer]
 
 
 def allocate(config: Fa3BackwardConfig) -> Storage:
@@ -53,4 +55,5 @@ def allocate(config: Fa3BackwardConfig) -> Storage:
         lse=numbers(c.tile_m * c.stages),
         delta=numbers(2 * c.tile_m * c.stages),
         barriers=allocator.allocate_array(Int64, barrier_count(c.pipelines)),
+        ticket=allocator.allocate_array(Int32, 1) if c.turns else None,
     )
