@@ -33,6 +33,7 @@ def gradients_of(
     arch: str = "sm_80",
     deterministic: bool = False,
     lse_gradient: bool = True,
+    family: str = "fa2",
     **simulation: Any,
 ) -> tuple[reference.Gradients, reference.ExpectedGradients]:
     """(gradients, what they should be); ``simulation``: options of ``cute_fa.simulate``."""
@@ -41,7 +42,7 @@ def gradients_of(
     tensors = given.q, given.k, given.v
     out, lse = reference.attention(*tensors, **given.options())
     out, dlse = out.to(given.q.dtype), dlse if lse_gradient else None
-    call = call_of(given, deterministic=deterministic, family="fa2")
+    call = call_of(given, deterministic=deterministic, family=family)
     with cute_fa.simulate(arch, **simulation), unwritten_is_nan():
         grads = autograd.attention_backward(dout, dlse, out, lse, call, slopes_gradient=given.alibi_slopes is not None)
     return grads, reference.expected_gradients(*tensors, dout, dlse, **given.options())

@@ -10,10 +10,11 @@ from cutlass import Int32
 import ptxsim
 from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.fake_arguments import fake_tensor, optional
-from cute_fa.device.query_range import QueryRange, query_range
+from cute_fa.device.query_range import QueryRange, earlier_tiles, query_range
 from cute_fa.device.visibility import Window
 
 THREADS = 32
+MAX_BLOCKS = 1024  # of queries, in a question of earlier_tiles
 
 
 class Args(NamedTuple):
@@ -74,3 +75,16 @@ def query_ranges(window: tuple, questions: list[tuple[int, int, int]], tile_m: i
     """The query_range of each (seqlen_q, seqlen_k, n_start); ``window`` as for :func:`block_ranges`."""
     fields = len(QueryRange._fields)
     return [QueryRange(*answer) for answer in _answers(query_range, fields, window, questions, tile_m, tile_n)]
+
+
+def earlier_tile_counts(
+    window: tuple, questions: list[tuple[int, int, int, int]], tile_m: int, tile_n: int
+) -> list[int]:
+    """The earlier_tiles of each (seqlen_q, seqlen_k, n_block, block); ``window`` as for :func:`block_ranges`."""
+    packed = [(seqlen_q, seqlen_k, n_block * MAX_BLOCKS + block) for seqlen_q, seqlen_k, n_block, block in questions]
+    return [answer[0] for answer in _answers(_earlier, 1, window, packed, tile_m, tile_n)]
+
+
+def _earlier(window: Window, seqlen_q: Int32, seqlen_k: Int32, place: Int32, tile_m: int, tile_n: int):
+    n_block, block = place // MAX_BLOCKS, place % MAX_BLOCKS
+    return (earlier_tiles(window, seqlen_q, seqlen_k, n_block, block, tile_m, tile_n),)
