@@ -121,10 +121,11 @@ class Consumer:
         s, dp, dq = products.accumulators()
         p, ds = (cute.make_rmem_tensor_like(acc, self.dtype) for acc in (s, dp))
         rings["q"].wait(state)
+        warpgroup.fence()
+        products.start_scores(s, state.stage)
         rings["dout"].wait(state)
         self.fill_delta(dp, state.stage)
         warpgroup.fence()
-        products.start_scores(s, state.stage)
         products.start_dp(dp, state.stage)
         distance, hidden = self.positions(work, work.blocks.block(iteration) * c.tile_m, masked, left_edge)
         warpgroup.wait_group(1)  # S
