@@ -31,6 +31,7 @@ def gradients_of(
     spec: InputSpec,
     inputs: str = "random",
     arch: str = "sm_80",
+    family: str = "fa2",
     deterministic: bool = False,
     lse_gradient: bool = True,
     **simulation: Any,
@@ -41,7 +42,7 @@ def gradients_of(
     tensors = given.q, given.k, given.v
     out, lse = reference.attention(*tensors, **given.options())
     out, dlse = out.to(given.q.dtype), dlse if lse_gradient else None
-    call = call_of(given, deterministic=deterministic, family="fa2")
+    call = call_of(given, deterministic=deterministic, family=family)
     with cute_fa.simulate(arch, **simulation), unwritten_is_nan():
         grads = autograd.attention_backward(dout, dlse, out, lse, call, slopes_gradient=given.alibi_slopes is not None)
     return grads, reference.expected_gradients(*tensors, dout, dlse, **given.options())
