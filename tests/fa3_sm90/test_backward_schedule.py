@@ -22,8 +22,9 @@ SPECS = {
 SCHEDULES = [
     {"late": True},
     {"schedule_seed": 1},
-    *({"late": True, "schedule_seed": seed} for seed in range(2, 5)),
-    *({"late": bool(sms % 2), "schedule_seed": sms + 4, "num_sms": sms} for sms in (1, 2, 3)),
+    {"late": True, "schedule_seed": 2, "num_sms": 1},
+    {"late": True, "schedule_seed": 3, "num_sms": 2},
+    {"schedule_seed": 4, "num_sms": 3},
 ]
 
 
