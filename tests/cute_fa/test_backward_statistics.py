@@ -17,8 +17,8 @@ def test_rows_have_all_lse_then_all_d(tile_m):
 @pytest.mark.parametrize("tile_m", [64, 128])
 def test_wgmma_has_what_a_thread_of_the_accumulator_reads(tile_m):
     """Register 4·b + 2·h + e of thread t of Sᵀ = K·Qᵀ is of query 8·b + 2·(t mod 4) + e, in key t // 4 + 8·h (PTX ISA,
-    matrix fragments of wgmma with D of n columns). −D of block b: four registers in a row from 16·b + 4·(t mod 4). LSE of
-    blocks 2·p and 2·p + 1: e of either one in a row from 16·p + 4·(t mod 4)."""
+    matrix fragments of wgmma with D of n columns). −D of block b: four registers in a row from 16·b + 4·(t mod 4). LSE
+    of blocks 2·p and 2·p + 1: e of either one in a row from 16·p + 4·(t mod 4)."""
     config = SimpleNamespace(tile_m=tile_m, statistics="wgmma")
     numbers, signs = {}, set()
     for query in range(tile_m):

@@ -63,8 +63,8 @@ class TestBackward(BackwardTests):
     @pytest.mark.parametrize("head_dim", [64, 128])
     @pytest.mark.parametrize("ragged", RAGGED)
     def test_queries_without_keys_and_keys_without_queries(self, ragged, head_dim):
-        """Of six sequences one has neither, one no key, one no query; odd lengths, NaN behind each. The tile of 128 keys
-        is full, one short, one more."""
+        """Of six sequences one has neither, one no key, one no query; odd lengths, NaN behind each. The tile of 128
+        keys is full, one short, one more."""
         lengths = {"lengths_q": (0, 129, 0, 127, 65, 201), "lengths_k": (0, 0, 77, 127, 129, 128)}
         spec = InputSpec(6, 201, 129, 2, 1, head_dim, causal=True, **RAGGED[ragged], **lengths)
         self.check(spec, race=True)
@@ -73,7 +73,8 @@ class TestBackward(BackwardTests):
     def test_slopes_count_no_key_behind_a_sequence(self, ragged):
         """Such keys are zeros, which move no gradient but that of the slopes; tiles that lie behind a sequence have
         parts of it, too."""
-        spec = InputSpec(3, 70, 200, 2, 2, 64, alibi=True, **RAGGED[ragged], lengths_q=(70, 33, 1), lengths_k=(200, 5, 1))
+        lengths = {"lengths_q": (70, 33, 1), "lengths_k": (200, 5, 1)}
+        spec = InputSpec(3, 70, 200, 2, 2, 64, alibi=True, **RAGGED[ragged], **lengths)
         self.check(spec, "random")
 
     @pytest.mark.parametrize("head_dim", [64, 128])
