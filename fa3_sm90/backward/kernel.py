@@ -1,7 +1,8 @@
 """The kernels of one Hopper backward, launched one after the other on one stream."""
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import const_expr
+from cutlass import Float32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.backward_arguments import BackwardArguments, backward_fakes
@@ -63,7 +64,7 @@ class KeyGradientKernel:
         index, _, _ = cute.arch.block_idx()
         storage = allocate(c)
         pipelines = rings(c.pipelines, storage.barriers)
-        prepare, load, sum_up, consume = self.prepare, self.load, self.sum_up, self.consume
+        prepare, load, sum_up, consume, skip = self.prepare, self.load, self.sum_up, self.consume, self.skip
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             prepare(tma, pipelines)
@@ -83,6 +84,17 @@ class KeyGradientKernel:
             else:
                 cute.arch.setmaxregister_increase(REGISTERS[1])
                 consume(args, tma, storage, pipelines, work)
+        elif const_expr(c.slopes_gradient):
+            skip(args, work)
+
+    @cute.jit
+    def skip(self, args: BackwardArguments, work: KeyWork):
+        """A tile behind its sequence: its parts of the slopes' gradients are added up like all others."""
+        parts, count = args.scratch.dslopes, self.config.slope_parts
+        tidx, _, _ = cute.arch.thread_idx()
+        for place in cutlass.range(tidx, work.heads * count, self.config.num_threads, unroll=1):
+            head, part = work.first_head + place // count, work.n_block * count + place % count
+            parts[work.batch, head, part] = Float32(0.0)
 
     def prepare(self, tma: TmaTensors, pipelines: dict[str, Ring]):
         """Descriptors on their way, barriers initialised and known to TMA."""

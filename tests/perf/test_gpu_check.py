@@ -187,7 +187,7 @@ def test_the_plan_has_every_test_that_needs_a_gpu(tmp_path):
     marked = {
         file.relative_to(ROOT / "tests").with_suffix("").as_posix()
         for file in (ROOT / "tests").rglob("test_*.py")
-        if re.search(rf"^@pytest.mark.gpu$|^class Test\w+\((?:{inherited})\)", file.read_text(), re.MULTILINE)
+        if re.search(rf"^ *@pytest.mark.gpu$|^class Test\w+\((?:{inherited})\)", file.read_text(), re.MULTILINE)
     }
     assert "fa4_sm100/test_forward" in marked
     assert {file for files in steps.TESTS.values() for file in files.split()} == marked

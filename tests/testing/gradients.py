@@ -31,6 +31,7 @@ def gradients_of(
     spec: InputSpec,
     inputs: str = "random",
     arch: str = "sm_80",
+    family: str = "fa2",
     deterministic: bool = False,
     lse_gradient: bool = True,
     family: str = "fa2",

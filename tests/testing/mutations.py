@@ -113,6 +113,10 @@ VICTIMS += [
     )
 ]
 VICTIMS += [Victim(*FAMILIES[3], head_dim, mask, "backward") for head_dim in (64, 128) for mask in ("full", "causal")]
+VICTIMS += [
+    Victim(*FAMILIES[1], head_dim, mask, "backward")
+    for head_dim, mask in itertools.product((64, 128), ("full", "causal", "varlen"))
+]
 
 
 # What escapes are: family, file and function, instruction, and what it does there.

@@ -1,0 +1,168 @@
+"""Tests that the backwards have in common: a family's test class inherits them."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import cute_fa
+from cute_fa.engine import autograd
+from cute_fa.engine.contract import AttentionKernel
+from cute_fa.semantics import reference
+from cute_fa.semantics.types import Direction, SmArch
+from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
+from cute_fa.tools.trial import problem_of_spec
+from tests.testing.cases import FA2_FEATURES, FA2_LENGTHS, spec_name, spec_of
+from tests.testing.gradients import assert_right, call_of, gradients_of, same_bits
+
+_CHOICES = ("inputs", "deterministic", "lse_gradient")
+
+
+def features(head_dims: list, ways: tuple[bool, ...]) -> dict[str, list]:
+    """Levels of a family's grid; those of masks are what the FA2 kernels' grids have."""
+    return {
+        **FA2_FEATURES,
+        "head_dims": head_dims,
+        "lse_gradient": [False, True],
+        "lengths": FA2_LENGTHS,
+        "heads": [(2, 2), (4, 2), (3, 1)],
+        "layout": ["contiguous", "padded", "transposed", "expanded"],
+        "seqlens": [(130, 130), (70, 211), (200, 77), (1, 150)],
+        "inputs": ["random", "peaked"],
+        "deterministic": list(ways),
+        "schedule": [{}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2}],
+    }
+
+
+def case_name(case: dict) -> str:
+    """A test's id."""
+    return "-".join([spec_name(spec_of(case)), *(f"{name}={case[name]}" for name in _CHOICES)])
+
+
+class BackwardTests:
+    """``ways``: values of ``deterministic`` that the kernel serves; ``head_dims``: one for each kind of tiles whose
+    masks meet blocks differently."""
+
+    kernel: ClassVar[type[AttentionKernel]]
+    arch: ClassVar[SmArch]
+    ways: ClassVar[tuple[bool, ...]] = (False, True)
+    head_dims: ClassVar[tuple[int, ...]] = (64,)
+
+    def gradients(self, spec: InputSpec, **options: Any):
+        """(gradients, what they should be)."""
+        return gradients_of(spec, **{"arch": self.arch.value, "family": self.kernel.family, **options})
+
+    def check(self, spec: InputSpec, inputs: str = "peaked", **options: Any) -> reference.Gradients:
+        """The gradients, all within the tolerance."""
+        return assert_right(spec, inputs, **{"arch": self.arch.value, "family": self.kernel.family, **options})
+
+    def check_ways(self, spec: InputSpec, **options: Any) -> None:
+        """With and without ``deterministic``."""
+        for deterministic in self.ways:
+            self.check(spec, deterministic=deterministic, **options)
+
+    def config_of(self, spec: InputSpec):
+        return self.kernel.configure(problem_of_spec(spec, self.arch, direction=Direction.BACKWARD))
+
+    def run_case(self, case: dict) -> None:
+        """One case of a grid, with the race detector."""
+        self.check(spec_of(case), race=True, **{name: case[name] for name in _CHOICES}, **case["schedule"])
+
+    def run_case_on_the_gpu(self, case: dict) -> None:
+        """The same on the GPU."""
+        self.check_on_the_gpu(spec_of(case), **{name: case[name] for name in _CHOICES})
+
+    def check_on_the_gpu(self, spec: InputSpec, inputs: str, deterministic: bool = False, lse_gradient: bool = True):
+        """Through torch, with the results of the family's own forward."""
+        given = make_inputs(spec, inputs, device="cuda").requiring_gradients()
+        dout, dlse = output_gradients(given, seed=1)
+        variables = given.variables()
+        out, lse = given.run(return_lse=True, family=self.kernel.family, deterministic=deterministic)
+        results = ((out, lse), (dout, dlse)) if lse_gradient else ((out,), (dout,))
+        grads = reference.Gradients.of(variables, torch.autograd.grad(results[0], list(variables.values()), results[1]))
+        tensors = (t.detach() for t in (given.q, given.k, given.v))
+        dlse = dlse if lse_gradient else None
+        errors = reference.check_gradients(grads, *tensors, dout, dlse, **given.options())
+        assert all(error.ok for error in errors.values()), errors
+
+    # tiles of keys have 128
+    @pytest.mark.parametrize("sink_tokens", [1, 29, 127, 128, 129, 320, 10_000])
+    def test_sink_inside_touching_and_beyond_the_tile(self, sink_tokens):
+        self.check_ways(InputSpec(1, 192, 320, 1, 1, 64, window=(100, 0), sink_tokens=sink_tokens))
+
+    @pytest.mark.parametrize("window", [(0, 0), (1, 64), (127, 0), (300, 2**31 - 2), (2**31 - 2, 0)], ids=str)
+    def test_window_edges(self, window):
+        self.check_ways(InputSpec(1, 150, 260, 1, 1, 64, window=window))
+
+    @pytest.mark.parametrize("residue", [-2, -1, 0, 1, 2])
+    @pytest.mark.parametrize("window", [(None, 0), (128, 0), (64, 64)], ids=str)
+    def test_mask_edges_that_meet_tile_edges(self, window, residue):
+        """The diagonal and the window's sides pass within two keys of the corner of a tile, on either side."""
+        for head_dim in self.head_dims:
+            self.check(InputSpec(1, 128, 256 + residue, 1, 1, head_dim, window=window))
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("residues", [(0, 0), (1, -1), (-1, 1)])
+    def test_lengths_around_the_tiles(self, residues, causal):
+        for head_dim in self.head_dims:
+            spec = InputSpec(1, 128, 128, 1, 1, head_dim, causal=causal)
+            c = self.config_of(spec)
+            lengths = {"seqlen_q": c.tile_m + residues[0], "seqlen_k": c.tile_n + residues[1]}
+            self.check(dataclasses.replace(spec, **lengths), lse_gradient=False)
+
+    @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(129, 1), (300, 31), (1, 1)])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_few_keys(self, seqlen_q, seqlen_k, causal):
+        self.check(InputSpec(1, seqlen_q, seqlen_k, 1, 1, 64, causal=causal), lse_gradient=False)
+
+    def test_hidden_rows_and_keys_have_no_gradient(self):
+        """Causal with more queries than keys: the first 130 queries see nothing; a window hides the first keys."""
+        grads = self.check(InputSpec(1, 200, 70, 2, 2, 64, causal=True), "random")
+        assert (grads.dq[:, :130] == 0).all() and grads.dq[:, 130:].abs().amin((0, 2, 3)).shape == (70,)
+        grads = self.check(InputSpec(1, 64, 300, 2, 2, 64, window=(20, 0)), "random")
+        assert (grads.dk[:, :216] == 0).all() and (grads.dv[:, :216] == 0).all() and (grads.dv[:, 216] != 0).any()
+
+    def test_gradients_of_rows_without_keys_ignore_what_comes_in(self):
+        """dLSE of rows that see nothing may be NaN, as the gradient of a logarithm of 0 is; dO anything finite."""
+        given = make_inputs(InputSpec(1, 100, 40, 1, 1, 64, causal=True))
+        dout, dlse = output_gradients(given)
+        out, lse = reference.attention(given.q, given.k, given.v, **given.options())
+        dout[:, :60], dlse[..., :60] = 1e4, torch.nan
+        with cute_fa.simulate(self.arch.value):
+            call = call_of(given, family=self.kernel.family)
+            grads = autograd.attention_backward(dout, dlse, out.bfloat16(), lse, call)
+        assert (grads.dq[:, :60] == 0).all() and all(grad.isfinite().all() for grad in grads[:3])
+
+    def test_deterministic_under_every_schedule(self):
+        """Features that sum over CTAs, on as many as run at once and on fewer."""
+        spec = InputSpec(9, 70, 140, 4, 2, 64, causal=True, alibi=True, learnable_sink=True)
+        schedules = [{}, *({"schedule_seed": seed, "late": True, "num_sms": seed + 1} for seed in range(2))]
+        for deterministic in filter(None, self.ways):
+            first, *others = (self.gradients(spec, deterministic=deterministic, **s)[0] for s in schedules)
+            assert all(same_bits(first, other) for other in others)
+
+    @pytest.mark.parametrize("dim", [0, 1, 2])
+    def test_offsets_beyond_32_bits(self, dim):
+        """Elements more than 2^31 apart, along the batch, the sequence or the heads; what lies between is never
+        touched."""
+        given = make_inputs(InputSpec(2, 40, 72, 2, 2, 64))
+        dout, dlse = output_gradients(given)
+        out, lse = reference.attention(given.q, given.k, given.v)
+        expected = reference.expected_gradients(given.q, given.k, given.v, dout, dlse)
+        q, k, v, out, dout = (far_apart(t, dim) for t in (given.q, given.k, given.v, out.bfloat16(), dout))
+        for deterministic in self.ways:
+            choices = {"deterministic": deterministic, "family": self.kernel.family}
+            call = call_of(dataclasses.replace(given, q=q, k=k, v=v), **choices)
+            with cute_fa.simulate(self.arch.value):
+                grads = autograd.attention_backward(dout, dlse, out, lse, call)
+            assert all(error.ok for error in expected.check(grads).values())
+
+
+def far_apart(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The same numbers with more than 2^31 elements between the first and the last of a dimension."""
+    strides = list(tensor.stride())
+    strides[dim] = (2**31 + 64) // (tensor.shape[dim] - 1) // 8 * 8 + 8
+    reach = 1 + sum(stride * (size - 1) for stride, size in zip(strides, tensor.shape, strict=True))
+    assert reach > 2**31
+    return torch.empty(reach, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
