@@ -72,6 +72,7 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
     "fp8 d64": Attention(InputSpec(1, 300, 400, 2, 2, 64, dtype=DType.E5M2)),
     "fp8 d256, pages": Attention(InputSpec(2, 60, 300, 4, 2, 256, dtype=DType.E4M3, causal=True, page_size=64)),
     "backward d128": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), backward=True),
+    "backward d64": Attention(InputSpec(1, 200, 300, 2, 2, 64), backward=True),
     "split": Attention(InputSpec(2, 1, 700, 4, 1, 128, page_size=64), choices={"num_splits": 3}),
     "append": _append,
     "append fp8": _append_fp8,
@@ -82,6 +83,7 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
     "backward d64, deterministic": Attention(
         InputSpec(1, 150, 150, 2, 2, 64, causal=True), backward=True, choices={"deterministic": True}
     ),
+    "backward d256": Attention(InputSpec(1, 100, 130, 2, 1, 256, causal=True), backward=True),
     "split d256": Attention(InputSpec(1, 1, 500, 2, 1, 256), choices={"num_splits": 2}),
     "fa2 d128 causal": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), choices={"family": "fa2"}),
     "walk of a range plan": run_walk_trial,

@@ -153,9 +153,9 @@ class OurKernel(Kernel):
             config = self.kernel.configure(self.problem)
         # a probe is shorter than the workload, and gets the workload's config all the same
         self.fields = {name: getattr(config, name) for name in tunable(self.kernel)}
-        by_head = self.kernel.family == "fa2"
         if w.direction is Direction.BACKWARD:
-            return TileShape(config.tile_n, config.tile_m, w.heads // w.heads_kv, by_head=by_head)
+            return TileShape(config.tile_n, config.tile_m, w.heads // w.heads_kv, by_head=True)
+        by_head = self.kernel.family == "fa2"
         tokens = getattr(config, "tile_tokens", None) or config.tile_m
         return TileShape(tokens, config.tile_n, getattr(config, "pack_gqa", 1), getattr(config, "cluster", 1),
                          getattr(config, "persistent", False), by_head=by_head)  # fmt: skip

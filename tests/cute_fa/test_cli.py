@@ -432,6 +432,7 @@ def test_table_gives_a_kernel_or_a_reason():
     known = {(row["arch"], row["direction"], row["feature"]): row for row in rows}
     assert known["sm_90a", "fwd", "causal"]["kernel"] == "fa3_fwd"
     assert known["sm_80", "bwd", "causal"]["kernel"] == "fa2_bwd"
+    assert known["sm_90a", "bwd", "causal"]["kernel"] == "fa3_bwd"
 
 
 def test_the_documentation_has_the_present_table():

@@ -15,6 +15,8 @@ import torch
 import cute_fa
 from cute_fa.api import attention, kvcache
 from cute_fa.api.peers import PeerArguments
+from cute_fa.device import backward_arguments as backward_device
+from cute_fa.device import tiled_backward as backward_host
 from cute_fa.device import tiled_forward as tiled_host
 from cute_fa.device.forward_arguments import ForwardArguments
 from cute_fa.device.tile_scheduler import TileGrid
@@ -29,8 +31,6 @@ from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.trial import problem_of_spec
 from fa2_sm80.append import arguments as append_device
 from fa2_sm80.append import entry as append_host
-from fa2_sm80.backward import arguments as backward_device
-from fa2_sm80.backward import entry as backward_host
 from fa2_sm80.forward import arguments as forward_device
 from fa2_sm80.forward import entry as forward_host
 from fa2_sm80.split import arguments as split_device

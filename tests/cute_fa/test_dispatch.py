@@ -16,8 +16,9 @@ from cute_fa.tools.support import to_markdown
 from tests.testing.grid import pairwise
 
 KEY = DispatchKey(SmArch.SM_80, DType.BF16, 128)
-# Architectures with a forward of their own, and its family.
+# Architectures with a forward of their own, and its family; and those with a backward of their own.
 OWN = {SmArch.SM_90A: "fa3", SmArch.SM_100A: "fa4", SmArch.SM_103A: "fa4"}
+OWN_BACKWARD = {SmArch.SM_90A: "fa3"}
 
 
 def test_key_fields_and_their_order():
@@ -89,10 +90,10 @@ def test_every_arch_has_a_forward_and_a_backward(arch):
     assert TABLE.lookup(key).family == own
     assert canonical_name(TABLE.lookup(key), key.problem()) == f"{own}_fwd_{arch.short}_bf16_hd128"
     backward = dataclasses.replace(key, direction=Direction.BACKWARD)
-    assert TABLE.lookup(backward).__name__ == "Fa2Backward"
+    assert TABLE.lookup(backward).family == OWN_BACKWARD.get(arch, "fa2")
     asked = {SmArch.SM_120A: ["fa4_bwd"], **{arch: [f"{family}_bwd"] for arch, family in OWN.items()}}.get(arch, [])
     assert list(TABLE.explain(backward)) == [*asked, "fa2_bwd"]
-    if arch in OWN:
+    if arch in OWN and arch not in OWN_BACKWARD:
         with pytest.raises(UnsupportedKeyError, match=f"{own}_bwd: no {own}_sm[0-9]* backward exists yet"):
             TABLE.lookup(backward, own)
 
@@ -279,7 +280,14 @@ def test_rows():
     assert "fa3_fwd: dtype bf16ke4m3ve4m3" in cells["sm_90a", "fwd", "bf16, k and v e4m3"].reasons[0]
     assert "fa2_fwd: dtype e4m3" in cells["sm_80", "fwd", "fp8 e4m3"].reasons[0]
     assert cells["sm_80", "bwd", "causal"][3:] == ("fa2_bwd", ())
-    assert cells["sm_90a", "bwd", "causal"][3:] == ("fa2_bwd", ("fa3_bwd: no fa3_sm90 backward exists yet",))
+    assert cells["sm_90a", "bwd", "causal"][3:] == ("fa3_bwd", ())
+    for feature, reason in {
+        "head_dim 256": "registers: 352 a thread",
+        "head_dim 192, head_dim_v 128": "registers: 288 a thread",
+        "range plan": "a range plan: this kernel walks over ranges of blocks",
+    }.items():
+        _, _, _, kernel, reasons = cells["sm_90a", "bwd", feature]
+        assert kernel == "fa2_bwd" and reasons[0].startswith(f"fa3_bwd: {reason}")
     assert cells["sm_100a", "bwd", "causal"][3:] == ("fa2_bwd", ("fa4_bwd: no fa4_sm100 backward exists yet",))
     assert "fa2_bwd: dtype e4m3" in cells["sm_80", "bwd", "fp8 e4m3"].reasons[0]
     assert "head_dim 512" in cells["sm_80", "fwd", "head_dim 512"].reasons[0]

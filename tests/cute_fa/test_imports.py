@@ -54,7 +54,7 @@ MAY_IMPORT = {
         )
         for family, folders in {
             "fa2_sm80": ("common", "forward", "split", "backward", "append"),
-            "fa3_sm90": ("forward",),
+            "fa3_sm90": ("forward", "backward"),
             "fa4_sm100": ("forward",),
         }.items()
         for folder in folders

@@ -25,6 +25,7 @@ from cute_fa.tools.cli import _configs_of, main
 from cute_fa.tools.warm import read_keys
 from fa2_sm80.append.config import AppendConfig
 from fa2_sm80.backward.entry import Fa2Backward
+from fa3_sm90.backward.entry import Fa3Backward
 from fa3_sm90.forward.entry import Fa3Forward
 
 # A prompt with its gradients, then a step of decoding that appends; prints how many kernels were compiled.
@@ -70,6 +71,7 @@ CONFIGS = [
         rotary_dim=32,
         page_size=8,
     ),
+    Fa3Backward.configure(problem(direction=Direction.BACKWARD, alibi=True, slopes_gradient=True)),
 ]
 
 

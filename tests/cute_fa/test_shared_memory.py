@@ -6,10 +6,14 @@ import pytest
 
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.semantics.types import Direction, SmArch
+from fa2_sm80.backward.config import Fa2BackwardConfig
 from fa2_sm80.backward.entry import Fa2Backward
-from fa2_sm80.backward.postprocess import QueryGradientConversion
+from fa2_sm80.backward.postprocess import QueryGradientConversion as Fa2Conversion
 from fa2_sm80.forward.entry import Fa2Forward
 from fa2_sm80.split.entry import Fa2Split
+from fa3_sm90.backward.config import Fa3BackwardConfig
+from fa3_sm90.backward.conversion import QueryGradientConversion as Fa3Conversion
+from fa3_sm90.backward.entry import Fa3Backward
 from fa3_sm90.forward.entry import Fa3Forward
 from fa4_sm100.forward.entry import Fa4Forward
 from ptxsim.timing.cubin import kernel_resources
@@ -31,8 +35,11 @@ KERNELS = {
     "fa2_split": (Fa2Split, [{**changes, "seqlen_q": rows} for changes in FORWARD for rows in (1, 128)]),
     "fa2_bwd": (Fa2Backward, BACKWARD),
     "fa3_fwd": (Fa3Forward, FORWARD),
+    "fa3_bwd": (Fa3Backward, BACKWARD),
     "fa4_fwd": (Fa4Forward, [{**changes, "seqlen_q": rows} for changes in FORWARD for rows in (128, 256)]),
 }
+# What turns a backward's sums of dQ into dQ.
+CONVERSIONS = {Fa2BackwardConfig: Fa2Conversion, Fa3BackwardConfig: Fa3Conversion}
 
 
 def dynamic_bytes(config) -> int:
@@ -40,8 +47,8 @@ def dynamic_bytes(config) -> int:
     sizes = [config.smem_bytes]
     if getattr(config, "query_kernel", None):
         sizes.append(config.query_kernel_smem_bytes)
-    elif hasattr(config, "query_kernel"):
-        sizes.append(QueryGradientConversion(config).smem_bytes)
+    elif type(config) in CONVERSIONS:
+        sizes.append(CONVERSIONS[type(config)](config).smem_bytes)
     return max(sizes)
 
 
@@ -63,6 +70,7 @@ def static_bytes(config) -> int:
         ("fa2_split", SmArch.SM_86, 101_376),  # all there is
         ("fa2_bwd", SmArch.SM_80, 164_864),
         ("fa3_fwd", SmArch.SM_90A, 232_448),  # all there is, at (256, 176) among others
+        ("fa3_bwd", SmArch.SM_90A, 225_280),
         ("fa4_fwd", SmArch.SM_100A, 232_448),  # all there is, at (128, 128) among others
     ],
 )

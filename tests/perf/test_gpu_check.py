@@ -33,6 +33,7 @@ from cute_fa.tools.cli import main as cute_fa_main
 from cute_fa.tools.tour import layers_of
 from cute_fa.tools.trial import Machine, problem_of_spec
 from cute_fa.tools.warm import read_keys
+from fa3_sm90.backward.config import Fa3BackwardConfig
 from perf import __main__ as command_line
 from perf import cuda_driver
 from perf import results as results_module
@@ -374,9 +375,13 @@ def test_a_walk_that_hides_or_shows_a_pair_too_many_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arch", "forward"), [(SmArch.SM_90A, "fa3_sm90.forward"), (SmArch.SM_100A, "fa4_sm100.forward")]
+    ("arch", "forward", "backwards"),
+    [
+        (SmArch.SM_90A, "fa3_sm90.forward", {"fa3_sm90.backward", "fa2_sm80.backward"}),
+        (SmArch.SM_100A, "fa4_sm100.forward", {"fa2_sm80.backward"}),
+    ],
 )
-def test_smoke_has_every_kernel_of_hopper_and_blackwell(arch, forward):
+def test_smoke_has_every_kernel_of_hopper_and_blackwell(arch, forward, backwards):
     """Every entry of the table that serves it, at head dims and features that differ most; and what asks for all of
     an SM's shared memory."""
     configs = {}
@@ -386,8 +391,10 @@ def test_smoke_has_every_kernel_of_hopper_and_blackwell(arch, forward):
             configs[name] = TABLE.lookup(described, family).configure(described)
     kinds = {type(config) for config in configs.values()}
     assert {kind.__module__.rpartition(".")[0] for kind in kinds} == {
-        forward, "fa2_sm80.forward", "fa2_sm80.split", "fa2_sm80.backward"
+        forward, "fa2_sm80.forward", "fa2_sm80.split", *backwards
     }  # fmt: skip
+    tiles = {config.tile_m for config in configs.values() if isinstance(config, Fa3BackwardConfig)}
+    assert tiles == ({64, 128} if "fa3_sm90.backward" in backwards else set())
     assert {config.head_dim for config in configs.values()} == {64, 128, 256}
     under_plans = [config for config in configs.values() if config.ranges]
     of_plans = {type(config).__module__.rpartition(".")[0] for config in under_plans}

@@ -96,6 +96,15 @@ def test_our_backward_of_grouped_heads():
     assert 0.9 < ratio < 1.1
 
 
+@pytest.mark.parametrize(("head_dim", "queries"), [(64, 128), (128, 64)])
+def test_the_tiles_of_hoppers_backward(head_dim, queries):
+    """128 keys, which meet as many queries a step as registers allow, those of a head one after the other."""
+    sizes = dict(direction=Direction.BACKWARD, head_dim=head_dim, head_dim_v=head_dim, seqlen=4096, causal=True)
+    assert OurKernel(Workload(**sizes, heads=32, heads_kv=8), SmArch.SM_90A, {}).shape == TileShape(
+        128, queries, 4, by_head=True
+    )
+
+
 def test_a_persistent_forward_of_grouped_heads_walks_over_the_tiles_asked_for():
     """With heads apart a tile costs what it costs without groups, however many heads share K and V."""
     sizes = dict(head_dim=64, head_dim_v=64, heads=32, seqlen=4096, tokens=8192)
