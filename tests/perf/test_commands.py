@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from perf import __main__ as command_line
+from perf import command_line
 from perf import results as results_module
 from perf import sweep as sweeping
 from perf.results import read_results

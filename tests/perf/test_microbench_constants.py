@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from cute_fa import simulate
 from cute_fa.semantics.errors import DeviceError
 from cute_fa.semantics.types import SmArch
-from perf import __main__ as command_line
+from perf import command_line
 from perf.device import Clocks
 from perf.gpu_check import steps
 from perf.microbench import GROUPS, barriers, clocks, gpu_file, issue, reductions, session, streams, tma, warps, wgmma

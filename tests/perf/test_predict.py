@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -386,3 +388,52 @@ def test_a_damaged_recording_is_made_again(tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-3])
     assert store.kept(("a",), lambda: 3) == 3
     assert store.kept(("a",), lambda: 4) == 3
+
+
+_WARM = """
+import sys
+sys.argv = ["perf", "predict", "fwd:64:causal:2048"]
+from perf.__main__ import main
+try:
+    main()
+finally:
+    print(*sorted({"torch", "cutlass", "pandas"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_a_kept_prediction_imports_neither_torch_nor_the_dsl(hopper):
+    """And says the same as the one that was made."""
+    cold = run("fwd:64:causal:2048").output
+    warm = subprocess.run([sys.executable, "-c", _WARM], capture_output=True, text=True, check=True)
+    assert (warm.stdout, warm.stderr.strip()) == (cold, "")
+
+
+@pytest.mark.parametrize("change", ["a source of the kernels", "a source of the model", "a release", "the flavour"])
+def test_a_stale_answer_is_noticed(change, tmp_path, monkeypatch):
+    for name in (*store._SOURCES, *store._MODEL):
+        file = tmp_path / name / "a.py" if "." not in name else tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    flavour, releases = tmp_path / "cute_fa/engine/flavour.py", {"nvidia-cutlass-dsl": "1"}
+    flavour.parent.mkdir()
+    flavour.write_text("def active():\n    return open(__file__ + '.name').read()")
+    flavour.with_name("flavour.py.name").write_text("cu12")
+    monkeypatch.setattr(store, "_ROOT", tmp_path)
+    monkeypatch.setattr("perf.predict.store.cache_dir", lambda: tmp_path / "kept")
+    monkeypatch.setattr(store.importlib.metadata, "version", lambda package: releases.get(package, "0"))
+
+    def said(text):
+        store._version.cache_clear()
+        return store.kept_rows(("key",), lambda: [{"said": text}])[0]["said"]
+
+    assert [said("first"), said("second")] == ["first", "first"]
+    if change == "a source of the kernels":
+        (tmp_path / "fa3_sm90/a.py").write_text("2")
+    elif change == "a source of the model":
+        (tmp_path / "perf/predict/a.py").write_text("2")
+    elif change == "a release":
+        releases["nvidia-cuda-nvcc-cu12"] = "2"
+    else:
+        flavour.with_name("flavour.py.name").write_text("cu13")
+    assert said("third") == "third"
+    store._version.cache_clear()
