@@ -1,4 +1,4 @@
-"""The commands of ``python -m perf`` but ``predict``: static figures of compiled kernels, and times measured on a GPU."""
+"""The commands of ``python -m perf`` but ``predict``: static figures of kernels, and times measured on a GPU."""
 
 from __future__ import annotations
 

@@ -135,8 +135,8 @@ def _workload(key, dtype, heads, tokens):
         h, hkv = int(h), int(hkv or h)
     except ValueError:
         raise ArgumentError(f"heads={heads!r}: a number, or two with a comma between") from None
-    return Workload(direction=Direction(direction), dtype=DType(dtype), head_dim=head_dim, head_dim_v=head_dim_v, heads=h,
-                    heads_kv=hkv, seqlen=seqlen, tokens=tokens or max(16384, seqlen), causal=causal,
+    return Workload(direction=Direction(direction), dtype=DType(dtype), head_dim=head_dim, head_dim_v=head_dim_v,
+                    heads=h, heads_kv=hkv, seqlen=seqlen, tokens=tokens or max(16384, seqlen), causal=causal,
                     window=window)  # fmt: skip
 
 

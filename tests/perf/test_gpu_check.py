@@ -33,8 +33,7 @@ from cute_fa.tools.cli import main as cute_fa_main
 from cute_fa.tools.tour import layers_of
 from cute_fa.tools.trial import Machine, problem_of_spec
 from cute_fa.tools.warm import read_keys
-from perf import command_line
-from perf import cuda_driver
+from perf import command_line, cuda_driver
 from perf import results as results_module
 from perf.cuda_driver import Driver
 from perf.gpu_check import pack, steps, sweep, walk_trial
