@@ -35,6 +35,7 @@ from cute_fa.tools.trial import Machine, problem_of_spec
 from cute_fa.tools.warm import read_keys
 from perf import command_line, cuda_driver
 from perf import results as results_module
+from perf.__main__ import main
 from perf.cuda_driver import Driver
 from perf.gpu_check import pack, steps, sweep, walk_trial
 from perf.gpu_check.smoke import SMOKE, Attention, served
@@ -448,7 +449,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 def invoke(*arguments: str):
-    return CliRunner().invoke(command_line.main, ["gpu-check", *arguments])
+    return CliRunner().invoke(main, ["gpu-check", *arguments])
 
 
 def results_of(summary: Path) -> dict[str, str]:
