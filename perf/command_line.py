@@ -129,7 +129,8 @@ def static(
     setmaxnreg: registers of the producers (-) and of the consumers (+); spills: LDL/STL of the whole kernel, then those
     in its loops; serialised: ptxas has every wgmma waited for before the next; stall: sum of the fixed stall counts,
     cond_stall of those in conditional blocks; tc, mufu, alu, smem: cycles of the bound model for one iteration of four
-    warps. Kernels are those of sequences of 4096 tokens, and of 512 where that has one of its own. Of a backward, which launches several kernels, they are those of the one that does most of the products.
+    warps. Of a backward, which launches several kernels, they are those of the one that does most of the products.
+    Sequences have 4096 tokens, and 512 where that is another kernel.
 
     Forwards on tcgen05 have tables of their own, explained in docs/static.md: by role, and in cycles of a step by pipe.
     """

@@ -31,8 +31,8 @@ from perf.sass import KernelReport, add_per_score, report_cubin
 from perf.step import step_of
 
 COLUMNS = (
-    "arch direction head_dim head_dim_v causal dtype seqlen source flavour per_score copy_per_score cond_per_score regs "
-    "setmaxnreg spills spills_in_loops serialised instr cond ex2 stall cond_stall tc mufu alu smem"
+    "arch direction head_dim head_dim_v causal dtype seqlen source flavour per_score copy_per_score cond_per_score "
+    "regs setmaxnreg spills spills_in_loops serialised instr cond ex2 stall cond_stall tc mufu alu smem"
 ).split()
 # Those of kernels with tcgen05 alone.
 ROLE_COLUMNS = (
@@ -114,8 +114,9 @@ def our_report(key: StaticKey) -> KernelReport:
 
 
 def fa4_serves(key: StaticKey) -> bool:
-    """Whether FlashAttention-4 has a kernel for the key that is reported: it has none of its own for a length, its interface offers no backward before
-    sm_90, fp8 and few head dims above 128 on sm_100. Of its backward for sm_100 there are no figures."""
+    """Whether FlashAttention-4 has a kernel for the key that is reported: its interface offers no backward before
+    sm_90, fp8 and few head dims above 128 on sm_100; no length has one of its own. Of its backward for sm_100 there are
+    no figures."""
     blackwell = key.arch.number // 10 == 10
     if key.seqlen != SEQLEN:
         return False

@@ -231,7 +231,8 @@ def lengths(seqlen_q: int, seqlen_k: int | None = None, **changes) -> dict:
         (lengths(512, 640, window_right=128), 80, 1),  # 384, 512, 640 and 640; 400, 560, 640 and 640: 1.029
         (lengths(512, window_left=300), 80, 1),
         (lengths(512, varlen_q=True, varlen_k=True), 80, 1),
-        (lengths(512, seqused_k=True), 80, 2),
+        (lengths(512, seqused_k=True), 80, 1),
+        (lengths(1024, seqused_k=True), 80, 2),
         (lengths(512, page_size=64), 64, 1),  # which share 64 keys with a page
         (lengths(512, page_size=64, window_right=0), 64, 1),
         (lengths(512, ranges=True), 80, 1),
@@ -256,3 +257,5 @@ def test_the_overshoot_is_said():
     # the first two tiles see none of the 100 keys and walk over a block, the last 100
     few = problem(**WIDE, **lengths(512, 100, window_right=0))
     assert walked_keys(few, 128, 64) == 64 + 64 + 64 + 128 and walked_keys(few, 128, 80) == 80 + 80 + 80 + 160
+    # the second tile ends with 200 queries
+    assert walked_keys(problem(**lengths(200, window_right=-100)), 128, 64) == 64 + 128

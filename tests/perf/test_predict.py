@@ -404,7 +404,7 @@ def test_a_row_that_is_refused_leaves_the_others_and_valid_json(tmp_path):
 
 
 def test_tiles_of_the_stand_in_are_those_of_flash_attention_3(tmp_path):
-    """Clusters: full attention from head_dim 128 on, without a window. 80 keys at head_dim 256, also where ours has 64."""
+    """Clusters: full attention from head_dim 128 on, without a window. 80 keys at head_dim 256, at any length."""
     file = tmp_path / "published.csv"
     wide, widest = FORWARD.format(128, 8192, 32), FORWARD.format(256, 512, 32)
     lines = [FORWARD.format(64, 8192, 32), wide, wide + "sliding window 9", widest]
