@@ -130,10 +130,11 @@ def static(
     in its loops; serialised: ptxas has every wgmma waited for before the next; stall: sum of the fixed stall counts,
     cond_stall of those in conditional blocks; tc, mufu, alu, smem: cycles of the bound model for one iteration of four
     warps. Of a backward, which launches several kernels, they are those of the one that does most of the products.
+    Sequences have 4096 tokens, and 512 where that is another kernel.
 
     Forwards on tcgen05 have tables of their own, explained in docs/static.md: by role, and in cycles of a step by pipe.
     """
-    from perf.static import ROLE_COLUMNS, StaticKey, fa4_installed, range_row, static_table
+    from perf.static import ROLE_COLUMNS, SEQLEN, StaticKey, fa4_installed, range_row, static_table
     from perf.static_page import role_sections, to_page
 
     notes = Console(stderr=True)
@@ -154,9 +155,9 @@ def static(
         for head_dim, head_dim_v in head_dims or _usual_head_dims(arch)
         for causal in (False, True)
     ]
-    keys = [key for key in keys if key.served]
+    keys = [kernel for key in keys if key.served for kernel in key.with_short()]
     if ranges:
-        show(pd.DataFrame(range_row(key) for key in keys if not key.causal), markdown)
+        show(pd.DataFrame(range_row(key) for key in keys if not key.causal and key.seqlen == SEQLEN), markdown)
         return
     table = static_table(keys, fa4=fa4, progress=notes.print)
     if csv:

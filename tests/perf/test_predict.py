@@ -403,13 +403,14 @@ def test_a_row_that_is_refused_leaves_the_others_and_valid_json(tmp_path):
     assert predicted["predicted"] > 0 and predicted["refused"] is None
 
 
-def test_clusters_of_the_stand_in_are_those_of_flash_attention_3(tmp_path):
-    """Full attention from head_dim 128 on, without a window."""
+def test_tiles_of_the_stand_in_are_those_of_flash_attention_3(tmp_path):
+    """Clusters: full attention from head_dim 128 on, without a window. 80 keys at head_dim 256, at any length."""
     file = tmp_path / "published.csv"
-    wide = FORWARD.format(128, 8192, 32)
-    lines = [FORWARD.format(64, 8192, 32), wide, wide + "sliding window 9"]
+    wide, widest = FORWARD.format(128, 8192, 32), FORWARD.format(256, 512, 32)
+    lines = [FORWARD.format(64, 8192, 32), wide, wide + "sliding window 9", widest]
     file.write_text("\n".join([CSV.splitlines()[0], *lines]))
-    assert [row.settings for row in validate.rows(file)] == [(("cluster", n),) for n in (1, 2, 1)]
+    chosen = [row.settings for row in validate.rows(file)]
+    assert chosen == [*((("cluster", n),) for n in (1, 2, 1)), (("cluster", 2), ("tile_n", 80))]
 
 
 def test_a_damaged_recording_is_made_again(tmp_path, monkeypatch):
