@@ -12,7 +12,7 @@ from cute_fa.engine import flavour
 from cute_fa.semantics.types import Direction, DType, SmArch
 from perf.flavours import FLAVOURS
 from perf.sass import KernelReport
-from perf.static import StaticKey
+from perf.static import SEQLEN, StaticKey
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -70,9 +70,11 @@ def _figures(line: dict, of: str | None) -> dict[str, float]:
 
 
 def _key(arch: SmArch, direction: Direction, shape: str) -> StaticKey:
-    head_dims, mask, *dtype = shape.split()
+    head_dims, mask, *rest = shape.split()
     head_dim, *head_dim_v = map(int, head_dims.removeprefix("d").split(","))
-    key = StaticKey(arch, head_dim, mask == "causal", direction, DType(*dtype or ["bf16"]), *head_dim_v)
+    named = {word.isdecimal(): word for word in rest}
+    dtype, seqlen = DType(named.get(False, "bf16")), int(named.get(True, SEQLEN))
+    key = StaticKey(arch, head_dim, mask == "causal", direction, dtype, *head_dim_v, seqlen=seqlen)
     if key.shape != shape:
         raise ValueError(f"budget of {shape!r}: a head dim and a mask as in {key.shape!r} are needed")
     return key

@@ -20,6 +20,7 @@ import pandas as pd
 
 from cute_fa.engine import flavour
 from cute_fa.engine.compiler import compile_artifacts
+from cute_fa.engine.contract import KernelConfig
 from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import CuteFaError
 from cute_fa.semantics.problem import AttentionProblem
@@ -30,8 +31,8 @@ from perf.sass import KernelReport, add_per_score, report_cubin
 from perf.step import step_of
 
 COLUMNS = (
-    "arch direction head_dim head_dim_v causal dtype source flavour per_score copy_per_score cond_per_score regs "
-    "setmaxnreg spills spills_in_loops serialised instr cond ex2 stall cond_stall tc mufu alu smem"
+    "arch direction head_dim head_dim_v causal dtype seqlen source flavour per_score copy_per_score cond_per_score "
+    "regs setmaxnreg spills spills_in_loops serialised instr cond ex2 stall cond_stall tc mufu alu smem"
 ).split()
 # Those of kernels with tcgen05 alone.
 ROLE_COLUMNS = (
@@ -39,6 +40,7 @@ ROLE_COLUMNS = (
     "step_mufu step_fma step_issue step_busiest"
 ).split()
 COLUMNS += ROLE_COLUMNS
+SEQLEN, SHORT_SEQLEN = 4096, 512
 _SMS = {80: "108", 90: "132", 100: "148"}  # of an A100, an H100 and a B200
 _PEER_FIGURES = Path(__file__).with_name("peer_figures.csv")
 
@@ -46,7 +48,7 @@ _PEER_FIGURES = Path(__file__).with_name("peer_figures.csv")
 @dataclass(frozen=True)
 class StaticKey:
     """One kernel to compile: dense, MHA; in fp8 with descales. ``head_dim_v`` is by default ``head_dim``; ``ranges``:
-    under a range plan."""
+    under a range plan; ``seqlen``: tokens of a sequence, by which some kernels choose their tiles."""
 
     arch: SmArch
     head_dim: int
@@ -55,6 +57,7 @@ class StaticKey:
     dtype: DType = DType.BF16
     head_dim_v: int | None = None
     ranges: bool = False
+    seqlen: int = SEQLEN
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_dim_v", self.head_dim_v or self.head_dim)
@@ -64,17 +67,19 @@ class StaticKey:
 
     @property
     def shape(self) -> str:
-        """Head dims and mask, "d64 causal" or "d192,128 full", and the dtype unless it is bf16: "d64 causal e4m3"."""
+        """Head dims and mask, "d64 causal" or "d192,128 full", the dtype unless it is bf16, and the length unless it is
+        ``SEQLEN``: "d64 causal e4m3", "d256 full 512"."""
         value = "" if self.head_dim_v == self.head_dim else f",{self.head_dim_v}"
         dtype = "" if self.dtype is DType.BF16 else f" {self.dtype.value}"
         mask = "ranges" if self.ranges else "causal" if self.causal else "full"
-        return f"d{self.head_dim}{value} {mask}{dtype}"
+        seqlen = "" if self.seqlen == SEQLEN else f" {self.seqlen}"
+        return f"d{self.head_dim}{value} {mask}{dtype}{seqlen}"
 
     @property
-    def columns(self) -> tuple[str, str, int, int, bool, str]:
-        """arch, direction, head_dim, head_dim_v, causal and dtype, as tables hold them."""
+    def columns(self) -> tuple[str, str, int, int, bool, str, int]:
+        """arch, direction, head_dim, head_dim_v, causal, dtype and seqlen, as tables hold them."""
         sizes = self.head_dim, self.head_dim_v
-        return self.arch.value, self.direction.value, *sizes, self.causal, self.dtype.value
+        return self.arch.value, self.direction.value, *sizes, self.causal, self.dtype.value, self.seqlen
 
     @property
     def served(self) -> bool:
@@ -85,23 +90,36 @@ class StaticKey:
             return False
         return True
 
+    @property
+    def config(self) -> KernelConfig:
+        """That of the kernel which the dispatch table gives."""
+        problem = self.problem()
+        return TABLE.lookup(problem).configure(problem)
+
+    def with_short(self) -> list[StaticKey]:
+        """The key, and that of ``SHORT_SEQLEN`` if it has a kernel of its own."""
+        short = dataclasses.replace(self, seqlen=SHORT_SEQLEN)
+        return [self] if short.config == self.config else [self, short]
+
     def problem(self) -> AttentionProblem:
-        sizes = self.head_dim, self.head_dim_v
-        spec = InputSpec(1, 1024, 1024, 8, 8, *sizes, dtype=self.dtype, causal=self.causal, ranges=int(self.ranges))
+        sizes, tokens = (self.head_dim, self.head_dim_v), (self.seqlen, self.seqlen)
+        spec = InputSpec(1, *tokens, 8, 8, *sizes, dtype=self.dtype, causal=self.causal, ranges=int(self.ranges))
         return problem_of_spec(spec, self.arch, direction=self.direction)
 
 
 def our_report(key: StaticKey) -> KernelReport:
     """The report of the kernel that the dispatch table gives the key."""
-    problem = key.problem()
-    _, cubin = compile_artifacts(TABLE.lookup(problem).configure(problem))
+    _, cubin = compile_artifacts(key.config)
     return _main_report([cubin], key)
 
 
 def fa4_serves(key: StaticKey) -> bool:
     """Whether FlashAttention-4 has a kernel for the key that is reported: its interface offers no backward before
-    sm_90, fp8 and few head dims above 128 on sm_100. Of its backward for sm_100 there are no figures."""
+    sm_90, fp8 and few head dims above 128 on sm_100; no length has one of its own. Of its backward for sm_100 there are
+    no figures."""
     blackwell = key.arch.number // 10 == 10
+    if key.seqlen != SEQLEN:
+        return False
     if key.direction is Direction.BACKWARD:
         return key.dtype is DType.BF16 and key.arch is SmArch.SM_90A
     if not blackwell:
@@ -162,7 +180,7 @@ def static_table(keys: list[StaticKey], *, fa4: bool, progress=lambda step: None
         rows += [table_row(key, source, report) for key, report in fa4_reports(keys).items()]
     rank = {key.columns: position for position, key in enumerate(keys)}
     recorded = pd.read_csv(_PEER_FIGURES)
-    recorded = recorded.assign(head_dim_v=recorded.head_dim, dtype=DType.BF16.value)
+    recorded = recorded.assign(head_dim_v=recorded.head_dim, dtype=DType.BF16.value, seqlen=SEQLEN)
     recorded = recorded.reindex(columns=COLUMNS)  # nothing was recorded of some figures
     recorded = recorded[[columns in rank for columns in _key_columns(recorded)]]
     table = pd.concat([pd.DataFrame(rows, columns=COLUMNS), recorded], ignore_index=True)
@@ -188,7 +206,7 @@ def range_row(key: StaticKey) -> dict:
 
 def _key_columns(table: pd.DataFrame) -> list[tuple]:
     """:attr:`StaticKey.columns` of each row."""
-    return list(table[COLUMNS[:6]].itertuples(index=False, name=None))
+    return list(table[COLUMNS[:7]].itertuples(index=False, name=None))
 
 
 def _main_report(cubins: list[bytes], key: StaticKey) -> KernelReport:

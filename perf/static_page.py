@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from cute_fa.semantics.types import Direction, DType, SmArch
+from perf.static import SEQLEN
 from perf.tables import to_markdown
 
 _OURS = "cute-fa"
@@ -107,7 +108,9 @@ def _name(row: dict) -> dict:
 
 def _shape(row: dict) -> dict:
     sizes = dict.fromkeys([row["head_dim"], row["head_dim_v"]])
-    return {"head_dim": ", ".join(f"{size:g}" for size in sizes), "mask": "causal" if row["causal"] else "full"}
+    mask = "causal" if row["causal"] else "full"
+    tokens = "" if row["seqlen"] == SEQLEN else f", {row['seqlen']} tokens"
+    return {"head_dim": ", ".join(f"{size:g}" for size in sizes), "mask": mask + tokens}
 
 
 def _registers(row: dict) -> str:

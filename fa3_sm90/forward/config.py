@@ -217,6 +217,10 @@ _TILES = (Tiles(3, 128), Tiles(3, 96), *(Tiles(2, tile_n) for tile_n in (128, 11
 _FP8_KEYS = (128, 96, 64, 32)
 _MOST_FP8_KEYS = 160
 _FP8_COLUMNS = 48
+# Queries among which blocks of 64 keys are chosen over 80, where 80 walk over so many times the keys. From 2048 on the
+# timing model cannot tell which are faster; below 512 it has not been asked.
+_SHORT_QUERIES = range(512, 2048)
+_LEAST_OVERSHOOT = 1.04
 # Accesses to local memory in the loops of (3, 128) at head_dim 64, at most, of bf16 kernels with and without a right
 # bound, sink tokens and packed sequences; of those with a right bound and ALiBi, with and without each of the other
 # features, compiled by either flavour of the DSL (none where head_dim_v is at most 32: there 128 keys take 7.5
@@ -243,8 +247,10 @@ def forward_candidates(problem: AttentionProblem) -> list[Candidate]:
     return candidates(_weighed(problem), partial(_config, problem))
 
 
-# Queries from which a cluster is preferred, without and with a right bound.
-_CLUSTER_QUERIES = {False: 1024, True: 2048}
+# Queries from which a cluster is preferred, without and with a right bound; at least so many where sequences may be
+# shorter, which the timing model has not been asked about.
+_CLUSTER_QUERIES = {False: 512, True: 2048}
+_CLUSTER_QUERIES_VARLEN = 1024
 # Of an odd number of tiles of a CTA's queries the last pair's second CTA is idle, beside the longest tile under a right
 # bound: the least odd number with which a cluster is preferred, without and with a right bound.
 _CLUSTER_ODD_TILES = {False: 11, True: 33}
@@ -255,18 +261,19 @@ def preferred_cluster(problem: AttentionProblem) -> int:
 
     Two read half as much from the L2 cache, wait for each other at every block, and under a right bound the earlier CTA
     walks over its partner's blocks as well. Two are chosen where the timing model (docs/timing.md) tells that they are
-    faster under each of its explanations of the published speeds, beyond two standard deviations: 1.16 times on an
-    H100 at head_dim 256 full, 1024 queries, and 1.14 at 192; causal, at 256, 1.09 at 2048 queries and 1.17 at 16384. It
-    cannot tell at 128 (1.07 ± 0.05; 1.03 ± 0.04 if power sets the clock), at 192 causal (1.12; 1.07 ± 0.04), at
-    192/128 (1.09; 1.06 ± 0.04) and for shorter sequences; at 64 one CTA is faster. Nothing of this has been timed.
-    Packed sequences, whose lengths only the device knows, and windows that end on the left have not been asked about,
-    nor have far fewer keys than queries.
+    faster under each of its explanations of the published speeds, beyond two standard deviations: 1.14 times on an
+    H100 at head_dim 256 full, 512 queries (1.16 at 1024), and 1.11 at 192 (1.14); causal, at 256, 1.09 at 2048 queries
+    and 1.17 at 16384. It cannot tell at 128 (1.07 ± 0.05; 1.03 ± 0.04 if power sets the clock), at 192 causal (1.12;
+    1.07 ± 0.04), at 192/128 (1.09; 1.06 ± 0.04) and for shorter causal sequences (1.05 ± 0.03 at 1024); at 64 one CTA
+    is faster. Nothing of this has been timed. Packed sequences, whose lengths only the
+    device knows, and windows that end on the left have not been asked about, nor have far fewer keys than queries.
     """
     right = problem.window_right is not None
     narrowest = min(problem.head_dim, problem.head_dim_v)
     wide = narrowest > 192 if right else narrowest >= 192
     asked = not (problem.varlen_q or problem.varlen_k or problem.window_left is not None)
-    return 2 if asked and wide and problem.seqlen_q >= _CLUSTER_QUERIES[right] else 1
+    least = max(_CLUSTER_QUERIES[right], _CLUSTER_QUERIES_VARLEN if problem.varlen else 0)
+    return 2 if asked and wide and problem.seqlen_q >= least else 1
 
 
 def cluster_objection(problem: AttentionProblem) -> str | None:
@@ -397,6 +404,40 @@ def _three_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
     return None
 
 
+def walked_keys(problem: AttentionProblem, tokens: int, tile_n: int) -> int:
+    """Keys that a head's tiles of ``tokens`` queries walk over, of dense lengths without a left bound: each tile whole
+    blocks of ``tile_n`` up to the last key that one of its queries sees, at least one block."""
+    walked = 0
+    for end in range(tokens, problem.seqlen_q + tokens, tokens):
+        keys = problem.seqlen_k
+        if problem.window_right is not None:
+            last = min(end, problem.seqlen_q) + problem.seqlen_k - problem.seqlen_q + problem.window_right
+            keys = min(keys, last)
+        walked += max(1, -(-keys // tile_n)) * tile_n
+    return walked
+
+
+def _overshoot(problem: AttentionProblem, tiles: Tiles) -> str | None:
+    """Why blocks of 80 keys do not pay for short sequences: of the last one more is hidden than of one of 64.
+
+    A step's time goes by its keys, so that a tile costs what it walks over. By the timing model (docs/timing.md), on an
+    H100 at head_dim 256, blocks of 64 keys are faster by a little less than what they walk less: full 1.07 times at 512
+    queries (1.09 in keys), 1.04 at 768 and at 1536 in clusters (both 1.04), and it cannot tell at 640 (1.00) and 1024
+    (1.02); causal 1.08, 1.05, 1.04 and 1.04 at 512, 768, 1024 and 1536 (1.13, 1.07, 1.06, 1.04). At 240/240, 184/256
+    and 256/184, near the ends of where 80 keys are chosen, 64 are told faster as well. Nothing of this has been timed.
+    Lengths that only the device knows, left bounds and other lengths of keys than of queries have not been asked about.
+    """
+    dense = not (problem.varlen or problem.ranges)
+    asked = dense and problem.window_left is None and problem.seqlen_q in _SHORT_QUERIES
+    if tiles.tile_n != 80 or not asked:
+        return None
+    tokens = tiles.warpgroups * WGMMA_M
+    walked, shorter = walked_keys(problem, tokens, 80), walked_keys(problem, tokens, 64)
+    if walked < _LEAST_OVERSHOOT * shorter:
+        return None
+    return f"blocks of 80 keys overshoot: {walked} keys walked over by a head's tiles, {shorter} by blocks of 64"
+
+
 def _two_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
     """Why two consumer warpgroups do not serve with so many keys."""
     size_v = padded(problem.head_dim_v)
@@ -404,7 +445,8 @@ def _two_warpgroups(problem: AttentionProblem, tiles: Tiles) -> str | None:
     needed, available = tiles.tile_n // 2 + tiles.tile_n // 4 + size_v // 2 + 40, REGISTERS[2][1]
     if needed > available:
         return f"registers: about {needed} a thread for {tiles.tile_n} keys and O {size_v} wide, {available} available"
-    return _page_objection(problem, tiles.tile_n) or _memory_objection(problem, tiles)
+    page = _page_objection(problem, tiles.tile_n)
+    return page or _memory_objection(problem, tiles) or _overshoot(problem, tiles)
 
 
 def _page_objection(problem: AttentionProblem, tile_n: int) -> str | None:

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import pandas as pd
-from rich.console import Console
 
-from cute_fa.semantics.errors import ArgumentError, CuteFaError
-from cute_fa.semantics.types import Direction, DType, SmArch
-from perf.tables import show
-from perf.workload import Workload
+from perf.predict.store import kept_rows
+from perf.tables import show_rows
 from ptxsim.errors import SimError
 from ptxsim.timing import gpus
+
+# What imports torch, cute_fa above all, is imported where it is used: rows that are kept need none of it.
 
 _KEY = re.compile(r"(fwd|bwd):(\d+)(?:,(\d+))?:(full|causal|window(\d+)):(\d+)")
 
@@ -33,15 +31,21 @@ class _Key(click.ParamType):
             self.fail(f"{value!r}: DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN, such as fwd:128:causal:4096; MASK is full, "
                       "causal, or windowN for N keys to the left and none to the right", param, context)  # fmt: skip
         direction, d, dv, mask, window, seqlen = found.groups()
-        return Direction(direction), int(d), int(dv or d), mask != "full", int(window) if window else None, int(seqlen)
+        return direction, int(d), int(dv or d), mask != "full", int(window) if window else None, int(seqlen)
 
 
 @contextmanager
 def _errors():
     try:
         yield
-    except (CuteFaError, SimError, OSError) as error:
+    except (SimError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    except Exception as error:
+        from cute_fa.semantics.errors import CuteFaError
+
+        if isinstance(error, CuteFaError):
+            raise click.ClickException(str(error)) from error
+        raise
 
 
 @click.command()
@@ -85,16 +89,22 @@ def predict(keys, gpu: str, names: tuple[str, ...], changes: tuple[str, ...], dt
         if validate is not None:
             _validate(validate, ensemble, as_json, markdown)
             return
-        rows = []
+        constants, rows = gpus.load(gpu), []
         for key in keys:
-            if search:
-                rows += _found(_workload(key, dtype, heads, tokens), gpu, ensemble)
-                continue
-            rows += _rows(_workload(key, dtype, heads, tokens), gpu, names, changes, ensemble, cubin, trace)
+
+            def made(key=key):
+                workload = _workload(key, dtype, heads, tokens)
+                if search:
+                    return _found(workload, constants, ensemble)
+                return _rows(workload, constants, names, changes, ensemble, cubin, trace)
+
+            # a file that is compared or written is work for each call
+            asked = (key, constants, names, changes, dtype, heads, tokens, ensemble, search)
+            rows += made() if cubin or trace else kept_rows(asked, made)
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    _show([{name: row[name] for name in row if not isinstance(row[name], dict)} for row in rows], markdown)
+    show_rows([{name: row[name] for name in row if not isinstance(row[name], dict)} for row in rows], markdown)
 
 
 def _check_options(keys, names, changes, cubin, trace, search, validate) -> None:
@@ -115,24 +125,28 @@ def _check_options(keys, names, changes, cubin, trace, search, validate) -> None
 
 
 def _workload(key, dtype, heads, tokens):
+    from cute_fa.semantics.errors import ArgumentError
+    from cute_fa.semantics.types import Direction, DType
+    from perf.workload import Workload
+
     direction, head_dim, head_dim_v, causal, window, seqlen = key
     h, _, hkv = heads.partition(",")
     try:
         h, hkv = int(h), int(hkv or h)
     except ValueError:
         raise ArgumentError(f"heads={heads!r}: a number, or two with a comma between") from None
-    return Workload(direction=direction, dtype=DType(dtype), head_dim=head_dim, head_dim_v=head_dim_v, heads=h,
-                    heads_kv=hkv, seqlen=seqlen, tokens=tokens or max(16384, seqlen), causal=causal,
+    return Workload(direction=Direction(direction), dtype=DType(dtype), head_dim=head_dim, head_dim_v=head_dim_v,
+                    heads=h, heads_kv=hkv, seqlen=seqlen, tokens=tokens or max(16384, seqlen), causal=causal,
                     window=window)  # fmt: skip
 
 
-def _rows(workload, gpu_name, names, changes, ensemble, cubin, trace):
+def _rows(workload, gpu, names, changes, ensemble, cubin, trace):
     """A row for each kernel, ranked beside the first one."""
+    from cute_fa.semantics.types import SmArch
     from perf.predict.kernels import KERNELS, settings_of
     from perf.predict.model import Predictor
     from perf.predict.ranking import ranked
 
-    gpu = gpus.load(gpu_name)
     arch = SmArch(gpu.arch)
     if trace is not None:
         trace.write_text("")  # an unusable path is an error before anything runs
@@ -162,11 +176,11 @@ def _rows(workload, gpu_name, names, changes, ensemble, cubin, trace):
     return rows
 
 
-def _found(workload, gpu_name, ensemble):
+def _found(workload, gpu, ensemble):
     """A row for each config of the grid."""
+    from cute_fa.semantics.types import SmArch
     from perf.predict.search import searched
 
-    gpu = gpus.load(gpu_name)
     rows = []
     for found in searched(workload, SmArch(gpu.arch), gpu, ensemble):
         row = {"problem": str(workload), **found.settings, "refused": found.refused}
@@ -179,6 +193,9 @@ def _found(workload, gpu_name, ensemble):
 
 
 def _validate(file, ensemble, as_json, markdown):
+    from rich.console import Console
+
+    from cute_fa.semantics.errors import ArgumentError
     from perf.predict import validate
 
     notes = Console(stderr=True)
@@ -198,9 +215,4 @@ def _validate(file, ensemble, as_json, markdown):
     for column in ("mean", "worst", "baseline_mean", "baseline_worst"):
         summary[column] = [f"{value:.1%}" for value in summary[column]]
     for frame in (table, summary):
-        _show(frame.to_dict("records"), markdown)
-
-
-def _show(rows, markdown):
-    frame = pd.DataFrame(rows).astype(object)
-    show(frame.where(frame.notna(), ""), markdown)
+        show_rows(frame.astype(object).where(frame.notna(), None).to_dict("records"), markdown)

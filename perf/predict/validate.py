@@ -27,7 +27,8 @@ _NUMBERS = ("head_dim", "head_dim_v", "seqlen", "batch", "heads", "heads_kv", "t
 GPUS = {"H100 SXM": "h100", "H200": "h200", "A100 80GB SXM": "a100", "A100 80GB PCIe": "a100-pcie"}
 # (kernel of a table, architecture) -> the kernel that is predicted. The C++ FlashAttention-3 is no DSL kernel: ours
 # with its conditions, K and V shared by clusters of two without causal mask from head_dim 128 on
-# (hopper/flash_fwd_launch_template.h), stands for it.
+# (hopper/flash_fwd_launch_template.h) and 80 keys a block at head_dim 256 at any length (hopper/tile_size.h), stands
+# for it.
 _FA4 = re.compile(r"^FA4\b")
 _FA3 = re.compile(r"^FA3$")
 
@@ -70,7 +71,9 @@ def rows(file: Path) -> Iterator[Row]:
         causal = bool(row.causal)
         seqlen, batch = int(row.seqlen), int(row.batch)
         shared = kernel == "ours" and not causal and window is None and row.head_dim >= 128
+        wide = kernel == "ours" and row.head_dim == 256 and window is None
         settings = (("cluster", 1 + shared),) if kernel == "ours" else ()
+        settings += (("tile_n", 80),) if wide else ()
         workload = Workload(
             direction=Direction(row.direction), dtype=DType(row["dtype"]), head_dim=int(row.head_dim),
             head_dim_v=int(row.head_dim_v), heads=int(row.heads), heads_kv=int(row.heads_kv), seqlen=seqlen,

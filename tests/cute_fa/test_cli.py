@@ -425,6 +425,22 @@ def test_versions_and_help(command, name):
     assert short == long and "Commands:" in short
 
 
+PERF = "compare features flavours gpu-check gpu-pack host microbench plot predict sass static sweep".split()
+
+
+def test_perf_lists_its_commands():
+    """Though they come from two modules that are imported when they are asked for."""
+    listed = CliRunner().invoke(perf_main, ["--help"]).stdout.split("Commands:\n")[1]
+    assert [line.split()[0] for line in listed.splitlines()] == PERF
+
+
+@pytest.mark.parametrize("command", PERF)
+def test_perf_says_what_a_command_takes(command):
+    short, long = (CliRunner().invoke(perf_main, [command, option]) for option in ("-h", "--help"))
+    assert (short.exit_code, short.stdout) == (0, long.stdout)
+    assert f"{command} [OPTIONS]" in short.stdout.splitlines()[0]
+
+
 def test_table_gives_a_kernel_or_a_reason():
     rows = json.loads(invoke("table", "--json").stdout)
     assert {row["arch"] for row in rows} == {arch.value for arch in SmArch}

@@ -6,7 +6,7 @@ import pytest
 
 from cute_fa.semantics.problem import PAGE_SIZES, AttentionProblem
 from cute_fa.semantics.types import SmArch
-from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M, PipelineSpec, forward_config
+from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M, PipelineSpec, forward_config, walked_keys
 from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.cases import refusals, small_problem
 from tests.testing.config_tests import ConfigTests
@@ -183,8 +183,8 @@ def test_refused_tiles_say_why(change, reasons):
 @pytest.mark.parametrize(
     ("change", "cluster"),
     [
-        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 1024}, 2),
-        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 1023}, 1),
+        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 512}, 2),
+        ({"head_dim": 256, "head_dim_v": 256, "seqlen_q": 511}, 1),
         ({"head_dim": 192, "head_dim_v": 192, "seqlen_q": 4096}, 2),
         ({"head_dim": 192, "head_dim_v": 128, "seqlen_q": 4096}, 1),
         ({"head_dim": 128, "head_dim_v": 128, "seqlen_q": 4096}, 1),
@@ -199,3 +199,63 @@ def test_refused_tiles_say_why(change, reasons):
 def test_clusters_are_chosen_where_the_timing_model_tells(change, cluster):
     """docs/timing.md."""
     assert forward_config(problem(**change)).cluster == cluster
+
+
+WIDE = {"head_dim": 256, "head_dim_v": 256}
+
+
+def lengths(seqlen_q: int, seqlen_k: int | None = None, **changes) -> dict:
+    return {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k or seqlen_q, **changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "tile_n", "cluster"),
+    [
+        (lengths(511), 80, 1),
+        (lengths(512), 64, 2),  # 560 of 512 keys in blocks of 80
+        (lengths(576), 64, 1),  # 640 of 576; 5 tiles of queries
+        (lengths(640), 80, 1),  # 640 in both
+        (lengths(768), 64, 2),  # 800 of 768, 1.042
+        (lengths(769), 80, 1),  # 800 of 832
+        (lengths(1024), 80, 2),  # 1040 of 1024
+        (lengths(512, 560), 80, 2),  # 560 of 576
+        (lengths(512, 640), 80, 2),
+        (lengths(2048, 1536), 80, 2),  # 1.042, too long
+        (lengths(512, window_right=0), 64, 1),  # 1440 of 1280
+        (lengths(1024, window_right=0), 64, 1),  # 4880 of 4608
+        (lengths(1408, window_right=0), 64, 1),  # 8800 of 8448, 1.042
+        (lengths(1792, window_right=0), 80, 1),  # 13920 of 13440, 1.036
+        (lengths(2048, window_right=0), 80, 2),
+        # queries that see 128 keys more: 256, 384, 512 and 640 in blocks of 64; 320, 400, 560 and 640 of 80
+        (lengths(512, 640, window_right=0), 64, 1),
+        (lengths(512, 640, window_right=128), 80, 1),  # 384, 512, 640 and 640; 400, 560, 640 and 640: 1.029
+        (lengths(512, window_left=300), 80, 1),
+        (lengths(512, varlen_q=True, varlen_k=True), 80, 1),
+        (lengths(512, seqused_k=True), 80, 1),
+        (lengths(1024, seqused_k=True), 80, 2),
+        (lengths(512, page_size=64), 64, 1),  # which share 64 keys with a page
+        (lengths(512, page_size=64, window_right=0), 64, 1),
+        (lengths(512, ranges=True), 80, 1),
+    ],
+)
+def test_short_sequences_have_blocks_that_overshoot_less(change, tile_n, cluster):
+    """docs/timing.md."""
+    c = forward_config(problem(**WIDE, **change))
+    assert (c.tile_n, c.cluster) == (tile_n, cluster)
+
+
+@pytest.mark.parametrize("head_dim", [128, 192])
+def test_short_sequences_of_other_head_dims_keep_their_blocks(head_dim):
+    sizes = {"head_dim": head_dim, "head_dim_v": head_dim}
+    assert forward_config(problem(**sizes, **lengths(512))).tile_n == forward_config(problem(**sizes)).tile_n > 80
+
+
+def test_the_overshoot_is_said():
+    reasons = refusals(Fa3Forward, problem(**WIDE, **lengths(512, window_right=0)))
+    # of 128, 256, 384 and 512 keys
+    assert reasons[-1] == "blocks of 80 keys overshoot: 1440 keys walked over by a head's tiles, 1280 by blocks of 64"
+    # the first two tiles see none of the 100 keys and walk over a block, the last 100
+    few = problem(**WIDE, **lengths(512, 100, window_right=0))
+    assert walked_keys(few, 128, 64) == 64 + 64 + 64 + 128 and walked_keys(few, 128, 80) == 80 + 80 + 80 + 160
+    # the second tile ends with 200 queries
+    assert walked_keys(problem(**lengths(200, window_right=-100)), 128, 64) == 64 + 128

@@ -6,9 +6,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from perf import __main__ as command_line
+from perf import command_line
 from perf import results as results_module
 from perf import sweep as sweeping
+from perf.__main__ import main
 from perf.results import read_results
 from perf.timing import Ceilings
 from tests.testing.clock import FakeDevice
@@ -31,7 +32,7 @@ def device(monkeypatch, tmp_path):
 
 
 def invoke(*arguments: str):
-    return CliRunner().invoke(command_line.main, list(arguments))
+    return CliRunner().invoke(main, list(arguments))
 
 
 def test_sweep_writes_and_resumes(device, tmp_path):

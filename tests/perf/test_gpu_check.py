@@ -34,9 +34,9 @@ from cute_fa.tools.tour import layers_of
 from cute_fa.tools.trial import Machine, problem_of_spec
 from cute_fa.tools.warm import read_keys
 from fa3_sm90.backward.config import Fa3BackwardConfig
-from perf import __main__ as command_line
-from perf import cuda_driver
+from perf import command_line, cuda_driver
 from perf import results as results_module
+from perf.__main__ import main
 from perf.cuda_driver import Driver
 from perf.gpu_check import pack, steps, sweep, walk_trial
 from perf.gpu_check.smoke import SMOKE, Attention, served
@@ -456,7 +456,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 def invoke(*arguments: str):
-    return CliRunner().invoke(command_line.main, ["gpu-check", *arguments])
+    return CliRunner().invoke(main, ["gpu-check", *arguments])
 
 
 def results_of(summary: Path) -> dict[str, str]:

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from cute_fa import simulate
 from cute_fa.semantics.errors import DeviceError
 from cute_fa.semantics.types import SmArch
-from perf import __main__ as command_line
+from perf import command_line
+from perf.__main__ import main
 from perf.device import Clocks
 from perf.gpu_check import steps
 from perf.microbench import GROUPS, barriers, clocks, gpu_file, issue, reductions, session, streams, tma, warps, wgmma
@@ -243,7 +244,7 @@ def gpu(monkeypatch, tmp_path):
 
 def test_the_command_writes_rows_and_constants(gpu):
     def invoke(*arguments):
-        return CliRunner().invoke(command_line.main, ["microbench", "--out", str(gpu), *arguments])
+        return CliRunner().invoke(main, ["microbench", "--out", str(gpu), *arguments])
 
     done = invoke("--only", "wgmma")
     assert done.exit_code == 0, done.output
@@ -261,12 +262,12 @@ def test_the_command_writes_rows_and_constants(gpu):
 
 
 def test_the_command_without_a_gpu():
-    done = CliRunner().invoke(command_line.main, ["microbench"])
+    done = CliRunner().invoke(main, ["microbench"])
     assert (done.exit_code, done.stderr) == (2, "no GPU: kernels are timed on one.\n")
 
 
 def test_the_command_refuses_other_files(gpu):
-    done = CliRunner().invoke(command_line.main, ["microbench", "--out", "x.csv"])
+    done = CliRunner().invoke(main, ["microbench", "--out", "x.csv"])
     assert done.exit_code == 2
     assert "x.csv: a file that ends in .toml" in done.output
 

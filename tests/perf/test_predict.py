@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +21,7 @@ from perf.predict.cost import ProbeResult, TileCost
 from perf.predict.kernels import OurKernel, probe_steps, problem_of, settings_of
 from perf.predict.model import Predictor
 from perf.predict.ranking import RESONANCE, Ranking, explanations, ranked
-from perf.predict.tiles import TileShape, makespan, ordered_steps, steps_of
+from perf.predict.tiles import ChainedTile, TileShape, chained_makespan, makespan, ordered_steps, steps_of
 from perf.workload import Workload
 from ptxsim.host.cubin import code_sections
 from ptxsim.timing import gpus
@@ -150,6 +152,38 @@ def test_makespan_of_static_and_of_handed_out_tiles():
     assert makespan(handed, [8, 1, 1, 8, 1, 1], cost, 2, 0.0) == 10
     assert makespan(handed, [3, 3, 3], cost, 2, 10.0) == 16
     assert makespan(static, [5], cost, 132, 0.0) == 5
+
+
+def three_in_a_chain():
+    return [ChainedTile(0, 4), ChainedTile(0, 4, after=0), ChainedTile(0, 4, after=1)]
+
+
+@pytest.mark.parametrize("slots, cycles", [(1, 3 * 41), (2, 82), (3, 47)])
+def test_a_chain_of_three_tiles(slots, cycles):
+    """Of 1 cycle and 4 steps of 10 each. Alone on a place each finds its turn come. On three the first ends its steps
+    at 11, 21, 31, 41, the second 3 later, the third 6. On two the third begins at 41, when the second has one
+    step left, at 44: its steps end at 52 and on."""
+    assert chained_makespan(three_in_a_chain(), lambda n: 1 + 10 * n, slots, 3.0) == cycles
+
+
+def test_a_chain_waits_only_for_sums_that_both_add_to():
+    """Causal: the second tile adds to sums 0 to 3, the first to 2 and 3, at 11 and 21; the second's third step ends at
+    31 in any case. With 30 cycles from one to the other it ends at 41, and the last at 51."""
+    tiles = [ChainedTile(2, 2), ChainedTile(0, 4, after=0)]
+    assert chained_makespan(tiles, lambda n: 1 + 10 * n, 2, 3.0) == 41
+    assert chained_makespan(tiles, lambda n: 1 + 10 * n, 2, 30.0) == 51
+
+
+def test_tiles_that_wait_for_none_end_as_without_a_chain():
+    steps = [8, 1, 1, 8, 1, 1]
+    tiles = [ChainedTile(0, n) for n in steps]
+    assert chained_makespan(tiles, float, 2, 5.0) == makespan(TileShape(1, 1), steps, float, 2, 0.0)
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_order_that_may_deadlock_is_an_error(after):
+    with pytest.raises(ArgumentError, match=f"tile 1 waits for tile {after}"):
+        chained_makespan([ChainedTile(0, 2), ChainedTile(0, 2, after=after), ChainedTile(0, 2)], float, 1, 1.0)
 
 
 def replay_of(cycles, loaded):
@@ -378,13 +412,14 @@ def test_a_row_that_is_refused_leaves_the_others_and_valid_json(tmp_path):
     assert predicted["predicted"] > 0 and predicted["refused"] is None
 
 
-def test_clusters_of_the_stand_in_are_those_of_flash_attention_3(tmp_path):
-    """Full attention from head_dim 128 on, without a window."""
+def test_tiles_of_the_stand_in_are_those_of_flash_attention_3(tmp_path):
+    """Clusters: full attention from head_dim 128 on, without a window. 80 keys at head_dim 256, at any length."""
     file = tmp_path / "published.csv"
-    wide = FORWARD.format(128, 8192, 32)
-    lines = [FORWARD.format(64, 8192, 32), wide, wide + "sliding window 9"]
+    wide, widest = FORWARD.format(128, 8192, 32), FORWARD.format(256, 512, 32)
+    lines = [FORWARD.format(64, 8192, 32), wide, wide + "sliding window 9", widest]
     file.write_text("\n".join([CSV.splitlines()[0], *lines]))
-    assert [row.settings for row in validate.rows(file)] == [(("cluster", n),) for n in (1, 2, 1)]
+    chosen = [row.settings for row in validate.rows(file)]
+    assert chosen == [*((("cluster", n),) for n in (1, 2, 1)), (("cluster", 2), ("tile_n", 80))]
 
 
 def test_a_damaged_recording_is_made_again(tmp_path, monkeypatch):
@@ -395,3 +430,52 @@ def test_a_damaged_recording_is_made_again(tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-3])
     assert store.kept(("a",), lambda: 3) == 3
     assert store.kept(("a",), lambda: 4) == 3
+
+
+_WARM = """
+import sys
+sys.argv = ["perf", "predict", "fwd:64:causal:2048"]
+from perf.__main__ import main
+try:
+    main()
+finally:
+    print(*sorted({"torch", "cutlass", "pandas"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_a_kept_prediction_imports_neither_torch_nor_the_dsl(hopper):
+    """And says the same as the one that was made."""
+    cold = run("fwd:64:causal:2048").output
+    warm = subprocess.run([sys.executable, "-c", _WARM], capture_output=True, text=True, check=True)
+    assert (warm.stdout, warm.stderr.strip()) == (cold, "")
+
+
+@pytest.mark.parametrize("change", ["a source of the kernels", "a source of the model", "a release", "the flavour"])
+def test_a_stale_answer_is_noticed(change, tmp_path, monkeypatch):
+    for name in (*store._SOURCES, *store._MODEL):
+        file = tmp_path / name / "a.py" if "." not in name else tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    flavour, releases = tmp_path / "cute_fa/engine/flavour.py", {"nvidia-cutlass-dsl": "1"}
+    flavour.parent.mkdir()
+    flavour.write_text("def active():\n    return open(__file__ + '.name').read()")
+    flavour.with_name("flavour.py.name").write_text("cu12")
+    monkeypatch.setattr(store, "_ROOT", tmp_path)
+    monkeypatch.setattr("perf.predict.store.cache_dir", lambda: tmp_path / "kept")
+    monkeypatch.setattr(store.importlib.metadata, "version", lambda package: releases.get(package, "0"))
+
+    def said(text):
+        store._version.cache_clear()
+        return store.kept_rows(("key",), lambda: [{"said": text}])[0]["said"]
+
+    assert [said("first"), said("second")] == ["first", "first"]
+    if change == "a source of the kernels":
+        (tmp_path / "fa3_sm90/a.py").write_text("2")
+    elif change == "a source of the model":
+        (tmp_path / "perf/predict/a.py").write_text("2")
+    elif change == "a release":
+        releases["nvidia-cuda-nvcc-cu12"] = "2"
+    else:
+        flavour.with_name("flavour.py.name").write_text("cu13")
+    assert said("third") == "third"
+    store._version.cache_clear()

@@ -31,7 +31,6 @@ def gradients_of(
     spec: InputSpec,
     inputs: str = "random",
     arch: str = "sm_80",
-    family: str = "fa2",
     deterministic: bool = False,
     lse_gradient: bool = True,
     family: str = "fa2",
