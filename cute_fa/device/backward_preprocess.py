@@ -80,10 +80,9 @@ class PreprocessKernel:
                 if row_lse != -Float32.inf:
                     delta = delta - head_row(args.dlse, head, batch, info.offset_q, packed)[row]
             if tidx % self.lanes == 0 and place < c.tile_m:
-                at_lse, at_delta, sign = statistics_places(c, place)
-                stats[at_lse] = Float32.inf if row_lse == -Float32.inf else row_lse * LOG2_E - offset
-                for at in at_delta:
-                    stats[at] = delta if const_expr(sign > 0) else -delta
+                at = statistics_place(c, place)
+                stats[at] = Float32.inf if row_lse == -Float32.inf else row_lse * LOG2_E - offset
+                stats[c.tile_m + at] = delta
                 if const_expr(c.learnable_sink):
                     if row_lse != -Float32.inf:  # which it is beside a sink of −inf, whose gradient is 0
                         weight = cute.math.exp2((args.common.learnable_sink[head] - row_lse) * LOG2_E, fastmath=True)
@@ -116,18 +115,14 @@ class PreprocessKernel:
         return total
 
 
-def statistics_places(config, place: Int32):
-    """Where the LSE of a tile's query lies in its statistics, where its D, and the sign that D has there.
+def statistics_place(config, place: Int32) -> Int32:
+    """Where the LSE of a tile's query lies in its statistics; its D lies ``tile_m`` numbers further on.
 
-    "rows": LSE of all queries, then D. "wgmma": as a thread of wgmma's transposed accumulator reads them, 16 bytes at a
-    time. Of 8 queries it has two neighbouring ones: the LSE of two such blocks lie together, and −D of a block twice,
-    as its four registers are to have it, so that dO·Vᵀ starts from there."""
-    c = config
-    if c.statistics == "rows":
-        return place, (c.tile_m + place,), 1
-    pair, block = place % 8 // 2 * 4 + place % 2, place // 8
-    delta = c.tile_m + block * 16 + pair
-    return block // 2 * 16 + block % 2 * 2 + pair, (delta, delta + 2), -1
+    "rows": one query after the other. "wgmma": as a thread of wgmma's transposed accumulator reads them, 16 bytes at a
+    time: of 8 queries it has two neighbouring ones, and two such blocks lie together."""
+    if config.statistics == "rows":
+        return place
+    return place // 16 * 16 + place % 8 // 2 * 4 + place // 8 % 2 * 2 + place % 2
 
 
 def zero(address, elements: int, tidx: Int32, num_threads: int):

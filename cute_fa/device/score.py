@@ -133,19 +133,19 @@ def probabilities(
 def score_gradients(
     p: cute.Tensor,
     dp: cute.Tensor,
-    delta: Optional[Callable[[int, int], Float32]],
+    delta: Callable[[int, int], Float32],
     derivatives: Optional[cute.Tensor],
     distance: Optional[Distance],
     dslope: Optional[cute.Tensor],
 ):
     """dO·Vᵀ becomes dX, in place, on (rows, columns) views.
 
-    ``delta(r, c)``: D = rowsum(dO∘O) − dLSE of a register's query, None where dO·Vᵀ is less D already;
-    ``derivatives`` from :func:`probabilities`; ``dslope``: one register, to which −Σ dS·|i + D − j| is added, or None.
+    ``delta(r, c)``: D = rowsum(dO∘O) − dLSE of a register's query; ``derivatives`` from :func:`probabilities`;
+    ``dslope``: one register, to which −Σ dS·|i + D − j| is added, or None.
     """
     for r in range(cute.size(p, mode=[0])):
         for c in range(cute.size(p, mode=[1])):
-            gradient = p[r, c] * (dp[r, c] if delta is None else dp[r, c] - delta(r, c))
+            gradient = p[r, c] * (dp[r, c] - delta(r, c))
             if dslope is not None:
                 dslope[0] = dslope[0] - gradient * distance(r, c)
             if derivatives is not None:

@@ -56,8 +56,8 @@ class Fa3BackwardConfig(FeatureConfig):
 
     @property
     def stats_elements(self) -> int:
-        """Statistics of a tile of queries: LSE, and −D twice."""
-        return 3 * self.tile_m
+        """Statistics of a tile of queries: LSE and D."""
+        return 2 * self.tile_m
 
     @property
     def slope_parts(self) -> int:
@@ -106,7 +106,7 @@ class Fa3BackwardConfig(FeatureConfig):
             PipelineSpec("k", 1, self.tile_n * self.head_dim_padded * size, warps),
             PipelineSpec("v", 1, self.tile_n * self.head_dim_v_padded * size, warps),
             PipelineSpec("q", self.stages, queries + 4 * self.tile_m, warps),
-            PipelineSpec("dout", self.stages, douts + 8 * self.tile_m, warps),
+            PipelineSpec("dout", self.stages, douts + 4 * self.tile_m, warps),
         )
 
     @property
@@ -129,7 +129,7 @@ class Tiles(NamedTuple):
 
 
 # In order of preference.
-_TILES = (Tiles(128, 128, 2, False), Tiles(64, 128, 2, True))
+_TILES = (Tiles(128, 128, 2, False), Tiles(64, 128, 2, True), Tiles(64, 128, 2, False))
 
 
 @lru_cache(maxsize=4096)
@@ -173,20 +173,23 @@ def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
 
 def _objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
     head_dim, head_dim_v = _padded(problem.head_dim, tiles.tile_m), _padded_v(problem.head_dim_v)
-    registers = _registers(tiles, head_dim, head_dim_v)
+    registers = _registers(problem, tiles, head_dim, head_dim_v)
     if registers > MAX_REGISTERS:
         what = f"dK and dV of 64 keys, {head_dim} and {head_dim_v} wide, and scores of {tiles.tile_m} queries"
         return f"registers: {registers} a thread for {what}, at most {MAX_REGISTERS}"
+    if problem.slopes_gradient and tiles.tile_m > WGMMA_M:  # 18 accesses at head_dim 64, 38 causal
+        return f"registers: with the slopes' gradients, {tiles.tile_m} queries a step spill"
     smem_bytes = _smem_bytes(tiles, head_dim, head_dim_v, problem.dtype.bytes)
     return smem_objection(smem_bytes, f"K, V, Q, dO, dS and dQ {head_dim} and {head_dim_v} wide", problem.arch)
 
 
-def _registers(tiles: Tiles, head_dim: int, head_dim_v: int) -> int:
-    """Registers of sums, scores and operands where most are alive: P and dP in fp32, P, and with ``overlap`` dS of the
-    step before as operands; or dQ, and S of the next step."""
+def _registers(problem: AttentionProblem, tiles: Tiles, head_dim: int, head_dim_v: int) -> int:
+    """Registers of sums and scores where most are alive: dK and dV, P and dP in fp32, with ``overlap`` P and dS as
+    operands, and the softcap's derivatives where P is not multiplied by them."""
+    derivatives = problem.softcap > 0 and (problem.slopes_gradient or not tiles.overlap)
     scores = tiles.tile_m // 2
-    operands = scores // 2 * (1 + tiles.overlap)
-    return (head_dim + head_dim_v) // 2 + 2 * scores + operands
+    operands = scores if tiles.overlap else 0
+    return (head_dim + head_dim_v) // 2 + scores * (2 + derivatives) + operands
 
 
 def _smem_bytes(tiles: Tiles | Fa3BackwardConfig, head_dim: int, head_dim_v: int, element: int) -> int:
@@ -194,7 +197,7 @@ def _smem_bytes(tiles: Tiles | Fa3BackwardConfig, head_dim: int, head_dim_v: int
     t = tiles
     rows = t.tile_n + t.stages * t.tile_m
     scores = SCORE_STAGES * t.tile_n * t.tile_m
-    statistics = 12 * t.stages * t.tile_m
+    statistics = 8 * t.stages * t.tile_m
     return element * (rows * (head_dim + head_dim_v) + scores) + 4 * t.tile_m * head_dim + statistics + BARRIER_BYTES
 
 

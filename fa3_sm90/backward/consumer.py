@@ -1,5 +1,9 @@
 """A consumer warpgroup: 64 keys of the tile, all steps over the queries."""
 
+import itertools
+from collections.abc import Callable
+from typing import Optional
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
@@ -8,7 +12,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fragments import as_warpgroup_operand_a, share_of_columns, warpgroup_rows_and_columns
+from cute_fa.device.fragments import as_warpgroup_operand_a, share_of_columns
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score, probabilities, score_gradients
@@ -46,8 +50,9 @@ class Consumer:
         self.dtype = CUTE_DTYPE[c.dtype]
         self.first_row = index * WGMMA_M + thread // 32 * 16 + thread % 32 // 4
         self.first_column = thread % 4 * 2
-        self.statistics = (storage.lse.toint() + thread % 4 * 16, storage.delta.toint() + thread % 4 * 16)
+        self.statistics_addresses = (storage.lse.toint() + thread % 4 * 16, storage.delta.toint() + thread % 4 * 16)
         self.dslope = cute.make_rmem_tensor(1, Float32)
+        self.shares = c.tile_m // 16
         # stmatrix: a lane's row and 16 bytes of it, in a panel of 64 queries with a swizzle of 128 bytes
         row, half = index * WGMMA_M + thread // 32 * 16 + thread % 16, thread % 32 // 16
         place = row * PANEL_BYTES + ((half ^ (row & 7)) << 4)
@@ -124,7 +129,6 @@ class Consumer:
         warpgroup.fence()
         products.start_scores(s, state.stage)
         rings["dout"].wait(state)
-        self.fill_delta(dp, state.stage)
         warpgroup.fence()
         products.start_dp(dp, state.stage)
         distance, hidden = self.positions(work, work.blocks.block(iteration) * c.tile_m, masked, left_edge)
@@ -132,14 +136,14 @@ class Consumer:
         derivatives = self.probabilities(s, score, state.stage, distance, hidden)
         if const_expr(c.overlap):
             narrow(s, p)
+            if const_expr(not c.slopes_gradient):
+                derivatives = self.fold(s, derivatives)
             warpgroup.fence()
             products.start_dv(as_warpgroup_operand_a(p), state.stage)
             warpgroup.wait_group(1)  # dP
         else:
             warpgroup.wait_group(0)
-        dslope = self.dslope if const_expr(c.slopes_gradient) else None
-        matrices = (warpgroup_rows_and_columns(acc) for acc in (s, dp))
-        score_gradients(*matrices, None, derivatives, distance, dslope)
+        self.gradients(s, dp, state.stage, derivatives, distance)
         narrow(dp, ds)
         self.store_ds(ds, state.stage)
         if const_expr(not c.overlap):
@@ -158,29 +162,56 @@ class Consumer:
         rings["q"].release(state.stage)
         return ring_next(state, c.stages)
 
-    def probabilities(self, acc: cute.Tensor, score: Score, stage: Int32, distance, hidden):
-        """P in place of S; returns the softcap's derivatives, or None. LSE comes 16 queries at a time, where it is
-        needed: a thread's share of all takes a quarter of the scores' registers.
-        """
-        c = self.config
-        address = self.statistics[0] + stage * (4 * c.tile_m)
+    def probabilities(self, s: cute.Tensor, score: Score, stage: Int32, distance, hidden) -> list:
+        """P in place of S; returns the softcap's derivatives, or None, of each share. LSE comes 16 queries at a time,
+        where it is needed: a thread's share of all takes a quarter of the scores' registers."""
         derivatives = []
-        for pair in range(c.tile_m // 16):
-            lse = load_quad(address, 64 * pair)
-            share = share_of_columns(acc, pair, c.tile_m // 16)
-            first = 4 * pair  # register column
+        for share in range(self.shares):
+            lse, first = self.statistics(0, stage, share), 4 * share  # a thread has 4 of 16 columns
             derivatives.append(
                 probabilities(
                     score,
-                    share,
-                    lambda row, column, lse=lse: lse[column],
-                    distance and (lambda row, column, first=first: distance(row, first + column)),
-                    hidden and (lambda row, column, first=first: hidden(row, first + column)),
+                    share_of_columns(s, share, self.shares),
+                    lambda r, c, lse=lse: lse[c],
+                    shifted(distance, first),
+                    shifted(hidden, first),
                 )
             )
+        return derivatives
+
+    def fold(self, p: cute.Tensor, derivatives: list) -> list:
+        """P times the softcap's derivatives in place of P, which has been narrowed: half the registers. The slopes'
+        gradients need P itself."""
         if derivatives[0] is None:
-            return None
-        return SharedColumns(derivatives)
+            return derivatives
+        for share, of_share in enumerate(derivatives):
+            own = share_of_columns(p, share, self.shares)
+            for r, c in itertools.product(range(2), range(4)):
+                own[r, c] = own[r, c] * of_share[r, c]
+        return [None] * self.shares
+
+    def gradients(self, p: cute.Tensor, dp: cute.Tensor, stage: Int32, derivatives: list, distance):
+        """dS in place of dP."""
+        dslope = self.dslope if self.config.slopes_gradient else None
+        for share in range(self.shares):
+            delta = self.statistics(1, stage, share)
+            score_gradients(
+                share_of_columns(p, share, self.shares),
+                share_of_columns(dp, share, self.shares),
+                lambda r, c, delta=delta: delta[c],
+                derivatives[share],
+                shifted(distance, 4 * share),
+                dslope,
+            )
+
+    def statistics(self, which: int, stage: Int32, share: int) -> list[Float32]:
+        """LSE (0) or D (1) of a thread's queries of 16."""
+        address = self.statistics_addresses[which] + stage * (4 * self.config.tile_m)
+        return inline_ptx(
+            "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(64 * share) + "];",
+            write_only_types=[Float32] * 4,
+            read_only_args=[address],
+        )
 
     def store_ds(self, ds: cute.Tensor, stage: Int32):
         """dSᵀ to shared memory. Of 16 queries, number n of a panel, the 16 bytes are the first ones' with bits 5 and 6
@@ -194,14 +225,6 @@ class Consumer:
                 "{{$r1}, {$r2}, {$r3}, {$r4}};",
                 read_only_args=[address ^ (32 * column), *(words[4 * share + e] for e in range(4))],
             )
-
-    def fill_delta(self, acc: cute.Tensor, stage: Int32):
-        """dP starts from −D: one addition per score less."""
-        address = self.statistics[1] + stage * (8 * self.config.tile_m)
-        for block in range(self.config.tile_m // 8):
-            values = load_quad(address, 64 * block)
-            for e in range(4):
-                acc[4 * block + e] = values[e]
 
     def positions(self, work: KeyWork, m_start: Int32, masked: bool, left_edge: bool):
         """|i + D − j| of a register (r, c) of Sᵀ, for ALiBi, and whether it is masked; None where not needed."""
@@ -229,24 +252,9 @@ class Consumer:
         return distance, hidden
 
 
-class SharedColumns:
-    """Fragments of 16 columns each, as one of all."""
-
-    def __init__(self, shares: list[cute.Tensor]):
-        self.shares = shares
-
-    def __getitem__(self, place: tuple[int, int]) -> Float32:
-        row, column = place
-        return self.shares[column // 4][row, column % 4]
-
-
-def load_quad(address: Int32, offset: int) -> list[Float32]:
-    """16 bytes of shared memory."""
-    return inline_ptx(
-        "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(offset) + "];",
-        write_only_types=[Float32] * 4,
-        read_only_args=[address],
-    )
+def shifted(of_column: Optional[Callable], first: int) -> Optional[Callable]:
+    """What depends on a register's row and column, for columns counted from ``first``; None of None."""
+    return of_column and (lambda r, c: of_column(r, first + c))
 
 
 def _column(c: int) -> int:

@@ -56,9 +56,9 @@ class Loader:
         outer = () if const_expr(c.cu_seqlens_q) else (work.batch,)
         first = block * c.tile_m
         statistics = scratch_address(self.args.scratch.stats, work.first_tile + block, head)
-        for name, columns, numbers, offset, count in (
-            ("q", c.head_dim_padded, storage.lse, 0, c.tile_m),
-            ("dout", c.head_dim_v_padded, storage.delta, c.tile_m, 2 * c.tile_m),
+        for name, columns, numbers, offset in (
+            ("q", c.head_dim_padded, storage.lse, 0),
+            ("dout", c.head_dim_v_padded, storage.delta, c.tile_m),
         ):
             box = getattr(self.boxes, name)
             copy = BoxCopy(getattr(self.tma, name), box, c.tile_m, head, outer, columns // box.columns)
@@ -66,7 +66,7 @@ class Loader:
             target = getattr(storage, name) + state.stage * (c.tile_m * columns)
             copy.load(target, 0, info.offset_q + first, info.seqlen_q - first, barrier)
             with cute.arch.elect_one():
-                load_numbers(numbers + state.stage * count, statistics + 4 * offset, 4 * count, barrier)
+                load_numbers(numbers + state.stage * c.tile_m, statistics + 4 * offset, 4 * c.tile_m, barrier)
 
 
 def load_numbers(target: cute.Pointer, source: Int64, size: int, barrier: cute.Pointer):

@@ -74,8 +74,8 @@ class Products:
 
     @cute.jit
     def start_dp(self, acc: cute.Tensor, stage: Int32):
-        """dPᵀ with dO of a stage, added to what the accumulator holds."""
-        _multiply(self.op_s, acc, self.v, self.dout[None, 0, None, stage], False)
+        """dPᵀ with dO of a stage."""
+        _multiply(self.op_s, acc, self.v, self.dout[None, 0, None, stage], True)
 
     @cute.jit
     def start_dv(self, p: cute.Tensor, stage: Int32):

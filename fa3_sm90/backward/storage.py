@@ -17,7 +17,7 @@ TILE_ALIGNMENT = 1024
 
 class Storage(NamedTuple):
     """Shared memory of a CTA: pointers, swizzled like their tiles. ``k`` and ``v`` become dK and dV; ``ds``: dSᵀ, rows
-    are keys; ``dq``: fp32, quads of a thread's registers; ``lse`` and ``delta``: −D twice, of every stage;
+    are keys; ``dq``: fp32, quads of a thread's registers; ``lse`` and ``delta``: LSE and D of every stage;
     ``ticket``: which tile of keys is the CTA's, or None."""
 
     barriers: cute.Pointer
@@ -53,7 +53,7 @@ def allocate(config: Fa3BackwardConfig) -> Storage:
         ds=tiles(c.tile_n, c.tile_m, SCORE_STAGES),
         dq=numbers(c.tile_m * c.head_dim_padded),
         lse=numbers(c.tile_m * c.stages),
-        delta=numbers(2 * c.tile_m * c.stages),
+        delta=numbers(c.tile_m * c.stages),
         barriers=allocator.allocate_array(Int64, barrier_count(c.pipelines)),
         ticket=allocator.allocate_array(Int32, 1) if c.turns else None,
     )

@@ -21,7 +21,7 @@ HEAD_DIMS = {
     "128": [(128, None)],
     "128 wide": [(72, 64), (104, 120), (80, None), (128, 64), (96, None), (120, 88), (112, 40)],
 }
-WAYS = (False,)
+WAYS = (False, True)
 CASES = in_turns(pairwise(features(list(HEAD_DIMS), WAYS), seed=1), mask=FA2_MASKS, head_dims=HEAD_DIMS)
 # A compile takes seconds: the first 24 of 36 cases hold 86 % of the pairs and every level; a GPU runs all.
 SIMULATED_CASES = CASES[:24]
