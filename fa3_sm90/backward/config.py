@@ -129,7 +129,7 @@ class Tiles(NamedTuple):
 
 
 # In order of preference.
-_TILES = (Tiles(128, 128, 2, False), Tiles(64, 128, 2, True), Tiles(64, 128, 2, False))
+_TILES = (Tiles(128, 128, 2, False), Tiles(64, 128, 2, True))
 
 
 @lru_cache(maxsize=4096)
@@ -184,11 +184,11 @@ def _objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
 
 
 def _registers(problem: AttentionProblem, tiles: Tiles, head_dim: int, head_dim_v: int) -> int:
-    """Registers of sums and scores where most are alive: dK and dV, P and dP in fp32, with ``overlap`` P and dS as
-    operands, and the softcap's derivatives where P is not multiplied by them."""
+    """Registers of sums and scores where most are alive: dK and dV, P and dP in fp32, P as an operand, with
+    ``overlap`` dS as well, and the softcap's derivatives where P is not multiplied by them."""
     derivatives = problem.softcap > 0 and (problem.slopes_gradient or not tiles.overlap)
     scores = tiles.tile_m // 2
-    operands = scores if tiles.overlap else 0
+    operands = scores // 2 * (1 + tiles.overlap)
     return (head_dim + head_dim_v) // 2 + scores * (2 + derivatives) + operands
 
 

@@ -70,7 +70,7 @@ def static_bytes(config) -> int:
         ("fa2_split", SmArch.SM_86, 101_376),  # all there is
         ("fa2_bwd", SmArch.SM_80, 164_864),
         ("fa3_fwd", SmArch.SM_90A, 232_448),  # all there is, at (256, 176) among others
-        ("fa3_bwd", SmArch.SM_90A, 225_280),
+        ("fa3_bwd", SmArch.SM_90A, 224_256),
         ("fa4_fwd", SmArch.SM_100A, 232_448),  # all there is, at (128, 128) among others
     ],
 )

@@ -70,7 +70,7 @@ def test_pipelines_are_data(head_dim, tile_m):
         PipelineSpec("k", 1, 128 * head_dim * 2, 8),
         PipelineSpec("v", 1, 128 * head_dim * 2, 8),
         PipelineSpec("q", 2, tile + 4 * tile_m, 8),
-        PipelineSpec("dout", 2, tile + 8 * tile_m, 8),
+        PipelineSpec("dout", 2, tile + 4 * tile_m, 8),
     )
 
 
