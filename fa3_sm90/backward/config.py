@@ -31,9 +31,9 @@ class Fa3BackwardConfig(FeatureConfig):
     """Everything that shapes the machine code of the kernels of one backward.
 
     A CTA owns ``tile_n`` keys, 64 a consumer warpgroup, and meets ``tile_m`` queries a step, of which ``stages`` are in
-    flight. ``overlap``: dO·Vᵀ of a step is issued while dK of the step before is still computed, which takes registers
-    for both steps' operands. ``deterministic``: tiles of keys add to dQ in order. ``lse_gradient``: dLSE is given;
-    ``slopes_gradient``: that of the ALiBi slopes is wanted.
+    flight. ``overlap``: dV of a step is issued before its dS is computed, which takes registers for both as operands.
+    ``deterministic``: tiles of keys add to dQ in order. ``lse_gradient``: dLSE is given; ``slopes_gradient``: that of
+    the ALiBi slopes is wanted.
     """
 
     kernel_module: ClassVar[str] = "fa3_sm90.backward.kernel"
