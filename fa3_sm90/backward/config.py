@@ -185,8 +185,9 @@ def _objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
 
 def _registers(problem: AttentionProblem, tiles: Tiles, head_dim: int, head_dim_v: int) -> int:
     """Registers of sums and scores where most are alive: dK and dV, P and dP in fp32, P as an operand, with
-    ``overlap`` dS as well, and the softcap's derivatives where P is not multiplied by them."""
-    derivatives = problem.softcap > 0 and (problem.slopes_gradient or not tiles.overlap)
+    ``overlap`` dS as well, and the softcap's derivatives where P is not multiplied by them
+    (beside the slopes' gradients it is not either, and at head_dim 128 with ``overlap`` 28 accesses spill)."""
+    derivatives = problem.softcap > 0 and not tiles.overlap
     scores = tiles.tile_m // 2
     operands = scores // 2 * (1 + tiles.overlap)
     return (head_dim + head_dim_v) // 2 + scores * (2 + derivatives) + operands
