@@ -65,6 +65,7 @@ def _scratch(config, problem: AttentionProblem, q: torch.Tensor, seqlen_q: int, 
     """Memory between the kernels."""
     heads, batch = problem.num_heads, problem.batch
     m_blocks, n_blocks = ceil_div(seqlen_q, config.tile_m), ceil_div(seqlen_k, config.tile_n)
+    slope_blocks = n_blocks if config.slopes_by_keys else m_blocks
     tiles = q.shape[0] // config.tile_m + batch if problem.varlen_q else batch * m_blocks
 
     def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
@@ -74,6 +75,6 @@ def _scratch(config, problem: AttentionProblem, q: torch.Tensor, seqlen_q: int, 
         stats=empty(True, tiles, heads, config.stats_elements),
         dq=empty(config.dq_sums, tiles, heads, config.tile_m * config.head_dim_padded),
         dsink=empty(config.learnable_sink, batch, heads, m_blocks),
-        dslopes=empty(config.slopes_gradient, batch, heads, n_blocks * config.slope_parts),
+        dslopes=empty(config.slopes_gradient, batch, heads, slope_blocks * config.slope_parts),
         turns=empty(config.turns, tiles * heads + 1, dtype=torch.int32),
     )

@@ -255,6 +255,13 @@ TABLE = DispatchTable(
         Entry("fa2_split", "fa2", Direction.FORWARD, target="fa2_sm80.split.entry:Fa2Split", **_ANY),
         Entry("fa4_bwd", "fa4", Direction.BACKWARD, missing="no fa4_sm100 backward exists yet", **_TCGEN05),
         Entry("fa3_bwd", "fa3", Direction.BACKWARD, target="fa3_sm90.backward.entry:Fa3Backward", **_WGMMA),
+        Entry(
+            "fa3_bwd_split",
+            "fa3",
+            Direction.BACKWARD,
+            target="fa3_sm90.backward_split.entry:Fa3SplitBackward",
+            **_WGMMA,
+        ),
         Entry("fa2_append", "fa2", Direction.APPEND, target="fa2_sm80.append.entry:Fa2Append", **_ANY),
         Entry("fa2_ranges", "fa2", Direction.PLAN, target="fa2_sm80.ranges.entry:RangeWalks", **_ANY),
         Entry("fa2_bwd", "fa2", Direction.BACKWARD, target="fa2_sm80.backward.entry:Fa2Backward", **_ANY),

@@ -1,8 +1,6 @@
 """A consumer warpgroup: 64 keys of the tile, all steps over the queries."""
 
 import itertools
-from collections.abc import Callable
-from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -15,19 +13,19 @@ from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_warpgroup_operand_a, share_of_columns
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
-from cute_fa.device.score import Score, probabilities, score_gradients
-from cute_fa.device.visibility import hidden_queries
+from cute_fa.device.score import Score
 from fa3_sm90.backward.config import CONSUMERS, WARPGROUP, WGMMA_M, Fa3BackwardConfig
 from fa3_sm90.backward.products import Products
 from fa3_sm90.backward.query_sums import QuerySumsWriter
 from fa3_sm90.backward.storage import Storage
+from fa3_sm90.backward.walk import QueryWalk
 from fa3_sm90.backward.work import KeyWork
 
 CONSUMER_BARRIER = 1
 PANEL_BYTES = 128
 
 
-class Consumer:
+class Consumer(QueryWalk):
     """Products are issued as soon as their operands are there, so that the tensor cores have work while a warpgroup is
     at its exponentials and gradients: S and dP; behind P dV, beside which dS is computed; dQ and dK, beside which dQ is
     handed on. dSᵀ, which all warpgroups' dQ needs, is the one thing that they exchange: a barrier a step.
@@ -44,15 +42,11 @@ class Consumer:
         thread: Int32,
     ):
         """``index``: of the warpgroup; ``thread``: within it."""
-        c, self.config, self.args, self.rings, self.sums = config, config, args, rings, sums
-        self.index, self.thread = index, thread
+        super().__init__(config, args, storage, index * WGMMA_M, thread)
+        c, self.index, self.rings, self.sums = config, index, rings, sums
         self.products = Products(c, storage, index)
         self.dtype = CUTE_DTYPE[c.dtype]
-        self.first_row = index * WGMMA_M + thread // 32 * 16 + thread % 32 // 4
-        self.first_column = thread % 4 * 2
-        self.statistics_addresses = (storage.lse.toint() + thread % 4 * 16, storage.delta.toint() + thread % 4 * 16)
         self.dslope = cute.make_rmem_tensor(1, Float32)
-        self.shares = c.tile_m // 16
         # stmatrix: a lane's row and 16 bytes of it, in a panel of 64 queries with a swizzle of 128 bytes
         row, half = index * WGMMA_M + thread // 32 * 16 + thread % 16, thread % 32 // 16
         place = row * PANEL_BYTES + ((half ^ (row & 7)) << 4)
@@ -70,46 +64,21 @@ class Consumer:
         rings["k"].wait(state)
         rings["v"].wait(state)
         score = Score.of(args.common.softmax_scale, args.common.softcap)
-        head = self.head
+        head, store_dslope = self.head, self.store_dslope
         for index in cutlass.range(work.heads, unroll=1):
             state = head(work, score, work.first_head + index, state)
+            if const_expr(self.config.slopes_gradient):
+                store_dslope(work, work.first_head + index)
 
     @cute.jit
-    def head(self, work: KeyWork, score: Score, head: Int32, state: RingState) -> RingState:
-        """The steps of one head."""
-        c, steps = self.config, self.steps
-        if const_expr(c.alibi):
-            score = score.with_slopes((self.args.common.alibi_slopes[work.batch, head],) * 2)
-        for masked in work.blocks.ranges(c.window_left):
-            state = steps(work, score, state, *masked)
-        if const_expr(c.slopes_gradient):
-            dslope = cute.arch.warp_reduction_sum(self.dslope[0])
-            part = work.n_block * c.slope_parts + self.index * 4 + self.thread // 32
-            parts, lane = self.args.scratch.dslopes, self.thread % 32
-            if lane == 0:
-                parts[work.batch, head, part] = dslope
-            self.dslope[0] = Float32(0.0)
-        return state
-
-    @cute.jit
-    def steps(
-        self,
-        work: KeyWork,
-        score: Score,
-        state: RingState,
-        start: Int32,
-        stop: Int32,
-        masked: cutlass.Constexpr[bool],
-        left_edge: cutlass.Constexpr[bool],
-    ) -> RingState:
-        """The blocks of one range. What the loop runs by goes through shuffles, see
-        :meth:`fa3_sm90.forward.consumer.Consumer.steps`."""
-        step = self.step
-        start, stop = cute.arch.make_warp_uniform(start), cute.arch.make_warp_uniform(stop)
-        state = RingState(*(cute.arch.make_warp_uniform(number) for number in state))
-        for iteration in cutlass.range(start, stop, unroll=1):
-            state = step(work, score, iteration, state, masked, left_edge)
-        return state
+    def store_dslope(self, work: KeyWork, head: Int32):
+        """A warp's part of the gradient of a head's slope."""
+        dslope = cute.arch.warp_reduction_sum(self.dslope[0])
+        part = work.n_block * self.config.slope_parts + self.index * 4 + self.thread // 32
+        parts, lane = self.args.scratch.dslopes, self.thread % 32
+        if lane == 0:
+            parts[work.batch, head, part] = dslope
+        self.dslope[0] = Float32(0.0)
 
     @cute.jit
     def step(
@@ -143,7 +112,7 @@ class Consumer:
             warpgroup.wait_group(1)  # dP
         else:
             warpgroup.wait_group(0)
-        self.gradients(s, dp, state.stage, derivatives, distance)
+        self.gradients(s, dp, state.stage, derivatives, distance, self.dslope if c.slopes_gradient else None)
         narrow(dp, ds)
         self.store_ds(ds, state.stage)
         if const_expr(not c.overlap):
@@ -162,23 +131,6 @@ class Consumer:
         rings["q"].release(state.stage)
         return ring_next(state, c.stages)
 
-    def probabilities(self, s: cute.Tensor, score: Score, stage: Int32, distance, hidden) -> list:
-        """P in place of S; returns the softcap's derivatives, or None, of each share. LSE comes 16 queries at a time,
-        where it is needed: a thread's share of all takes a quarter of the scores' registers."""
-        derivatives = []
-        for share in range(self.shares):
-            lse, first = self.statistics(0, stage, share), 4 * share  # a thread has 4 of 16 columns
-            derivatives.append(
-                probabilities(
-                    score,
-                    share_of_columns(s, share, self.shares),
-                    lambda r, c, lse=lse: lse[c],
-                    shifted(distance, first),
-                    shifted(hidden, first),
-                )
-            )
-        return derivatives
-
     def fold(self, p: cute.Tensor, derivatives: list) -> list:
         """P times the softcap's derivatives in place of P, which has been narrowed: half the registers. The slopes'
         gradients need P itself."""
@@ -189,29 +141,6 @@ class Consumer:
             for r, c in itertools.product(range(2), range(4)):
                 own[r, c] = own[r, c] * of_share[r, c]
         return [None] * self.shares
-
-    def gradients(self, p: cute.Tensor, dp: cute.Tensor, stage: Int32, derivatives: list, distance):
-        """dS in place of dP."""
-        dslope = self.dslope if self.config.slopes_gradient else None
-        for share in range(self.shares):
-            delta = self.statistics(1, stage, share)
-            score_gradients(
-                share_of_columns(p, share, self.shares),
-                share_of_columns(dp, share, self.shares),
-                lambda r, c, delta=delta: delta[c],
-                derivatives[share],
-                shifted(distance, 4 * share),
-                dslope,
-            )
-
-    def statistics(self, which: int, stage: Int32, share: int) -> list[Float32]:
-        """LSE (0) or D (1) of a thread's queries of 16."""
-        address = self.statistics_addresses[which] + stage * (4 * self.config.tile_m)
-        return inline_ptx(
-            "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(64 * share) + "];",
-            write_only_types=[Float32] * 4,
-            read_only_args=[address],
-        )
 
     def store_ds(self, ds: cute.Tensor, stage: Int32):
         """dSᵀ to shared memory. Of 16 queries, number n of a panel, the 16 bytes are the first ones' with bits 5 and 6
@@ -225,38 +154,3 @@ class Consumer:
                 "{{$r1}, {$r2}, {$r3}, {$r4}};",
                 read_only_args=[address ^ (32 * column), *(words[4 * share + e] for e in range(4))],
             )
-
-    def positions(self, work: KeyWork, m_start: Int32, masked: bool, left_edge: bool):
-        """|i + D − j| of a register (r, c) of Sᵀ, for ALiBi, and whether it is masked; None where not needed."""
-        # i + D − j is diagonal + column − row
-        info, window, columns = work.info, self.args.common.window, self.config.tile_m
-        distance, hidden = None, None
-        if const_expr(self.config.alibi or masked):
-            first_key = work.first_key(self.config) + self.first_row
-            diagonal = info.seqlen_k - info.seqlen_q + m_start + self.first_column - first_key
-        if const_expr(self.config.alibi):
-            position = Float32(diagonal)
-
-            def distance(r: int, c: int):
-                return cute.math.absf(position + float(_column(c) - 8 * r))
-
-        if const_expr(masked):
-            hidden_in_row = [
-                hidden_queries(window, row - diagonal, first_key + row, info.seqlen_k, columns, left_edge)
-                for row in (0, 8)
-            ]
-
-            def hidden(r: int, c: int):
-                return hidden_in_row[r](_column(c))
-
-        return distance, hidden
-
-
-def shifted(of_column: Optional[Callable], first: int) -> Optional[Callable]:
-    """What depends on a register's row and column, for columns counted from ``first``; None of None."""
-    return of_column and (lambda r, c: of_column(r, first + c))
-
-
-def _column(c: int) -> int:
-    """Column of register column c of a wgmma accumulator, from the thread's first."""
-    return c // 2 * 8 + c % 2

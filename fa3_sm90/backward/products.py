@@ -40,23 +40,23 @@ class Products:
         self.mma_s, self.mma_dv, self.mma_dk = mma_s, mma_dv, mma_dk
         slice_s, slice_dv, slice_dk, slice_dq = (mma.get_slice(0) for mma in (mma_s, mma_dv, mma_dk, mma_dq))
 
-        k = _tiles(storage.k, dtype, c.tile_n, c.head_dim_padded, 1)[None, None, 0]
-        v = _tiles(storage.v, dtype, c.tile_n, c.head_dim_v_padded, 1)[None, None, 0]
-        q = _tiles(storage.q, dtype, c.tile_m, c.head_dim_padded, c.stages)
-        dout = _tiles(storage.dout, dtype, c.tile_m, c.head_dim_v_padded, c.stages)
-        ds = _tiles(storage.ds, dtype, c.tile_n, c.tile_m, SCORE_STAGES)
+        k = tiles(storage.k, dtype, c.tile_n, c.head_dim_padded, 1)[None, None, 0]
+        v = tiles(storage.v, dtype, c.tile_n, c.head_dim_v_padded, 1)[None, None, 0]
+        q = tiles(storage.q, dtype, c.tile_m, c.head_dim_padded, c.stages)
+        dout = tiles(storage.dout, dtype, c.tile_m, c.head_dim_v_padded, c.stages)
+        ds = tiles(storage.ds, dtype, c.tile_n, c.tile_m, SCORE_STAGES)
         self.k = mma_s.make_fragment_A(slice_s.partition_A(k))[None, index, None]
         self.v = mma_s.make_fragment_A(slice_s.partition_A(v))[None, index, None]
         self.q = mma_s.make_fragment_B(slice_s.partition_B(q))
         self.dout = mma_s.make_fragment_B(slice_s.partition_B(dout))
-        self.dout_columns = mma_dv.make_fragment_B(slice_dv.partition_B(_transposed(dout)))
-        self.q_columns = mma_dk.make_fragment_B(slice_dk.partition_B(_transposed(q)))
-        k_columns = _transposed(k)
+        self.dout_columns = mma_dv.make_fragment_B(slice_dv.partition_B(transposed(dout)))
+        self.q_columns = mma_dk.make_fragment_B(slice_dk.partition_B(transposed(q)))
+        k_columns = transposed(k)
         row_block = index
         if c.tile_m == WGMMA_M:
             k_columns, row_block = cute.local_tile(k_columns, (c.dq_columns, c.tile_n), (index, 0)), 0
         self.k_columns = mma_dq.make_fragment_B(slice_dq.partition_B(k_columns))
-        self.ds = mma_dq.make_fragment_A(slice_dq.partition_A(_transposed(ds)))[None, row_block, None, None]
+        self.ds = mma_dq.make_fragment_A(slice_dq.partition_A(transposed(ds)))[None, row_block, None, None]
 
         self.shape_s = slice_s.partition_shape_C((WGMMA_M, c.tile_m))
         self.shape_dq = slice_dq.partition_shape_C((WGMMA_M, c.dq_columns))
@@ -70,36 +70,36 @@ class Products:
     @cute.jit
     def start_scores(self, acc: cute.Tensor, stage: Int32):
         """Sᵀ with Q of a stage."""
-        _multiply(self.op_s, acc, self.k, self.q[None, 0, None, stage], True)
+        multiply(self.op_s, acc, self.k, self.q[None, 0, None, stage], True)
 
     @cute.jit
     def start_dp(self, acc: cute.Tensor, stage: Int32):
         """dPᵀ with dO of a stage."""
-        _multiply(self.op_s, acc, self.v, self.dout[None, 0, None, stage], True)
+        multiply(self.op_s, acc, self.v, self.dout[None, 0, None, stage], True)
 
     @cute.jit
     def start_dv(self, p: cute.Tensor, stage: Int32):
         """dV += Pᵀ·dO, Pᵀ in registers."""
-        _multiply(self.op_dv, self.acc_dv, p[None, 0, None], self.dout_columns[None, 0, None, stage], False)
+        multiply(self.op_dv, self.acc_dv, p[None, 0, None], self.dout_columns[None, 0, None, stage], False)
 
     @cute.jit
     def start_dk(self, ds: cute.Tensor, stage: Int32):
         """dK += dSᵀ·Q, dSᵀ in registers."""
-        _multiply(self.op_dk, self.acc_dk, ds[None, 0, None], self.q_columns[None, 0, None, stage], False)
+        multiply(self.op_dk, self.acc_dk, ds[None, 0, None], self.q_columns[None, 0, None, stage], False)
 
     @cute.jit
     def start_dq(self, acc: cute.Tensor, stage: Int32):
         """dQ = dS·K with dSᵀ of a stage in shared memory."""
-        _multiply(self.op_dq, acc, self.ds[None, None, stage], self.k_columns[None, 0, None], True)
+        multiply(self.op_dq, acc, self.ds[None, None, stage], self.k_columns[None, 0, None], True)
 
 
-def _transposed(tile: cute.Tensor) -> cute.Tensor:
+def transposed(tile: cute.Tensor) -> cute.Tensor:
     """(columns, rows, …) of a tile."""
     modes = [1, 0, *range(2, cute.rank(tile))]
     return cute.make_tensor(tile.iterator, cute.select(tile.layout, mode=modes))
 
 
-def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> cute.Tensor:
+def tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> cute.Tensor:
     """(rows, columns, count) at an address that comes out of a shuffle: what ptxas can compute it computes in every
     iteration (see :func:`fa3_sm90.forward.products._tiles`)."""
     layout = tile_layout(dtype, rows, columns, count)
@@ -108,7 +108,7 @@ def _tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) ->
     return cute.make_tensor(cute.recast_ptr(plain, layout.inner, dtype=dtype), layout.outer)
 
 
-def _multiply(operation, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, from_zero: bool):
+def multiply(operation, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, from_zero: bool):
     """One group of wgmma over all steps of the dot products; ``a`` and ``b``: (element, steps)."""
     atom = cute.make_mma_atom(operation)
     for k in range(cute.size(a, mode=[1])):

@@ -32,15 +32,19 @@ class Storage(NamedTuple):
     ticket: Optional[cute.Pointer]
 
 
+def allocate_tiles(allocator: SmemAllocator, dtype, rows: int, columns: int, count: int) -> cute.Pointer:
+    """Room for tiles as :func:`cute_fa.device.tma_boxes.tile_layout` lays them out; the pointer is swizzled."""
+    layout = tile_layout(dtype, rows, columns, count)
+    raw = allocator.allocate_tensor(dtype, cute.make_layout(cute.cosize(layout.outer)), TILE_ALIGNMENT).iterator
+    return cute.recast_ptr(raw, layout.inner, dtype=dtype)
+
+
 def allocate(config: Fa3BackwardConfig) -> Storage:
     """The CTA's shared memory."""
     c, dtype, allocator = config, CUTE_DTYPE[config.dtype], SmemAllocator()
 
     def tiles(rows: int, columns: int, count: int) -> cute.Pointer:
-        layout = tile_layout(dtype, rows, columns, count)
-        elements = cute.make_layout(cute.cosize(layout.outer))
-        raw = allocator.allocate_tensor(dtype, elements, TILE_ALIGNMENT).iterator
-        return cute.recast_ptr(raw, layout.inner, dtype=dtype)
+        return allocate_tiles(allocator, dtype, rows, columns, count)
 
     def numbers(count: int) -> cute.Pointer:
         return allocator.allocate_tensor(Float32, cute.make_layout(count), 128).iterator

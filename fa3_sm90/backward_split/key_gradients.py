@@ -1,0 +1,161 @@
+"""The consumers of the kernel for dK and dV, over the same 64 keys and all steps over the queries."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import warpgroup
+
+from cute_fa.device.backward_arguments import BackwardArguments
+from cute_fa.device.block_range import MaskedRange
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
+from cute_fa.device.registers import narrow
+from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
+from cute_fa.device.score import Score
+from fa3_sm90.backward.products import tiles
+from fa3_sm90.backward.walk import QueryWalk
+from fa3_sm90.backward.work import KeyWork
+from fa3_sm90.backward_split.config import TILE, Fa3SplitBackwardConfig
+from fa3_sm90.backward_split.handover import Handover
+from fa3_sm90.backward_split.products import ScoreProduct, SumProduct
+from fa3_sm90.backward_split.storage import KeyStorage
+
+
+class KeyTiles:
+    """Tiles of shared memory as the products take them."""
+
+    def __init__(self, config: Fa3SplitBackwardConfig, storage: KeyStorage):
+        c, dtype = config, CUTE_DTYPE[config.dtype]
+        self.k = tiles(storage.k, dtype, TILE, c.head_dim_padded, 1)[None, None, 0]
+        self.v = tiles(storage.v, dtype, TILE, c.head_dim_v_padded, 1)[None, None, 0]
+        self.q = tiles(storage.q, dtype, TILE, c.head_dim_padded, c.stages)
+        self.dout = tiles(storage.dout, dtype, TILE, c.head_dim_v_padded, c.stages)
+
+
+class ValueGradients(QueryWalk):
+    """The warpgroup of dV: P out of S, for itself and for the other."""
+
+    def __init__(
+        self,
+        config: Fa3SplitBackwardConfig,
+        args: BackwardArguments,
+        storage: KeyStorage,
+        rings: dict[str, Ring],
+        thread: Int32,
+    ):
+        """``thread``: within the warpgroup."""
+        super().__init__(config, args, storage, Int32(0), thread)
+        self.rings, self.dtype = rings, CUTE_DTYPE[config.dtype]
+        of = KeyTiles(config, storage)
+        self.scores, self.sums = ScoreProduct(self.dtype, of.k, of.q), SumProduct(self.dtype, of.dout)
+        self.handover = Handover(storage.p, rings["p"], thread)
+
+    @cute.jit
+    def run(self, work: KeyWork):
+        """dV of the tile in its accumulator."""
+        head, args = self.head, self.args
+        self.sums.acc.fill(0.0)
+        state = ring_start()
+        self.rings["k"].wait(state)
+        score = Score.of(args.common.softmax_scale, args.common.softcap)
+        for index in cutlass.range(work.heads, unroll=1):
+            state = head(work, score, work.first_head + index, state)
+
+    @cute.jit
+    def step(
+        self,
+        work: KeyWork,
+        score: Score,
+        iteration: Int32,
+        state: RingState,
+        masked: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ) -> RingState:
+        """One block of queries of one head."""
+        rings, s = self.rings, self.scores.accumulator()
+        p = cute.make_rmem_tensor_like(s, self.dtype)
+        rings["q"].wait(state)
+        warpgroup.fence()
+        self.scores.start(s, state.stage)
+        distance, hidden = self.positions(work, work.blocks.block(iteration) * TILE, masked, left_edge)
+        warpgroup.wait_group(0)
+        derivatives = self.probabilities(s, score, state.stage, distance, hidden)
+        rings["q"].release(state.stage)
+        narrow(s, p)
+        if const_expr(self.config.softcap):
+            self.fold(s, derivatives)
+            capped = cute.make_rmem_tensor_like(s, self.dtype)
+            narrow(s, capped)
+            self.handover.put(capped, state)
+        else:
+            self.handover.put(p, state)
+        rings["dout"].wait(state)
+        warpgroup.fence()
+        self.sums.start(as_warpgroup_operand_a(p), state.stage)
+        warpgroup.wait_group(0)
+        rings["dout"].release(state.stage)
+        return ring_next(state, self.config.stages)
+
+
+class KeyGradients(QueryWalk):
+    """The warpgroup of dK: dS out of dP, with the other's P; a score that is hidden has none."""
+
+    def __init__(
+        self,
+        config: Fa3SplitBackwardConfig,
+        args: BackwardArguments,
+        storage: KeyStorage,
+        rings: dict[str, Ring],
+        thread: Int32,
+    ):
+        """``thread``: within the warpgroup."""
+        super().__init__(config, args, storage, Int32(0), thread)
+        self.rings, self.dtype = rings, CUTE_DTYPE[config.dtype]
+        of = KeyTiles(config, storage)
+        self.scores, self.sums = ScoreProduct(self.dtype, of.v, of.dout), SumProduct(self.dtype, of.q)
+        self.handover = Handover(storage.p, rings["p"], thread)
+
+    def ranges(self, work: KeyWork) -> list[MaskedRange]:
+        """All blocks alike."""
+        return [MaskedRange(Int32(0), work.blocks.total, False, False)]
+
+    @cute.jit
+    def run(self, work: KeyWork):
+        """dK of the tile in its accumulator, not scaled."""
+        head, args = self.head, self.args
+        self.sums.acc.fill(0.0)
+        state = ring_start()
+        self.rings["v"].wait(state)
+        score = Score.of(args.common.softmax_scale, args.common.softcap)
+        for index in cutlass.range(work.heads, unroll=1):
+            state = head(work, score, work.first_head + index, state)
+
+    @cute.jit
+    def step(
+        self,
+        work: KeyWork,
+        score: Score,
+        iteration: Int32,
+        state: RingState,
+        masked: cutlass.Constexpr[bool],
+        left_edge: cutlass.Constexpr[bool],
+    ) -> RingState:
+        """One block of queries of one head."""
+        rings, dp = self.rings, self.scores.accumulator()
+        p, ds = (cute.make_rmem_tensor_like(dp, self.dtype) for _ in range(2))
+        rings["dout"].wait(state)
+        warpgroup.fence()
+        self.scores.start(dp, state.stage)
+        self.handover.take(p, state)
+        warpgroup.wait_group(0)
+        wide = cute.make_rmem_tensor_like(dp)
+        wide.store(p.load().to(Float32))
+        self.gradients(wide, dp, state.stage, [None] * self.shares, None, None)
+        rings["dout"].release(state.stage)
+        narrow(dp, ds)
+        rings["q"].wait(state)
+        warpgroup.fence()
+        self.sums.start(as_warpgroup_operand_a(ds), state.stage)
+        warpgroup.wait_group(0)
+        rings["q"].release(state.stage)
+        return ring_next(state, self.config.stages)
