@@ -1,7 +1,5 @@
 """A consumer warpgroup: 64 keys of the tile, all steps over the queries."""
 
-import itertools
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
@@ -10,7 +8,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fragments import as_warpgroup_operand_a, share_of_columns
+from cute_fa.device.fragments import as_warpgroup_operand_a
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score
@@ -130,17 +128,6 @@ class Consumer(QueryWalk):
         warpgroup.wait_group(0)
         rings["q"].release(state.stage)
         return ring_next(state, c.stages)
-
-    def fold(self, p: cute.Tensor, derivatives: list) -> list:
-        """P times the softcap's derivatives in place of P, which has been narrowed: half the registers. The slopes'
-        gradients need P itself."""
-        if derivatives[0] is None:
-            return derivatives
-        for share, of_share in enumerate(derivatives):
-            own = share_of_columns(p, share, self.shares)
-            for r, c in itertools.product(range(2), range(4)):
-                own[r, c] = own[r, c] * of_share[r, c]
-        return [None] * self.shares
 
     def store_ds(self, ds: cute.Tensor, stage: Int32):
         """dSᵀ to shared memory. Of 16 queries, number n of a panel, the 16 bytes are the first ones' with bits 5 and 6

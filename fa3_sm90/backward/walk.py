@@ -1,5 +1,6 @@
 """The walk of a consumer warpgroup over the query blocks of all heads of a group, and what it asks of one."""
 
+import itertools
 from collections.abc import Callable
 from typing import Optional
 
@@ -80,6 +81,17 @@ class QueryWalk:
                 )
             )
         return derivatives
+
+    def fold(self, p: cute.Tensor, derivatives: list) -> list:
+        """P times the softcap's derivatives in place of P, which has been narrowed: half the registers. The slopes'
+        gradients need P itself."""
+        if derivatives[0] is None:
+            return derivatives
+        for share, of_share in enumerate(derivatives):
+            own = share_of_columns(p, share, self.shares)
+            for r, c in itertools.product(range(2), range(4)):
+                own[r, c] = own[r, c] * of_share[r, c]
+        return [None] * self.shares
 
     def gradients(self, p: cute.Tensor, dp: cute.Tensor, stage: Int32, derivatives: list, distance, dslope):
         """dS in place of dP; ``dslope``: one register that takes the slope's gradient, or None."""

@@ -1,7 +1,7 @@
 """P on its way from the warpgroup of dV to that of dK: both hold the same scores in the same threads."""
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.ring import Ring, RingState

@@ -8,7 +8,7 @@ from cutlass.cute.nvgpu import warpgroup
 from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.block_range import MaskedRange
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
+from cute_fa.device.fragments import as_warpgroup_operand_a
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score

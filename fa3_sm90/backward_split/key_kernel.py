@@ -1,7 +1,7 @@
 """The kernel for dK and dV: one CTA a tile of keys of one kv head, over the query blocks of all its query heads."""
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.backward_arguments import BackwardArguments
