@@ -100,11 +100,13 @@ class Consumer(QueryWalk):
         products.start_dp(dp, state.stage)
         distance, hidden = self.positions(work, work.blocks.block(iteration) * c.tile_m, masked, left_edge)
         warpgroup.wait_group(1)  # S
-        derivatives = self.probabilities(s, score, state.stage, distance, hidden)
+        derivatives = [
+            self.probabilities(s, share, score, state.stage, distance, hidden) for share in range(self.shares)
+        ]
         if const_expr(c.overlap):
             narrow(s, p)
             if const_expr(not c.slopes_gradient):
-                derivatives = self.fold(s, derivatives)
+                derivatives = self.folded(s, derivatives)
             warpgroup.fence()
             products.start_dv(as_warpgroup_operand_a(p), state.stage)
             warpgroup.wait_group(1)  # dP
@@ -128,6 +130,14 @@ class Consumer(QueryWalk):
         warpgroup.wait_group(0)
         rings["q"].release(state.stage)
         return ring_next(state, c.stages)
+
+    def folded(self, p: cute.Tensor, derivatives: list) -> list:
+        """P times the softcap's derivatives in place of P, which has been narrowed: half the registers. The slopes'
+        gradients need P itself."""
+        for share, of_share in enumerate(derivatives):
+            if of_share is not None:
+                self.fold(p, share, of_share)
+        return [None] * self.shares
 
     def store_ds(self, ds: cute.Tensor, stage: Int32):
         """dSᵀ to shared memory. Of 16 queries, number n of a panel, the 16 bytes are the first ones' with bits 5 and 6

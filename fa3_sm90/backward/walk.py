@@ -65,33 +65,20 @@ class QueryWalk:
             state = step(work, score, iteration, state, masked, left_edge)
         return state
 
-    def probabilities(self, s: cute.Tensor, score: Score, stage: Int32, distance, hidden) -> list:
-        """P in place of S; returns the softcap's derivatives, or None, of each share. LSE comes 16 queries at a time,
-        where it is needed: a thread's share of all takes a quarter of the scores' registers."""
-        derivatives = []
-        for share in range(self.shares):
-            lse, first = self.statistics(0, stage, share), 4 * share  # a thread has 4 of 16 columns
-            derivatives.append(
-                probabilities(
-                    score,
-                    share_of_columns(s, share, self.shares),
-                    lambda r, c, lse=lse: lse[c],
-                    shifted(distance, first),
-                    shifted(hidden, first),
-                )
-            )
-        return derivatives
+    def probabilities(
+        self, s: cute.Tensor, share: int, score: Score, stage: Int32, distance, hidden
+    ) -> Optional[cute.Tensor]:
+        """P in place of S in a share of 16 queries; returns the softcap's derivatives, or None. LSE comes where it is
+        needed: a thread's share of all takes a quarter of the scores' registers."""
+        lse, first = self.statistics(0, stage, share), 4 * share  # a thread has 4 of 16 columns
+        own = share_of_columns(s, share, self.shares)
+        return probabilities(score, own, lambda r, c: lse[c], shifted(distance, first), shifted(hidden, first))
 
-    def fold(self, p: cute.Tensor, derivatives: list) -> list:
-        """P times the softcap's derivatives in place of P, which has been narrowed: half the registers. The slopes'
-        gradients need P itself."""
-        if derivatives[0] is None:
-            return derivatives
-        for share, of_share in enumerate(derivatives):
-            own = share_of_columns(p, share, self.shares)
-            for r, c in itertools.product(range(2), range(4)):
-                own[r, c] = own[r, c] * of_share[r, c]
-        return [None] * self.shares
+    def fold(self, p: cute.Tensor, share: int, derivatives: cute.Tensor):
+        """P times the softcap's derivatives in place of P in a share."""
+        own = share_of_columns(p, share, self.shares)
+        for r, c in itertools.product(range(2), range(4)):
+            own[r, c] = own[r, c] * derivatives[r, c]
 
     def gradients(self, p: cute.Tensor, dp: cute.Tensor, stage: Int32, derivatives: list, distance, dslope):
         """dS in place of dP; ``dslope``: one register that takes the slope's gradient, or None."""
@@ -127,7 +114,7 @@ class QueryWalk:
             position = Float32(diagonal)
 
             def distance(r: int, c: int):
-                return cute.math.absf(position + float(_column(c) - 8 * r))
+                return cute.math.absf(position + float(register_column(c) - 8 * r))
 
         if const_expr(masked):
             hidden_in_row = [
@@ -136,7 +123,7 @@ class QueryWalk:
             ]
 
             def hidden(r: int, c: int):
-                return hidden_in_row[r](_column(c))
+                return hidden_in_row[r](register_column(c))
 
         return distance, hidden
 
@@ -146,6 +133,6 @@ def shifted(of_column: Optional[Callable], first: int) -> Optional[Callable]:
     return of_column and (lambda r, c: of_column(r, first + c))
 
 
-def _column(c: int) -> int:
+def register_column(c: int) -> int:
     """Column of register column c of a wgmma accumulator, from the thread's first."""
     return c // 2 * 8 + c % 2

@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.backward_arguments import BackwardArguments
@@ -79,22 +79,34 @@ class ValueGradients(QueryWalk):
         self.scores.start(s, state.stage)
         distance, hidden = self.positions(work, work.blocks.block(iteration) * TILE, masked, left_edge)
         warpgroup.wait_group(0)
-        derivatives = self.probabilities(s, score, state.stage, distance, hidden)
+        handed = self.narrowed(s, p, score, state.stage, distance, hidden)
         rings["q"].release(state.stage)
-        narrow(s, p)
-        if const_expr(self.config.softcap):
-            self.fold(s, derivatives)
-            capped = cute.make_rmem_tensor_like(s, self.dtype)
-            narrow(s, capped)
-            self.handover.put(capped, state)
-        else:
-            self.handover.put(p, state)
+        self.handover.put(handed, state)
         rings["dout"].wait(state)
         warpgroup.fence()
         self.sums.start(as_warpgroup_operand_a(p), state.stage)
         warpgroup.wait_group(0)
         rings["dout"].release(state.stage)
         return ring_next(state, self.config.stages)
+
+    def narrowed(self, s: cute.Tensor, p: cute.Tensor, score: Score, stage: Int32, distance, hidden) -> cute.Tensor:
+        """P, narrowed, out of S; returns what is handed on: P, or with a softcap P times its derivatives, of which no
+        more than a share's are alive."""
+        handed = cute.make_rmem_tensor_like(p) if self.config.softcap else p
+        for share in range(self.shares):
+            derivatives = self.probabilities(s, share, score, stage, distance, hidden)
+            of_s, of_p, of_handed = (part(fragment, share, self.shares) for fragment in (s, p, handed))
+            narrow(of_s, of_p)
+            if derivatives is not None:
+                self.fold(s, share, derivatives)
+                narrow(of_s, of_handed)
+        return handed
+
+
+def part(fragment: cute.Tensor, share: int, shares: int) -> cute.Tensor:
+    """The registers of a share of an accumulator's columns, one after the other."""
+    count = cute.size(fragment) // shares
+    return cute.make_tensor(fragment.iterator + share * count, cute.make_layout(count))
 
 
 class KeyGradients(QueryWalk):

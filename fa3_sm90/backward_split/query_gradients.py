@@ -8,7 +8,7 @@ from cutlass.cute.nvgpu import warp, warpgroup
 from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.backward_preprocess import statistics_place
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
+from cute_fa.device.fragments import as_warpgroup_operand_a, share_of_columns
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score, probabilities, score_gradients
@@ -16,6 +16,7 @@ from cute_fa.device.tma_boxes import BoxCopy, tile_layout
 from cute_fa.device.visibility import hidden_keys
 from fa3_sm90.backward.config import CONSUMERS, WARPGROUP
 from fa3_sm90.backward.products import tiles
+from fa3_sm90.backward.walk import register_column, shifted
 from fa3_sm90.backward_split.arguments import Boxes, TmaTensors
 from fa3_sm90.backward_split.config import TILE, Fa3SplitBackwardConfig
 from fa3_sm90.backward_split.products import ScoreProduct, SumProduct
@@ -129,12 +130,18 @@ class QueryGradients:
         block = work.blocks.block(iteration, self.args.common.window)
         distance, hidden = self.positions(work, block * TILE, right_edge, left_edge)
         warpgroup.wait_group(1)
-        p = warpgroup_rows_and_columns(s)
-        derivatives = probabilities(score, p, lambda r, c: self.lse[r], distance, hidden)
-        warpgroup.wait_group(0)
-        rings["v"].release(values.stage)
         dslope = self.dslope if self.config.slopes_gradient else None
-        score_gradients(p, warpgroup_rows_and_columns(dp), lambda r, c: self.delta[r], derivatives, distance, dslope)
+        # With a softcap by shares, of whose derivatives no more than one's are alive: 8 to 50 accesses spilled.
+        shares = 8 if self.config.softcap else 1
+        for share in cutlass.range_constexpr(shares):
+            first = share * TILE // 4 // shares
+            p, of_dp = (share_of_columns(acc, share, shares) for acc in (s, dp))
+            of_distance, of_hidden = shifted(distance, first), shifted(hidden, first)
+            derivatives = probabilities(score, p, lambda r, c: self.lse[r], of_distance, of_hidden)
+            if const_expr(share == 0):
+                warpgroup.wait_group(0)
+                rings["v"].release(values.stage)
+            score_gradients(p, of_dp, lambda r, c: self.delta[r], derivatives, of_distance, dslope)
         ds = cute.make_rmem_tensor_like(dp, self.dtype)
         narrow(dp, ds)
         warpgroup.fence()
@@ -153,7 +160,7 @@ class QueryGradients:
             position = Float32(diagonal)
 
             def distance(r: int, c: int):
-                return cute.math.absf(position + float(8 * r - _column(c)))
+                return cute.math.absf(position + float(8 * r - register_column(c)))
 
         if const_expr(right_edge or left_edge):
             hidden_in_row = [
@@ -162,7 +169,7 @@ class QueryGradients:
             ]
 
             def hidden(r: int, c: int):
-                return hidden_in_row[r](_column(c))
+                return hidden_in_row[r](register_column(c))
 
         return distance, hidden
 
@@ -206,8 +213,3 @@ class QueryGradients:
             copy.store(tile, work.info.offset_q + row, work.info.rows_q - row)
             cute.arch.cp_async_bulk_commit_group()
             cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-
-def _column(c: int) -> int:
-    """Column of register column c of a wgmma accumulator, from the thread's first."""
-    return c // 2 * 8 + c % 2
