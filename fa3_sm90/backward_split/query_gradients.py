@@ -196,6 +196,7 @@ class QueryGradients:
         tile = cute.make_tensor(self.storage.q, layout.outer)[None, None, self.index]
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
         copy = cute.make_tiled_copy_C(atom, sums.mma).get_slice(self.thread)
+        cute.arch.barrier(barrier_id=_OWN + self.index, number_of_threads=WARPGROUP)  # no warp's products read Q
         cute.copy(copy, copy.retile(narrowed), copy.partition_D(tile))
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=_OWN + self.index, number_of_threads=WARPGROUP)

@@ -3,11 +3,11 @@
 import pytest
 
 from cute_fa.engine.table import TABLE
-from cute_fa.semantics.errors import UnsupportedKeyError
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
 from fa3_sm90.backward.config import BARRIER_BYTES, CONSUMERS, REGISTERS, SCORE_STAGES, PipelineSpec
 from fa3_sm90.backward.entry import Fa3Backward
+from fa3_sm90.backward_split.entry import Fa3SplitBackward
 from tests.testing.cases import refusals, small_problem
 
 HEAD_DIMS = range(8, 129, 8)
@@ -157,11 +157,9 @@ def test_refused_tiles_say_why(change, reasons):
     ids=str,
 )
 def test_head_dims_that_no_tiles_serve(change, reason):
-    """The registers of the tiles that need the least; the table then takes FA2's."""
+    """The registers of the tiles that need the least; the table then takes the kernels for wide head_dims."""
     assert Fa3Backward.supports(problem(**change)) == [reason]
-    assert TABLE.lookup(problem(**change)).family == "fa2"
-    with pytest.raises(UnsupportedKeyError, match="registers"):
-        TABLE.lookup(problem(**change), "fa3")
+    assert TABLE.lookup(problem(**change)) is Fa3SplitBackward
 
 
 def test_the_table_prefers_it_on_hopper_alone():

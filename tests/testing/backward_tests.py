@@ -9,6 +9,7 @@ import torch
 import cute_fa
 from cute_fa.engine import autograd
 from cute_fa.engine.contract import AttentionKernel
+from cute_fa.engine.table import TABLE
 from cute_fa.semantics import reference
 from cute_fa.semantics.types import Direction, SmArch
 from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
@@ -42,12 +43,17 @@ def case_name(case: dict) -> str:
 
 class BackwardTests:
     """``ways``: values of ``deterministic`` that the kernel serves; ``head_dims``: one for each kind of tiles whose
-    masks meet blocks differently."""
+    masks meet blocks differently; ``head_dim_v``: beside them, None for the same."""
 
     kernel: ClassVar[type[AttentionKernel]]
     arch: ClassVar[SmArch]
     ways: ClassVar[tuple[bool, ...]] = (False, True)
     head_dims: ClassVar[tuple[int, ...]] = (64,)
+    head_dim_v: ClassVar[int | None] = None
+
+    def spec(self, *sizes: int, **features: Any) -> InputSpec:
+        """(batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim) and the family's head_dim_v."""
+        return InputSpec(*sizes, head_dim_v=self.head_dim_v, **features)
 
     def gradients(self, spec: InputSpec, **options: Any):
         """(gradients, what they should be)."""
@@ -55,6 +61,7 @@ class BackwardTests:
 
     def check(self, spec: InputSpec, inputs: str = "peaked", **options: Any) -> reference.Gradients:
         """The gradients, all within the tolerance."""
+        self.config_of(spec)
         return assert_right(spec, inputs, **{"arch": self.arch.value, "family": self.kernel.family, **options})
 
     def check_ways(self, spec: InputSpec, **options: Any) -> None:
@@ -63,7 +70,10 @@ class BackwardTests:
             self.check(spec, deterministic=deterministic, **options)
 
     def config_of(self, spec: InputSpec):
-        return self.kernel.configure(problem_of_spec(spec, self.arch, direction=Direction.BACKWARD))
+        """The kernel's, which has to be what the table gives."""
+        problem = problem_of_spec(spec, self.arch, direction=Direction.BACKWARD)
+        assert TABLE.lookup(problem, self.kernel.family) is self.kernel
+        return self.kernel.configure(problem)
 
     def run_case(self, case: dict) -> None:
         """One case of a grid, with the race detector."""
@@ -89,24 +99,24 @@ class BackwardTests:
     # tiles of keys have 128
     @pytest.mark.parametrize("sink_tokens", [1, 29, 127, 128, 129, 320, 10_000])
     def test_sink_inside_touching_and_beyond_the_tile(self, sink_tokens):
-        self.check_ways(InputSpec(1, 192, 320, 1, 1, 64, window=(100, 0), sink_tokens=sink_tokens))
+        self.check_ways(self.spec(1, 192, 320, 1, 1, 64, window=(100, 0), sink_tokens=sink_tokens))
 
     @pytest.mark.parametrize("window", [(0, 0), (1, 64), (127, 0), (300, 2**31 - 2), (2**31 - 2, 0)], ids=str)
     def test_window_edges(self, window):
-        self.check_ways(InputSpec(1, 150, 260, 1, 1, 64, window=window))
+        self.check_ways(self.spec(1, 150, 260, 1, 1, 64, window=window))
 
     @pytest.mark.parametrize("residue", [-2, -1, 0, 1, 2])
     @pytest.mark.parametrize("window", [(None, 0), (128, 0), (64, 64)], ids=str)
     def test_mask_edges_that_meet_tile_edges(self, window, residue):
         """The diagonal and the window's sides pass within two keys of the corner of a tile, on either side."""
         for head_dim in self.head_dims:
-            self.check(InputSpec(1, 128, 256 + residue, 1, 1, head_dim, window=window))
+            self.check(self.spec(1, 128, 256 + residue, 1, 1, head_dim, window=window))
 
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize("residues", [(0, 0), (1, -1), (-1, 1)])
     def test_lengths_around_the_tiles(self, residues, causal):
         for head_dim in self.head_dims:
-            spec = InputSpec(1, 128, 128, 1, 1, head_dim, causal=causal)
+            spec = self.spec(1, 128, 128, 1, 1, head_dim, causal=causal)
             c = self.config_of(spec)
             lengths = {"seqlen_q": c.tile_m + residues[0], "seqlen_k": c.tile_n + residues[1]}
             self.check(dataclasses.replace(spec, **lengths), lse_gradient=False)
@@ -114,18 +124,18 @@ class BackwardTests:
     @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(129, 1), (300, 31), (1, 1)])
     @pytest.mark.parametrize("causal", [False, True])
     def test_few_keys(self, seqlen_q, seqlen_k, causal):
-        self.check(InputSpec(1, seqlen_q, seqlen_k, 1, 1, 64, causal=causal), lse_gradient=False)
+        self.check(self.spec(1, seqlen_q, seqlen_k, 1, 1, 64, causal=causal), lse_gradient=False)
 
     def test_hidden_rows_and_keys_have_no_gradient(self):
         """Causal with more queries than keys: the first 130 queries see nothing; a window hides the first keys."""
-        grads = self.check(InputSpec(1, 200, 70, 2, 2, 64, causal=True), "random")
+        grads = self.check(self.spec(1, 200, 70, 2, 2, 64, causal=True), "random")
         assert (grads.dq[:, :130] == 0).all() and grads.dq[:, 130:].abs().amin((0, 2, 3)).shape == (70,)
-        grads = self.check(InputSpec(1, 64, 300, 2, 2, 64, window=(20, 0)), "random")
+        grads = self.check(self.spec(1, 64, 300, 2, 2, 64, window=(20, 0)), "random")
         assert (grads.dk[:, :216] == 0).all() and (grads.dv[:, :216] == 0).all() and (grads.dv[:, 216] != 0).any()
 
     def test_gradients_of_rows_without_keys_ignore_what_comes_in(self):
         """dLSE of rows that see nothing may be NaN, as the gradient of a logarithm of 0 is; dO anything finite."""
-        given = make_inputs(InputSpec(1, 100, 40, 1, 1, 64, causal=True))
+        given = make_inputs(self.spec(1, 100, 40, 1, 1, 64, causal=True))
         dout, dlse = output_gradients(given)
         out, lse = reference.attention(given.q, given.k, given.v, **given.options())
         dout[:, :60], dlse[..., :60] = 1e4, torch.nan
@@ -136,7 +146,7 @@ class BackwardTests:
 
     def test_deterministic_under_every_schedule(self):
         """Features that sum over CTAs, on as many as run at once and on fewer."""
-        spec = InputSpec(9, 70, 140, 4, 2, 64, causal=True, alibi=True, learnable_sink=True)
+        spec = self.spec(9, 70, 140, 4, 2, 64, causal=True, alibi=True, learnable_sink=True)
         schedules = [{}, *({"schedule_seed": seed, "late": True, "num_sms": seed + 1} for seed in range(2))]
         for deterministic in filter(None, self.ways):
             first, *others = (self.gradients(spec, deterministic=deterministic, **s)[0] for s in schedules)
@@ -146,7 +156,7 @@ class BackwardTests:
     def test_offsets_beyond_32_bits(self, dim):
         """Elements more than 2^31 apart, along the batch, the sequence or the heads; what lies between is never
         touched."""
-        given = make_inputs(InputSpec(2, 40, 72, 2, 2, 64))
+        given = make_inputs(self.spec(2, 40, 72, 2, 2, 64))
         dout, dlse = output_gradients(given)
         out, lse = reference.attention(given.q, given.k, given.v)
         expected = reference.expected_gradients(given.q, given.k, given.v, dout, dlse)

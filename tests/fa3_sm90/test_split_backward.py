@@ -1,0 +1,115 @@
+"""The FA3 backward for wide head_dims, simulated, against the reference: features in pairs, edges of the mask,
+head_dims, ragged lengths, adversarial schedules."""
+
+import functools
+import random
+from typing import ClassVar
+
+import pytest
+
+from cute_fa.semantics.types import DType, SmArch
+from cute_fa.tools.inputs import InputSpec
+from fa3_sm90.backward_split.entry import Fa3SplitBackward
+from tests.testing.backward_tests import BackwardTests, case_name, features
+from tests.testing.cases import FA2_MASKS
+from tests.testing.gradients import gradients_of, same_bits
+from tests.testing.grid import in_turns, pairwise
+
+# Rings of two stages of K and one of V; of two; with a third stage of Q and dO.
+HEAD_DIMS = {
+    "256": [(256, None), (248, None), (256, 240)],
+    "two stages": [(256, 192), (192, 240), (224, None)],
+    "three stages": [(192, None), (192, 128), (136, 128), (64, 208), (256, 8), (8, 256), (152, 112)],
+}
+CASES = in_turns(pairwise(features(list(HEAD_DIMS), (False, True)), seed=2), mask=FA2_MASKS, head_dims=HEAD_DIMS)
+SIMULATED_CASES = CASES[:16]
+WIDE = [(d, d_v) for d in range(8, 257, 8) for d_v in range(8, 257, 8) if -(-d // 16) * 16 + -(-d_v // 16) * 16 > 256]
+SAMPLED_HEAD_DIMS = random.Random(3).sample(WIDE, 32)
+RAGGED = {
+    "packed": {"varlen_q": True, "varlen_k": True},
+    "used": {"seqused_q": True, "seqused_k": True},
+    "packed and used": {"varlen_q": True, "varlen_k": True, "seqused_q": True, "seqused_k": True},
+}
+
+
+class TestSplitBackward(BackwardTests):
+    kernel = Fa3SplitBackward
+    arch = SmArch.SM_90A
+    head_dims: ClassVar = (64,)
+    head_dim_v: ClassVar = 208
+
+    @pytest.mark.parametrize("case", SIMULATED_CASES, ids=case_name)
+    def test_features_in_pairs(self, case):
+        self.run_case(case)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("case", CASES, ids=case_name)
+    def test_features_in_pairs_on_the_gpu(self, case):
+        self.run_case_on_the_gpu(case)
+
+    @pytest.mark.parametrize("head_dims", SAMPLED_HEAD_DIMS[:6], ids=str)
+    def test_head_dims(self, head_dims):
+        head_dim, head_dim_v = head_dims
+        self.check(InputSpec(1, 150, 260, 2, 1, head_dim, head_dim_v=head_dim_v, causal=True))
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("head_dims", SAMPLED_HEAD_DIMS, ids=str)
+    def test_head_dims_on_the_gpu(self, head_dims):
+        head_dim, head_dim_v = head_dims
+        spec = InputSpec(1, 150, 260, 2, 1, head_dim, head_dim_v=head_dim_v, causal=True)
+        self.check_on_the_gpu(spec, "peaked")
+
+    @pytest.mark.parametrize("ragged", RAGGED)
+    def test_queries_without_keys_and_keys_without_queries(self, ragged):
+        """Of seven sequences one has neither, one no key, one no query; odd lengths, NaN behind each. Tiles of 64 keys
+        and of 128 queries are full, one short, one more; of the last, half is behind the queries."""
+        lengths = {"lengths_q": (0, 129, 0, 127, 65, 201, 64), "lengths_k": (0, 0, 77, 127, 129, 128, 65)}
+        spec = self.spec(7, 201, 129, 2, 1, 64, causal=True, **RAGGED[ragged], **lengths)
+        self.check(spec, race=True)
+
+    @pytest.mark.parametrize("ragged", RAGGED)
+    def test_slopes_count_no_key_behind_a_sequence(self, ragged):
+        """Such keys are zeros, which move no gradient but that of the slopes; tiles that lie behind a sequence have
+        parts of it, too."""
+        lengths = {"lengths_q": (190, 33, 1), "lengths_k": (200, 5, 1)}
+        spec = self.spec(3, 190, 200, 2, 2, 64, alibi=True, **RAGGED[ragged], **lengths)
+        self.check(spec, "random")
+
+    @pytest.mark.parametrize("dtype", [DType.BF16, DType.FP16])
+    def test_a_group_shares_keys(self, dtype):
+        """Five query heads a kv head: a ring runs through steps of several heads."""
+        self.check(self.spec(2, 190, 150, 10, 2, 64, dtype=dtype, window=(60, 20)))
+
+    @pytest.mark.parametrize("features", [{"softcap": 3.0}, {"softcap": 3.0, "alibi": True}], ids=str)
+    def test_what_is_handed_on_holds_the_softcap(self, features):
+        """dK's warpgroup gets P times the cap's derivatives, dV's keeps P."""
+        self.check(self.spec(1, 130, 200, 2, 1, 64, **features), race=True)
+
+
+PACKED = {"varlen_q": True, "varlen_k": True, "lengths_q": (450, 0, 70), "lengths_k": (300, 60, 0)}
+# Rings that run full and over, in several heads; tiles without queries and without keys.
+SPECS = {
+    "256": InputSpec(1, 400, 300, 3, 1, 256, causal=True, alibi=True, learnable_sink=True),
+    "192, 128": InputSpec(3, 450, 300, 2, 1, 192, head_dim_v=128, window=(150, 20), dtype=DType.FP16, **PACKED),
+}
+SCHEDULES = [
+    {"late": True},
+    {"schedule_seed": 1},
+    {"late": True, "schedule_seed": 2, "num_sms": 1},
+    {"late": True, "schedule_seed": 3, "num_sms": 3},
+]
+
+
+@functools.cache
+def usual(name: str):
+    """The gradients under the usual schedule, found right."""
+    grads, expected = gradients_of(SPECS[name], "peaked", arch="sm_90a", family="fa3", race=True)
+    assert all(error.ok for error in expected.check(grads).values())
+    return grads
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_the_same_bits_under_every_schedule(name, schedule):
+    grads, _ = gradients_of(SPECS[name], "peaked", arch="sm_90a", family="fa3", race=True, **schedule)
+    assert same_bits(usual(name), grads)
