@@ -92,7 +92,8 @@ def test_every_arch_has_a_forward_and_a_backward(arch):
     backward = dataclasses.replace(key, direction=Direction.BACKWARD)
     assert TABLE.lookup(backward).family == OWN_BACKWARD.get(arch, "fa2")
     asked = {SmArch.SM_120A: ["fa4_bwd"], **{arch: [f"{family}_bwd"] for arch, family in OWN.items()}}.get(arch, [])
-    assert list(TABLE.explain(backward)) == [*asked, "fa2_bwd"]
+    wide = ["fa3_bwd_split"] if arch is SmArch.SM_90A else []
+    assert list(TABLE.explain(backward)) == [*asked, *wide, "fa2_bwd"]
     if arch in OWN and arch not in OWN_BACKWARD:
         with pytest.raises(UnsupportedKeyError, match=f"{own}_bwd: no {own}_sm[0-9]* backward exists yet"):
             TABLE.lookup(backward, own)
@@ -281,13 +282,13 @@ def test_rows():
     assert "fa2_fwd: dtype e4m3" in cells["sm_80", "fwd", "fp8 e4m3"].reasons[0]
     assert cells["sm_80", "bwd", "causal"][3:] == ("fa2_bwd", ())
     assert cells["sm_90a", "bwd", "causal"][3:] == ("fa3_bwd", ())
-    for feature, reason in {
-        "head_dim 256": "registers: 352 a thread",
-        "head_dim 192, head_dim_v 128": "registers: 288 a thread",
-        "range plan": "a range plan: this kernel walks over ranges of blocks",
-    }.items():
+    for feature, reason, served in (
+        ("head_dim 256", "registers: 352 a thread", "fa3_bwd_split"),
+        ("head_dim 192, head_dim_v 128", "registers: 288 a thread", "fa3_bwd_split"),
+        ("range plan", "a range plan: this kernel walks over ranges of blocks", "fa2_bwd"),
+    ):
         _, _, _, kernel, reasons = cells["sm_90a", "bwd", feature]
-        assert kernel == "fa2_bwd" and reasons[0].startswith(f"fa3_bwd: {reason}")
+        assert kernel == served and reasons[0].startswith(f"fa3_bwd: {reason}")
     assert cells["sm_100a", "bwd", "causal"][3:] == ("fa2_bwd", ("fa4_bwd: no fa4_sm100 backward exists yet",))
     assert "fa2_bwd: dtype e4m3" in cells["sm_80", "bwd", "fp8 e4m3"].reasons[0]
     assert "head_dim 512" in cells["sm_80", "fwd", "head_dim 512"].reasons[0]

@@ -59,6 +59,10 @@ MAY_IMPORT = {
         }.items()
         for folder in folders
     },
+    "fa3_sm90/backward_split": (
+        *("fa3_sm90.backward_split", "fa3_sm90.backward", "cute_fa.device", "cute_fa.semantics"),
+        "cute_fa.engine.contract",
+    ),
     "ptxsim": ("ptxsim",),
 }
 # The one adapter, and the type of what it gives.

@@ -44,7 +44,13 @@ def test_every_pair_of_head_dims_fits(head_dim):
 
 @pytest.mark.parametrize(
     ("head_dims", "stages"),
-    [((256, 256), (2, 2, 1)), ((256, 192), (2, 2, 2)), ((224, 192), (2, 2, 2)), ((192, 192), (3, 2, 2)), ((192, 128), (3, 2, 2))],
+    [
+        ((256, 256), (2, 2, 1)),
+        ((256, 192), (2, 2, 2)),
+        ((224, 192), (2, 2, 2)),
+        ((192, 192), (3, 2, 2)),
+        ((192, 128), (3, 2, 2)),
+    ],
 )
 def test_as_many_stages_as_fit(head_dims, stages):
     c = configure(**sizes(*head_dims))

@@ -377,7 +377,7 @@ def test_a_walk_that_hides_or_shows_a_pair_too_many_is_noticed(monkeypatch):
 @pytest.mark.parametrize(
     ("arch", "forward", "backwards"),
     [
-        (SmArch.SM_90A, "fa3_sm90.forward", {"fa3_sm90.backward", "fa2_sm80.backward"}),
+        (SmArch.SM_90A, "fa3_sm90.forward", {"fa3_sm90.backward", "fa3_sm90.backward_split", "fa2_sm80.backward"}),
         (SmArch.SM_100A, "fa4_sm100.forward", {"fa2_sm80.backward"}),
     ],
 )
