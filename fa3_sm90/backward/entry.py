@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from cute_fa.device.tiled_backward import Launch, backward_launch
+from cute_fa.device.tiled_backward import TiledBackward
 from cute_fa.device.tiling import MAX_TILES, ceil_div
-from cute_fa.engine.contract import AttentionKernel, BackwardTensors, Candidate, common_objections
+from cute_fa.engine.contract import Candidate, common_objections
 from cute_fa.semantics.names import dtypes_of_code
 from cute_fa.semantics.problem import AttentionProblem
-from cute_fa.semantics.types import Direction, PersistentMode
+from cute_fa.semantics.types import PersistentMode
 from fa3_sm90.backward.config import Fa3BackwardConfig, backward_candidates, backward_config, backward_objections
 
 
-class Fa3Backward(AttentionKernel):
+class Fa3Backward(TiledBackward):
     """Backward with TMA and wgmma, for sm_90a: fp16 and bf16, head_dims whose sums fit two warpgroups' registers."""
 
     family = "fa3"
-    direction = Direction.BACKWARD
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
@@ -55,9 +54,3 @@ class Fa3Backward(AttentionKernel):
     @classmethod
     def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
         return backward_candidates(problem)
-
-    @classmethod
-    def arguments(
-        cls, problem: AttentionProblem, config: Fa3BackwardConfig, tensors: BackwardTensors, num_sms: int
-    ) -> Launch:
-        return backward_launch(problem, config, tensors)
