@@ -116,18 +116,8 @@ def test_a_backward_is_asked_for_its_arguments_once(backward, arch, slopes_shape
     k, v = k[:, :, :2], v[:, :, :2]
     slopes, sink, used = torch.rand(slopes_shape), torch.rand(4), torch.tensor([100, 150], dtype=torch.int32)
     dlse = torch.randn(2, 4, 150)
-    launches, asked = backward(
-        arch,
-        q,
-        k,
-        v,
-        dlse,
-        alibi_slopes=slopes,
-        learnable_sink=sink,
-        seqused_k=used,
-        window_right=0,
-        deterministic=True,
-    )
+    fields = {"alibi_slopes": slopes, "learnable_sink": sink, "seqused_k": used}
+    launches, asked = backward(arch, q, k, v, dlse, **fields, window_right=0, deterministic=True)
     assert asked == 1
     for launch, call, (dout, dlse, out, lse), grads in launches:
         common = CommonArguments(*launch.common)
@@ -136,7 +126,7 @@ def test_a_backward_is_asked_for_its_arguments_once(backward, arch, slopes_shape
         assert common.learnable_sink is sink and common.lengths[3] is used and common.window[:2] == (None, 0)
         assert [launch.dout, launch.dlse, launch.dq, launch.dk, launch.dv] == [dout, dlse, *grads[:3]]
         assert launch.dalibi.data_ptr() == grads.dalibi.data_ptr() and launch.dsink.data_ptr() == grads.dsink.data_ptr()
-        assert launch.dalibi.shape == ((slopes.dim() == 2 and 2) or 1, 4) and launch.dsink.shape == (1, 4)
+        assert launch.dalibi.shape == (2 if slopes.dim() == 2 else 1, 4) and launch.dsink.shape == (1, 4)
         assert (grads.dalibi.shape, grads.dsink.shape) == (slopes_shape, (4,))
         assert (launch.seqlen_q, launch.seqlen_k) == (150, 150)
 
