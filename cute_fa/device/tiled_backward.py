@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from cute_fa.device.tiling import ceil_div
+from cute_fa.device.tiling import backward_row_bytes, ceil_div, head_group
 from cute_fa.engine.contract import (
     AttentionKernel,
     AttentionTensors,
@@ -43,6 +43,7 @@ class Launch(NamedTuple):
     scratch: Scratch
     seqlen_q: int
     seqlen_k: int
+    head_group: int | None
     key_walk: torch.Tensor | None
     dq_walk: torch.Tensor | None
 
@@ -54,9 +55,12 @@ class TiledBackward(AttentionKernel):
     and 4 for each tile of them where tiles of keys take turns; sequences have whole tiles, packed ones total_q //
     tile_m and one each. For each sequence, however short, as for the longest: 4 for each tile of queries with a
     learnable sink, 4 · slope_parts for each tile of keys with the slopes' gradients.
+
+    ``l2_bytes``: of the cache that the order of tiles is planned for, where the longest come first.
     """
 
     direction = Direction.BACKWARD
+    l2_bytes: ClassVar[int]
 
     @classmethod
     def scratch(cls, problem: AttentionProblem, config, tensors: BackwardTensors) -> Scratch:
@@ -92,9 +96,16 @@ class TiledBackward(AttentionKernel):
             scratch=Scratch(*t.scratch),
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
+            head_group=cls.head_group(problem, seqlen_q) if config.longest_first else None,
             key_walk=inputs.extras.key_walk,
             dq_walk=None if config.dq_sums else inputs.extras.dq_walk,
         )
+
+    @classmethod
+    def head_group(cls, problem: AttentionProblem, seqlen_q: int) -> int:
+        """kv heads whose tiles of keys are handed out together: as many as the cache holds Q, dO and sums of dQ of."""
+        size = backward_row_bytes(problem.head_dim, problem.head_dim_v, problem.dtype.bytes) * problem.gqa_ratio
+        return head_group(seqlen_q * size, cls.l2_bytes)
 
 
 def _longest(problem: AttentionProblem, inputs: AttentionTensors) -> tuple[int, int]:

@@ -54,6 +54,7 @@ class Fa2BackwardConfig(FeatureConfig):
     kernel_module: ClassVar[str] = "fa2_sm80.backward.kernel"
     statistics: ClassVar[str] = "rows"
     turns: ClassVar[bool] = False
+    longest_first: ClassVar[bool] = False
 
     tile_m: int
     tile_n: int

@@ -15,6 +15,7 @@ class Fa3Backward(TiledBackward):
     """Backward with TMA and wgmma, for sm_90a: fp16 and bf16, head_dims whose sums fit two warpgroups' registers."""
 
     family = "fa3"
+    l2_bytes = 50 * 2**20  # of an H100 and an H200 (NVIDIA H100 whitepaper)
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
