@@ -223,13 +223,14 @@ def host(archs: tuple[str, ...], head_dim: int, causal: bool, repetitions: int, 
     Needs no GPU: launches go to the stand-in runtime, which accepts them and runs nothing. Each time is the least of
     several.
     """
-    from perf.host import call_figures, compile_figures, import_figures
+    from perf.host import backward_figures, call_figures, compile_figures, import_figures
 
     notes = Console(stderr=True)
     rows = []
     for arch in map(SmArch, archs):
         notes.print(f"{arch.value}: calls, then {repetitions} compiles each")
         rows += [figure.row() for figure in call_figures(arch)]
+        rows += [figure.row() for figure in backward_figures(arch)]
         rows += [figure.row() for figure in compile_figures(arch, head_dim, causal, repetitions)]
     notes.print("imports")
     rows += [figure.row() for figure in import_figures(repetitions)]

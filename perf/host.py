@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ from torch import library
 
 import cute_fa
 import ptxsim
+from cute_fa.api.attention import prepare
 from cute_fa.engine import attention, worlds
 from cute_fa.engine import plan as plans
+from cute_fa.engine.autograd import attention_backward
 from cute_fa.semantics.types import SmArch
 from perf.static import StaticKey, fa4_installed, fa4_target
 from ptxsim.host.views import map_tensors
@@ -38,9 +41,9 @@ from ptxsim.host.views import map_tensors
 # Many short runs: other processes interrupt long ones every time.
 CALLS, REPETITIONS = 50, 600
 
-# Targets: µs of an eager call beyond an operator of torch's that only allocates; compile time against
-# FlashAttention-4's, and in seconds; milliseconds of a load; import time against torch's.
-EAGER_US, COMPILE_RATIO, COMPILE_S, LOAD_MS, IMPORT_RATIO = 5.0, 1.2, 5.0, 20.0, 1.5
+# Targets: µs of an eager call beyond an operator of torch's that only allocates, and of a backward call altogether;
+# compile time against FlashAttention-4's, and in seconds; milliseconds of a load; import time against torch's.
+EAGER_US, BACKWARD_US, COMPILE_RATIO, COMPILE_S, LOAD_MS, IMPORT_RATIO = 5.0, 15.0, 1.2, 5.0, 20.0, 1.5
 
 
 @dataclass(frozen=True)
@@ -94,50 +97,104 @@ def _launching_nothing(run: Callable[[], Any]) -> Iterator[tuple[Any, _Reached]]
 
 
 @contextmanager
-def _operator_that_allocates(plan: Any) -> Iterator[Callable]:
-    """torch's own cost of an operator: one of three tensors, in Python, that gives the plan's two outputs."""
+def _operator_that_allocates(allocate: Callable[[torch.Tensor], tuple]) -> Iterator[Callable]:
+    """torch's own cost of an operator: one of three tensors, in Python, that gives what is allocated like the first."""
     scratch = library.Library("cute_fa_host", "DEF")
+    outputs = len(allocate(torch.empty(0)))
     try:
-        scratch.define("outputs(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
-        scratch.impl("outputs", lambda q, k, v: (plan.new_out(q), plan.new_lse(q)), "CompositeExplicitAutograd")
+        scratch.define(f"outputs(Tensor q, Tensor k, Tensor v) -> ({', '.join(['Tensor'] * outputs)})")
+        scratch.impl("outputs", lambda q, k, v: allocate(q), "CompositeExplicitAutograd")
         yield torch.ops.cute_fa_host.outputs.default
     finally:
         scratch._destroy()
 
 
-def call_figures(arch: SmArch) -> Iterator[Figure]:
-    """Host time of a call of ``flash_attn_func`` (bf16, causal, head_dim 64) on ``arch``."""
-    # Small: that the CPU's allocator takes longer for large tensors has nothing to do with a GPU.
-    q, k, v = (torch.randn(1, 8, 4, 64, dtype=torch.bfloat16) for _ in range(3))
+@dataclass(frozen=True)
+class _Times:
+    """Microseconds of a call's parts: what torch takes to ``allocate`` the outputs, an ``operator`` that does no more;
+    up to the launch ``before`` it and ``converting`` its tensors, and the ``launch`` itself; ``traced``: as ``before``,
+    of a function that is compiled by torch, None where none is."""
 
-    def call():
-        return cute_fa.flash_attn_func(q, k, v, causal=True)
+    allocate: float
+    operator: float
+    before: float
+    converting: float
+    launch: float
+    traced: float | None
 
+    @property
+    def whole(self) -> float:
+        return self.before + self.converting + self.launch
+
+
+def _times(
+    arch: SmArch, call: Callable[[], Any], outputs: Callable[[Any, torch.Tensor], tuple], traced: bool
+) -> _Times:
+    """Of a call whose plan allocates ``outputs(plan, q)``."""
+    q = _inputs(1)[0]
     with cute_fa.simulate(arch) as simulation, torch.no_grad(), simulation.idle():
         with _launching_nothing(call) as (plan, reached):
-            before = microseconds(call)
-            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-            compiled()
-            traced = microseconds(compiled)
-        own = microseconds(lambda: (plan.new_out(q), plan.new_lse(q)))
-        with _operator_that_allocates(plan) as operator:
-            overhead = microseconds(lambda: operator(q, k, v))
+            before, compiled = microseconds(call), None
+            if traced:
+                function = torch.compile(call, fullgraph=True, backend="aot_eager")
+                function()
+                compiled = microseconds(function)
+        allocate = partial(outputs, plan)
+        own = microseconds(lambda: allocate(q))
+        with _operator_that_allocates(allocate) as operator:
+            overhead = microseconds(lambda: operator(q, q, q))
         convert = tvm_ffi.get_global_func("ffi.Array")
         ready = map_tensors(tvm_ffi.from_dlpack, reached.arguments)
         converting = microseconds(lambda: convert(reached.arguments)) - microseconds(lambda: convert(ready))
         arguments = map_tensors(lambda t: tvm_ffi.from_dlpack(ptxsim.device_view(t)), reached.arguments)
         launch = microseconds(lambda: plan.compiled.function(arguments))
+    return _Times(own, overhead, before, converting, launch, compiled)
+
+
+def _inputs(count: int) -> list[torch.Tensor]:
+    """Small: that the CPU's allocator takes longer for large tensors has nothing to do with a GPU."""
+    return [torch.randn(1, 8, 4, 64, dtype=torch.bfloat16) for _ in range(count)]
+
+
+def call_figures(arch: SmArch) -> Iterator[Figure]:
+    """Host time of a call of ``flash_attn_func`` (bf16, causal, head_dim 64) on ``arch``."""
+    q, k, v = _inputs(3)
+
+    def call():
+        return cute_fa.flash_attn_func(q, k, v, causal=True)
+
+    times = _times(arch, call, lambda plan, q: (plan.new_out(q), plan.new_lse(q)), traced=True)
     where = f"{arch.value}: "
-    whole = before + converting + launch
-    yield Figure(where + "torch allocates the two outputs", own, "µs")
-    yield Figure(where + "an operator of torch's that does no more", overhead, "µs")
-    yield Figure(where + "eager call up to the launch", before, "µs")
-    yield Figure(where + "TVM-FFI converts torch's tensors", converting, "µs")
-    yield Figure(where + "the launch's host code, without the driver", launch, "µs")
-    yield Figure(where + "eager call beyond torch's allocations", whole - own, "µs")
-    yield Figure(where + "eager call beyond such an operator", whole - overhead, "µs", EAGER_US)
-    yield Figure(where + "torch.compile (aot_eager) up to the launch", traced, "µs")
+    yield Figure(where + "torch allocates the two outputs", times.allocate, "µs")
+    yield Figure(where + "an operator of torch's that does no more", times.operator, "µs")
+    yield Figure(where + "eager call up to the launch", times.before, "µs")
+    yield Figure(where + "TVM-FFI converts torch's tensors", times.converting, "µs")
+    yield Figure(where + "the launch's host code, without the driver", times.launch, "µs")
+    yield Figure(where + "eager call beyond torch's allocations", times.whole - times.allocate, "µs")
+    yield Figure(where + "eager call beyond such an operator", times.whole - times.operator, "µs", EAGER_US)
+    yield Figure(where + "torch.compile (aot_eager) up to the launch", times.traced, "µs")
     yield Figure(where + "CUDA graph, replay", None, "µs")
+
+
+def backward_figures(arch: SmArch) -> Iterator[Figure]:
+    """Host time of the backward of such a call on ``arch``, without autograd."""
+    q, k, v, dout, out = _inputs(5)
+    lse = torch.randn(1, 4, 8)
+    forward = prepare(q, k, v, causal=True)
+
+    def call():
+        return attention_backward(dout, None, out, lse, forward)
+
+    def outputs(plan, q):
+        return tuple(new(q) for new in plan.new if new is not None)
+
+    times = _times(arch, call, outputs, traced=False)
+    where = f"{arch.value}, backward: "
+    yield Figure(where + "torch allocates the three gradients", times.allocate, "µs")
+    yield Figure(where + "call up to the launch", times.before, "µs")
+    yield Figure(where + "TVM-FFI converts torch's tensors", times.converting, "µs")
+    yield Figure(where + "the launches' host code, without the driver", times.launch, "µs")
+    yield Figure(where + "call, without autograd and the driver", times.whole, "µs", BACKWARD_US)
 
 
 def compile_figures(arch: SmArch, head_dim: int, causal: bool, repetitions: int) -> Iterator[Figure]:

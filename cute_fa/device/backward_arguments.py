@@ -31,7 +31,8 @@ class Scratch(NamedTuple):
 
 class BackwardArguments(NamedTuple):
     """dout like out, dlse like lse; dq, dk, dv like q, k, v; dalibi (1 or batch, heads), dsink (1, heads).
-    ``seqlen_*``: the longest, which size the grids where sequences are packed. ``key_walk``, ``dq_walk``: of a range
+    ``seqlen_*``: the longest, which size the grids where sequences are packed. ``head_group``: kv heads whose tiles of
+    keys are handed out together, longest first, or None: head by head. ``key_walk``, ``dq_walk``: of a range
     plan, for tiles of keys and for the queries of the kernel for dQ alone."""
 
     common: CommonArguments
@@ -45,6 +46,7 @@ class BackwardArguments(NamedTuple):
     scratch: Scratch
     seqlen_q: Int32
     seqlen_k: Int32
+    head_group: Optional[Int32]
     key_walk: Optional[cute.Tensor]
     dq_walk: Optional[cute.Tensor]
 
@@ -91,6 +93,7 @@ def backward_fakes(config) -> BackwardArguments:
         ),
         seqlen_q=Int32(0),
         seqlen_k=Int32(0),
+        head_group=optional(c.longest_first, lambda: Int32(1)),
         key_walk=optional(c.ranges, lambda: fake_vector(Int32)),
         dq_walk=optional(c.ranges and not c.dq_sums, lambda: fake_vector(Int32)),
     )

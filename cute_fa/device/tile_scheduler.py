@@ -93,7 +93,7 @@ class SingleTileScheduler:
         """The tile that a valid state names."""
         m_blocks, heads, batches, head_group = self.grid
         if const_expr(self.longest_first):
-            m_block, row = _longest_first(state.tile, m_blocks, heads * batches, head_group, self.alternate)
+            m_block, row = tile_longest_first(state.tile, m_blocks, heads * batches, head_group, self.alternate)
         else:
             row, m_block = _divmod(state.tile, m_blocks)
         batch, head = _divmod(row, heads)
@@ -188,7 +188,7 @@ class VarlenScheduler:
         tile, m_blocks = state.tile - state.start, self._m_blocks(state.batch)
         if const_expr(self.longest_first):
             later = grid.batches - 1 - state.batch
-            m_block, head = _longest_first(tile, m_blocks, grid.heads, grid.head_group, self.persistent, later)
+            m_block, head = tile_longest_first(tile, m_blocks, grid.heads, grid.head_group, self.persistent, later)
         else:
             head, m_block = _divmod(tile, m_blocks)
         return WorkTile(m_block, head, state.batch)
@@ -295,8 +295,8 @@ def _walkers(ctas: int) -> Int32:
     return launched if ctas == 1 else launched // ctas
 
 
-def _longest_first(
-    tile: Int32, m_blocks: Int32, heads: Int32, head_group: Int32, alternate: bool, later: Int32 | int = 0
+def tile_longest_first(
+    tile: Int32, m_blocks: Int32, heads: Int32, head_group: Int32, alternate: bool = False, later: Int32 | int = 0
 ) -> tuple[Int32, Int32]:
     """(m_block, head) of a tile: groups of heads from the last to the first, in each the last m_block first.
 

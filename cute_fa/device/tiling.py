@@ -5,9 +5,9 @@ What the host tells the kernels' tile schedulers (``cute_fa.device.tile_schedule
 
 MAX_TILES = 2**31 - 1  # of a grid in x, and what the schedulers count to
 
-# K and V get this share of the L2 cache, Q, O and everything else the rest: 32 MB of the H100's 50 MB, as in the
-# persistent scheduler of the FlashAttention-3 repository.
-_KV_SHARE = 0.64
+# What many tiles read again (forward: K and V) gets this share of the L2 cache, everything else the rest: 32 MB of the
+# H100's 50 MB, as in the persistent scheduler of the FlashAttention-3 repository.
+_SHARE = 0.64
 
 
 def ceil_div(dividend: int, divisor: int) -> int:
@@ -35,11 +35,18 @@ def num_ctas(tiles: int, num_sms: int, persistent: bool) -> int:
 
 
 def head_group(bytes_per_head: int, l2_bytes: int, heads_per_kv: int = 1) -> int:
-    """Heads whose tiles are computed together so that their keys and values stay in an L2 cache of ``l2_bytes``: ≥ 1.
+    """Heads whose tiles are computed together so that what these share stays in an L2 cache of ``l2_bytes``: ≥ 1.
 
-    ``bytes_per_head``: K and V of one kv head of the longest sequence; ``heads_per_kv``: heads with tiles of their own
+    ``bytes_per_head``: K and V of one kv head of the longest sequence (backward: :func:`backward_row_bytes` of each row
+    of its query heads); ``heads_per_kv``: heads with tiles of their own
     that read the same K and V (the GQA ratio; 1 where query heads are packed). Idea: the LPT scheduler of the
     FlashAttention repository.
     """
-    fitting = int(_KV_SHARE * l2_bytes) // max(bytes_per_head, 1)
+    fitting = int(_SHARE * l2_bytes) // max(bytes_per_head, 1)
     return min(max(fitting, 1) * heads_per_kv, MAX_TILES)
+
+
+def backward_row_bytes(head_dim: int, head_dim_v: int, element: int) -> int:
+    """What a row of queries of a head has in the L2 cache while tiles of keys meet it: Q and dO, ``element`` bytes a
+    number, and the fp32 sums of dQ."""
+    return (head_dim + head_dim_v) * element + head_dim * 4

@@ -74,11 +74,11 @@ def _attention_out(*arguments: Any) -> torch.Tensor:
 
 
 def _plan(call: Call, out: torch.Tensor | None = None) -> ForwardPlan:
-    return plan_of(_key(*call, out), _make_plan, call, out)
+    return plan_of(key_of(*call, out), _make_plan, call, out)
 
 
-def _key(q: Any, k: Any, v: Any, extras: Extras, options: Options, out: torch.Tensor | None = None) -> tuple:
-    """The tensors' devices say which GPU it is of, but not which one is simulated."""
+def key_of(q: Any, k: Any, v: Any, extras: Extras, options: Options, out: torch.Tensor | None = None) -> tuple:
+    """What plans of a call are found by. Devices say which GPU it is of, but not which one is simulated."""
     return (
         simulated_target(),
         options,
@@ -106,11 +106,11 @@ def _make_plan(call: Call, out: torch.Tensor | None) -> ForwardPlan:
         new_out=new_like((*call.q.shape[:-1], call.v.shape[-1]), TORCH_DTYPES[problem.out_dtype]),
         new_lse=new_like(call.lse_shape, torch.float32),
         strides=None if strides == (None,) * 4 else strides,
-        expanded=_expanded(problem, call.extras),
+        expanded=expanded_extras(problem, call.extras),
     )
 
 
-def _expanded(problem: AttentionProblem, extras: Extras) -> dict[str, tuple[int, ...]]:
+def expanded_extras(problem: AttentionProblem, extras: Extras) -> dict[str, tuple[int, ...]]:
     """Slopes and descales that are not one for each head of each sequence, and the shape of those."""
     descales = dict.fromkeys(("q_descale", "k_descale", "v_descale"), problem.num_heads_kv)
     heads = {"alibi_slopes": problem.num_heads} | descales
@@ -262,7 +262,7 @@ def again(q: Any, k: Any, v: Any, extras: Extras, options: Options) -> tuple[tor
     if is_dynamo_compiling() or not unwatched((q, k, v) if extras is NO_EXTRAS else (q, k, v, *extras)):
         return None
     try:
-        plan = plans.PLANS.get(_key(q, k, v, extras, options))
+        plan = plans.PLANS.get(key_of(q, k, v, extras, options))
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
     except (AttributeError, RuntimeError):  # None; what has no strides, as sparse tensors, or no memory
         return None

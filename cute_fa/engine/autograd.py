@@ -13,14 +13,14 @@ import torch
 from torch import library
 
 from cute_fa.engine import torch_internals, worlds
-from cute_fa.engine.attention import ARGUMENTS, check_call_devices
+from cute_fa.engine.attention import ARGUMENTS, check_call_devices, expanded_extras, key_of
 from cute_fa.engine.contract import AttentionTensors, BackwardTensors
 from cute_fa.engine.operators import LIBRARY, define
-from cute_fa.engine.plan import Plan, odd_strides, plan_of, restrided, signatures
+from cute_fa.engine.plan import Plan, new_like, new_zeros, odd_strides, plan_of, restrided, signatures
 from cute_fa.engine.table import TABLE
 from cute_fa.engine.worlds import target_of
 from cute_fa.semantics.argument_names import names_of
-from cute_fa.semantics.call import FIELDS, TENSORS, Call
+from cute_fa.semantics.call import FIELDS, NO_EXTRAS, TENSORS, Call
 from cute_fa.semantics.errors import Fp8Error, NoBackwardError
 from cute_fa.semantics.reference import Gradients
 from cute_fa.semantics.tensors import (
@@ -37,20 +37,26 @@ from cute_fa.semantics.tensors import (
 from cute_fa.semantics.types import Direction, PersistentMode
 
 if TYPE_CHECKING:
-    from cute_fa.engine.worlds import Target
+    from collections.abc import Callable
+
     from cute_fa.semantics.problem import AttentionProblem
     from cute_fa.semantics.types import SmArch
 
+# Where in the operator's arguments those stand whose gradients Gradients names, in its order.
+_DIFFERENTIABLE = tuple(map(FIELDS.index, ("q", "k", "v", "alibi_slopes", "learnable_sink")))
 GIVEN = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse"
 
 
 @dataclass(kw_only=True)
 class BackwardPlan(Plan):
-    """``strides``: canonical strides of q, k, v, out, dout where a dimension of size 1 has odd ones. ``copies``:
-    whether dout has strides that no kernel can load."""
+    """``new`` allocate dq, dk, dv, dalibi and dsink on their argument's device, None for those not wanted. ``strides``:
+    canonical strides of q, k, v, out and dout where a dimension of size 1 has odd ones; None if none has. ``copies``:
+    whether dout has strides that no kernel can load. ``expanded``: as of a forward's plan."""
 
-    strides: tuple[tuple[int, ...] | None, ...]
+    new: tuple[Callable[[torch.Tensor], torch.Tensor] | None, ...]
+    strides: tuple[tuple[int, ...] | None, ...] | None
     copies: bool
+    expanded: dict[str, tuple[int, ...]]
 
 
 def problem_of_backward(
@@ -87,79 +93,114 @@ def problem_of_backward(
 
 def _attention_backward(dout, dlse, out, lse, *arguments):
     call, slopes_gradient = Call.of(arguments[:-1]), arguments[-1]
-    target = target_of(call.q.device)
-    key = ("backward", target, signatures((dout, dlse, out, lse, *call.tensors())), call.options, slopes_gradient)
-    plan = plan_of(key, _make_plan, target, dout, dlse, out, lse, call, slopes_gradient)
+    return _without_none(_run(dout, dlse, out, lse, call, slopes_gradient), call)
+
+
+def _run(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: Call,
+    slopes_gradient: bool,
+) -> Gradients:
+    """The gradients of a call, the kernels launched; allocates what is to be returned."""
+    key = (*key_of(*call, out), *signatures((dout, dlse, lse)), slopes_gradient)
+    plan = plan_of(key, _make_plan, dout, dlse, out, lse, call, slopes_gradient)
+    q, k, v, extras, _ = call
     if worlds.checks_values():
         check_values(plan.problem, call)
-    grads = _new_gradients(call, slopes_gradient)
+    grads = Gradients(*[None if new is None else new(q) for new in plan.new])
     if not plan.launches:
         _without_keys(grads, dlse, lse)
         return grads
-    q, k, v = call[:3]
-    check_pointers(plan.names.of({"q": q, "k": k, "v": v, "out": out}))
-    *strides, strides_dout = plan.strides
-    if any(strides):
-        q, k, v, out = map(restrided, (q, k, v, out), strides)
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % ALIGNMENT:
+        check_pointers(plan.names.of({"q": q, "k": k, "v": v, "out": out}))
     if plan.copies or dout.data_ptr() % ALIGNMENT:
         dout = dout.clone(memory_format=torch.contiguous_format)
-    else:
-        dout = restrided(dout, strides_dout)
-    forward = AttentionTensors(q, k, v, out, lse.contiguous(), call.extras)
-    dlse = None if dlse is None else dlse.contiguous()
-    plan.launch((forward, dout, dlse, *_named(grads, call, slopes_gradient)))
+    elif plan.strides is not None:
+        dout = restrided(dout, plan.strides[-1])
+    if plan.strides is not None:
+        q, k, v, out = map(restrided, (q, k, v, out), plan.strides[:-1])
+    if plan.expanded:
+        extras = extras._replace(**{n: getattr(extras, n).expand(shape) for n, shape in plan.expanded.items()})
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    dq, dk, dv, dalibi, dsink = grads
+    if dalibi is not None:
+        dalibi = dalibi.view(-1, dalibi.shape[-1])
+    if dsink is not None:
+        dsink = dsink.view(1, -1)
+    plan.launch(((q, k, v, out, lse.contiguous(), extras), dout, dlse, dq, dk, dv, dalibi, dsink))
     return grads
 
 
-def _make_plan(target: Target, dout, dlse, out, lse, call: Call, slopes_gradient: bool) -> BackwardPlan:
+def _make_plan(dout, dlse, out, lse, call: Call, slopes_gradient: bool) -> BackwardPlan:
+    target = target_of(call.q.device)
     problem = problem_of_backward(target.arch, dout, dlse, out, lse, call, slopes_gradient)
+    strides = tuple(map(odd_strides, (call.q, call.k, call.v, out, dout)))
     return BackwardPlan(
-        kind=BackwardTensors,
+        kind=_backward_tensors,
         problem=problem,
         names=names_of(call.options.names),
         kernel=TABLE.lookup(problem, call.options.family),
         target=target,
         launches=call.has_work,
-        strides=tuple(map(odd_strides, (call.q, call.k, call.v, out, dout))),
+        new=_allocations(call, slopes_gradient),
+        strides=None if strides == (None,) * 5 else strides,
         copies=load_rule(dout) is not None or (call.extras.query_walk is not None and is_spread(dout)),
+        expanded=expanded_extras(problem, call.extras),
     )
 
 
-def _wanted(call: Call, slopes_gradient: bool) -> tuple[bool, bool]:
-    """Whether the slopes and the sink get gradients."""
-    return slopes_gradient, call.extras.learnable_sink is not None
+def _backward_tensors(forward: tuple, *others: Any) -> BackwardTensors:
+    return BackwardTensors(AttentionTensors(*forward), *others)
 
 
-def _new_gradients(call: Call, slopes_gradient: bool) -> tuple[torch.Tensor, ...]:
-    """dq, dk, dv, dalibi, dsink, contiguous; an operator returns no None: empty ones stand for those not wanted. Packed
-    tensors may have rows after the last sequence, where only the device knows: these are 0 beforehand."""
-    packed = (call.extras.cu_seqlens_q, call.extras.cu_seqlens_k, call.extras.cu_seqlens_k)
-    small = zip((call.extras.alibi_slopes, call.extras.learnable_sink), _wanted(call, slopes_gradient), strict=True)
-    return (
-        *(t.new_empty(t.shape) if cu is None else t.new_zeros(t.shape) for t, cu in zip(call[:3], packed, strict=True)),
-        *(call.q.new_empty(t.shape if wanted else (0,), dtype=torch.float32) for t, wanted in small),
+def _gradient_shapes(call: Call, slopes_gradient: bool) -> Gradients:
+    """Shape and dtype of each gradient, None for those not wanted."""
+    slopes, sink = call.extras.alibi_slopes, call.extras.learnable_sink
+    return Gradients(
+        *((t.shape, t.dtype) for t in call[:3]),
+        (slopes.shape, torch.float32) if slopes_gradient else None,
+        None if sink is None else (sink.shape, torch.float32),
     )
 
 
-def _named(grads: tuple[torch.Tensor, ...], call: Call, slopes_gradient: bool) -> Gradients:
-    """With None for gradients that are not wanted."""
-    small = zip(grads[3:], _wanted(call, slopes_gradient), strict=True)
-    return Gradients(*grads[:3], *(grad if wanted else None for grad, wanted in small))
+def _allocations(call: Call, slopes_gradient: bool) -> tuple[Callable[[torch.Tensor], torch.Tensor] | None, ...]:
+    """What allocates each gradient, contiguous. Packed tensors may have rows after the last sequence, where only the
+    device knows: these are 0 beforehand."""
+    offsets = call.extras.cu_seqlens_q, call.extras.cu_seqlens_k
+    zeroed = (offsets[0] is not None, offsets[1] is not None, offsets[1] is not None, False, False)
+    shapes = _gradient_shapes(call, slopes_gradient)
+    return tuple(
+        None if of is None else new_zeros(*of) if zero else new_like(*of)
+        for of, zero in zip(shapes, zeroed, strict=True)
+    )
 
 
-def _without_keys(grads: tuple[torch.Tensor, ...], dlse: torch.Tensor | None, lse: torch.Tensor) -> None:
+def _without_none(grads: Gradients, call: Call) -> tuple[torch.Tensor, ...]:
+    """What an operator returns: empty tensors stand for gradients not wanted."""
+    return tuple(call.q.new_empty(0, dtype=torch.float32) if grad is None else grad for grad in grads)
+
+
+def _without_keys(grads: Gradients, dlse: torch.Tensor | None, lse: torch.Tensor) -> None:
     """The result where no query or no key exists at all. LSE is the sink then, or −inf in rows that do not count."""
     for grad in grads:
-        grad.zero_()
-    if grads[4].numel() and dlse is not None:
+        if grad is not None:
+            grad.zero_()
+    if grads.dsink is not None and dlse is not None:
         counting = torch.where(lse.isneginf(), 0.0, dlse)
-        grads[4].copy_(counting.sum([dim for dim in range(lse.dim()) if dim != lse.dim() - 2]))
+        grads.dsink.copy_(counting.sum([dim for dim in range(lse.dim()) if dim != lse.dim() - 2]))
 
 
 def _fake(dout, dlse, out, lse, *arguments):
     call, slopes_gradient = Call.of(arguments[:-1]), arguments[-1]
     check_call_devices(call, dout=dout, dlse=dlse, out=out, lse=lse)
-    return _new_gradients(call, slopes_gradient)
+    grads = (
+        None if of is None else call.q.new_empty(of[0], dtype=of[1]) for of in _gradient_shapes(call, slopes_gradient)
+    )
+    return _without_none(Gradients(*grads), call)
 
 
 define(
@@ -182,11 +223,13 @@ def attention_backward(
 ) -> Gradients:
     """The operator ``cute_fa::attention_backward``: gradients of the inputs of ``call``, whose forward gave ``out`` and
     ``lse``, from those of these two; ``dlse`` None is zero."""
-    given = (dout, dlse, out, lse)
-    unwatched = torch_internals.unwatched((*given, *call.tensors()))
-    direct = unwatched and not call.q.is_meta and torch_internals.have_memory(dout, dlse)
-    run = _attention_backward if direct else _attention_backward_op
-    return _named(run(*given, *call.flat(), slopes_gradient), call, slopes_gradient)
+    tensors = call[:3] if call.extras is NO_EXTRAS else call.tensors()
+    unwatched = torch_internals.unwatched((dout, dlse, out, lse, *tensors))
+    if unwatched and not call.q.is_meta and torch_internals.have_memory(dout, dlse):
+        return _run(dout, dlse, out, lse, call, slopes_gradient)
+    grads = _attention_backward_op(dout, dlse, out, lse, *call.flat(), slopes_gradient)
+    wanted = _gradient_shapes(call, slopes_gradient)
+    return Gradients(*(None if of is None else grad for of, grad in zip(wanted, grads, strict=True)))
 
 
 def _check_differentiable(arguments: tuple) -> None:
@@ -213,13 +256,15 @@ def _gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -
     """A gradient for each argument of the forward."""
     *tensors, out, lse = ctx.saved_tensors
     call = Call.of((*tensors, *ctx.options))
-    call = call.changed(deterministic=call.options.deterministic or torch.are_deterministic_algorithms_enabled())
+    if torch.are_deterministic_algorithms_enabled() and not call.options.deterministic:
+        call = call.changed(deterministic=True)
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = attention_backward(dout, dlse, out, lse, call, ctx.needs_input_grad[FIELDS.index("alibi_slopes")])
-    by_name = {"q": grads.dq, "k": grads.dk, "v": grads.dv}
-    by_name |= {"alibi_slopes": grads.dalibi, "learnable_sink": grads.dsink}
-    return tuple(by_name.get(name) for name in FIELDS)
+    grads = attention_backward(dout, dlse, out, lse, call, ctx.needs_input_grad[_DIFFERENTIABLE[3]])
+    by_field: list[torch.Tensor | None] = [None] * len(FIELDS)
+    for place, grad in zip(_DIFFERENTIABLE, grads, strict=True):
+        by_field[place] = grad
+    return tuple(by_field)
 
 
 def _second_derivative(ctx, *_):

@@ -8,6 +8,7 @@ launch with the argument tuple that the kernel class packs from ``AttentionTenso
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -38,7 +39,8 @@ class AttentionTensors(NamedTuple):
     Dense: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v (…, head_dim_v), out
     (batch, seqlen_q, heads, head_dim_v), lse fp32 (batch, heads, seqlen_q). With ``cu_seqlens_q`` q and out are
     (total_q, heads, …) and lse is (heads, total_q); with ``cu_seqlens_k`` k and v are (total_k, heads_kv, …); with
-    ``page_table`` they are (num_pages, page_size, heads_kv, …).
+    ``page_table`` they are (num_pages, page_size, heads_kv, …). ``scratch``: what :meth:`AttentionKernel.scratch` asks
+    for.
     """
 
     q: torch.Tensor
@@ -47,12 +49,14 @@ class AttentionTensors(NamedTuple):
     out: torch.Tensor
     lse: torch.Tensor
     extras: Extras
+    scratch: tuple[torch.Tensor | None, ...] = ()
 
 
 class BackwardTensors(NamedTuple):
     """The tensors of one backward call. ``forward``: inputs, and out and lse as the forward gave them. ``dout`` is
     shaped like out, ``dlse`` like lse (fp32) or None; written: ``dq``, ``dk``, ``dv``, shaped like q, k, v and
-    contiguous, ``dalibi`` fp32 like alibi_slopes or None, ``dsink`` fp32 (heads) or None."""
+    contiguous, ``dalibi`` fp32 (1 or batch, heads) or None, ``dsink`` fp32 (1, heads) or None. ``scratch``: what
+    :meth:`AttentionKernel.scratch` asks for."""
 
     forward: AttentionTensors
     dout: torch.Tensor
@@ -62,6 +66,7 @@ class BackwardTensors(NamedTuple):
     dv: torch.Tensor
     dalibi: torch.Tensor | None
     dsink: torch.Tensor | None
+    scratch: tuple[torch.Tensor | None, ...] = ()
 
 
 class AppendTensors(NamedTuple):
@@ -88,6 +93,18 @@ class WalkTensors(NamedTuple):
     walk: torch.Tensor
     entry_capacity: int
     mask_capacity: int
+
+
+class Memory(NamedTuple):
+    """A contiguous tensor that a launch needs beside those of its call."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -239,11 +256,18 @@ class AttentionKernel(ABC):
         return None
 
     @classmethod
+    def scratch(cls, problem: Any, config: Any, tensors: Any) -> tuple[Memory | None, ...]:
+        """What a launch needs beside the tensors of its call, the same for all calls of one description. It is
+        allocated anew for each launch, on that launch's stream, and handed to :meth:`arguments` as ``tensors.scratch``,
+        None for None. Its values are undefined: a kernel reads there what it has written."""
+        return ()
+
+    @classmethod
     @abstractmethod
     def arguments(cls, problem: Any, config: Any, tensors: Any, num_sms: int) -> tuple:
         """Run-time arguments in the order of ``KernelConfig.build()``: torch tensors, numbers, nested tuples, None.
         ``config``: that of :meth:`configure`; ``tensors``: AttentionTensors, BackwardTensors, AppendTensors or
-        WalkTensors. A backward allocates what it needs besides.
+        WalkTensors, whose views it may take; a tensor of its own costs every call time (``cute_fa.engine.plan``).
 
         ``num_sms``: SMs of the device, which a persistent kernel launches its CTAs by."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cute_fa.engine.compiler import CompiledKernel
-    from cute_fa.engine.contract import AttentionKernel, KernelConfig
+    from cute_fa.engine.contract import AttentionKernel, KernelConfig, Memory
     from cute_fa.engine.worlds import Target
     from cute_fa.semantics.argument_names import ArgumentNames
 
@@ -45,7 +45,8 @@ def plan_of(key: tuple, make: Callable[..., Any], *arguments: Any) -> Any:
 class Plan:
     """``kind``: the NamedTuple of the tensors that the kernel is launched with; ``problem``: of the direction's kind;
     ``names``: what the caller calls the arguments; ``launches``: whether there is anything to compute. ``compiled``,
-    and ``pack``, which gives the kernel's arguments, are set by the first launch, after all checks."""
+    ``pack``, which gives the kernel's arguments, and ``new_scratch``, which allocates its scratch memory, None if it
+    has none, are set by the first launch, after all checks."""
 
     kind: Any
     problem: Any
@@ -56,22 +57,42 @@ class Plan:
     config: KernelConfig | None = None
     compiled: CompiledKernel | None = None
     pack: Callable[..., tuple] | None = None
+    new_scratch: Callable[[tuple], tuple] | None = None
 
     def launch(self, tensors: tuple) -> None:
-        """Run the kernel with the items of ``kind``."""
+        """Run the kernel with the items of ``kind``, without its scratch memory."""
         if self.compiled is None:
-            self._prepare(self.kind(*tensors))
+            self._prepare(tensors)
+        if self.new_scratch is not None:
+            tensors += (self.new_scratch(tensors),)
         self.compiled.launch(self.pack(tensors))
 
     def _prepare(self, tensors: tuple) -> None:
         self.config = self.kernel.configure(self.problem)
         if recorder is not None:
             recorder(self.config)
+        self.new_scratch = allocation(self.kernel.scratch(self.problem, self.config, self.kind(*tensors)), tensors)
+        if self.new_scratch is not None:
+            tensors += (self.new_scratch(tensors),)
         self.pack = packing(self._arguments, tensors)
         self.compiled = compiled(self.config)
 
     def _arguments(self, tensors: tuple) -> tuple:
         return self.kernel.arguments(self.problem, self.config, self.kind(*tensors), self.target.num_sms)
+
+
+def allocation(parts: Sequence[Memory | None], tensors: tuple) -> Callable[[tuple], tuple] | None:
+    """A function of tensors like these that allocates the parts where they lie; None if there are no parts."""
+    if not any(parts):
+        return None
+    place = next(i for i, value in enumerate(tensors) if isinstance(value, torch.Tensor))
+    new = [None if part is None else new_like(part.shape, part.dtype) for part in parts]
+
+    def allocate(tensors: tuple) -> tuple:
+        like = tensors[place]
+        return tuple([None if make is None else make(like) for make in new])
+
+    return allocate
 
 
 def packing(arguments: Callable[[tuple], tuple], tensors: tuple) -> Callable[[tuple], tuple]:
@@ -93,11 +114,14 @@ def packer(arguments: tuple, tensors: tuple) -> Callable[[tuple], tuple] | None:
     """A function of a tuple like ``tensors`` that gives ``arguments`` with its tensors in the places of these; None if
     there are tensors of another origin.
 
-    What it picks from is a pool: the tensors, nested tuples of tensors laid side by side, then the constants, then each
-    tuple with tensors inside as soon as it is made."""
-    only_last = [isinstance(value, tuple) for value in tensors] == [False] * (len(tensors) - 1) + [True]
-    flatten = _with_last if only_last and not any(isinstance(item, tuple) for item in tensors[-1]) else _flattened
-    flat = flatten(tensors)
+    What it picks from is a pool: the tensors, then the items of each tuple in the pool that holds tensors, then the
+    constants, then each tuple with tensors inside as soon as it is made."""
+    flat = list(tensors)
+    nested = []  # places of the tuples whose items follow
+    for i, value in enumerate(flat):  # which grows meanwhile
+        if isinstance(value, tuple) and _holds_tensors(value):
+            nested.append(i)
+            flat += value
     places = {id(tensor): i for i, tensor in enumerate(flat) if isinstance(tensor, torch.Tensor)}
     constants: list[Any] = []
     made: list[list[tuple[str, int]]] = []  # for each tuple with tensors, inner ones first: where its items lie
@@ -130,7 +154,10 @@ def packer(arguments: tuple, tensors: tuple) -> Callable[[tuple], tuple] | None:
         *before, last = inner
 
         def pack_first(tensors: tuple) -> tuple:
-            pool = flatten(tensors) + fixed
+            pool = tensors
+            for i in nested:
+                pool += pool[i]
+            pool += fixed
             for pick in before:
                 pool += (pick(pool),)
             return (last(pool), *others)
@@ -138,7 +165,10 @@ def packer(arguments: tuple, tensors: tuple) -> Callable[[tuple], tuple] | None:
         return pack_first
 
     def pack(tensors: tuple) -> tuple:
-        pool = flatten(tensors) + fixed
+        pool = tensors
+        for i in nested:
+            pool += pool[i]
+        pool += fixed
         for pick in inner:
             pool += (pick(pool),)
         return whole(pool)
@@ -151,19 +181,6 @@ def _picker(indices: Sequence[int]) -> Callable[[tuple], tuple]:
         (index,) = indices
         return lambda pool: (pool[index],)
     return itemgetter(*indices)
-
-
-def _with_last(tensors: tuple) -> tuple:
-    """:func:`_flattened` where only the last item is a tuple, in a tenth of the time."""
-    return tensors[:-1] + tensors[-1]
-
-
-def _flattened(tensors: tuple) -> tuple:
-    """The items of nested tuples side by side."""
-    flat: tuple = ()
-    for value in tensors:
-        flat += _flattened(value) if isinstance(value, tuple) else (value,)
-    return flat
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -184,6 +201,11 @@ def new_like(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[torch.Tens
     thirds of the time."""
     strides = torch.empty(shape, dtype=dtype, device="meta").stride()
     return methodcaller("new_empty_strided", shape, strides, dtype=dtype)
+
+
+def new_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """:func:`new_like`, of zeros."""
+    return methodcaller("new_zeros", shape, dtype=dtype)
 
 
 def odd_strides(tensor: torch.Tensor | None, contiguous: int = -1) -> tuple[int, ...] | None:

@@ -70,6 +70,7 @@ class Options(NamedTuple):
 
 
 NO_EXTRAS = Extras()
+_ABSENT = frozenset((type(None),))
 TENSORS = ("q", "k", "v", *Extras._fields)
 FIELDS = (*TENSORS, *Options._fields)
 
@@ -87,7 +88,9 @@ class Call(NamedTuple):
     def of(cls, arguments: tuple) -> Call:
         """The call of an operator's flat arguments."""
         count = len(TENSORS)
-        return cls._make((*arguments[:3], Extras._make(arguments[3:count]), Options._make(arguments[count:])))
+        tensors = arguments[3:count]
+        extras = NO_EXTRAS if _ABSENT.issuperset(map(type, tensors)) else Extras._make(tensors)
+        return cls._make((*arguments[:3], extras, Options._make(arguments[count:])))
 
     @classmethod
     def made(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **fields: Any) -> Call:
@@ -98,7 +101,9 @@ class Call(NamedTuple):
         """The call with other values for fields of Extras and Options, or for q, k and v."""
         extras = {name: fields.pop(name) for name in Extras._fields if name in fields}
         options = {name: fields.pop(name) for name in Options._fields if name in fields}
-        return self._replace(extras=self.extras._replace(**extras), options=self.options._replace(**options), **fields)
+        if extras:
+            fields["extras"] = self.extras._replace(**extras)
+        return self._replace(options=self.options._replace(**options), **fields)
 
     def flat(self) -> tuple:
         """The operator's arguments."""

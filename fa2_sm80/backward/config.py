@@ -55,6 +55,7 @@ class Fa2BackwardConfig(FeatureConfig):
     slopes_by_keys: ClassVar[bool] = True
     statistics: ClassVar[str] = "rows"
     turns: ClassVar[bool] = False
+    longest_first: ClassVar[bool] = False
 
     tile_m: int
     tile_n: int

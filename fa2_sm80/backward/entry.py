@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from cute_fa.device.tiled_backward import Launch, backward_launch
+from cute_fa.device.tiled_backward import TiledBackward
 from cute_fa.device.tiling import ceil_div
-from cute_fa.engine.contract import AttentionKernel, BackwardTensors, Candidate
+from cute_fa.engine.contract import Candidate
 from cute_fa.semantics.problem import AttentionProblem
-from cute_fa.semantics.types import Direction
 from fa2_sm80.backward.config import Fa2BackwardConfig, backward_candidates, backward_config
 from fa2_sm80.common.rules import objections
 
 
-class Fa2Backward(AttentionKernel):
+class Fa2Backward(TiledBackward):
     """Backward with cp.async and mma.sync, for sm_80 and every arch after it: fp16 and bf16, head_dim 8 … 256."""
 
     family = "fa2"
-    direction = Direction.BACKWARD
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
@@ -35,9 +33,3 @@ class Fa2Backward(AttentionKernel):
     @classmethod
     def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
         return backward_candidates(problem)
-
-    @classmethod
-    def arguments(
-        cls, problem: AttentionProblem, config: Fa2BackwardConfig, tensors: BackwardTensors, num_sms: int
-    ) -> Launch:
-        return backward_launch(problem, config, tensors)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from cute_fa.device.tiling import ceil_div
-from cute_fa.engine.contract import AttentionKernel, AttentionTensors, Candidate, CommonArguments, common_arguments
+from cute_fa.engine.contract import (
+    AttentionKernel,
+    AttentionTensors,
+    Candidate,
+    CommonArguments,
+    Memory,
+    common_arguments,
+)
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction
 from fa2_sm80.common.rules import objections
@@ -15,10 +22,10 @@ from fa2_sm80.split.config import Fa2SplitConfig, num_splits, split_candidates, 
 
 
 class Parts(NamedTuple):
-    """Memory in the order of ``fa2_sm80.split.arguments.Parts``."""
+    """Memory for what the splits leave, and what lies in it, in the order of ``fa2_sm80.split.arguments.Parts``."""
 
-    out: torch.Tensor
-    lse: torch.Tensor
+    out: Any
+    lse: Any
 
 
 class Launch(NamedTuple):
@@ -59,23 +66,24 @@ class Fa2Split(AttentionKernel):
         return num_splits(problem, num_sms)
 
     @classmethod
+    def scratch(
+        cls, problem: AttentionProblem, config: Fa2SplitConfig, tensors: AttentionTensors
+    ) -> tuple[Memory | None, ...]:
+        if problem.num_splits == 1:
+            return ()
+        rows = tensors.lse.numel()
+        return Parts(
+            out=Memory((problem.num_splits, rows, problem.head_dim_v), torch.float32),
+            lse=Memory((problem.num_splits, rows), torch.float32),
+        )
+
+    @classmethod
     def arguments(
         cls, problem: AttentionProblem, config: Fa2SplitConfig, tensors: AttentionTensors, num_sms: int
     ) -> Launch:
         return Launch(
             common=common_arguments(problem, tensors),
-            parts=_parts(problem, tensors),
+            parts=Parts(*tensors.scratch) if tensors.scratch else None,
             seqlen_q=problem.seqlen_q,
             num_splits=problem.num_splits,
         )
-
-
-def _parts(problem: AttentionProblem, tensors: AttentionTensors) -> Parts | None:
-    """Memory for what the splits leave, None for one."""
-    if problem.num_splits == 1:
-        return None
-    rows = tensors.lse.numel()
-    return Parts(
-        out=tensors.lse.new_empty(problem.num_splits, rows, problem.head_dim_v),
-        lse=tensors.lse.new_empty(problem.num_splits, rows),
-    )

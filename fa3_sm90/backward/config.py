@@ -56,6 +56,12 @@ class Fa3BackwardConfig(FeatureConfig):
         return self.deterministic
 
     @property
+    def longest_first(self) -> bool:
+        """Whether the longest tiles come first, over several heads at a time (``work.key_tile``): under a right bound
+        alone, as a causal mask is one. A window's tiles are about equally long, as are those of full attention."""
+        return self.window_right and not self.window_left
+
+    @property
     def stats_elements(self) -> int:
         """Statistics of a tile of queries: LSE and D."""
         return 2 * self.tile_m

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from cute_fa.device.tiled_backward import Launch, backward_launch
-from cute_fa.engine.contract import AttentionKernel, BackwardTensors, Candidate
+from cute_fa.device.tiled_backward import TiledBackward
+from cute_fa.engine.contract import Candidate
 from cute_fa.semantics.problem import AttentionProblem
-from cute_fa.semantics.types import Direction
 from fa3_sm90.backward.config import Fa3BackwardConfig, backward_candidates, backward_config, backward_objections
 from fa3_sm90.backward.rules import grid_objections, problem_objections
 
 
-class Fa3Backward(AttentionKernel):
+class Fa3Backward(TiledBackward):
     """Backward with TMA and wgmma, for sm_90a: fp16 and bf16, head_dims whose sums fit two warpgroups' registers."""
 
     family = "fa3"
-    direction = Direction.BACKWARD
+    l2_bytes = 50 * 2**20  # of an H100 and an H200 (NVIDIA H100 whitepaper)
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
@@ -31,9 +30,3 @@ class Fa3Backward(AttentionKernel):
     @classmethod
     def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
         return backward_candidates(problem)
-
-    @classmethod
-    def arguments(
-        cls, problem: AttentionProblem, config: Fa3BackwardConfig, tensors: BackwardTensors, num_sms: int
-    ) -> Launch:
-        return backward_launch(problem, config, tensors)

@@ -8,6 +8,7 @@ from cutlass import Int32, const_expr
 from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.query_range import QueryRange, query_range
 from cute_fa.device.seqlen import SeqlenInfo, key_rows
+from cute_fa.device.tile_scheduler import tile_longest_first
 from fa3_sm90.backward.config import Fa3BackwardConfig
 
 
@@ -31,9 +32,16 @@ class KeyWork(NamedTuple):
 
 
 def key_tile(config: Fa3BackwardConfig, args: BackwardArguments, index: Int32):
-    """(n_block, head_kv, batch) of the tile of this index. The tiles of a head are neighbours, for its Q and dO in L2;
-    under a right bound the first one has the most queries and goes first."""
+    """(n_block, head_kv, batch) of the tile of this index.
+
+    The tiles of a head are neighbours, for its Q, dO and sums of dQ in L2. Under a right bound the first one has the
+    most queries: head by head, the last heads' would begin late and end after all others. There heads are taken in
+    groups whose Q, dO and sums stay in L2 together, and of a group the first tiles of all heads go first. A tile of a
+    head always comes after those of the keys before its own, which it waits for where tiles take turns."""
     n_blocks, heads_kv = cute.ceil_div(args.seqlen_k, config.tile_n), args.common.k.shape[-2]
+    if const_expr(config.longest_first):
+        later, row = tile_longest_first(index, n_blocks, heads_kv * args.common.batches, args.head_group)
+        return n_blocks - 1 - later, row % heads_kv, row // heads_kv
     return index % n_blocks, index // n_blocks % heads_kv, index // n_blocks // heads_kv
 
 

@@ -42,6 +42,11 @@ class Fa3SplitBackwardConfig(FeatureConfig):
     slopes_gradient: bool = False
 
     @property
+    def longest_first(self) -> bool:
+        """As of :class:`Fa3BackwardConfig`: whether tiles differ in length, the longest of several heads come first."""
+        return self.window_right and not self.window_left
+
+    @property
     def stats_elements(self) -> int:
         """Statistics of a tile of queries: LSE and D."""
         return 2 * TILE

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cute_fa.device.tiled_backward import Launch, backward_launch
-from cute_fa.engine.contract import AttentionKernel, BackwardTensors, Candidate
+from cute_fa.device.tiled_backward import TiledBackward
+from cute_fa.engine.contract import Candidate
 from cute_fa.semantics.problem import AttentionProblem
-from cute_fa.semantics.types import Direction
+from fa3_sm90.backward.entry import Fa3Backward
 from fa3_sm90.backward.rules import grid_objections, problem_objections
 from fa3_sm90.backward_split.config import (
     TILE,
@@ -15,11 +15,11 @@ from fa3_sm90.backward_split.config import (
 )
 
 
-class Fa3SplitBackward(AttentionKernel):
+class Fa3SplitBackward(TiledBackward):
     """Backward with TMA and wgmma, for sm_90a: fp16 and bf16, any head_dims up to 256, dQ by a kernel of its own."""
 
     family = "fa3"
-    direction = Direction.BACKWARD
+    l2_bytes = Fa3Backward.l2_bytes
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
@@ -32,9 +32,3 @@ class Fa3SplitBackward(AttentionKernel):
     @classmethod
     def candidates(cls, problem: AttentionProblem) -> list[Candidate]:
         return split_backward_candidates(problem)
-
-    @classmethod
-    def arguments(
-        cls, problem: AttentionProblem, config: Fa3SplitBackwardConfig, tensors: BackwardTensors, num_sms: int
-    ) -> Launch:
-        return backward_launch(problem, config, tensors)

@@ -154,7 +154,8 @@ class OurKernel(Kernel):
         # a probe is shorter than the workload, and gets the workload's config all the same
         self.fields = {name: getattr(config, name) for name in tunable(self.kernel)}
         if w.direction is Direction.BACKWARD:
-            return TileShape(config.tile_n, config.tile_m, w.heads // w.heads_kv, by_head=True)
+            by_head = not config.longest_first
+            return TileShape(config.tile_n, config.tile_m, w.heads // w.heads_kv, by_head=by_head)
         by_head = self.kernel.family == "fa2"
         tokens = getattr(config, "tile_tokens", None) or config.tile_m
         return TileShape(tokens, config.tile_n, getattr(config, "pack_gqa", 1), getattr(config, "cluster", 1),
@@ -220,7 +221,8 @@ class Fa4Kernel(Kernel):
                 config = self.settings.get("config") or self.interface._tile_size_bwd_sm90(
                     w.head_dim, w.head_dim_v, causal, local
                 )
-            return TileShape(config.n_block_size, config.m_block_size)
+            # its scheduler that takes several heads together (SingleTileLPTBwdScheduler) is the deterministic kernel's
+            return TileShape(config.n_block_size, config.m_block_size, by_head=True)
         if major == 8:
             tokens, step, packed = 128, 64, False
         elif major == 9:

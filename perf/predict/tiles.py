@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cute_fa.device.tiling import ceil_div, head_group
+from cute_fa.device.tiling import backward_row_bytes, ceil_div, head_group
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.types import Direction
 from perf.workload import Workload
@@ -48,22 +48,31 @@ def steps_of(shape: TileShape, workload: Workload, first: int) -> int:
 
 def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[int]:
     """Steps of each tile, in the order in which they are handed out (``device/tile_scheduler.py``): under a
-    right bound the longest first, in groups of heads whose K and V fit into the L2, or head by head."""
+    right bound the longest first, in groups of heads that fit into the L2 together, or head by head."""
     per_row = [steps_of(shape, workload, first) for first in range(0, workload.seqlen, shape.tokens)]
     rows = workload.batch * workload.heads // shape.heads
     if workload.window_size[1] is None:
         return per_row * rows
     if workload.direction is Direction.FORWARD:
         per_row.reverse()
-    kv = workload.seqlen * (workload.head_dim + workload.head_dim_v) * workload.dtype.bytes
-    per_kv = workload.heads // workload.heads_kv // shape.heads
-    group = 1 if shape.by_head else min(head_group(kv, l2_bytes, max(per_kv, 1)), rows)
+    group = 1 if shape.by_head else min(_group(shape, workload, l2_bytes), rows)
     out: list[int] = []
     groups = [min(group, rows - first) for first in range(0, rows, group)]
     for number, heads in enumerate(groups):
         falls = not shape.persistent or (len(groups) - 1 - number) % 2 == 0
         out += [steps for steps in (per_row if falls else per_row[::-1]) for _ in range(heads)]
     return out
+
+
+def _group(shape: TileShape, workload: Workload, l2_bytes: int) -> int:
+    """Rows of tiles whose heads share the L2: forward K and V, backward Q, dO and the sums of dQ of a row's heads."""
+    w = workload
+    if w.direction is Direction.BACKWARD:
+        return head_group(
+            w.seqlen * shape.heads * backward_row_bytes(w.head_dim, w.head_dim_v, w.dtype.bytes), l2_bytes
+        )
+    kv = w.seqlen * (w.head_dim + w.head_dim_v) * w.dtype.bytes
+    return head_group(kv, l2_bytes, max(w.heads // w.heads_kv // shape.heads, 1))
 
 
 def makespan(shape: TileShape, steps: list[int], cost: Cost, slots: int, start: float) -> float:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import cute_fa
+from cute_fa.device.tiled_backward import Launch, Scratch, TiledBackward
 from cute_fa.engine import attention as engine
 from cute_fa.engine import plan as plans
-from cute_fa.engine.contract import AttentionTensors
-from cute_fa.semantics.call import Extras
+from cute_fa.engine.autograd import attention_backward
+from cute_fa.engine.contract import AttentionTensors, CommonArguments
+from cute_fa.semantics.call import Call, Extras
 from cute_fa.semantics.errors import CuteFaError
 from fa2_sm80.forward.entry import Fa2Forward
 
@@ -71,6 +73,104 @@ def test_arguments_are_those_of_the_kernel_in_every_call(monkeypatch):
             assert common[7].data_ptr() == given.extras.alibi_slopes.data_ptr()
             assert common[0] is given.q and common[1] is given.k
         assert asked == [7, 7]
+
+
+BACKWARD_ARCHS = ["sm_80", "sm_90a"]
+
+
+@pytest.fixture
+def backward(monkeypatch):
+    """``backward(arch, q, k, v, **fields)``: what launches of the backward of a call of ``Call.made`` are given, of
+    which none is compiled, and how often the kernel was asked for its arguments: two calls with tensors of their
+    own."""
+    arguments, launched, asked = TiledBackward.arguments.__func__, [], []
+
+    def counted(cls, *given):
+        asked.append(cls)
+        return arguments(cls, *given)
+
+    kernel = type("Kernel", (), {"launch": lambda self, args: launched.append(args)})()
+    monkeypatch.setattr(plans, "PLANS", {})
+    monkeypatch.setattr(plans, "compiled", lambda config: kernel)
+    monkeypatch.setattr(TiledBackward, "arguments", classmethod(counted))
+
+    def run(arch, q, k, v, dlse=None, **fields):
+        launched.clear(), asked.clear()
+        grads = []
+        with cute_fa.simulate(arch):
+            for _ in range(2):
+                call = Call.made(q.clone(), k.clone(), v.clone(), **fields)
+                given = torch.randn_like(q), dlse, torch.randn_like(q), torch.zeros(call.lse_shape)
+                slopes = call.extras.alibi_slopes is not None
+                grads.append((call, given, attention_backward(*given, call, slopes)))
+        return [(Launch(*args), *made) for args, made in zip(launched, grads, strict=True)], len(asked)
+
+    return run
+
+
+@pytest.mark.parametrize("arch", BACKWARD_ARCHS)
+@pytest.mark.parametrize("slopes_shape", [(4,), (2, 4)])
+def test_a_backward_is_asked_for_its_arguments_once(backward, arch, slopes_shape):
+    """Slopes of all sequences alike are expanded, their gradient and the sink's are matrices for the kernels."""
+    q, k, v = torch.randn(3, 2, 150, 4, 64).bfloat16().unbind()
+    k, v = k[:, :, :2], v[:, :, :2]
+    slopes, sink, used = torch.rand(slopes_shape), torch.rand(4), torch.tensor([100, 150], dtype=torch.int32)
+    dlse = torch.randn(2, 4, 150)
+    fields = {"alibi_slopes": slopes, "learnable_sink": sink, "seqused_k": used}
+    launches, asked = backward(arch, q, k, v, dlse, **fields, window_right=0, deterministic=True)
+    assert asked == 1
+    for launch, call, (dout, dlse, out, lse), grads in launches:
+        common = CommonArguments(*launch.common)
+        assert [common.q, common.k, common.v, common.out, common.lse] == [call.q, call.k, call.v, out, lse]
+        assert common.alibi_slopes.data_ptr() == slopes.data_ptr() and common.alibi_slopes.shape == (2, 4)
+        assert common.learnable_sink is sink and common.lengths[3] is used and common.window[:2] == (None, 0)
+        assert [launch.dout, launch.dlse, launch.dq, launch.dk, launch.dv] == [dout, dlse, *grads[:3]]
+        assert launch.dalibi.data_ptr() == grads.dalibi.data_ptr() and launch.dsink.data_ptr() == grads.dsink.data_ptr()
+        assert launch.dalibi.shape == (2 if slopes.dim() == 2 else 1, 4) and launch.dsink.shape == (1, 4)
+        assert (grads.dalibi.shape, grads.dsink.shape) == (slopes_shape, (4,))
+        assert (launch.seqlen_q, launch.seqlen_k) == (150, 150)
+
+
+@pytest.mark.parametrize("arch", BACKWARD_ARCHS)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_scratch_memory_is_as_large_as_stated_and_each_launch_has_its_own(backward, arch, deterministic, packed):
+    """The figures of :class:`TiledBackward`: what is stated is what is allocated."""
+    heads, head_dim, batch, lengths, longest = 4, 72, 3, [200, 7, 130], 200
+    q, k, v = torch.randn(3, batch, longest, heads, head_dim).bfloat16().unbind()
+    fields = {"deterministic": deterministic, "alibi_slopes": torch.rand(heads), "learnable_sink": torch.rand(heads)}
+    if packed:
+        q, k, v = (t.flatten(0, 1)[: sum(lengths)] for t in (q, k, v))
+        offsets = torch.tensor([0, 200, 207, 337], dtype=torch.int32)
+        fields |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), offsets)
+        fields |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), longest)
+    launches, asked = backward(arch, q, k, v, **fields)
+    assert asked == 1
+    ((plan),) = plans.PLANS.values()
+    c, (first, second) = plan.config, (Scratch(*launch.scratch) for launch, *_ in launches)
+    m_blocks, n_blocks = -(-longest // c.tile_m), -(-longest // c.tile_n)
+    tiles = sum(lengths) // c.tile_m + batch if packed else batch * m_blocks
+    assert not packed or tiles >= sum(-(-length // c.tile_m) for length in lengths)
+    summed = arch == "sm_90a" or not deterministic  # sm_80 computes dQ in a kernel of its own
+    bytes_a_head = tiles * c.tile_m * (8 + summed * 4 * c.head_dim_padded)
+    bytes_a_head += batch * (4 * m_blocks + 4 * c.slope_parts * n_blocks)
+    turns = arch == "sm_90a" and deterministic
+    assert sum(t.nbytes for t in first if t is not None) == heads * bytes_a_head + turns * (4 * tiles * heads + 4)
+    assert (first.dq is not None, first.turns is not None) == (summed, turns)
+    for mine, other in zip(first, second, strict=True):
+        assert mine is None or (mine.data_ptr() != other.data_ptr() and mine.shape == other.shape)
+        assert mine is None or (mine.is_contiguous() and mine.device == q.device)
+
+
+def test_splits_have_memory_of_their_own(launched):
+    q = torch.randn(1, 2, 8, 64, dtype=torch.bfloat16)
+    k = torch.randn(1, 4096, 1, 64, dtype=torch.bfloat16)
+    for _ in range(2):
+        cute_fa.flash_attn_func(q, k, k, num_splits=3)
+    (first, second), splits = [args[1] for args in launched], 3
+    assert [tuple(t.shape) for t in first] == [(splits, 16, 64), (splits, 16)] and first[0].dtype is torch.float32
+    assert not {t.data_ptr() for t in first} & {t.data_ptr() for t in second}
+    assert [args[3] for args in launched] == [splits] * 2
 
 
 def test_plans_hold_no_tensors(monkeypatch):

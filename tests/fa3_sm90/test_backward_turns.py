@@ -6,6 +6,7 @@ import torch
 from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import InputSpec
 from tests.testing.gradients import assert_right, gradients_of, same_bits
+from tests.testing.simulated import ctas_at_a_time
 
 MASKS = {
     "full": {},
@@ -28,22 +29,25 @@ def spec_of(head_dim: int = 64, **changes) -> InputSpec:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_right_on_one_sm(head_dim, mask):
     """A tile whose turn never came would wait for ever: the simulator says so."""
-    assert_right(spec_of(head_dim, **MASKS[mask]), "peaked", **FA3, deterministic=True, num_sms=1)
+    with ctas_at_a_time(1):
+        assert_right(spec_of(head_dim, **MASKS[mask]), "peaked", **FA3, deterministic=True)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_same_bits_under_every_schedule(mask):
     spec = spec_of(**MASKS[mask])
     first, _ = gradients_of(spec, **FA3, deterministic=True)
-    for seed, num_sms in enumerate((2, 3, 16)):
-        other, _ = gradients_of(spec, **FA3, deterministic=True, schedule_seed=seed, num_sms=num_sms, late=seed > 0)
+    for seed, sms in enumerate((2, 3, 16)):
+        with ctas_at_a_time(sms):
+            other, _ = gradients_of(spec, **FA3, deterministic=True, schedule_seed=seed, late=seed > 0)
         assert same_bits(first, other)
 
 
 def test_packed_sequences_with_empty_ones():
     lengths = {"lengths_q": (130, 0, 257, 5), "lengths_k": (300, 40, 0, 129)}
     spec = spec_of(batch=4, varlen_q=True, varlen_k=True, causal=True, seqlen_q=257, seqlen_k=300, **lengths)
-    assert_right(spec, "peaked", **FA3, deterministic=True, num_sms=2, race=True)
+    with ctas_at_a_time(2):
+        assert_right(spec, "peaked", **FA3, deterministic=True, race=True)
 
 
 def test_without_turns_the_order_shows():

@@ -13,7 +13,7 @@ from cute_fa.engine import attention as engine
 from cute_fa.semantics.types import SmArch
 from perf import host
 from perf.__main__ import main
-from perf.host import Figure, call_figures, compile_figures, import_figures, microseconds
+from perf.host import Figure, backward_figures, call_figures, compile_figures, import_figures, microseconds
 from perf.static import fa4_target
 
 
@@ -67,6 +67,16 @@ def test_calls(monkeypatch):
         assert len(simulation.launches) == 1
 
 
+def test_backward_calls(monkeypatch):
+    monkeypatch.setattr(host, "CALLS", 2)
+    monkeypatch.setattr(host, "REPETITIONS", 2)
+    own, before, converting, launch, whole = backward_figures(SmArch.SM_90A)
+    assert all(figure.what.startswith("sm_90a, backward: ") for figure in (own, before, converting, launch, whole))
+    assert whole.value == pytest.approx(before.value + converting.value + launch.value)
+    assert (whole.target, before.target) == (15.0, None)
+    assert 0.1 < own.value < before.value and launch.value > 0.1
+
+
 def test_compiles_are_of_fresh_processes(monkeypatch):
     calls = []
     seconds = {"compile": [4.0, 3.0, 6.0], "compile-fa4": [2.0, 2.5], "load": [0.03, 0.01]}
@@ -99,9 +109,11 @@ def test_imports_are_of_fresh_processes():
 
 def test_the_command_prints_targets_beside_what_was_measured(monkeypatch):
     monkeypatch.setattr(host, "call_figures", lambda arch: [Figure(f"{arch.value} call", 9.0, "µs", 5.0)])
+    monkeypatch.setattr(host, "backward_figures", lambda arch: [Figure(f"{arch.value} backward", 12.0, "µs", 15.0)])
     monkeypatch.setattr(host, "compile_figures", lambda *key: [Figure("-".join(map(str, key[1:])), 1.0, "s", 5.0)])
     monkeypatch.setattr(host, "import_figures", lambda repetitions: [])
     done = CliRunner().invoke(main, "host --arch sm_90a --head-dim 64 --full --repetitions 2 --markdown".split())
     assert done.exit_code == 0, done.output
     assert "| sm_90a call | 9 | µs | 5 | MISSED |" in done.stdout
+    assert "| sm_90a backward | 12 | µs | 15 | met |" in done.stdout
     assert "| 64-False-2 | 1 | s | 5 | met |" in done.stdout

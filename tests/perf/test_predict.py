@@ -18,7 +18,7 @@ from cute_fa.semantics.types import Direction, SmArch
 from perf.__main__ import main
 from perf.predict import store, validate
 from perf.predict.cost import ProbeResult, TileCost
-from perf.predict.kernels import OurKernel, probe_steps, problem_of, settings_of
+from perf.predict.kernels import Fa4Kernel, OurKernel, probe_steps, problem_of, settings_of
 from perf.predict.model import Predictor
 from perf.predict.ranking import RESONANCE, Ranking, explanations, ranked
 from perf.predict.tiles import ChainedTile, TileShape, chained_makespan, makespan, ordered_steps, steps_of
@@ -86,6 +86,18 @@ def test_a_backward_tile_of_keys_walks_over_the_queries_of_each_of_its_heads():
     assert ordered_steps(shape, workload, 40 << 20) == [4 * 8, 4 * 6, 4 * 4, 4 * 2] * 2
 
 
+def test_backward_tiles_come_longest_first_in_groups_of_heads_that_the_l2_holds():
+    sizes = dict(direction=Direction.BACKWARD, seqlen=512, tokens=512, heads=8, head_dim=64, head_dim_v=32)
+    workload = Workload(**sizes, heads_kv=4, causal=True)
+    # of two kv heads with two query heads each: 512 rows of Q and dO in 16 bits and of dQ in fp32
+    two_rows = int(2 * 2 * 512 * (2 * 96 + 4 * 64) / 0.64) + 1
+    shape = TileShape(128, 64, heads=2)
+    assert ordered_steps(shape, workload, two_rows) == [16, 16, 12, 12, 8, 8, 4, 4] * 2
+    assert ordered_steps(shape, workload, two_rows - 2) == [16, 12, 8, 4] * 4
+    full = Workload(**sizes, heads_kv=4)
+    assert ordered_steps(shape, full, two_rows) == [16] * 16
+
+
 def test_our_backward_of_grouped_heads():
     """The CTA of a tile of keys adds up dK and dV of all heads that share it: as much work as with heads of their own,
     in fewer, longer tiles."""
@@ -101,10 +113,16 @@ def test_our_backward_of_grouped_heads():
 @pytest.mark.parametrize(("head_dim", "queries"), [(64, 128), (128, 64)])
 def test_the_tiles_of_hoppers_backward(head_dim, queries):
     """128 keys, which meet as many queries a step as registers allow, those of a head one after the other."""
-    sizes = dict(direction=Direction.BACKWARD, head_dim=head_dim, head_dim_v=head_dim, seqlen=4096, causal=True)
-    assert OurKernel(Workload(**sizes, heads=32, heads_kv=8), SmArch.SM_90A, {}).shape == TileShape(
-        128, queries, 4, by_head=True
-    )
+    sizes = dict(direction=Direction.BACKWARD, head_dim=head_dim, head_dim_v=head_dim, seqlen=4096)
+    for causal in (False, True):  # full attention's tiles are handed out head by head
+        workload = Workload(**sizes, heads=32, heads_kv=8, causal=causal)
+        shape = TileShape(128, queries, 4, by_head=not causal)
+        assert OurKernel(workload, SmArch.SM_90A, {}).shape == shape
+
+
+def test_the_plain_backward_of_flash_attention_4_goes_head_by_head():
+    sizes = dict(direction=Direction.BACKWARD, head_dim=128, head_dim_v=128, seqlen=4096, causal=True)
+    assert Fa4Kernel(Workload(**sizes, heads=16, heads_kv=16), SmArch.SM_90A, {}).shape.by_head
 
 
 def test_a_persistent_forward_of_grouped_heads_walks_over_the_tiles_asked_for():
