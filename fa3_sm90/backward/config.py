@@ -47,6 +47,7 @@ class Fa3BackwardConfig(FeatureConfig):
     slopes_gradient: bool = False
 
     dq_sums: ClassVar[bool] = True
+    cluster: ClassVar[int] = 1
     slopes_by_keys: ClassVar[bool] = True
     statistics: ClassVar[str] = "wgmma"
 

@@ -10,7 +10,7 @@ from cute_fa.device.backward_preprocess import PreprocessKernel
 from cute_fa.device.backward_sums import PartialSums
 from cute_fa.device.ring import Ring, rings
 from cute_fa.device.score import Score
-from fa3_sm90.backward.arguments import TmaTensors
+from fa3_sm90.backward.arguments import Boxes, TmaTensors
 from fa3_sm90.backward.config import REGISTERS, WARPGROUP, Fa3BackwardConfig
 from fa3_sm90.backward.consumer import Consumer
 from fa3_sm90.backward.conversion import QueryGradientConversion
@@ -109,7 +109,7 @@ class KeyGradientKernel:
         self, args: BackwardArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring], work: KeyWork
     ):
         """The loading warp."""
-        Loader(self.config, args, tma, storage, pipelines).run(work)
+        Loader(self.config, args, tma, storage, pipelines, Boxes.of(self.config)).run(work)
 
     def sum_up(self, args: BackwardArguments, storage: Storage, work: KeyWork):
         """The warp that adds to dQ."""

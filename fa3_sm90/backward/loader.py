@@ -24,9 +24,10 @@ class Loader:
         tma: TmaTensors,
         storage: Storage,
         rings: dict[str, Ring],
+        boxes: Boxes,
     ):
         self.config, self.args, self.tma, self.storage, self.rings = config, args, tma, storage, rings
-        self.boxes = Boxes.of(config)
+        self.boxes = boxes
 
     @cute.jit
     def run(self, work: KeyWork):
@@ -51,8 +52,12 @@ class Loader:
             copy.load(getattr(self.storage, name), 0, info.offset_k + first, info.seqlen_k - first, barrier)
 
     def load_step(self, work: KeyWork, head: Int32, block: Int32, state: RingState):
-        """Q and dO of a block of queries of a head, with their statistics."""
+        """Q and dO of a block of queries of a head, with their statistics. In a cluster each CTA brings its part of the
+        rows to all."""
         c, info, storage = self.config, work.info, self.storage
+        part = 0
+        if const_expr(c.cluster > 1):
+            part = cute.arch.block_idx_in_cluster() * (c.tile_m // c.cluster)
         outer = () if const_expr(c.cu_seqlens_q) else (work.batch,)
         first = block * c.tile_m
         statistics = scratch_address(self.args.scratch.stats, work.first_tile + block, head)
@@ -63,8 +68,9 @@ class Loader:
             box = getattr(self.boxes, name)
             copy = BoxCopy(getattr(self.tma, name), box, c.tile_m, head, outer, columns // box.columns)
             barrier = self.rings[name].acquire(state)
-            target = getattr(storage, name) + state.stage * (c.tile_m * columns)
-            copy.load(target, 0, info.offset_q + first, info.seqlen_q - first, barrier)
+            target = getattr(storage, name) + state.stage * (c.tile_m * columns) + part * box.columns
+            row = first + part
+            copy.load(target, 0, info.offset_q + row, info.seqlen_q - row, barrier, ctas=c.cluster)
             with cute.arch.elect_one():
                 load_numbers(numbers + state.stage * c.tile_m, statistics + 4 * offset, 4 * c.tile_m, barrier)
 

@@ -38,7 +38,7 @@ def key_tile(config: Fa3BackwardConfig, args: BackwardArguments, index: Int32):
     most queries: head by head, the last heads' would begin late and end after all others. There heads are taken in
     groups whose Q, dO and sums stay in L2 together, and of a group the first tiles of all heads go first. A tile of a
     head always comes after those of the keys before its own, which it waits for where tiles take turns."""
-    n_blocks, heads_kv = cute.ceil_div(args.seqlen_k, config.tile_n), args.common.k.shape[-2]
+    n_blocks, heads_kv = cute.ceil_div(args.seqlen_k, config.tile_n * config.cluster), args.common.k.shape[-2]
     if const_expr(config.longest_first):
         later, row = tile_longest_first(index, n_blocks, heads_kv * args.common.batches, args.head_group)
         return n_blocks - 1 - later, row % heads_kv, row // heads_kv
@@ -46,18 +46,20 @@ def key_tile(config: Fa3BackwardConfig, args: BackwardArguments, index: Int32):
 
 
 def key_work(config: Fa3BackwardConfig, args: BackwardArguments, index: Int32) -> KeyWork:
-    """All of a tile of this index."""
+    """All of the tile of a CTA of this index; those of a cluster have neighbours, and walk over the queries of all."""
     c, common = config, args.common
-    n_block, head_kv, batch = key_tile(c, args, index)
+    block, head_kv, batch = key_tile(c, args, index // c.cluster)
+    rank = cute.arch.block_idx_in_cluster() if const_expr(c.cluster > 1) else 0
+    first_key, keys = block * (c.cluster * c.tile_n), c.cluster * c.tile_n
     info = common.info(batch)
     heads = common.q.shape[-2] // common.k.shape[-2]
     dense_k = common.dense[1] if const_expr(not c.cu_seqlens_k) else Int32(0)
     return KeyWork(
-        n_block=n_block,
+        n_block=block * c.cluster + rank,
         head_kv=head_kv,
         batch=batch,
         info=info,
-        blocks=query_range(common.window, info.seqlen_q, info.seqlen_k, n_block * c.tile_n, c.tile_m, c.tile_n),
+        blocks=query_range(common.window, info.seqlen_q, info.seqlen_k, first_key, c.tile_m, keys),
         heads=heads,
         first_head=head_kv * heads,
         first_tile=args.first_tile(info, batch, c.tile_m),

@@ -21,14 +21,14 @@ class Boxes(NamedTuple):
     dv: BoxShape
 
     @classmethod
-    def of(cls, config: Fa3SplitBackwardConfig) -> "Boxes":
-        """Rows behind a sequence are zeros where they are read: what is hidden still takes part in products with zeros,
-        which NaN does not survive."""
+    def of(cls, config: Fa3SplitBackwardConfig, ctas: int) -> "Boxes":
+        """``ctas``: of a cluster, of which each brings its part of the queries to all. Rows behind a sequence are zeros
+        where they are read: what is hidden still takes part in products with zeros, which NaN does not survive."""
         c, size = config, config.dtype.bytes
         columns, columns_v = (panel_bytes(width * size) // size for width in (c.head_dim_padded, c.head_dim_v_padded))
         return cls(
-            q=BoxShape(1, TILE, columns, c.ragged_queries),
-            dout=BoxShape(1, TILE, columns_v, c.ragged_queries),
+            q=BoxShape(1, TILE // ctas, columns, c.ragged_queries),
+            dout=BoxShape(1, TILE // ctas, columns_v, c.ragged_queries),
             k=BoxShape(1, TILE, columns, c.ragged_keys),
             v=BoxShape(1, TILE, columns_v, c.ragged_keys),
             dq=BoxShape(1, TILE, columns, c.cu_seqlens_q),
@@ -49,13 +49,14 @@ class TmaTensors(NamedTuple):
     dv: TmaTensor
 
     @classmethod
-    def of(cls, config: Fa3SplitBackwardConfig, args: BackwardArguments) -> "TmaTensors":
-        """Descriptors, made on the host."""
-        c, boxes, common = config, Boxes.of(config), args.common
+    def of(cls, config: Fa3SplitBackwardConfig, args: BackwardArguments, ctas: int) -> "TmaTensors":
+        """Descriptors, made on the host; ``ctas`` as in :class:`Boxes`."""
+        c, boxes, common = config, Boxes.of(config, ctas), args.common
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        shared = load if ctas == 1 else cpasync.CopyBulkTensorTileG2SMulticastOp()
         return cls(
-            q=tma_tensor(load, common.q, boxes.q, c.cu_seqlens_q),
-            dout=tma_tensor(load, args.dout, boxes.dout, c.cu_seqlens_q),
+            q=tma_tensor(shared, common.q, boxes.q, c.cu_seqlens_q),
+            dout=tma_tensor(shared, args.dout, boxes.dout, c.cu_seqlens_q),
             k=tma_tensor(load, common.k, boxes.k, c.cu_seqlens_k),
             v=tma_tensor(load, common.v, boxes.v, c.cu_seqlens_k),
             dq=tma_tensor(store, args.dq, boxes.dq, c.cu_seqlens_q),

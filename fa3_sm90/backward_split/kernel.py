@@ -20,7 +20,7 @@ class Fa3SplitBackwardKernels:
 
     @cute.jit
     def __call__(self, args: BackwardArguments, stream):
-        c, tma = self.config, TmaTensors.of(self.config, args)
+        c, pair = self.config, TILE * self.config.cluster
         heads, heads_kv, batches = args.common.q.shape[-2], args.common.k.shape[-2], args.common.batches
         preprocess, keys, queries = PreprocessKernel(c), KeyGradientKernel(c), QueryGradientKernel(c)
         preprocess.kernel(args).launch(
@@ -29,14 +29,15 @@ class Fa3SplitBackwardKernels:
             smem=64,
             stream=stream,
         )
-        keys.kernel(args, tma).launch(
-            grid=(cute.ceil_div(args.seqlen_k, TILE) * heads_kv * batches, 1, 1),
+        keys.kernel(args, TmaTensors.of(c, args, c.cluster)).launch(
+            grid=(cute.ceil_div(args.seqlen_k, pair) * c.cluster * heads_kv * batches, 1, 1),
             block=(c.num_threads, 1, 1),
+            cluster=(c.cluster, 1, 1) if c.cluster > 1 else None,
             smem=c.smem_bytes,
             min_blocks_per_mp=1,
             stream=stream,
         )
-        queries.kernel(args, tma).launch(
+        queries.kernel(args, TmaTensors.of(c, args, 1)).launch(
             grid=(args.m_blocks(c.query_rows) * heads * batches, 1, 1),
             block=(c.num_threads, 1, 1),
             smem=c.query_kernel_smem_bytes,

@@ -11,8 +11,8 @@ from fa3_sm90.backward.config import CONSUMERS, REGISTERS, WARPGROUP
 from fa3_sm90.backward.epilogue import Epilogue
 from fa3_sm90.backward.loader import Loader
 from fa3_sm90.backward.work import KeyWork, key_work
-from fa3_sm90.backward_split.arguments import TmaTensors
-from fa3_sm90.backward_split.config import Fa3SplitBackwardConfig
+from fa3_sm90.backward_split.arguments import Boxes, TmaTensors
+from fa3_sm90.backward_split.config import TILE, Fa3SplitBackwardConfig
 from fa3_sm90.backward_split.key_gradients import KeyGradients, ValueGradients
 from fa3_sm90.backward_split.products import SumProduct
 from fa3_sm90.backward_split.storage import KeyStorage
@@ -37,9 +37,9 @@ class KeyGradientKernel:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             prepare(tma, pipelines)
-        cute.arch.sync_threads()
+        meet(c.cluster)
         work = key_work(c, args, index)
-        if work.first_key(c) < work.rows_k:
+        if work.n_block // c.cluster * (c.cluster * TILE) < work.rows_k:
             if warp < 4:
                 cute.arch.setmaxregister_decrease(REGISTERS[0])
                 if warp == 0:
@@ -50,10 +50,13 @@ class KeyGradientKernel:
                     values(args, tma, storage, pipelines, work)
                 else:
                     keys(args, tma, storage, pipelines, work)
+            if const_expr(c.cluster > 1):  # neither ends while the other may still release a stage in it
+                meet(c.cluster)
 
     def load(self, args, tma: TmaTensors, storage: KeyStorage, pipelines: dict[str, Ring], work: KeyWork):
         """The loading warp."""
-        Loader(self.config, args, tma, storage, pipelines).run(work)
+        boxes = Boxes.of(self.config, self.config.cluster)
+        Loader(self.config, args, tma, storage, pipelines, boxes).run(work)
 
     def values(self, args, tma: TmaTensors, storage: KeyStorage, pipelines: dict[str, Ring], work: KeyWork):
         """The warpgroup of dV."""
@@ -90,6 +93,15 @@ class KeyGradientKernel:
             to_global(name, place, columns, work)
             cute.arch.cp_async_bulk_commit_group()
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+def meet(ctas: int):
+    """All threads of a cluster of ``ctas``."""
+    if ctas == 1:
+        cute.arch.sync_threads()
+    else:
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
 
 
 def prepare(tma: TmaTensors, pipelines: dict[str, Ring]):

@@ -205,7 +205,7 @@ class QueryGradients:
 
     def to_global(self, tma: TmaTensors, work):
         """Store the tile, by one warp."""
-        c, box = self.config, Boxes.of(self.config).dq
+        c, box = self.config, Boxes.of(self.config, 1).dq
         outer = () if const_expr(c.cu_seqlens_q) else (work.batch,)
         row = (work.tile + self.index) * TILE
         copy = BoxCopy(tma.dq, box, TILE, work.head, outer)

@@ -10,6 +10,7 @@ from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start, rings
 from cute_fa.device.seqlen import SeqlenInfo
+from cute_fa.device.tile_scheduler import tile_longest_first
 from cute_fa.device.tma_boxes import BoxCopy
 from fa3_sm90.backward.config import CONSUMERS, REGISTERS, WARPGROUP
 from fa3_sm90.backward_split.arguments import Boxes, TmaTensors
@@ -30,13 +31,15 @@ class QueryWork(NamedTuple):
 
 
 def query_work(config: Fa3SplitBackwardConfig, args: BackwardArguments, index: Int32) -> QueryWork:
-    """All of a CTA's tile: those of a head are neighbours, for its K and V in L2; under a right bound the last one has
-    the most keys and goes first."""
+    """All of a CTA's tile: those of a head are neighbours, for its K and V in L2; the longest first, where they differ,
+    of as many heads as the key tiles take at a time (``fa3_sm90.backward.work.key_tile``)."""
     c = config
     m_blocks, heads = args.m_blocks(c.query_rows), args.common.q.shape[-2]
-    m_block, head, batch = index % m_blocks, index // m_blocks % heads, index // m_blocks // heads
-    if const_expr(c.window_right):
-        m_block = m_blocks - 1 - m_block
+    m_block, row = index % m_blocks, index // m_blocks
+    if const_expr(c.longest_first):
+        head_group = args.head_group * (heads // args.common.k.shape[-2])
+        m_block, row = tile_longest_first(index, m_blocks, heads * args.common.batches, head_group)
+    head, batch = row % heads, row // heads
     info = args.common.info(batch)
     m_start = m_block * c.query_rows
     blocks = block_range(args.common.window, info.seqlen_q, info.seqlen_k, m_start, c.query_rows, TILE)
@@ -105,7 +108,7 @@ class QueryLoader:
         pipelines: dict[str, Ring],
     ):
         self.config, self.args, self.tma, self.storage, self.rings = config, args, tma, storage, pipelines
-        self.boxes = Boxes.of(config)
+        self.boxes = Boxes.of(config, 1)
 
     @cute.jit
     def run(self, work: QueryWork):

@@ -5,7 +5,7 @@ crude bound model. The figure to compare is *per score*: the non-tensor instruct
 in the steady-state loop.
 """
 
-from perf.sass.metrics import KernelReport, LoopReport, add_per_score, report_cubin
+from perf.sass.metrics import KernelReport, LoopReport, add_per_score, report_cubin, split_backward_report
 from ptxsim.timing.cubin import assemble_ptx, disassemble, kernel_resources
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "disassemble",
     "kernel_resources",
     "report_cubin",
+    "split_backward_report",
 ]

@@ -25,6 +25,7 @@ power.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections import Counter
@@ -507,8 +508,36 @@ def add_per_score(report: KernelReport, head_dim: int, head_dim_v: int | None = 
     ``scores``.
     """
     dv = head_dim_v or head_dim
-    flops = 2 * (3 * head_dim + 2 * dv) if backward else 2 * (head_dim + dv)
-    for loop in report.loops:
+    _per_score(report.loops, 2 * (3 * head_dim + 2 * dv) if backward else 2 * (head_dim + dv))
+
+
+def split_backward_report(keys: KernelReport, queries: KernelReport, head_dim: int, head_dim_v: int) -> KernelReport:
+    """A backward whose dQ has a kernel of its own as one report: of ``queries``, the kernel for dQ, with all loops,
+    spills and what :func:`add_per_score` fills in its main loop summed over the loops that meet a score: that one, and
+    in ``keys`` that of the warpgroup of dV, which computes exponentials, and that of dK."""
+    _per_score(queries.loops, 2 * (2 * head_dim + head_dim_v))
+    _per_score(keys.loops, 2 * (head_dim + head_dim_v))
+    of_products = [loop for loop in keys.loops if loop.flops]
+    values, others = [], []
+    for loop in of_products:
+        (values if loop.counts["mufu_ex2"] else others).append(loop)
+    parts = [queries.main_loop, *(min(loops, key=lambda loop: loop.per_score) for loops in (values, others))]
+    figures = ("per_score", "cond_per_score", "copy_per_score", "net_per_score", "pipe_per_score")
+    sums = {name: round(sum(getattr(loop, name) for loop in parts), 2) for name in figures}
+    main = dataclasses.replace(queries.main_loop, **sums)
+    rest = [loop for loop in (*queries.loops, *keys.loops) if loop is not queries.main_loop]
+    return dataclasses.replace(
+        queries,
+        spill_loads=queries.spill_loads + keys.spill_loads,
+        spill_stores=queries.spill_stores + keys.spill_stores,
+        wgmma_serialised=queries.wgmma_serialised or keys.wgmma_serialised,
+        loops=[main, *rest],
+    )
+
+
+def _per_score(loops: list[LoopReport], flops: int) -> None:
+    """``flops``: of the loops' tensor work for an element of S."""
+    for loop in loops:
         elements = loop.scores or loop.mflop * 1e6 / flops / 128
         if elements:
             plain = loop.instructions - loop.counts["tensor"] - loop.conditional

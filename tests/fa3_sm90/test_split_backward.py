@@ -1,18 +1,20 @@
 """The FA3 backward for wide head_dims, simulated, against the reference: features in pairs, edges of the mask,
 head_dims, ragged lengths, adversarial schedules."""
 
+import dataclasses
 import functools
 import random
 from typing import ClassVar
 
 import pytest
 
-from cute_fa.semantics.types import DType, SmArch
+from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.trial import problem_of_spec
 from fa3_sm90.backward_split.entry import Fa3SplitBackward
 from tests.testing.backward_tests import BackwardTests, case_name, features
 from tests.testing.cases import FA2_MASKS
-from tests.testing.gradients import gradients_of, same_bits
+from tests.testing.gradients import assert_right, gradients_of, same_bits
 from tests.testing.grid import in_turns, pairwise
 
 # Rings of two stages of K and one of V; of two; with a third stage of Q and dO.
@@ -113,3 +115,29 @@ def usual(name: str):
 def test_the_same_bits_under_every_schedule(name, schedule):
     grads, _ = gradients_of(SPECS[name], "peaked", arch="sm_90a", family="fa3", race=True, **schedule)
     assert same_bits(usual(name), grads)
+
+
+class TestClusters:
+    """Two CTAs that own keys and share their queries."""
+
+    # the second CTA of the last pair has no keys; queries end within a CTA's half of a block
+    @pytest.mark.parametrize("schedule", [{}, {"late": True, "schedule_seed": 1}], ids=str)
+    @pytest.mark.parametrize(
+        "spec",
+        [
+            InputSpec(1, 100, 17 * 64 - 9, 2, 1, 64, head_dim_v=208),
+            InputSpec(3, 150, 128, 4, 2, 256, seqused_q=True, lengths_q=(150, 31, 0), alibi=True),
+        ],
+        ids=["odd", "used"],
+    )
+    def test_right(self, spec, schedule):
+        config = Fa3SplitBackward.configure(problem_of_spec(spec, SmArch.SM_90A, direction=Direction.BACKWARD))
+        assert config.cluster == 2
+        assert_right(spec, "peaked", arch="sm_90a", family="fa3", race=True, **schedule)
+
+    def test_the_bits_of_one_cta(self):
+        """Under a bound that hides nothing there are no clusters."""
+        spec = InputSpec(2, 150, 250, 2, 1, 192)
+        alone = dataclasses.replace(spec, window=(None, 1000))
+        pairs, single = (gradients_of(s, "peaked", arch="sm_90a", family="fa3")[0] for s in (spec, alone))
+        assert same_bits(pairs, single)

@@ -57,8 +57,31 @@ def test_as_many_stages_as_fit(head_dims, stages):
     assert (c.stages, c.k_stages, c.v_stages) == stages
 
 
+@pytest.mark.parametrize(
+    ("change", "cluster"),
+    [
+        ({"seqlen_k": 128}, 2),
+        ({"seqlen_k": 129}, 1),  # the third tile would have a cluster of its own
+        ({"seqlen_k": 17 * 64}, 2),  # which is one of many
+        ({"seqlen_k": 4096, "seqused_q": True}, 2),
+        ({"seqlen_k": 4096, "seqused_k": True}, 1),
+        ({"seqlen_k": 4096, "varlen_k": True}, 1),
+        ({"seqlen_k": 4096, "window_right": 0}, 1),
+        ({"seqlen_k": 4096, "window_left": 50}, 1),
+    ],
+    ids=str,
+)
+def test_clusters_of_full_attention(change, cluster):
+    c = configure(**change)
+    assert c.cluster == cluster
+    by_name = {spec.name: spec for spec in c.key_pipelines}
+    # the warps of both release a stage in both; K, V and P are a CTA's own
+    assert {(spec.ctas, spec.consumer_warps) for spec in (by_name["q"], by_name["dout"])} == {(cluster, 8 * cluster)}
+    assert {by_name[name].ctas for name in ("k", "v", "p")} == {1}
+
+
 def test_pipelines_are_data():
-    c = configure(**sizes(256, 192))
+    c = configure(**sizes(256, 192), window_right=0)
     assert c.key_pipelines == (
         PipelineSpec("k", 1, 64 * 512, 8),
         PipelineSpec("v", 1, 64 * 384, 8),
