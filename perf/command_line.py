@@ -241,14 +241,21 @@ def host(archs: tuple[str, ...], head_dim: int, causal: bool, repetitions: int, 
 @click.option("--arch", type=click.Choice(_ARCHS), default="sm_90a", show_default=True)
 @click.option("--head-dim", "head_dims", multiple=True, type=_HEAD_DIMS, help="[default: 64 … 256, and 192,128]")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="bf16", show_default=True)
+@click.option("--direction", type=click.Choice(_DIRECTIONS), default="fwd", show_default=True)
 @click.option("--offenders", is_flag=True, help="Only the kernels that spill in a loop or whose wgmma are serialised.")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Also write the table to this file.")
 @click.option("--markdown", is_flag=True, help="Print Markdown instead of a terminal table.")
 @_FLAVOUR
 def features(
-    arch: str, head_dims: tuple[tuple[int, int], ...], dtype: str, offenders: bool, csv: Path | None, markdown: bool
+    arch: str,
+    head_dims: tuple[tuple[int, int], ...],
+    dtype: str,
+    direction: str,
+    offenders: bool,
+    csv: Path | None,
+    markdown: bool,
 ) -> None:
-    """Static figures of our forward kernel under each feature and every two features together.
+    """Static figures of our kernel under each feature and every two features together.
 
     Several hundred kernels of a few seconds each: minutes for one head dim, most of an hour for all. Figures as in
     "static"; in_loops, in_main: LDL/STL in hot loops, and in the steady-state one.
@@ -256,7 +263,7 @@ def features(
     from perf.features import HEAD_DIMS, feature_keys, feature_rows
 
     notes = Console(stderr=True)
-    keys = feature_keys(SmArch(arch), head_dims or HEAD_DIMS, DType(dtype))
+    keys = feature_keys(SmArch(arch), head_dims or HEAD_DIMS, DType(dtype), Direction(direction))
     rows = []
     for key, row in zip(keys, feature_rows(keys), strict=True):
         notes.print(f"{key}: {'offends' if row['offends'] else 'fine'}")

@@ -13,8 +13,8 @@ from cute_fa.engine.table import TABLE
 from cute_fa.semantics.errors import CuteFaError
 from cute_fa.semantics.options import rows_of
 from cute_fa.semantics.problem import AttentionProblem, default_scale
-from cute_fa.semantics.types import DType, PersistentMode, SmArch
-from perf.sass import KernelReport, add_per_score, report_cubin
+from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
+from perf.sass import KernelReport, attention_report
 
 _ROWS = rows_of(AttentionProblem)
 # What each feature sets in the problem. Where two set one field the later wins: paged keys are not packed, and causal
@@ -30,31 +30,46 @@ FEATURES: dict[str, dict[str, Any]] = {
     "paged": _ROWS["paged KV"] | {"varlen_k": False},
     "single": {"persistent": PersistentMode.OFF},
 }
+# Of a backward, which serves neither packed queries nor pages, and is never persistent.
+BACKWARD_FEATURES: dict[str, dict[str, Any]] = {
+    **{name: values for name, values in FEATURES.items() if name not in ("pack_gqa", "paged", "single")},
+    "slopes": {"alibi": True, "slopes_gradient": True},
+    "lse": {"lse_gradient": True},
+    "deterministic": {"deterministic": True},
+}
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """A forward of 8 heads with these names of ``FEATURES``; in fp8 with descales."""
+    """A problem of 8 heads with these names of :meth:`features_of` its direction; in fp8 with descales."""
 
     arch: SmArch
     head_dim: int
     head_dim_v: int
     features: tuple[str, ...] = ()
     dtype: DType = DType.BF16
+    direction: Direction = Direction.FORWARD
+
+    @staticmethod
+    def features_of(direction: Direction) -> dict[str, dict[str, Any]]:
+        """What each feature sets."""
+        return FEATURES if direction is Direction.FORWARD else BACKWARD_FEATURES
 
     def __str__(self) -> str:
         value = f"v{self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
         dtype = "" if self.dtype is DType.BF16 else f" {self.dtype.value}"
-        return f"{self.arch.value} d{self.head_dim}{value}{dtype} {' '.join(self.features) or 'plain'}"
+        direction = "" if self.direction is Direction.FORWARD else f" {self.direction.value}"
+        return f"{self.arch.value}{direction} d{self.head_dim}{value}{dtype} {' '.join(self.features) or 'plain'}"
 
     def problem(self) -> AttentionProblem:
         descales = dict.fromkeys(("q_descale", "k_descale", "v_descale"), self.dtype.is_fp8)
         fields: dict[str, Any] = {"num_heads_kv": 8} | descales
         for name in self.features:
-            fields |= FEATURES[name]
+            fields |= self.features_of(self.direction)[name]
         return AttentionProblem(
             arch=self.arch,
+            direction=self.direction,
             dtype=self.dtype,
             batch=1,
             seqlen_q=1024,
@@ -67,12 +82,16 @@ class FeatureKey:
         )
 
 
-def feature_keys(arch: SmArch, head_dims=HEAD_DIMS, dtype: DType = DType.BF16) -> list[FeatureKey]:
+def feature_keys(
+    arch: SmArch, head_dims=HEAD_DIMS, dtype: DType = DType.BF16, direction: Direction = Direction.FORWARD
+) -> list[FeatureKey]:
     """The plain kernel, each feature, every two of them, and all together, for each (head_dim, head_dim_v); without
     what no kernel of the arch serves."""
-    names = tuple(FEATURES)
+    names = tuple(FeatureKey.features_of(direction))
     chosen = [c for size in (0, 1, 2) for c in itertools.combinations(names, size)]
-    keys = [FeatureKey(arch, *sizes, f, dtype) for sizes in head_dims for f in dict.fromkeys([*chosen, names])]
+    keys = [
+        FeatureKey(arch, *sizes, f, dtype, direction) for sizes in head_dims for f in dict.fromkeys([*chosen, names])
+    ]
     return [key for key in keys if _served(key)]
 
 
@@ -95,8 +114,8 @@ def feature_rows(keys: list[FeatureKey]) -> Iterator[dict[str, Any]]:
         kernel = TABLE.lookup(problem)
         config = kernel.configure(problem)
         _, cubin = compile_artifacts(config)
-        (report,) = report_cubin(cubin)
-        add_per_score(report, config.head_dim_padded, config.head_dim_v_padded)
+        backward = key.direction is Direction.BACKWARD
+        report = attention_report([cubin], config.head_dim_padded, config.head_dim_v_padded, backward)
         yield {
             "head_dim": key.head_dim,
             "head_dim_v": key.head_dim_v,

@@ -27,7 +27,7 @@ from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.inputs import InputSpec
 from cute_fa.tools.trial import problem_of_spec
-from perf.sass import KernelReport, add_per_score, report_cubin, split_backward_report
+from perf.sass import KernelReport, attention_report
 from perf.step import step_of
 
 COLUMNS = (
@@ -210,16 +210,11 @@ def _key_columns(table: pd.DataFrame) -> list[tuple]:
 
 
 def _main_report(cubins: list[bytes], key: StaticKey) -> KernelReport:
-    """Of the kernels that one call launches, the one whose main loop does most of the tensor work: before and after a
-    backward's run smaller ones. Where dQ has a kernel of its own, both."""
-    reports = [report for cubin in cubins for report in report_cubin(cubin) if report.main_loop]
-    if not reports:
-        raise ValueError(f"{key}: no loop with tensor-core instructions")
-    *others, report = sorted(reports, key=lambda report: report.main_loop.flops)
-    if others:
-        return split_backward_report(*others, report, key.head_dim, key.head_dim_v)
-    add_per_score(report, key.head_dim, key.head_dim_v, backward=key.direction is Direction.BACKWARD)
-    return report
+    """Of what one call launches."""
+    try:
+        return attention_report(cubins, key.head_dim, key.head_dim_v, key.direction is Direction.BACKWARD)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def table_row(key: StaticKey, source: str, report: KernelReport) -> dict:

@@ -5,7 +5,7 @@ crude bound model. The figure to compare is *per score*: the non-tensor instruct
 in the steady-state loop.
 """
 
-from perf.sass.metrics import KernelReport, LoopReport, add_per_score, report_cubin, split_backward_report
+from perf.sass.metrics import KernelReport, LoopReport, add_per_score, attention_report, report_cubin
 from ptxsim.timing.cubin import assemble_ptx, disassemble, kernel_resources
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "LoopReport",
     "add_per_score",
     "assemble_ptx",
+    "attention_report",
     "disassemble",
     "kernel_resources",
     "report_cubin",
-    "split_backward_report",
 ]

@@ -511,6 +511,20 @@ def add_per_score(report: KernelReport, head_dim: int, head_dim_v: int | None = 
     _per_score(report.loops, 2 * (3 * head_dim + 2 * dv) if backward else 2 * (head_dim + dv))
 
 
+def attention_report(cubins: list[bytes], head_dim: int, head_dim_v: int, backward: bool) -> KernelReport:
+    """Of the kernels that one call launches, the one whose main loop does most of the tensor work, with what
+    :func:`add_per_score` fills: before and after a backward's run smaller ones. Where dQ has a kernel of its own, both
+    (:func:`split_backward_report`). ValueError without any loop with tensor-core instructions."""
+    reports = [report for cubin in cubins for report in report_cubin(cubin) if report.main_loop]
+    if not reports:
+        raise ValueError("no loop with tensor-core instructions")
+    *others, report = sorted(reports, key=lambda report: report.main_loop.flops)
+    if others:
+        return split_backward_report(*others, report, head_dim, head_dim_v)
+    add_per_score(report, head_dim, head_dim_v, backward)
+    return report
+
+
 def split_backward_report(keys: KernelReport, queries: KernelReport, head_dim: int, head_dim_v: int) -> KernelReport:
     """A backward whose dQ has a kernel of its own as one report: of ``queries``, the kernel for dQ, with all loops,
     spills and what :func:`add_per_score` fills in its main loop summed over the loops that meet a score: that one, and

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from cute_fa.semantics.types import DType, PersistentMode, SmArch
+from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
 from perf import features
 from perf.__main__ import main
-from perf.features import FEATURES, FeatureKey, feature_keys, feature_rows, offends
+from perf.features import BACKWARD_FEATURES, FEATURES, FeatureKey, feature_keys, feature_rows, offends
 from perf.static import StaticKey, our_report
 
 
@@ -50,6 +50,25 @@ def test_fp8_keys_have_descales_and_their_name():
     assert feature_keys(SmArch.SM_80, [(64, 64)], DType.E4M3) == []
     names = [(key.features, key.dtype) for key in feature_keys(SmArch.SM_90A, [(64, 64)], DType.E4M3)]
     assert names == [(key.features, DType.E4M3) for key in feature_keys(SmArch.SM_90A, [(64, 64)])]
+
+
+def test_a_backward_has_features_of_its_own():
+    keys = feature_keys(SmArch.SM_90A, [(256, 256)], direction=Direction.BACKWARD)
+    count = len(BACKWARD_FEATURES)
+    assert len(keys) == len(set(keys)) == 1 + count + count * (count - 1) // 2 + 1
+    problem = FeatureKey(SmArch.SM_90A, 256, 256, ("slopes", "lse"), direction=Direction.BACKWARD).problem()
+    assert (problem.direction, problem.alibi, problem.slopes_gradient, problem.lse_gradient, problem.deterministic) == (
+        Direction.BACKWARD, True, True, True, False,
+    )  # fmt: skip
+    assert "sm_90a bwd d256 causal deterministic" in map(str, keys)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_rows_of_a_backward(head_dim):
+    (row,) = feature_rows([FeatureKey(SmArch.SM_90A, head_dim, head_dim, direction=Direction.BACKWARD)])
+    report = our_report(StaticKey(SmArch.SM_90A, head_dim, True, Direction.BACKWARD))
+    assert row["instr"] > 0 and row["per_score"] == pytest.approx(report.main_loop.per_score, rel=0.05)
+    assert (row["kernel"], row["offends"]) == ("fa3", False)
 
 
 def test_rows_are_the_figures_of_the_kernel():
