@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
+import cutlass.cute.runtime
 import torch
 
 import cute_fa
@@ -74,7 +76,7 @@ class Kernel(ABC):
         """What the recordings of probes depend on."""
         w = self.workload
         ratio = w.heads // w.heads_kv
-        return (self.name, self.arch.value, w.direction.value, w.dtype.value, w.head_dim, w.head_dim_v, ratio,
+        return (self.name, self.arch.value, w.direction.value, w.deterministic, w.dtype.value, w.head_dim, w.head_dim_v, ratio,
                 w.window_size[0] is not None, w.window_size[1],  # probes have a left bound of their own
                 *sorted(self.settings.items()), self.shape)  # fmt: skip
 
@@ -134,7 +136,9 @@ class Kernel(ABC):
 
 def problem_of(workload: Workload, arch: SmArch) -> AttentionProblem:
     """What the dispatch table is asked for."""
-    return problem_of_spec(workload.spec(), arch, direction=workload.direction)
+    return problem_of_spec(
+        workload.spec(), arch, direction=workload.direction, deterministic=workload.deterministic
+    )
 
 
 def settings_of(workload: Workload, arch: SmArch, changes: Sequence[str]) -> dict[str, Any]:
@@ -174,7 +178,8 @@ class OurKernel(Kernel):
                 return
             for x in (q, k, v):
                 x.requires_grad_()
-            out = cute_fa.flash_attn_func(q, k, v, window_size=_window(probe))
+            deterministic = self.workload.deterministic
+            out = cute_fa.flash_attn_func(q, k, v, window_size=_window(probe), deterministic=deterministic)
             recorder.recordings.clear()
             out.backward(torch.randn_like(out))
 
@@ -202,10 +207,10 @@ class Fa4Kernel(Kernel):
         os.environ.setdefault("FLASH_ATTENTION_NUM_SMS", "132")  # which decides nothing that is predicted
         ptxsim.install()
         try:
-            from flash_attn.cute import interface
+            from flash_attn.cute import interface, utils
         except ImportError as error:
             raise ArgumentError(f"predict: flash-attn-4 is not installed ({error})") from None
-        self.interface = interface
+        self.interface, self.utils = interface, utils
         super().__init__(workload, arch, settings)
 
     def tile_shape(self) -> TileShape:
@@ -248,7 +253,12 @@ class Fa4Kernel(Kernel):
             if backward:
                 out = torch.randn(*q.shape[:-1], v.shape[-1]).to(q.dtype)
                 lse = torch.full((1, q.shape[2], q.shape[1]), 8.0)
-                self.interface._flash_attn_bwd(q, k, v, out, torch.randn_like(out), lse, **window)
+                # where it takes the semaphores, a name that was bound when it was imported
+                stack.enter_context(mock.patch.object(self.utils, "from_dlpack", cutlass.cute.runtime.from_dlpack))
+                deterministic = self.workload.deterministic
+                self.interface._flash_attn_bwd(
+                    q, k, v, out, torch.randn_like(out), lse, deterministic=deterministic, **window
+                )
             else:
                 self.interface._flash_attn_fwd(
                     q, k, v, _arch=self.arch.number, return_lse=True, **window, **self.settings

@@ -199,9 +199,9 @@ static int obstacle(Engine *e, Warp *w) {
         if (w->until > now) return WGMMA_DONE;
         break;
     }
-    case GROUP_WAIT: {
+    case GROUP_WAIT: {  // a: groups that may be pending, b: whether bulk stores have to be seen by others, too
         i32 needed = w->groups - row->a;
-        if (needed > 0 && (w->until = w->group_done[(needed - 1) % GROUPS]) > now) return GROUP;
+        if (needed > 0 && (w->until = w->group_done[(needed - 1) % GROUPS] + row->b * (i64)c->global_latency) > now) return GROUP;
         break;
     }
     case CLUSTER_WAIT: {

@@ -49,13 +49,14 @@ PRODUCTS = ("HGMMA", "QGMMA", "IGMMA")
 @dataclass(frozen=True)
 class Cost:
     """What an instruction takes: ``taken`` cycles of a pipe, ``latency`` of its result, ``passes`` through shared
-    memory, ``reduced`` bytes of reductions in global memory."""
+    memory, ``reduced`` bytes of reductions in global memory, ``stall`` cycles that its warp stands still at least."""
 
     pipe: int
     taken: float
     latency: float
     passes: int
     reduced: int
+    stall: float
 
 
 def cost(i: Instruction, gpu: Gpu, conflicts: dict[int, float]) -> Cost:
@@ -66,7 +67,9 @@ def cost(i: Instruction, gpu: Gpu, conflicts: dict[int, float]) -> Cost:
         passes = round(conflicts.get(i.line, _width(i)))
     if i.opcode in _REDUCTIONS:
         reduced = WARP * 4 * _width(i)
-    return Cost(pipe, taken, _latency(i, gpu), passes, reduced)
+    # A fence of the GPU's scope waits until the L2 has acknowledged what came before it.
+    stall = gpu.global_latency if i.opcode == "MEMBAR" and "GPU" in i.modifiers else 0
+    return Cost(pipe, taken, _latency(i, gpu), passes, reduced, stall)
 
 
 def _pipe(i: Instruction, gpu: Gpu) -> tuple[int, float]:

@@ -155,7 +155,8 @@ class TimedLaunch:
         if i.opcode in ("UTMACMDFLUSH", "LDGDEPBAR"):
             return [(COMMIT, 0, 0, 0)]
         if i.opcode == "DEPBAR" and i.operands[0] == "SB0" and len(i.operands) > 1:  # that of the groups of copies
-            return [(GROUP_WAIT, int(i.operands[1], 0), 0, 0)]
+            text = self.ptx_line(i.line)
+            return [(GROUP_WAIT, int(i.operands[1], 0), int("bulk" in text and ".read" not in text), 0)]
         if operation is None or operation == OFF:
             return []
         kind = operation[0]
@@ -213,10 +214,11 @@ class TimedLaunch:
         for n in examples:
             c = cost(self.code.instructions[n], gpu, self.conflicts)
             rows.append((c.pipe, round(1000 * c.taken), round(c.latency), min(round(c.latency), READ_LATENCY), c.passes,
-                         c.reduced))  # fmt: skip
+                         c.reduced, round(c.stall)))  # fmt: skip
         costs = np.array(rows)[kinds]
+        stall = np.maximum(fixed[:, :1], costs[:, 6:])
         return np.ascontiguousarray(
-            np.concatenate([fixed[:, :4], costs[:, :4], fixed[:, 4:], costs[:, 4:]], axis=1), np.int32
+            np.concatenate([stall, fixed[:, 1:4], costs[:, :4], fixed[:, 4:], costs[:, 4:6]], axis=1), np.int32
         )
 
     def replay(self, gpu: Gpu, sms: int = 1, residency: int = 1, times: bool = False) -> Replay:
