@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.trial import problem_of_spec
+from perf.predict.chains import ChainedTile, fa4_chain, our_chain
 from perf.predict.tiles import TileShape, steps_of
 from perf.workload import Workload
 from ptxsim.host.posing import posing
@@ -68,8 +70,17 @@ class Kernel(ABC):
         """How the kernel cuts the workload."""
 
     @abstractmethod
+    def chained_tiles(self) -> list[ChainedTile]:
+        """``chain``."""
+
+    @abstractmethod
     def run(self, probe: Probe, recorder: Recorder) -> None:
         """Run a probe in simulation, recorded."""
+
+    @cached_property
+    def chain(self) -> list[ChainedTile]:
+        """Of a deterministic backward: its tiles in the order of the launch, and which waits for which."""
+        return self.chained_tiles()
 
     @property
     def identity(self) -> tuple:
@@ -97,21 +108,24 @@ class Kernel(ABC):
         return launch if shape.persistent or clusters == tiles else launch.only(range(tiles * shape.cluster))
 
     def _probe_backward(self, tiles, steps, cubin):
-        """Of a CTA a tile: those that take so many steps."""
+        """Of a CTA a tile: those that take so many steps, and of a deterministic backward wait for others at all sums (a
+        tile that is the first may not even ask)."""
         w, shape = self.workload, self.shape
         left, right = w.window_size
         ratio = w.heads // w.heads_kv
-        heads_kv = -(-tiles * shape.heads // ratio)
+        apart = ratio - 1 if w.deterministic and ratio > shape.heads else ratio  # heads whose tiles do
+        heads_kv = -(-tiles * shape.heads // apart)
         length = steps // shape.heads * shape.step
         if left is None and right is None:
-            launch = self._record(Probe(heads_kv, ratio, length, shape.tokens, (None, None)), cubin)
-            return launch.only(range(tiles))
-        if left is not None:  # a tile in the middle is seen by ``length`` queries
-            right = min(right, (length - shape.tokens) // 2)
-            left = length - shape.tokens - right
-            length += 4 * shape.step
-        launch = self._record(Probe(heads_kv, ratio, length, length, (left, right)), cubin)
-        # CTAs in the order of what they execute are tiles in the order of their steps
+            keys = shape.tokens * (1 + w.deterministic)
+        else:
+            if left is not None:  # a tile in the middle is seen by ``length`` queries
+                right = min(right, (length - shape.tokens) // 2)
+                left = length - shape.tokens - right
+                length += 4 * shape.step
+            keys = length
+        launch = self._record(Probe(heads_kv, ratio, length, keys, (left, right)), cubin)
+        # CTAs in the order of what they execute are tiles in the order of their steps, then of what they wait for
         longest = sorted(range(launch.ctas), key=launch.rows_of, reverse=True)
         return launch.only(sorted(longest[:tiles]))
 
@@ -157,12 +171,17 @@ class OurKernel(Kernel):
             config = self.kernel.configure(self.problem)
         # a probe is shorter than the workload, and gets the workload's config all the same
         self.fields = {name: getattr(config, name) for name in tunable(self.kernel)}
+        if w.deterministic and not config.turns:
+            raise ArgumentError(f"predict: {self.arch.value}: deterministic gradients are not timed: dQ has a kernel of its own")
         if w.direction is Direction.BACKWARD:
             return TileShape(config.tile_n, config.tile_m, w.heads // w.heads_kv, by_head=True)
         by_head = self.kernel.family == "fa2"
         tokens = getattr(config, "tile_tokens", None) or config.tile_m
         return TileShape(tokens, config.tile_n, getattr(config, "pack_gqa", 1), getattr(config, "cluster", 1),
                          getattr(config, "persistent", False), by_head=by_head)  # fmt: skip
+
+    def chained_tiles(self) -> list[ChainedTile]:
+        return our_chain(self.shape, self.workload)
 
     @property
     def identity(self) -> tuple:
@@ -225,7 +244,7 @@ class Fa4Kernel(Kernel):
                 config = self.settings.get("config") or self.interface._tile_size_bwd_sm90(
                     w.head_dim, w.head_dim_v, causal, local
                 )
-            return TileShape(config.n_block_size, config.m_block_size)
+            return TileShape(config.n_block_size, config.m_block_size, by_head=True)
         if major == 8:
             tokens, step, packed = 128, 64, False
         elif major == 9:
@@ -237,6 +256,9 @@ class Fa4Kernel(Kernel):
         tokens, step = self.settings.get("tile_mn", (tokens, step))
         ratio = w.heads // w.heads_kv if packed and tokens % (w.heads // w.heads_kv) == 0 else 1
         return TileShape(tokens // ratio, step, ratio, skips_left=major >= 9)
+
+    def chained_tiles(self) -> list[ChainedTile]:
+        return fa4_chain(self.shape, self.workload)
 
     def run(self, probe: Probe, recorder: Recorder) -> None:
         q, k, v = self.tensors(probe)

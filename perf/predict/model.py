@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cute_fa.semantics.types import Direction
+from perf.predict.chains import chained_makespan, turns_of
 from perf.predict.cost import ProbeResult, TileCost
 from perf.predict.kernels import Kernel, probe_steps
 from perf.predict.store import kept
@@ -90,7 +91,7 @@ class Predictor:
         steps = ordered_steps(shape, workload, int(gpu.l2_size * 2**20))
         slots = int(gpu.sms) // shape.cluster * self.residency
         # cta_start is part of what a further tile costs in a probe
-        cycles = cost.first + makespan(shape, steps, cost, slots, 0.0)
+        cycles = cost.first + self._makespan(gpu, cost, steps, slots)
         even = cost.first + sum(map(cost, steps)) / min(slots, len(steps))
         seconds = cycles / (gpu.clock * 1e9)
         memory = workload.work.bytes / (gpu.hbm * 1e12)
@@ -101,6 +102,13 @@ class Predictor:
         busy = _busy(results[0], results[1], gpu)
         busy["hbm"] = memory / total
         return Sample(total, busy, 1 - even / cycles, cost.l2_bound, cost)
+
+    def _makespan(self, gpu, cost, steps, slots):
+        if not self.kernel.workload.deterministic:
+            return makespan(self.kernel.shape, steps, cost, slots, 0.0)
+        launch = self.launches[1]
+        alone = launch.replay(gpu, self.kernel.shape.cluster, self.residency, times=True)
+        return chained_makespan(self.kernel.chain, cost, slots, turns_of(launch, alone, gpu, cost.step))
 
     def predict(self, gpu: Gpu, ensemble: int = 12) -> Prediction:
         """Over the GPU's constants as they are and ``ensemble`` − 1 draws of those that have a spread."""
