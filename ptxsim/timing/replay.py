@@ -230,7 +230,7 @@ class TimedLaunch:
         table = self.instruction_table(gpu)
         share = sms / gpu.sms
         rates = [gpu.bytes_per_cycle(rate) * share for rate in (gpu.l2, gpu.l2_reductions)]
-        constants = np.array([*(getattr(gpu, n) for n in _CONSTANTS), *rates, gpu.l2_saved * 1024 * sms])
+        constants = np.array([*(getattr(gpu, n) for n in _CONSTANTS), *rates, rates[1] / sms, gpu.l2_saved * 1024 * sms])
         # a warp: its end, reasons; an SM: tensor cores, shared memory twice, instructions, TMA bytes, pipes
         out = np.zeros(ctas * warps * (1 + len(REASONS)) + sms * (5 + _PIPES) + 2, np.int64)
         cta_times, cta_sms = np.zeros((ctas, 2), np.int64), np.zeros(ctas, np.int32)
