@@ -185,7 +185,7 @@ class Workload:
         }
 
     def __str__(self) -> str:
-        return problem_name(self.columns())
+        return problem_name(self.columns()) + (" deterministic" if self.deterministic else "")
 
 
 def problem_name(columns: Mapping[str, Any]) -> str:

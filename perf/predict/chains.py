@@ -110,8 +110,8 @@ _ACQUIRE, _RELEASE = re.compile(r"\bld\.(global\.)?acquire\b"), re.compile(r"\br
 
 
 def turns_of(launch: TimedLaunch, replay: Replay, gpu: Gpu, step: float) -> Turns:
-    """What turns cost in a replay of one tile (with ``times``) where each comes at once. The warp that adds to dQ passes
-    one on in every step, of ``step`` cycles, the one that adds to dK and dV two.
+    """What turns cost in a replay of one tile (with ``times``) where each comes at once. The warp that adds to dQ
+    passes one on in every step, of ``step`` cycles, the one that adds to dK and dV two.
 
     ``signal`` is one and a half round trips to the L2: half of one for what is passed on, on average half of one until
     the next poll comes there, since polls come one after the other, and half of one back.
@@ -144,7 +144,8 @@ def _latest(times, before):
 
 def our_chain(shape: TileShape, workload: Workload) -> list[ChainedTile]:
     """The Hopper backward's (``fa3_sm90/backward``): tiles by ticket in the order of ``work.key_tile``, a head's one
-    after the other; tile n waits for n - 1. Blocks of queries are walked from the last to the first, and numbered so."""
+    after the other; tile n waits for n - 1. Blocks of queries are walked from the last to the first, and numbered so.
+    """
     spans = _spans(shape, workload)
     blocks, rows = ceil_div(workload.seqlen, shape.step), workload.batch * workload.heads_kv
     return [
@@ -160,9 +161,9 @@ _FA4_L2 = 50 << 20
 
 def fa4_chain(shape: TileShape, workload: Workload) -> list[ChainedTile]:
     """FlashAttention-4's on sm_90 (``SingleTileLPTBwdScheduler``, ``dQaccum_store`` and ``epilogue_dKV`` of
-    ``flash_bwd_sm90``): in groups of 2^k heads whose Q, dO and dQ fit the L2 the first tiles of all heads, then the second
-    ones. Under a mask the last tile of keys goes first, which has the fewest queries, and tile n waits for n + 1, else
-    for n - 1. Query heads of one kv head add to dK and dV one after the other."""
+    ``flash_bwd_sm90``): in groups of 2^k heads whose Q, dO and dQ fit the L2 the first tiles of all heads, then the
+    second ones. Under a mask the last tile of keys goes first, which has the fewest queries, and tile n waits for
+    n + 1, else for n - 1. Query heads of one kv head add to dK and dV one after the other."""
     spans, w = _spans(shape, workload), workload
     masked = w.window_size != (None, None)
     order = range(len(spans))[:: -1 if masked else 1]

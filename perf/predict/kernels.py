@@ -137,6 +137,12 @@ class Kernel(ABC):
             raise ArgumentError(f"predict: clusters of {longest.cluster_size} CTAs ran, not of {self.shape.cluster}")
         return TimedLaunch(longest, cubin)
 
+    def watch(self, simulation: ptxsim.Simulation, recorder: Recorder) -> None:
+        """Record what runs in a simulation, where no tile of a deterministic backward waits in vain."""
+        simulation.observers.append(recorder)
+        if self.workload.deterministic:
+            simulation.together = 1
+
     def tensors(self, probe: Probe) -> list[torch.Tensor]:
         """q, k, v of a probe."""
         w = self.workload
@@ -150,9 +156,7 @@ class Kernel(ABC):
 
 def problem_of(workload: Workload, arch: SmArch) -> AttentionProblem:
     """What the dispatch table is asked for."""
-    return problem_of_spec(
-        workload.spec(), arch, direction=workload.direction, deterministic=workload.deterministic
-    )
+    return problem_of_spec(workload.spec(), arch, direction=workload.direction, deterministic=workload.deterministic)
 
 
 def settings_of(workload: Workload, arch: SmArch, changes: Sequence[str]) -> dict[str, Any]:
@@ -172,7 +176,9 @@ class OurKernel(Kernel):
         # a probe is shorter than the workload, and gets the workload's config all the same
         self.fields = {name: getattr(config, name) for name in tunable(self.kernel)}
         if w.deterministic and not config.turns:
-            raise ArgumentError(f"predict: {self.arch.value}: deterministic gradients are not timed: dQ has a kernel of its own")
+            raise ArgumentError(
+                f"predict: {self.arch.value}: deterministic gradients are not timed: dQ has a kernel of its own"
+            )
         if w.direction is Direction.BACKWARD:
             return TileShape(config.tile_n, config.tile_m, w.heads // w.heads_kv, by_head=True)
         by_head = self.kernel.family == "fa2"
@@ -191,7 +197,7 @@ class OurKernel(Kernel):
         q, k, v = self.tensors(probe)
         backward = self.workload.direction is Direction.BACKWARD
         with forced(self.kernel, **self.fields), cute_fa.simulate(self.arch, num_sms=self.shape.cluster) as simulation:
-            simulation.observers.append(recorder)
+            self.watch(simulation, recorder)
             if not backward:
                 cute_fa.flash_attn_func(q, k, v, window_size=_window(probe))
                 return
@@ -270,7 +276,7 @@ class Fa4Kernel(Kernel):
         with ExitStack() as stack:
             simulation = stack.enter_context(ptxsim.simulate(self.arch.value, sm_count=132))
             stack.enter_context(posing(simulation))
-            simulation.observers.append(recorder)
+            self.watch(simulation, recorder)
             stack.enter_context(_refusals())
             if backward:
                 out = torch.randn(*q.shape[:-1], v.shape[-1]).to(q.dtype)

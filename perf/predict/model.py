@@ -25,7 +25,8 @@ FEWEST_KERNELS = 3  # of a backward: before the main one, it, and after it
 
 @dataclass(frozen=True)
 class Sample:
-    """One prediction with one set of constants: seconds, and the shares of time that parts of the GPU are busy."""
+    """One prediction with one set of constants: seconds, and the shares of time that parts of the GPU are busy, or that
+    the wait for turns takes."""
 
     seconds: float
     busy: dict[str, float]
@@ -88,10 +89,17 @@ class Predictor:
             for (tiles, steps), launch in zip(self.plan, self.launches, strict=True)
         ]
         cost = TileCost.fit(*results, gpu, shape.cluster)
-        steps = ordered_steps(shape, workload, int(gpu.l2_size * 2**20))
         slots = int(gpu.sms) // shape.cluster * self.residency
+        if workload.deterministic:
+            steps = [tile.heads * tile.steps for tile in self.kernel.chain]
+        else:
+            steps = ordered_steps(shape, workload, int(gpu.l2_size * 2**20))
         # cta_start is part of what a further tile costs in a probe
-        cycles = cost.first + self._makespan(gpu, cost, steps, slots)
+        cycles = free = cost.first + makespan(shape, steps, cost, slots, 0.0)
+        if workload.deterministic:
+            alone = self.launches[1].replay(gpu, shape.cluster, self.residency, times=True)
+            turns = turns_of(self.launches[1], alone, gpu, cost.step)
+            cycles = cost.first + chained_makespan(self.kernel.chain, cost, slots, turns)
         even = cost.first + sum(map(cost, steps)) / min(slots, len(steps))
         seconds = cycles / (gpu.clock * 1e9)
         memory = workload.work.bytes / (gpu.hbm * 1e12)
@@ -101,14 +109,9 @@ class Predictor:
         total = max(seconds, memory) + gpu.kernel_start * 1e-6 + beside
         busy = _busy(results[0], results[1], gpu)
         busy["hbm"] = memory / total
+        if workload.deterministic:
+            busy["turns"] = 1 - free / cycles
         return Sample(total, busy, 1 - even / cycles, cost.l2_bound, cost)
-
-    def _makespan(self, gpu, cost, steps, slots):
-        if not self.kernel.workload.deterministic:
-            return makespan(self.kernel.shape, steps, cost, slots, 0.0)
-        launch = self.launches[1]
-        alone = launch.replay(gpu, self.kernel.shape.cluster, self.residency, times=True)
-        return chained_makespan(self.kernel.chain, cost, slots, turns_of(launch, alone, gpu, cost.step))
 
     def predict(self, gpu: Gpu, ensemble: int = 12) -> Prediction:
         """Over the GPU's constants as they are and ``ensemble`` − 1 draws of those that have a spread."""
@@ -143,7 +146,10 @@ def _busy(short: ProbeResult, long: ProbeResult, gpu: Gpu) -> dict[str, float]:
 
 
 def _bound(busy: dict[str, float], tail: float, l2: float) -> str:
-    """What binds: a part that is busy 85 % of the time, else the tail if it takes 15 %, else latency."""
+    """What binds: the wait for turns if it takes 15 % of the time, else a part that is busy 85 % of it, else the tail if
+    it takes 15 %, else latency."""
+    if busy.get("turns", 0) >= 0.15:
+        return "turns"
     if l2 > 0.5:
         return "l2"
     name = max(busy, key=lambda part: busy[part])

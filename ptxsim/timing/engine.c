@@ -303,13 +303,16 @@ static void perform(Engine *e, Warp *w, const Row *row, const Instruction *i) {
         push(e, (Event){(i64)(target->port_free + c->tma_latency), 1, row->a, row->b});
         break;
     }
-    case STORE: case REDUCE: {  // a: bytes
-        double served = l2_served(e, now, row->operation == STORE ? row->a : row->a * c->l2_bytes / c->l2_reduced_bytes);
-        if (row->operation == REDUCE) {
-            sm->reduce_free = (sm->reduce_free > now ? sm->reduce_free : now) + row->a / c->sm_reduced_bytes;
-            if (sm->reduce_free > served) served = sm->reduce_free;
-        }
-        i64 until = (i64)(served + c->store_latency + (row->operation == STORE ? row->a / c->tma_bytes : 0));
+    case STORE: {  // a: bytes
+        i64 until = (i64)(l2_served(e, now, row->a) + c->store_latency + row->a / c->tma_bytes);
+        if (until > w->open_until) w->open_until = until;
+        use_shared(sm, row->a / c->shared_bytes);
+        break;
+    }
+    case REDUCE: {  // a: bytes; an SM's go one after the other
+        double served = l2_served(e, now, row->a * c->l2_bytes / c->l2_reduced_bytes);
+        sm->reduce_free = (sm->reduce_free > now ? sm->reduce_free : now) + row->a / c->sm_reduced_bytes;
+        i64 until = (i64)((served > sm->reduce_free ? served : sm->reduce_free) + c->store_latency);
         if (until > w->open_until) w->open_until = until;
         use_shared(sm, row->a / c->shared_bytes);
         break;

@@ -37,7 +37,7 @@ _PIPES = 10
 _SM_WARPS, _QUEUE = 64, 512  # engine.c: SM_WARPS, QUEUE
 _TARGET = re.compile(r"^\s*\.target\s+(sm_\w+)", re.M)
 # The engine's constants in its order: of a GPU by their names, l2 and l2_reductions as bytes a cycle of the SMs
-# simulated.
+# simulated, l2_reductions also of one SM.
 _CONSTANTS = ("try_wait", "wake", "arrive", "remote_arrive", "bar", "cluster_barrier", "branch", "wgmma_issue",
               "wgmma_tail", "wgmma_least", "wgmma_queue", "tensor_flops", "shared_bytes", "tma_setup", "tma_latency",
               "tma_interval", "tma_bytes", "store_latency", "global_latency", "cta_start", "register_ports",
@@ -230,7 +230,9 @@ class TimedLaunch:
         table = self.instruction_table(gpu)
         share = sms / gpu.sms
         rates = [gpu.bytes_per_cycle(rate) * share for rate in (gpu.l2, gpu.l2_reductions)]
-        constants = np.array([*(getattr(gpu, n) for n in _CONSTANTS), *rates, rates[1] / sms, gpu.l2_saved * 1024 * sms])
+        constants = np.array(
+            [*(getattr(gpu, n) for n in _CONSTANTS), *rates, rates[1] / sms, gpu.l2_saved * 1024 * sms]
+        )
         # a warp: its end, reasons; an SM: tensor cores, shared memory twice, instructions, TMA bytes, pipes
         out = np.zeros(ctas * warps * (1 + len(REASONS)) + sms * (5 + _PIPES) + 2, np.int64)
         cta_times, cta_sms = np.zeros((ctas, 2), np.int64), np.zeros(ctas, np.int32)
