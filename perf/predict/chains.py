@@ -60,7 +60,7 @@ def chained_makespan(tiles: Sequence[ChainedTile], cost: Cost, slots: int, turns
     last = _last_readers(tiles)
     free = [0.0] * slots
     passed: dict[int, np.ndarray] = {}  # [heads, steps] of a tile: when it passes its turns at dQ on
-    ended: dict[int, tuple[float, float]] = {}  # and those at dK and dV
+    ended: dict[int, float] = {}  # and that at dV
     for number, tile in enumerate(tiles):
         count = tile.heads * tile.steps
         begin = heapq.heappop(free) + cost(count) - step * count - 2 * turns.end
@@ -78,10 +78,9 @@ def chained_makespan(tiles: Sequence[ChainedTile], cost: Cost, slots: int, turns
             passed[number] = (added + turns.hold).reshape(turn.shape)
         end = max(ready[-1], added[-1] - turns.slack)
         if turns.end:
-            dk, dv = ended.get(tile.behind, (-np.inf, -np.inf))
-            dk = max(end, dk + turns.signal) + turns.end
-            dv = max(dk, dv + turns.signal) + turns.end
-            end, ended[number] = dv, (dk, dv)
+            # the tile before has added its dK one turn before its dV, and its dV while this one adds its dK
+            released = -np.inf if tile.behind is None else ended[tile.behind]
+            end = ended[number] = max(end + 2 * turns.end, released + turns.signal + turns.end)
         heapq.heappush(free, end)
     return max(free)
 

@@ -29,10 +29,9 @@ class _Key(click.ParamType):
     def convert(self, value: str, param, context) -> tuple:
         found = _KEY.fullmatch(value)
         if not found:
-            rule = ("DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN, such as fwd:128:causal:4096; DIRECTION is fwd, bwd, or bwd_det "
-                    "for deterministic gradients; MASK is full, causal, or windowN for N keys to the left and none to the "
-                    "right")  # fmt: skip
-            self.fail(f"{value!r}: {rule}", param, context)
+            self.fail(f"{value!r}: DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN, such as fwd:128:causal:4096; DIRECTION is fwd, "
+                      "bwd, or bwd_det for deterministic gradients; MASK is full, causal, or windowN for N keys to the "
+                      "left and none to the right", param, context)  # fmt: skip
         direction, d, dv, mask, window, seqlen = found.groups()
         plain, deterministic = direction[:3], direction == "bwd_det"
         return plain, deterministic, int(d), int(dv or d), mask != "full", int(window) if window else None, int(seqlen)

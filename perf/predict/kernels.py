@@ -87,8 +87,8 @@ class Kernel(ABC):
         """What the recordings of probes depend on."""
         w = self.workload
         ratio = w.heads // w.heads_kv
-        return (self.name, self.arch.value, w.direction.value, w.deterministic, w.dtype.value, w.head_dim, w.head_dim_v, ratio,
-                w.window_size[0] is not None, w.window_size[1],  # probes have a left bound of their own
+        return (self.name, self.arch.value, w.direction.value, w.deterministic, w.dtype.value, w.head_dim, w.head_dim_v,
+                ratio, w.window_size[0] is not None, w.window_size[1],  # probes have a left bound of their own
                 *sorted(self.settings.items()), self.shape)  # fmt: skip
 
     def probe(self, tiles: int, steps: int, cubin: bytes | None = None) -> TimedLaunch:
@@ -108,8 +108,8 @@ class Kernel(ABC):
         return launch if shape.persistent or clusters == tiles else launch.only(range(tiles * shape.cluster))
 
     def _probe_backward(self, tiles, steps, cubin):
-        """Of a CTA a tile: those that take so many steps, and of a deterministic backward wait for others at all sums (a
-        tile that is the first may not even ask)."""
+        """Of a CTA a tile: those that take so many steps, and of a deterministic backward wait for others at all sums
+        (a tile that is the first may not even ask)."""
         w, shape = self.workload, self.shape
         left, right = w.window_size
         ratio = w.heads // w.heads_kv
@@ -176,9 +176,8 @@ class OurKernel(Kernel):
         # a probe is shorter than the workload, and gets the workload's config all the same
         self.fields = {name: getattr(config, name) for name in tunable(self.kernel)}
         if w.deterministic and not config.turns:
-            raise ArgumentError(
-                f"predict: {self.arch.value}: deterministic gradients are not timed: dQ has a kernel of its own"
-            )
+            reason = "dQ has a kernel of its own, which is not timed"
+            raise ArgumentError(f"predict: deterministic gradients on {self.arch.value}: {reason}")
         if w.direction is Direction.BACKWARD:
             return TileShape(config.tile_n, config.tile_m, w.heads // w.heads_kv, by_head=True)
         by_head = self.kernel.family == "fa2"

@@ -146,8 +146,8 @@ def _busy(short: ProbeResult, long: ProbeResult, gpu: Gpu) -> dict[str, float]:
 
 
 def _bound(busy: dict[str, float], tail: float, l2: float) -> str:
-    """What binds: the wait for turns if it takes 15 % of the time, else a part that is busy 85 % of it, else the tail if
-    it takes 15 %, else latency."""
+    """What binds: the wait for turns if it takes 15 % of the time, else a part that is busy 85 % of it, else the tail
+    if it takes 15 %, else latency."""
     if busy.get("turns", 0) >= 0.15:
         return "turns"
     if l2 > 0.5:
