@@ -49,14 +49,13 @@ PRODUCTS = ("HGMMA", "QGMMA", "IGMMA")
 @dataclass(frozen=True)
 class Cost:
     """What an instruction takes: ``taken`` cycles of a pipe, ``latency`` of its result, ``passes`` through shared
-    memory, ``reduced`` bytes of reductions in global memory, ``stall`` cycles that its warp stands still at least."""
+    memory, ``reduced`` bytes of reductions in global memory."""
 
     pipe: int
     taken: float
     latency: float
     passes: int
     reduced: int
-    stall: float
 
 
 def cost(i: Instruction, gpu: Gpu, conflicts: dict[int, float]) -> Cost:
@@ -67,9 +66,7 @@ def cost(i: Instruction, gpu: Gpu, conflicts: dict[int, float]) -> Cost:
         passes = round(conflicts.get(i.line, _width(i)))
     if i.opcode in _REDUCTIONS:
         reduced = WARP * 4 * _width(i)
-    # A fence of the GPU's scope waits until the L2 has acknowledged what came before it.
-    stall = gpu.global_latency if i.opcode == "MEMBAR" and "GPU" in i.modifiers else 0
-    return Cost(pipe, taken, _latency(i, gpu), passes, reduced, stall)
+    return Cost(pipe, taken, _latency(i, gpu), passes, reduced)
 
 
 def _pipe(i: Instruction, gpu: Gpu) -> tuple[int, float]:

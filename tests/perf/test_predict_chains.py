@@ -1,4 +1,4 @@
-"""Predicted deterministic backwards: what waiting for turns costs, which tile waits for which, and what a turn takes."""
+"""Predicted deterministic backwards: which tile waits for which, what a turn takes, and what waiting costs."""
 
 from __future__ import annotations
 
