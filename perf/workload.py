@@ -35,7 +35,8 @@ class Workload:
     - ``skewed``: packed, log-uniform in 16 … seqlen, so that few sequences hold most of the tokens.
 
     The last drawn sequence is cut so that the tokens are exactly as many as asked for. ``page_size``: K and V in pages.
-    ``plan``: what is visible, by name in ``perf.plans``, of one sequence.
+    ``plan``: what is visible, by name in ``perf.plans``, of one sequence. ``deterministic``: gradients with the same
+    bits in every run; predicted (``perf.predict``), not timed.
     """
 
     direction: Direction = Direction.FORWARD
@@ -52,6 +53,7 @@ class Workload:
     page_size: int | None = None
     decode: bool = False
     plan: str | None = None
+    deterministic: bool = False
 
     def __post_init__(self):
         if self.lengths not in LENGTHS:
@@ -60,6 +62,8 @@ class Workload:
             raise ArgumentError(f"seqlen={self.seqlen}: between 1 and tokens={self.tokens}")
         if self.decode and self.direction is Direction.BACKWARD:
             raise ArgumentError("decode backward: a cache has no gradient")
+        if self.deterministic and self.direction is not Direction.BACKWARD:
+            raise ArgumentError("deterministic forward: it is so anyway")
         if self.page_size is not None and self.direction is Direction.BACKWARD:
             raise ArgumentError(f"page_size={self.page_size} backward: a cache has no gradient")
         if self.plan is not None:
@@ -181,7 +185,7 @@ class Workload:
         }
 
     def __str__(self) -> str:
-        return problem_name(self.columns())
+        return problem_name(self.columns()) + (" deterministic" if self.deterministic else "")
 
 
 def problem_name(columns: Mapping[str, Any]) -> str:

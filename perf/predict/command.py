@@ -17,21 +17,24 @@ from ptxsim.timing import gpus
 
 # What imports torch, cute_fa above all, is imported where it is used: rows that are kept need none of it.
 
-_KEY = re.compile(r"(fwd|bwd):(\d+)(?:,(\d+))?:(full|causal|window(\d+)):(\d+)")
+_KEY = re.compile(r"(fwd|bwd|bwd_det):(\d+)(?:,(\d+))?:(full|causal|window(\d+)):(\d+)")
 
 
 class _Key(click.ParamType):
-    """DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN as (direction, head_dim, head_dim_v, causal, window, seqlen)."""
+    """DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN as (direction, deterministic, head_dim, head_dim_v, causal, window,
+    seqlen)."""
 
     name = "key"
 
     def convert(self, value: str, param, context) -> tuple:
         found = _KEY.fullmatch(value)
         if not found:
-            self.fail(f"{value!r}: DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN, such as fwd:128:causal:4096; MASK is full, "
-                      "causal, or windowN for N keys to the left and none to the right", param, context)  # fmt: skip
+            self.fail(f"{value!r}: DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN, such as fwd:128:causal:4096; DIRECTION is fwd, "
+                      "bwd, or bwd_det for deterministic gradients; MASK is full, causal, or windowN for N keys to the "
+                      "left and none to the right", param, context)  # fmt: skip
         direction, d, dv, mask, window, seqlen = found.groups()
-        return direction, int(d), int(dv or d), mask != "full", int(window) if window else None, int(seqlen)
+        plain, deterministic = direction[:3], direction == "bwd_det"
+        return plain, deterministic, int(d), int(dv or d), mask != "full", int(window) if window else None, int(seqlen)
 
 
 @contextmanager
@@ -79,7 +82,8 @@ def predict(keys, gpu: str, names: tuple[str, ...], changes: tuple[str, ...], dt
     """Predict times without a GPU: kernels are simulated on a few tiles, their machine code is replayed cycle by cycle
     with a GPU's constants, and tiles are composed to the whole problem. docs/timing.md says how far to trust that.
 
-    KEY is DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN, such as fwd:128:causal:4096 or bwd:64:window128:8192.
+    KEY is DIRECTION:HEAD_DIM[,DV]:MASK:SEQLEN, such as fwd:128:causal:4096 or bwd:64:window128:8192; bwd_det is a
+    backward with deterministic gradients, on sm_90a.
 
     Means and standard deviations over draws of the constants that are not known well. Two kernels are ranked only where
     every explanation of the measured speeds agrees, beyond the spread; else it says "cannot tell".
@@ -129,7 +133,7 @@ def _workload(key, dtype, heads, tokens):
     from cute_fa.semantics.types import Direction, DType
     from perf.workload import Workload
 
-    direction, head_dim, head_dim_v, causal, window, seqlen = key
+    direction, deterministic, head_dim, head_dim_v, causal, window, seqlen = key
     h, _, hkv = heads.partition(",")
     try:
         h, hkv = int(h), int(hkv or h)
@@ -137,7 +141,7 @@ def _workload(key, dtype, heads, tokens):
         raise ArgumentError(f"heads={heads!r}: a number, or two with a comma between") from None
     return Workload(direction=Direction(direction), dtype=DType(dtype), head_dim=head_dim, head_dim_v=head_dim_v,
                     heads=h, heads_kv=hkv, seqlen=seqlen, tokens=tokens or max(16384, seqlen), causal=causal,
-                    window=window)  # fmt: skip
+                    window=window, deterministic=deterministic)  # fmt: skip
 
 
 def _rows(workload, gpu, names, changes, ensemble, cubin, trace):

@@ -5,13 +5,17 @@ A *probe* is such a run: ``tiles`` tiles of ``steps`` steps each, simulated and 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+from unittest import mock
 
+import cutlass.cute.runtime
 import torch
 
 import cute_fa
@@ -22,6 +26,8 @@ from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.trial import problem_of_spec
+from fa3_sm90.backward_split.config import Fa3SplitBackwardConfig
+from perf.predict.chains import ChainedTile, fa4_chain, our_chain
 from perf.predict.tiles import TileShape, steps_of
 from perf.workload import Workload
 from ptxsim.host.posing import posing
@@ -47,6 +53,7 @@ class Kernel(ABC):
     """A kernel of one arch for one workload."""
 
     name: str
+    device_kernel = ""  # what the name of the one that is predicted holds, where a call launches several of a size
 
     def __init__(self, workload: Workload, arch: SmArch, settings: dict[str, Any]):
         self.workload, self.arch, self.settings = workload, arch, settings
@@ -66,15 +73,30 @@ class Kernel(ABC):
         """How the kernel cuts the workload."""
 
     @abstractmethod
+    def chained_tiles(self) -> list[ChainedTile]:
+        """``chain``."""
+
+    @abstractmethod
     def run(self, probe: Probe, recorder: Recorder) -> None:
         """Run a probe in simulation, recorded."""
+
+    @property
+    def others(self) -> list[Kernel]:
+        """Further kernels of the call, each with tiles of its own, that run after this one."""
+        return []
+
+    @cached_property
+    def chain(self) -> list[ChainedTile]:
+        """Of a deterministic backward: its tiles in the order of the launch, and which waits for which."""
+        return self.chained_tiles()
 
     @property
     def identity(self) -> tuple:
         """What the recordings of probes depend on."""
         w = self.workload
         ratio = w.heads // w.heads_kv
-        return (self.name, self.arch.value, w.direction.value, w.dtype.value, w.head_dim, w.head_dim_v, ratio,
+        return (self.name, self.device_kernel, self.arch.value, w.direction.value, w.deterministic, w.dtype.value,
+                w.head_dim, w.head_dim_v, ratio,
                 w.window_size[0] is not None, w.window_size[1],  # probes have a left bound of their own
                 *sorted(self.settings.items()), self.shape)  # fmt: skip
 
@@ -95,31 +117,42 @@ class Kernel(ABC):
         return launch if shape.persistent or clusters == tiles else launch.only(range(tiles * shape.cluster))
 
     def _probe_backward(self, tiles, steps, cubin):
-        """Of a CTA a tile: those that take so many steps."""
+        """Of a CTA a tile: those that take so many steps, and of a deterministic backward wait for others at all sums
+        (a tile that is the first may not even ask)."""
         w, shape = self.workload, self.shape
         left, right = w.window_size
         ratio = w.heads // w.heads_kv
-        heads_kv = -(-tiles * shape.heads // ratio)
+        apart = ratio - 1 if w.deterministic and ratio > shape.heads else ratio  # heads whose tiles do
+        heads_kv = -(-tiles * shape.heads // apart)
         length = steps // shape.heads * shape.step
         if left is None and right is None:
-            launch = self._record(Probe(heads_kv, ratio, length, shape.tokens, (None, None)), cubin)
-            return launch.only(range(tiles))
-        if left is not None:  # a tile in the middle is seen by ``length`` queries
-            right = min(right, (length - shape.tokens) // 2)
-            left = length - shape.tokens - right
-            length += 4 * shape.step
-        launch = self._record(Probe(heads_kv, ratio, length, length, (left, right)), cubin)
-        # CTAs in the order of what they execute are tiles in the order of their steps
-        longest = sorted(range(launch.ctas), key=launch.rows_of, reverse=True)
-        return launch.only(sorted(longest[:tiles]))
+            keys = shape.tokens * (1 + w.deterministic)
+        else:
+            if left is not None:  # a tile in the middle is seen by ``length`` queries
+                right = min(right, (length - shape.tokens) // 2)
+                left = length - shape.tokens - right
+                length += 4 * shape.step
+            keys = length
+        launch = self._record(Probe(heads_kv, ratio, length, keys, (left, right)), cubin)
+        # CTAs in the order of what they execute are tiles in the order of their steps, then of what they wait for
+        ctas = shape.cluster
+        longest = sorted(range(0, launch.ctas, ctas), key=launch.rows_of, reverse=True)
+        return launch.only([first + rank for first in sorted(longest[:tiles]) for rank in range(ctas)])
 
     def _record(self, probe, cubin):
         recorder = Recorder()
         self.run(probe, recorder)
-        longest = max(recorder.recordings, key=lambda r: sum(len(trace) for trace in r.ctas[0]))
+        recordings = [recording for recording in recorder.recordings if self.device_kernel in recording.name]
+        longest = max(recordings, key=lambda r: sum(len(trace) for trace in r.ctas[0]))
         if longest.cluster_size != self.shape.cluster:
             raise ArgumentError(f"predict: clusters of {longest.cluster_size} CTAs ran, not of {self.shape.cluster}")
         return TimedLaunch(longest, cubin)
+
+    def watch(self, simulation: ptxsim.Simulation, recorder: Recorder) -> None:
+        """Record what runs in a simulation, where no tile of a deterministic backward waits in vain."""
+        simulation.observers.append(recorder)
+        if self.workload.deterministic:
+            simulation.together = 1
 
     def tensors(self, probe: Probe) -> list[torch.Tensor]:
         """q, k, v of a probe."""
@@ -134,7 +167,7 @@ class Kernel(ABC):
 
 def problem_of(workload: Workload, arch: SmArch) -> AttentionProblem:
     """What the dispatch table is asked for."""
-    return problem_of_spec(workload.spec(), arch, direction=workload.direction)
+    return problem_of_spec(workload.spec(), arch, direction=workload.direction, deterministic=workload.deterministic)
 
 
 def settings_of(workload: Workload, arch: SmArch, changes: Sequence[str]) -> dict[str, Any]:
@@ -153,6 +186,14 @@ class OurKernel(Kernel):
             config = self.kernel.configure(self.problem)
         # a probe is shorter than the workload, and gets the workload's config all the same
         self.fields = {name: getattr(config, name) for name in tunable(self.kernel)}
+        if isinstance(config, Fa3SplitBackwardConfig):
+            self.device_kernel = "KeyGradientKernel"
+            self.workload = dataclasses.replace(w, deterministic=False)  # as it always is
+            shape = TileShape(config.tile_n * config.cluster, config.tile_m, w.heads // w.heads_kv, config.cluster)
+            return dataclasses.replace(shape, by_head=not config.longest_first)
+        if w.deterministic and not config.turns:
+            reason = "dQ has a kernel of its own, which is not timed"
+            raise ArgumentError(f"predict: deterministic gradients on {self.arch.value}: {reason}")
         if w.direction is Direction.BACKWARD:
             by_head = not config.longest_first
             return TileShape(config.tile_n, config.tile_m, w.heads // w.heads_kv, by_head=by_head)
@@ -162,6 +203,13 @@ class OurKernel(Kernel):
                          getattr(config, "persistent", False), by_head=by_head)  # fmt: skip
 
     @property
+    def others(self) -> list[Kernel]:
+        return [QueryGradientPart(self)] if self.device_kernel else []
+
+    def chained_tiles(self) -> list[ChainedTile]:
+        return our_chain(self.shape, self.workload)
+
+    @property
     def identity(self) -> tuple:
         return (*super().identity, *sorted(self.fields.items()))
 
@@ -169,15 +217,38 @@ class OurKernel(Kernel):
         q, k, v = self.tensors(probe)
         backward = self.workload.direction is Direction.BACKWARD
         with forced(self.kernel, **self.fields), cute_fa.simulate(self.arch, num_sms=self.shape.cluster) as simulation:
-            simulation.observers.append(recorder)
+            self.watch(simulation, recorder)
             if not backward:
                 cute_fa.flash_attn_func(q, k, v, window_size=_window(probe))
                 return
             for x in (q, k, v):
                 x.requires_grad_()
-            out = cute_fa.flash_attn_func(q, k, v, window_size=_window(probe))
+            deterministic = self.workload.deterministic
+            out = cute_fa.flash_attn_func(q, k, v, window_size=_window(probe), deterministic=deterministic)
             recorder.recordings.clear()
             out.backward(torch.randn_like(out))
+
+
+class QueryGradientPart(OurKernel):
+    """Of a backward whose dQ has a kernel of its own that kernel, which walks over the keys as a forward does."""
+
+    device_kernel = "QueryGradientKernel"
+
+    def __init__(self, whole: OurKernel):
+        self.whole = whole
+        super().__init__(dataclasses.replace(whole.workload, direction=Direction.FORWARD), whole.arch, whole.settings)
+
+    def tile_shape(self) -> TileShape:
+        self.kernel, self.fields = self.whole.kernel, self.whole.fields
+        config = self.kernel.configure(self.whole.problem)
+        return TileShape(config.query_rows, config.tile_n, by_head=not config.longest_first)
+
+    @property
+    def others(self) -> list[Kernel]:
+        return []
+
+    def run(self, probe: Probe, recorder: Recorder) -> None:
+        self.whole.run(probe, recorder)
 
 
 def _window(probe):
@@ -203,10 +274,10 @@ class Fa4Kernel(Kernel):
         os.environ.setdefault("FLASH_ATTENTION_NUM_SMS", "132")  # which decides nothing that is predicted
         ptxsim.install()
         try:
-            from flash_attn.cute import interface
+            from flash_attn.cute import interface, utils
         except ImportError as error:
             raise ArgumentError(f"predict: flash-attn-4 is not installed ({error})") from None
-        self.interface = interface
+        self.interface, self.utils = interface, utils
         super().__init__(workload, arch, settings)
 
     def tile_shape(self) -> TileShape:
@@ -235,6 +306,9 @@ class Fa4Kernel(Kernel):
         ratio = w.heads // w.heads_kv if packed and tokens % (w.heads // w.heads_kv) == 0 else 1
         return TileShape(tokens // ratio, step, ratio, skips_left=major >= 9)
 
+    def chained_tiles(self) -> list[ChainedTile]:
+        return fa4_chain(self.shape, self.workload)
+
     def run(self, probe: Probe, recorder: Recorder) -> None:
         q, k, v = self.tensors(probe)
         left, right = probe.window
@@ -245,12 +319,17 @@ class Fa4Kernel(Kernel):
         with ExitStack() as stack:
             simulation = stack.enter_context(ptxsim.simulate(self.arch.value, sm_count=132))
             stack.enter_context(posing(simulation))
-            simulation.observers.append(recorder)
+            self.watch(simulation, recorder)
             stack.enter_context(_refusals())
             if backward:
                 out = torch.randn(*q.shape[:-1], v.shape[-1]).to(q.dtype)
                 lse = torch.full((1, q.shape[2], q.shape[1]), 8.0)
-                self.interface._flash_attn_bwd(q, k, v, out, torch.randn_like(out), lse, **window)
+                # where it takes the semaphores, a name that was bound when it was imported
+                stack.enter_context(mock.patch.object(self.utils, "from_dlpack", cutlass.cute.runtime.from_dlpack))
+                deterministic = self.workload.deterministic
+                self.interface._flash_attn_bwd(
+                    q, k, v, out, torch.randn_like(out), lse, deterministic=deterministic, **window
+                )
             else:
                 self.interface._flash_attn_fwd(
                     q, k, v, _arch=self.arch.number, return_lse=True, **window, **self.settings

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from cute_fa.semantics.types import Direction
+from perf.predict.chains import chained_makespan, turns_of
 from perf.predict.cost import ProbeResult, TileCost
 from perf.predict.kernels import Kernel, probe_steps
 from perf.predict.store import kept
@@ -24,7 +26,8 @@ FEWEST_KERNELS = 3  # of a backward: before the main one, it, and after it
 
 @dataclass(frozen=True)
 class Sample:
-    """One prediction with one set of constants: seconds, and the shares of time that parts of the GPU are busy."""
+    """One prediction with one set of constants: seconds, and the shares of time that parts of the GPU are busy, or that
+    the wait for turns takes."""
 
     seconds: float
     busy: dict[str, float]
@@ -57,16 +60,19 @@ class Predictor:
         first = self._probe(*self.plan[0])
         self.residency = 1 if kernel.shape.persistent else ctas_an_sm(first)
         self.launches = [self._probe(tiles * self.residency, steps) for tiles, steps in self.plan]
+        self.others = [Predictor(other, cubin) for other in kernel.others]
 
     @property
     def spills(self) -> int:
         """Accesses to local memory in the kernel's code."""
-        return sum(i.opcode in ("LDL", "STL") for i in self.launches[0].code.instructions)
+        own = sum(i.opcode in ("LDL", "STL") for i in self.launches[0].code.instructions)
+        return own + sum(other.spills for other in self.others)
 
     def of(self, kernel: Kernel) -> Predictor:
         """The same probes for another workload of the kernel."""
         other = copy.copy(self)
         other.kernel = kernel
+        other.others = [part.of(k) for part, k in zip(self.others, kernel.others, strict=True)]
         return other
 
     def _probe(self, tiles: int, steps: int) -> TimedLaunch:
@@ -80,26 +86,49 @@ class Predictor:
         timeline.write()
 
     def sample(self, gpu: Gpu) -> Sample:
-        """The prediction with these constants."""
+        """The prediction with these constants, of all that a call launches."""
+        parts = [self._alone(gpu), *(other._alone(gpu) for other in self.others)]
+        workload = self.kernel.workload
+        seconds = sum(part.seconds for part in parts)
+        beside = gpu.kernel_start * 1e-6
+        if workload.direction is Direction.BACKWARD:
+            beside += _beside_backward(workload, gpu, bool(self.others))
+
+        def mean(figure: Callable[[Sample], float]) -> float:
+            return sum(figure(part) * part.seconds for part in parts) / seconds
+
+        busy = {name: mean(lambda part, name=name: part.busy[name]) for name in parts[0].busy}
+        busy["hbm"] *= seconds / (seconds + beside)
+        l2_bound = mean(lambda part: part.l2_bound) > 0.5
+        return Sample(seconds + beside, busy, mean(lambda part: part.tail), l2_bound, parts[0].cost)
+
+    def _alone(self, gpu: Gpu) -> Sample:
+        """Of the kernel alone, without its start."""
         shape, workload = self.kernel.shape, self.kernel.workload
         results = [
             ProbeResult(tiles, steps, launch.replay(gpu, shape.cluster, self.residency))
             for (tiles, steps), launch in zip(self.plan, self.launches, strict=True)
         ]
         cost = TileCost.fit(*results, gpu, shape.cluster)
-        steps = ordered_steps(shape, workload, int(gpu.l2_size * 2**20))
         slots = int(gpu.sms) // shape.cluster * self.residency
+        if workload.deterministic:
+            steps = [tile.heads * tile.steps for tile in self.kernel.chain]
+        else:
+            steps = ordered_steps(shape, workload, int(gpu.l2_size * 2**20))
         # cta_start is part of what a further tile costs in a probe
-        cycles = cost.first + makespan(shape, steps, cost, slots, 0.0)
+        cycles = free = cost.first + makespan(shape, steps, cost, slots, 0.0)
+        if workload.deterministic:
+            alone = self.launches[1].replay(gpu, shape.cluster, self.residency, times=True)
+            turns = turns_of(self.launches[1], alone, gpu, cost.step)
+            cycles = cost.first + chained_makespan(self.kernel.chain, cost, slots, turns)
         even = cost.first + sum(map(cost, steps)) / min(slots, len(steps))
         seconds = cycles / (gpu.clock * 1e9)
         memory = workload.work.bytes / (gpu.hbm * 1e12)
-        beside = 0.0
-        if workload.direction is Direction.BACKWARD:
-            beside = _beside_backward(workload, gpu)
-        total = max(seconds, memory) + gpu.kernel_start * 1e-6 + beside
+        total = max(seconds, memory)
         busy = _busy(results[0], results[1], gpu)
         busy["hbm"] = memory / total
+        if workload.deterministic:
+            busy["turns"] = 1 - free / cycles
         return Sample(total, busy, 1 - even / cycles, cost.l2_bound, cost)
 
     def predict(self, gpu: Gpu, ensemble: int = 12) -> Prediction:
@@ -115,10 +144,11 @@ class Predictor:
                           statistics.pstdev(rates), bound, {**busy, "tail": tail}, _waits(samples[0].cost))  # fmt: skip
 
 
-def _beside_backward(workload, gpu):
-    """Seconds of a backward's other kernels: they read O and dO and clear dQ's accumulator, and convert it."""
+def _beside_backward(workload, gpu, dq_alone):
+    """Seconds of a backward's other kernels: they read O and dO and, unless dQ has a kernel of its own, clear dQ's
+    accumulator, and convert it."""
     elements = workload.tokens * workload.heads * workload.head_dim
-    moved = elements * (2 * workload.dtype.bytes + 4 + 4 + workload.dtype.bytes)
+    moved = elements * (2 * workload.dtype.bytes + (0 if dq_alone else 4 + 4 + workload.dtype.bytes))
     return moved / (gpu.hbm * 1e12) + (FEWEST_KERNELS - 1) * gpu.kernel_start * 1e-6 / 2
 
 
@@ -135,7 +165,10 @@ def _busy(short: ProbeResult, long: ProbeResult, gpu: Gpu) -> dict[str, float]:
 
 
 def _bound(busy: dict[str, float], tail: float, l2: float) -> str:
-    """What binds: a part that is busy 85 % of the time, else the tail if it takes 15 %, else latency."""
+    """What binds: the wait for turns if it takes 15 % of the time, else a part that is busy 85 % of it, else the tail
+    if it takes 15 %, else latency."""
+    if busy.get("turns", 0) >= 0.15:
+        return "turns"
     if l2 > 0.5:
         return "l2"
     name = max(busy, key=lambda part: busy[part])

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from cute_fa.device.tiling import backward_row_bytes, ceil_div, head_group
-from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.types import Direction
 from perf.workload import Workload
 
@@ -34,15 +31,21 @@ class TileShape:
     by_head: bool = False
 
 
-def steps_of(shape: TileShape, workload: Workload, first: int) -> int:
-    """Steps of the tile that begins at a token: those with a visible pair, at least one (backward: of each head)."""
+def span_of(shape: TileShape, workload: Workload, first: int) -> tuple[int, int]:
+    """(number of the first, how many) of the steps of the tile that begins at a token: those from the first to the last
+    with a visible pair, at least one; backward: of one head, by blocks of queries."""
     left, right = workload.window_size
     length, end = workload.seqlen, min(first + shape.tokens, workload.seqlen)
     if workload.direction is Direction.BACKWARD:
         left, right = right, left  # the queries that see a key lie after it where its keys lie before a query
     low = 0 if left is None or not shape.skips_left else max(first - left, 0)
     high = length if right is None else min(end + right, length)
-    steps = max(ceil_div(high, shape.step) - low // shape.step, 1)
+    return low // shape.step, max(ceil_div(high, shape.step) - low // shape.step, 1)
+
+
+def steps_of(shape: TileShape, workload: Workload, first: int) -> int:
+    """Steps of the tile that begins at a token (backward: of all its heads)."""
+    _, steps = span_of(shape, workload, first)
     return steps * shape.heads if workload.direction is Direction.BACKWARD else steps
 
 
@@ -87,46 +90,6 @@ def makespan(shape: TileShape, steps: list[int], cost: Cost, slots: int, start: 
     for n in steps:
         heapq.heappush(ends, heapq.heappop(ends) + costs[n] + start)
     return max(ends) - start
-
-
-@dataclass(frozen=True)
-class ChainedTile:
-    """A tile whose steps add to sums that tiles share, in an order: its step for sum ``first + k`` ends only when tile
-    number ``after`` in the order of the launch (None: no tile) has added to that sum. A sum that ``after`` does not
-    add to is not waited for."""
-
-    first: int
-    steps: int
-    after: int | None = None
-
-
-def chained_makespan(tiles: Sequence[ChainedTile], cost: Cost, slots: int, latency: float) -> float:
-    """Cycles until the last of ``tiles``, handed out in their order to ``slots`` places, ends. A step takes
-    ``cost(2) − cost(1)`` cycles, the rest of a tile stands before its first; ``latency``: cycles from the end of a step
-    to that of the step that waits for it, if nothing else holds that one up. A CTA that waits does not run ahead, so
-    that a delay is never caught up.
-
-    ArgumentError for a tile that waits for itself or a later one: all places may then be taken by tiles that wait.
-    """
-    step = cost(2) - cost(1)
-    free = [0.0] * slots
-    added: list[np.ndarray] = []  # of each tile, when its steps end
-    for number, tile in enumerate(tiles):
-        if tile.after is not None and not 0 <= tile.after < number:
-            raise ArgumentError(f"tile {number} waits for tile {tile.after}: only for one handed out before it")
-        begin = heapq.heappop(free) + cost(tile.steps) - step * tile.steps
-        # what a step would end at without those before it, less the steps that precede it
-        earliest = np.full(tile.steps, begin + step)
-        if tile.after is not None:
-            other, before = tiles[tile.after], added[tile.after]
-            low, high = max(tile.first, other.first), min(tile.first + tile.steps, other.first + other.steps)
-            if low < high:
-                mine = np.arange(low, high) - tile.first
-                released = before[low - other.first : high - other.first] + latency
-                earliest[mine] = np.maximum(earliest[mine], released - step * mine)
-        added.append(np.maximum.accumulate(earliest) + step * np.arange(tile.steps))
-        heapq.heappush(free, float(added[-1][-1]))
-    return max(free)
 
 
 def _turns(places: int) -> Iterator[int]:

@@ -22,6 +22,12 @@ from ptxsim.timing.gpus import Gpu
 
 COLUMNS = ("source", "gpu", "kernel", "direction", "dtype", "head_dim", "head_dim_v", "seqlen", "batch", "heads",
            "heads_kv", "causal", "tflops", "notes")  # fmt: skip
+# Directions of a table, and whether gradients are deterministic.
+DIRECTIONS = {
+    "fwd": (Direction.FORWARD, False),
+    "bwd": (Direction.BACKWARD, False),
+    "bwd_det": (Direction.BACKWARD, True),
+}
 _NUMBERS = ("head_dim", "head_dim_v", "seqlen", "batch", "heads", "heads_kv", "tflops")
 # GPUs of a table by what their names contain.
 GPUS = {"H100 SXM": "h100", "H200": "h200", "A100 80GB SXM": "a100", "A100 80GB PCIe": "a100-pcie"}
@@ -57,9 +63,10 @@ def rows(file: Path) -> Iterator[Row]:
     for number, row in table.iterrows():
         gpu = next((name for text, name in GPUS.items() if text in str(row.gpu)), None)
         kernel = "fa4" if _FA4.match(str(row.kernel)) else "ours" if _FA3.match(str(row.kernel)) else None
-        if gpu is None or kernel is None or row.direction not in ("fwd", "bwd") or row["dtype"] not in ("bf16", "fp16"):
+        if gpu is None or kernel is None or row.direction not in DIRECTIONS or row["dtype"] not in ("bf16", "fp16"):
             continue
-        if kernel == "ours" and row.direction == "bwd":
+        direction, deterministic = DIRECTIONS[row.direction]
+        if kernel == "ours" and direction is Direction.BACKWARD:
             continue  # the C++ backward is like none of ours
         try:
             numbers = {name: float(row[name]) for name in _NUMBERS}
@@ -75,11 +82,16 @@ def rows(file: Path) -> Iterator[Row]:
         settings = (("cluster", 1 + shared),) if kernel == "ours" else ()
         settings += (("tile_n", 80),) if wide else ()
         workload = Workload(
-            direction=Direction(row.direction), dtype=DType(row["dtype"]), head_dim=int(row.head_dim),
+            direction=direction, deterministic=deterministic, dtype=DType(row["dtype"]), head_dim=int(row.head_dim),
             head_dim_v=int(row.head_dim_v), heads=int(row.heads), heads_kv=int(row.heads_kv), seqlen=seqlen,
             tokens=seqlen * batch, causal=causal, window=int(window[1]) - 1 if window else None,
         )  # fmt: skip
         yield Row(int(number), workload, gpu, kernel, settings, float(row.tflops))
+
+
+def _direction(workload: Workload) -> str:
+    """As a table has it."""
+    return next(name for name, kind in DIRECTIONS.items() if kind == (workload.direction, workload.deterministic))
 
 
 def predictors(listed: Iterable[Row], progress=lambda text: None) -> dict[Row, Predictor | str]:
@@ -90,7 +102,7 @@ def predictors(listed: Iterable[Row], progress=lambda text: None) -> dict[Row, P
         try:
             kernel: Kernel = KERNELS[row.kernel](row.workload, SmArch(gpus.load(row.gpu).arch), dict(row.settings))
             if kernel.identity not in shared:
-                progress(f"{kernel.name} {row.workload.direction.value} {row.workload.head_dim} on {row.gpu}")
+                progress(f"{kernel.name} {_direction(row.workload)} {row.workload.head_dim} on {row.gpu}")
                 shared[kernel.identity] = Predictor(kernel)
         except (CuteFaError, SimError) as error:
             out[row] = str(error)
@@ -105,7 +117,7 @@ def validated(listed: dict[Row, Predictor | str], constants: dict[str, Gpu], ens
     for row, predictor in listed.items():
         w = row.workload
         entry = {
-            "row": row.number, "gpu": row.gpu, "kernel": row.kernel, "direction": w.direction.value,
+            "row": row.number, "gpu": row.gpu, "kernel": row.kernel, "direction": _direction(w),
             "head_dim": w.head_dim,
             "mask": "window" if w.window is not None else "causal" if w.causal else "full", "seqlen": w.seqlen,
             "published": row.tflops,

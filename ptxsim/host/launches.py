@@ -93,8 +93,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which a launch is simulated: the options of ``simulate``, the legal global memory, and who observes a wave
-    (``observers`` makes a list of them for each)."""
+    """Under which a launch is simulated: the options of ``simulate``, how many CTAs run in a wave, the legal global
+    memory, and who observes a wave (``observers`` makes a list of them for each)."""
 
     arch: str
     seed: int | None
@@ -102,6 +102,7 @@ class Conditions:
     race: bool
     sm_count: int
     fp8_bits: int | None
+    together: int
     ranges: Ranges
     observers: Callable[[], list[Observer]]
 
@@ -143,7 +144,7 @@ class Launcher:
         """Run as many clusters as fit in one wave; returns its machine."""
         per_cluster = prod(launch.cluster)
         # Where running CTAs may take over others' clusters, only as many as the device holds are launched at once.
-        together = under.sm_count if launch.program.takes_over else MAX_CTAS
+        together = under.sm_count if launch.program.takes_over else under.together
         clusters = len(pending) if cooperative else max(together // per_cluster, 1)
         starts = [pending.popleft() for _ in range(min(clusters, len(pending)))]
         ran = Machine(launch, [first + rank for first in starts for rank in range(per_cluster)], pending)

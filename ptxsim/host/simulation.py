@@ -26,7 +26,7 @@ from ..report.trace import Trace, Tracer
 from . import dsl, programs, standin
 from .host_memory import integers, merged
 from .images import Image, image_at
-from .launches import Conditions, Launch, Launcher, LaunchRequest, LoadedKernel
+from .launches import MAX_CTAS, Conditions, Launch, Launcher, LaunchRequest, LoadedKernel
 from .programs import LoadedProgram, number
 from .views import DeviceView, map_tensors, storage
 
@@ -120,6 +120,9 @@ class Simulation:
                  fp8_bits: int | None = None):  # fmt: skip
         self.arch, self.schedule_seed, self.late, self.race, self.sm_count = arch, seed, late, race, sm_count
         self.fp8_bits = fp8_bits
+        # CTAs that run together in a wave. One at a time, in the order of the launch, a CTA finds all done that those
+        # before it do, and a kernel whose CTAs wait for earlier ones never polls in vain.
+        self.together = MAX_CTAS
         self.line_info = False  # whether kernels are compiled with line information
         self.launches: list[Launch] = []
         self.observers: list[Observer] = []  # hear what every wave does
@@ -278,7 +281,7 @@ class Simulation:
             if self.before_launch is not None:
                 loaded = self.before_launch(loaded)
             under = Conditions(self.arch, self.schedule_seed, self.late, self.race, self.sm_count, self.fp8_bits,
-                               self.legal_memory(), self.observers_of_wave)  # fmt: skip
+                               self.together, self.legal_memory(), self.observers_of_wave)  # fmt: skip
             self.launches.append(self._launcher.run(request, loaded, under))
 
     def observers_of_wave(self) -> list[Observer]:

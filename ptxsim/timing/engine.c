@@ -25,7 +25,8 @@ typedef struct { i32 instruction, operation, a, b, c; } Row;
 typedef struct {
     double try_wait, wake, arrive, remote_arrive, bar, cluster_barrier, branch, wgmma_issue, wgmma_tail, wgmma_least, wgmma_queue,
         tensor_flops, shared_bytes, tma_setup, tma_latency, tma_interval, tma_bytes, store_latency, global_latency, cta_start,
-        register_ports, register_tensor, slots_lost, shared_slack, l2_bytes, l2_reduced_bytes, l2_saved;
+        register_ports, register_tensor, slots_lost, shared_slack, l2_bytes, l2_reduced_bytes, sm_reduced_bytes,
+        l2_saved;
 } Constants;
 typedef struct { i32 expected, pending, phase, owner; i64 bytes, flipped; } Mbarrier;
 typedef struct { i32 arrived; i64 generation, released; } Named;
@@ -51,7 +52,7 @@ typedef struct {
 } Warp;
 typedef struct { i32 group; Product product; i64 ready; } Queued;
 typedef struct {
-    double pipe_free[PARTS][PIPES], debt[PARTS], port_free, tensor_free, tma_free, tensor_busy, tensor_shared, shared;
+    double pipe_free[PARTS][PIPES], debt[PARTS], port_free, reduce_free, tensor_free, tma_free, tensor_busy, tensor_shared, shared;
     double waiting;  // shared memory's work beside the products that waits, in cycles
     i64 pipe_busy[PARTS][PIPES], lsu_blocked, issued, tma_bytes;
     i64 wake, visited;  // nothing can happen before wake; the latest cycle that has been looked at
@@ -199,9 +200,9 @@ static int obstacle(Engine *e, Warp *w) {
         if (w->until > now) return WGMMA_DONE;
         break;
     }
-    case GROUP_WAIT: {
+    case GROUP_WAIT: {  // a: groups that may be pending, b: whether bulk stores have to be seen by others, too
         i32 needed = w->groups - row->a;
-        if (needed > 0 && (w->until = w->group_done[(needed - 1) % GROUPS]) > now) return GROUP;
+        if (needed > 0 && (w->until = w->group_done[(needed - 1) % GROUPS] + row->b * (i64)c->global_latency) > now) return GROUP;
         break;
     }
     case CLUSTER_WAIT: {
@@ -302,9 +303,16 @@ static void perform(Engine *e, Warp *w, const Row *row, const Instruction *i) {
         push(e, (Event){(i64)(target->port_free + c->tma_latency), 1, row->a, row->b});
         break;
     }
-    case STORE: case REDUCE: {  // a: bytes
-        double served = l2_served(e, now, row->operation == STORE ? row->a : row->a * c->l2_bytes / c->l2_reduced_bytes);
-        i64 until = (i64)(served + c->store_latency + row->a / c->tma_bytes);
+    case STORE: {  // a: bytes
+        i64 until = (i64)(l2_served(e, now, row->a) + c->store_latency + row->a / c->tma_bytes);
+        if (until > w->open_until) w->open_until = until;
+        use_shared(sm, row->a / c->shared_bytes);
+        break;
+    }
+    case REDUCE: {  // a: bytes; an SM's go one after the other
+        double served = l2_served(e, now, row->a * c->l2_bytes / c->l2_reduced_bytes);
+        sm->reduce_free = (sm->reduce_free > now ? sm->reduce_free : now) + row->a / c->sm_reduced_bytes;
+        i64 until = (i64)((served > sm->reduce_free ? served : sm->reduce_free) + c->store_latency);
         if (until > w->open_until) w->open_until = until;
         use_shared(sm, row->a / c->shared_bytes);
         break;

@@ -35,9 +35,10 @@ REASONS = ("issuing", "stall counts", "scoreboards", "mbarriers", "named barrier
            "wgmma queue", "register ports", "copies", "cluster")  # fmt: skip
 _PIPES = 10
 _SM_WARPS, _QUEUE = 64, 512  # engine.c: SM_WARPS, QUEUE
+_WIDE = re.compile(r"\.(gpu|gl|sys)\b")  # scopes
 _TARGET = re.compile(r"^\s*\.target\s+(sm_\w+)", re.M)
 # The engine's constants in its order: of a GPU by their names, l2 and l2_reductions as bytes a cycle of the SMs
-# simulated.
+# simulated, l2_reductions also of one SM.
 _CONSTANTS = ("try_wait", "wake", "arrive", "remote_arrive", "bar", "cluster_barrier", "branch", "wgmma_issue",
               "wgmma_tail", "wgmma_least", "wgmma_queue", "tensor_flops", "shared_bytes", "tma_setup", "tma_latency",
               "tma_interval", "tma_bytes", "store_latency", "global_latency", "cta_start", "register_ports",
@@ -155,7 +156,8 @@ class TimedLaunch:
         if i.opcode in ("UTMACMDFLUSH", "LDGDEPBAR"):
             return [(COMMIT, 0, 0, 0)]
         if i.opcode == "DEPBAR" and i.operands[0] == "SB0" and len(i.operands) > 1:  # that of the groups of copies
-            return [(GROUP_WAIT, int(i.operands[1], 0), 0, 0)]
+            text = self.ptx_line(i.line)
+            return [(GROUP_WAIT, int(i.operands[1], 0), int("bulk" in text and ".read" not in text), 0)]
         if operation is None or operation == OFF:
             return []
         kind = operation[0]
@@ -194,7 +196,7 @@ class TimedLaunch:
     @functools.cached_property
     def _kinds(self) -> tuple[list[int], np.ndarray, np.ndarray]:
         """Instructions that cost the same: one of each kind, the kind of each instruction, and what does not depend on
-        a GPU (stall count, scoreboards, whether it branches, registers read)."""
+        a GPU (stall count, scoreboards, whether it branches, registers read, whether it is a fence that waits)."""
         first: dict[tuple, int] = {}
         reads = register_reads(self.code)
         kinds, fixed = [], []
@@ -203,8 +205,14 @@ class TimedLaunch:
             kinds.append(list(first).index(key) if key in first else len(first))
             first.setdefault(key, n)
             branch = is_branch(i) or i.opcode == "RET"
-            fixed.append((i.stall, i.write_scoreboard, i.read_scoreboard, i.wait, branch, count))
+            fixed.append((i.stall, i.write_scoreboard, i.read_scoreboard, i.wait, branch, count, self._waits(i)))
         return list(first.values()), np.array(kinds), np.array(fixed)
+
+    def _waits(self, i: Instruction) -> bool:
+        """Whether it is a fence of the GPU's or the system's scope, which waits until the L2 has acknowledged what came
+        before it. That of a cluster's scope is part of ``cluster_barrier`` and ``remote_arrive``."""
+        beyond = i.opcode == "MEMBAR" and not {"GPU", "SYS"}.isdisjoint(i.modifiers)
+        return beyond and _WIDE.search(self.ptx_line(i.line)) is not None
 
     def instruction_table(self, gpu: Gpu) -> np.ndarray:
         """Rows of the engine's ``Instruction``."""
@@ -215,8 +223,9 @@ class TimedLaunch:
             rows.append((c.pipe, round(1000 * c.taken), round(c.latency), min(round(c.latency), READ_LATENCY), c.passes,
                          c.reduced))  # fmt: skip
         costs = np.array(rows)[kinds]
+        stall = np.maximum(fixed[:, :1], fixed[:, 6:] * round(gpu.global_latency))
         return np.ascontiguousarray(
-            np.concatenate([fixed[:, :4], costs[:, :4], fixed[:, 4:], costs[:, 4:]], axis=1), np.int32
+            np.concatenate([stall, fixed[:, 1:4], costs[:, :4], fixed[:, 4:6], costs[:, 4:]], axis=1), np.int32
         )
 
     def replay(self, gpu: Gpu, sms: int = 1, residency: int = 1, times: bool = False) -> Replay:
@@ -228,7 +237,9 @@ class TimedLaunch:
         table = self.instruction_table(gpu)
         share = sms / gpu.sms
         rates = [gpu.bytes_per_cycle(rate) * share for rate in (gpu.l2, gpu.l2_reductions)]
-        constants = np.array([*(getattr(gpu, n) for n in _CONSTANTS), *rates, gpu.l2_saved * 1024 * sms])
+        constants = np.array(
+            [*(getattr(gpu, n) for n in _CONSTANTS), *rates, rates[1] / sms, gpu.l2_saved * 1024 * sms]
+        )
         # a warp: its end, reasons; an SM: tensor cores, shared memory twice, instructions, TMA bytes, pipes
         out = np.zeros(ctas * warps * (1 + len(REASONS)) + sms * (5 + _PIPES) + 2, np.int64)
         cta_times, cta_sms = np.zeros((ctas, 2), np.int64), np.zeros(ctas, np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from perf.predict.cost import ProbeResult, TileCost
 from perf.predict.kernels import Fa4Kernel, OurKernel, probe_steps, problem_of, settings_of
 from perf.predict.model import Predictor
 from perf.predict.ranking import RESONANCE, Ranking, explanations, ranked
-from perf.predict.tiles import ChainedTile, TileShape, chained_makespan, makespan, ordered_steps, steps_of
+from perf.predict.tiles import TileShape, makespan, ordered_steps, steps_of
 from perf.workload import Workload
 from ptxsim.host.cubin import code_sections
 from ptxsim.timing import gpus
@@ -172,38 +173,6 @@ def test_makespan_of_static_and_of_handed_out_tiles():
     assert makespan(static, [5], cost, 132, 0.0) == 5
 
 
-def three_in_a_chain():
-    return [ChainedTile(0, 4), ChainedTile(0, 4, after=0), ChainedTile(0, 4, after=1)]
-
-
-@pytest.mark.parametrize("slots, cycles", [(1, 3 * 41), (2, 82), (3, 47)])
-def test_a_chain_of_three_tiles(slots, cycles):
-    """Of 1 cycle and 4 steps of 10 each. Alone on a place each finds its turn come. On three the first ends its steps
-    at 11, 21, 31, 41, the second 3 later, the third 6. On two the third begins at 41, when the second has one
-    step left, at 44: its steps end at 52 and on."""
-    assert chained_makespan(three_in_a_chain(), lambda n: 1 + 10 * n, slots, 3.0) == cycles
-
-
-def test_a_chain_waits_only_for_sums_that_both_add_to():
-    """Causal: the second tile adds to sums 0 to 3, the first to 2 and 3, at 11 and 21; the second's third step ends at
-    31 in any case. With 30 cycles from one to the other it ends at 41, and the last at 51."""
-    tiles = [ChainedTile(2, 2), ChainedTile(0, 4, after=0)]
-    assert chained_makespan(tiles, lambda n: 1 + 10 * n, 2, 3.0) == 41
-    assert chained_makespan(tiles, lambda n: 1 + 10 * n, 2, 30.0) == 51
-
-
-def test_tiles_that_wait_for_none_end_as_without_a_chain():
-    steps = [8, 1, 1, 8, 1, 1]
-    tiles = [ChainedTile(0, n) for n in steps]
-    assert chained_makespan(tiles, float, 2, 5.0) == makespan(TileShape(1, 1), steps, float, 2, 0.0)
-
-
-@pytest.mark.parametrize("after", [1, 2])
-def test_an_order_that_may_deadlock_is_an_error(after):
-    with pytest.raises(ArgumentError, match=f"tile 1 waits for tile {after}"):
-        chained_makespan([ChainedTile(0, 2), ChainedTile(0, 2, after=after), ChainedTile(0, 2)], float, 1, 1.0)
-
-
 def replay_of(cycles, loaded):
     return SimpleNamespace(cycles=cycles, sms=[SimpleNamespace(tma_bytes=loaded)])
 
@@ -296,6 +265,22 @@ def test_the_ampere_forward_and_backward():
     assert 90 < Predictor(OurKernel(backward, SmArch.SM_80, {})).predict(gpu, 2).tflops < 220
 
 
+def test_a_backward_in_two_kernels_takes_the_time_of_both():
+    """dK and dV, whose four products are S, dP and their own; dQ, whose three are S, dP and its own."""
+    workload = Workload(direction=Direction.BACKWARD, head_dim=256, head_dim_v=256, seqlen=4096)
+    kernel = OurKernel(workload, SmArch.SM_90A, {})
+    keys, (queries,) = Predictor(kernel), [Predictor(other) for other in kernel.others]
+    assert (keys.kernel.shape.tokens, keys.kernel.shape.cluster, queries.kernel.shape.tokens) == (128, 2, 128)
+    alone = [part._alone(H100).seconds for part in (keys, queries)]
+    # at no more than what the tensor cores can, 4 and 3 products of 5
+    least = workload.work.flops / (H100.tensor_flops * H100.sms * H100.clock * 1e9)
+    assert alone[0] > 4 / 5 * least and alone[1] > 3 / 5 * least
+    # and what comes before, between and after them
+    assert 0 < keys.sample(H100).seconds - sum(alone) < 0.05 * sum(alone)
+    deterministic = dataclasses.replace(workload, deterministic=True)
+    assert Predictor(OurKernel(deterministic, SmArch.SM_90A, {})).sample(H100).seconds == keys.sample(H100).seconds
+
+
 def test_a_forced_config_is_what_is_timed():
     workload = Workload(head_dim=64, head_dim_v=64, seqlen=2048)
     settings = settings_of(workload, SmArch.SM_90A, ["tile_n=96", "cluster=2"])
@@ -322,6 +307,9 @@ def test_the_command(hopper):
     "arguments, message",
     [
         (["fwd:64:4096"], "DIRECTION:HEAD_DIM"),
+        (["fwd_det:64:full:4096"], "bwd_det for deterministic gradients"),
+        (["bwd_det:64:full:4096", "--gpu", "a100"], "deterministic gradients on sm_80: dQ has a kernel of its own"),
+        (["bwd_det:64:full:4096", "--gpu", "a100", "--kernel", "fa4"], "no backward for sm_80 that is timed"),
         ([], "no KEY"),
         (["fwd:64:full:4096", "--gpu", "v100"], "no constants of the GPU 'v100'"),
         (["fwd:64:full:4096", "--gpu", "b200"], "tcgen05"),
@@ -366,20 +354,26 @@ b,H100 SXM5 80GB,FA3,fwd,fp16,128,128,8192,2,16,16,0,646,
 c,H200,FA4 (flash_attn.cute sm_90),fwd,bf16,64,64,2048,2,128,128,1,93,"causal=top_left; sliding window 128 (flops)"
 d,GB200,FA4,fwd,bf16,64,64,2048,2,128,128,1,93,
 e,H200,cuDNN 9.27,fwd,bf16,64,64,2048,2,128,128,1,93,
+f,H200,FA4 (flash_attn.cute sm_90),bwd_det,bf16,128,128,2048,2,64,8,0,493,
 """
 
 
 def test_published_rows(tmp_path):
     file = tmp_path / "published.csv"
     file.write_text(CSV)
-    three = list(validate.rows(file))
-    assert [(row.gpu, row.kernel, row.settings) for row in three] == [
+    four = list(validate.rows(file))
+    assert [(row.gpu, row.kernel, row.settings) for row in four] == [
         ("h100", "ours", (("cluster", 1),)),
         ("h100", "ours", (("cluster", 2),)),
         ("h200", "fa4", ()),
+        ("h200", "fa4", ()),
     ]
-    assert three[2].workload.window == 127  # 128 keys with the query's own
-    assert three[0].workload.tokens == 16384
+    assert four[2].workload.window == 127  # 128 keys with the query's own
+    assert four[0].workload.tokens == 16384
+    assert [(row.workload.direction.value, row.workload.deterministic) for row in four[2:]] == [
+        ("fwd", False),
+        ("bwd", True),
+    ]
 
 
 def test_validation_says_the_errors(tmp_path):

@@ -51,6 +51,27 @@ def work(grid, cluster=1, query=VECTOR, *, late=False, seed=None, race=False, sm
     return out[: grid[0] * grid[1]], out[64:].sum()
 
 
+POLL = """mov.u32 %r1, %ctaid.x; mov.u32 %r5, 0; add.s64 %rd2, %out0, 64;
+  AGAIN: add.u32 %r5, %r5, 1; ld.acquire.gpu.global.u32 %r2, [%rd2]; setp.ne.u32 %p1, %r2, %r1; @%p1 bra AGAIN;
+    mul.wide.u32 %rd1, %r1, 4; add.s64 %rd1, %out0, %rd1; st.global.u32 [%rd1], %r5;
+    setp.eq.u32 %p2, %t, 0; @%p2 red.release.gpu.global.add.u32 [%rd2], 1;"""
+
+
+@pytest.mark.parametrize("together", [8, 1])
+def test_ctas_one_at_a_time_find_done_what_those_before_them_do(together):
+    """A CTA polls a counter until all before it have counted: alone once, together the more often the later it is."""
+    out = aligned(np.zeros(32, np.uint32))
+    pointer = ctypes.c_uint64(out.ctypes.data)
+    arguments = (ctypes.c_uint64 * 1)(ctypes.addressof(pointer))
+    simulation = Simulation("sm_90a", None, False, False, 4, None)
+    simulation.together = together
+    simulation._arguments = [(out.ctypes.data, out.nbytes)]
+    kernel = LoadedKernel(kernel_text(POLL, 0, 1), "kernel", registers=32)
+    simulation.launch(LaunchRequest(kernel, (8, 1, 1), (32, 1, 1), (1, 1, 1), arguments=ctypes.addressof(arguments)))
+    assert out[16] == 8
+    assert (np.diff(out[:8].astype(int)) > 0).all() if together > 1 else (out[:8] == 1).all()
+
+
 @pytest.mark.parametrize(("late", "seed"), [(False, None), (True, None), (False, 1), (True, 2)])
 @pytest.mark.parametrize(("grid", "cluster"), [((11, 1), 1), ((5, 3), 1), ((6, 3), 2)])
 def test_every_tile_is_worked_on_once(grid, cluster, late, seed):

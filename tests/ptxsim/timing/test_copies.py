@@ -108,7 +108,7 @@ def test_multicast_reads_the_l2_once():
 
 
 # ---- stores -------------------------------------------------------------------------------------------------------
-def stores(count, size, what):
+def stores(count, size, what, read=""):
     name = (
         "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32"
         if what == "reduce"
@@ -117,7 +117,7 @@ def stores(count, size, what):
     clear = "".join(f"st.shared.v4.u32 [%r4+{512 * j}], {{%r5, %r5, %r5, %r5}};" for j in range(16))
     return f"""mov.u32 %r3, buffer; shl.b32 %r4, %t, 4; add.u32 %r4, %r4, %r3; mov.u32 %r5, 0; {clear}
     fence.proxy.async.shared::cta; bar.sync 0; setp.eq.u32 %p1, %t, 0; @!%p1 bra DONE;
-    {f"{name} [%out0], [%r3], {size}; cp.async.bulk.commit_group;" * count} cp.async.bulk.wait_group 0;
+    {f"{name} [%out0], [%r3], {size}; cp.async.bulk.commit_group;" * count} cp.async.bulk.wait_group{read} 0;
     DONE: {STORE.replace("[%rd1]", "[%rd1+32768]")}"""
 
 
@@ -129,6 +129,32 @@ def test_stores_and_reductions_take_their_rate_of_the_l2(what):
     assert (cycles(many, gpu) - cycles(few, gpu)) / 20 == pytest.approx(8192 / rate, rel=0.01)
     later = gpu.with_values(store_latency=gpu.store_latency + 100)
     assert cycles(few, later) - cycles(few, gpu) == 100
+
+
+def test_bulk_reductions_of_an_sm_take_its_share_whatever_the_others_do():
+    """One after the other, also where the L2 has nothing else to do and has saved up; stores do not."""
+    gpu = H100.with_values(l2_saved=1024)
+    share = gpu.bytes_per_cycle(gpu.l2_reductions) / gpu.sms
+    few, many = (timed(stores(n, 8192, "reduce"), DATA, OUT, declarations=BUFFER, grid=8).only([3]) for n in (4, 24))
+    assert (cycles(many, gpu, sms=8) - cycles(few, gpu, sms=8)) / 20 == pytest.approx(8192 / share, rel=0.01)
+    few, many = (timed(stores(n, 8192, "store"), DATA, OUT, declarations=BUFFER, grid=8).only([3]) for n in (4, 24))
+    assert (cycles(many, gpu, sms=8) - cycles(few, gpu, sms=8)) / 20 < 100
+
+
+@pytest.mark.parametrize("what", ["store", "reduce"])
+def test_what_others_can_see_takes_a_round_trip_more_than_what_has_been_read(what):
+    seen, read = (timed(stores(4, 8192, what, read), DATA, OUT, declarations=BUFFER) for read in ("", ".read"))
+    for latency in (300, 500):
+        gpu = H100.with_values(global_latency=latency)
+        assert cycles(seen, gpu) - cycles(read, gpu) == pytest.approx(latency, abs=10)
+
+
+@pytest.mark.parametrize("scope, weight", [("cta", 0), ("cluster", 0), ("gpu", 1), ("sys", 1)])
+def test_a_fence_beyond_the_cluster_takes_a_round_trip(scope, weight):
+    body = "mad.wide.u32 %rd1, %g, 4, %out0; st.global.u32 [%rd1], %t;" + f"fence.acq_rel.{scope};" * 3
+    fences = timed(body + "st.global.u32 [%rd1], %g;", DATA, OUT)
+    later = H100.with_values(global_latency=H100.global_latency + 100)
+    assert cycles(fences, later) - cycles(fences) == 300 * weight
 
 
 def test_reductions_of_threads_take_the_rate_of_reductions():
