@@ -445,7 +445,11 @@ def _wgmma_serialised(code: Code) -> bool:
 
 
 def _shared_memory_cycles(instruction: Instruction) -> float:
-    """Cycles that four warps' copies of this instruction occupy shared memory, at 128 bytes a clock."""
+    """Cycles that four warps' copies of this instruction occupy shared memory, at 128 bytes a clock. A shuffle goes
+    through its crossbar at the same rate: 32 results a clock and SM (CUDA C++ Programming Guide, "Arithmetic
+    Instructions", warp shuffle)."""
+    if instruction.opcode == "SHFL":
+        return 4
     kind = classify(instruction.opcode, instruction.modifiers)
     if kind not in _SHARED_MEMORY:
         return 0
