@@ -15,8 +15,9 @@ class Scratch(NamedTuple):
     """Memory between the kernels, fp32. A sequence has whole tiles of queries, see :func:`first_tile`.
 
     ``stats`` (tiles, heads, stats_elements): LSE of the queries in log2 units, less the softcap's offset, +inf where P
-    is 0, and their D = rowsum(dO∘O) − dLSE, see :func:`cute_fa.device.backward_preprocess.statistics_place`. ``dq``
-    (tiles, heads, tile_m · head_dim_padded): the sum of dS·K in the order of the accumulator's registers, or None.
+    is 0, and their D = rowsum(dO∘O) − dLSE, see :func:`cute_fa.device.backward_preprocess.statistics_place`; where P is
+    wanted times 2^probability_shift, LSE less that shift and D divided by its power. ``dq`` (tiles, heads,
+    tile_m · head_dim_padded): the sum of dS·K in the order of the accumulator's registers, or None.
     ``dsink`` (batch, heads, m_blocks) and ``dslopes`` (batch, heads, blocks · slope_parts): parts of the gradients of
     the learnable sink and of the ALiBi slopes, or None; the blocks are of keys, or of queries. ``turns`` int32
     (tiles · heads + 1), where tiles of keys add to dQ in order, or None: how many have added to each, and at the end

@@ -63,6 +63,8 @@ class PreprocessKernel:
         lse = head_row(args.common.lse, head, batch, info.offset_q, packed)
         stats = args.scratch.stats[tile, head, None]
         offset = args.common.softcap * LOG2_E if const_expr(c.softcap) else Float32(0.0)
+        if const_expr(c.probability_shift):
+            offset = offset + float(c.probability_shift)
         dsink = Float32(0.0)
         rows_per_pass = self.num_threads // self.lanes
         for first in cutlass.range(0, c.tile_m, rows_per_pass, unroll=1):
@@ -82,7 +84,9 @@ class PreprocessKernel:
             if tidx % self.lanes == 0 and place < c.tile_m:
                 at = statistics_place(c, place)
                 stats[at] = Float32.inf if row_lse == -Float32.inf else row_lse * LOG2_E - offset
-                stats[c.tile_m + at] = delta
+                stats[c.tile_m + at] = (
+                    delta if const_expr(c.probability_shift == 0) else delta * 2.0**-c.probability_shift
+                )
                 if const_expr(c.learnable_sink):
                     if row_lse != -Float32.inf:  # which it is beside a sink of −inf, whose gradient is 0
                         weight = cute.math.exp2((args.common.learnable_sink[head] - row_lse) * LOG2_E, fastmath=True)

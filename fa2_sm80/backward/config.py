@@ -52,6 +52,7 @@ class Fa2BackwardConfig(FeatureConfig):
     """
 
     kernel_module: ClassVar[str] = "fa2_sm80.backward.kernel"
+    probability_shift: ClassVar[int] = 0
     slopes_by_keys: ClassVar[bool] = True
     statistics: ClassVar[str] = "rows"
     turns: ClassVar[bool] = False

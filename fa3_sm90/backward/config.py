@@ -48,6 +48,7 @@ class Fa3BackwardConfig(FeatureConfig):
 
     dq_sums: ClassVar[bool] = True
     cluster: ClassVar[int] = 1
+    probability_shift: ClassVar[int] = 0
     slopes_by_keys: ClassVar[bool] = True
     statistics: ClassVar[str] = "wgmma"
 

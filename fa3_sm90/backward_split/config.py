@@ -35,6 +35,8 @@ class Fa3SplitBackwardConfig(FeatureConfig):
     statistics: ClassVar[str] = "wgmma"
     dq_sums: ClassVar[bool] = False
     turns: ClassVar[bool] = False
+    # The kernel for dK and dV has P times 2^15, at most 2^15: in fp16 numbers down to 2^-29 keep 11 bits.
+    probability_shift: ClassVar[int] = 15
     slopes_by_keys: ClassVar[bool] = False
 
     stages: int

@@ -63,6 +63,7 @@ class KeyGradientKernel:
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         consumer = ValueGradients(self.config, args, storage, pipelines, thread)
         consumer.run(work)
+        consumer.sums.acc.store(consumer.sums.acc.load() * 2.0**-self.config.probability_shift)
         self.store("dv", consumer.sums, tma, storage, work, thread)
 
     def keys(self, args, tma: TmaTensors, storage: KeyStorage, pipelines: dict[str, Ring], work: KeyWork):
