@@ -38,9 +38,8 @@ def head_group(bytes_per_head: int, l2_bytes: int, heads_per_kv: int = 1) -> int
     """Heads whose tiles are computed together so that what these share stays in an L2 cache of ``l2_bytes``: ≥ 1.
 
     ``bytes_per_head``: K and V of one kv head of the longest sequence (backward: :func:`backward_row_bytes` of each row
-    of its query heads); ``heads_per_kv``: heads with tiles of their own
-    that read the same K and V (the GQA ratio; 1 where query heads are packed). Idea: the LPT scheduler of the
-    FlashAttention repository.
+    of its query heads); ``heads_per_kv``: heads with tiles of their own that read the same K and V (the GQA ratio; 1
+    where query heads are packed). Idea: the LPT scheduler of the FlashAttention repository.
     """
     fitting = int(_SHARE * l2_bytes) // max(bytes_per_head, 1)
     return min(max(fitting, 1) * heads_per_kv, MAX_TILES)

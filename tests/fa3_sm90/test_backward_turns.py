@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+import cute_fa
+from cute_fa.engine.autograd import attention_backward
 from cute_fa.semantics.types import DType
-from cute_fa.tools.inputs import InputSpec
-from tests.testing.gradients import assert_right, gradients_of, same_bits
+from cute_fa.tools.inputs import InputSpec, make_inputs
+from tests.testing.gradients import assert_right, call_of, gradients_of, same_bits
 from tests.testing.simulated import ctas_at_a_time
+from tests.testing.turns import Turns
 
 MASKS = {
     "full": {},
@@ -57,3 +60,14 @@ def test_without_turns_the_order_shows():
     others = [gradients_of(spec, **FA3, schedule_seed=seed)[0] for seed in range(3)]
     assert any(not torch.equal(first.dq, other.dq) for other in others)
     assert all(torch.equal(first.dk, other.dk) and torch.equal(first.dv, other.dv) for other in others)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_turn_is_taken_before_the_additions_and_passed_on_behind_them(head_dim):
+    turns, given = Turns(), make_inputs(spec_of(head_dim))
+    out, lse = torch.zeros_like(given.q), torch.zeros(1, 2, 200)
+    with cute_fa.simulate("sm_90a") as simulation:
+        simulation.observers.append(turns)
+        attention_backward(out, None, out, lse, call_of(given, deterministic=True, family="fa3"))
+    steps = 2 * 4 * -(-200 // (128 if head_dim == 64 else 64))  # two heads, four tiles of keys
+    assert turns.passed == steps <= turns.taken and turns.faults == []

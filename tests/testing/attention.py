@@ -14,11 +14,12 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "0")  # its cach
 
 import torch
 
-from cute_fa.engine import autograd
+from cute_fa.engine import autograd, worlds
 from cute_fa.semantics import reference
 from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs, output_gradients
 from tests.testing.gradients import call_of
+from tests.testing.turns import Turns
 
 
 def problems(head_dim: int, mask: str, what: str) -> list[InputSpec]:
@@ -98,7 +99,10 @@ def check_backward(given: Inputs, whose: str, deterministic: bool) -> None:
     if whose == "fa4":
         dlse, grads = None, fa4_backward(given, dout, out, lse)
     else:
+        turns = Turns()
+        worlds.simulation().observers.append(turns)
         grads = autograd.attention_backward(dout, dlse, out, lse, call_of(given, deterministic=deterministic))
+        assert not turns.faults, f"{given.spec}: {turns.faults[0]}"
     errors = reference.expected_gradients(*tensors, dout, dlse, **given.options()).check(grads)
     assert all(error.ok for error in errors.values()), f"{given.spec}: {errors}"
 

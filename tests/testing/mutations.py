@@ -114,15 +114,33 @@ VICTIMS += [
 ]
 VICTIMS += [Victim(*FAMILIES[3], head_dim, mask, "backward") for head_dim in (64, 128) for mask in ("full", "causal")]
 VICTIMS += [
-    Victim(*FAMILIES[1], head_dim, mask, "backward")
-    for head_dim, mask in itertools.product((64, 128), ("full", "causal", "varlen"))
+    Victim(*FAMILIES[1], head_dim, mask, what)
+    for what, head_dim, mask in itertools.product(BACKWARDS, (64, 128), ("full", "causal", "varlen"))
 ]
 
 
-# What escapes are: family, file and function, instruction, and what it does there.
+# What escapes are: family, or group of kernels, whose notes come first; file and function, instruction, and what it
+# does there.
 _SM90, _SM100 = "flash_fwd_sm90.py:FlashAttentionForwardSm90", "flash_fwd_sm100.py:FlashAttentionForwardSm100"
 _BACKWARD = "flash_bwd_sm90.py:FlashAttentionBackwardSm90"
+_HOPPER_BACKWARD = (
+    ("cute_fa/device/ring.py:Ring.acquire", "mbarrier.try_wait",
+     "before dO is loaded: the stage of the same block's Q, which is released later, was waited for"),
+    ("fa3_sm90/backward/kernel.py:Fa3BackwardKernels.__call__", "wgmma.fence",
+     "its product follows another one, whose fence has covered these registers, too: dP follows S, and dQ, with 128 "
+     "queries a step, dV"),
+    ("fa3_sm90/backward/products.py:_multiply", "wgmma.commit_group",
+     "closes dV's group where dQ follows at once, with 128 queries a step: they are waited for together"),
+)  # fmt: skip
+_HOPPER_TURNS = (
+    ("fa3_sm90/backward/query_sums.py:QuerySums.(run|add)", "cp.async.bulk.wait_group",
+     "before dQ's place is written again, or the CTA ends: passing on the turn has waited for the same additions"),
+    ("fa3_sm90/backward/query_sums.py:QuerySums.add", "cp.async.bulk.commit_group",
+     "closes a warpgroup's additions: passing on the turn waits for those of both"),
+)  # fmt: skip
 NOTES = (
+    *((f"FA3 {what} sm_90a", *known) for what in BACKWARDS for known in _HOPPER_BACKWARD),
+    *(("FA3 deterministic sm_90a", *known) for known in _HOPPER_TURNS),
     ("FA3", "cute_fa/device/ring.py:Ring.release", "mbarrier.arrive",
      "releases V from the third block at the right edge on; in these problems 128 queries meet two of 80 keys there"),
     ("FA3", "cute_fa/device/ring.py:Ring.acquire", "mbarrier.try_wait",
@@ -180,10 +198,10 @@ NOTES = (
 )  # fmt: skip
 
 
-def note(family: str, function: str, instruction: str) -> str:
-    """What is known of an escape in a ``file.py:function``."""
+def note(group: str, function: str, instruction: str) -> str:
+    """What is known of an escape in a ``file.py:function``, of kernels of a group, or of any of a family."""
     found = (text for name, place, op, text in NOTES
-             if name == family and re.search(f"(^|/){place}$", function) and op in instruction)  # fmt: skip
+             if group.startswith(name) and re.search(f"(^|/){place}$", function) and op in instruction)  # fmt: skip
     return next(found, "")
 
 
@@ -209,7 +227,7 @@ def page(known: dict[Victim, list[Record]]) -> str:
         for record in mine:
             if record.outcome == ESCAPED:
                 function = function_of(record.source)
-                known_as = note(victim.family, function, record.text)
+                known_as = note(victim.group, function, record.text)
                 what = ": ".join(filter(None, (record.by, known_as))) or "not explained"
                 place = function.replace(":", " ") if known_as else short(record.source)
                 row = (victim.group, place, f"`{_operation(record.text)}`")
