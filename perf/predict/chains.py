@@ -82,7 +82,7 @@ def chained_makespan(tiles: Sequence[ChainedTile], cost: Cost, slots: int, turns
             released = -np.inf if tile.behind is None else ended[tile.behind]
             end = ended[number] = max(end + 2 * turns.end, released + turns.signal + turns.end)
         heapq.heappush(free, end)
-    return max(free)
+    return float(max(free))
 
 
 def _steps(begin: float, step: float, turn: np.ndarray, slack: float) -> tuple[np.ndarray, np.ndarray]:

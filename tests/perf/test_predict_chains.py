@@ -169,6 +169,10 @@ def test_a_deterministic_backward_is_slower_by_its_turns(recorded):
     assert recorded.sample(slow).seconds > 1.2 * recorded.sample(fast).seconds
 
 
+def test_turns_that_take_long_are_what_binds(recorded):
+    assert recorded.predict(H200.with_values(global_latency=1500), ensemble=2).bound == "turns"
+
+
 def test_a_deterministic_forward_is_an_error():
     with pytest.raises(ArgumentError, match="deterministic forward"):
         Workload(deterministic=True)
