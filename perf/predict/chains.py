@@ -17,7 +17,7 @@ import numpy as np
 
 from cute_fa.device.tiling import ceil_div
 from cute_fa.semantics.errors import ArgumentError
-from perf.predict.tiles import Cost, TileShape, span_of
+from perf.predict.tiles import Cost, TileShape, rows_together, span_of
 from perf.workload import Workload
 from ptxsim.timing.gpus import Gpu
 from ptxsim.timing.replay import REDUCE, Replay, TimedLaunch
@@ -82,7 +82,7 @@ def chained_makespan(tiles: Sequence[ChainedTile], cost: Cost, slots: int, turns
             released = -np.inf if tile.behind is None else ended[tile.behind]
             end = ended[number] = max(end + 2 * turns.end, released + turns.signal + turns.end)
         heapq.heappush(free, end)
-    return max(free)
+    return float(max(free))
 
 
 def _steps(begin: float, step: float, turn: np.ndarray, slack: float) -> tuple[np.ndarray, np.ndarray]:
@@ -141,17 +141,23 @@ def _latest(times, before):
     return times[np.searchsorted(times, before, "right") - 1]
 
 
-def our_chain(shape: TileShape, workload: Workload) -> list[ChainedTile]:
-    """The Hopper backward's (``fa3_sm90/backward``): tiles by ticket in the order of ``work.key_tile``, a head's one
-    after the other; tile n waits for n - 1. Blocks of queries are walked from the last to the first, and numbered so.
+def our_chain(shape: TileShape, workload: Workload, l2_bytes: int) -> list[ChainedTile]:
+    """The Hopper backward's (``fa3_sm90/backward``): tiles by ticket in the order of ``work.key_tile``, where tile n of
+    a head waits for n - 1: head by head, or in groups of heads that an L2 of so many bytes holds the first tiles of all
+    heads, then the second ones; what is left of a group goes first. Blocks of queries are walked from the last to the
+    first, and numbered so.
     """
     spans = _spans(shape, workload)
     blocks, rows = ceil_div(workload.seqlen, shape.step), workload.batch * workload.heads_kv
-    return [
-        ChainedTile(blocks - first - steps, steps, shape.heads, row * len(spans) + n - 1 if n else None)
-        for row in range(rows)
-        for n, (first, steps) in enumerate(spans)
-    ]
+    group = 1 if shape.by_head else min(rows_together(shape, workload, l2_bytes), rows)
+    places: dict[tuple[int, int], int] = {}
+    out = []
+    for end in range((rows - 1) % group + 1, rows + 1, group):
+        for n, (first, steps) in enumerate(spans):
+            for row in range(max(end - group, 0), end):
+                places[row, n] = len(out)
+                out.append(ChainedTile(blocks - first - steps, steps, shape.heads, places.get((row, n - 1))))
+    return out
 
 
 # SingleTileLPTBwdScheduler's L2, whatever the GPU's is.

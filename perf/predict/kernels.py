@@ -207,7 +207,7 @@ class OurKernel(Kernel):
         return [QueryGradientPart(self)] if self.device_kernel else []
 
     def chained_tiles(self) -> list[ChainedTile]:
-        return our_chain(self.shape, self.workload)
+        return our_chain(self.shape, self.workload, self.kernel.l2_bytes)
 
     @property
     def identity(self) -> tuple:

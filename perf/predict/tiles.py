@@ -58,7 +58,7 @@ def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[i
         return per_row * rows
     if workload.direction is Direction.FORWARD:
         per_row.reverse()
-    group = 1 if shape.by_head else min(_group(shape, workload, l2_bytes), rows)
+    group = 1 if shape.by_head else min(rows_together(shape, workload, l2_bytes), rows)
     out: list[int] = []
     groups = [min(group, rows - first) for first in range(0, rows, group)]
     for number, heads in enumerate(groups):
@@ -67,7 +67,7 @@ def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[i
     return out
 
 
-def _group(shape: TileShape, workload: Workload, l2_bytes: int) -> int:
+def rows_together(shape: TileShape, workload: Workload, l2_bytes: int) -> int:
     """Rows of tiles whose heads share the L2: forward K and V, backward Q, dO and the sums of dQ of a row's heads."""
     w = workload
     if w.direction is Direction.BACKWARD:

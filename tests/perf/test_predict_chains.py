@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
+import ptxsim
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.types import Direction, SmArch
-from fa3_sm90.backward.work import key_tile
+from fa3_sm90.backward.entry import Fa3Backward
 from perf.predict.chains import ChainedTile, Turns, chained_makespan, fa4_chain, our_chain, turns_of
-from perf.predict.kernels import Fa4Kernel, OurKernel
+from perf.predict.kernels import Fa4Kernel, OurKernel, problem_of
 from perf.predict.model import Predictor
 from perf.predict.tiles import TileShape, makespan
 from perf.workload import Workload
 from ptxsim.timing import gpus
+from tests.testing.key_tiles import key_tiles
 
 H200 = gpus.load("h200")
+L2 = 50 << 20
 TURNS = Turns(hold=1.0, signal=2.0)
 
 
@@ -93,7 +94,7 @@ def test_our_chain():
     """Blocks of 128 queries from the last on: of 512 the first tile of keys meets four, the last one. A tile waits for
     the one before it in its head."""
     shape = TileShape(128, 128, heads=2, by_head=True)
-    chain = our_chain(shape, workload(heads_kv=2))
+    chain = our_chain(shape, workload(heads_kv=2), L2)
     assert chain[:4] == [
         ChainedTile(0, 4, 2),
         ChainedTile(0, 3, 2, 0),
@@ -101,20 +102,23 @@ def test_our_chain():
         ChainedTile(0, 1, 2, 2),
     ]
     assert [tile.after for tile in chain[4:]] == [None, 4, 5, 6]
-    windowed = our_chain(shape, workload(heads_kv=2, window=100))
+    windowed = our_chain(shape, workload(heads_kv=2, window=100), L2)
     assert [(tile.first, tile.steps) for tile in windowed[:4]] == [(2, 2), (1, 2), (0, 2), (0, 1)]
 
 
-def test_the_order_of_our_chain_is_the_kernels():
-    """Tile by tile: ``key_tile`` says which block of keys of which head a ticket is."""
-    w = workload(seqlen=700, tokens=1400, heads_kv=2)
-    config = SimpleNamespace(tile_n=128)
-    args = SimpleNamespace(seqlen_k=700, common=SimpleNamespace(k=SimpleNamespace(shape=(2, 700, 2, 64))))
-    chain = our_chain(TileShape(128, 128, heads=2), w)
-    places = [key_tile(config, args, index) for index in range(len(chain))]
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_order_of_our_chain_is_the_kernels(causal, group):
+    """Tile by tile: ``key_tile`` says which block of keys of which head a ticket is. Under a causal mask so many heads
+    of four share an L2, of whose bytes 64 % hold Q, dO and sums of dQ: 512 bytes a row and query head."""
+    w = workload(seqlen=700, tokens=1400, heads_kv=2, causal=causal)
+    config = Fa3Backward.configure(problem_of(w, SmArch.SM_90A))
+    chain = our_chain(TileShape(128, 128, heads=2, by_head=not causal), w, int(group * 700 * 2 * 512 / 0.64) + 1)
+    with ptxsim.simulate("sm_90a") as simulation:
+        places = key_tiles(simulation, config, 700, 2, 2, group if causal else None)
     assert len(set(places)) == len(chain) == 6 * 2 * 2
     for (n, head, batch), tile in zip(places, chain, strict=True):
-        assert tile.steps == 6 - n  # causal
+        assert tile.steps == (6 - n if causal else 6)
         assert tile.after == (places.index((n - 1, head, batch)) if n else None)
 
 
@@ -167,6 +171,10 @@ def test_a_deterministic_backward_is_slower_by_its_turns(recorded):
     slow = H200.with_values(global_latency=1500)
     assert recorded.sample(slow).busy["turns"] > recorded.sample(fast).busy["turns"] + 0.1
     assert recorded.sample(slow).seconds > 1.2 * recorded.sample(fast).seconds
+
+
+def test_turns_that_take_long_are_what_binds(recorded):
+    assert recorded.predict(H200.with_values(global_latency=1500), ensemble=2).bound == "turns"
 
 
 def test_a_deterministic_forward_is_an_error():
