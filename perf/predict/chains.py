@@ -17,7 +17,7 @@ import numpy as np
 
 from cute_fa.device.tiling import ceil_div
 from cute_fa.semantics.errors import ArgumentError
-from perf.predict.tiles import Cost, TileShape, span_of
+from perf.predict.tiles import Cost, TileShape, row_group, span_of
 from perf.workload import Workload
 from ptxsim.timing.gpus import Gpu
 from ptxsim.timing.replay import REDUCE, Replay, TimedLaunch
@@ -141,17 +141,20 @@ def _latest(times, before):
     return times[np.searchsorted(times, before, "right") - 1]
 
 
-def our_chain(shape: TileShape, workload: Workload) -> list[ChainedTile]:
-    """The Hopper backward's (``fa3_sm90/backward``): tiles by ticket in the order of ``work.key_tile``, a head's one
-    after the other; tile n waits for n - 1. Blocks of queries are walked from the last to the first, and numbered so.
-    """
-    spans = _spans(shape, workload)
+def our_chain(shape: TileShape, workload: Workload, l2_bytes: int) -> list[ChainedTile]:
+    """The Hopper backward's (``fa3_sm90/backward``): tiles by ticket in the order of ``work.key_tile``, the first ones
+    of all heads of a group before the second ones, the last group first; tile n waits for n - 1. Blocks of queries are
+    walked from the last to the first, and numbered so."""
+    spans, group = _spans(shape, workload), row_group(shape, workload, l2_bytes)
     blocks, rows = ceil_div(workload.seqlen, shape.step), workload.batch * workload.heads_kv
-    return [
-        ChainedTile(blocks - first - steps, steps, shape.heads, row * len(spans) + n - 1 if n else None)
-        for row in range(rows)
-        for n, (first, steps) in enumerate(spans)
-    ]
+    groups = [range(first, min(first + group, rows)) for first in range(0, rows, group)]
+    out: list[ChainedTile] = []
+    for members in groups if group == 1 else reversed(groups):
+        for n, (first, steps) in enumerate(spans):
+            after = len(out) - len(members)
+            out += [ChainedTile(blocks - first - steps, steps, shape.heads, after + k if n else None)
+                    for k in range(len(members))]  # fmt: skip
+    return out
 
 
 # SingleTileLPTBwdScheduler's L2, whatever the GPU's is.

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
+import ptxsim
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.types import Direction, SmArch
-from fa3_sm90.backward.work import key_tile
+from fa3_sm90.backward.entry import Fa3Backward
 from perf.predict.chains import ChainedTile, Turns, chained_makespan, fa4_chain, our_chain, turns_of
-from perf.predict.kernels import Fa4Kernel, OurKernel
+from perf.predict.kernels import Fa4Kernel, OurKernel, problem_of
 from perf.predict.model import Predictor
 from perf.predict.tiles import TileShape, makespan
 from perf.workload import Workload
 from ptxsim.timing import gpus
+from tests.testing.key_tiles import key_tiles
 
 H200 = gpus.load("h200")
 TURNS = Turns(hold=1.0, signal=2.0)
@@ -93,7 +93,7 @@ def test_our_chain():
     """Blocks of 128 queries from the last on: of 512 the first tile of keys meets four, the last one. A tile waits for
     the one before it in its head."""
     shape = TileShape(128, 128, heads=2, by_head=True)
-    chain = our_chain(shape, workload(heads_kv=2))
+    chain = our_chain(shape, workload(heads_kv=2), 50 << 20)
     assert chain[:4] == [
         ChainedTile(0, 4, 2),
         ChainedTile(0, 3, 2, 0),
@@ -101,21 +101,25 @@ def test_our_chain():
         ChainedTile(0, 1, 2, 2),
     ]
     assert [tile.after for tile in chain[4:]] == [None, 4, 5, 6]
-    windowed = our_chain(shape, workload(heads_kv=2, window=100))
+    windowed = our_chain(shape, workload(heads_kv=2, window=100), 50 << 20)
     assert [(tile.first, tile.steps) for tile in windowed[:4]] == [(2, 2), (1, 2), (0, 2), (0, 1)]
 
 
-def test_the_order_of_our_chain_is_the_kernels():
+@pytest.mark.parametrize("heads_kv, batches, group", [(2, 2, 1), (4, 1, 4), (3, 2, 4), (2, 1, 1000)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_order_of_our_chain_is_the_kernels(heads_kv, batches, group, causal):
     """Tile by tile: ``key_tile`` says which block of keys of which head a ticket is."""
-    w = workload(seqlen=700, tokens=1400, heads_kv=2)
-    config = SimpleNamespace(tile_n=128)
-    args = SimpleNamespace(seqlen_k=700, common=SimpleNamespace(k=SimpleNamespace(shape=(2, 700, 2, 64))))
-    chain = our_chain(TileShape(128, 128, heads=2), w)
-    places = [key_tile(config, args, index) for index in range(len(chain))]
-    assert len(set(places)) == len(chain) == 6 * 2 * 2
+    w = workload(seqlen=700, tokens=700 * batches, heads=2 * heads_kv, heads_kv=heads_kv, causal=causal)
+    config = Fa3Backward.configure(problem_of(w, SmArch.SM_90A))
+    row = 700 * 2 * (64 * 4 + 64 * 4)  # bytes of Q, dO and dQ of two heads
+    chain = our_chain(TileShape(128, 128, heads=2, by_head=not causal), w, int(1.5625 * group * row) + 1)
+    with ptxsim.simulate("sm_90a") as simulation:
+        places = key_tiles(simulation, config, 700, heads_kv, batches, group if config.longest_first else None)
+    assert len(set(places)) == len(chain) == 6 * heads_kv * batches
     for (n, head, batch), tile in zip(places, chain, strict=True):
-        assert tile.steps == 6 - n  # causal
-        assert tile.after == (places.index((n - 1, head, batch)) if n else None)
+        assert tile.steps == (6 - n if causal else 6)
+        before = [place for place in places if place[1:] == (head, batch) and place[0] == n - 1]
+        assert tile.after == (places.index(before[0]) if n else None)
 
 
 def test_the_chain_of_flash_attention_4():
