@@ -76,7 +76,7 @@ def chained_makespan(tiles: Sequence[ChainedTile], cost: Cost, slots: int, turns
         ready, added = _steps(begin, step, turn.ravel(), turns.slack)
         if number in last:
             passed[number] = (added + turns.hold).reshape(turn.shape)
-        end = max(ready[-1], added[-1] - turns.slack)
+        end = float(max(ready[-1], added[-1] - turns.slack))
         if turns.end:
             # the tile before has added its dK one turn before its dV, and its dV while this one adds its dK
             released = -np.inf if tile.behind is None else ended[tile.behind]
@@ -129,10 +129,10 @@ def turns_of(launch: TimedLaunch, replay: Replay, gpu: Gpu, step: float) -> Turn
             found.append((passed, came + gpu.global_latency, at[adds], rows[adds, 2].sum() / len(passed)))
     found.sort(key=lambda warp: -len(warp[0]))
     passed, _, added, moved = found[0]
-    hold = (passed - _latest(added, passed)).mean()
+    hold = float((passed - _latest(added, passed)).mean())
     # dQ's place is free, the consumers hear of it, fill it, and say so
     filled = moved / gpu.shared_bytes + 2 * gpu.bar
-    end = (found[1][0] - _latest(found[1][1], found[1][0])).mean() if len(found) > 1 else 0.0
+    end = float((found[1][0] - _latest(found[1][1], found[1][0])).mean()) if len(found) > 1 else 0.0
     return Turns(hold, 1.5 * gpu.global_latency, max(step - hold - filled, 0.0), end)
 
 

@@ -169,6 +169,7 @@ def test_a_deterministic_backward_is_slower_by_its_turns(recorded):
     """16 tiles of two heads, all at once: each begins a turn after the one before."""
     fast = H200.with_values(global_latency=1)
     slow = H200.with_values(global_latency=1500)
+    assert recorded.predict(H200, 2).busy["turns"] > 0
     assert recorded.sample(slow).busy["turns"] > recorded.sample(fast).busy["turns"] + 0.1
     assert recorded.sample(slow).seconds > 1.2 * recorded.sample(fast).seconds
 
