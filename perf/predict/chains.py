@@ -17,7 +17,7 @@ import numpy as np
 
 from cute_fa.device.tiling import ceil_div
 from cute_fa.semantics.errors import ArgumentError
-from perf.predict.tiles import Cost, TileShape, rows_together, span_of
+from perf.predict.tiles import Cost, TileShape, row_group, span_of
 from perf.workload import Workload
 from ptxsim.timing.gpus import Gpu
 from ptxsim.timing.replay import REDUCE, Replay, TimedLaunch
@@ -76,7 +76,7 @@ def chained_makespan(tiles: Sequence[ChainedTile], cost: Cost, slots: int, turns
         ready, added = _steps(begin, step, turn.ravel(), turns.slack)
         if number in last:
             passed[number] = (added + turns.hold).reshape(turn.shape)
-        end = max(ready[-1], added[-1] - turns.slack)
+        end = float(max(ready[-1], added[-1] - turns.slack))
         if turns.end:
             # the tile before has added its dK one turn before its dV, and its dV while this one adds its dK
             released = -np.inf if tile.behind is None else ended[tile.behind]
@@ -129,10 +129,10 @@ def turns_of(launch: TimedLaunch, replay: Replay, gpu: Gpu, step: float) -> Turn
             found.append((passed, came + gpu.global_latency, at[adds], rows[adds, 2].sum() / len(passed)))
     found.sort(key=lambda warp: -len(warp[0]))
     passed, _, added, moved = found[0]
-    hold = (passed - _latest(added, passed)).mean()
+    hold = float((passed - _latest(added, passed)).mean())
     # dQ's place is free, the consumers hear of it, fill it, and say so
     filled = moved / gpu.shared_bytes + 2 * gpu.bar
-    end = (found[1][0] - _latest(found[1][1], found[1][0])).mean() if len(found) > 1 else 0.0
+    end = float((found[1][0] - _latest(found[1][1], found[1][0])).mean()) if len(found) > 1 else 0.0
     return Turns(hold, 1.5 * gpu.global_latency, max(step - hold - filled, 0.0), end)
 
 
@@ -142,21 +142,18 @@ def _latest(times, before):
 
 
 def our_chain(shape: TileShape, workload: Workload, l2_bytes: int) -> list[ChainedTile]:
-    """The Hopper backward's (``fa3_sm90/backward``): tiles by ticket in the order of ``work.key_tile``, where tile n of
-    a head waits for n - 1: head by head, or in groups of heads that an L2 of so many bytes holds the first tiles of all
-    heads, then the second ones; what is left of a group goes first. Blocks of queries are walked from the last to the
-    first, and numbered so.
-    """
-    spans = _spans(shape, workload)
+    """The Hopper backward's (``fa3_sm90/backward``): tiles by ticket in the order of ``work.key_tile``, the first ones
+    of all heads of a group before the second ones, the last group first; tile n waits for n - 1. Blocks of queries are
+    walked from the last to the first, and numbered so."""
+    spans, group = _spans(shape, workload), row_group(shape, workload, l2_bytes)
     blocks, rows = ceil_div(workload.seqlen, shape.step), workload.batch * workload.heads_kv
-    group = 1 if shape.by_head else min(rows_together(shape, workload, l2_bytes), rows)
-    places: dict[tuple[int, int], int] = {}
-    out = []
-    for end in range((rows - 1) % group + 1, rows + 1, group):
+    groups = [range(first, min(first + group, rows)) for first in range(0, rows, group)]
+    out: list[ChainedTile] = []
+    for members in groups if group == 1 else reversed(groups):
         for n, (first, steps) in enumerate(spans):
-            for row in range(max(end - group, 0), end):
-                places[row, n] = len(out)
-                out.append(ChainedTile(blocks - first - steps, steps, shape.heads, places.get((row, n - 1))))
+            after = len(out) - len(members)
+            out += [ChainedTile(blocks - first - steps, steps, shape.heads, after + k if n else None)
+                    for k in range(len(members))]  # fmt: skip
     return out
 
 

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -73,8 +72,8 @@ class Kernel(ABC):
         """How the kernel cuts the workload."""
 
     @abstractmethod
-    def chained_tiles(self) -> list[ChainedTile]:
-        """``chain``."""
+    def chain(self, l2_bytes: int) -> list[ChainedTile]:
+        """Of a deterministic backward: its tiles in the order of the launch, and which waits for which."""
 
     @abstractmethod
     def run(self, probe: Probe, recorder: Recorder) -> None:
@@ -84,11 +83,6 @@ class Kernel(ABC):
     def others(self) -> list[Kernel]:
         """Further kernels of the call, each with tiles of its own, that run after this one."""
         return []
-
-    @cached_property
-    def chain(self) -> list[ChainedTile]:
-        """Of a deterministic backward: its tiles in the order of the launch, and which waits for which."""
-        return self.chained_tiles()
 
     @property
     def identity(self) -> tuple:
@@ -206,8 +200,8 @@ class OurKernel(Kernel):
     def others(self) -> list[Kernel]:
         return [QueryGradientPart(self)] if self.device_kernel else []
 
-    def chained_tiles(self) -> list[ChainedTile]:
-        return our_chain(self.shape, self.workload, self.kernel.l2_bytes)
+    def chain(self, l2_bytes: int) -> list[ChainedTile]:
+        return our_chain(self.shape, self.workload, l2_bytes)
 
     @property
     def identity(self) -> tuple:
@@ -306,7 +300,7 @@ class Fa4Kernel(Kernel):
         ratio = w.heads // w.heads_kv if packed and tokens % (w.heads // w.heads_kv) == 0 else 1
         return TileShape(tokens // ratio, step, ratio, skips_left=major >= 9)
 
-    def chained_tiles(self) -> list[ChainedTile]:
+    def chain(self, l2_bytes: int) -> list[ChainedTile]:
         return fa4_chain(self.shape, self.workload)
 
     def run(self, probe: Probe, recorder: Recorder) -> None:

@@ -110,17 +110,18 @@ class Predictor:
             for (tiles, steps), launch in zip(self.plan, self.launches, strict=True)
         ]
         cost = TileCost.fit(*results, gpu, shape.cluster)
-        slots = int(gpu.sms) // shape.cluster * self.residency
+        slots, l2_bytes = int(gpu.sms) // shape.cluster * self.residency, int(gpu.l2_size * 2**20)
         if workload.deterministic:
-            steps = [tile.heads * tile.steps for tile in self.kernel.chain]
+            chain = self.kernel.chain(l2_bytes)
+            steps = [tile.heads * tile.steps for tile in chain]
         else:
-            steps = ordered_steps(shape, workload, int(gpu.l2_size * 2**20))
+            steps = ordered_steps(shape, workload, l2_bytes)
         # cta_start is part of what a further tile costs in a probe
         cycles = free = cost.first + makespan(shape, steps, cost, slots, 0.0)
         if workload.deterministic:
             alone = self.launches[1].replay(gpu, shape.cluster, self.residency, times=True)
             turns = turns_of(self.launches[1], alone, gpu, cost.step)
-            cycles = cost.first + chained_makespan(self.kernel.chain, cost, slots, turns)
+            cycles = cost.first + chained_makespan(chain, cost, slots, turns)
         even = cost.first + sum(map(cost, steps)) / min(slots, len(steps))
         seconds = cycles / (gpu.clock * 1e9)
         memory = workload.work.bytes / (gpu.hbm * 1e12)

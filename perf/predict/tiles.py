@@ -58,7 +58,7 @@ def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[i
         return per_row * rows
     if workload.direction is Direction.FORWARD:
         per_row.reverse()
-    group = 1 if shape.by_head else min(rows_together(shape, workload, l2_bytes), rows)
+    group = row_group(shape, workload, l2_bytes)
     out: list[int] = []
     groups = [min(group, rows - first) for first in range(0, rows, group)]
     for number, heads in enumerate(groups):
@@ -67,15 +67,17 @@ def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[i
     return out
 
 
-def rows_together(shape: TileShape, workload: Workload, l2_bytes: int) -> int:
-    """Rows of tiles whose heads share the L2: forward K and V, backward Q, dO and the sums of dQ of a row's heads."""
-    w = workload
+def row_group(shape: TileShape, workload: Workload, l2_bytes: int) -> int:
+    """Rows of tiles that are handed out together, the longest tiles of all first: under a right bound, unless
+    ``by_head``, those whose heads share the L2: forward K and V, backward Q, dO and the sums of dQ of a row's heads."""
+    w, rows = workload, workload.batch * workload.heads // shape.heads
+    if shape.by_head or w.window_size[1] is None:
+        return 1
     if w.direction is Direction.BACKWARD:
-        return head_group(
-            w.seqlen * shape.heads * backward_row_bytes(w.head_dim, w.head_dim_v, w.dtype.bytes), l2_bytes
-        )
+        row = w.seqlen * shape.heads * backward_row_bytes(w.head_dim, w.head_dim_v, w.dtype.bytes)
+        return min(head_group(row, l2_bytes), rows)
     kv = w.seqlen * (w.head_dim + w.head_dim_v) * w.dtype.bytes
-    return head_group(kv, l2_bytes, max(w.heads // w.heads_kv // shape.heads, 1))
+    return min(head_group(kv, l2_bytes, max(w.heads // w.heads_kv // shape.heads, 1)), rows)
 
 
 def makespan(shape: TileShape, steps: list[int], cost: Cost, slots: int, start: float) -> float:
