@@ -117,6 +117,7 @@ VICTIMS += [
     Victim(*FAMILIES[1], head_dim, mask, what)
     for what, head_dim, mask in itertools.product(BACKWARDS, (64, 128), ("full", "causal", "varlen"))
 ]
+VICTIMS += [Victim(*FAMILIES[1], 256, mask, "backward") for mask in ("full", "causal", "varlen")]  # always deterministic
 
 
 # What escapes are: family, or group of kernels, whose notes come first; file and function, instruction, and what it
@@ -129,7 +130,7 @@ _HOPPER_BACKWARD = (
     ("fa3_sm90/backward/kernel.py:Fa3BackwardKernels.__call__", "wgmma.fence",
      "its product follows another one, whose fence has covered these registers, too: dP follows S, and dQ, with 128 "
      "queries a step, dV"),
-    ("fa3_sm90/backward/products.py:_multiply", "wgmma.commit_group",
+    ("fa3_sm90/backward/products.py:multiply", "wgmma.commit_group",
      "closes dV's group where dQ follows at once, with 128 queries a step: they are waited for together"),
 )  # fmt: skip
 _HOPPER_TURNS = (
