@@ -264,6 +264,8 @@ def features(
 
     notes = Console(stderr=True)
     keys = feature_keys(SmArch(arch), head_dims or HEAD_DIMS, DType(dtype), Direction(direction))
+    if not keys:
+        raise click.UsageError(f"no kernel for {arch} serves {direction} in {dtype} with these head_dims")
     rows = []
     for key, row in zip(keys, feature_rows(keys), strict=True):
         notes.print(f"{key}: {'offends' if row['offends'] else 'fine'}")

@@ -84,6 +84,7 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
         InputSpec(1, 150, 150, 2, 2, 64, causal=True), backward=True, choices={"deterministic": True}
     ),
     "backward d256": Attention(InputSpec(1, 100, 130, 2, 1, 256, causal=True), backward=True),
+    "backward d256, full": Attention(InputSpec(1, 150, 128, 2, 1, 256), backward=True),  # in clusters
     "split d256": Attention(InputSpec(1, 1, 500, 2, 1, 256), choices={"num_splits": 2}),
     "fa2 d128 causal": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), choices={"family": "fa2"}),
     "walk of a range plan": run_walk_trial,

@@ -114,15 +114,18 @@ def simulate(
 
 
 class Simulation:
-    """What ``simulate`` gives: the log of launches, and calls with exact bounds."""
+    """What ``simulate`` gives: the log of launches, and calls with exact bounds.
+
+    ``together``: CTAs that run together in a wave. One at a time, in the order of the launch, a CTA finds all done that
+    those before it do, and a kernel whose CTAs wait for earlier ones never polls in vain.
+    """
+
+    together: int = MAX_CTAS
 
     def __init__(self, arch: str, seed: int | None, late: bool, race: bool, sm_count: int, library: standin.Standin,
                  fp8_bits: int | None = None):  # fmt: skip
         self.arch, self.schedule_seed, self.late, self.race, self.sm_count = arch, seed, late, race, sm_count
         self.fp8_bits = fp8_bits
-        # CTAs that run together in a wave. One at a time, in the order of the launch, a CTA finds all done that those
-        # before it do, and a kernel whose CTAs wait for earlier ones never polls in vain.
-        self.together = MAX_CTAS
         self.line_info = False  # whether kernels are compiled with line information
         self.launches: list[Launch] = []
         self.observers: list[Observer] = []  # hear what every wave does

@@ -14,6 +14,8 @@ from fa2_sm80.split.entry import Fa2Split
 from fa3_sm90.backward.config import Fa3BackwardConfig
 from fa3_sm90.backward.conversion import QueryGradientConversion as Fa3Conversion
 from fa3_sm90.backward.entry import Fa3Backward
+from fa3_sm90.backward_split.config import Fa3SplitBackwardConfig
+from fa3_sm90.backward_split.entry import Fa3SplitBackward
 from fa3_sm90.forward.entry import Fa3Forward
 from fa4_sm100.forward.entry import Fa4Forward
 from ptxsim.timing.cubin import kernel_resources
@@ -36,6 +38,7 @@ KERNELS = {
     "fa2_bwd": (Fa2Backward, BACKWARD),
     "fa3_fwd": (Fa3Forward, FORWARD),
     "fa3_bwd": (Fa3Backward, BACKWARD),
+    "fa3_bwd_split": (Fa3SplitBackward, BACKWARD),
     "fa4_fwd": (Fa4Forward, [{**changes, "seqlen_q": rows} for changes in FORWARD for rows in (128, 256)]),
 }
 # What turns a backward's sums of dQ into dQ.
@@ -45,7 +48,7 @@ CONVERSIONS = {Fa2BackwardConfig: Fa2Conversion, Fa3BackwardConfig: Fa3Conversio
 def dynamic_bytes(config) -> int:
     """The most that a launch of the config asks for."""
     sizes = [config.smem_bytes]
-    if getattr(config, "query_kernel", None):
+    if isinstance(config, Fa3SplitBackwardConfig) or getattr(config, "query_kernel", None):
         sizes.append(config.query_kernel_smem_bytes)
     elif type(config) in CONVERSIONS:
         sizes.append(CONVERSIONS[type(config)](config).smem_bytes)
@@ -71,6 +74,7 @@ def static_bytes(config) -> int:
         ("fa2_bwd", SmArch.SM_80, 164_864),
         ("fa3_fwd", SmArch.SM_90A, 232_448),  # all there is, at (256, 176) among others
         ("fa3_bwd", SmArch.SM_90A, 224_256),
+        ("fa3_bwd_split", SmArch.SM_90A, 231_936),
         ("fa4_fwd", SmArch.SM_100A, 232_448),  # all there is, at (128, 128) among others
     ],
 )

@@ -7,6 +7,7 @@ import cute_fa
 from cute_fa.engine.autograd import attention_backward
 from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import InputSpec, make_inputs
+from ptxsim import Observer
 from tests.testing.gradients import assert_right, call_of, gradients_of, same_bits
 from tests.testing.simulated import ctas_at_a_time
 from tests.testing.turns import Turns
@@ -26,6 +27,27 @@ FA3 = {"arch": "sm_90a", "family": "fa3"}
 def spec_of(head_dim: int = 64, **changes) -> InputSpec:
     sizes = {"batch": 1, "seqlen_q": 200, "seqlen_k": 500, "heads": 2, "heads_kv": 1}
     return InputSpec(**sizes | {"head_dim": head_dim} | changes)
+
+
+class Waves(Observer):
+    """How many CTAs each wave has."""
+
+    def __init__(self):
+        self.ctas = []
+
+    def end(self, machine, error):
+        self.ctas.append(machine.wave.nctas)
+
+
+def test_so_many_ctas_run_at_a_time():
+    """What the tests below say of few SMs: a launch of four tiles of keys on three."""
+    q, k = (torch.randn(1, length, 1, 64, dtype=torch.bfloat16, requires_grad=True) for length in (100, 500))
+    with ctas_at_a_time(3), cute_fa.simulate("sm_90a") as simulation:
+        out = cute_fa.flash_attn_func(q, k, k, deterministic=True)
+        waves = Waves()
+        simulation.observers.append(waves)
+        out.backward(torch.randn_like(out))
+    assert waves.ctas == [1, 3, 1, 1]  # statistics, the tiles of keys, dQ
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -91,6 +91,18 @@ def test_command_lists_offenders_alone(monkeypatch):
     assert result.stdout.splitlines()[2:] == ["| alibi | True |"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--direction", "bwd", "--dtype", "e4m3", "--head-dim", "64"], ["--arch", "sm_80", "--head-dim", "264"]],
+    ids=str,
+)
+def test_command_says_that_nothing_is_served(arguments):
+    result = CliRunner().invoke(main, ["features", *arguments])
+    assert result.exit_code == 2 and result.stdout == ""
+    direction, dtype = ("bwd", "e4m3") if "bwd" in arguments else ("fwd", "bf16")
+    assert f"serves {direction} in {dtype} with these head_dims" in result.stderr
+
+
 @pytest.mark.parametrize("head_dim", ["12x", "64,", ",64"])
 def test_command_refuses_bad_head_dims(head_dim):
     result = CliRunner().invoke(main, ["features", "--head-dim", head_dim])

@@ -34,6 +34,7 @@ from cute_fa.tools.tour import layers_of
 from cute_fa.tools.trial import Machine, problem_of_spec
 from cute_fa.tools.warm import read_keys
 from fa3_sm90.backward.config import Fa3BackwardConfig
+from fa3_sm90.backward_split.config import Fa3SplitBackwardConfig
 from perf import command_line, cuda_driver
 from perf import results as results_module
 from perf.__main__ import main
@@ -395,6 +396,8 @@ def test_smoke_has_every_kernel_of_hopper_and_blackwell(arch, forward, backwards
     }  # fmt: skip
     tiles = {config.tile_m for config in configs.values() if isinstance(config, Fa3BackwardConfig)}
     assert tiles == ({64, 128} if "fa3_sm90.backward" in backwards else set())
+    clusters = {config.cluster for config in configs.values() if isinstance(config, Fa3SplitBackwardConfig)}
+    assert clusters == ({1, 2} if "fa3_sm90.backward_split" in backwards else set())
     assert {config.head_dim for config in configs.values()} == {64, 128, 256}
     under_plans = [config for config in configs.values() if config.ranges]
     of_plans = {type(config).__module__.rpartition(".")[0] for config in under_plans}

@@ -117,7 +117,9 @@ VICTIMS += [
     Victim(*FAMILIES[1], head_dim, mask, what)
     for what, head_dim, mask in itertools.product(BACKWARDS, (64, 128), ("full", "causal", "varlen"))
 ]
-VICTIMS += [Victim(*FAMILIES[1], 256, mask, "backward") for mask in ("full", "causal", "varlen")]  # always deterministic
+VICTIMS += [
+    Victim(*FAMILIES[1], 256, mask, "backward") for mask in ("full", "causal", "varlen")
+]  # always deterministic
 
 
 # What escapes are: family, or group of kernels, whose notes come first; file and function, instruction, and what it

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cute_fa
-from ptxsim.host import launches
+from ptxsim.host.simulation import Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,11 +31,11 @@ def unwritten_is_nan() -> Iterator[None]:
 def ctas_at_a_time(count: int) -> Iterator[None]:
     """The simulator begins so many CTAs of a launch together, and others when all of these have ended: on that many
     SMs, one that waits for a CTA that is yet to begin waits for ever."""
-    usual, launches.MAX_CTAS = launches.MAX_CTAS, count
+    usual, Simulation.together = Simulation.together, count
     try:
         yield
     finally:
-        launches.MAX_CTAS = usual
+        Simulation.together = usual
 
 
 def call(
