@@ -16,6 +16,7 @@ from tests.testing.backward_tests import BackwardTests, case_name, features
 from tests.testing.cases import FA2_MASKS
 from tests.testing.gradients import assert_right, gradients_of, same_bits
 from tests.testing.grid import in_turns, pairwise
+from tests.testing.simulated import ctas_at_a_time
 
 # Rings of two stages of K and one of V; of two; with a third stage of Q and dO.
 HEAD_DIMS = {
@@ -94,11 +95,12 @@ SPECS = {
     "256": InputSpec(1, 400, 300, 3, 1, 256, causal=True, alibi=True, learnable_sink=True),
     "192, 128": InputSpec(3, 450, 300, 2, 1, 192, head_dim_v=128, window=(150, 20), dtype=DType.FP16, **PACKED),
 }
+# CTAs at a time, and how their warps run
 SCHEDULES = [
-    {"late": True},
-    {"schedule_seed": 1},
-    {"late": True, "schedule_seed": 2, "num_sms": 1},
-    {"late": True, "schedule_seed": 3, "num_sms": 3},
+    (64, {"late": True}),
+    (64, {"schedule_seed": 1}),
+    (1, {"late": True, "schedule_seed": 2}),
+    (3, {"late": True, "schedule_seed": 3}),
 ]
 
 
@@ -110,10 +112,11 @@ def usual(name: str):
     return grads
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize(("sms", "schedule"), SCHEDULES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
-def test_the_same_bits_under_every_schedule(name, schedule):
-    grads, _ = gradients_of(SPECS[name], "peaked", arch="sm_90a", family="fa3", race=True, **schedule)
+def test_the_same_bits_under_every_schedule(name, sms, schedule):
+    with ctas_at_a_time(sms):
+        grads, _ = gradients_of(SPECS[name], "peaked", arch="sm_90a", family="fa3", race=True, **schedule)
     assert same_bits(usual(name), grads)
 
 
