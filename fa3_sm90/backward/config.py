@@ -32,6 +32,7 @@ class Fa3BackwardConfig(FeatureConfig):
 
     A CTA owns ``tile_n`` keys, 64 a consumer warpgroup, and meets ``tile_m`` queries a step, of which ``stages`` are in
     flight. ``overlap``: dV of a step is issued before its dS is computed, which takes registers for both as operands.
+    To the sums of dQ a score element adds 4 · head_dim_padded / tile_n bytes in the L2, 2 at head_dim 64 and 4 at 128.
     ``deterministic``: tiles of keys add to dQ in order. ``lse_gradient``: dLSE is given; ``slopes_gradient``: that of
     the ALiBi slopes is wanted.
     """

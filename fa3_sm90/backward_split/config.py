@@ -23,10 +23,11 @@ class Fa3SplitBackwardConfig(FeatureConfig):
     """Everything that shapes the machine code of the kernels of one backward.
 
     The kernel for dK and dV: a CTA owns 64 keys, of which one warpgroup has dV and the other dK, and meets 64 queries a
-    step, of which ``stages`` are in flight. The kernel for dQ: a CTA owns 64 queries a warpgroup and meets 64 keys a
-    step; ``k_stages`` and ``v_stages`` of K and V are in flight. ``cluster``: CTAs that own keys and share their
-    queries, of which each loads a part and sends it to all. ``lse_gradient``: dLSE is given; ``slopes_gradient``:
-    that of the ALiBi slopes is wanted. Nothing is added atomically, so that the gradients are always deterministic.
+    step, of which ``stages`` are in flight. ``cluster``: CTAs that own keys and share their queries, of which each
+    loads a part and sends it to all. The kernel for dQ: a CTA owns 64 queries a warpgroup and meets 64 keys a step;
+    ``k_stages`` and ``v_stages`` of K and V are in flight. Nothing is added in the L2, 0 bytes a score element, so that
+    the gradients are always deterministic. ``lse_gradient``: dLSE is given; ``slopes_gradient``: that of the ALiBi
+    slopes is wanted.
     """
 
     kernel_module: ClassVar[str] = "fa3_sm90.backward_split.kernel"

@@ -1,6 +1,7 @@
 """The consumers of the kernel for dK and dV, over the same 64 keys and all steps over the queries."""
 
 import itertools
+from typing import ClassVar
 
 import cutlass
 import cutlass.cute as cute
@@ -23,19 +24,10 @@ from fa3_sm90.backward_split.products import ScoreProduct, SumProduct
 from fa3_sm90.backward_split.storage import KeyStorage
 
 
-class KeyTiles:
-    """Tiles of shared memory as the products take them."""
+class OneGradient(QueryWalk):
+    """Base of both: a warpgroup with the sums of dV or of dK, and its side of the handover."""
 
-    def __init__(self, config: Fa3SplitBackwardConfig, storage: KeyStorage):
-        c, dtype = config, CUTE_DTYPE[config.dtype]
-        self.k = tiles(storage.k, dtype, TILE, c.head_dim_padded, 1)[None, None, 0]
-        self.v = tiles(storage.v, dtype, TILE, c.head_dim_v_padded, 1)[None, None, 0]
-        self.q = tiles(storage.q, dtype, TILE, c.head_dim_padded, c.stages)
-        self.dout = tiles(storage.dout, dtype, TILE, c.head_dim_v_padded, c.stages)
-
-
-class ValueGradients(QueryWalk):
-    """The warpgroup of dV: P out of S, for itself and for the other."""
+    own: ClassVar[str]  # whose rows its scores have: "k", or "v"
 
     def __init__(
         self,
@@ -47,21 +39,31 @@ class ValueGradients(QueryWalk):
     ):
         """``thread``: within the warpgroup."""
         super().__init__(config, args, storage, Int32(0), thread)
-        self.rings, self.dtype = rings, CUTE_DTYPE[config.dtype]
-        of = KeyTiles(config, storage)
-        self.scores, self.sums = ScoreProduct(self.dtype, of.k, of.q), SumProduct(self.dtype, of.dout)
+        c, self.rings, self.dtype = config, rings, CUTE_DTYPE[config.dtype]
+        shapes = {"k": (c.head_dim_padded, 1), "v": (c.head_dim_v_padded, 1)}
+        shapes |= {"q": (c.head_dim_padded, c.stages), "dout": (c.head_dim_v_padded, c.stages)}
+        of = {name: tiles(getattr(storage, name), self.dtype, TILE, *shape) for name, shape in shapes.items()}
+        met, summed = ("q", "dout") if self.own == "k" else ("dout", "q")
+        self.scores = ScoreProduct(self.dtype, of[self.own][None, None, 0], of[met])
+        self.sums = SumProduct(self.dtype, of[summed])
         self.handover = Handover(storage.p, rings["p"], thread)
 
     @cute.jit
     def run(self, work: KeyWork):
-        """dV of the tile in its accumulator."""
+        """The gradient of the tile in its accumulator, not scaled."""
         head, args = self.head, self.args
         self.sums.acc.fill(0.0)
         state = ring_start()
-        self.rings["k"].wait(state)
+        self.rings[self.own].wait(state)
         score = Score.of(args.common.softmax_scale, args.common.softcap)
         for index in cutlass.range(work.heads, unroll=1):
             state = head(work, score, work.first_head + index, state)
+
+
+class ValueGradients(OneGradient):
+    """The warpgroup of dV: P out of S, for itself and for the other."""
+
+    own = "k"
 
     @cute.jit
     def step(
@@ -114,38 +116,14 @@ def part(fragment: cute.Tensor, share: int, shares: int) -> cute.Tensor:
     return cute.make_tensor(fragment.iterator + share * count, cute.make_layout(count))
 
 
-class KeyGradients(QueryWalk):
+class KeyGradients(OneGradient):
     """The warpgroup of dK: dS out of dP, with the other's P; a score that is hidden has none."""
 
-    def __init__(
-        self,
-        config: Fa3SplitBackwardConfig,
-        args: BackwardArguments,
-        storage: KeyStorage,
-        rings: dict[str, Ring],
-        thread: Int32,
-    ):
-        """``thread``: within the warpgroup."""
-        super().__init__(config, args, storage, Int32(0), thread)
-        self.rings, self.dtype = rings, CUTE_DTYPE[config.dtype]
-        of = KeyTiles(config, storage)
-        self.scores, self.sums = ScoreProduct(self.dtype, of.v, of.dout), SumProduct(self.dtype, of.q)
-        self.handover = Handover(storage.p, rings["p"], thread)
+    own = "v"
 
     def ranges(self, work: KeyWork) -> list[MaskedRange]:
         """All blocks alike."""
         return [MaskedRange(Int32(0), work.blocks.total, False, False)]
-
-    @cute.jit
-    def run(self, work: KeyWork):
-        """dK of the tile in its accumulator, not scaled."""
-        head, args = self.head, self.args
-        self.sums.acc.fill(0.0)
-        state = ring_start()
-        self.rings["v"].wait(state)
-        score = Score.of(args.common.softmax_scale, args.common.softcap)
-        for index in cutlass.range(work.heads, unroll=1):
-            state = head(work, score, work.first_head + index, state)
 
     @cute.jit
     def step(

@@ -15,7 +15,8 @@ def of_flash_attention_4(spec: InputSpec, inputs: str, monkeypatch) -> reference
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FLASH_ATTENTION_NUM_SMS", "132")
     ptxsim.install()
-    interface = pytest.importorskip("flash_attn.cute.interface")
+    from flash_attn.cute import interface  # once PTX of all that it compiles is at hand
+
     given = make_inputs(spec, inputs)
     dout, _ = output_gradients(given, seed=1)
     out, lse = reference.attention(given.q, given.k, given.v, **given.options())
