@@ -469,7 +469,7 @@ def test_the_readme_is_short_and_what_the_pages_link_to_exists():
 def test_every_note_of_the_table_is_used():
     markdown = support.to_markdown(TABLE.rows())
     notes = [line for line in markdown.splitlines() if line[:1].isdigit()]
-    used = {number for cell in re.findall(r"(?:no|fa._[a-z]+) \(([^)]*)\)", markdown) for number in cell.split(", ")}
+    used = {number for cell in re.findall(r"(?:no|fa._[a-z_]+) \(([^)]*)\)", markdown) for number in cell.split(", ")}
     assert used == {str(number) for number in range(1, len(notes) + 1)}
     header = markdown.splitlines()[0]
     directions = len(Direction) - 1  # but for that of range plans, which is no column

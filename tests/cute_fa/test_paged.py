@@ -37,9 +37,11 @@ def launches(monkeypatch):
     class Kernel:
         def launch(self, arguments):
             problem = arguments[0]
-            tensors = AttentionTensors(*arguments[2][:-1], Extras(*arguments[2][-1]))
+            *given, extras, scratch = arguments[2]
+            tensors = AttentionTensors(*given, Extras(*extras))
             made.append((problem, tensors))
             given = tensors._asdict()
+            assert given.pop("scratch") == scratch == ()
             given |= {name: tensor for name, tensor in given.pop("extras")._asdict().items() if tensor is not None}
             out, lse = given.pop("out"), given.pop("lse")
             assert given.keys().isdisjoint(("cache_batch_idx", "cache_leftpad"))
