@@ -532,18 +532,21 @@ def attention_report(cubins: list[bytes], head_dim: int, head_dim_v: int, backwa
 def split_backward_report(keys: KernelReport, queries: KernelReport, head_dim: int, head_dim_v: int) -> KernelReport:
     """A backward whose dQ has a kernel of its own as one report: of ``queries``, the kernel for dQ, with all loops,
     spills and what :func:`add_per_score` fills in its main loop summed over the loops that meet a score: that one, and
-    in ``keys`` that of the warpgroup of dV, which computes exponentials, and that of dK."""
+    in ``keys`` that of the warpgroup of dV, which computes exponentials, and that of dK. Of loops alike the one without
+    masks counts, known by its fewest comparisons: at head_dim 256 dQ's has 40 more uniform instructions and moves than
+    the masked one, and is not the leanest."""
     _per_score(queries.loops, 2 * (2 * head_dim + head_dim_v))
     _per_score(keys.loops, 2 * (head_dim + head_dim_v))
-    of_products = [loop for loop in keys.loops if loop.flops]
-    values, others = [], []
-    for loop in of_products:
-        (values if loop.counts["mufu_ex2"] else others).append(loop)
-    parts = [queries.main_loop, *(min(loops, key=lambda loop: loop.per_score) for loops in (values, others))]
+
+    def unmasked(report: KernelReport, exponentials: bool) -> LoopReport:
+        alike = (loop for loop in report.loops if loop.flops and bool(loop.counts["mufu_ex2"]) == exponentials)
+        return min(alike, key=lambda loop: loop.counts["int_alu"])
+
+    parts = unmasked(queries, True), unmasked(keys, True), unmasked(keys, False)
     figures = ("per_score", "cond_per_score", "copy_per_score", "net_per_score", "pipe_per_score")
     sums = {name: round(sum(getattr(loop, name) for loop in parts), 2) for name in figures}
-    main = dataclasses.replace(queries.main_loop, **sums)
-    rest = [loop for loop in (*queries.loops, *keys.loops) if loop is not queries.main_loop]
+    main = dataclasses.replace(parts[0], main=True, **sums)
+    rest = [dataclasses.replace(loop, main=False) for loop in (*queries.loops, *keys.loops) if loop is not parts[0]]
     return dataclasses.replace(
         queries,
         spill_loads=queries.spill_loads + keys.spill_loads,
