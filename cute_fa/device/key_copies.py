@@ -7,7 +7,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from cute_fa.device.arguments import CommonArguments
-from cute_fa.device.tile_work import TileWork, kv_head
+from cute_fa.device.tile_work import TileWork
 from cute_fa.device.tma_boxes import BoxCopy, BoxShape, TmaTensor
 
 
@@ -30,15 +30,22 @@ class KeyCopies:
     """Copies of the blocks of a tile's walk, called by all lanes of a warp."""
 
     def __init__(self, config, common: CommonArguments):
-        """``config``: of the kernel, with tile_n, key_rows, page_size, pack_gqa and cu_seqlens_k."""
+        """``config``: of the kernel, with tile_n, key_rows, page_size and cu_seqlens_k."""
         self.config, self.common = config, common
 
     @cute.jit
-    def load(self, tensor: KeyTensor, target: cute.Pointer, work: TileWork, iteration: Int32, barrier: cute.Pointer):
-        """The block of an iteration to ``target``. What lies beyond the sequence's last key arrives as zeros: hidden
-        scores are replaced, but 0 · NaN of V would not be 0."""
+    def load(
+        self,
+        tensor: KeyTensor,
+        target: cute.Pointer,
+        work: TileWork,
+        head: Int32,
+        iteration: Int32,
+        barrier: cute.Pointer,
+    ):
+        """The block of an iteration of a kv head to ``target``. What lies beyond the sequence's last key arrives as
+        zeros: hidden scores are replaced, but 0 · NaN of V would not be 0."""
         c, info = self.config, work.info
-        head = kv_head(self.common, c.pack_gqa, work.tile.head)
         block = work.blocks.block(iteration, self.common.window)
         if const_expr(tensor.key_major):
             panels = tensor.rows // tensor.box.columns

@@ -95,8 +95,8 @@ class SingleTileScheduler:
         if const_expr(self.longest_first):
             m_block, row = tile_longest_first(state.tile, m_blocks, heads * batches, head_group, self.alternate)
         else:
-            row, m_block = _divmod(state.tile, m_blocks)
-        batch, head = _divmod(row, heads)
+            row, m_block = quotient_and_rest(state.tile, m_blocks)
+        batch, head = quotient_and_rest(row, heads)
         return WorkTile(m_block, head, batch)
 
     def next(self, state: TileState) -> TileState:
@@ -113,7 +113,7 @@ class PersistentScheduler(SingleTileScheduler):
     def next(self, state: TileState) -> TileState:
         """The CTA's next tile, valid or not."""
         walkers = _walkers(self.ctas)
-        turn, _ = _divmod(state.tile, walkers)
+        turn, _ = quotient_and_rest(state.tile, walkers)
         return TileState(2 * (turn + 1) * walkers - 1 - state.tile)
 
 
@@ -190,7 +190,7 @@ class VarlenScheduler:
             later = grid.batches - 1 - state.batch
             m_block, head = tile_longest_first(tile, m_blocks, grid.heads, grid.head_group, self.persistent, later)
         else:
-            head, m_block = _divmod(tile, m_blocks)
+            head, m_block = quotient_and_rest(tile, m_blocks)
         return WorkTile(m_block, head, state.batch)
 
     def next(self, state: VarlenState) -> VarlenState:
@@ -206,7 +206,7 @@ class VarlenScheduler:
         lane = cute.arch.lane_idx()
         searching = Boolean(True)
         while searching:
-            ends = _inclusive_sum(m_blocks(batch + lane) * heads, lane) + start
+            ends = inclusive_sum(m_blocks(batch + lane) * heads, lane) + start
             before = cute.arch.popc(cute.arch.vote_ballot_sync(Uint32(ends) <= Uint32(tile)))
             # The sequences that end at or before the tile are skipped: their last one's end is the next one's start.
             if before > 0:
@@ -304,16 +304,16 @@ def tile_longest_first(
     sequences with as many groups follow.
     """
     head_group = cutlass.min(head_group, heads)
-    group, rest = _divmod(m_blocks * heads - 1 - tile, head_group * m_blocks)
+    group, rest = quotient_and_rest(m_blocks * heads - 1 - tile, head_group * m_blocks)
     first_head = group * head_group
-    m_block, head = _divmod(rest, cutlass.min(head_group, heads - first_head))
+    m_block, head = quotient_and_rest(rest, cutlass.min(head_group, heads - first_head))
     if const_expr(alternate):
         turn = group + later * _ceil_div(heads, head_group)
         m_block = cutlass.select_((turn & 1) == 0, m_block, m_blocks - 1 - m_block)
     return m_block, first_head + head
 
 
-def _divmod(dividend: Int32, divisor: Int32 | int) -> tuple[Int32, Int32]:
+def quotient_and_rest(dividend: Int32, divisor: Int32 | int) -> tuple[Int32, Int32]:
     """Quotient and remainder of numbers ≥ 0. Unsigned, since the signed division has to round down.
 
     A run-time divisor goes through a shuffle: ptxas would keep the reciprocals of all divisors in registers (8) over
@@ -327,11 +327,11 @@ def _divmod(dividend: Int32, divisor: Int32 | int) -> tuple[Int32, Int32]:
 
 def _ceil_div(dividend: Int32, divisor: Int32 | int) -> Int32:
     """Quotient of numbers ≥ 0, rounded up."""
-    return _divmod(dividend + divisor - 1, divisor)[0]
+    return quotient_and_rest(dividend + divisor - 1, divisor)[0]
 
 
 @cute.jit
-def _inclusive_sum(value: Int32, lane: Int32) -> Int32:
+def inclusive_sum(value: Int32, lane: Int32) -> Int32:
     """The sum of the values of this lane and those below it."""
     for step in cutlass.range_constexpr(5):
         below = cute.arch.shuffle_sync_up(value, 1 << step)

@@ -18,6 +18,9 @@ _ATOMS = {
     32: warpgroup.SmemLayoutAtomKind.K_SW32,
 }
 
+# A swizzle atom of 8 rows of 128 bytes, of which the pattern of TMA and wgmma is a function of the absolute address.
+TILE_ALIGNMENT = 1024
+
 
 def panel_bytes(row_bytes: int) -> int:
     """Bytes of a panel's rows, for a tile's rows of ``row_bytes``, a multiple of 32."""

@@ -6,7 +6,8 @@ from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.tma_boxes import BoxShape, TmaTensor, panel_bytes, tma_tensor
-from fa3_sm90.backward.config import WGMMA_M, Fa3BackwardConfig
+from fa3_sm90.backward.config import Fa3BackwardConfig
+from fa3_sm90.common.wgmma import WGMMA_M
 
 
 class Boxes(NamedTuple):

@@ -10,10 +10,8 @@ from typing import ClassVar, NamedTuple
 from cute_fa.device.pipeline_spec import PipelineSpec
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, smem_objection
 from cute_fa.semantics.problem import AttentionProblem
+from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_K, WGMMA_M
 
-WARPGROUP = 128
-WGMMA_M = 64
-WGMMA_K = 16
 PANEL = 64  # columns of shared memory side by side, 128 bytes
 # Consumer warpgroups, and setmaxnreg of the producers' warpgroup and of theirs: all 65,536 registers of the SM.
 CONSUMERS = 2

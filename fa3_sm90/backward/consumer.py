@@ -12,12 +12,13 @@ from cute_fa.device.fragments import as_warpgroup_operand_a
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score
-from fa3_sm90.backward.config import CONSUMERS, WARPGROUP, WGMMA_M, Fa3BackwardConfig
+from fa3_sm90.backward.config import CONSUMERS, Fa3BackwardConfig
 from fa3_sm90.backward.products import Products
 from fa3_sm90.backward.query_sums import QuerySumsWriter
 from fa3_sm90.backward.storage import Storage
 from fa3_sm90.backward.walk import QueryWalk
 from fa3_sm90.backward.work import KeyWork
+from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
 
 CONSUMER_BARRIER = 1
 PANEL_BYTES = 128

@@ -12,9 +12,9 @@ from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.heads import head_matrix
 from cute_fa.device.registers import narrow
 from cute_fa.device.score import Score
-from cute_fa.device.tma_boxes import tile_layout
-from fa3_sm90.backward.config import CONSUMERS, WARPGROUP, WGMMA_K, WGMMA_M, Fa3BackwardConfig
-from fa3_sm90.backward.storage import TILE_ALIGNMENT
+from cute_fa.device.tma_boxes import TILE_ALIGNMENT, tile_layout
+from fa3_sm90.backward.config import CONSUMERS, Fa3BackwardConfig
+from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_K, WGMMA_M
 
 _CHUNK = 8  # elements of 16 bytes
 

@@ -8,11 +8,12 @@ from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.registers import narrow
 from cute_fa.device.tma_boxes import BoxCopy, tile_layout
 from fa3_sm90.backward.arguments import Boxes, TmaTensors
-from fa3_sm90.backward.config import CONSUMERS, WARPGROUP, WGMMA_M, Fa3BackwardConfig
+from fa3_sm90.backward.config import CONSUMERS, Fa3BackwardConfig
 from fa3_sm90.backward.consumer import CONSUMER_BARRIER
 from fa3_sm90.backward.products import Products
 from fa3_sm90.backward.storage import Storage
 from fa3_sm90.backward.work import KeyWork
+from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
 
 
 class Epilogue:

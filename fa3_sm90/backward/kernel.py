@@ -11,7 +11,7 @@ from cute_fa.device.backward_sums import PartialSums
 from cute_fa.device.ring import Ring, rings
 from cute_fa.device.score import Score
 from fa3_sm90.backward.arguments import Boxes, TmaTensors
-from fa3_sm90.backward.config import REGISTERS, WARPGROUP, Fa3BackwardConfig
+from fa3_sm90.backward.config import REGISTERS, Fa3BackwardConfig
 from fa3_sm90.backward.consumer import Consumer
 from fa3_sm90.backward.conversion import QueryGradientConversion
 from fa3_sm90.backward.epilogue import Epilogue
@@ -20,6 +20,7 @@ from fa3_sm90.backward.query_sums import QuerySums, QuerySumsWriter
 from fa3_sm90.backward.storage import Storage, allocate
 from fa3_sm90.backward.turns import Turns, take_ticket
 from fa3_sm90.backward.work import KeyWork, key_work
+from fa3_sm90.common.wgmma import WARPGROUP
 
 
 class Fa3BackwardKernels:

@@ -11,9 +11,10 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.tma_boxes import tile_layout
-from fa3_sm90.backward.config import SCORE_STAGES, WGMMA_K, WGMMA_M, Fa3BackwardConfig
-from fa3_sm90.backward.storage import TILE_ALIGNMENT, Storage
+from fa3_sm90.backward.config import SCORE_STAGES, Fa3BackwardConfig
+from fa3_sm90.backward.storage import Storage
+from fa3_sm90.common.products import multiply, tiles, transposed
+from fa3_sm90.common.wgmma import WGMMA_K, WGMMA_M
 
 _SMEM, _REGISTERS = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
 _ROWS, _COLUMNS = OperandMajorMode.K, OperandMajorMode.MN
@@ -91,28 +92,3 @@ class Products:
     def start_dq(self, acc: cute.Tensor, stage: Int32):
         """dQ = dS·K with dSᵀ of a stage in shared memory."""
         multiply(self.op_dq, acc, self.ds[None, None, stage], self.k_columns[None, 0, None], True)
-
-
-def transposed(tile: cute.Tensor) -> cute.Tensor:
-    """(columns, rows, …) of a tile."""
-    modes = [1, 0, *range(2, cute.rank(tile))]
-    return cute.make_tensor(tile.iterator, cute.select(tile.layout, mode=modes))
-
-
-def tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> cute.Tensor:
-    """(rows, columns, count) at an address that comes out of a shuffle: what ptxas can compute it computes in every
-    iteration (see :func:`fa3_sm90.forward.products._tiles`)."""
-    layout = tile_layout(dtype, rows, columns, count)
-    address = cute.arch.make_warp_uniform(pointer.toint())
-    plain = cute.make_ptr(dtype, address, cute.AddressSpace.smem, assumed_align=TILE_ALIGNMENT)
-    return cute.make_tensor(cute.recast_ptr(plain, layout.inner, dtype=dtype), layout.outer)
-
-
-def multiply(operation, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, from_zero: bool):
-    """One group of wgmma over all steps of the dot products; ``a`` and ``b``: (element, steps)."""
-    atom = cute.make_mma_atom(operation)
-    for k in range(cute.size(a, mode=[1])):
-        atom.set(warpgroup.Field.ACCUMULATE, not (from_zero and k == 0))
-        step_a, step_b = (cute.append_ones(operand[None, k], up_to_rank=2) for operand in (a, b))
-        cute.gemm(atom, acc, step_a, step_b, acc)
-    warpgroup.commit_group()

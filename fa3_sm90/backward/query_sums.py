@@ -8,10 +8,11 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.backward_arguments import BackwardArguments, scratch_address
-from fa3_sm90.backward.config import CONSUMERS, WARPGROUP, Fa3BackwardConfig
+from fa3_sm90.backward.config import CONSUMERS, Fa3BackwardConfig
 from fa3_sm90.backward.storage import Storage
 from fa3_sm90.backward.turns import Turns
 from fa3_sm90.backward.work import KeyWork
+from fa3_sm90.common.wgmma import WARPGROUP
 
 # Named barriers, a pair for each consumer warpgroup: dQ is there, its place is free. 0 is the CTA's own, 1 the
 # consumers'.

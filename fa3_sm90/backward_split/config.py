@@ -11,7 +11,8 @@ from cute_fa.device.pipeline_spec import PipelineSpec
 from cute_fa.device.tiling import ceil_div
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, smem_objection
 from cute_fa.semantics.problem import AttentionProblem
-from fa3_sm90.backward.config import BARRIER_BYTES, CONSUMERS, WARPGROUP, WGMMA_M
+from fa3_sm90.backward.config import BARRIER_BYTES, CONSUMERS
+from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
 
 # Keys, or queries, of a tile: of all products 64 are rows of one wgmma.
 TILE = WGMMA_M

@@ -5,8 +5,8 @@ from cutlass import Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.ring import Ring, RingState
-from fa3_sm90.backward.config import WARPGROUP
 from fa3_sm90.backward_split.config import TILE
+from fa3_sm90.common.wgmma import WARPGROUP
 
 _STAGE_BYTES = TILE * TILE * 2
 _QUADS = _STAGE_BYTES // (16 * WARPGROUP)

@@ -15,13 +15,12 @@ from cute_fa.device.fragments import as_warpgroup_operand_a, share_of_columns
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score
-from fa3_sm90.backward.products import tiles
 from fa3_sm90.backward.walk import QueryWalk
 from fa3_sm90.backward.work import KeyWork
 from fa3_sm90.backward_split.config import TILE, Fa3SplitBackwardConfig
 from fa3_sm90.backward_split.handover import Handover
-from fa3_sm90.backward_split.products import ScoreProduct, SumProduct
 from fa3_sm90.backward_split.storage import KeyStorage
+from fa3_sm90.common.products import ScoreProduct, SumProduct, tiles
 
 
 class OneGradient(QueryWalk):

@@ -7,15 +7,16 @@ from cutlass.cute.nvgpu import cpasync
 from cute_fa.device.backward_arguments import BackwardArguments
 from cute_fa.device.ring import Ring, rings
 from cute_fa.device.score import Score
-from fa3_sm90.backward.config import CONSUMERS, REGISTERS, WARPGROUP
+from fa3_sm90.backward.config import CONSUMERS, REGISTERS
 from fa3_sm90.backward.epilogue import Epilogue
 from fa3_sm90.backward.loader import Loader
 from fa3_sm90.backward.work import KeyWork, key_work
 from fa3_sm90.backward_split.arguments import Boxes, TmaTensors
 from fa3_sm90.backward_split.config import TILE, Fa3SplitBackwardConfig
 from fa3_sm90.backward_split.key_gradients import KeyGradients, ValueGradients
-from fa3_sm90.backward_split.products import SumProduct
 from fa3_sm90.backward_split.storage import KeyStorage
+from fa3_sm90.common.products import SumProduct
+from fa3_sm90.common.wgmma import WARPGROUP
 
 # Named barriers: 0 is the CTA's own; all consumers; then each warpgroup's.
 _ALL, _OWN = 1, 2

@@ -14,13 +14,13 @@ from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score, probabilities, score_gradients
 from cute_fa.device.tma_boxes import BoxCopy, tile_layout
 from cute_fa.device.visibility import hidden_keys
-from fa3_sm90.backward.config import CONSUMERS, WARPGROUP
-from fa3_sm90.backward.products import tiles
+from fa3_sm90.backward.config import CONSUMERS
 from fa3_sm90.backward.walk import register_column, shifted
 from fa3_sm90.backward_split.arguments import Boxes, TmaTensors
 from fa3_sm90.backward_split.config import TILE, Fa3SplitBackwardConfig
-from fa3_sm90.backward_split.products import ScoreProduct, SumProduct
 from fa3_sm90.backward_split.storage import QueryStorage
+from fa3_sm90.common.products import ScoreProduct, SumProduct, tiles
+from fa3_sm90.common.wgmma import WARPGROUP
 
 _ROWS = 2  # of a thread, eight apart
 _OWN = 1  # named barrier of the first warpgroup

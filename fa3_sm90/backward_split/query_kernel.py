@@ -12,12 +12,13 @@ from cute_fa.device.ring import Ring, RingState, ring_next, ring_start, rings
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.tile_scheduler import tile_longest_first
 from cute_fa.device.tma_boxes import BoxCopy
-from fa3_sm90.backward.config import CONSUMERS, REGISTERS, WARPGROUP
+from fa3_sm90.backward.config import CONSUMERS, REGISTERS
 from fa3_sm90.backward_split.arguments import Boxes, TmaTensors
 from fa3_sm90.backward_split.config import TILE, Fa3SplitBackwardConfig
 from fa3_sm90.backward_split.key_kernel import prepare
 from fa3_sm90.backward_split.query_gradients import QueryGradients
 from fa3_sm90.backward_split.storage import QueryStorage
+from fa3_sm90.common.wgmma import WARPGROUP
 
 
 class QueryWork(NamedTuple):

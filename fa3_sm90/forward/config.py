@@ -14,9 +14,8 @@ from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen
 from cute_fa.semantics.names import dtypes_of_code
 from cute_fa.semantics.problem import DESCALE_BLOCK, AttentionProblem
 from cute_fa.semantics.types import PersistentMode, SmArch
+from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
 
-WARPGROUP = 128
-WGMMA_M = 64
 FP8_K = 32  # bytes of a dot product that one wgmma takes
 # Room for the mbarriers beside the tiles.
 BARRIER_BYTES = 1024

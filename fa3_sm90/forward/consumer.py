@@ -18,9 +18,10 @@ from cute_fa.device.softmax import OnlineSoftmax
 from cute_fa.device.tile_work import Extents, TileWork, kv_head, scheduler_of, tile_work
 from cute_fa.device.unseen_tiles import write_unseen_tiles
 from cute_fa.device.visibility import mask_scores
+from fa3_sm90.common.wgmma import WARPGROUP
 from fa3_sm90.forward.accumulation import Direct, Promoted
 from fa3_sm90.forward.cluster import place_of
-from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
+from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.epilogue import Epilogue
 from fa3_sm90.forward.probabilities import EightBits, SixteenBits, probability_type

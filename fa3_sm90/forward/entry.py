@@ -6,13 +6,8 @@ from cute_fa.device.tiled_forward import TiledForward
 from cute_fa.device.tiling import num_ctas
 from cute_fa.engine.contract import Candidate
 from cute_fa.semantics.problem import AttentionProblem
-from fa3_sm90.forward.config import (
-    WGMMA_M,
-    Fa3ForwardConfig,
-    forward_candidates,
-    forward_config,
-    promotion_objection,
-)
+from fa3_sm90.common.wgmma import WGMMA_M
+from fa3_sm90.forward.config import Fa3ForwardConfig, forward_candidates, forward_config, promotion_objection
 from fa3_sm90.forward.rules import config_objection
 
 

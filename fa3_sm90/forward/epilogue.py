@@ -12,8 +12,9 @@ from cute_fa.device.registers import narrow, opaque
 from cute_fa.device.ring import Ring, RingState
 from cute_fa.device.tile_work import TileWork
 from cute_fa.device.tma_boxes import BoxCopy, tile_layout
+from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
 from fa3_sm90.forward.cluster import place_of
-from fa3_sm90.forward.config import WARPGROUP, WGMMA_M, Fa3ForwardConfig
+from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.products import Products
 from fa3_sm90.forward.rows import ROWS, Rows
 from fa3_sm90.forward.storage import Storage

@@ -8,8 +8,9 @@ from cutlass.cute.nvgpu import cpasync
 from cute_fa.device.forward_arguments import ForwardArguments, TmaTensors
 from cute_fa.device.ring import Ring, rings
 from cute_fa.device.tile_work import dense_extents
+from fa3_sm90.common.wgmma import WARPGROUP
 from fa3_sm90.forward.cluster import meet
-from fa3_sm90.forward.config import WARPGROUP, Fa3ForwardConfig
+from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.consumer import Consumer
 from fa3_sm90.forward.loader import Loader
 from fa3_sm90.forward.storage import Storage, allocate

@@ -7,10 +7,11 @@ from cutlass import Int32, const_expr
 from cute_fa.device.forward_arguments import Boxes, ForwardArguments, TmaTensors
 from cute_fa.device.key_copies import KeyCopies, KeyTensor
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
-from cute_fa.device.tile_work import Extents, TileWork, scheduler_of, tile_work
+from cute_fa.device.tile_work import Extents, TileWork, kv_head, scheduler_of, tile_work
 from cute_fa.device.tma_boxes import BoxCopy
+from fa3_sm90.common.wgmma import WGMMA_M
 from fa3_sm90.forward.cluster import cluster_rank, place_of
-from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
+from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.descales import BlockDescales
 from fa3_sm90.forward.storage import Storage
 
@@ -101,4 +102,5 @@ class Loader:
         target = getattr(self.storage, name) + state.stage * (c.tile_n * tensor.columns)
         if const_expr(c.cluster > 1):
             target += tensor.first_key * tensor.box.columns
-        self.copies.load(tensor, target, work, iteration, barrier)
+        head = kv_head(self.args.common, c.pack_gqa, work.tile.head)
+        self.copies.load(tensor, target, work, head, iteration, barrier)

@@ -6,10 +6,11 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.tma_boxes import tile_layout
-from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
+from cute_fa.device.tma_boxes import TILE_ALIGNMENT, tile_layout
+from fa3_sm90.common.wgmma import WGMMA_M
+from fa3_sm90.forward.config import Fa3ForwardConfig
 from fa3_sm90.forward.probabilities import probability_type
-from fa3_sm90.forward.storage import TILE_ALIGNMENT, Storage
+from fa3_sm90.forward.storage import Storage
 
 
 class Products:

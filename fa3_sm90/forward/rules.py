@@ -6,15 +6,8 @@ from collections.abc import Iterator
 
 from cute_fa.engine.contract import smem_objection
 from cute_fa.semantics.problem import DESCALE_BLOCK, AttentionProblem
-from fa3_sm90.forward.config import (
-    BARRIER_BYTES,
-    FP8_K,
-    REGISTERS,
-    WGMMA_M,
-    Fa3ForwardConfig,
-    cluster_objection,
-    forward_config,
-)
+from fa3_sm90.common.wgmma import WGMMA_M
+from fa3_sm90.forward.config import BARRIER_BYTES, FP8_K, REGISTERS, Fa3ForwardConfig, cluster_objection, forward_config
 
 _MOST_KEYS = 256  # columns of a wgmma
 _MOST_CHAINS = 4

@@ -8,11 +8,9 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.ring import barrier_count
-from cute_fa.device.tma_boxes import tile_layout
-from fa3_sm90.forward.config import WGMMA_M, Fa3ForwardConfig
-
-# A swizzle atom of 8 rows of 128 bytes, of which the pattern of TMA and wgmma is a function of the absolute address.
-TILE_ALIGNMENT = 1024
+from cute_fa.device.tma_boxes import TILE_ALIGNMENT, tile_layout
+from fa3_sm90.common.wgmma import WGMMA_M
+from fa3_sm90.forward.config import Fa3ForwardConfig
 
 
 class Storage(NamedTuple):

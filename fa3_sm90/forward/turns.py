@@ -3,7 +3,7 @@
 import cutlass.cute as cute
 from cutlass import Int32
 
-from fa3_sm90.forward.config import WARPGROUP
+from fa3_sm90.common.wgmma import WARPGROUP
 
 # Named barrier of each consumer's turn; 0 is the CTA's own.
 FIRST_TURN_BARRIER = 1

@@ -7,7 +7,7 @@ from cutlass import Int32, const_expr
 from cute_fa.device.forward_arguments import Boxes
 from cute_fa.device.key_copies import KeyCopies, KeyTensor
 from cute_fa.device.ring import RingState, ring_next, ring_start
-from cute_fa.device.tile_work import TileWork
+from cute_fa.device.tile_work import TileWork, kv_head
 from cute_fa.device.tma_boxes import BoxCopy
 from fa4_sm100.forward.config import TILE_M
 from fa4_sm100.forward.cta import Cta
@@ -84,14 +84,18 @@ class Loader:
         c = self.config
         barrier = self.acquire("kv", state, c.k_bytes)
         target = self.storage.k + state.stage * (c.stage_bytes // c.dtype_k.bytes)
-        self.copies.load(self.k, target, work, iteration, barrier)
+        self.copies.load(self.k, target, work, self.head(work), iteration, barrier)
 
     def load_v(self, work: TileWork, iteration: Int32, state: RingState):
         """One block of V into its stage."""
         c = self.config
         barrier = self.acquire("kv", state, c.v_bytes)
         target = self.storage.v + state.stage * (c.stage_bytes // c.dtype_v.bytes)
-        self.copies.load(self.v, target, work, iteration, barrier)
+        self.copies.load(self.v, target, work, self.head(work), iteration, barrier)
+
+    def head(self, work: TileWork) -> Int32:
+        """The tile's kv head."""
+        return kv_head(self.cta.common, self.config.pack_gqa, work.tile.head)
 
     @cute.jit
     def acquire(self, ring: cutlass.Constexpr[str], state: RingState, stage_bytes: cutlass.Constexpr[int]):

@@ -6,7 +6,8 @@ import pytest
 
 from cute_fa.semantics.problem import PAGE_SIZES, AttentionProblem
 from cute_fa.semantics.types import SmArch
-from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M, PipelineSpec, forward_config, walked_keys
+from fa3_sm90.common.wgmma import WGMMA_M
+from fa3_sm90.forward.config import BARRIER_BYTES, PipelineSpec, forward_config, walked_keys
 from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.cases import refusals, small_problem
 from tests.testing.config_tests import ConfigTests

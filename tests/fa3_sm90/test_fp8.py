@@ -9,7 +9,8 @@ import torch
 
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec, make_inputs
-from fa3_sm90.forward.config import BARRIER_BYTES, WGMMA_M
+from fa3_sm90.common.wgmma import WGMMA_M
+from fa3_sm90.forward.config import BARRIER_BYTES
 from fa3_sm90.forward.entry import Fa3Forward
 from tests.testing.cases import refusals, small_problem
 from tests.testing.forward_grid import E4M3
