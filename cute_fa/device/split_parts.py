@@ -78,20 +78,24 @@ class CombineKernel:
     @cute.kernel
     def kernel(self, common: CommonArguments, parts: Parts, ctas: Int32):
         """A cut, and ROWS rows of the tile that it is in."""
-        c, store = self.config, self.store
+        c, merge = self.config, self.merge
         cut, row_block, _ = cute.arch.block_idx()
-        tidx, _, _ = cute.arch.thread_idx()
         walk = SplitWalk(common, c.tile_m, c.tile_n, ctas, c.least_blocks)
-        cta = cut + 1
-        if cta < walk.ctas:
-            position = walk.cut(cta)
-            piece = walk.piece(walk.at(position)._replace(stop=walk.total))
-            first = walk.cta(position - piece.start)
-            if (piece.start > 0) & (first == cut):
-                last = walk.cta(position - piece.start + piece.blocks.total - 1)
-                chunks = c.head_dim_v // COLUMNS
-                for i in cutlass.range(tidx, ROWS * chunks, THREADS, unroll=1):
-                    store(common, parts, piece, walk.gqa_ratio, first, last, row_block * ROWS + i // chunks, i % chunks)
+        cutting = walk.ctas
+        if cut + 1 < cutting:
+            merge(common, parts, walk, cut, row_block * ROWS)
+
+    @cute.jit
+    def merge(self, common: CommonArguments, parts: Parts, walk: SplitWalk, cut: Int32, first_row: Int32):
+        """The tile that the share of CTA ``cut`` ends in, if that is where it is cut first."""
+        store, gqa_ratio, chunks = self.store, walk.gqa_ratio, self.config.head_dim_v // COLUMNS
+        position, tidx = walk.cut(cut + 1), cute.arch.thread_idx()[0]
+        piece = walk.piece(walk.at(position)._replace(stop=walk.total))
+        start = position - piece.start
+        first, last = walk.cta(start), walk.cta(start + piece.blocks.total - 1)
+        if (piece.start > 0) & (first == cut):
+            for i in cutlass.range(tidx, ROWS * chunks, THREADS, unroll=1):
+                store(common, parts, piece, gqa_ratio, first, last, first_row + i // chunks, i % chunks)
 
     @cute.jit
     def store(self, common: CommonArguments, parts: Parts, piece: Piece, gqa_ratio, first, last, row, chunk):

@@ -129,8 +129,10 @@ class SplitWalk:
     def tile_blocks(self, info: SeqlenInfo, tile: Int32) -> BlockRange:
         """Key blocks of a tile: one at least, hidden where there is no visible key, so that its rows are written."""
         first_row = tile * self.tile_m
-        first, _ = quotient_and_rest(first_row, self.gqa_ratio)
-        last, _ = quotient_and_rest(first_row + (self.tile_m - 1), self.gqa_ratio)
+        # unsigned, and without a shuffle of the divisor: lanes are at different sequences here
+        first, last = (
+            Int32(Uint32(row) // Uint32(self.gqa_ratio)) for row in (first_row, first_row + (self.tile_m - 1))
+        )
         window = self.common.window
         blocks = block_range(window, info.seqlen_q, info.seqlen_k, first, last - first + 1, self.tile_n)
         return blocks._replace(last_block=cutlass.max(blocks.last_block, 0), total=cutlass.max(blocks.total, 1))

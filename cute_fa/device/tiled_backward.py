@@ -63,7 +63,7 @@ class TiledBackward(AttentionKernel):
     l2_bytes: ClassVar[int]
 
     @classmethod
-    def scratch(cls, problem: AttentionProblem, config, tensors: BackwardTensors) -> Scratch:
+    def scratch(cls, problem: AttentionProblem, config, tensors: BackwardTensors, num_sms: int) -> Scratch:
         inputs, heads, batch = tensors.forward, problem.num_heads, problem.batch
         seqlen_q, seqlen_k = _longest(problem, inputs)
         m_blocks, n_blocks = ceil_div(seqlen_q, config.tile_m), ceil_div(seqlen_k, config.tile_n)

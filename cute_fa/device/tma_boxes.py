@@ -11,6 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int16, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.memory import SmemAllocator
 
 _ATOMS = {
     128: warpgroup.SmemLayoutAtomKind.K_SW128,
@@ -37,6 +38,13 @@ def tile_layout(dtype, rows: int, columns: int, tiles: int) -> cute.ComposedLayo
     size = dtype.width // 8
     atom = swizzle_atom(dtype, panel_bytes(columns * size) // size)
     return cute.tile_to_shape(atom, (rows, columns, tiles), order=(0, 1, 2))
+
+
+def allocate_tiles(allocator: SmemAllocator, dtype, rows: int, columns: int, count: int) -> cute.Pointer:
+    """Room for tiles as :func:`tile_layout` lays them out; the pointer is swizzled."""
+    layout = tile_layout(dtype, rows, columns, count)
+    raw = allocator.allocate_tensor(dtype, cute.make_layout(cute.cosize(layout.outer)), TILE_ALIGNMENT).iterator
+    return cute.recast_ptr(raw, layout.inner, dtype=dtype)
 
 
 class BoxShape(NamedTuple):

@@ -251,15 +251,16 @@ class AttentionKernel(ABC):
 
     @classmethod
     def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:
-        """Into how many parts to split the keys of a problem that this kernel serves, where the caller leaves it open;
-        None if the problem is better served in the table's order, with one."""
+        """Into how many parts to split the keys of a problem, where the caller leaves it open; 0 if the kernel cuts them
+        evenly between its CTAs, None if it does not serve the problem, or that is better served in the table's order,
+        with one part."""
         return None
 
     @classmethod
-    def scratch(cls, problem: Any, config: Any, tensors: Any) -> tuple[Memory | None, ...]:
+    def scratch(cls, problem: Any, config: Any, tensors: Any, num_sms: int) -> tuple[Memory | None, ...]:
         """What a launch needs beside the tensors of its call, the same for all calls of one description. It is
         allocated anew for each launch, on that launch's stream, and handed to :meth:`arguments` as ``tensors.scratch``,
-        None for None. Its values are undefined: a kernel reads there what it has written."""
+        None for None. Its values are undefined: a kernel reads there what it has written. ``num_sms``: of the device."""
         return ()
 
     @classmethod
@@ -280,7 +281,7 @@ def common_objections(problem: AttentionProblem, head_dim_rule: str, splits: boo
         size = getattr(problem, name)
         if size % 8 or not 8 <= size <= 256:
             reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed ({head_dim_rule})")
-    if problem.num_splits > 1 and not splits:
+    if problem.num_splits != 1 and not splits:
         reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
     if problem.out_dtype is not problem.dtype and not problem.dtype.is_fp8:
         reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the dtype of q, {problem.dtype.value}")

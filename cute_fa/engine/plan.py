@@ -71,11 +71,14 @@ class Plan:
         self.config = self.kernel.configure(self.problem)
         if recorder is not None:
             recorder(self.config)
-        self.new_scratch = allocation(self.kernel.scratch(self.problem, self.config, self.kind(*tensors)), tensors)
+        self.new_scratch = allocation(self._scratch(tensors), tensors)
         if self.new_scratch is not None:
             tensors += (self.new_scratch(tensors),)
         self.pack = packing(self._arguments, tensors)
         self.compiled = compiled(self.config)
+
+    def _scratch(self, tensors: tuple) -> tuple[Memory | None, ...]:
+        return self.kernel.scratch(self.problem, self.config, self.kind(*tensors), self.target.num_sms)
 
     def _arguments(self, tensors: tuple) -> tuple:
         return self.kernel.arguments(self.problem, self.config, self.kind(*tensors), self.target.num_sms)

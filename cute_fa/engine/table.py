@@ -120,6 +120,13 @@ class Entry:
             return [self.missing]
         return self.kernel().supports(problem)
 
+    def num_splits(self, problem: AttentionProblem, num_sms: int) -> int | None:
+        """How this kernel splits the keys of a problem that leaves it open; None if it is not for this kernel."""
+        if problem.arch not in self.archs or self.target is None:
+            return None
+        splits = self.kernel().num_splits(problem, num_sms)
+        return None if splits is None or self.reasons(replace(problem, num_splits=splits)) else splits
+
     def kernel(self) -> type[AttentionKernel]:
         return _load(self.target)
 
@@ -174,10 +181,9 @@ class DispatchTable:
         if num_splits:
             return problem, self.lookup(problem, family)
         for entry in self._candidates(problem, family):
-            if not entry.reasons(problem):
-                splits = entry.kernel().num_splits(problem, num_sms)
-                if splits is not None:
-                    return replace(problem, num_splits=splits), entry.kernel()
+            splits = entry.num_splits(problem, num_sms)
+            if splits is not None:
+                return replace(problem, num_splits=splits), entry.kernel()
         return problem, self.lookup(problem, family)
 
     def explain(self, problem: Problem | DispatchKey, family: str | None = None) -> dict[str, list[str]]:
@@ -251,6 +257,7 @@ TABLE = DispatchTable(
     (
         Entry("fa4_fwd", "fa4", Direction.FORWARD, target="fa4_sm100.forward.entry:Fa4Forward", **_TCGEN05),
         Entry("fa3_fwd", "fa3", Direction.FORWARD, target="fa3_sm90.forward.entry:Fa3Forward", **_WGMMA),
+        Entry("fa3_decode", "fa3", Direction.FORWARD, target="fa3_sm90.decode.entry:Fa3Decode", **_WGMMA),
         Entry("fa2_fwd", "fa2", Direction.FORWARD, target="fa2_sm80.forward.entry:Fa2Forward", **_ANY),
         Entry("fa2_split", "fa2", Direction.FORWARD, target="fa2_sm80.split.entry:Fa2Split", **_ANY),
         Entry("fa4_bwd", "fa4", Direction.BACKWARD, missing="no fa4_sm100 backward exists yet", **_TCGEN05),

@@ -406,8 +406,8 @@ class AttentionProblem:
             raise ArgumentError(f"sink_tokens={self.sink_tokens}: between 0 and {INT32_MAX}")
         if self.promote_every is not None and not 1 <= self.promote_every <= INT32_MAX:
             raise ArgumentError(f"promote_every={self.promote_every}: at least 1, or None for the kernel's own choice")
-        if not 1 <= self.num_splits <= INT32_MAX:
-            raise ArgumentError(f"num_splits={self.num_splits}: between 1 and {INT32_MAX}")
+        if not 0 <= self.num_splits <= INT32_MAX:
+            raise ArgumentError(f"num_splits={self.num_splits}: between 0 and {INT32_MAX}")
 
     def _check_gradients(self) -> None:
         for name in ("deterministic", "lse_gradient", "slopes_gradient"):
@@ -465,7 +465,7 @@ class AttentionProblem:
         others = {name: getattr(self, name) for name in ("varlen_q", "varlen_k", "seqused_q", "seqused_k")}
         others |= {name: getattr(self, name) for name in ("cache_batch_idx", "cache_leftpad")}
         others |= {"page_size": self.page_size is not None, "window_left": self.window_left is not None}
-        others |= {"window_right": self.window_right is not None, "num_splits": self.num_splits > 1}
+        others |= {"window_right": self.window_right is not None, "num_splits": self.num_splits != 1}
         for name, given in others.items():
             if given:
                 raise ArgumentError(f"{name} with a range plan: which keys a query sees, the plan alone says")

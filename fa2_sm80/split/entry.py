@@ -51,6 +51,8 @@ class Fa2Split(AttentionKernel):
             ctas = tiles * problem.num_heads_kv * problem.batch * problem.num_splits
             return {"tiles of queries and splits": ctas}
 
+        if problem.num_splits == 0:
+            return ["num_splits 0: this kernel splits the keys of every sequence into as many parts"]
         return objections(problem, grids, rows_of_any_head=True)
 
     @classmethod
@@ -63,11 +65,11 @@ class Fa2Split(AttentionKernel):
 
     @classmethod
     def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:
-        return num_splits(problem, num_sms)
+        return None if cls.supports(problem) else num_splits(problem, num_sms)
 
     @classmethod
     def scratch(
-        cls, problem: AttentionProblem, config: Fa2SplitConfig, tensors: AttentionTensors
+        cls, problem: AttentionProblem, config: Fa2SplitConfig, tensors: AttentionTensors, num_sms: int
     ) -> tuple[Memory | None, ...]:
         if problem.num_splits == 1:
             return ()

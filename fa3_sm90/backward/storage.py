@@ -8,7 +8,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.ring import barrier_count
-from cute_fa.device.tma_boxes import TILE_ALIGNMENT, tile_layout
+from cute_fa.device.tma_boxes import allocate_tiles
 from fa3_sm90.backward.config import SCORE_STAGES, Fa3BackwardConfig
 
 
@@ -27,13 +27,6 @@ class Storage(NamedTuple):
     lse: cute.Pointer
     delta: cute.Pointer
     ticket: Optional[cute.Pointer]
-
-
-def allocate_tiles(allocator: SmemAllocator, dtype, rows: int, columns: int, count: int) -> cute.Pointer:
-    """Room for tiles as :func:`cute_fa.device.tma_boxes.tile_layout` lays them out; the pointer is swizzled."""
-    layout = tile_layout(dtype, rows, columns, count)
-    raw = allocator.allocate_tensor(dtype, cute.make_layout(cute.cosize(layout.outer)), TILE_ALIGNMENT).iterator
-    return cute.recast_ptr(raw, layout.inner, dtype=dtype)
 
 
 def allocate(config: Fa3BackwardConfig) -> Storage:

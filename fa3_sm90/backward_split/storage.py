@@ -8,8 +8,8 @@ from cutlass.memory import SmemAllocator
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.ring import barrier_count
+from cute_fa.device.tma_boxes import allocate_tiles
 from fa3_sm90.backward.config import CONSUMERS
-from fa3_sm90.backward.storage import allocate_tiles
 from fa3_sm90.backward_split.config import TILE, Fa3SplitBackwardConfig
 
 

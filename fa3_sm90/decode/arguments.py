@@ -1,0 +1,53 @@
+"""What the kernels of the Hopper decode take, and how TMA addresses it."""
+
+from typing import NamedTuple
+
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import cpasync
+
+from cute_fa.device.arguments import CommonArguments
+from cute_fa.device.fake_arguments import common_fakes, fake_vector
+from cute_fa.device.key_copies import KeyTensor
+from cute_fa.device.split_parts import Parts
+from cute_fa.device.tma_boxes import BoxShape, TmaTensor, panel_bytes, tma_tensor
+from fa3_sm90.decode.config import Fa3DecodeConfig
+
+
+class DecodeArguments(NamedTuple):
+    """``num_ctas``: the grid of the launch; ``parts``: two slots for each."""
+
+    common: CommonArguments
+    parts: Parts
+    num_ctas: Int32
+
+    @classmethod
+    def fakes(cls, config: Fa3DecodeConfig) -> "DecodeArguments":
+        """For ``cute.compile``."""
+        return cls(common_fakes(config), Parts(fake_vector(Float32, 3), fake_vector(Float32, 2)), Int32(0))
+
+
+class TmaTensors(NamedTuple):
+    """k and v as TMA addresses them."""
+
+    k: TmaTensor
+    v: TmaTensor
+
+    @classmethod
+    def of(cls, config: Fa3DecodeConfig, common: CommonArguments) -> "TmaTensors":
+        """Descriptors, made on the host."""
+        load, (k, v) = cpasync.CopyBulkTensorTileG2SOp(), boxes(config)
+        packed = config.cu_seqlens_k
+        return cls(tma_tensor(load, common.k, k, packed), tma_tensor(load, common.v, v, packed))
+
+    def tiles(self, config: Fa3DecodeConfig) -> tuple[KeyTensor, KeyTensor]:
+        """Both with their tiles in shared memory."""
+        columns = config.head_dim_padded, config.value_columns
+        parts = zip(self, boxes(config), columns, strict=True)
+        return tuple(KeyTensor(tma, box, config.tile_n, width) for tma, box, width in parts)
+
+
+def boxes(config: Fa3DecodeConfig) -> tuple[BoxShape, BoxShape]:
+    """What one TMA instruction moves of k and of v."""
+    c, size = config, config.dtype.bytes
+    widths = (panel_bytes(columns * size) // size for columns in (c.head_dim_padded, c.value_columns))
+    return tuple(BoxShape(1, c.key_rows, width, c.ragged_keys) for width in widths)

@@ -1,0 +1,56 @@
+"""O and LSE of a warpgroup on their way out, from registers: to the caller, or to scratch memory where other CTAs have
+parts of the tile. There are few of them beside the keys that were read."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+
+from cute_fa.device.dtypes import CUTE_DTYPE
+from cute_fa.device.registers import narrow_pair
+from cute_fa.device.split_parts import lse_row, out_row, part_slot, row_place
+from cute_fa.device.split_walk import Piece
+from fa3_sm90.decode.arguments import DecodeArguments
+from fa3_sm90.decode.config import Fa3DecodeConfig
+
+
+class Epilogue:
+    """Of one thread: two rows, and of every eight columns the pair from ``column`` on."""
+
+    def __init__(self, config: Fa3DecodeConfig, args: DecodeArguments, rows: list[Int32], column: Int32):
+        """``rows``: of the tile."""
+        self.config, self.args, self.rows, self.column = config, args, rows, column
+        self.dtype = CUTE_DTYPE[config.out_dtype]
+
+    @cute.jit
+    def store(self, acc: cute.Tensor, lse: cute.Tensor, piece: Piece, gqa_ratio: Int32):
+        """``acc`` (rows, columns), normalised."""
+        slot, store_out, store_part = part_slot(piece, cute.arch.block_idx()[0]), self.store_out, self.store_part
+        for r in cutlass.range_constexpr(len(self.rows)):
+            place = row_place(piece, gqa_ratio, self.rows[r])
+            if place.exists:
+                if piece.whole:
+                    store_out(acc[r, None], lse[r], piece, place)
+                else:
+                    store_part(acc[r, None], lse[r], slot, self.rows[r])
+
+    @cute.jit
+    def store_out(self, row: cute.Tensor, lse: Float32, piece: Piece, place):
+        """A row of O and its LSE; of one that does not count 0 and −inf."""
+        common = self.args.common
+        if not place.counts:
+            row.fill(0.0)
+        if self.column == 0:
+            lse_row(common, piece, place)[place.query] = lse if place.counts else -Float32.inf
+        target = cute.recast_tensor(out_row(common, piece, place), Uint32)
+        for block in cutlass.range_constexpr(self.config.head_dim_v // 8):
+            target[4 * block + self.column // 2] = narrow_pair(row[2 * block], row[2 * block + 1], self.dtype)
+
+    @cute.jit
+    def store_part(self, row: cute.Tensor, lse: Float32, slot: Int32, index: Int32):
+        """A row of the CTA's part of a tile."""
+        parts = self.args.parts
+        if self.column == 0:
+            parts.lse[slot, index] = lse
+        for block in cutlass.range_constexpr(self.config.head_dim_v // 8):
+            for i in cutlass.range_constexpr(2):
+                parts.out[slot, index, 8 * block + self.column + i] = row[2 * block + i]

@@ -1,0 +1,86 @@
+"""The Hopper decode (flash decoding on wgmma): two producer warps load, two consumer warpgroups compute, every CTA has
+an equal share of all key blocks (``cute_fa.device.split_walk``); a second kernel merges the tiles that were cut."""
+
+import cutlass.cute as cute
+from cutlass.cute.nvgpu import cpasync
+
+from cute_fa.device.ring import Ring, rings
+from cute_fa.device.split_parts import ROWS, THREADS, CombineKernel
+from fa3_sm90.common.wgmma import WARPGROUP
+from fa3_sm90.decode.arguments import DecodeArguments, TmaTensors
+from fa3_sm90.decode.config import REGISTERS, Fa3DecodeConfig
+from fa3_sm90.decode.consumer import Consumer
+from fa3_sm90.decode.loaders import KeyLoader, QueryLoader
+from fa3_sm90.decode.storage import Storage
+
+
+class Fa3DecodeKernel:
+    """Device code of one :class:`Fa3DecodeConfig`."""
+
+    def __init__(self, config: Fa3DecodeConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(self, args: DecodeArguments, stream):
+        c = self.config
+        self.kernel(args, TmaTensors.of(c, args.common)).launch(
+            grid=(args.num_ctas, 1, 1),
+            block=(c.num_threads, 1, 1),
+            smem=c.smem_bytes,
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+        if args.num_ctas > 1:
+            CombineKernel(c).kernel(args.common, args.parts, args.num_ctas).launch(
+                grid=(args.num_ctas - 1, c.tile_m // ROWS, 1), block=(THREADS, 1, 1), stream=stream
+            )
+
+    @cute.kernel
+    def kernel(self, args: DecodeArguments, tma: TmaTensors):
+        """The first warpgroup produces, with few registers; the others consume, with many."""
+        c = self.config
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = Storage.allocate(c)
+        pipelines = rings(c.pipelines, storage.barriers)
+        prepare, load_keys, load_queries, consume = self.prepare, self.load_keys, self.load_queries, self.consume
+        if warp == 0:
+            prepare(tma, pipelines)
+        cute.arch.sync_threads()
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(REGISTERS[0])
+            if warp == 0:
+                load_keys(args, tma, storage, pipelines)
+            if warp == 1:
+                load_queries(args, storage, pipelines)
+        else:
+            cute.arch.setmaxregister_increase(REGISTERS[1])
+            consume(args, storage, pipelines)
+
+    def prepare(self, tma: TmaTensors, pipelines: dict[str, Ring]):
+        """Descriptors on their way, barriers initialised and known to TMA."""
+        for tensor in tma:
+            cpasync.prefetch_descriptor(tensor.atom)
+        with cute.arch.elect_one():
+            for ring in pipelines.values():
+                ring.initialize()
+        cute.arch.mbarrier_init_fence()
+
+    def load_keys(self, args: DecodeArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
+        """The producer warp of K and V."""
+        KeyLoader(self.config, args, tma, storage, pipelines).run()
+
+    def load_queries(self, args: DecodeArguments, storage: Storage, pipelines: dict[str, Ring]):
+        """The producer warp of Q."""
+        QueryLoader(self.config, args, storage, pipelines["q"]).run()
+
+    def consume(self, args: DecodeArguments, storage: Storage, pipelines: dict[str, Ring]):
+        """A consumer warpgroup."""
+        tidx, _, _ = cute.arch.thread_idx()
+        index = cute.arch.make_warp_uniform(tidx // WARPGROUP) - 1
+        Consumer(self.config, args, storage, pipelines, index, tidx % WARPGROUP).run()
+
+
+def build(config: Fa3DecodeConfig):
+    """The callable and its fake arguments for ``cute.compile``."""
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return Fa3DecodeKernel(config), (DecodeArguments.fakes(config), stream)
