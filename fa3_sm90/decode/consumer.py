@@ -54,7 +54,7 @@ class Consumer:
         coordinates = cute.make_tiled_mma(self.scores.operation).get_slice(0)
         identity = coordinates.partition_C(cute.make_identity_tensor((WGMMA_M, c.tile_n)))
         self.columns = warpgroup_rows_and_columns(identity)
-        self.first_row = group * WGMMA_M + thread // 32 * 16  # of the warp
+        self.first_row = group * WGMMA_M + cute.arch.make_warp_uniform(thread // 32) * 16  # of the warp
         self.rows = [self.first_row + thread % 32 // 4 + 8 * r for r in range(ROWS)]
         self.column = thread % 4 * 2
         self.epilogue = Epilogue(config, args, self.rows, self.column)
@@ -89,7 +89,8 @@ class Consumer:
         score = self.score(piece, gqa_ratio)
         softmax = OnlineSoftmax(ROWS, score.scale_log2)
         self.sums.acc.fill(0.0)
-        busy = self.first_row + piece.first_row < piece.info.rows_q * gqa_ratio
+        rows_left = piece.info.rows_q * gqa_ratio - piece.first_row - self.first_row
+        busy = cute.arch.make_warp_uniform(rows_left) > 0
         self.queries.wait(queries)
         ranges = piece.blocks.ranges(c.window_left)
         for i in cutlass.range_constexpr(len(ranges)):
@@ -151,7 +152,9 @@ class Consumer:
         start, stop = cutlass.max(masked.start, piece.start), cutlass.min(masked.stop, piece.stop)
         if const_expr(c.key_groups > 1):
             start += (self.index + turn + start - piece.start) & 1
-        start, stop = cute.arch.make_warp_uniform(start), cute.arch.make_warp_uniform(stop)
+        # through shuffles, see fa3_sm90.forward.consumer.Consumer.steps
+        start, stop, stage, phase = (cute.arch.make_warp_uniform(number) for number in (start, stop, *keys))
+        keys = RingState(stage, phase)
         for iteration in cutlass.range(start, stop, c.key_groups, unroll=1):
             step(piece, gqa_ratio, score, softmax, busy, iteration, keys, masked.right_edge, masked.left_edge)
             for _ in cutlass.range_constexpr(c.key_groups):
