@@ -26,7 +26,7 @@ THREADS = 128
 
 class Parts(NamedTuple):
     """fp32, in scratch memory: ``out`` (slots, tile_m, head_dim_v) normalised, unwritten where ``lse`` (slots, tile_m)
-    is −inf; of rows that are no queries of the tile both are unwritten."""
+    is −inf; of rows that are no queries, or none that count, both are unwritten."""
 
     out: cute.Tensor
     lse: cute.Tensor

@@ -135,7 +135,9 @@ class SplitWalk:
         )
         window = self.common.window
         blocks = block_range(window, info.seqlen_q, info.seqlen_k, first, last - first + 1, self.tile_n)
-        return blocks._replace(last_block=cutlass.max(blocks.last_block, 0), total=cutlass.max(blocks.total, 1))
+        one = Int32(blocks.total == 0)
+        ends = (blocks.right_end, blocks.full_end, blocks.window_end, blocks.total)
+        return BlockRange(cutlass.max(blocks.last_block, 0), *(end + one for end in ends))
 
     @cute.jit
     def head_blocks(self, batch: Int32) -> Int32:

@@ -51,7 +51,9 @@ class Fa3Decode(AttentionKernel):
     def supports(cls, problem: AttentionProblem) -> list[str]:
         reasons = []
         if problem.num_splits:
-            reasons.append(f"num_splits {problem.num_splits}: this kernel cuts the keys itself, all CTAs' parts alike (0)")
+            reasons.append(
+                f"num_splits {problem.num_splits}: this kernel cuts the keys itself, all CTAs' parts alike (0)"
+            )
         if problem.is_fp8:
             reasons.append(f"dtype {dtypes_of_code(problem)}: its kernels are of 16 bits")
         reasons += common_objections(problem, "16-byte strides of TMA", splits=True)

@@ -30,7 +30,7 @@ class Epilogue:
             if place.exists:
                 if piece.whole:
                     store_out(acc[r, None], lse[r], piece, place)
-                else:
+                elif place.counts:
                     store_part(acc[r, None], lse[r], slot, self.rows[r])
 
     @cute.jit

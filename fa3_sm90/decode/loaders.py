@@ -78,7 +78,12 @@ class QueryLoader:
         """Walk over the CTA's share."""
         walk = split_walk(self.config, self.args)
         valid, piece_at, advance = walk.valid, walk.piece, walk.next
-        load_rows, wait_free, publish, gqa_ratio = self.load_rows, self.ring.wait_free, self.ring.publish, walk.gqa_ratio
+        load_rows, wait_free, publish, gqa_ratio = (
+            self.load_rows,
+            self.ring.wait_free,
+            self.ring.publish,
+            walk.gqa_ratio,
+        )
         queries = ring_start()
         state = walk.first(cute.arch.block_idx()[0])
         while valid(state):
@@ -91,7 +96,7 @@ class QueryLoader:
 
     @cute.jit
     def load_rows(self, piece: Piece, gqa_ratio: Int32):
-        """Rows of those warps that have any, zeros where there is no query; what the others hold is not looked at."""
+        """Rows of those warps that have any, zeros where there is no query that counts; what the others hold is not looked at."""
         c, load_chunk = self.config, self.load_chunk
         rows = cutlass.min(c.tile_m, (piece.info.rows_q * gqa_ratio - piece.first_row + 15) // 16 * 16)
         chunks = c.head_dim_padded // _CHUNK
@@ -104,7 +109,7 @@ class QueryLoader:
         c, place = self.config, row_place(piece, gqa_ratio, row)
         values = cute.make_rmem_tensor_like(self.chunk)
         values.fill(0)
-        if place.exists & (chunk * _CHUNK < c.head_dim):
+        if place.counts & (chunk * _CHUNK < c.head_dim):
             q = self.args.common.q
             if const_expr(c.cu_seqlens_q):
                 source = q[piece.info.offset_q + place.query, place.head, None]
