@@ -1,8 +1,8 @@
 """Parts of tiles whose key blocks several CTAs share (:mod:`cute_fa.device.split_walk`), and the kernel that merges
 them: LSE = log Σ exp(LSE_p), O = Σ exp(LSE_p − LSE)·O_p.
 
-A CTA leaves the end of its first tile in its first slot, the beginning of its last one in its second. Each cut between
-two CTAs that lies in a tile, and is the first in it, is some CTAs' to merge; they find the tile as the others did.
+Of an even cut CTAs have each cut between two shares, and merge where it is the first in a tile; of tiles in parts they
+have each tile. They find it as the others did.
 """
 
 from typing import NamedTuple, Optional
@@ -17,7 +17,7 @@ from cute_fa.device.heads import head_row
 from cute_fa.device.score import LOG2_E
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import finite
-from cute_fa.device.split_walk import PARTS, Piece, SplitWalk
+from cute_fa.device.split_walk import EVEN_SLOTS, Piece, SplitGrid, SplitWalk
 
 COLUMNS = 8  # of O that a thread merges at a time: 16 bytes of fp16 or bf16
 ROWS = 16  # of a tile that a CTA merges
@@ -42,11 +42,6 @@ class RowPlace(NamedTuple):
     counts: cutlass.Boolean
 
 
-def part_slot(piece: Piece, cta: Int32) -> Int32:
-    """Where a CTA leaves its part of a tile that is not wholly its own."""
-    return PARTS * cta + cutlass.select_(piece.start > 0, Int32(0), Int32(1))
-
-
 def row_place(piece: Piece, gqa_ratio: Int32, row: Int32) -> RowPlace:
     """Of a row of the tile."""
     query, head = (piece.first_row + row) // gqa_ratio, (piece.first_row + row) % gqa_ratio
@@ -68,7 +63,7 @@ def lse_row(common: CommonArguments, piece: Piece, place: RowPlace) -> cute.Tens
 
 
 class CombineKernel:
-    """A grid of (CTAs − 1 of the first kernel, tile_m / ROWS)."""
+    """A grid of (``merges``, tile_m / ROWS)."""
 
     def __init__(self, config):
         """``config``: of the first kernel, with tile_m, tile_n, least_blocks, head_dim_v and out_dtype."""
@@ -76,37 +71,62 @@ class CombineKernel:
         self.dtype = CUTE_DTYPE[config.out_dtype]
 
     @cute.kernel
-    def kernel(self, common: CommonArguments, parts: Parts, ctas: Int32):
-        """A cut, and ROWS rows of the tile that it is in."""
-        c, merge = self.config, self.merge
-        cut, row_block, _ = cute.arch.block_idx()
-        walk = SplitWalk(common, c.tile_m, c.tile_n, ctas, c.least_blocks)
-        cutting = walk.ctas
-        if cut + 1 < cutting:
-            merge(common, parts, walk, cut, row_block * ROWS)
+    def kernel(self, common: CommonArguments, parts: Parts, grid: SplitGrid):
+        """ROWS rows of a tile, if there are so many tiles, or cuts."""
+        index, row_block, _ = cute.arch.block_idx()
+        walk = SplitWalk(self.config, common, grid)
+        if const_expr(grid.parts is not None):
+            merge, last = self.merge_tile, walk.total // grid.parts
+        else:
+            merge, last = self.merge_at_cut, walk.ctas - 1
+        if index < last:
+            merge(common, parts, walk, index, row_block * ROWS)
 
     @cute.jit
-    def merge(self, common: CommonArguments, parts: Parts, walk: SplitWalk, cut: Int32, first_row: Int32):
-        """The tile that the share of CTA ``cut`` ends in, if that is where it is cut first."""
-        store, gqa_ratio, chunks = self.store, walk.gqa_ratio, self.config.head_dim_v // COLUMNS
-        position, tidx = walk.cut(cut + 1), cute.arch.thread_idx()[0]
+    def merge_tile(self, common: CommonArguments, parts: Parts, walk: SplitWalk, tile: Int32, first_row: Int32):
+        """All parts of a tile."""
+        position = tile * walk.parts
+        self.merge(common, parts, walk, walk.piece(walk.at(position)), position, walk.parts, first_row)
+
+    @cute.jit
+    def merge_at_cut(self, common: CommonArguments, parts: Parts, walk: SplitWalk, cta: Int32, first_row: Int32):
+        """The tile that a CTA's share ends in, if that is where it is cut first."""
+        position, merge = walk.cut(cta + 1), self.merge
         piece = walk.piece(walk.at(position)._replace(stop=walk.total))
         start = position - piece.start
         first, last = walk.cta(start), walk.cta(start + piece.blocks.total - 1)
-        if (piece.start > 0) & (first == cut):
-            for i in cutlass.range(tidx, ROWS * chunks, THREADS, unroll=1):
-                store(common, parts, piece, gqa_ratio, first, last, first_row + i // chunks, i % chunks)
+        if (piece.start > 0) & (first == cta):
+            merge(common, parts, walk, piece, first, last - first + 1, first_row)
 
     @cute.jit
-    def store(self, common: CommonArguments, parts: Parts, piece: Piece, gqa_ratio, first, last, row, chunk):
-        """Merge a chunk of a row of the tile, parts of which the CTAs from ``first`` to ``last`` have."""
+    def merge(self, common: CommonArguments, parts: Parts, walk: SplitWalk, piece: Piece, first, count, first_row):
+        """ROWS rows of a tile from ``count`` parts, the first of them in slot ``first``, or by CTA ``first``."""
+        store, chunks, tidx = self.store, self.config.head_dim_v // COLUMNS, cute.arch.thread_idx()[0]
+        gqa_ratio, even = walk.gqa_ratio, walk.parts is None
+        for i in cutlass.range(tidx, ROWS * chunks, THREADS, unroll=1):
+            store(common, parts, piece, gqa_ratio, first, count, first_row + i // chunks, i % chunks, even)
+
+    @cute.jit
+    def store(
+        self,
+        common: CommonArguments,
+        parts: Parts,
+        piece: Piece,
+        gqa_ratio: Int32,
+        first: Int32,
+        count: Int32,
+        row: Int32,
+        chunk: Int32,
+        even: cutlass.Constexpr[bool],
+    ):
+        """A chunk of a row of the tile."""
         place = row_place(piece, gqa_ratio, row)
         if place.exists:
-            count = cutlass.select_(place.counts, last - first + 1, Int32(0))
+            count = cutlass.select_(place.counts, count, Int32(0))
             sink = None
             if const_expr(common.learnable_sink is not None):
                 sink = common.learnable_sink[place.head]
-            values, lse = self.merged(parts, first, count, row, chunk * COLUMNS, sink)
+            values, lse = self.merged(parts, first, count, row, chunk * COLUMNS, sink, even)
             if chunk == 0:
                 lse_row(common, piece, place)[place.query] = lse if place.counts else -Float32.inf
             narrowed = cute.make_rmem_tensor(COLUMNS, self.dtype)
@@ -116,7 +136,14 @@ class CombineKernel:
 
     @cute.jit
     def merged(
-        self, parts: Parts, first: Int32, count: Int32, row: Int32, column: Int32, sink: Optional[Float32]
+        self,
+        parts: Parts,
+        first: Int32,
+        count: Int32,
+        row: Int32,
+        column: Int32,
+        sink: Optional[Float32],
+        even: cutlass.Constexpr[bool],
     ) -> tuple[cute.Tensor, Float32]:
         """COLUMNS columns of a row of O, and its LSE, from ``count`` parts in their order: one pass, in which the sums
         follow the largest LSE so far. The learnable sink is one more term without a value row, added once."""
@@ -127,7 +154,9 @@ class CombineKernel:
             reference = sink * LOG2_E
             total = Float32(0.0) if sink == -Float32.inf else Float32(1.0)
         for part in cutlass.range(count, unroll=4):
-            slot = PARTS * (first + part) + cutlass.select_(part == 0, Int32(1), Int32(0))
+            slot = first + part
+            if const_expr(even):  # the beginning of a tile lies in a CTA's second slot
+                slot = EVEN_SLOTS * slot + cutlass.select_(part == 0, Int32(1), Int32(0))
             lse = parts.lse[slot, row] * LOG2_E
             if lse != -Float32.inf:
                 moved = cute.arch.fmax(reference, lse)

@@ -251,16 +251,17 @@ class AttentionKernel(ABC):
 
     @classmethod
     def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:
-        """Into how many parts to split the keys of a problem, where the caller leaves it open; 0 if the kernel cuts them
-        evenly between its CTAs, None if it does not serve the problem, or that is better served in the table's order,
-        with one part."""
+        """Into how many parts to split the keys of a problem, where the caller leaves it open; 0 if the kernel cuts
+        them evenly between its CTAs, None if it does not serve the problem, or that is better served in the table's
+        order, with one part."""
         return None
 
     @classmethod
     def scratch(cls, problem: Any, config: Any, tensors: Any, num_sms: int) -> tuple[Memory | None, ...]:
         """What a launch needs beside the tensors of its call, the same for all calls of one description. It is
         allocated anew for each launch, on that launch's stream, and handed to :meth:`arguments` as ``tensors.scratch``,
-        None for None. Its values are undefined: a kernel reads there what it has written. ``num_sms``: of the device."""
+        None for None. Its values are undefined: a kernel reads there what it has written. ``num_sms``: of the
+        device."""
         return ()
 
     @classmethod

@@ -1,29 +1,13 @@
-"""What the kernels of the Hopper decode take, and how TMA addresses it."""
+"""How TMA addresses keys and values."""
 
 from typing import NamedTuple
 
-from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.arguments import CommonArguments
-from cute_fa.device.fake_arguments import common_fakes, fake_vector
 from cute_fa.device.key_copies import KeyTensor
-from cute_fa.device.split_parts import Parts
 from cute_fa.device.tma_boxes import BoxShape, TmaTensor, panel_bytes, tma_tensor
 from fa3_sm90.decode.config import Fa3DecodeConfig
-
-
-class DecodeArguments(NamedTuple):
-    """``num_ctas``: the grid of the launch; ``parts``: two slots for each."""
-
-    common: CommonArguments
-    parts: Parts
-    num_ctas: Int32
-
-    @classmethod
-    def fakes(cls, config: Fa3DecodeConfig) -> "DecodeArguments":
-        """For ``cute.compile``."""
-        return cls(common_fakes(config), Parts(fake_vector(Float32, 3), fake_vector(Float32, 2)), Int32(0))
 
 
 class TmaTensors(NamedTuple):

@@ -9,7 +9,6 @@ from functools import lru_cache, partial
 from typing import ClassVar
 
 from cute_fa.device.pipeline_spec import PipelineSpec
-from cute_fa.device.tiling import ceil_div
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen
 from cute_fa.semantics.problem import AttentionProblem
 from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
@@ -33,13 +32,16 @@ class Fa3DecodeConfig(FeatureConfig):
 
     A row is one query of one head; the rows of all query heads of a kv head share tiles, so that each key is read once
     for all of them. ``row_groups`` consumer warpgroups have 64 rows each: two have a tile of 128 and both take every
-    block of keys, or one tile of 64 and the blocks by turns. ``stages`` blocks of K and of V are in flight.
+    block of keys, or one tile of 64 and the blocks by turns. ``stages`` blocks of K and of V are in flight. ``even``:
+    the CTAs share all key blocks, those that would have fewer than ``least_blocks`` have none; else each has a part of
+    a tile.
     """
 
     kernel_module: ClassVar[str] = "fa3_sm90.decode.kernel"
 
     row_groups: int
     stages: int
+    even: bool = True
     tile_n: int = TILE_N
     least_blocks: int = 2
 
@@ -96,7 +98,8 @@ class Fa3DecodeConfig(FeatureConfig):
 
     @property
     def compile_name(self) -> str:
-        return self.named("fa3_decode", **{f"page{self.page_size}": self.page_size is not None})
+        paged = self.page_size is not None
+        return self.named("fa3_decode", **{f"page{self.page_size}": paged, "parts": not self.even})
 
 
 @lru_cache(maxsize=4096)
@@ -112,7 +115,8 @@ def decode_candidates(problem: AttentionProblem) -> list[Candidate]:
 
 
 def _config(problem: AttentionProblem, row_groups: int, stages: int) -> Fa3DecodeConfig:
-    return Fa3DecodeConfig(**FeatureConfig.features(problem), row_groups=row_groups, stages=stages)
+    features, even = FeatureConfig.features(problem), problem.num_splits == 0
+    return Fa3DecodeConfig(**features, row_groups=row_groups, stages=stages, even=even)
 
 
 def _weighed(problem: AttentionProblem) -> Iterator[tuple[Fa3DecodeConfig, str | None]]:
@@ -125,10 +129,3 @@ def _weighed(problem: AttentionProblem) -> Iterator[tuple[Fa3DecodeConfig, str |
         if config(stages).smem_bytes > problem.arch.smem_bytes:
             reason = f"{stages} stages take {config(stages).smem_bytes:,} bytes, {problem.arch.smem_bytes:,} available"
         yield config(stages), reason
-
-
-def line_blocks(problem: AttentionProblem) -> int:
-    """Key blocks of all tiles, at most."""
-    config = decode_config(problem)
-    tiles = ceil_div(problem.seqlen_q * problem.gqa_ratio, config.tile_m) * problem.num_heads_kv * problem.batch
-    return tiles * max(1, ceil_div(problem.seqlen_k, config.tile_n))

@@ -12,15 +12,14 @@ from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.softmax import OnlineSoftmax
-from cute_fa.device.split_walk import Piece
+from cute_fa.device.split_arguments import SplitArguments
+from cute_fa.device.split_walk import Piece, SplitWalk
 from cute_fa.device.visibility import mask_scores
 from fa3_sm90.common.products import ScoreProduct, SumProduct, tiles
 from fa3_sm90.common.wgmma import WGMMA_M
-from fa3_sm90.decode.arguments import DecodeArguments
 from fa3_sm90.decode.config import Fa3DecodeConfig
 from fa3_sm90.decode.epilogue import Epilogue
 from fa3_sm90.decode.exchange import Exchange
-from fa3_sm90.decode.loaders import split_walk
 from fa3_sm90.decode.storage import Storage
 
 ROWS = 2  # of the warpgroup's 64 that a thread has
@@ -34,7 +33,7 @@ class Consumer:
     def __init__(
         self,
         config: Fa3DecodeConfig,
-        args: DecodeArguments,
+        args: SplitArguments,
         storage: Storage,
         rings: dict[str, Ring],
         index: Int32,
@@ -63,7 +62,7 @@ class Consumer:
     @cute.jit
     def run(self):
         """Walk over the CTA's share."""
-        c, walk = self.config, split_walk(self.config, self.args)
+        c, walk = self.config, SplitWalk(self.config, self.args.common, self.args.grid)
         valid, piece_at, advance, gqa_ratio = walk.valid, walk.piece, walk.next, walk.gqa_ratio
         compute, first = self.compute, self.index == 0
         if const_expr(c.key_groups > 1):

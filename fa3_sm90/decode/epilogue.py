@@ -7,16 +7,16 @@ from cutlass import Float32, Int32, Uint32
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.registers import narrow_pair
-from cute_fa.device.split_parts import lse_row, out_row, part_slot, row_place
+from cute_fa.device.split_arguments import SplitArguments
+from cute_fa.device.split_parts import lse_row, out_row, row_place
 from cute_fa.device.split_walk import Piece
-from fa3_sm90.decode.arguments import DecodeArguments
 from fa3_sm90.decode.config import Fa3DecodeConfig
 
 
 class Epilogue:
     """Of one thread: two rows, and of every eight columns the pair from ``column`` on."""
 
-    def __init__(self, config: Fa3DecodeConfig, args: DecodeArguments, rows: list[Int32], column: Int32):
+    def __init__(self, config: Fa3DecodeConfig, args: SplitArguments, rows: list[Int32], column: Int32):
         """``rows``: of the tile."""
         self.config, self.args, self.rows, self.column = config, args, rows, column
         self.dtype = CUTE_DTYPE[config.out_dtype]
@@ -24,14 +24,14 @@ class Epilogue:
     @cute.jit
     def store(self, acc: cute.Tensor, lse: cute.Tensor, piece: Piece, gqa_ratio: Int32):
         """``acc`` (rows, columns), normalised."""
-        slot, store_out, store_part = part_slot(piece, cute.arch.block_idx()[0]), self.store_out, self.store_part
+        store_out, store_part = self.store_out, self.store_part
         for r in cutlass.range_constexpr(len(self.rows)):
             place = row_place(piece, gqa_ratio, self.rows[r])
             if place.exists:
                 if piece.whole:
                     store_out(acc[r, None], lse[r], piece, place)
                 elif place.counts:
-                    store_part(acc[r, None], lse[r], slot, self.rows[r])
+                    store_part(acc[r, None], lse[r], piece.slot, self.rows[r])
 
     @cute.jit
     def store_out(self, row: cute.Tensor, lse: Float32, piece: Piece, place):

@@ -40,7 +40,7 @@ class Exchange:
     @cute.jit
     def take(self, acc: cute.Tensor, softmax: OnlineSoftmax, busy: Boolean):
         """By the first: adds them to its own."""
-        statistics, *sums = self.portions(acc, softmax)
+        _statistics, *sums = self.portions(acc, softmax)
         slots, running, total, rows = self.slots, softmax.reference, softmax.total, cute.size(softmax.reference)
         own, others = (cute.make_rmem_tensor(rows, Float32) for _ in range(2))
         own.fill(1.0)

@@ -1,13 +1,14 @@
 """The Hopper decode (flash decoding on wgmma): two producer warps load, two consumer warpgroups compute, every CTA has
-an equal share of all key blocks (``cute_fa.device.split_walk``); a second kernel merges the tiles that were cut."""
+a share of all key blocks (``cute_fa.device.split_walk``); a second kernel merges the tiles that were cut."""
 
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.ring import Ring, rings
+from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_parts import ROWS, THREADS, CombineKernel
 from fa3_sm90.common.wgmma import WARPGROUP
-from fa3_sm90.decode.arguments import DecodeArguments, TmaTensors
+from fa3_sm90.decode.arguments import TmaTensors
 from fa3_sm90.decode.config import REGISTERS, Fa3DecodeConfig
 from fa3_sm90.decode.consumer import Consumer
 from fa3_sm90.decode.loaders import KeyLoader, QueryLoader
@@ -21,22 +22,22 @@ class Fa3DecodeKernel:
         self.config = config
 
     @cute.jit
-    def __call__(self, args: DecodeArguments, stream):
+    def __call__(self, args: SplitArguments, stream):
         c = self.config
         self.kernel(args, TmaTensors.of(c, args.common)).launch(
-            grid=(args.num_ctas, 1, 1),
+            grid=(args.grid.ctas, 1, 1),
             block=(c.num_threads, 1, 1),
             smem=c.smem_bytes,
             min_blocks_per_mp=1,
             stream=stream,
         )
-        if args.num_ctas > 1:
-            CombineKernel(c).kernel(args.common, args.parts, args.num_ctas).launch(
-                grid=(args.num_ctas - 1, c.tile_m // ROWS, 1), block=(THREADS, 1, 1), stream=stream
+        if args.grid.merges > 0:
+            CombineKernel(c).kernel(args.common, args.parts, args.grid).launch(
+                grid=(args.grid.merges, c.tile_m // ROWS, 1), block=(THREADS, 1, 1), stream=stream
             )
 
     @cute.kernel
-    def kernel(self, args: DecodeArguments, tma: TmaTensors):
+    def kernel(self, args: SplitArguments, tma: TmaTensors):
         """The first warpgroup produces, with few registers; the others consume, with many."""
         c = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -65,15 +66,15 @@ class Fa3DecodeKernel:
                 ring.initialize()
         cute.arch.mbarrier_init_fence()
 
-    def load_keys(self, args: DecodeArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
+    def load_keys(self, args: SplitArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
         """The producer warp of K and V."""
         KeyLoader(self.config, args, tma, storage, pipelines).run()
 
-    def load_queries(self, args: DecodeArguments, storage: Storage, pipelines: dict[str, Ring]):
+    def load_queries(self, args: SplitArguments, storage: Storage, pipelines: dict[str, Ring]):
         """The producer warp of Q."""
         QueryLoader(self.config, args, storage, pipelines["q"]).run()
 
-    def consume(self, args: DecodeArguments, storage: Storage, pipelines: dict[str, Ring]):
+    def consume(self, args: SplitArguments, storage: Storage, pipelines: dict[str, Ring]):
         """A consumer warpgroup."""
         tidx, _, _ = cute.arch.thread_idx()
         index = cute.arch.make_warp_uniform(tidx // WARPGROUP) - 1
@@ -83,4 +84,4 @@ class Fa3DecodeKernel:
 def build(config: Fa3DecodeConfig):
     """The callable and its fake arguments for ``cute.compile``."""
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return Fa3DecodeKernel(config), (DecodeArguments.fakes(config), stream)
+    return Fa3DecodeKernel(config), (SplitArguments.fakes(config), stream)

@@ -7,27 +7,23 @@ from cutlass import Int32, const_expr
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.key_copies import KeyCopies
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
+from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_parts import row_place
 from cute_fa.device.split_walk import Piece, SplitWalk
 from fa3_sm90.common.products import tiles
 from fa3_sm90.common.wgmma import WGMMA_M
-from fa3_sm90.decode.arguments import DecodeArguments, TmaTensors
+from fa3_sm90.decode.arguments import TmaTensors
 from fa3_sm90.decode.config import Fa3DecodeConfig
 from fa3_sm90.decode.storage import Storage
 
 _CHUNK = 8  # elements, 16 bytes
 
 
-def split_walk(config: Fa3DecodeConfig, args: DecodeArguments) -> SplitWalk:
-    """The shares of the launch's CTAs: every role makes its own and gets the same."""
-    return SplitWalk(args.common, config.tile_m, config.tile_n, args.num_ctas, config.least_blocks)
-
-
 class KeyLoader:
     """One warp: K and V of every block of the CTA's share. It runs ahead of the consumers, over the ends of tiles."""
 
     def __init__(
-        self, config: Fa3DecodeConfig, args: DecodeArguments, tma: TmaTensors, storage: Storage, rings: dict[str, Ring]
+        self, config: Fa3DecodeConfig, args: SplitArguments, tma: TmaTensors, storage: Storage, rings: dict[str, Ring]
     ):
         self.config, self.args, self.storage, self.rings = config, args, storage, rings
         self.k, self.v = tma.tiles(config)
@@ -36,7 +32,7 @@ class KeyLoader:
     @cute.jit
     def run(self):
         """Walk over the CTA's share."""
-        walk = split_walk(self.config, self.args)
+        walk = SplitWalk(self.config, self.args.common, self.args.grid)
         valid, piece_at, advance, load_piece = walk.valid, walk.piece, walk.next, self.load_piece
         keys = ring_start()
         state = walk.first(cute.arch.block_idx()[0])
@@ -66,7 +62,7 @@ class KeyLoader:
 class QueryLoader:
     """One warp: the rows of a tile's queries, of all query heads of the kv head."""
 
-    def __init__(self, config: Fa3DecodeConfig, args: DecodeArguments, storage: Storage, ring: Ring):
+    def __init__(self, config: Fa3DecodeConfig, args: SplitArguments, storage: Storage, ring: Ring):
         self.config, self.args, self.ring = config, args, ring
         dtype = CUTE_DTYPE[config.dtype]
         self.tiles = tiles(storage.q, dtype, WGMMA_M, config.head_dim_padded, config.row_groups)
@@ -76,7 +72,7 @@ class QueryLoader:
     @cute.jit
     def run(self):
         """Walk over the CTA's share."""
-        walk = split_walk(self.config, self.args)
+        walk = SplitWalk(self.config, self.args.common, self.args.grid)
         valid, piece_at, advance = walk.valid, walk.piece, walk.next
         load_rows, wait_free, publish, gqa_ratio = (
             self.load_rows,
@@ -96,7 +92,8 @@ class QueryLoader:
 
     @cute.jit
     def load_rows(self, piece: Piece, gqa_ratio: Int32):
-        """Rows of those warps that have any, zeros where there is no query that counts; what the others hold is not looked at."""
+        """Rows of those warps that have any, zeros where there is no query that counts. What the other rows hold is not
+        looked at."""
         c, load_chunk = self.config, self.load_chunk
         rows = cutlass.min(c.tile_m, (piece.info.rows_q * gqa_ratio - piece.first_row + 15) // 16 * 16)
         chunks = c.head_dim_padded // _CHUNK

@@ -35,14 +35,15 @@ FEATURES = {
     "layout": ["contiguous", "padded", "transposed", "expanded"],
     # tiles of 64 and 128 rows, of one row and of many, and tiles that end inside a query's group of heads
     "seqlens": [(1, 300), (5, 211), (40, 77), (90, 150)],
-    "num_sms": [1, 3, 8, 132],
+    # evenly between so many SMs, or in parts
+    "cut": [(0, 1), (0, 3), (0, 8), (0, 132), (1, 132), (3, 132)],
     "inputs": ["random", "peaked"],
     "schedule": [{}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2}],
 }
 
 
 def case_name(case: dict) -> str:
-    return f"{spec_name(spec_of(case))}-{case['num_sms']}-{case['inputs']}"
+    return f"{spec_name(spec_of(case))}-{case['cut']}-{case['inputs']}"
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +55,11 @@ def only_decode(monkeypatch):
     plans.PLANS.clear()
 
 
-def run(spec: InputSpec, inputs: str = "random", num_sms: int = 132, **simulation):
+def run(spec: InputSpec, inputs: str = "random", splits: int = 0, num_sms: int = 132, **simulation):
     """(out, lse, simulation) of one call, after comparison with the reference."""
     given = make_inputs(spec, inputs)
     with cute_fa.simulate("sm_90a", num_sms=num_sms, **simulation) as simulated, unwritten_is_nan():
-        out, lse = engine.attention(call_of(given, num_splits=0))
+        out, lse = engine.attention(call_of(given, num_splits=splits))
     result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
     assert result.ok, result
     return out, lse, simulated
@@ -66,24 +67,30 @@ def run(spec: InputSpec, inputs: str = "random", num_sms: int = 132, **simulatio
 
 @pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
 def test_features_in_pairs(case):
-    run(spec_of(case), case["inputs"], case["num_sms"], race=True, **case["schedule"])
+    run(spec_of(case), case["inputs"], *case["cut"], race=True, **case["schedule"])
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
 def test_page_sizes(page_size):
     """Pages shorter than, as long as, and longer than a block of 64 keys; unlisted pages and unused slots are NaN."""
-    run(InputSpec(2, 2, 300, 4, 2, 64, page_size=page_size, causal=True), "peaked", 5)
+    run(InputSpec(2, 2, 300, 4, 2, 64, page_size=page_size, causal=True), "peaked", num_sms=5)
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 5, 132])
 def test_a_sequence_without_keys(num_sms):
     spec = InputSpec(2, 1, 330, 4, 1, 64, page_size=16, lengths_k=(330, 0), learnable_sink=True)
-    out, lse, _ = run(spec, "peaked", num_sms)
+    out, lse, _ = run(spec, "peaked", num_sms=num_sms)
     sink = make_inputs(spec, "peaked").learnable_sink
     assert (out[1] == 0).all() and torch.allclose(lse[1, :, 0], sink, atol=1e-6)
     spec = dataclasses.replace(spec, learnable_sink=False)
-    out, lse, _ = run(spec, "peaked", num_sms)
+    out, lse, _ = run(spec, "peaked", num_sms=num_sms)
     assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 6, 300])
+def test_parts_without_keys(splits):
+    """More parts than a sequence has blocks."""
+    run(InputSpec(2, 1, 330, 4, 1, 64, page_size=16, lengths_k=(330, 0), learnable_sink=True), "peaked", splits)
 
 
 def test_same_bits_under_every_schedule():

@@ -1,0 +1,102 @@
+"""What the table sees of the forwards whose CTAs share all key blocks (``cute_fa.device.split_walk``). No DSL."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from cute_fa.device.tiling import MAX_TILES, ceil_div
+from cute_fa.engine.contract import AttentionKernel, AttentionTensors, CommonArguments, Memory, common_arguments
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import Direction
+from cute_fa.semantics.visibility import visible_keys
+
+_EVEN_SLOTS = 2  # for parts of tiles that a CTA leaves, of an even cut
+
+
+class Parts(NamedTuple):
+    """Memory for parts of tiles, and what lies in it, in the order of ``cute_fa.device.split_parts.Parts``."""
+
+    out: Any
+    lse: Any
+
+
+class Grid(NamedTuple):
+    """The shares of a launch, in the order of ``cute_fa.device.split_walk.SplitGrid``."""
+
+    ctas: int
+    merges: int
+    parts: int | None
+
+
+class Launch(NamedTuple):
+    """What a launch takes, in the order of ``cute_fa.device.split_arguments.SplitArguments``."""
+
+    common: CommonArguments
+    parts: Parts
+    grid: Grid
+
+
+class SplitForward(AttentionKernel):
+    """``most_tokens``: query tokens of a sequence up to which a problem that leaves the splits open is this kernel's.
+
+    Scratch memory, fp32, a tile being tile_m rows of head_dim_v + 1 numbers: two tiles for each CTA of an even cut,
+    whatever the lengths and the batch; of N parts, N for each tile that there may be.
+    """
+
+    direction = Direction.FORWARD
+    most_tokens: ClassVar[int]
+
+    @classmethod
+    @abstractmethod
+    def ctas_per_sm(cls, config) -> int:
+        """How many CTAs run on an SM at a time."""
+
+    @classmethod
+    def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:
+        return 0 if problem.seqlen_q <= cls.most_tokens else None
+
+    @classmethod
+    def grid_objections(cls, problem: AttentionProblem) -> list[str]:
+        """Why the line of all tiles' units is too long to be counted."""
+        units = cls.tiles(problem, cls.configure(problem)) * cls.units(problem, cls.configure(problem))
+        what = "parts" if problem.num_splits else "key blocks"
+        return [f"{units} {what} of all tiles: at most {MAX_TILES}"] if units > MAX_TILES else []
+
+    @classmethod
+    def tiles(cls, problem: AttentionProblem, config) -> int:
+        """Tiles of rows, at most."""
+        return ceil_div(problem.seqlen_q * problem.gqa_ratio, config.tile_m) * problem.num_heads_kv * problem.batch
+
+    @classmethod
+    def units(cls, problem: AttentionProblem, config) -> int:
+        """Of a tile, at most."""
+        if problem.num_splits:
+            return problem.num_splits
+        window = problem.window_left, problem.window_right, problem.sink_tokens
+        return max(1, ceil_div(visible_keys(problem.seqlen_q, problem.seqlen_k, *window), config.tile_n))
+
+    @classmethod
+    def grid(cls, problem: AttentionProblem, config, num_sms: int) -> Grid:
+        """One CTA a part; of an even cut as many as run at a time, or as there may be work for."""
+        tiles = cls.tiles(problem, config)
+        units = tiles * cls.units(problem, config)
+        if problem.num_splits:
+            return Grid(units, tiles if problem.num_splits > 1 else 0, problem.num_splits)
+        ctas = max(1, min(num_sms * cls.ctas_per_sm(config), ceil_div(units, config.least_blocks)))
+        return Grid(ctas, ctas - 1, None)
+
+    @classmethod
+    def scratch(
+        cls, problem: AttentionProblem, config, tensors: AttentionTensors, num_sms: int
+    ) -> tuple[Memory | None, ...]:
+        grid = cls.grid(problem, config, num_sms)
+        slots = (grid.ctas if problem.num_splits else _EVEN_SLOTS * grid.ctas) if grid.merges else 0
+        shape = max(slots, 1), config.tile_m
+        return Parts(Memory((*shape, problem.head_dim_v), torch.float32), Memory(shape, torch.float32))
+
+    @classmethod
+    def arguments(cls, problem: AttentionProblem, config, tensors: AttentionTensors, num_sms: int) -> Launch:
+        return Launch(common_arguments(problem, tensors), Parts(*tensors.scratch), cls.grid(problem, config, num_sms))
