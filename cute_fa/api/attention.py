@@ -349,7 +349,7 @@ def flash_attn_varlen_func(
     q: (total_q, heads, head_dim) with ``cu_seqlens_q`` int32 (batch + 1): sequence b has rows cu_seqlens_q[b] up to
     cu_seqlens_q[b + 1]; without it (batch, seqlen_q, heads, head_dim). k and v likewise with ``cu_seqlens_k``, or pages
     (num_pages, page_size, heads_kv, …) with ``page_table`` (``block_table``) int32 (batch, max_pages), which lists each
-    sequence's pages in order; page_size is 8, 16, 32, 64, 128 or 256.
+    sequence's pages in order; page_size is a power of two from 1 to 1024.
     max_seqlen_q, max_seqlen_k: at least the longest sequence's length; None takes what the tensor could hold.
     seqused_q, seqused_k: int32 (batch), how many rows of each sequence count, all by default. Beyond seqused_q O is 0
     and LSE −inf. A paged cache takes the differences of ``cu_seqlens_k`` in the place of ``seqused_k``; with neither,

@@ -25,11 +25,10 @@ from cute_fa.semantics.errors import (
     DTypeError,
     EmptyCacheError,
     LengthError,
-    PageSizeError,
     ShapeError,
     ZeroLengthError,
 )
-from cute_fa.semantics.problem import PAGE_SIZES
+from cute_fa.semantics.problem import check_page_size
 from cute_fa.semantics.tensors import DTYPES, check_dims, check_head_dim, check_loadable, is_fp8
 from cute_fa.semantics.types import DType, KvLayout
 
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class PagedKvCache:
     """Keys and values in pages: ``k_pages`` (num_pages, page_size, kv_heads, head_dim) and ``v_pages`` (…, head_dim_v),
-    fp16, bf16, e4m3 or e5m2, page_size one of 8, 16, 32, 64, 128, 256. With ``layout`` HND tensors are (num_pages,
+    fp16, bf16, e4m3 or e5m2, page_size a power of two from 1 to 1024. With ``layout`` HND tensors are (num_pages,
     kv_heads, page_size, …): kernels follow strides, nothing is copied.
 
     Raises ArgumentError, ShapeError, DTypeError, DeviceError, StrideError, EmptyCacheError or PageSizeError. Pages of k
@@ -70,8 +69,7 @@ class PagedKvCache:
             raise DeviceError(f"v_pages are on {v.device} and k_pages on {k.device}: they must be on one device")
         if self.num_pages == 0:
             raise EmptyCacheError(f"k_pages {tuple(k.shape)}: the cache has no pages")
-        if self.page_size not in PAGE_SIZES:
-            raise PageSizeError(f"page_size={self.page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
+        check_page_size(self.page_size)
         check_head_dim("k_pages", k)
         check_head_dim("v_pages", v, "head_dim_v")
         if self.kv_heads < 1:

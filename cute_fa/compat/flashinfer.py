@@ -62,7 +62,7 @@ def append_paged_kv_cache(
     """:func:`cute_fa.append_rows` with FlashInfer's arguments.
 
     paged_kv_cache: (pages, 2, page_size, heads_kv, head_dim) or a pair of (pages, page_size, heads_kv, head_dim); with
-    "HND" heads before page_size. page_size is 8, 16, 32, 64, 128 or 256.
+    "HND" heads before page_size. page_size is a power of two from 1 to 1024.
     kv_last_page_len: int32 (batch); nothing here needs it, positions say where rows go."""
     if kv_layout not in _LAYOUTS:
         raise ArgumentError(f"kv_layout={kv_layout!r}: one of {', '.join(_LAYOUTS)}")

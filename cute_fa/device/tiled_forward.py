@@ -16,6 +16,8 @@ from cute_fa.semantics.names import dtypes_of_code
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import Direction
 
+SWIZZLE_ROWS = 8
+
 
 class Grid(NamedTuple):
     """The tiles of a launch, in the order of ``cute_fa.device.tile_scheduler.TileGrid``."""
@@ -61,6 +63,9 @@ class TiledForward(AttentionKernel):
             reasons.append(f"a range plan with dtype {dtypes_of_code(problem)}: its kernels are of 16 bits")
         if problem.ranges and problem.pack_gqa and problem.gqa_ratio > 1:
             reasons.append("pack_gqa with a range plan: its masks are of tiles of queries of one head")
+        if problem.page_size is not None and problem.page_size < SWIZZLE_ROWS:
+            rule = f"TMA copies of {SWIZZLE_ROWS} rows and more, after which the swizzle of shared memory repeats"
+            reasons.append(f"page_size {problem.page_size}: {rule}")
         if problem.cache_leftpad and problem.page_size is not None:
             reasons.append(f"cache_leftpad with page_size {problem.page_size}: blocks of keys start where pages do")
         if problem.pack_gqa and problem.gqa_ratio > cls.rows:

@@ -383,7 +383,8 @@ class PagedCache(Cache):
     (``prefill_chunk_size``) and decoding alike. The model needs ``attn_implementation="cute_fa"``.
 
     config: the model's; layers with full or sliding-window attention (all of whose tokens are kept).
-    batch: sequences, exactly. max_length: tokens each can hold, rounded up to pages. page_size: 8, 16, … 256 tokens.
+    batch: sequences, exactly. max_length: tokens each can hold, rounded up to pages. page_size: tokens of a page, a
+    power of two from 1 to 1024.
     ``page_table``: int32 (batch, max_pages), of the batch · max_pages pages that each layer has; in order at first, and
     free to be written in place for pages that hold nothing yet.
 

@@ -43,7 +43,12 @@ class AppendProblem:
     tokens_q: int = 0
     num_heads: int = 0
     page_size: int | None = option(
-        None, flag="page_size", flag_value=True, flag_token="page", token="page", rows={"paged KV": {"page_size": 64}}
+        None,
+        flag="page_size",
+        flag_value=True,
+        flag_token="page",
+        token="page",
+        rows={"paged KV": {"page_size": 64}, "paged KV, a page a token": {"page_size": 1}},
     )
     cache_batch_idx: bool = option(
         False,

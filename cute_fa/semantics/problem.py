@@ -21,7 +21,7 @@ from cute_fa.semantics.types import Direction, DType, MaskKind, PersistentMode, 
 
 INT32_MAX = 2**31 - 1
 V_LAYOUTS = ("head_dim", "key_major")
-PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+PAGE_SIZES = tuple(2**exponent for exponent in range(11))  # 1 … 1024
 _SIZES = ("num_heads", "num_heads_kv", "head_dim", "head_dim_v")
 _KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction, "persistent": PersistentMode} | dict.fromkeys(
     ("batch", "seqlen_q", "seqlen_k", *_SIZES, "sink_tokens", "num_splits"), int
@@ -256,7 +256,10 @@ class AttentionProblem:
         token="page",
         key="page_size",
         help="Keys and values in shuffled pages of this many tokens.",
-        rows={"paged KV": {"page_size": 64, "seqused_k": True}},
+        rows={
+            "paged KV": {"page_size": 64, "seqused_k": True},
+            "paged KV, a page a token": {"page_size": 1, "seqused_k": True},
+        },
     )
     cache_batch_idx: bool = option(
         False,
@@ -518,8 +521,17 @@ def check_sizes(problem: Any, sizes: tuple[str, ...], lengths: tuple[str, ...]) 
     for name in sizes:
         if getattr(problem, name) < 1:
             raise ShapeError(f"{name}={getattr(problem, name)}: at least 1 is needed")
-    if problem.page_size is not None and problem.page_size not in PAGE_SIZES:
-        raise PageSizeError(f"page_size={problem.page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
+    if problem.page_size is not None:
+        check_page_size(problem.page_size)
+
+
+def check_page_size(page_size: int, of: str = "") -> None:
+    """Raise PageSizeError for a page of another size than a power of two from 1 to 1024; ``of``: the tensor that has
+    it, with its shape."""
+    if page_size not in PAGE_SIZES:
+        where = f"{of}: " if of else ""
+        rule = f"a power of two from {PAGE_SIZES[0]} to {PAGE_SIZES[-1]} is needed"
+        raise PageSizeError(f"{where}page_size={page_size}: {rule}")
 
 
 def default_scale(head_dim: int) -> float:

@@ -21,13 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cute_fa.semantics.errors import ArgumentError, DTypeError, RangeError, ShapeError
-from cute_fa.semantics.problem import INT32_MAX, PAGE_SIZES
+from cute_fa.semantics.problem import INT32_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FULL, CAUSAL, INVERSE_CAUSAL, BOTH = range(4)
 TYPE_NAMES = ("full", "causal", "inverse causal", "both")
+# Rows of a plan's pages. Smaller ones the kernels that load by TMA refuse; larger ones save entries of the table alone
+# and would be further kernels to compile.
+_PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 _ROWS_AT_ONCE = 512  # of queries whose intervals of keys are in memory together
 
 
@@ -261,7 +264,7 @@ class HostRanges:
         intervals = [_union(*of_group.T) for of_group in np.split(keys, sizes.cumsum()[:-1])]
         page_size = self._page_size(intervals)
         if page_size is None:
-            return f"key ranges that begin or end within a page of {PAGE_SIZES[0]} rows, or in one cut short"
+            return f"key ranges that begin or end within a page of {_PAGE_SIZES[0]} rows, or in one cut short"
         bounds = _bounds(groups, self.total_q)
         lists = [np.zeros(0, np.int32)] * (len(bounds) - 1)
         lists[1::2] = [_pages(*interval, page_size) for interval in intervals]
@@ -277,7 +280,7 @@ class HostRanges:
     def _page_size(self, intervals: list[tuple[np.ndarray, np.ndarray]]) -> int | None:
         """The largest page that all intervals begin with and all but one of each group fill; all its rows exist."""
         starts, stops = (np.concatenate(ends) for ends in zip(*intervals, strict=True))
-        for size in reversed(PAGE_SIZES):
+        for size in reversed(_PAGE_SIZES):
             whole = not (starts % size).any() and (-(-stops // size) * size <= self.total_k).all()
             if whole and all((stop % size > 0).sum() <= 1 for _, stop in intervals):
                 return size

@@ -25,7 +25,6 @@ from cute_fa.semantics.errors import (
     Fp8Error,
     LengthError,
     PagedHeadDimError,
-    PageSizeError,
     PageTableError,
     ShapeError,
     StrideError,
@@ -35,9 +34,9 @@ from cute_fa.semantics.options import options_of
 from cute_fa.semantics.problem import (
     DESCALE_BLOCK,
     INT32_MAX,
-    PAGE_SIZES,
     AttentionProblem,
     check_factor,
+    check_page_size,
     default_scale,
 )
 from cute_fa.semantics.types import DType, PersistentMode
@@ -526,9 +525,7 @@ def keys_of(
         for empty, tensor, pages in ((name, k, k.shape[0]), (table, page_table, page_table.numel())):
             if pages == 0:
                 raise EmptyCacheError(f"{empty} {tuple(tensor.shape)}: the cache has no pages")
-        if k.shape[1] not in PAGE_SIZES:
-            sizes = ", ".join(map(str, PAGE_SIZES))
-            raise PageSizeError(f"{name} {tuple(k.shape)}: page_size={k.shape[1]}: one of {sizes}")
+        check_page_size(k.shape[1], f"{name} {tuple(k.shape)}")
         check_contiguous_rows(table, page_table)
         page_size, rows = k.shape[1], page_table.shape[1] * k.shape[1]
     elif cu_seqlens_k is not None:

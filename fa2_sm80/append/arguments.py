@@ -8,6 +8,7 @@ from cutlass import BFloat16, Float16, Float32, Int32, const_expr
 from cute_fa.device.arguments import Descales
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fake_arguments import fake_activations, fake_strided, fake_vector, optional
+from cute_fa.device.pages import page_place
 from fa2_sm80.append.config import AppendConfig
 
 
@@ -62,7 +63,8 @@ class Cache(NamedTuple):
         if const_expr(self.cache_batch_idx is not None):
             batch = self.cache_batch_idx[batch]
         if const_expr(self.page_table is not None):
-            return self.page_table[batch, position // page_size], position % page_size
+            index, row = page_place(position, page_size)
+            return self.page_table[batch, index], row
         return batch, position
 
 

@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from cute_fa.device.block_range import BlockRange
+from cute_fa.device.pages import page_place
 from cute_fa.device.visibility import Window
 from fa2_sm80.common.block_ring import BlockRing
 from fa2_sm80.common.copies import CHUNK, CHUNK_BYTES, ELEMENT_BYTES, SmemTile, copy_async
@@ -113,7 +114,7 @@ class RowRing(BlockRing):
         if const_expr(self.page_size is None):
             return None, key, inside
         page, pages = Int32(0), self.pages
-        row = self.first_key + key
+        index, row = page_place(self.first_key + key, self.page_size)
         if inside:
-            page = pages[row // self.page_size]
-        return page, row % self.page_size, inside
+            page = pages[index]
+        return page, row, inside

@@ -21,7 +21,7 @@ FEATURES = {
     "dtype": [DType.BF16, DType.FP16],
     "head_dim": [(64, 64), (128, 128), (80, 48), (32, 8), (256, 128)],
     "heads": [(4, 2), (3, 3)],
-    "page_size": [None, 8, 16, 64, 256],
+    "page_size": [None, 1, 4, 16, 64, 512],
     "index": [False, True],
     "packed": [False, True],
     "transposed": [False, True],

@@ -87,8 +87,8 @@ def test_the_unchanged_arguments_are_good():
         (both("{}_cache", 0, 16, 2, 64), EmptyCacheError, r"\(0, 16, 2, 64\).*the cache has no pages"),
         ({"page_table": PAGED["page_table"][:, :0]}, EmptyCacheError, r"page_table \(2, 0\): the cache has no pages"),
         # pages
-        (both("{}_cache", 7, 12, 2, 64), PageSizeError, "page_size=12: one of 8, 16, 32, 64, 128, 256"),
-        (both("{}_cache", 7, 512, 2, 64), PageSizeError, "page_size=512"),
+        (both("{}_cache", 7, 12, 2, 64), PageSizeError, "page_size=12: a power of two from 1 to 1024"),
+        (both("{}_cache", 7, 2048, 2, 64), PageSizeError, "page_size=2048"),
         (both("{}_cache", 7, 16, 2, 128), PagedHeadDimError, "128 and the new k 64"),
         (both("{}", 2, 3, 2, 128), PagedHeadDimError, "64 and the new k 128"),
         ({"v": rows(2, 3, 2, 32)}, ShapeError, r"v \(2, 3, 2, 32\): \(2, 3, 2, 64\) is needed"),

@@ -139,8 +139,9 @@ class TestPagedKvCache:
             assert (cache.num_pages, cache.page_size, cache.kv_heads) == (5, page_size, 2)
             assert (cache.head_dim, cache.head_dim_v, cache.dtype) == (64, 40, cute_fa.DType.FP16)
             assert cache.k.data_ptr() == cache.k_pages.data_ptr()
-            cache.v[4, 3, 1] = 7.0
-            assert cache.v_pages[(4, 3, 1) if layout is KvLayout.NHD else (4, 1, 3)].eq(7.0).all()
+            row = page_size - 1
+            cache.v[4, row, 1] = 7.0
+            assert cache.v_pages[(4, row, 1) if layout is KvLayout.NHD else (4, 1, row)].eq(7.0).all()
 
     def test_defaults(self):
         cache = PagedKvCache.empty(2, 8, 1, 64, device="cpu")
@@ -158,8 +159,12 @@ class TestPagedKvCache:
             ({"k_pages": zeros(6, 16, 2, 64, dtype=torch.float32)}, DTypeError, "k_pages is float32: one of"),
             ({"v_pages": zeros(6, 16, 2, 64).to("meta")}, DeviceError, "v_pages are on meta and k_pages on cpu"),
             ({"k_pages": zeros(0, 16, 2, 64), "v_pages": zeros(0, 16, 2, 64)}, EmptyCacheError, "has no pages"),
-            ({"k_pages": zeros(6, 12, 2, 64), "v_pages": zeros(6, 12, 2, 64)}, PageSizeError, "page_size=12: one of 8"),
-            ({"layout": KvLayout.HND}, PageSizeError, "page_size=2: one of 8, 16"),
+            ({"k_pages": zeros(6, 12, 2, 64), "v_pages": zeros(6, 12, 2, 64)}, PageSizeError, "page_size=12: a power"),
+            (
+                {"layout": KvLayout.HND, "k_pages": zeros(6, 16, 3, 64), "v_pages": zeros(6, 16, 3, 64)},
+                PageSizeError,
+                "page_size=3: a power of two from 1 to 1024",
+            ),
             ({"k_pages": zeros(6, 16, 0, 64), "v_pages": zeros(6, 16, 0, 64)}, ShapeError, "kv_heads=0"),
             ({"v_pages": zeros(6, 16, 2, 0)}, ShapeError, "head_dim_v=0"),
             ({"k_pages": zeros(6, 16, 2, 68)[..., :64]}, StrideError, "k_pages has strides .* multiple of 16 bytes"),

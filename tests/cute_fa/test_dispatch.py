@@ -266,7 +266,8 @@ def test_rows():
         forwards = {row.feature: row.kernel for row in rows if (row.arch, row.direction) == (arch, "fwd")}
         elsewhere = {feature: kernel for feature, kernel in forwards.items() if kernel != "fa4_fwd"}
         refused = dict.fromkeys(("head_dim 512", "bf16, k and v e4m3"))
-        assert elsewhere == dict.fromkeys(("split-KV", "paged KV, left padding"), "fa2_split") | refused
+        of_split = ("split-KV", "paged KV, a page a token", "paged KV, left padding")
+        assert elsewhere == dict.fromkeys(of_split, "fa2_split") | refused
         # all that Hopper's forward serves
         assert elsewhere == {
             feature: kernel for feature in forwards if (kernel := cells["sm_90a", "fwd", feature].kernel) != "fa3_fwd"

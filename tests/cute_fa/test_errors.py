@@ -220,8 +220,12 @@ def test_varlen(simulated, changes, error, message):
 PAGED = [
     ({"k": zeros(0, 16, 2, 64), "v": zeros(0, 16, 2, 64)}, EmptyCacheError, r"k \(0, 16, 2, 64\).*has no pages"),
     ({"page_table": TABLE[:, :0]}, EmptyCacheError, r"page_table \(2, 0\)"),
-    ({"k": zeros(6, 24, 2, 64), "v": zeros(6, 24, 2, 64)}, PageSizeError, "page_size=24: one of 8, 16, 32"),
-    ({"k": zeros(6, 512, 2, 64), "v": zeros(6, 512, 2, 64)}, PageSizeError, "page_size=512"),
+    (
+        {"k": zeros(6, 24, 2, 64), "v": zeros(6, 24, 2, 64)},
+        PageSizeError,
+        "page_size=24: a power of two from 1 to 1024",
+    ),
+    ({"k": zeros(6, 2048, 2, 64), "v": zeros(6, 2048, 2, 64)}, PageSizeError, "page_size=2048"),
     ({"k": zeros(6, 16, 2, 72)}, PagedHeadDimError, "paged k has head_dim 72 and q 64"),
     ({"k": PACKED_KV}, ShapeError, r"\(num_pages, page_size, heads_kv, head_dim\)"),
     ({"page_table": TABLE[0]}, ShapeError, r"page_table has shape \(3,\)"),

@@ -14,7 +14,7 @@ from cute_fa.engine import autograd
 from cute_fa.engine import plan as plans
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.options import options_of
-from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.problem import PAGE_SIZES, AttentionProblem
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec
 from cute_fa.tools.trial import Machine
@@ -80,7 +80,7 @@ class TestDrawing:
         assert {p.machine.arch for p in problems} == set(SmArch)
         assert {p.family for p in problems} == {None, "fa2", "fa3", "fa4"}
         assert {s.dtype for s in specs} == set(DType)
-        assert {s.page_size for s in specs} == {None, 8, 16, 32, 64, 128, 256}
+        assert {s.page_size for s in specs} == {None, *PAGE_SIZES}
         assert {s.layout for s in specs} == {"contiguous", "padded", "transposed", "expanded"}
         assert {0, 1, 2} < {p.num_splits for p in problems}
         for name in ("softcap", "alibi", "alibi_per_batch", "learnable_sink", "sink_tokens", "causal", "seqused_q"):

@@ -33,7 +33,7 @@ FEATURES = {
     "dtype": [DType.BF16, DType.FP16],
     "head_dim": [(64, 64), (128, 128), (64, 32)],
     "heads": [(4, 2), (8, 1), (2, 2)],
-    "page_size": [None, 8, 64],
+    "page_size": [None, 2, 8, 1024],
     # new tokens of each of two sequences; None: all are in the cache
     "new": [None, [1, 1], [4, 0], [37, 37], [5, 30]],
     "rotary": [None, "halves", "interleaved"],

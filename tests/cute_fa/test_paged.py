@@ -18,10 +18,12 @@ from cute_fa.semantics.errors import (
     CumulativeSeqlensError,
     CuteFaError,
     DTypeError,
+    Fp8Error,
     LengthError,
     PageTableError,
     ShapeError,
 )
+from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa3_sm90.forward.entry import Fa3Forward
 
@@ -212,7 +214,7 @@ def test_entries_beyond_the_lengths_may_be_anything(launches, page):
     assert all(map(torch.equal, call(inputs, page_table=table(inputs, 1, 4, page)), call(inputs)))
 
 
-@pytest.mark.parametrize("page_size", [8, 256])
+@pytest.mark.parametrize("page_size", [8, 256, 1024])
 def test_through_the_kernel(page_size):
     """Public function to PTX: a table with room for more, one page more than is used, lengths of every kind."""
     spec = dataclasses.replace(PACKED, page_size=page_size, seqlen_k=300)
@@ -223,7 +225,23 @@ def test_through_the_kernel(page_size):
         wide = torch.full((3, 64), -1, dtype=torch.int32)
         wide[:, : inputs.page_table.shape[1]] = inputs.page_table
         assert all(map(torch.equal, call(inputs, page_table=wide), result))
-        full = dataclasses.replace(spec, seqlen_k=512, lengths_k=(512, 512, 512))
+        rows = max(512, page_size)
+        full = dataclasses.replace(spec, seqlen_k=rows, lengths_k=(rows, rows, rows))
         whole = dataclasses.replace(make_inputs(full, "peaked"), seqused_k=None)
         assert_right(call(whole), whole)
     assert [launch.grid for launch in simulation.launches] == [(2, 1, 1)] * 3
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+def test_small_pages_of_a_prompt_are_read_by_the_split_kernel(arch, page_size):
+    """TMA does not load them; fp8, which has no other kernel, raises and says so."""
+    spec = dataclasses.replace(PACKED, page_size=page_size, seqlen_q=70, lengths_q=(70, 1, 9))
+    inputs = make_inputs(spec, "peaked", seed=4)
+    with cute_fa.simulate(arch) as simulation:
+        assert_right(inputs.run(return_lse=True), inputs)
+        coded = make_inputs(dataclasses.replace(spec, dtype=DType.E4M3))
+        with pytest.raises(Fp8Error, match=f"_fwd: page_size {page_size}: TMA copies of 8 rows and more"):
+            coded.run()
+    [launch] = simulation.launches
+    assert "Fa2SplitKernel" in launch.name

@@ -10,6 +10,7 @@ from cute_fa.engine import attention as engine
 from cute_fa.engine import plan as plans
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import DispatchTable, Entry
+from cute_fa.semantics.problem import PAGE_SIZES
 from cute_fa.semantics.reference import expected
 from cute_fa.semantics.types import Direction, SmArch
 from cute_fa.tools.inputs import InputSpec, make_inputs
@@ -30,8 +31,8 @@ FEATURES = {
         {"seqused_k": True},
         {"varlen_q": True, "varlen_k": True},
         {"seqused_q": True, "page_size": 8},
-        {"varlen_q": True, "page_size": 64},
-        {"varlen_q": True, "seqused_q": True, "page_size": 16},
+        {"varlen_q": True, "page_size": 1024},
+        {"varlen_q": True, "seqused_q": True, "page_size": 2},
     ],
     "heads": [(2, 2), (8, 2), (3, 1)],
     "layout": ["contiguous", "padded", "transposed", "expanded"],
@@ -80,10 +81,18 @@ def test_features_in_pairs_on_the_gpu(case):
     assert result.ok, result
 
 
-@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_page_sizes(page_size):
     """Pages shorter than, as long as, and longer than a block of 64 keys; unlisted pages and unused slots are NaN."""
-    run(InputSpec(2, 2, 300, 4, 2, 64, page_size=page_size, causal=True), "peaked", 3)
+    seqlen_k = max(300, 5 * page_size // 4 + 20)  # more than a page
+    run(InputSpec(2, 2, seqlen_k, 4, 2, 64, page_size=page_size, causal=True), "peaked", 3)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 1024])
+def test_pages_of_a_prompt(page_size):
+    """Several tiles of queries, and rows of the page table by index."""
+    spec = InputSpec(2, 70, 150, 2, 1, 64, page_size=page_size, cache_batch_idx=True, causal=True)
+    run(spec, "peaked")
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 6, 300])
@@ -121,15 +130,17 @@ def test_decoding_reads_each_byte_once(page_size):
     assert 16 * len(set(addresses)) == 301 * 2 * (64 + 32) * 2 + bytes_of_q // 3
 
 
-# Figures of 2026-11-21, nvidia-cutlass-dsl 4.8.1: instructions of a warp for a block of 64 keys.
+# Figures of 2026-11-30, nvidia-cutlass-dsl 4.8.1: instructions of a warp for a block of 64 keys.
 @pytest.mark.parametrize(
     ("arch", "head_dim", "page_size", "most"),
     [
-        (SmArch.SM_80, 64, 16, 364),
-        (SmArch.SM_80, 128, 16, 438),
+        (SmArch.SM_80, 64, 16, 271),
+        (SmArch.SM_80, 128, 16, 335),
         (SmArch.SM_90A, 128, None, 312),
-        (SmArch.SM_90A, 128, 16, 447),
-        (SmArch.SM_90A, 256, 16, 633),
+        (SmArch.SM_90A, 128, 1, 337),
+        (SmArch.SM_90A, 128, 16, 342),
+        (SmArch.SM_90A, 128, 1024, 397),
+        (SmArch.SM_90A, 256, 16, 539),
     ],
 )
 def test_the_loop_over_keys_neither_spills_nor_grows(arch, head_dim, page_size, most):

@@ -119,7 +119,7 @@ def test_pipelines_are_data():
     assert {spec.stage_bytes for spec in packed.pipelines if spec.name in ("q0", "q1")} == {126 * 64 * 2}
 
 
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("page_size", [size for size in PAGE_SIZES if size >= 8])
 @pytest.mark.parametrize("head_dim", [8, 64, 128, 192, 256])
 def test_boxes_of_pages_are_swizzle_atoms(page_size, head_dim):
     c = configure(head_dim=head_dim, head_dim_v=head_dim, page_size=page_size)

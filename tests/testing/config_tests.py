@@ -77,6 +77,7 @@ class ConfigTests:
             ({"seqlen_k": 2**30}, "1073741823"),
             ({"softcap": 8193.0}, "softcap 8193"),
             ({"page_size": 64, "cache_leftpad": True}, "cache_leftpad with page_size 64"),
+            ({"page_size": 4}, "page_size 4: TMA copies of 8 rows and more"),
             ({"batch": 2**15, "num_heads": 128, "num_heads_kv": 128, "seqlen_q": 2**18}, "tiles of queries"),
         ],
     )

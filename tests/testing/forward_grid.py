@@ -53,8 +53,8 @@ LENGTHS = {
         {"page_size": 8},
         {"cache_batch_idx": True, "page_size": 64},
         {"seqused_q": True, "page_size": 32},
-        {"page_size": 128},
-        {"varlen_q": True, "seqused_q": True, "page_size": 256},
+        {"page_size": 1024},
+        {"varlen_q": True, "seqused_q": True, "page_size": 512},
     ],
 }
 _FEATURES = {

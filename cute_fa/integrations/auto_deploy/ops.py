@@ -177,7 +177,7 @@ def fused_mha_with_paged_cache(
     freqs_cis: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Sequences of any lengths in pages of 8, 16, 32, 64, 128 or 256 tokens.
+    """Sequences of any lengths in pages of any power of two from 1 to 1024 tokens.
 
     ``page_table`` int32 (rows, max_pages): the pages of a sequence in order; ``cache_loc``: the row of each sequence.
     ``max_seq_len``: at least the most tokens that a sequence has afterwards: no page beyond is looked at.

@@ -13,7 +13,7 @@ import torch
 
 from cute_fa.integrations.auto_deploy.sequence_info import CacheConfig, SequenceInfo
 from cute_fa.semantics.errors import ArgumentError, PageSizeError, UnsupportedArgumentError
-from cute_fa.semantics.problem import PAGE_SIZES
+from cute_fa.semantics.problem import check_page_size
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,7 @@ class PagedAttention(_Cached):
 
     @classmethod
     def _check_pages(cls, sequences: SequenceInfo) -> None:
-        if sequences.page_size not in PAGE_SIZES:
-            raise PageSizeError(f"page_size={sequences.page_size}: one of {', '.join(map(str, PAGE_SIZES))}")
+        check_page_size(sequences.page_size)
 
 
 def _freqs_cis(positions: int, head_dim: int, theta: float) -> torch.Tensor:
