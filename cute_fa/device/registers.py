@@ -79,6 +79,19 @@ def narrow_to_e4m3_in_order(source: cute.Tensor, target: cute.Tensor, anew: bool
                 words[4 * step + 2 * group + row] = permute(*pair, selector)
 
 
+def widen_codes(word: Uint32, dtype) -> tuple[Uint32, Uint32]:
+    """Four fp8 codes of a register as fp16, two to a register, exactly. A code of e5m2 is the upper half of its number;
+    e4m3 is converted from sm_89 on."""
+    if dtype is cutlass.Float8E5M2:
+        return permute(word, Uint32(0), Uint32(0x1404)), permute(word, Uint32(0), Uint32(0x3424))
+    return inline_ptx(
+        "{ .reg .b16 low, high; mov.b32 {low, high}, {$r0}; cvt.rn.f16x2.e4m3x2 {$w0}, low; "
+        "cvt.rn.f16x2.e4m3x2 {$w1}, high; }",
+        write_only_types=[Uint32, Uint32],
+        read_only_args=[word],
+    )
+
+
 def placed_fma(a: Float32, b: Float32, c: Float32) -> Float32:
     """a · b + c where it stands: NVVM moves what it understands to the use of the result, over what writes c."""
     return inline_ptx("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])

@@ -23,15 +23,21 @@ class TmaTensors(NamedTuple):
         packed = config.cu_seqlens_k
         return cls(tma_tensor(load, common.k, k, packed), tma_tensor(load, common.v, v, packed))
 
-    def tiles(self, config: Fa3DecodeConfig) -> tuple[KeyTensor, KeyTensor]:
-        """Both with their tiles in shared memory."""
-        columns = config.head_dim_padded, config.value_columns
-        parts = zip(self, boxes(config), columns, strict=True)
-        return tuple(KeyTensor(tma, box, config.tile_n, width) for tma, box, width in parts)
+    def tiles(self, config: Fa3DecodeConfig) -> dict[str, KeyTensor]:
+        """Both with their tiles in shared memory, by the names of their rings."""
+        parts = zip(self, boxes(config), loaded_columns(config), strict=True)
+        names = ("k_codes", "v_codes") if config.widens else ("k", "v")
+        tensors = (KeyTensor(tma, box, config.tile_n, width) for tma, box, width in parts)
+        return dict(zip(names, tensors, strict=True))
+
+
+def loaded_columns(config: Fa3DecodeConfig) -> tuple[int, int]:
+    """Of the tiles that TMA fills."""
+    return config.code_columns if config.widens else (config.head_dim_padded, config.value_columns)
 
 
 def boxes(config: Fa3DecodeConfig) -> tuple[BoxShape, BoxShape]:
     """What one TMA instruction moves of k and of v."""
-    c, size = config, config.dtype.bytes
-    widths = (panel_bytes(columns * size) // size for columns in (c.head_dim_padded, c.value_columns))
+    c, size = config, config.dtype_k.bytes
+    widths = (panel_bytes(columns * size) // size for columns in loaded_columns(c))
     return tuple(BoxShape(1, c.key_rows, width, c.ragged_keys) for width in widths)

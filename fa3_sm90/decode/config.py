@@ -9,12 +9,14 @@ from functools import lru_cache, partial
 from typing import ClassVar
 
 from cute_fa.device.pipeline_spec import PipelineSpec
-from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen
+from cute_fa.device.tiling import ceil_div
+from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, smem_objection
 from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import DType
 from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
 
 CONSUMERS = 2  # warpgroups
-TILE_N = 64
+WIDENERS = 2  # producer warps that widen fp8 codes
 # setmaxnreg of producers and consumers: of 65,536 registers what the loading warps need for addresses, 168 at launch.
 REGISTERS = (40, 232)
 # Room for the mbarriers beside the tiles.
@@ -24,6 +26,8 @@ EXCHANGED_COLUMNS = 64
 # Tokens of a sequence from which on a prompt's kernel is to be used.
 MOST_TOKENS = 128
 _MOST_STAGES = 16
+# Bytes of keys on their way to an SM that an H200's memory needs: 4.3 TB/s, of 132 SMs, times a latency of 1.5 µs.
+_BYTES_IN_FLIGHT = 48 * 1024
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Fa3DecodeConfig(FeatureConfig):
 
     A row is one query of one head; the rows of all query heads of a kv head share tiles, so that each key is read once
     for all of them. ``row_groups`` consumer warpgroups have 64 rows each: two have a tile of 128 and both take every
-    block of keys, or one tile of 64 and the blocks by turns. ``stages`` blocks of K and of V are in flight. ``even``:
+    block of ``tile_n`` keys, or one tile of 64 and the blocks by turns. ``stages`` blocks of K and of V are in shared
+    memory, in 16 bits. ``code_stages``: of fp8 codes, which are widened there; 0 where keys come in 16 bits. ``even``:
     the CTAs share all key blocks, those that would have fewer than ``least_blocks`` have none; else each has a part of
     a tile.
     """
@@ -40,10 +45,26 @@ class Fa3DecodeConfig(FeatureConfig):
     kernel_module: ClassVar[str] = "fa3_sm90.decode.kernel"
 
     row_groups: int
+    tile_n: int
     stages: int
+    code_stages: int = 0
     even: bool = True
-    tile_n: int = TILE_N
     least_blocks: int = 2
+
+    @property
+    def widens(self) -> bool:
+        """Whether keys and values are fp8 codes, which become fp16: exactly, descales being factors of sums."""
+        return self.dtype_k.is_fp8
+
+    @property
+    def product_dtype(self) -> DType:
+        """Of the matrix products' operands."""
+        return DType.FP16 if self.widens else self.dtype
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether rows of Q are brought into the range of fp16, each by a power of two of its own."""
+        return self.product_dtype is not self.dtype
 
     @property
     def key_groups(self) -> int:
@@ -66,6 +87,11 @@ class Fa3DecodeConfig(FeatureConfig):
         return self.head_dim_v_padded
 
     @property
+    def code_columns(self) -> tuple[int, int]:
+        """Columns of the tiles of K's and of V's codes, in panels of at least 32 bytes; the rest is zero."""
+        return tuple(ceil_div(columns, 32) * 32 for columns in (self.head_dim, self.head_dim_v))
+
+    @property
     def key_rows(self) -> int:
         """Keys that one TMA copy brings: of a page as many as a block and a page have in common."""
         return self.tile_n if self.page_size is None else math.gcd(self.page_size, self.tile_n)
@@ -84,17 +110,34 @@ class Fa3DecodeConfig(FeatureConfig):
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
         keys = self.stages * self.tile_n * (self.head_dim_padded + self.value_columns)
-        return self.dtype.bytes * (self.tile_m * self.head_dim_padded + keys) + self.exchange_bytes + BARRIER_BYTES
+        codes = self.code_stages * self.tile_n * sum(self.code_columns)
+        tiles = 2 * (self.tile_m * self.head_dim_padded + keys) + codes
+        return tiles + self.exchange_bytes + 4 * self.tile_m * self.scales_rows + BARRIER_BYTES
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Of keys and values that TMA may be bringing."""
+        if self.widens:
+            return self.code_stages * self.tile_n * (self.head_dim + self.head_dim_v)
+        return self.stages * self.tile_n * (self.head_dim + self.head_dim_v) * 2
 
     @property
     def pipelines(self) -> tuple[PipelineSpec, ...]:
         """A block of keys is read by the warpgroups that have different rows."""
-        of_keys, everyone, size = 4 * self.row_groups, 4 * CONSUMERS, self.dtype.bytes
-        return (
-            PipelineSpec("q", 1, 0, everyone),
-            PipelineSpec("k", self.stages, self.tile_n * self.head_dim_padded * size, of_keys),
-            PipelineSpec("v", self.stages, self.tile_n * self.value_columns * size, of_keys),
+        of_keys, rows = 4 * self.row_groups, self.tile_n
+        queries = PipelineSpec("q", 1, 0, 4 * CONSUMERS)
+        columns = self.head_dim_padded, self.value_columns
+        if not self.widens:
+            keys = (
+                PipelineSpec(name, self.stages, rows * width * 2, of_keys)
+                for name, width in zip("kv", columns, strict=True)
+            )
+            return (queries, *keys)
+        codes = (
+            PipelineSpec(f"{name}_codes", self.code_stages, rows * width, WIDENERS)
+            for name, width in zip("kv", self.code_columns, strict=True)
         )
+        return (queries, *codes, *(PipelineSpec(name, self.stages, 0, of_keys, WIDENERS) for name in "kv"))
 
     @property
     def compile_name(self) -> str:
@@ -114,18 +157,36 @@ def decode_candidates(problem: AttentionProblem) -> list[Candidate]:
     return candidates(_weighed(problem), lambda config: config)
 
 
-def _config(problem: AttentionProblem, row_groups: int, stages: int) -> Fa3DecodeConfig:
-    features, even = FeatureConfig.features(problem), problem.num_splits == 0
-    return Fa3DecodeConfig(**features, row_groups=row_groups, stages=stages, even=even)
-
-
 def _weighed(problem: AttentionProblem) -> Iterator[tuple[Fa3DecodeConfig, str | None]]:
     """Configs in order of preference, each with why it is refused."""
-    rows = problem.seqlen_q * problem.gqa_ratio
-    row_groups = 1 if rows <= WGMMA_M else CONSUMERS
-    config = partial(_config, problem, row_groups)
+    row_groups = 1 if problem.seqlen_q * problem.gqa_ratio <= WGMMA_M else CONSUMERS
+    config = partial(
+        Fa3DecodeConfig, **FeatureConfig.features(problem), row_groups=row_groups, even=problem.num_splits == 0
+    )
+    for tile_n, stages, code_stages in _codes_depths() if problem.dtype_k.is_fp8 else _depths():
+        tiles = config(tile_n=tile_n, stages=stages, code_stages=code_stages)
+        yield tiles, _objection(tiles)
+
+
+def _depths() -> Iterator[tuple[int, int, int]]:
+    """Keys of a block, stages, and none of codes: even numbers, which two warpgroups share."""
     for stages in range(_MOST_STAGES, 0, -2):
-        reason = None
-        if config(stages).smem_bytes > problem.arch.smem_bytes:
-            reason = f"{stages} stages take {config(stages).smem_bytes:,} bytes, {problem.arch.smem_bytes:,} available"
-        yield config(stages), reason
+        yield 64, stages, 0
+
+
+def _codes_depths() -> Iterator[tuple[int, int, int]]:
+    """Enough codes in flight, then as many stages behind them as warpgroups and wideners can use."""
+    for tile_n in (64, 32):
+        for stages in (4, 3, 2):
+            for code_stages in range(_MOST_STAGES, 2, -1):
+                yield tile_n, stages, code_stages
+
+
+def _objection(config: Fa3DecodeConfig) -> str | None:
+    tiles = f"{config.stages} stages of {config.tile_n} keys, {config.code_stages} of codes"
+    if refused := smem_objection(config.smem_bytes, tiles, config.arch):
+        return refused
+    narrow = config.bytes_in_flight < _BYTES_IN_FLIGHT and config.widens and config.code_stages < _MOST_STAGES
+    if narrow and (config.tile_n, config.stages) != (32, 2):
+        return f"{tiles}: {config.bytes_in_flight:,} bytes in flight, {_BYTES_IN_FLIGHT:,} are needed"
+    return None

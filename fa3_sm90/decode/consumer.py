@@ -1,5 +1,7 @@
 """A consumer warpgroup: S = Q·Kᵀ, the online softmax and O += P·V, one block of keys after the other."""
 
+from typing import Optional
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
@@ -11,7 +13,7 @@ from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score, distances
-from cute_fa.device.softmax import OnlineSoftmax
+from cute_fa.device.softmax import OnlineSoftmax, scale_row
 from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_walk import Piece, SplitWalk
 from cute_fa.device.visibility import mask_scores
@@ -40,7 +42,7 @@ class Consumer:
         thread: Int32,
     ):
         """``index``: which consumer, ``thread``: which of its 128 threads."""
-        c, dtype = config, CUTE_DTYPE[config.dtype]
+        c, dtype = config, CUTE_DTYPE[config.product_dtype]
         self.config, self.args, self.dtype, self.index = config, args, dtype, index
         self.queries, self.keys, self.values = rings["q"], rings["k"], rings["v"]
         group = index if const_expr(c.row_groups > 1) else 0
@@ -57,6 +59,9 @@ class Consumer:
         self.rows = [self.first_row + thread % 32 // 4 + 8 * r for r in range(ROWS)]
         self.column = thread % 4 * 2
         self.epilogue = Epilogue(config, args, self.rows, self.column)
+        self.factors = None
+        if const_expr(c.scales_rows):
+            self.factors = cute.make_tensor(storage.row_factors, cute.make_layout(c.tile_m))
         self.exchange = None if const_expr(c.key_groups == 1) else Exchange(config, storage.exchange, thread)
 
     @cute.jit
@@ -91,9 +96,15 @@ class Consumer:
         rows_left = piece.info.rows_q * gqa_ratio - piece.first_row - self.first_row
         busy = cute.arch.make_warp_uniform(rows_left) > 0
         self.queries.wait(queries)
+        factors = None
+        if const_expr(c.scales_rows):
+            factors, of_tile, rows = cute.make_rmem_tensor(ROWS, Float32), self.factors, self.rows
+            if busy:
+                for r in cutlass.range_constexpr(ROWS):
+                    factors[r] = of_tile[rows[r]]
         ranges = piece.blocks.ranges(c.window_left)
         for i in cutlass.range_constexpr(len(ranges)):
-            keys = self.steps(piece, gqa_ratio, score, softmax, busy, keys, turn, ranges[i])
+            keys = self.steps(piece, gqa_ratio, score, factors, softmax, busy, keys, turn, ranges[i])
         self.queries.release(queries.stage)
         self.finish(piece, gqa_ratio, score, softmax, busy)
         return keys
@@ -120,7 +131,8 @@ class Consumer:
                 cutlass.select_(piece.whole, self.args.common.learnable_sink[head], -Float32.inf)
                 for head in self.heads(piece, gqa_ratio)
             )
-        lse = softmax.finalize(self.acc, score.offset_log2, sinks)
+        value_scale = self.args.common.descales.of_values(piece.batch, piece.head)
+        lse = softmax.finalize(self.acc, score.offset_log2, sinks, value_scale)
         self.epilogue.store(self.acc, lse, piece, gqa_ratio)
 
     def heads(self, piece: Piece, gqa_ratio: Int32) -> list[Int32]:
@@ -132,7 +144,10 @@ class Consumer:
         common, slopes = self.args.common, None
         if const_expr(self.config.alibi):
             slopes = tuple(common.alibi_slopes[piece.batch, head] for head in self.heads(piece, gqa_ratio))
-        return Score.of(common.softmax_scale, common.softcap, slopes)
+        scale, descale = common.softmax_scale, common.descales.of_scores(piece.batch, piece.head)
+        if const_expr(descale is not None):
+            scale = scale * descale
+        return Score.of(scale, common.softcap, slopes)
 
     @cute.jit
     def steps(
@@ -140,6 +155,7 @@ class Consumer:
         piece: Piece,
         gqa_ratio: Int32,
         score: Score,
+        factors: Optional[cute.Tensor],
         softmax: OnlineSoftmax,
         busy: Boolean,
         keys: RingState,
@@ -155,7 +171,7 @@ class Consumer:
         start, stop, stage, phase = (cute.arch.make_warp_uniform(number) for number in (start, stop, *keys))
         keys = RingState(stage, phase)
         for iteration in cutlass.range(start, stop, c.key_groups, unroll=1):
-            step(piece, gqa_ratio, score, softmax, busy, iteration, keys, masked.right_edge, masked.left_edge)
+            step(piece, gqa_ratio, score, factors, softmax, busy, iteration, keys, masked.right_edge, masked.left_edge)
             for _ in cutlass.range_constexpr(c.key_groups):
                 keys = ring_next(keys, c.stages)
         return keys
@@ -166,6 +182,7 @@ class Consumer:
         piece: Piece,
         gqa_ratio: Int32,
         score: Score,
+        factors: Optional[list[Float32]],
         softmax: OnlineSoftmax,
         busy: Boolean,
         iteration: Int32,
@@ -181,7 +198,7 @@ class Consumer:
         warpgroup.wait_group(0)
         self.keys.release(state.stage)
         if busy:
-            probability(piece, gqa_ratio, score, softmax, acc, iteration, right_edge, left_edge)
+            probability(piece, gqa_ratio, score, factors, softmax, acc, iteration, right_edge, left_edge)
         self.values.wait(state)
         warpgroup.fence()
         self.sums.start(as_warpgroup_operand_a(self.probabilities), state.stage)
@@ -194,6 +211,7 @@ class Consumer:
         piece: Piece,
         gqa_ratio: Int32,
         score: Score,
+        factors: Optional[list[Float32]],
         softmax: OnlineSoftmax,
         acc: cute.Tensor,
         iteration: Int32,
@@ -208,6 +226,9 @@ class Consumer:
         if const_expr(masked or c.alibi):
             queries = [(piece.first_row + row) // gqa_ratio for row in self.rows]
             diagonals = [info.seqlen_k - info.seqlen_q + query - first_key for query in queries]
+        if const_expr(factors is not None):
+            for r in cutlass.range_constexpr(ROWS):
+                scale_row(scores, r, factors[r])
         if const_expr(c.alibi):
             distance = distances(diagonals, self.columns)
         apply_score(score, scores, distance)

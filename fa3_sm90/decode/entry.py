@@ -19,11 +19,18 @@ class Fa3Decode(SplitForward):
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
         reasons = []
-        if problem.is_fp8:
-            reasons.append(f"dtype {dtypes_of_code(problem)}: its kernels are of 16 bits")
+        if problem.dtype.is_fp8:
+            reasons.append(f"dtype {dtypes_of_code(problem)}: q in 16 bits is needed, k and v may be fp8")
         reasons += common_objections(problem, "16-byte strides of TMA", splits=True)
-        if problem.seqlen_q > MOST_TOKENS:
-            reasons.append(f"{problem.seqlen_q} query tokens: up to {MOST_TOKENS}, more are a prompt's kernel's")
+        if problem.is_fp8:
+            sizes = {name: getattr(problem, name) for name in ("head_dim", "head_dim_v")}
+            reasons += [
+                f"{name} {size} in fp8: a multiple of 16 is needed (16-byte strides of TMA)"
+                for name, size in sizes.items()
+                if size % 16
+            ]
+            if problem.k_block_descale or problem.v_block_descale:
+                reasons.append("descales of blocks of keys: this kernel takes one for each kv head of a sequence")
         if problem.ranges:
             reasons.append("a range plan: its masks are of whole tiles of queries, this kernel's tiles hold any rows")
         if problem.page_size is not None:

@@ -1,7 +1,9 @@
 """The Hopper decode (flash decoding on wgmma): two producer warps load, two consumer warpgroups compute, every CTA has
 a share of all key blocks (``cute_fa.device.split_walk``); a second kernel merges the tiles that were cut."""
 
+import cutlass
 import cutlass.cute as cute
+from cutlass import const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.ring import Ring, rings
@@ -9,10 +11,12 @@ from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_parts import ROWS, THREADS, CombineKernel
 from fa3_sm90.common.wgmma import WARPGROUP
 from fa3_sm90.decode.arguments import TmaTensors
-from fa3_sm90.decode.config import REGISTERS, Fa3DecodeConfig
+from fa3_sm90.decode.config import REGISTERS, WIDENERS, Fa3DecodeConfig
 from fa3_sm90.decode.consumer import Consumer
-from fa3_sm90.decode.loaders import KeyLoader, QueryLoader
+from fa3_sm90.decode.key_loader import KeyLoader
+from fa3_sm90.decode.query_loader import QueryLoader
 from fa3_sm90.decode.storage import Storage
+from fa3_sm90.decode.widener import Widener
 
 
 class Fa3DecodeKernel:
@@ -43,7 +47,8 @@ class Fa3DecodeKernel:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         storage = Storage.allocate(c)
         pipelines = rings(c.pipelines, storage.barriers)
-        prepare, load_keys, load_queries, consume = self.prepare, self.load_keys, self.load_queries, self.consume
+        prepare, load_keys, load_queries = self.prepare, self.load_keys, self.load_queries
+        widen, consume = self.widen, self.consume
         if warp == 0:
             prepare(tma, pipelines)
         cute.arch.sync_threads()
@@ -53,6 +58,10 @@ class Fa3DecodeKernel:
                 load_keys(args, tma, storage, pipelines)
             if warp == 1:
                 load_queries(args, storage, pipelines)
+            if const_expr(c.widens):
+                for index in cutlass.range_constexpr(WIDENERS):
+                    if warp == 2 + index:
+                        widen(args, storage, pipelines, index)
         else:
             cute.arch.setmaxregister_increase(REGISTERS[1])
             consume(args, storage, pipelines)
@@ -73,6 +82,10 @@ class Fa3DecodeKernel:
     def load_queries(self, args: SplitArguments, storage: Storage, pipelines: dict[str, Ring]):
         """The producer warp of Q."""
         QueryLoader(self.config, args, storage, pipelines["q"]).run()
+
+    def widen(self, args: SplitArguments, storage: Storage, pipelines: dict[str, Ring], index: int):
+        """A producer warp that widens fp8 codes."""
+        Widener(self.config, args, storage, pipelines, index).run()
 
     def consume(self, args: SplitArguments, storage: Storage, pipelines: dict[str, Ring]):
         """A consumer warpgroup."""

@@ -10,7 +10,7 @@ from cute_fa.engine import attention as engine
 from cute_fa.engine import plan as plans
 from cute_fa.engine.table import DispatchTable, Entry
 from cute_fa.semantics.reference import expected
-from cute_fa.semantics.types import Direction, SmArch
+from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa3_sm90.decode.entry import Fa3Decode
 from tests.testing.cases import FA2_FEATURES, fa2_cases, small_problem, spec_name, spec_of
@@ -91,6 +91,26 @@ def test_a_sequence_without_keys(num_sms):
 def test_parts_without_keys(splits):
     """More parts than a sequence has blocks."""
     run(InputSpec(2, 1, 330, 4, 1, 64, page_size=16, lengths_k=(330, 0), learnable_sink=True), "peaked", splits)
+
+
+@pytest.mark.parametrize("codes", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.FP16])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"seqlen_q": 1, "head_dim": 128, "page_size": 16},
+        {"seqlen_q": 40, "head_dim": 64, "causal": True, "softcap": 15.0},
+        {"seqlen_q": 9, "head_dim": 256, "window": (100, 0), "sink_tokens": 3, "learnable_sink": True},
+        {"seqlen_q": 3, "head_dim": 80, "head_dim_v": 48, "alibi": True, "varlen_q": True, "page_size": 64},
+    ],
+    ids=str,
+)
+def test_fp8_caches(codes, dtype, sizes):
+    spec = InputSpec(
+        2, seqlen_k=500, heads=8, heads_kv=2, dtype=dtype, dtype_k=DType(codes), dtype_v=DType(codes), **sizes
+    )
+    for simulation in ({"race": True}, {"late": True, "schedule_seed": 1}):
+        run(spec, "peaked", num_sms=8, **simulation)
 
 
 def test_same_bits_under_every_schedule():
