@@ -18,7 +18,7 @@ from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
 CONSUMERS = 2  # warpgroups
 WIDENERS = 2  # producer warps that widen fp8 codes
 # setmaxnreg of producers and consumers: of 65,536 registers what the loading warps need for addresses, 168 at launch.
-REGISTERS = (40, 232)
+REGISTERS = (56, 224)
 # Room for the mbarriers beside the tiles.
 BARRIER_BYTES = 1024
 # Columns of O at a time that one warpgroup hands to the other that has the same rows.

@@ -6,65 +6,88 @@ descales are factors of the sums, in fp32. Half of the bytes cross from memory.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32
+from cutlass import Int32, Uint32, const_expr
+from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.registers import widen_codes
+from cute_fa.device.registers import opaque, widen_codes
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_walk import SplitWalk
-from fa3_sm90.common.products import tiles
+from cute_fa.device.tma_boxes import panel_bytes
 from fa3_sm90.decode.config import WIDENERS, Fa3DecodeConfig
 from fa3_sm90.decode.storage import Storage
 
-_CODES = 16  # that a lane widens at a time, 16 bytes
+_CHUNK = 16  # bytes: codes that a lane widens at a time
 _ROW_LANES = 4  # neighbours in a row: with the next row's four, their stores meet all banks once
+_ROWS = 32 // _ROW_LANES  # a warp's at a time: as many as the swizzle's pattern has
 
 
 class Widening:
-    """Codes of K or V in one tile to numbers in another; each warp has every other pair of 8 rows."""
+    """Codes of K or V in one tile to numbers in another; the warps have eight rows each by turns. Eight rows further
+    and four chunks further lie a constant away, but for one bit, which is why addresses need hardly a register."""
 
     def __init__(self, config: Fa3DecodeConfig, storage: Storage, rings: dict[str, Ring], name: str, index: int):
         """``name``: "k" or "v"; ``index``: which of the warps."""
-        c = config
+        c, of_values = config, name == "v"
         self.config, self.index = c, index
         self.codes, self.numbers = rings[f"{name}_codes"], rings[name]
-        column = "kv".index(name)
-        dtype, self.columns = (c.dtype_k, c.dtype_v)[column], (c.head_dim_padded, c.value_columns)[column]
-        self.dtype, self.product_dtype = CUTE_DTYPE[dtype], CUTE_DTYPE[c.product_dtype]
-        codes = getattr(storage, f"{name}_codes")
-        self.source = tiles(codes, self.dtype, c.tile_n, c.code_columns[column], c.code_stages)
-        self.target = tiles(getattr(storage, name), self.product_dtype, c.tile_n, self.columns, c.stages)
+        self.dtype = CUTE_DTYPE[c.dtype_v if of_values else c.dtype_k]
+        self.columns = c.value_columns if of_values else c.head_dim_padded
+        self.code_columns = c.code_columns[of_values]
+        self.code_width, self.width = panel_bytes(self.code_columns), panel_bytes(2 * self.columns)
+        row, self.chunk = cute.arch.lane_idx() // _ROW_LANES, cute.arch.lane_idx() % _ROW_LANES
+        codes, numbers = getattr(storage, f"{name}_codes").toint(), getattr(storage, name).toint()
+        self.source = opaque(codes + self.place(row, self.chunk * _CHUNK, self.code_width))
+        self.target = opaque(numbers + self.place(row, self.chunk * (2 * _CHUNK), self.width))
+
+    def place(self, row: Int32, byte: Int32, width: int) -> Int32:
+        """Of a byte of a row of a tile whose panels have rows of ``width`` bytes; ``row``: up to 8."""
+        swizzle = row * width // 128 % (width // _CHUNK) * _CHUNK
+        return byte // width * (self.config.tile_n * width) + row * width + (byte % width ^ swizzle)
 
     @cute.jit
     def widen(self, before: RingState, behind: RingState):
         """The block at ``before`` of the codes' ring, to ``behind`` of the numbers'."""
-        lane = cute.arch.lane_idx()
+        tile_n = self.config.tile_n
         self.codes.wait(before)
         self.numbers.wait_free(behind)
-        source, target = self.source[None, None, before.stage], self.target[None, None, behind.stage]
-        rows = 32 // _ROW_LANES
-        for first_row in cutlass.range_constexpr(self.index * rows, self.config.tile_n, WIDENERS * rows):
-            for first in cutlass.range_constexpr(0, self.columns // _CODES, _ROW_LANES):
-                self.widen_chunk(source, target, first_row + lane // _ROW_LANES, first + lane % _ROW_LANES)
+        source = self.source + before.stage * (tile_n * self.code_columns)
+        target = self.target + behind.stage * (tile_n * self.columns * 2)
+        widen_chunk, chunks = self.widen_chunk, self.columns // _CHUNK
+        for first_row in cutlass.range_constexpr(self.index * _ROWS, tile_n, WIDENERS * _ROWS):
+            for first in cutlass.range_constexpr(0, chunks, _ROW_LANES):
+                if const_expr(first + _ROW_LANES <= chunks):
+                    widen_chunk(source, target, first_row, first)
+                else:
+                    if self.chunk < chunks - first:
+                        widen_chunk(source, target, first_row, first)
         self.numbers.publish(behind.stage)
         self.codes.release(before.stage)
 
-    @cute.jit
-    def widen_chunk(self, source: cute.Tensor, target: cute.Tensor, row: Int32, chunk: Int32):
-        """The lane's 16 codes of a row."""
-        load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=128)
-        store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.product_dtype, num_bits_per_copy=128)
-        if chunk < self.columns // _CODES:
-            codes = cute.make_rmem_tensor(_CODES, self.dtype)
-            numbers = cute.make_rmem_tensor((_CODES // 2, 2), self.product_dtype)
-            cute.copy(load, cute.local_tile(source[row, None], (_CODES,), (chunk,)), codes)
-            words, pairs = cute.recast_tensor(codes, Uint32), cute.recast_tensor(numbers, Uint32)
-            for i in cutlass.range_constexpr(_CODES // 4):
-                pairs[2 * i], pairs[2 * i + 1] = widen_codes(words[i], self.dtype)
-            for half in cutlass.range_constexpr(2):
-                place = cute.local_tile(target[row, None], (_CODES // 2,), (2 * chunk + half,))
-                cute.copy(store, numbers[None, half], place)
+    def widen_chunk(self, source: Int32, target: Int32, first_row: int, first: int):
+        """The lane's 16 codes, so many rows and chunks further."""
+        panel, byte = divmod(first * _CHUNK, self.code_width)
+        words = _load(source ^ byte, (panel * self.config.tile_n + first_row) * self.code_width)
+        pairs = [pair for word in words for pair in widen_codes(word, self.dtype)]
+        panel = first * 2 * _CHUNK // self.width
+        offset = (panel * self.config.tile_n + first_row) * self.width
+        _store(target, offset, pairs[:4])
+        _store(target ^ _CHUNK, offset, pairs[4:])
+
+
+def _load(address: Int32, offset: int) -> tuple[Uint32, ...]:
+    return inline_ptx(
+        "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}+" + str(offset) + "];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[address],
+    )
+
+
+def _store(address: Int32, offset: int, words: list[Uint32]):
+    inline_ptx(
+        "st.shared.v4.b32 [{$r0}+" + str(offset) + "], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words]
+    )
 
 
 class Widener:
