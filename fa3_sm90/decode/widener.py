@@ -20,6 +20,7 @@ from fa3_sm90.decode.storage import Storage
 
 _CHUNK = 16  # bytes: codes that a lane widens at a time
 _ROW_LANES = 4  # neighbours in a row: with the next row's four, their stores meet all banks once
+_LOADS = 4  # of a lane, on their way at a time
 _ROWS = 32 // _ROW_LANES  # a warp's at a time: as many as the swizzle's pattern has
 
 
@@ -54,26 +55,31 @@ class Widening:
         self.numbers.wait_free(behind)
         source = self.source + before.stage * (tile_n * self.code_columns)
         target = self.target + behind.stage * (tile_n * self.columns * 2)
-        widen_chunk, chunks = self.widen_chunk, self.columns // _CHUNK
-        for first_row in cutlass.range_constexpr(self.index * _ROWS, tile_n, WIDENERS * _ROWS):
-            for first in cutlass.range_constexpr(0, chunks, _ROW_LANES):
-                if const_expr(first + _ROW_LANES <= chunks):
-                    widen_chunk(source, target, first_row, first)
-                else:
-                    if self.chunk < chunks - first:
-                        widen_chunk(source, target, first_row, first)
+        widen_chunks, chunks = self.widen_chunks, self.columns // _CHUNK
+        rows, whole = range(self.index * _ROWS, tile_n, WIDENERS * _ROWS), chunks // _ROW_LANES * _ROW_LANES
+        widen_chunks(source, target, [(row, first) for row in rows for first in range(0, whole, _ROW_LANES)])
+        if const_expr(whole < chunks):
+            if self.chunk < chunks - whole:
+                widen_chunks(source, target, [(row, whole) for row in rows])
         self.numbers.publish(behind.stage)
         self.codes.release(before.stage)
 
-    def widen_chunk(self, source: Int32, target: Int32, first_row: int, first: int):
-        """The lane's 16 codes, so many rows and chunks further."""
+    def widen_chunks(self, source: Int32, target: Int32, places: list[tuple[int, int]]):
+        """The lane's 16 codes so many rows and chunks further, for each of the ``places``; some are on their way while
+        others are converted."""
+        for i in range(0, len(places), _LOADS):
+            loaded = [(self.load(source, *place), place) for place in places[i : i + _LOADS]]
+            for words, (row, first) in loaded:
+                pairs = [pair for word in words for pair in widen_codes(word, self.dtype)]
+                panel = first * 2 * _CHUNK // self.width
+                offset = (panel * self.config.tile_n + row) * self.width
+                _store(target, offset, pairs[:4])
+                _store(target ^ _CHUNK, offset, pairs[4:])
+
+    def load(self, source: Int32, row: int, first: int) -> tuple[Uint32, ...]:
+        """The codes of a place."""
         panel, byte = divmod(first * _CHUNK, self.code_width)
-        words = _load(source ^ byte, (panel * self.config.tile_n + first_row) * self.code_width)
-        pairs = [pair for word in words for pair in widen_codes(word, self.dtype)]
-        panel = first * 2 * _CHUNK // self.width
-        offset = (panel * self.config.tile_n + first_row) * self.width
-        _store(target, offset, pairs[:4])
-        _store(target ^ _CHUNK, offset, pairs[4:])
+        return _load(source ^ byte, (panel * self.config.tile_n + row) * self.code_width)
 
 
 def _load(address: Int32, offset: int) -> tuple[Uint32, ...]:
