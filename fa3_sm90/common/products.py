@@ -3,7 +3,7 @@
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 
 from cute_fa.device.tma_boxes import TILE_ALIGNMENT, tile_layout
 from fa3_sm90.common.wgmma import WGMMA_K, WGMMA_M
@@ -30,6 +30,38 @@ class ScoreProduct:
     def start(self, acc: cute.Tensor, stage: Int32):
         """Issue it as a group, with the others of a stage."""
         multiply(self.operation, acc, self.own, self.others[None, 0, None, stage], True)
+
+
+class RegisterScoreProduct:
+    """As :class:`ScoreProduct`, with the warpgroup's own rows in registers: half as many bytes out of shared memory."""
+
+    def __init__(self, dtype, own: cute.Tensor, others: cute.Tensor, thread: Int32):
+        """``own`` (64, columns), ``others`` (rows, columns, stages), in shared memory; ``thread`` of the warpgroup."""
+        columns, major = cute.size(own, mode=[1]), OperandMajorMode.K
+        shape, registers = (WGMMA_M, cute.size(others, mode=[0]), WGMMA_K), warpgroup.OperandSource.RMEM
+        self.operation = warpgroup.MmaF16BF16Op(dtype, Float32, shape, registers, major, major)
+        mma = cute.make_tiled_mma(self.operation)
+        part = mma.get_slice(0)
+        self.others = part.make_fragment_B(part.partition_B(others))
+        self.shape = part.partition_shape_C(shape[:2])
+        self.own = cute.make_rmem_tensor(part.partition_shape_A((WGMMA_M, columns)), dtype)
+        self.own.fill(0)
+        matrices = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), dtype)
+        copy = cute.make_tiled_copy_A(matrices, mma).get_slice(thread)
+        self.copy, self.source, self.target = copy, copy.partition_S(own), copy.retile(self.own)
+
+    def load(self):
+        """The own rows out of shared memory, by a warp."""
+        cute.copy(self.copy, self.source, self.target)
+
+    def accumulator(self) -> cute.Tensor:
+        """As :meth:`ScoreProduct.accumulator`."""
+        return cute.make_rmem_tensor(self.shape, Float32)
+
+    @cute.jit
+    def start(self, acc: cute.Tensor, stage: Int32):
+        """Issue it as a group, with the others of a stage."""
+        multiply(self.operation, acc, self.own[None, 0, None], self.others[None, 0, None, stage], True)
 
 
 class SumProduct:

@@ -67,6 +67,11 @@ class Fa3DecodeConfig(FeatureConfig):
         return self.product_dtype is not self.dtype
 
     @property
+    def queries_in_registers(self) -> bool:
+        """Whether wgmma takes Q from registers, of which it needs head_dim / 4 a thread."""
+        return self.head_dim_padded <= 128 and self.head_dim_v_padded <= 128
+
+    @property
     def key_groups(self) -> int:
         """Warpgroups that have the same rows, and take blocks of keys by turns."""
         return CONSUMERS // self.row_groups

@@ -17,7 +17,7 @@ from cute_fa.device.softmax import OnlineSoftmax, scale_row
 from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_walk import Piece, SplitWalk
 from cute_fa.device.visibility import mask_scores
-from fa3_sm90.common.products import ScoreProduct, SumProduct, tiles
+from fa3_sm90.common.products import RegisterScoreProduct, ScoreProduct, SumProduct, tiles
 from fa3_sm90.common.wgmma import WGMMA_M
 from fa3_sm90.decode.config import Fa3DecodeConfig
 from fa3_sm90.decode.epilogue import Epilogue
@@ -47,7 +47,11 @@ class Consumer:
         self.queries, self.keys, self.values = rings["q"], rings["k"], rings["v"]
         group = index if const_expr(c.row_groups > 1) else 0
         q = tiles(storage.q, dtype, WGMMA_M, c.head_dim_padded, c.row_groups)[None, None, group]
-        self.scores = ScoreProduct(dtype, q, tiles(storage.k, dtype, c.tile_n, c.head_dim_padded, c.stages))
+        k = tiles(storage.k, dtype, c.tile_n, c.head_dim_padded, c.stages)
+        if const_expr(c.queries_in_registers):
+            self.scores = RegisterScoreProduct(dtype, q, k, thread)
+        else:
+            self.scores = ScoreProduct(dtype, q, k)
         self.sums = SumProduct(dtype, tiles(storage.v, dtype, c.tile_n, c.value_columns, c.stages))
         self.acc = warpgroup_rows_and_columns(self.sums.acc)
         self.probabilities = cute.make_rmem_tensor(self.scores.shape, dtype)
@@ -96,18 +100,31 @@ class Consumer:
         rows_left = piece.info.rows_q * gqa_ratio - piece.first_row - self.first_row
         busy = cute.arch.make_warp_uniform(rows_left) > 0
         self.queries.wait(queries)
-        factors = None
-        if const_expr(c.scales_rows):
-            factors, of_tile, rows = cute.make_rmem_tensor(ROWS, Float32), self.factors, self.rows
-            if busy:
-                for r in cutlass.range_constexpr(ROWS):
-                    factors[r] = of_tile[rows[r]]
+        factors = self.take_queries(busy)
+        if const_expr(c.queries_in_registers):
+            self.queries.release(queries.stage)
         ranges = piece.blocks.ranges(c.window_left)
         for i in cutlass.range_constexpr(len(ranges)):
             keys = self.steps(piece, gqa_ratio, score, factors, softmax, busy, keys, turn, ranges[i])
-        self.queries.release(queries.stage)
+        if const_expr(not c.queries_in_registers):
+            self.queries.release(queries.stage)
         self.finish(piece, gqa_ratio, score, softmax, busy)
         return keys
+
+    @cute.jit
+    def take_queries(self, busy: Boolean) -> Optional[cute.Tensor]:
+        """What a warp with rows keeps of them in registers; returns what they were divided by, or None."""
+        c, factors, of_tile, rows = self.config, None, self.factors, self.rows
+        if const_expr(c.scales_rows):
+            factors = cute.make_rmem_tensor(ROWS, Float32)
+        load = self.scores.load if const_expr(c.queries_in_registers) else None
+        if busy:
+            if const_expr(c.queries_in_registers):
+                load()
+            if const_expr(c.scales_rows):
+                for r in cutlass.range_constexpr(ROWS):
+                    factors[r] = of_tile[rows[r]]
+        return factors
 
     @cute.jit
     def finish(self, piece: Piece, gqa_ratio: Int32, score: Score, softmax: OnlineSoftmax, busy: Boolean):
