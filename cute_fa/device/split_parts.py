@@ -153,7 +153,7 @@ class CombineKernel:
         if const_expr(sink is not None):
             reference = sink * LOG2_E
             total = Float32(0.0) if sink == -Float32.inf else Float32(1.0)
-        for part in cutlass.range(count, unroll=4):
+        for part in cutlass.range(count, unroll=2):
             slot = first + part
             if const_expr(even):  # the beginning of a tile lies in a CTA's second slot
                 slot = EVEN_SLOTS * slot + cutlass.select_(part == 0, Int32(1), Int32(0))
