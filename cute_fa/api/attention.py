@@ -78,6 +78,7 @@ class VarlenOptions(EachOptions, total=False):
     seqused_k: torch.Tensor | None
     page_table: torch.Tensor | None
     block_table: torch.Tensor | None
+    tree_mask: torch.Tensor | None
     scheduler_metadata: torch.Tensor | None
 
 
@@ -320,6 +321,7 @@ def flash_attn_varlen_func(
     seqused_k: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
@@ -354,6 +356,10 @@ def flash_attn_varlen_func(
     seqused_q, seqused_k: int32 (batch), how many rows of each sequence count, all by default. Beyond seqused_q O is 0
     and LSE −inf. A paged cache takes the differences of ``cu_seqlens_k`` in the place of ``seqused_k``; with neither,
     all max_pages · page_size rows of each sequence count. Entries of page_table beyond the lengths are not read.
+    tree_mask: int32 (batch, seqlen_q, words), for packed q (total_q, words), at least ⌈max_seqlen_q / 32⌉ words: the
+    queries of a sequence, at most 128, are draft tokens, its last keys, and bit j of word w says that a query sees
+    draft 32 · w + j. The caller sets those of the query itself and its ancestors. Keys before the drafts are seen as
+    ever; causal and windows hide drafts as they do other keys. No gradient: raises NoBackwardError if one is asked for.
     scheduler_metadata: of ``cute_fa.compat.fa3.get_scheduler_metadata`` for this batch; changes nothing.
 
     Returns out (total_q, heads, head_dim_v), or (out, lse) with lse fp32 (heads, total_q); for unpacked q as
@@ -379,7 +385,7 @@ def flash_attn_varlen_func(
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     sink = None if learnable_sink is None else _widened(learnable_sink)
     # Extras by position, made in a third of the time that its own constructor takes.
-    extras = tuple.__new__(Extras, (*lengths, page_table, None, None, alibi_slopes, sink, *[None] * 8))
+    extras = tuple.__new__(Extras, (*lengths, page_table, None, None, alibi_slopes, sink, *[None] * 8, tree_mask))
     if not q_descale is k_descale is v_descale is None:
         extras = extras._replace(**_descales(q, q_descale, k_descale, v_descale))
     options = _options(

@@ -156,6 +156,8 @@ class PagedAttentionRequest(ForwardRequest):
     ``dispatch_key()`` then stand for one part.
     k_descale, v_descale: fp32 (batch, kv_heads), needed for fp8 pages and refused for others; q_descale: of fp8
     queries, which fp8 pages are read with, 1 by default. ``out_dtype`` as for ``cute_fa.flash_attn_func``.
+    tree_mask: int32 (batch, seqlen_q, words) or (total_q, words), which draft tokens a query sees, as for
+    ``cute_fa.flash_attn_varlen_func``.
 
     Beside the errors of the public functions: PagedHeadDimError, LengthError and, where values are checked (see
     ``cute_fa.flash_attn_varlen_func``), PageTableError from ``run()``; ``kernel()`` and ``run()`` raise Fp8Error where
@@ -175,6 +177,7 @@ class PagedAttentionRequest(ForwardRequest):
     k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
     out_dtype: torch.dtype | None = None
+    tree_mask: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         check_kinds(self, q=torch.Tensor, cache=PagedKvCache, page_table=torch.Tensor, seqlens=torch.Tensor)

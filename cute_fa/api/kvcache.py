@@ -43,6 +43,7 @@ class CacheOptions(SharedOptions, total=False):
     cu_seqlens_k_new: torch.Tensor | None
     max_seqlen_q: int | None
     max_seqlen_k_new: int | None
+    tree_mask: torch.Tensor | None
     scheduler_metadata: torch.Tensor | None
 
 
@@ -130,6 +131,7 @@ def flash_attn_with_kvcache(
     max_seqlen_q: int | None = None,
     max_seqlen_k_new: int | None = None,
     rotary_seqlens: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
@@ -175,6 +177,8 @@ def flash_attn_with_kvcache(
     ``rotary_seqlens`` int32 (batch) takes the place of cache_seqlens there; FA3's callers pass it without rotary_cos
     too, where nothing rotates. ``rotary_interleaved``: neighbours are pairs, as in FA2 and FA3; else halves. See
     :func:`cute_fa.append_kv`.
+    tree_mask: int32 (batch, seqlen_q, words) or (total_q, words), which draft tokens a query sees where the queries are
+    a tree of them, as for :func:`cute_fa.flash_attn_varlen_func`; the drafts are the last keys after the append.
     scheduler_metadata: of ``cute_fa.compat.fa3.get_scheduler_metadata`` for this batch; changes nothing.
     num_splits: parts that the keys are split into; 0 lets the occupancy choose, and with it the kernel.
 
@@ -213,6 +217,7 @@ def flash_attn_with_kvcache(
         page_table=page_table if page_table is not None else block_table,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
+        tree_mask=tree_mask,
         max_seqlen_q=max_seqlen_q,
         softmax_scale=softmax_scale,
         causal=causal,

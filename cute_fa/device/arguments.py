@@ -36,7 +36,8 @@ class CommonArguments(NamedTuple):
     heads_kv, d), lse fp32 (batch, heads, seqlen_q); packed without the batch dimension, lse (heads, total_q).
     alibi_slopes fp32 (batch or stride 0, heads), learnable_sink fp32 (heads), page_table int32 (batch, max_pages),
     cache_batch_idx int32 (batch), which sequence of k and v, or row of page_table, is the one of the batch. query_walk
-    int32: what a range plan shows (``cute_fa.device.range_walk``); q_positions, k_positions int32 (seqlen)."""
+    int32: what a range plan shows (``cute_fa.device.range_walk``); q_positions, k_positions int32 (seqlen). tree_mask
+    int32 (batch, seqlen_q, words), packed (total_q, words): which drafts queries see (``cute_fa.device.tree_mask``)."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -55,6 +56,7 @@ class CommonArguments(NamedTuple):
     query_walk: Optional[cute.Tensor]
     q_positions: Optional[cute.Tensor]
     k_positions: Optional[cute.Tensor]
+    tree_mask: Optional[cute.Tensor]
 
     @property
     def batches(self):

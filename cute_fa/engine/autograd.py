@@ -233,13 +233,15 @@ def attention_backward(
 
 
 def _check_differentiable(arguments: tuple) -> None:
-    """Raise Fp8Error where gradients will be asked of fp8 tensors, UnsupportedKeyError where of a family that has no
-    backward for them."""
+    """Raise Fp8Error where gradients will be asked of fp8 tensors, NoBackwardError where under a tree mask,
+    UnsupportedKeyError where of a family that has no backward for them."""
     call = Call.of(arguments)
-    if any(map(is_fp8, call[:3])):
+    fp8, tree = any(map(is_fp8, call[:3])), call.extras.tree_mask is not None
+    if fp8 or tree:
         given = names_of(call.options.names).of(call.named_tensors())
         asking = next(name for name, tensor in given.items() if tensor is not None and tensor.requires_grad)
-        raise Fp8Error(f"{asking} requires a gradient: attention in fp8 has none, call it under torch.no_grad()")
+        kind, error = ("in fp8", Fp8Error) if fp8 else ("with tree_mask", NoBackwardError)
+        raise error(f"{asking} requires a gradient: attention {kind} has none, call it under torch.no_grad()")
     if call.options.family is None or not torch_internals.has_values(call.q):
         return
     backward = {"direction": Direction.BACKWARD, "deterministic": call.options.deterministic}

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 # Device code adds positions and bounds in int32: sequences are at most this long, larger bounds are clamped to it.
 MAX_BOUND = 2**30 - 1
+# Draft tokens of a sequence under a tree mask.
+MAX_DRAFTS = 128
 # c·tanh(s/c) is computed as c − 2c/(1 + e^(2s/c)), whose rounding error of c·6e-8 must stay below the LSE's tolerance.
 MAX_SOFTCAP = 2.0**13
 
@@ -274,16 +276,23 @@ class AttentionKernel(ABC):
         ``num_sms``: SMs of the device, which a persistent kernel launches its CTAs by."""
 
 
-def common_objections(problem: AttentionProblem, head_dim_rule: str, splits: bool = False) -> list[str]:
+def common_objections(problem: AttentionProblem, head_dim_rule: str, decodes: bool = False) -> list[str]:
     """Reasons that all kernels share: head_dims beyond 256 or no multiple of 8 (``head_dim_rule`` says why);
-    what none of them computes; limits of the common device code. ``splits``: whether the kernel splits the keys."""
+    what none of them computes; limits of the common device code. ``decodes``: whether the kernel is one for decoding,
+    which splits the keys and takes trees of drafts."""
     reasons = []
     for name in ("head_dim", "head_dim_v"):
         size = getattr(problem, name)
         if size % 8 or not 8 <= size <= 256:
             reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed ({head_dim_rule})")
-    if problem.num_splits != 1 and not splits:
+    if problem.num_splits != 1 and not decodes:
         reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
+    if problem.tree_mask and problem.direction is Direction.BACKWARD:
+        reasons.append("tree_mask: drafts have no gradient")
+    elif problem.tree_mask and not decodes:
+        reasons.append("tree_mask: this kernel does not hide drafts")
+    elif problem.tree_mask and problem.seqlen_q > MAX_DRAFTS:
+        reasons.append(f"tree_mask of {problem.seqlen_q} queries: at most {MAX_DRAFTS} draft tokens a sequence")
     if problem.out_dtype is not problem.dtype and not problem.dtype.is_fp8:
         reasons.append(f"out_dtype {problem.out_dtype.value}: the output has the dtype of q, {problem.dtype.value}")
     if problem.promote_every is not None and not problem.dtype.is_fp8:
@@ -343,6 +352,7 @@ class CommonArguments(NamedTuple):
     query_walk: Any
     q_positions: Any
     k_positions: Any
+    tree_mask: Any
 
 
 def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> CommonArguments:
@@ -356,6 +366,7 @@ def common_arguments(problem: AttentionProblem, tensors: AttentionTensors) -> Co
     bounds = (None if b is None else max(-MAX_BOUND, min(b, MAX_BOUND)) for b in (left, right, sink_tokens))
     lengths = (extras.cu_seqlens_q, extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k, extras.cache_leftpad)
     handed_on = ("learnable_sink", "page_table", "cache_batch_idx", "query_walk", "q_positions", "k_positions")
+    handed_on += ("tree_mask",)
     return CommonArguments(
         *(t.q, t.k, t.v, t.out, t.lse),
         lengths=LengthArguments(*lengths),

@@ -56,6 +56,7 @@ class DispatchKey:
     dtype_v: DType | None = None
     out_dtype: DType | None = None
     ranges: bool = False
+    tree_mask: bool = False
 
     def __post_init__(self):
         if self.direction not in (Direction.FORWARD, Direction.BACKWARD):

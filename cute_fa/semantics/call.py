@@ -24,6 +24,9 @@ class Extras(NamedTuple):
     ``query_walk``, ``key_walk``, ``dq_walk``: what a range plan shows, as lists of blocks for the forward's tiles of
     queries, the backward's of keys, and those of its kernel for dQ alone: int32, see ``cute_fa.device.range_walk``.
     ``q_positions`` int32 (total_q), ``k_positions`` int32 (total_k): between which ALiBi's distances are.
+
+    ``tree_mask`` int32 (batch, seqlen_q, words), packed (total_q, words): bit j of word w is set where the query sees
+    draft token 32 · w + j of its sequence; the drafts are its queries, the last keys.
     """
 
     cu_seqlens_q: torch.Tensor | None = None
@@ -43,6 +46,7 @@ class Extras(NamedTuple):
     dq_walk: torch.Tensor | None = None
     q_positions: torch.Tensor | None = None
     k_positions: torch.Tensor | None = None
+    tree_mask: torch.Tensor | None = None
 
 
 class Options(NamedTuple):

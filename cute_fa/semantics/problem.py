@@ -141,9 +141,10 @@ class AttentionProblem:
     lengths: ``max_seqlen_*`` for varlen. ``varlen_*``: the tensor is packed, with cu_seqlens; ``seqused_*``: lengths
     shorter than what the tensor holds are given. ``page_size``: k and v are pages; ``cache_batch_idx``: an index says
     which sequences of k and v, or rows of the page table, are the batch's; ``cache_leftpad``: they begin behind rows
-    that do not count. ``dtype`` is q's; ``dtype_k`` and ``dtype_v`` are alike by default, and others only if both are
-    fp8; ``out_dtype`` is q's by default, bf16 for fp8. ``q_descale``, ``k_descale``, ``v_descale``: fp8 codes are
-    multiplied by given numbers; ``k_block_descale``, ``v_block_descale``: with one for each ``DESCALE_BLOCK`` keys of a
+    that do not count; ``tree_mask``: queries are drafts, the last keys, and a mask says which of them they see.
+    ``dtype`` is q's; ``dtype_k`` and ``dtype_v`` are alike by default, and others only if both are fp8; ``out_dtype``
+    is q's by default, bf16 for fp8. ``q_descale``, ``k_descale``, ``v_descale``: fp8 codes are multiplied by given
+    numbers; ``k_block_descale``, ``v_block_descale``: with one for each ``DESCALE_BLOCK`` keys of a
     sequence. ``v_layout``: which dimension of v is contiguous, "head_dim" or "key_major" for the keys. ``ranges``: a
     range plan says which keys a query sees; ``q_positions``, ``k_positions``: between which ALiBi's distances are.
 
@@ -282,6 +283,17 @@ class AttentionProblem:
             "KV cache, left padding": {"cache_leftpad": True},
             "paged KV, left padding": {"page_size": 64, "seqused_k": True, "cache_leftpad": True},
         },
+    )
+    tree_mask: bool = option(
+        False,
+        tensor=TensorOption("tree_mask", dimensions=3, packed="cu_seqlens_q"),
+        flag="tree_mask",
+        flag_token="tree",
+        token="tree",
+        key="tree_mask",
+        help="Queries are draft tokens of random trees, which say which of each other they see.",
+        cli="tree",
+        rows={"tree of draft tokens": {"tree_mask": True}},
     )
     num_splits: int = option(
         1,
@@ -466,7 +478,7 @@ class AttentionProblem:
         if not self.ranges:
             return
         others = {name: getattr(self, name) for name in ("varlen_q", "varlen_k", "seqused_q", "seqused_k")}
-        others |= {name: getattr(self, name) for name in ("cache_batch_idx", "cache_leftpad")}
+        others |= {name: getattr(self, name) for name in ("cache_batch_idx", "cache_leftpad", "tree_mask")}
         others |= {"page_size": self.page_size is not None, "window_left": self.window_left is not None}
         others |= {"window_right": self.window_right is not None, "num_splits": self.num_splits != 1}
         for name, given in others.items():

@@ -7,6 +7,8 @@ The formula, with D = seqlen_k − seqlen_q of the sequence, for query i, key j 
     key j is visible iff j ≤ i + D + right, and j ≥ i + D − left or j < sink_tokens
     O_i = Σ_j p_j v_j with p the softmax over the visible keys and, if given, the extra logit learnable_sink[h]
 
+under a tree mask, a visible key j ≥ D is draft j − D, and hidden where that bit of the query's words is not set
+
 under a range plan, key j is visible iff a range names the pair (``cute_fa.semantics.ranges``), and ALiBi's distance is
 |q_positions[i] − k_positions[j]|, by default |i − j|.
 
@@ -93,6 +95,7 @@ class ReferenceOptions(TypedDict, total=False):
     attn_type_map: torch.Tensor | None
     q_positions: torch.Tensor | None
     k_positions: torch.Tensor | None
+    tree_mask: torch.Tensor | None
 
 
 class _RangePlan(NamedTuple):
@@ -164,6 +167,7 @@ def attention(
     attn_type_map: torch.Tensor | None = None,
     q_positions: torch.Tensor | None = None,
     k_positions: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reference attention; returns (out, lse).
@@ -178,6 +182,8 @@ def attention(
     or one number, 1 by default; those of k and v also (batch, heads_kv, blocks), one for each 128 keys of a sequence.
     q_ranges, k_ranges, attn_type_map, q_positions, k_positions: a range plan, as for ``cute_fa.range_attention``, of a
     batch of one sequence; nothing else then says what is visible.
+    tree_mask: int32 (batch, seqlen_q, words), packed (total_q, words): bit j of word w is set where the query sees
+    draft 32 · w + j.
     softmax_scale: 1/√head_dim by default.
     out: q's shape with head_dim_v, of ``dtype``; lse: (batch, heads, seqlen_q) or (heads, total_q).
 
@@ -202,6 +208,8 @@ def attention(
         slopes = _slopes(alibi_slopes, span, compute)
         for rows, distance, visible in _pieces(span, heads, left, right, sink_tokens, plan, q.device):
             at, at_lse = _index(span, rows, cu_seqlens_q)
+            if tree_mask is not None:
+                visible = visible & _in_tree(tree_mask[at], span)
             q_s = _descaled(q[at].to(compute), q_descale, span)
             scores = _scores(q_s, k_s, scale, softcap, compute if dtype in _FP8 else dtype)
             scores = _masked(scores, slopes, distance, visible)
@@ -247,6 +255,8 @@ def _gradients(
     o = SimpleNamespace(**_DEFAULTS | dict(options))
     if any(t is not None for t in (o.q_descale, o.k_descale, o.v_descale)):
         raise ArgumentError("gradients with descales: nothing computes gradients in fp8")
+    if o.tree_mask is not None:
+        raise ArgumentError("gradients with tree_mask: drafts have no gradient")
     softcap, alibi_slopes, learnable_sink = o.softcap, o.alibi_slopes, o.learnable_sink
     if any(t is not None for t in (o.page_table, o.cache_batch_idx, o.cache_leftpad)):
         raise ArgumentError(
@@ -323,6 +333,13 @@ def _pieces(
             start, stop = (torch.from_numpy(bound).to(device)[:, None] for bound in interval)
             visible |= (key >= start) & (key < stop)
         yield rows, distance, visible
+
+
+def _in_tree(words: torch.Tensor, span: _Span) -> torch.Tensor:
+    """bool (rows, seqlen_k): which keys the words (rows, words) of some queries show, all before the drafts."""
+    draft = torch.arange(span.seqlen_k, device=words.device) - (span.seqlen_k - span.seqlen_q)
+    counted = draft.clamp(min=0)
+    return (draft < 0) | (words[:, counted // 32] >> counted % 32 & 1).bool()
 
 
 def _index(span: _Span, rows: slice, cu_seqlens_q: torch.Tensor | None) -> tuple[tuple, tuple]:

@@ -107,6 +107,7 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
     fields = {name: getattr(options, name) for name in declared if name in Options._fields}
     fields |= {name: given[name] for name, of in declared.items() if of.tensor is not None}
     longest_q = _longest_q(names, rows_q, options.max_seqlen_q, given["varlen_q"], given["seqused_q"])
+    _check_tree_mask(names, extras.tree_mask, q, longest_q)
     fields |= {
         "k_block_descale": _has_blocks(extras.k_descale),
         "v_block_descale": _has_blocks(extras.v_descale),
@@ -168,6 +169,21 @@ def _check_walks(names: ArgumentNames, extras: Extras, rows_q: int, rows_k: int)
         positions = getattr(extras, name)
         if positions is not None:
             check_vector(names[name], positions, torch.int32, (positions_held(rows),), of=f"{rows} rows")
+
+
+def _check_tree_mask(names: ArgumentNames, tree_mask: torch.Tensor | None, q: torch.Tensor, longest_q: int) -> None:
+    """Raise DTypeError, ShapeError or StrideError unless this is int32 (…, words), … the rows of q, with a bit for each
+    query of the longest sequence."""
+    if tree_mask is None:
+        return
+    name = names["tree_mask"]
+    check_integers(name, tree_mask)
+    rows, words = tuple(q.shape[:-2]), -(-longest_q // 32)
+    if tuple(tree_mask.shape[:-1]) != rows or tree_mask.shape[-1] < max(words, 1):
+        needed = (*rows, max(words, 1))
+        rule = f"{needed} is needed, or more words: a bit for each of up to {longest_q} queries of {names['q']}"
+        raise ShapeError(f"{name} {tuple(tree_mask.shape)}: {rule}")
+    check_contiguous_rows(name, tree_mask)
 
 
 def is_spread(tensor: torch.Tensor) -> bool:

@@ -46,7 +46,8 @@ class InputSpec:
     ``layout``: ``padded`` rows have 16 unused bytes after each head, ``transposed`` stores heads before sequence (so
     that sequence strides differ), ``expanded`` has one kv head with stride 0 in the place of ``heads_kv``.
     ``v_layout``: "key_major" has v's keys contiguous. ``ranges``: how many ranges a plan has that says what is
-    visible, of a batch of one sequence; ``positions``: between which ALiBi's distances are.
+    visible, of a batch of one sequence; ``positions``: between which ALiBi's distances are. ``tree``: queries are
+    drafts of a random tree for each sequence, which see the context, themselves and their ancestors.
     """
 
     batch: int = 2
@@ -82,6 +83,7 @@ class InputSpec:
     v_layout: str = "head_dim"
     ranges: int = 0
     positions: bool = False
+    tree: bool = False
 
     def __post_init__(self):
         if self.head_dim_v is None:
@@ -110,7 +112,7 @@ class InputSpec:
 _CACHE_TENSORS = ("cache_batch_idx", "cache_leftpad")
 _DESCALES = ("q_descale", "k_descale", "v_descale")
 _RANGES = ("q_ranges", "k_ranges", "attn_type_map", "q_positions", "k_positions")
-_TENSORS = (*_LENGTH_TENSORS, *_CACHE_TENSORS, "alibi_slopes", "learnable_sink", *_DESCALES, *_RANGES)
+_TENSORS = (*_LENGTH_TENSORS, *_CACHE_TENSORS, "alibi_slopes", "learnable_sink", *_DESCALES, *_RANGES, "tree_mask")
 
 
 @dataclass(frozen=True)
@@ -138,24 +140,25 @@ class Inputs:
     attn_type_map: torch.Tensor | None = None
     q_positions: torch.Tensor | None = None
     k_positions: torch.Tensor | None = None
+    tree_mask: torch.Tensor | None = None
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments, beside q, k and v, for ``cute_fa.reference.attention`` and ``expected``."""
-        absent = {name for name in (*_CACHE_TENSORS, *_RANGES) if getattr(self, name) is None}
+        absent = {name for name in (*_CACHE_TENSORS, *_RANGES, "tree_mask") if getattr(self, name) is None}
         tensors = {name: getattr(self, name) for name in _TENSORS if name not in absent}
         choices = {name: getattr(self.spec, name) for name in _CHOICES}
         return tensors | choices | {"window_size": self.spec.window}
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments, beside q, k and v, of the public function that takes these inputs: the one for caches
-        where there is an index or left padding, the varlen one where there are lengths or pages."""
+        where there is an index or left padding, the varlen one where there are lengths, pages or trees."""
         options = self.options()
         if self.spec.is_cache:
             used, ignored = options.pop("seqused_k"), ("cu_seqlens_k", "seqused_q")
             options = {name: value for name, value in options.items() if name not in ignored}
             return options | {"cache_seqlens": used, "max_seqlen_q": self.spec.seqlen_q}
         lengths = {name: options.pop(name) for name in _LENGTH_TENSORS}
-        if all(tensor is None for tensor in lengths.values()):
+        if all(tensor is None for tensor in (*lengths.values(), self.tree_mask)):
             key_major = self.spec.v_layout != "head_dim"
             return options | ({"v_layout": self.spec.v_layout} if key_major else {})
         return lengths | {"max_seqlen_q": self.spec.seqlen_q, "max_seqlen_k": self.spec.seqlen_k} | options
@@ -235,7 +238,12 @@ def make_inputs(
     make = _random
     if inputs == "peaked":
         make = _peaked if ranges is None else partial(_peaked_at, partial(_edges_of_ranges, ranges))
-    sequences = [make(spec, *lengths, rng) for lengths in zip(lengths_q, lengths_k, strict=True)]
+    trees = [draw_tree(length, seed + b) for b, length in enumerate(lengths_q)] if spec.tree else []
+    makes = [make] * spec.batch
+    if trees and inputs == "peaked":
+        makes = [partial(_peaked_at, partial(_edges_of_tree, spec, tree)) for tree in trees]
+    lengths = zip(makes, lengths_q, lengths_k, strict=True)
+    sequences = [make(spec, length_q, length_k, rng) for make, length_q, length_k in lengths]
     descales = _draw_descales(spec, seed)
     if spec.block_descales:
         descales = [descales[0], *_draw_block_descales(descales[1:], spec, lengths_k, poison, seed)]
@@ -283,6 +291,7 @@ def make_inputs(
     leftpad = torch.tensor(pads, dtype=torch.int32) if spec.cache_leftpad else None
     tensors = (q, k, v, cu_q, cu_k, used_q, used_k, page_table, index, leftpad, slopes, sink, *descales)
     tensors += (None,) * len(_RANGES) if ranges is None else (*ranges, *_draw_positions(spec, seed))
+    tensors += (_tree_mask(trees, q_rows, q_extent, spec, poison, seed) if trees else None,)
     return Inputs(spec, *(None if t is None else _to_device(t, device) for t in tensors))
 
 
@@ -343,6 +352,42 @@ def draw_ranges(spec: InputSpec, seed: int) -> tuple[torch.Tensor, torch.Tensor,
         start = (torch.rand(spec.ranges, generator=rng) * (total - length + 1)).long().clamp(max=total)
         ranges.append(torch.stack([start, start + length], 1).int())
     return *ranges, torch.randint(0, 4, (spec.ranges,), generator=rng, dtype=torch.int32)
+
+
+def draw_tree(drafts: int, seed: int) -> torch.Tensor:
+    """bool (drafts, drafts) of a random tree: which drafts each one sees, itself and its ancestors. A draft follows one
+    before it, or the context."""
+    rng = torch.Generator().manual_seed(seed)
+    tree = torch.eye(drafts, dtype=torch.bool)
+    for draft in range(1, drafts):
+        parent = int(torch.randint(-1, draft, (), generator=rng))
+        if parent >= 0:
+            tree[draft] |= tree[parent]
+    return tree
+
+
+def tree_words(tree: torch.Tensor) -> torch.Tensor:
+    """The bits of bool (rows, drafts) in int32 words (rows, ⌈drafts / 32⌉)."""
+    rows, drafts = tree.shape
+    words = -(-drafts // 32)
+    bits = torch.zeros(rows, 32 * words, dtype=torch.int64)
+    bits[:, :drafts] = tree
+    return (bits.view(rows, words, 32) << torch.arange(32)).sum(2).to(torch.int32)
+
+
+def _tree_mask(trees: list[torch.Tensor], starts, extent: tuple[int, ...], spec: InputSpec, poison: bool, seed: int):
+    """The words of each sequence's tree, and one more than the longest needs; ``poison``: bits that do not count may be
+    anything."""
+    words = -(-spec.seqlen_q // 32) + 1
+    whole = torch.zeros(*extent, words, dtype=torch.int32)
+    if poison:
+        whole.random_(-(2**31), 2**31, generator=torch.Generator().manual_seed(seed))
+    for tree, start in zip(trees, starts, strict=True):
+        own = tree_words(tree)
+        count = tree_words(torch.ones_like(tree))
+        at = (*start[:-1], slice(start[-1], start[-1] + len(tree)), slice(own.shape[1]))
+        whole[at] = whole[at] & ~count | own
+    return whole
 
 
 def _draw_positions(spec: InputSpec, seed: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -455,6 +500,17 @@ def _edges_of_window(spec: InputSpec, seqlen_q: int, seqlen_k: int, rng) -> tupl
     sink = torch.full_like(position, spec.sink_tokens)
     end = torch.full_like(position, seqlen_k - 1)
     return last, last + 1, first, first - 1, sink - 1, sink, end
+
+
+def _edges_of_tree(spec: InputSpec, tree: torch.Tensor, seqlen_q: int, seqlen_k: int, rng) -> tuple[torch.Tensor, ...]:
+    """Beside those of the window some draft that each query sees, and one that it does not: of the tree, where it has
+    any."""
+    edges = _edges_of_window(spec, seqlen_q, seqlen_k, rng)
+    if seqlen_q == 0:
+        return edges
+    drawn = torch.rand(seqlen_q, seqlen_q, generator=rng)
+    seen, hidden = ((drawn + sign * tree).argmax(1, keepdim=True) for sign in (1.0, -1.0))
+    return *edges, *(draft + seqlen_k - seqlen_q for draft in (seen, hidden))
 
 
 def _edges_of_ranges(plan: tuple, seqlen_q: int, seqlen_k: int, rng) -> tuple[torch.Tensor, ...]:

@@ -153,6 +153,7 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionP
     described |= {f"{name}_block_descale": spec.block_descales and described[f"{name}_descale"] for name in "kv"}
     described |= {
         "ranges": spec.ranges > 0,
+        "tree_mask": spec.tree,
         "q_positions": spec.positions,
         "k_positions": spec.positions,
         "alibi": spec.alibi or spec.alibi_per_batch,

@@ -26,7 +26,7 @@ def objections(
     reasons = []
     if problem.is_fp8:
         reasons.append(f"dtype {dtypes_of_code(problem)}: sm_80 tensor cores take fp16 and bf16, fp8 has no FA2 kernel")
-    reasons += common_objections(problem, "16-byte copies", splits=rows_of_any_head)
+    reasons += common_objections(problem, "16-byte copies", decodes=rows_of_any_head)
     if not rows_of_any_head:
         if problem.page_size is not None:
             reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")

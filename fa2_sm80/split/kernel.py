@@ -16,6 +16,7 @@ from cute_fa.device.block_range import MaskedRange, block_range
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.heads import head_row
 from cute_fa.device.score import Score
+from cute_fa.device.tree_mask import DraftWords
 from fa2_sm80.common.copies import ELEMENT_BYTES, SMEM_ALIGNMENT, SmemTile
 from fa2_sm80.common.walk import walk
 from fa2_sm80.split.arguments import SplitArguments, split_fakes
@@ -108,7 +109,8 @@ class Fa2SplitKernel:
             self.store(args, smem, info, batch, head_kv, gqa_ratio, first_row, split, tidx)
 
     def row_tile(self, args: SplitArguments, smem: SplitTiles, info, batch, head_kv, gqa_ratio, first_row) -> RowTile:
-        """The registers of this warp, with the slopes of its rows' heads."""
+        """The registers of this warp, with the slopes of its rows' heads and the drafts that its queries
+        see."""
         c = self.config
         score = Score.of(args.common.softmax_scale, args.common.softcap)
         tile = RowTile(c, smem, info, first_row, gqa_ratio, args.common.window, score)
@@ -116,6 +118,8 @@ class Fa2SplitKernel:
             heads = [head_kv * gqa_ratio + row % gqa_ratio for row in tile.rows]
             slopes = tuple(args.common.alibi_slopes[batch, head] for head in heads)
             tile.score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
+        if const_expr(c.tree_mask):
+            tile.drafts = tuple(DraftWords.of(args.common.tree_mask, info, batch, query) for query in tile.queries)
         return tile
 
     def query_places(self, args: SplitArguments, info, batch, head_kv, gqa_ratio, first_row):

@@ -12,6 +12,7 @@ from cute_fa.device.registers import narrow
 from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import OnlineSoftmax
+from cute_fa.device.tree_mask import DraftWords, hide_drafts
 from cute_fa.device.visibility import Window, mask_scores
 from fa2_sm80.common.block_ring import BlockRing
 from fa2_sm80.common.copies import FragmentLoader, SmemTile, lane_offset
@@ -57,6 +58,7 @@ class RowTile:
         self.softmax = OnlineSoftmax(2, score.scale_log2)
         self.rows = [first_row + self.place.row + register_row(r) for r in range(2)]
         self.queries = [row // gqa_ratio for row in self.rows]
+        self.drafts: tuple[DraftWords, ...] = ()  # that each row sees, under a tree mask
         # coordinates of thread 0, every other thread's lie one constant offset away
         identity = cute.make_identity_tensor((WARP_ROWS, keys))
         self.columns = rows_and_columns(self.scores.mma.get_slice(0).partition_C(identity))
@@ -80,6 +82,8 @@ class RowTile:
         apply_score(self.score, scores, distances(diagonals, self.columns) if const_expr(self.config.alibi) else None)
         keys_left = self.info.seqlen_k - first_key
         mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, right_edge, left_edge)
+        if const_expr(self.config.tree_mask):
+            hide_drafts(scores, self.columns, keys_left - self.info.seqlen_q, self.drafts)
         self.softmax.update(scores, rows_and_columns(self.acc), True)
         p = cute.make_rmem_tensor_like(acc, self.dtype)
         narrow(acc, p)

@@ -16,6 +16,7 @@ from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.softmax import OnlineSoftmax, scale_row
 from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_walk import Piece, SplitWalk
+from cute_fa.device.tree_mask import DraftWords, hide_drafts
 from cute_fa.device.visibility import mask_scores
 from fa3_sm90.common.products import RegisterScoreProduct, ScoreProduct, SumProduct, tiles
 from fa3_sm90.common.wgmma import WGMMA_M
@@ -240,7 +241,7 @@ class Consumer:
         scores, diagonals = warpgroup_rows_and_columns(acc), None
         masked, distance = right_edge or left_edge, None
         first_key = piece.blocks.block(iteration, window) * c.tile_n + self.column
-        if const_expr(masked or c.alibi):
+        if const_expr(masked or c.alibi or c.tree_mask):
             queries = [(piece.first_row + row) // gqa_ratio for row in self.rows]
             diagonals = [info.seqlen_k - info.seqlen_q + query - first_key for query in queries]
         if const_expr(factors is not None):
@@ -252,5 +253,8 @@ class Consumer:
         if const_expr(masked):
             keys_left = info.seqlen_k - first_key
             mask_scores(scores, self.columns, diagonals, keys_left, window, first_key, right_edge, left_edge)
+        if const_expr(c.tree_mask):
+            drafts = [DraftWords.of(self.args.common.tree_mask, info, piece.batch, query) for query in queries]
+            hide_drafts(scores, self.columns, info.seqlen_k - first_key - info.seqlen_q, drafts)
         softmax.update(scores, self.acc, True)
         narrow(acc, self.probabilities)

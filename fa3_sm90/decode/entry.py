@@ -21,7 +21,7 @@ class Fa3Decode(SplitForward):
         reasons = []
         if problem.dtype.is_fp8:
             reasons.append(f"dtype {dtypes_of_code(problem)}: q in 16 bits is needed, k and v may be fp8")
-        reasons += common_objections(problem, "16-byte strides of TMA", splits=True)
+        reasons += common_objections(problem, "16-byte strides of TMA", decodes=True)
         if problem.is_fp8:
             sizes = {name: getattr(problem, name) for name in ("head_dim", "head_dim_v")}
             reasons += [

@@ -233,9 +233,9 @@ print("right")
 @pytest.mark.parametrize(
     ("cases", "left_out"),
     [
-        (fa2_cases(test_fa2_forward.FEATURES), {"page_size", "cache_batch_idx", "cache_leftpad"}),
+        (fa2_cases(test_fa2_forward.FEATURES), {"page_size", "cache_batch_idx", "cache_leftpad", "tree_mask"}),
         (fa2_cases(test_fa2_split.FEATURES), {"cache_batch_idx", "cache_leftpad"}),
-        (forward_grid.cases(), set()),
+        (forward_grid.cases(), {"tree_mask"}),
     ],
     ids=["fa2", "split", "fa3 and fa4"],
 )

@@ -83,7 +83,16 @@ class TestDrawing:
         assert {s.page_size for s in specs} == {None, *PAGE_SIZES}
         assert {s.layout for s in specs} == {"contiguous", "padded", "transposed", "expanded"}
         assert {0, 1, 2} < {p.num_splits for p in problems}
-        for name in ("softcap", "alibi", "alibi_per_batch", "learnable_sink", "sink_tokens", "causal", "seqused_q"):
+        for name in (
+            "softcap",
+            "alibi",
+            "alibi_per_batch",
+            "learnable_sink",
+            "sink_tokens",
+            "causal",
+            "seqused_q",
+            "tree",
+        ):
             assert {bool(getattr(spec, name)) for spec in specs} == {False, True}, name
         for name in (
             "offsets_k",
@@ -265,8 +274,8 @@ class TestRuns:
                 yield index, examine(draw(seed, index), planted.capped_queries_fail)
 
         monkeypatch.setattr(command, "find", find_here)
-        options = ["--seed", "11", "--state", str(tmp_path / "state.jsonl")]
-        failing = [i for i in range(30) if planted.capped_queries_fail(draw(11, i))]
+        options = ["--seed", "12", "--state", str(tmp_path / "state.jsonl")]
+        failing = [i for i in range(30) if planted.capped_queries_fail(draw(12, i))]
         assert failing
         outputs = []
         for problems in (20, 30, 30):
@@ -274,10 +283,10 @@ class TestRuns:
             assert result.exit_code == 1
             outputs.append(result.output)
         assert asked == list(range(30))
-        assert f"30 problems of seed 11, {len(failing)} failed: {WRONG} {len(failing)}" in outputs[2]
+        assert f"30 problems of seed 12, {len(failing)} failed: {WRONG} {len(failing)}" in outputs[2]
         for index in failing:
-            assert f"11:{index} fails: {WRONG}" in outputs[2]
-            assert f"python -m tests.testing.fuzz --only 11:{index}\n" in outputs[2]
+            assert f"12:{index} fails: {WRONG}" in outputs[2]
+            assert f"python -m tests.testing.fuzz --only 12:{index}\n" in outputs[2]
         shrunk = [shlex.split(line)[-1] for line in outputs[2].splitlines() if "--only '" in line]
         assert len(shrunk) == len(failing)
         assert all(max(Problem.from_json(text).lengths_q) == 6 for text in shrunk)

@@ -66,7 +66,7 @@ def test_arguments_are_those_of_the_kernel_in_every_call(monkeypatch):
         for given, (common, seqlen_q) in call((2, 2)):
             assert [common[i] is given[i] for i in range(5)] == [True] * 5
             assert common[5][0] is offsets and common[7] is given.extras.alibi_slopes
-            assert common[10:] == (2.0, None, None, (None, None, None), None, None, None) and seqlen_q == 5
+            assert common[10:] == (2.0, None, None, (None, None, None), None, None, None, None) and seqlen_q == 5
         assert asked == [7]
         # Slopes of all sequences alike are expanded, in each call its own.
         for given, (common, _) in call((2,)):

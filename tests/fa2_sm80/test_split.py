@@ -33,6 +33,8 @@ FEATURES = {
         {"seqused_q": True, "page_size": 8},
         {"varlen_q": True, "page_size": 1024},
         {"varlen_q": True, "seqused_q": True, "page_size": 2},
+        {"seqused_k": True, "tree": True},
+        {"varlen_q": True, "page_size": 32, "tree": True},
     ],
     "heads": [(2, 2), (8, 2), (3, 1)],
     "layout": ["contiguous", "padded", "transposed", "expanded"],

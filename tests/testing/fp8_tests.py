@@ -73,7 +73,7 @@ class Fp8FeatureTests:
         assert cls.forward.config_of(PAGED).tile_n == cls.forward.config_of(paged).tile_n
         return cls.forward.run(PAGED, pack_gqa=False)
 
-    @pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
+    @pytest.mark.parametrize("page_size", [8, 16, 64, 128, 512, 1024])
     def test_pages_give_the_bits_of_contiguous_keys(self, page_size, contiguous):
         """And of the pages only those in use are read, where the others' numbers in the table are beyond the cache."""
         given = make_inputs(dataclasses.replace(PAGED, seqused_k=False, page_size=page_size), "peaked")

@@ -15,7 +15,7 @@ from cute_fa.semantics.problem import PAGE_SIZES
 from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec
 from cute_fa.tools.trial import Machine
-from tests.testing.fuzz.problem import CACHE_CALLS, DIFFERENTIATED, FUNCTIONS, PLANS, CacheSpec, Problem, changed
+from tests.testing.fuzz.problem import CACHE_CALLS, DIFFERENTIATED, FUNCTIONS, PLANS, TREES, CacheSpec, Problem, changed
 
 GROUP = 8  # problems that share their kernels
 _TILES = (16, 32, 48, 64, 80, 96, 112, 128)
@@ -66,6 +66,7 @@ _FP8_CALLS = (*FUNCTIONS, "flash_attn_with_kvcache", "Fa3FwdRequest", "PagedAtte
 _RATIOS = {1: 5, 2: 3, 3: 1, 4: 2, 5: 1, 8: 2, 16: 1}
 # Longest numbers of queries: decoding, a small chunk, more than a tile.
 _MOST_QUERIES = {4: 2, 24: 1, 200: 4}
+_DRAFTS = 80  # of a tree: up to 40 more rows may be there
 
 
 def draw(seed: int, index: int) -> Problem:
@@ -102,13 +103,14 @@ def _template(rng: random.Random) -> Problem:
         **_distances(call, rng),
         **_mask(call, rng),
         **_lengths_kind(call, rng),
+        "tree": call in TREES and _chance(rng, 0.2),
     }
     template = Problem(
         call,
         Machine(arch, simulated=True),
         InputSpec(
             batch=1,
-            seqlen_q=_weighted(rng, _MOST_QUERIES),
+            seqlen_q=_DRAFTS if features["tree"] else _weighted(rng, _MOST_QUERIES),
             seqlen_k=rng.choice([96, 200, 300]),
             heads=_weighted(rng, _RATIOS),
             heads_kv=1,
@@ -230,7 +232,8 @@ def _cache(call: str, head_dim: int, features: dict[str, Any], rng: random.Rando
 
 def _with_gradients(problem: Problem, rng: random.Random) -> Problem:
     """A backward, where there can be one."""
-    backward = problem.call in DIFFERENTIATED and problem.spec.page_size is None and _chance(rng, 0.35)
+    forward_only = problem.spec.page_size is not None or problem.spec.tree
+    backward = problem.call in DIFFERENTIATED and not forward_only and _chance(rng, 0.35)
     if not backward and problem.call != "Fa2BwdRequest":
         return problem
     alibi = problem.spec.alibi or problem.spec.alibi_per_batch
@@ -246,6 +249,7 @@ def _with_gradients(problem: Problem, rng: random.Random) -> Problem:
 def _in_fp8(problem: Problem, rng: random.Random) -> Problem:
     """With q, k and v in fp8 types, for a share of what may have them."""
     offered = problem.machine.arch in _FAMILIES and problem.family != "fa2"
+    offered = offered and not problem.spec.tree
     if not offered or problem.call not in _FP8_CALLS or problem.cache.new is not None or not _chance(rng, 0.4):
         return problem
     dtype, dtype_k, dtype_v = (DType(rng.choice(_CODES)) for _ in range(3))
@@ -294,7 +298,7 @@ def _filled(template: Problem, rng: random.Random) -> Problem:
         inputs=rng.choice(["peaked", "peaked", "random"]),
         seed=rng.randrange(1000),
         num_splits=template.num_splits if template.num_splits < 2 else rng.choice([2, 3, 4, 7]),
-        max_seqlens=bool(spec.ranges) or _chance(rng, 0.8),
+        max_seqlens=bool(spec.ranges) or spec.tree or _chance(rng, 0.8),
         offsets_k=template.call == "flash_attn_varlen_func" and spec.page_size is not None and _chance(rng, 0.3),
         tail=rng.choice([0, 0, 1, 30]) if template.call in FUNCTIONS and (spec.varlen_q or spec.varlen_k) else 0,
         joined=_may_be_joined(template) and _chance(rng, 0.15),

@@ -94,6 +94,7 @@ def _inputs(problem: Problem) -> Inputs:
     given = make_inputs(problem.spec, problem.inputs, problem.seed)
     if problem.tail:
         packed = {"q": problem.spec.varlen_q, "k": problem.spec.varlen_k, "v": problem.spec.varlen_k}
+        packed["tree_mask"] = problem.spec.varlen_q and problem.spec.tree
         longer = {
             name: _with_tail(getattr(given, name), problem.tail) for name, is_packed in packed.items() if is_packed
         }
@@ -105,7 +106,8 @@ def _inputs(problem: Problem) -> Inputs:
 
 
 def _with_tail(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.cat([tensor, tensor.new_full((rows, *tensor.shape[1:]), math.nan)])
+    unused = math.nan if tensor.is_floating_point() else -1
+    return torch.cat([tensor, tensor.new_full((rows, *tensor.shape[1:]), unused)])
 
 
 def _expected(given: Inputs) -> reference.Expected:
@@ -254,7 +256,7 @@ def _forward_request(problem: Problem, given: Inputs):
         if problem.heads_first:
             pages = (t.transpose(1, 2).contiguous() for t in pages)
         cache = cute_fa.PagedKvCache(*pages, KvLayout.HND if problem.heads_first else KvLayout.NHD)
-        fields |= {"num_splits": problem.num_splits, **_offsets(given, "q"), **descales}
+        fields |= {"num_splits": problem.num_splits, **_offsets(given, "q"), **descales, "tree_mask": given.tree_mask}
         if problem.max_seqlens:
             fields["max_seqlen_k"] = problem.spec.seqlen_k
         attention = cute_fa.PagedAttentionRequest(given.q, cache, given.page_table, given.seqused_k, **fields)
@@ -477,6 +479,7 @@ def _with_kvcache(problem: Problem) -> list[str]:
     if given.cu_seqlens_q is not None and problem.max_seqlens:
         options["max_seqlen_q"] = spec.seqlen_q
     options |= {"cache_seqlens": seqlens, "cache_batch_idx": cache.index, "out": _into(problem, given)}
+    options["tree_mask"] = given.tree_mask
     if problem.cache.leftpad is not None:
         options["cache_leftpad"] = _int32(problem.cache.leftpad)
     rotated = given.q

@@ -37,6 +37,7 @@ FORWARD_REQUESTS = (
 )
 FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 DIFFERENTIATED = (*FUNCTIONS, "range_attention")  # by torch.autograd
+TREES = ("flash_attn_varlen_func", "flash_attn_with_kvcache", "PagedAttentionRequest")  # take drafts of a tree
 CACHE_CALLS = ("flash_attn_with_kvcache", "append_kv")
 CALLS = (
     *DIFFERENTIATED,
@@ -216,6 +217,8 @@ class Problem:
                 yield "pages hold the longest prefix and the longest chunk behind it"
         if call in CACHE_CALLS and (spec.varlen_k or (spec.seqused_q and call != "append_kv")):
             yield "a cache's lengths are cache_seqlens"
+        if spec.tree and (call not in TREES or not self.max_seqlens):
+            yield "this call has no tree, or not of the longest length"
         if self.backward and (paged or call not in DIFFERENTIATED):
             yield "nothing differentiates this call"
         if call == "merge_states":
