@@ -27,6 +27,8 @@ FEATURES = {
         {},
         {"seqused_k": True},
         {"varlen_q": True, "varlen_k": True},
+        {"seqused_k": True, "tree": True},
+        {"varlen_q": True, "page_size": 32, "tree": True},
         {"seqused_q": True, "page_size": 8},
         {"varlen_q": True, "page_size": 64},
         {"varlen_q": True, "seqused_q": True, "page_size": 16},
@@ -91,6 +93,12 @@ def test_a_sequence_without_keys(num_sms):
 def test_parts_without_keys(splits):
     """More parts than a sequence has blocks."""
     run(InputSpec(2, 1, 330, 4, 1, 64, page_size=16, lengths_k=(330, 0), learnable_sink=True), "peaked", splits)
+
+
+@pytest.mark.parametrize("seqlen_q", [4, 33, 64, 128])
+def test_trees(seqlen_q):
+    """Drafts of one block of keys, of several, and as many as there may be; more than one word of each row."""
+    run(InputSpec(2, seqlen_q, 300, 6, 2, 64, tree=True, seqused_k=True), "peaked", num_sms=6, race=True)
 
 
 @pytest.mark.parametrize("codes", ["e4m3", "e5m2"])
