@@ -40,6 +40,17 @@ def tile_layout(dtype, rows: int, columns: int, tiles: int) -> cute.ComposedLayo
     return cute.tile_to_shape(atom, (rows, columns, tiles), order=(0, 1, 2))
 
 
+def tile_place(row: Int32, byte: Int32, width: int, rows: int) -> Int32:
+    """Where byte ``byte`` of a row lies in a tile of so many ``rows``, whose panels are ``width`` bytes wide, from the
+    tile's beginning: in each 1024, 512 or 256 bytes pieces of 16 change places with :func:`swizzle_bits`."""
+    return byte // width * (rows * width) + row * width + (byte % width ^ swizzle_bits(row, width))
+
+
+def swizzle_bits(row: Int32 | int, width: int) -> Int32 | int:
+    """What a row's number changes in addresses within it; of rows without a bit in common it is the sum."""
+    return row * width // 128 % (width // 16) * 16
+
+
 def allocate_tiles(allocator: SmemAllocator, dtype, rows: int, columns: int, count: int) -> cute.Pointer:
     """Room for tiles as :func:`tile_layout` lays them out; the pointer is swizzled."""
     layout = tile_layout(dtype, rows, columns, count)

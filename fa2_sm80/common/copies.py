@@ -12,11 +12,11 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, const_expr
 from cutlass.cute.arch import inline_ptx
 
+from cute_fa.device.async_copies import CHUNK_BYTES, copy_async
 from cute_fa.device.registers import opaque
 
 ELEMENT_BYTES = 2
 # cp.async, ldmatrix rows and the vector stores all move 16 bytes: 8 elements of fp16 or bf16.
-CHUNK_BYTES = 16
 CHUNK = CHUNK_BYTES // ELEMENT_BYTES
 # Swizzles are relative to the tile, so a tile need only start at a line of all banks; every tile's size is a multiple.
 SMEM_ALIGNMENT = 128
@@ -130,22 +130,6 @@ class TileLoader:
 def block_offset(block: Int32, block_bytes: Int64 | Int32) -> Int64:
     """Where a block lies behind the first."""
     return Int64(block_bytes) * Int64(block)
-
-
-@cute.jit
-def copy_async(target: Int32, target_offset: int, source: Int64, source_offset: int, inside):
-    """cp.async.cg of 16 bytes: past L1, since a CTA reads each tile once. Not ``inside``: zeros, nothing is read."""
-    if const_expr(inside is None):
-        inline_ptx(
-            f"cp.async.cg.shared.global [{{$r0}}+{target_offset}], [{{$r1}}+{source_offset}], 16;",
-            read_only_args=[target, source],
-        )
-    else:
-        size = Int32(CHUNK_BYTES) if inside else Int32(0)
-        inline_ptx(
-            f"cp.async.cg.shared.global [{{$r0}}+{target_offset}], [{{$r1}}+{source_offset}], 16, {{$r2}};",
-            read_only_args=[target, source, size],
-        )
 
 
 class ColumnPart(NamedTuple):

@@ -6,11 +6,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
+from cute_fa.device.async_copies import CHUNK_BYTES, copy_async
 from cute_fa.device.block_range import BlockRange
 from cute_fa.device.pages import page_place
 from cute_fa.device.visibility import Window
 from fa2_sm80.common.block_ring import BlockRing
-from fa2_sm80.common.copies import CHUNK, CHUNK_BYTES, ELEMENT_BYTES, SmemTile, copy_async
+from fa2_sm80.common.copies import CHUNK, ELEMENT_BYTES, SmemTile
 
 
 class RowLoader:

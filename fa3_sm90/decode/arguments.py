@@ -1,7 +1,8 @@
 """How TMA addresses keys and values."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
+from cutlass import const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fa.device.arguments import CommonArguments
@@ -17,8 +18,10 @@ class TmaTensors(NamedTuple):
     v: TmaTensor
 
     @classmethod
-    def of(cls, config: Fa3DecodeConfig, common: CommonArguments) -> "TmaTensors":
-        """Descriptors, made on the host."""
+    def of(cls, config: Fa3DecodeConfig, common: CommonArguments) -> Optional["TmaTensors"]:
+        """Descriptors, made on the host; None where rows are copied one by one."""
+        if const_expr(config.by_rows):
+            return None
         load, (k, v) = cpasync.CopyBulkTensorTileG2SOp(), boxes(config)
         packed = config.cu_seqlens_k
         return cls(tma_tensor(load, common.k, k, packed), tma_tensor(load, common.v, v, packed))

@@ -17,6 +17,7 @@ from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
 
 CONSUMERS = 2  # warpgroups
 WIDENERS = 2  # producer warps that widen fp8 codes
+TMA_ROWS = 8  # of a page, at least, that TMA brings
 # setmaxnreg of producers and consumers: of 65,536 registers what the loading warps need for addresses, 168 at launch.
 REGISTERS = (56, 224)
 # Room for the mbarriers beside the tiles.
@@ -65,6 +66,16 @@ class Fa3DecodeConfig(FeatureConfig):
     def scales_rows(self) -> bool:
         """Whether rows of Q are brought into the range of fp16, each by a power of two of its own."""
         return self.product_dtype is not self.dtype
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether keys are copied row by row: TMA brings whole swizzle patterns of 8 rows, from where pages start."""
+        return self.page_size is not None and (self.page_size < TMA_ROWS or self.cache_leftpad)
+
+    @property
+    def row_loaders(self) -> int:
+        """Producer warps that copy rows: all but the one of Q and those that widen."""
+        return 1 if self.widens else 1 + WIDENERS
 
     @property
     def queries_in_registers(self) -> bool:
@@ -129,20 +140,16 @@ class Fa3DecodeConfig(FeatureConfig):
     @property
     def pipelines(self) -> tuple[PipelineSpec, ...]:
         """A block of keys is read by the warpgroups that have different rows."""
-        of_keys, rows = 4 * self.row_groups, self.tile_n
-        queries = PipelineSpec("q", 1, 0, 4 * CONSUMERS)
-        columns = self.head_dim_padded, self.value_columns
-        if not self.widens:
-            keys = (
-                PipelineSpec(name, self.stages, rows * width * 2, of_keys)
-                for name, width in zip("kv", columns, strict=True)
-            )
-            return (queries, *keys)
-        codes = (
-            PipelineSpec(f"{name}_codes", self.code_stages, rows * width, WIDENERS)
-            for name, width in zip("kv", self.code_columns, strict=True)
-        )
-        return (queries, *codes, *(PipelineSpec(name, self.stages, 0, of_keys, WIDENERS) for name in "kv"))
+        of_keys, size, names = 4 * self.row_groups, self.dtype_k.bytes, ("k", "v")
+        filled = (PipelineSpec(name, self.stages, 0, of_keys, WIDENERS) for name in names)
+        loaded, stages, readers = (self.head_dim_padded, self.value_columns), self.stages, of_keys
+        if self.widens:
+            names, loaded, stages, readers = ("k_codes", "v_codes"), self.code_columns, self.code_stages, WIDENERS
+        rings = []
+        for name, columns in zip(names, loaded, strict=True):
+            by_tma = PipelineSpec(name, stages, self.tile_n * columns * size, readers)
+            rings.append(PipelineSpec(name, stages, 0, readers, self.row_loaders) if self.by_rows else by_tma)
+        return (PipelineSpec("q", 1, 0, 4 * CONSUMERS), *rings, *(filled if self.widens else ()))
 
     @property
     def compile_name(self) -> str:

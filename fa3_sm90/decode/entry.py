@@ -33,11 +33,6 @@ class Fa3Decode(SplitForward):
                 reasons.append("descales of blocks of keys: this kernel takes one for each kv head of a sequence")
         if problem.ranges:
             reasons.append("a range plan: its masks are of whole tiles of queries, this kernel's tiles hold any rows")
-        if problem.page_size is not None:
-            if problem.page_size < 8:
-                reasons.append(f"page_size {problem.page_size}: TMA brings 8 rows of a page or more")
-            if problem.cache_leftpad:
-                reasons.append(f"cache_leftpad with page_size {problem.page_size}: blocks of keys start where pages do")
         return reasons or cls.grid_objections(problem)
 
     @classmethod

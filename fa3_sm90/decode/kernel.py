@@ -1,6 +1,8 @@
 """The Hopper decode (flash decoding on wgmma): two producer warps load, two consumer warpgroups compute, every CTA has
 a share of all key blocks (``cute_fa.device.split_walk``); a second kernel merges the tiles that were cut."""
 
+from typing import Optional
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import const_expr
@@ -15,6 +17,7 @@ from fa3_sm90.decode.config import REGISTERS, WIDENERS, Fa3DecodeConfig
 from fa3_sm90.decode.consumer import Consumer
 from fa3_sm90.decode.key_loader import KeyLoader
 from fa3_sm90.decode.query_loader import QueryLoader
+from fa3_sm90.decode.row_loader import RowLoader
 from fa3_sm90.decode.storage import Storage
 from fa3_sm90.decode.widener import Widener
 
@@ -41,21 +44,26 @@ class Fa3DecodeKernel:
             )
 
     @cute.kernel
-    def kernel(self, args: SplitArguments, tma: TmaTensors):
+    def kernel(self, args: SplitArguments, tma: Optional[TmaTensors]):
         """The first warpgroup produces, with few registers; the others consume, with many."""
         c = self.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         storage = Storage.allocate(c)
         pipelines = rings(c.pipelines, storage.barriers)
         prepare, load_keys, load_queries = self.prepare, self.load_keys, self.load_queries
-        widen, consume = self.widen, self.consume
+        load_rows, widen, consume = self.load_rows, self.widen, self.consume
         if warp == 0:
             prepare(tma, pipelines)
         cute.arch.sync_threads()
         if warp < 4:
             cute.arch.setmaxregister_decrease(REGISTERS[0])
-            if warp == 0:
-                load_keys(args, tma, storage, pipelines)
+            if const_expr(c.by_rows):
+                for index in cutlass.range_constexpr(c.row_loaders):
+                    if warp == (index and 1 + index):
+                        load_rows(args, storage, pipelines, index)
+            else:
+                if warp == 0:
+                    load_keys(args, tma, storage, pipelines)
             if warp == 1:
                 load_queries(args, storage, pipelines)
             if const_expr(c.widens):
@@ -66,10 +74,11 @@ class Fa3DecodeKernel:
             cute.arch.setmaxregister_increase(REGISTERS[1])
             consume(args, storage, pipelines)
 
-    def prepare(self, tma: TmaTensors, pipelines: dict[str, Ring]):
+    def prepare(self, tma: Optional[TmaTensors], pipelines: dict[str, Ring]):
         """Descriptors on their way, barriers initialised and known to TMA."""
-        for tensor in tma:
-            cpasync.prefetch_descriptor(tensor.atom)
+        if const_expr(tma is not None):
+            for tensor in tma:
+                cpasync.prefetch_descriptor(tensor.atom)
         with cute.arch.elect_one():
             for ring in pipelines.values():
                 ring.initialize()
@@ -78,6 +87,10 @@ class Fa3DecodeKernel:
     def load_keys(self, args: SplitArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
         """The producer warp of K and V."""
         KeyLoader(self.config, args, tma, storage, pipelines).run()
+
+    def load_rows(self, args: SplitArguments, storage: Storage, pipelines: dict[str, Ring], index: int):
+        """A producer warp of K and V by rows."""
+        RowLoader(self.config, args, storage, pipelines, index).run()
 
     def load_queries(self, args: SplitArguments, storage: Storage, pipelines: dict[str, Ring]):
         """The producer warp of Q."""

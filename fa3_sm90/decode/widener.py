@@ -14,7 +14,7 @@ from cute_fa.device.registers import opaque, widen_codes
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_walk import SplitWalk
-from cute_fa.device.tma_boxes import panel_bytes
+from cute_fa.device.tma_boxes import panel_bytes, tile_place
 from fa3_sm90.decode.config import WIDENERS, Fa3DecodeConfig
 from fa3_sm90.decode.storage import Storage
 
@@ -39,13 +39,8 @@ class Widening:
         self.code_width, self.width = panel_bytes(self.code_columns), panel_bytes(2 * self.columns)
         row, self.chunk = cute.arch.lane_idx() // _ROW_LANES, cute.arch.lane_idx() % _ROW_LANES
         codes, numbers = getattr(storage, f"{name}_codes").toint(), getattr(storage, name).toint()
-        self.source = opaque(codes + self.place(row, self.chunk * _CHUNK, self.code_width))
-        self.target = opaque(numbers + self.place(row, self.chunk * (2 * _CHUNK), self.width))
-
-    def place(self, row: Int32, byte: Int32, width: int) -> Int32:
-        """Of a byte of a row of a tile whose panels have rows of ``width`` bytes; ``row``: up to 8."""
-        swizzle = row * width // 128 % (width // _CHUNK) * _CHUNK
-        return byte // width * (self.config.tile_n * width) + row * width + (byte % width ^ swizzle)
+        self.source = opaque(codes + tile_place(row, self.chunk * _CHUNK, self.code_width, c.tile_n))
+        self.target = opaque(numbers + tile_place(row, self.chunk * (2 * _CHUNK), self.width, c.tile_n))
 
     @cute.jit
     def widen(self, before: RingState, behind: RingState):

@@ -14,7 +14,6 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa3_sm90.decode.entry import Fa3Decode
 from tests.testing.cases import FA2_FEATURES, fa2_cases, small_problem, spec_name, spec_of
-from tests.testing.gradients import call_of
 from tests.testing.simulated import unwritten_is_nan
 
 DECODE = Entry("fa3_decode", "fa3", Direction.FORWARD, (SmArch.SM_90A,), "fa3_sm90.decode.entry:Fa3Decode")
@@ -61,7 +60,7 @@ def run(spec: InputSpec, inputs: str = "random", splits: int = 0, num_sms: int =
     """(out, lse, simulation) of one call, after comparison with the reference."""
     given = make_inputs(spec, inputs)
     with cute_fa.simulate("sm_90a", num_sms=num_sms, **simulation) as simulated, unwritten_is_nan():
-        out, lse = engine.attention(call_of(given, num_splits=splits))
+        out, lse = engine.attention(given.call(num_splits=splits))
     result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
     assert result.ok, result
     return out, lse, simulated
@@ -72,10 +71,30 @@ def test_features_in_pairs(case):
     run(spec_of(case), case["inputs"], *case["cut"], race=True, **case["schedule"])
 
 
-@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("page_size", [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
 def test_page_sizes(page_size):
     """Pages shorter than, as long as, and longer than a block of 64 keys; unlisted pages and unused slots are NaN."""
     run(InputSpec(2, 2, 300, 4, 2, 64, page_size=page_size, causal=True), "peaked", num_sms=5)
+
+
+ROWS = [
+    {"page_size": 1, "head_dim": 128},
+    {"page_size": 2, "head_dim": 256, "seqlen_q": 40},
+    {"page_size": 4, "head_dim": 8, "head_dim_v": 72, "varlen_q": True},
+    {"page_size": 16, "head_dim": 72, "head_dim_v": 192, "cache_leftpad": True},
+    {"page_size": 1, "head_dim": 128, "dtype_k": DType.E4M3, "dtype_v": DType.E5M2},
+    {"page_size": 64, "head_dim": 80, "cache_leftpad": True, "dtype_k": DType.E4M3, "dtype_v": DType.E4M3},
+]
+
+
+@pytest.mark.parametrize("changes", ROWS, ids=str)
+@pytest.mark.parametrize(
+    "simulation", [{}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2}], ids=str
+)
+def test_keys_by_rows(changes, simulation):
+    """From pages that TMA cannot cut blocks from."""
+    spec = dataclasses.replace(InputSpec(3, 2, 300, 4, 2, 64, causal=True), **changes)
+    run(spec, "peaked", num_sms=7, race=True, **simulation)
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 5, 132])
