@@ -45,14 +45,16 @@ class RowCopies:
         self.ring.wait_free(state)
         stage = self.target + state.stage * (c.tile_n * self.row_bytes)
         head = self.tensor.iterator.toint() + self.bytes(2) * piece.head + self.chunk * CHUNK_BYTES
-        for group in cutlass.range_constexpr(self.index * self.group, c.tile_n, c.row_loaders * self.group):
-            for row in cutlass.range_constexpr(group, group + self.group, self.rows):
-                place = stage ^ swizzle_bits(row % TMA_ROWS, self.width)
+        # not unrolled: with all of a block's addresses at hand 32 accesses spilled where one warp has all rows of codes
+        for group in cutlass.range(self.index * self.group, c.tile_n, c.row_loaders * self.group, unroll=1):
+            of_group = stage + group * self.width
+            for row in cutlass.range_constexpr(0, self.group, self.rows):
+                place = of_group ^ swizzle_bits(row % TMA_ROWS, self.width)
                 if const_expr(self.whole):
-                    copy(piece, pages, head, first_key + row, place, row * self.width)
+                    copy(piece, pages, head, first_key + group + row, place, row * self.width)
                 else:
                     if self.inside:
-                        copy(piece, pages, head, first_key + row, place, row * self.width)
+                        copy(piece, pages, head, first_key + group + row, place, row * self.width)
 
     @cute.jit
     def copy(self, piece: Piece, pages: cute.Tensor, head: Int64, first_key: Int32, place: Int32, offset: int):
