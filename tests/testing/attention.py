@@ -1,7 +1,8 @@
 """An attention kernel on several problems, each checked against the reference: a script for ``python -m ptxsim``.
 
 Arguments: whose kernel (cute-fa or fa4), head_dim, mask (full, causal, varlen: packed sequences and a window; paged),
-and what (forward by default; fp8: the forward in e4m3; split: its keys in three parts; backward; deterministic: the
+and what (forward by default; fp8: the forward in e4m3; split: its keys in three parts; decode: few queries, the keys cut
+evenly between CTAs, rows: the same from pages of one token, codes: from a cache in e4m3; backward; deterministic: the
 backward without atomic additions). The problems are small, and made so that waits and barriers matter: tiles of queries
 without keys, with one block of keys, two and many, and more tiles than SMs.
 """
@@ -22,9 +23,14 @@ from tests.testing.gradients import call_of
 from tests.testing.turns import Turns
 
 
+# Parts of the keys, 0: cut evenly between CTAs.
+SPLITS = {"split": 3, "decode": 0, "rows": 0, "codes": 0}
+CACHES = {"rows": {"page_size": 1}, "codes": {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}}
+
+
 def problems(head_dim: int, mask: str, what: str) -> list[InputSpec]:
-    if what == "split":
-        return decoding(head_dim, mask)
+    if what in SPLITS:
+        return [dataclasses.replace(spec, **CACHES.get(what, {})) for spec in decoding(head_dim, mask)]
     if what == "fp8":
         return [dataclasses.replace(spec, dtype=DType.E4M3) for spec in problems(head_dim, mask, "forward")]
     packed = {"varlen_q": True, "varlen_k": True}
@@ -76,7 +82,8 @@ def fa4(given: Inputs):
 
 
 def check_forward(given: Inputs, whose: str, splits: int) -> None:
-    persistent = {"persistent": "on"} if torch.cuda.get_device_capability() == (9, 0) else {}
+    tiled = torch.cuda.get_device_capability() == (9, 0) and splits == 1
+    persistent = {"persistent": "on"} if tiled else {}
     out, lse = fa4(given) if whose == "fa4" else given.run(return_lse=True, num_splits=splits, **persistent)
     result = reference.expected(given.q, given.k, given.v, **given.options()).check(out, lse)
     assert result.ok, f"{given.spec}: {result}"
@@ -110,8 +117,8 @@ def check_backward(given: Inputs, whose: str, deterministic: bool) -> None:
 def main(whose: str, head_dim: str, mask: str, what: str = "forward") -> None:
     for spec in problems(int(head_dim), mask, what):
         given = make_inputs(spec, "peaked", device="cuda")
-        if what in ("forward", "fp8", "split"):
-            check_forward(given, whose, splits=3 if what == "split" else 1)
+        if what in ("forward", "fp8", *SPLITS):
+            check_forward(given, whose, SPLITS.get(what, 1))
         else:
             check_backward(given, whose, deterministic=what == "deterministic")
 

@@ -121,6 +121,9 @@ VICTIMS += [
     Victim(*FAMILIES[1], 256, mask, "backward") for mask in ("full", "causal", "varlen")
 ]  # always deterministic
 
+DECODES = (("decode", "causal"), ("decode", "varlen"), ("decode", "paged"), ("rows", "causal"), ("codes", "paged"))
+VICTIMS += [Victim(*FAMILIES[1], head_dim, mask, what) for head_dim in (64, 128) for what, mask in DECODES]
+
 
 # What escapes are: family, or group of kernels, whose notes come first; file and function, instruction, and what it
 # does there.
