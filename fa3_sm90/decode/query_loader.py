@@ -41,14 +41,16 @@ class QueryLoader:
         walk = SplitWalk(self.config, self.args.common, self.args.grid)
         valid, piece_at, advance = walk.valid, walk.piece, walk.next
         load_rows, gqa_ratio = self.load_rows, walk.gqa_ratio
-        wait_free, publish = self.ring.wait_free, self.ring.publish
+        # wgmma reads them behind a fence, ldmatrix needs none
+        hand_on = self.ring.signal if const_expr(self.config.queries_in_registers) else self.ring.publish
+        wait_free = self.ring.wait_free
         queries = ring_start()
         state = walk.first(cute.arch.block_idx()[0])
         while valid(state):
             piece = piece_at(state)
             wait_free(queries)
             load_rows(piece, gqa_ratio)
-            publish(queries.stage)
+            hand_on(queries.stage)
             queries = ring_next(queries, 1)
             state = advance(state, piece)
 
