@@ -1,9 +1,9 @@
 """An attention kernel on several problems, each checked against the reference: a script for ``python -m ptxsim``.
 
 Arguments: whose kernel (cute-fa or fa4), head_dim, mask (full, causal, varlen: packed sequences and a window; paged),
-and what (forward by default; fp8: the forward in e4m3; split: its keys in three parts; decode: few queries, the keys cut
-evenly between CTAs, rows: the same from pages of one token, codes: from a cache in e4m3; backward; deterministic: the
-backward without atomic additions). The problems are small, and made so that waits and barriers matter: tiles of queries
+and what (forward by default; fp8: the forward in e4m3; split: its keys in three parts; decode: few queries, the keys
+cut evenly between CTAs, rows: the same from pages of one token, codes: from a cache in e4m3; backward; deterministic:
+the backward without atomic additions). The problems are small, and made so that waits and barriers matter: tiles of queries
 without keys, with one block of keys, two and many, and more tiles than SMs.
 """
 
@@ -21,7 +21,6 @@ from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs, output_gradients
 from tests.testing.gradients import call_of
 from tests.testing.turns import Turns
-
 
 # Parts of the keys, 0: cut evenly between CTAs.
 SPLITS = {"split": 3, "decode": 0, "rows": 0, "codes": 0}
