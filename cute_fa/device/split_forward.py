@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,14 +40,11 @@ class Launch(NamedTuple):
 
 
 class SplitForward(AttentionKernel):
-    """``most_tokens``: query tokens of a sequence up to which a problem that leaves the splits open is this kernel's.
-
-    Scratch memory, fp32, a tile being tile_m rows of head_dim_v + 1 numbers: two tiles for each CTA of an even cut,
+    """Scratch memory, fp32, a tile being tile_m rows of head_dim_v + 1 numbers: two tiles for each CTA of an even cut,
     whatever the lengths and the batch; of N parts, N for each tile that there may be.
     """
 
     direction = Direction.FORWARD
-    most_tokens: ClassVar[int]
 
     @classmethod
     @abstractmethod

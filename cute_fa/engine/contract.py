@@ -229,6 +229,8 @@ class AttentionKernel(ABC):
     # then makes of the heuristic's config for a problem; None where it is left as it is.
     tuned: ClassVar[type[KernelConfig] | None] = None
     override: ClassVar[Callable[[Any, Any], Any] | None] = None
+    # Query tokens of a sequence up to which a problem that leaves the number of splits open is this kernel's.
+    most_tokens: ClassVar[int] = 0
 
     @classmethod
     @abstractmethod

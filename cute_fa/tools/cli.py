@@ -311,8 +311,12 @@ def _explain(options: ProblemOptions) -> None:
     problem, kernel = options.compiled()
     notes = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH, highlight=False)
     table = Table("kernel", "config", "", header_style="bold")
+    kernels = {entry.name: entry.kernel for entry in TABLE.entries}
     for name, reasons in TABLE.explain(problem, options["family"]).items():
-        table.add_row(name, "", ", ".join(reasons) or "serves the problem")
+        said = ", ".join(reasons) or "serves the problem"
+        if not reasons and not options["num_splits"] and 0 < (most := kernels[name]().most_tokens) < problem.seqlen_q:
+            said += f"; with num_splits left open up to {most} query tokens are its own, {problem.seqlen_q} a prompt's"
+        table.add_row(name, "", said)
     for candidate in kernel.candidates(problem):
         table.add_row(kernel.__name__, _shown(candidate.config), candidate.reason or "[bold]chosen[/]")
     notes.print(table)

@@ -3,8 +3,8 @@
 Arguments: whose kernel (cute-fa or fa4), head_dim, mask (full, causal, varlen: packed sequences and a window; paged),
 and what (forward by default; fp8: the forward in e4m3; split: its keys in three parts; decode: few queries, the keys
 cut evenly between CTAs, rows: the same from pages of one token, codes: from a cache in e4m3; backward; deterministic:
-the backward without atomic additions). The problems are small, and made so that waits and barriers matter: tiles of queries
-without keys, with one block of keys, two and many, and more tiles than SMs.
+the backward without atomic additions). The problems are small, and made so that waits and barriers matter: tiles of
+queries without keys, with one block of keys, two and many, and more tiles than SMs.
 """
 
 import dataclasses
