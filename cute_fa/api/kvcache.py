@@ -40,6 +40,7 @@ class CacheOptions(SharedOptions, total=False):
     page_table: torch.Tensor | None
     block_table: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
+    seqused_q: torch.Tensor | None
     cu_seqlens_k_new: torch.Tensor | None
     max_seqlen_q: int | None
     max_seqlen_k_new: int | None
@@ -127,6 +128,7 @@ def flash_attn_with_kvcache(
     page_table: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
     cu_seqlens_k_new: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k_new: int | None = None,
@@ -160,6 +162,8 @@ def flash_attn_with_kvcache(
 
     q: (batch, seqlen_q, heads, head_dim), or (total_q, heads, head_dim) with ``cu_seqlens_q`` int32 (batch + 1) and at
     most ``max_seqlen_q`` queries a sequence (None: total_q).
+    seqused_q: int32 (batch), how many queries of each sequence count, all by default; those are its last tokens. Beyond
+    them O is 0 and LSE −inf. New rows of k and v all count, whatever it says: ``cu_seqlens_k_new`` packs fewer.
     k_cache, v_cache: (batch, seqlen_cache, heads_kv, head_dim | head_dim_v); with ``cache_batch_idx`` int32 (batch),
     (batch_cache, …), of which sequence b's is number cache_batch_idx[b]; or pages (num_pages, page_size, heads_kv, …)
     with ``page_table`` (``block_table``) int32 (batch, max_pages), or (batch_cache, max_pages) of which the index says
@@ -213,6 +217,7 @@ def flash_attn_with_kvcache(
         k_cache,
         v_cache,
         cu_seqlens_q=cu_seqlens_q,
+        seqused_q=seqused_q,
         seqused_k=_lengths(cache_seqlens, q, cu_seqlens_q),
         page_table=page_table if page_table is not None else block_table,
         cache_batch_idx=cache_batch_idx,
@@ -282,6 +287,7 @@ def _append(call: Call, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | No
         page_table=extras.page_table,
         cache_batch_idx=extras.cache_batch_idx,
         cu_seqlens_q=extras.cu_seqlens_q,
+        seqused_q=extras.seqused_q,
         max_seqlen_q=options.max_seqlen_q,
         rotate_each=options.window_left is not None or options.window_right is not None,
         **new,

@@ -92,9 +92,8 @@ class InputSpec:
             raise ArgumentError(f"layout={self.layout!r}: one of {', '.join(_LAYOUTS)}")
         if self.page_size and self.varlen_k:
             raise ArgumentError("varlen_k with page_size: a paged cache takes its lengths from seqused_k")
-        if self.is_cache and (self.varlen_k or self.seqused_q):
-            given = "varlen_k" if self.varlen_k else "seqused_q"
-            raise ArgumentError(f"{given} with cache_batch_idx or cache_leftpad: the function for caches takes none")
+        if self.is_cache and self.varlen_k:
+            raise ArgumentError("varlen_k with cache_batch_idx or cache_leftpad: the function for caches takes none")
         if self.positions and not self.ranges:
             raise ArgumentError("positions without ranges: nothing depends on them")
 
@@ -154,8 +153,8 @@ class Inputs:
         where there is an index or left padding, the varlen one where there are lengths, pages or trees."""
         options = self.options()
         if self.spec.is_cache:
-            used, ignored = options.pop("seqused_k"), ("cu_seqlens_k", "seqused_q")
-            options = {name: value for name, value in options.items() if name not in ignored}
+            used = options.pop("seqused_k")
+            del options["cu_seqlens_k"]
             return options | {"cache_seqlens": used, "max_seqlen_q": self.spec.seqlen_q}
         lengths = {name: options.pop(name) for name in _LENGTH_TENSORS}
         if all(tensor is None for tensor in (*lengths.values(), self.tree_mask)):

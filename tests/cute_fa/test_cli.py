@@ -202,9 +202,10 @@ def test_a_spec_has_the_problem_of_its_tensors(spec):
     "options",
     [
         "--cache-batch-idx",
-        "--cache-leftpad --causal",
+        "--cache-leftpad --causal --seqused-q",
         "--cache-batch-idx --num-splits 0 --seqlen-k 900",
         "--page-size 16 --cache-leftpad --num-splits 2",
+        "--tree --page-size 2 --varlen --num-splits 0",
         "--append --query --rotary-dim 16 --varlen",
         "--append --dtype-k e4m3 --dtype-v e5m2 --query --rotary-dim 16 --page-size 8",
         "--append --dtype e5m2 --dtype-v e4m3 --cache-batch-idx",

@@ -36,6 +36,7 @@ FEATURES = {
     "page_size": [None, 2, 8, 1024],
     # new tokens of each of two sequences; None: all are in the cache
     "new": [None, [1, 1], [4, 0], [37, 37], [5, 30]],
+    "used_q": [False, True],
     "rotary": [None, "halves", "interleaved"],
     "window": [(None, None), (None, 0), (16, 0), (9, 3)],
     "sink_tokens": [0, 3],
@@ -61,15 +62,18 @@ def case_name(case: dict) -> str:
 
 def spec_of(case: dict) -> InputSpec:
     new, (head_dim, head_dim_v) = case["new"] or [1, 3], case["head_dim"]
-    packed = new[0] != new[1]
+    packed, lengths_q = new[0] != new[1], tuple(new)
+    if not packed:
+        lengths_q = (new[0], new[0] // 2) if case["used_q"] else None
     return InputSpec(
         *(2, max(new), 150, *case["heads"], head_dim),
         head_dim_v=head_dim_v,
         dtype=case["dtype"],
         varlen_q=packed,
+        seqused_q=case["used_q"],
         seqused_k=case["page_size"] is None,
         page_size=case["page_size"],
-        lengths_q=tuple(new) if packed else None,
+        lengths_q=lengths_q,
         lengths_k=(150, 77),
         window=case["window"],
         **{name: case[name] for name in ("sink_tokens", "alibi", "softcap", "learnable_sink")},
@@ -82,6 +86,7 @@ def run(case: dict, device: str = "cpu") -> None:
     packed = {name: options.pop(name) for name in ("cu_seqlens_q", "seqused_k", "cu_seqlens_k", "seqused_q")}
     if packed["cu_seqlens_q"] is not None:
         options |= {"cu_seqlens_q": packed["cu_seqlens_q"], "max_seqlen_q": given.spec.seqlen_q}
+    options["seqused_q"] = packed["seqused_q"]
     reads, cache, new = given, {"k_cache": given.k, "v_cache": given.v, "cache_seqlens": given.seqused_k}, {}
     if case["new"] is not None:
         rotary = None
@@ -369,6 +374,10 @@ def test_caches_beyond_int32(dim):
         ({"rotary_interleaved": 2}, ArgumentError, "rotary_interleaved=2"),
         ({"cache_leftpad": torch.zeros(2)}, DTypeError, "cache_leftpad is float32"),
         ({"cache_leftpad": torch.tensor([9, 60], dtype=torch.int32)}, LengthError, r"cache_leftpad\[1\]=60: .* 29"),
+        ({"seqused_q": torch.zeros(2)}, DTypeError, "seqused_q is float32: int32 is needed"),
+        ({"seqused_q": torch.zeros(3, dtype=torch.int32)}, ShapeError, r"seqused_q \(3,\): \(2,\) is needed"),
+        ({"seqused_q": torch.tensor([4, 5], dtype=torch.int32)}, LengthError, r"seqused_q\[1\]=5: .* the 4 tokens"),
+        ({"tree_mask": torch.zeros(2, 4, 0, dtype=torch.int32)}, ShapeError, r"tree_mask \(2, 4, 0\)"),
         ({"qv": torch.zeros(2)}, UnsupportedArgumentError, "qv"),
         ({"nonsense": 1}, ArgumentError, "nonsense: no such argument"),
         ({"window_size": (-3, 0)}, CuteFaError, "window_size left=-3"),

@@ -174,7 +174,7 @@ def _lengths_kind(call: str, rng: random.Random) -> dict[str, Any]:
         return kinds if any(kinds.values()) else packed
     if call == "flash_attn_with_kvcache":
         kinds = page if _chance(rng, 0.5) else {"seqused_k": _chance(rng, 0.9)}
-        return {**kinds, "varlen_q": _chance(rng, 0.4)}
+        return {**kinds, "varlen_q": _chance(rng, 0.4), "seqused_q": _chance(rng, 0.25)}
     if call == "append_kv":
         kinds = page if _chance(rng, 0.5) else {"seqused_k": True}
         return {**kinds, "varlen_q": _chance(rng, 0.4), "seqused_q": _chance(rng, 0.3)}

@@ -475,7 +475,7 @@ def _with_kvcache(problem: Problem) -> list[str]:
     if problem.cache.one_length:
         seqlens = problem.lengths_k[0]
     names = ("causal", "window_size", "sink_tokens", "softcap", "alibi_slopes", "learnable_sink", "softmax_scale")
-    options = {name: options[name] for name in (*names, "cu_seqlens_q", "page_table", *_DESCALES)}
+    options = {name: options[name] for name in (*names, "cu_seqlens_q", "seqused_q", "page_table", *_DESCALES)}
     if given.cu_seqlens_q is not None and problem.max_seqlens:
         options["max_seqlen_q"] = spec.seqlen_q
     options |= {"cache_seqlens": seqlens, "cache_batch_idx": cache.index, "out": _into(problem, given)}

@@ -215,7 +215,7 @@ class Problem:
                 yield "a chunk's queries are the last of the keys"
             if self.prefix + max(self.lengths_q) > spec.seqlen_k:
                 yield "pages hold the longest prefix and the longest chunk behind it"
-        if call in CACHE_CALLS and (spec.varlen_k or (spec.seqused_q and call != "append_kv")):
+        if call in CACHE_CALLS and spec.varlen_k:
             yield "a cache's lengths are cache_seqlens"
         if spec.tree and (call not in TREES or not self.max_seqlens):
             yield "this call has no tree, or not of the longest length"
