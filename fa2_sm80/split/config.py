@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import ClassVar, NamedTuple
 
-from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen
+from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, padded
 from cute_fa.semantics.problem import AttentionProblem
 
 WARPS = 4  # of a CTA, but for tiles of 128 rows
 _MOST_WARPS = 8
 WARP_ROWS = 16
 TILE_N = 64
+# Columns of O for which a warp that has all keys of a step finds registers beside the scores of 64 of them: with more
+# it spills up to 10 accesses, with 32 keys none.
+_MOST_COLUMNS = 192
 # Query tokens of a sequence up to which this kernel is chosen where the caller leaves the splits open.
 MOST_TOKENS = 128
 _RESERVED_BYTES = 1024  # of shared memory, by the system for each CTA
@@ -32,9 +35,9 @@ class Fa2SplitConfig(FeatureConfig):
     kernel_module: ClassVar[str] = "fa2_sm80.split.kernel"
 
     row_warps: int
+    tile_n: int
     stages: int
     even: bool = True
-    tile_n: int = TILE_N
     least_blocks: int = 2
 
     @property
@@ -57,8 +60,8 @@ class Fa2SplitConfig(FeatureConfig):
     @property
     def smem_bytes(self) -> int:
         """Q, and K and V of every stage, whose place the parts of O take."""
-        keys = self.stages * self.tile_n * (self.head_dim_padded + self.head_dim_v_padded) * self.dtype.bytes
-        return self.dtype.bytes * self.tile_m * self.head_dim_padded + max(keys, self.merge_bytes)
+        keys = self.stages * self.tile_n * (self.head_dim_padded + self.head_dim_v_padded)
+        return max(self.dtype.bytes * (self.tile_m * self.head_dim_padded + keys), self.merge_bytes)
 
     @property
     def ctas_per_sm(self) -> int:
@@ -89,8 +92,8 @@ _WIDE_DEPTHS = ((1, 4), (1, 3), (1, 2))
 @lru_cache(maxsize=4096)
 def split_config(problem: AttentionProblem) -> Fa2SplitConfig:
     """As few rows a tile as hold the queries: one warp's 16 rows with the keys shared by four warps, else 64, or 128
-    where there are more and they leave room for two steps of keys. 64 keys a step, and as many steps in flight, up to
-    four, as two CTAs find room for; one CTA where that leaves it a single step."""
+    where there are more and they leave room for two steps of keys. 64 keys a step, or 32 where registers are short, and
+    as many steps in flight, up to four, as two CTAs find room for; one CTA where that leaves it a single step."""
     return _config(problem, chosen(_weighed(problem)))
 
 
@@ -101,7 +104,9 @@ def split_candidates(problem: AttentionProblem) -> list[Candidate]:
 
 def _config(problem: AttentionProblem, tiles: Tiles) -> Fa2SplitConfig:
     features, even = FeatureConfig.features(problem), problem.num_splits == 0
-    return Fa2SplitConfig(**features, row_warps=tiles.row_warps, stages=tiles.stages, even=even)
+    halved = tiles.row_warps > 1 and padded(problem.head_dim_v) > _MOST_COLUMNS
+    tile_n = TILE_N // 2 if halved else TILE_N
+    return Fa2SplitConfig(**features, row_warps=tiles.row_warps, tile_n=tile_n, stages=tiles.stages, even=even)
 
 
 def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:

@@ -64,7 +64,9 @@ class Fa2SplitKernel:
         state = shares.first(cute.arch.block_idx()[0])
         while valid(state):
             piece = piece_at(state)
-            compute(args, smem, piece, gqa_ratio)
+            # through shuffles, see fa3_sm90.forward.consumer.Consumer.steps
+            start, stop = (cute.arch.make_warp_uniform(number) for number in (piece.start, piece.stop))
+            compute(args, smem, piece._replace(start=start, stop=stop), gqa_ratio)
             state = advance(state, piece)
 
     @cute.jit
@@ -188,20 +190,16 @@ class Fa2SplitKernel:
                 args.parts.out[slot, row, chunk * COLUMNS + i] = values[i]
 
     def smem_tiles(self) -> SplitTiles:
-        c, allocator = self.config, SmemAllocator()
-
-        def allocate(elements: int) -> cute.Pointer:
-            return allocator.allocate_tensor(self.dtype, cute.make_layout(elements), SMEM_ALIGNMENT).iterator
-
-        q = allocate(c.tile_m * c.head_dim_padded)
-        keys = c.stages * c.tile_n * c.head_dim_padded
-        values = c.stages * c.tile_n * c.head_dim_v_padded
-        k = allocate(max(keys + values, c.merge_bytes // c.dtype.bytes))
+        c = self.config
+        layout = cute.make_layout(c.smem_bytes // c.dtype.bytes)
+        memory = SmemAllocator().allocate_tensor(self.dtype, layout, SMEM_ALIGNMENT).iterator
+        k = memory + c.tile_m * c.head_dim_padded
+        v = k + c.stages * c.tile_n * c.head_dim_padded
         return SplitTiles(
-            q=SmemTile(q, c.tile_m, c.head_dim_padded),
+            q=SmemTile(memory, c.tile_m, c.head_dim_padded),
             k=SmemTile(k, c.tile_n, c.head_dim_padded),
-            v=SmemTile(k + keys, c.tile_n, c.head_dim_v_padded),
-            merge=cute.recast_ptr(k, dtype=Float32),
+            v=SmemTile(v, c.tile_n, c.head_dim_v_padded),
+            merge=cute.recast_ptr(memory, dtype=Float32),
         )
 
 
