@@ -60,37 +60,38 @@ class Fa2SplitKernel:
         """A CTA walks over its share."""
         shares, smem = SplitWalk(self.config, args.common, args.grid), self.smem_tiles()
         valid, piece_at, advance, gqa_ratio = shares.valid, shares.piece, shares.next, shares.gqa_ratio
-        compute = self.compute
+        compute, store = self.compute, self.store
         state = shares.first(cute.arch.block_idx()[0])
         while valid(state):
+            compute(args, smem, piece_at(state), gqa_ratio)
+            # found again rather than kept in registers over the loop over keys
+            state = state._replace(batch=cute.arch.make_warp_uniform(state.batch))
             piece = piece_at(state)
-            # through shuffles, see fa3_sm90.forward.consumer.Consumer.steps
-            start, stop = (cute.arch.make_warp_uniform(number) for number in (piece.start, piece.stop))
-            compute(args, smem, piece._replace(start=start, stop=stop), gqa_ratio)
+            store(args, smem, piece, gqa_ratio)
             state = advance(state, piece)
 
     @cute.jit
     def compute(self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32):
-        """A piece: its rows' queries, its key blocks, and what came out."""
+        """A piece: its rows' queries, its key blocks, and what came out into shared memory."""
         c, tidx = self.config, cute.arch.thread_idx()[0]
+        # through shuffles, see fa3_sm90.forward.consumer.Consumer.steps
+        start, stop = (cute.arch.make_warp_uniform(number) for number in (piece.start, piece.stop))
         place = self.query_places(args, piece, gqa_ratio)
         load_q = RowLoader(smem.q, c.head_dim, tidx, c.num_threads)
         load_queries, rows = load_q.load, load_q.rows()
-        if piece.start < piece.stop:
+        if start < stop:
             load_queries([place(row) for row in rows], 0)
-        ring = self.key_ring(args, smem, piece, tidx)
-        ring.prologue(piece.start)
+        ring = self.key_ring(args, smem, piece, stop, tidx)
+        ring.prologue(start)
         tile = self.row_tile(args, smem, piece, gqa_ratio)
         # every block is masked: decoding waits for memory
-        walk([MaskedRange(piece.start, piece.stop, True, c.window_left)], partial(tile.step, ring))
+        walk([MaskedRange(start, stop, True, c.window_left)], partial(tile.step, ring))
         cute.arch.sync_threads()
         tile.to_smem(smem.merge, tile.score.offset_log2)
         cute.arch.sync_threads()
-        self.store(args, smem, piece, gqa_ratio, tidx)
-        cute.arch.sync_threads()  # the next piece's keys take the place of the parts
 
-    def key_ring(self, args: SplitArguments, smem: SplitTiles, piece: Piece, tidx: Int32) -> RowRing:
-        """K and V of the piece on their way."""
+    def key_ring(self, args: SplitArguments, smem: SplitTiles, piece: Piece, stop: Int32, tidx: Int32) -> RowRing:
+        """K and V of the piece on their way, up to the iteration ``stop``."""
         c, common, info = self.config, args.common, piece.info
         sequence, paged = common.key_batch(piece.batch), c.page_size is not None
         loaders = tuple(
@@ -112,7 +113,7 @@ class Fa2SplitKernel:
             piece.blocks,
             common.window,
             info.seqlen_k,
-            piece.stop,
+            stop,
         )
 
     def row_tile(self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32) -> RowTile:
@@ -144,13 +145,14 @@ class Fa2SplitKernel:
         return address
 
     @cute.jit
-    def store(self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32, tidx: Int32):
+    def store(self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32):
         """Merge the warps' parts and write them: to O and LSE, or to scratch memory where other CTAs have parts of the
         tile."""
-        c, store_row = self.config, self.store_row
+        c, store_row, tidx = self.config, self.store_row, cute.arch.thread_idx()[0]
         chunks = c.head_dim_v // COLUMNS
         for i in cutlass.range(tidx, c.tile_m * chunks, c.num_threads, unroll=1):
             store_row(args, smem, piece, gqa_ratio, i // chunks, i % chunks)
+        cute.arch.sync_threads()  # the next piece's queries and keys take the place of the parts
 
     @cute.jit
     def store_row(

@@ -1,104 +1,59 @@
 """The Hopper decode, simulated, against the fp32 reference: features in pairs, shares of CTAs, pages, what is read."""
 
-import dataclasses
+from collections import Counter
 
 import pytest
-import torch
 
-import cute_fa
-from cute_fa.engine import attention as engine
-from cute_fa.engine import plan as plans
-from cute_fa.engine.table import DispatchTable, Entry
-from cute_fa.semantics.reference import expected
-from cute_fa.semantics.types import Direction, SmArch
-from cute_fa.tools.inputs import InputSpec, make_inputs
+from cute_fa.semantics.types import SmArch
+from cute_fa.tools.inputs import InputSpec
 from fa3_sm90.decode.entry import Fa3Decode
-from tests.testing.cases import FA2_FEATURES, fa2_cases, small_problem, spec_name, spec_of
-from tests.testing.gradients import call_of
-from tests.testing.simulated import unwritten_is_nan
+from tests.testing.cases import fa2_cases, small_problem
+from tests.testing.loads import recorded_loads
+from tests.testing.split_tests import Split, SplitTests, case_name, features
 
-DECODE = Entry("fa3_decode", "fa3", Direction.FORWARD, (SmArch.SM_90A,), "fa3_sm90.decode.entry:Fa3Decode")
-ONLY_DECODE = DispatchTable((DECODE,))
-
-
-FEATURES = {
-    **FA2_FEATURES,
-    "lengths": [
+FEATURES = features(
+    lengths=[
         {},
         {"seqused_k": True},
         {"varlen_q": True, "varlen_k": True},
         {"seqused_q": True, "page_size": 8},
         {"varlen_q": True, "page_size": 64},
         {"varlen_q": True, "seqused_q": True, "page_size": 16},
-    ],
-    "heads": [(2, 2), (8, 2), (3, 1)],
-    "layout": ["contiguous", "padded", "transposed", "expanded"],
-    # tiles of 64 and 128 rows, of one row and of many, and tiles that end inside a query's group of heads
-    "seqlens": [(1, 300), (5, 211), (40, 77), (90, 150)],
-    # evenly between so many SMs, or in parts
-    "cut": [(0, 1), (0, 3), (0, 8), (0, 132), (1, 132), (3, 132)],
-    "inputs": ["random", "peaked"],
-    "schedule": [{}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2}],
-}
+    ]
+)
 
 
-def case_name(case: dict) -> str:
-    return f"{spec_name(spec_of(case))}-{case['cut']}-{case['inputs']}"
+class TestDecode(SplitTests):
+    split = Split("fa3_decode", "sm_90a")
+    ctas_per_sm = 1
 
+    def loads(self, given, num_sms):
+        with recorded_loads() as loads:
+            self.split.check(given, num_sms=num_sms)
+        return loads
 
-@pytest.fixture(autouse=True)
-def only_decode(monkeypatch):
-    """Problems that other kernels are preferred for, too."""
-    monkeypatch.setattr(engine, "TABLE", ONLY_DECODE)
-    plans.PLANS.clear()
-    yield
-    plans.PLANS.clear()
+    def key_bytes(self, given, num_sms):
+        return sum(load.bytes for load in self.loads(given, num_sms))
 
+    def key_blocks(self, given, num_sms):
+        """One box each."""
+        of_k = (load for load in self.loads(given, num_sms) if load.extents[0] == given.spec.head_dim)
+        return list(Counter(load.cta for load in of_k).values())
 
-def run(spec: InputSpec, inputs: str = "random", splits: int = 0, num_sms: int = 132, **simulation):
-    """(out, lse, simulation) of one call, after comparison with the reference."""
-    given = make_inputs(spec, inputs)
-    with cute_fa.simulate("sm_90a", num_sms=num_sms, **simulation) as simulated, unwritten_is_nan():
-        out, lse = engine.attention(call_of(given, num_splits=splits))
-    result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
-    assert result.ok, result
-    return out, lse, simulated
+    @pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
+    def test_features_in_pairs(self, case):
+        self.split.run_case(case)
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
+    def test_features_in_pairs_on_the_gpu(self, case):
+        self.split.run_case_on_the_gpu(case)
 
-@pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
-def test_features_in_pairs(case):
-    run(spec_of(case), case["inputs"], *case["cut"], race=True, **case["schedule"])
-
-
-@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
-def test_page_sizes(page_size):
-    """Pages shorter than, as long as, and longer than a block of 64 keys; unlisted pages and unused slots are NaN."""
-    run(InputSpec(2, 2, 300, 4, 2, 64, page_size=page_size, causal=True), "peaked", num_sms=5)
-
-
-@pytest.mark.parametrize("num_sms", [1, 2, 5, 132])
-def test_a_sequence_without_keys(num_sms):
-    spec = InputSpec(2, 1, 330, 4, 1, 64, page_size=16, lengths_k=(330, 0), learnable_sink=True)
-    out, lse, _ = run(spec, "peaked", num_sms=num_sms)
-    sink = make_inputs(spec, "peaked").learnable_sink
-    assert (out[1] == 0).all() and torch.allclose(lse[1, :, 0], sink, atol=1e-6)
-    spec = dataclasses.replace(spec, learnable_sink=False)
-    out, lse, _ = run(spec, "peaked", num_sms=num_sms)
-    assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
-
-
-@pytest.mark.parametrize("splits", [1, 2, 5, 6, 300])
-def test_parts_without_keys(splits):
-    """More parts than a sequence has blocks."""
-    run(InputSpec(2, 1, 330, 4, 1, 64, page_size=16, lengths_k=(330, 0), learnable_sink=True), "peaked", splits)
-
-
-def test_same_bits_under_every_schedule():
-    spec = InputSpec(2, 3, 300, 4, 2, 64, causal=True, page_size=16)
-    first, first_lse, _ = run(spec)
-    for seed in range(2):
-        out, lse, _ = run(spec, schedule_seed=seed, late=True)
-        assert torch.equal(out, first) and torch.equal(lse, first_lse)
+    @pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
+    def test_page_sizes(self, page_size):
+        """Pages shorter than, as long as, and longer than a block of 64 keys; unlisted pages and unused slots are
+        NaN."""
+        self.split.run(InputSpec(2, 2, 300, 4, 2, 64, page_size=page_size, causal=True), "peaked", num_sms=5)
 
 
 def test_every_pair_of_head_dims_fits_shared_memory():
