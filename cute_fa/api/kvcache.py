@@ -176,7 +176,8 @@ def flash_attn_with_kvcache(
     too, where nothing rotates. ``rotary_interleaved``: neighbours are pairs, as in FA2 and FA3; else halves. See
     :func:`cute_fa.append_kv`.
     scheduler_metadata: of ``cute_fa.compat.fa3.get_scheduler_metadata`` for this batch; changes nothing.
-    num_splits: parts that the keys are split into; 0 lets the occupancy choose, and with it the kernel.
+    num_splits: parts that the keys are split into; 0 leaves it to the table, and with it the kernel: up to 128 tokens
+    go to one whose CTAs share all key blocks evenly.
 
     Under autocast q and the new k and v are cast to the caches' dtype; the caches, which are written, never are.
 

@@ -41,8 +41,8 @@ class _Loads(Observer):
     def copy_issued(self, copy):
         if copy.box is not None and not copy.is_store:
             tensor, start = copy.box
-            ends = (min(first + size, extent) for first, size, extent in zip(start, tensor.box, tensor.extents))
-            sizes = (max(end - max(first, 0), 0) for first, end in zip(start, ends))
+            shape = zip(start, tensor.box, tensor.extents, strict=True)
+            sizes = (max(min(first + size, extent) - max(first, 0), 0) for first, size, extent in shape)
             inside = tensor.element_bytes * math.prod(sizes)
             self.found.append(Load(copy.targets[0][0], tensor.extents, tuple(start), inside))
 
