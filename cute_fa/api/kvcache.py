@@ -184,7 +184,8 @@ def flash_attn_with_kvcache(
     tree_mask: int32 (batch, seqlen_q, words) or (total_q, words), which draft tokens a query sees where the queries are
     a tree of them, as for :func:`cute_fa.flash_attn_varlen_func`; the drafts are the last keys after the append.
     scheduler_metadata: of ``cute_fa.compat.fa3.get_scheduler_metadata`` for this batch; changes nothing.
-    num_splits: parts that the keys are split into; 0 lets the occupancy choose, and with it the kernel.
+    num_splits: parts that the keys are split into; 0 leaves it to the table, and with it the kernel: up to 128 tokens
+    go to one whose CTAs share all key blocks evenly.
 
     Under autocast q and the new k and v are cast to the caches' dtype; the caches, which are written, never are.
 

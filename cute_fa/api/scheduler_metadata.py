@@ -1,8 +1,8 @@
 """``scheduler_metadata`` of FlashAttention 3 and 4: what a server computes once a step and hands to every layer.
 
 They keep there how many splits each sequence gets, and a counter for their dynamic scheduler. Kernels here
-need neither: num_splits and lengths that the host knows choose grid and splits, and each CTA finds its keys from the
-lengths on the device. So the tensor says "no plan", as zeros, and results do not depend on it: callers that compute
+need neither: lengths that the host knows choose the grid, and each CTA finds its share of all keys from the lengths on
+the device. So the tensor says "no plan", as zeros, and results do not depend on it: callers that compute
 one, keep it in a buffer for CUDA graphs and pass it on work as they are. A tensor of another form is refused.
 """
 

@@ -62,6 +62,14 @@ def lse_row(common: CommonArguments, piece: Piece, place: RowPlace) -> cute.Tens
     return head_row(common.lse, place.head, piece.batch, piece.info.offset_q, packed)
 
 
+def store_chunk(values: cute.Tensor, row: cute.Tensor, chunk: Int32, dtype):
+    """COLUMNS columns of a row of O, 16 bytes."""
+    narrowed = cute.make_rmem_tensor(COLUMNS, dtype)
+    narrowed.store(values.load().to(dtype))
+    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), dtype, num_bits_per_copy=128)
+    cute.copy(copy, narrowed, cute.local_tile(row, (COLUMNS,), (chunk,)))
+
+
 class CombineKernel:
     """A grid of (``merges``, tile_m / ROWS)."""
 
@@ -129,10 +137,7 @@ class CombineKernel:
             values, lse = self.merged(parts, first, count, row, chunk * COLUMNS, sink, even)
             if chunk == 0:
                 lse_row(common, piece, place)[place.query] = lse if place.counts else -Float32.inf
-            narrowed = cute.make_rmem_tensor(COLUMNS, self.dtype)
-            narrowed.store(values.load().to(self.dtype))
-            copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=128)
-            cute.copy(copy, narrowed, cute.local_tile(out_row(common, piece, place), (COLUMNS,), (chunk,)))
+            store_chunk(values, out_row(common, piece, place), chunk, self.dtype)
 
     @cute.jit
     def merged(

@@ -11,10 +11,10 @@ from cute_fa.device.visibility import Window
 
 
 def stage_of(iteration: Int32, stages: int):
-    """Stage of an iteration ≥ 0; of two without the three instructions that a remainder of any sign takes."""
+    """Stage of an iteration ≥ 0; of two or four without the three instructions that a remainder of any sign takes."""
     if stages == 1:
         return 0
-    return iteration & 1 if stages == 2 else iteration % stages
+    return iteration & (stages - 1) if stages in (2, 4) else iteration % stages
 
 
 class BlockRing(ABC):

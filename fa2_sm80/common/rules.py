@@ -15,7 +15,7 @@ MAX_ACCUMULATORS = 128
 
 
 def objections(
-    problem: AttentionProblem, grids: Callable[[], dict[str, int]], *, rows_of_any_head: bool = False
+    problem: AttentionProblem, grids: Callable[[], dict[str, int]] = dict, *, rows_of_any_head: bool = False
 ) -> list[str]:
     """Reasons why an FA2 kernel does not serve the problem.
 
@@ -37,7 +37,7 @@ def objections(
     if problem.direction is Direction.BACKWARD:
         indexed = {"cache_batch_idx": problem.cache_batch_idx, "cache_leftpad": problem.cache_leftpad}
         reasons += [f"{name}: a cache has no gradient" for name, given in indexed.items() if given]
-    if problem.persistent is PersistentMode.ON:
+    if problem.persistent is PersistentMode.ON and problem.num_splits:
         reasons.append("persistent: this kernel launches one CTA for each tile")
     if reasons:
         return reasons

@@ -7,22 +7,18 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import ClassVar, NamedTuple
 
-from cute_fa.device.tiling import ceil_div
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, padded
 from cute_fa.semantics.problem import AttentionProblem
-from cute_fa.semantics.visibility import visible_keys
 
-WARPS = 4
+WARPS = 4  # of a CTA, but for tiles of 128 rows
+_MOST_WARPS = 8
 WARP_ROWS = 16
 TILE_N = 64
-# Up to as many rows as one tile holds the keys are read once, and more CTAs come from splitting them alone.
-DECODE_ROWS = WARPS * WARP_ROWS
-# What the model of ``num_splits`` counts in key blocks beside the blocks themselves: a CTA's start, with the first
-# copies' latency, and the second kernel. Not yet measured on a GPU.
-_START_BLOCKS = 2
-_COMBINE_BLOCKS = 4
-_MAX_SPLITS = 128
-_MAX_CTAS_PER_SM = 2
+# Columns of O for which a warp that has all keys of a step finds registers beside the scores of 64 of them: with more
+# it spills up to 10 accesses, with 32 keys none.
+_MOST_COLUMNS = 192
+# Query tokens of a sequence up to which this kernel is chosen where the caller leaves the splits open.
+MOST_TOKENS = 128
 _RESERVED_BYTES = 1024  # of shared memory, by the system for each CTA
 
 
@@ -32,8 +28,8 @@ class Fa2SplitConfig(FeatureConfig):
 
     A row is one query of one head; the rows of all query heads of a kv head share tiles, so that each key is read once
     for all of them. ``row_warps`` warps own 16 rows each, ``key_warps`` share the ``tile_n`` keys of a step;
-    ``stages`` steps are in flight. ``split``: a CTA computes a part of the keys,
-    and a second kernel merges the parts.
+    ``stages`` steps are in flight. ``even``: the CTAs share all key blocks, those that would have fewer than
+    ``least_blocks`` have none; else each has a part of a tile.
     """
 
     kernel_module: ClassVar[str] = "fa2_sm80.split.kernel"
@@ -41,11 +37,12 @@ class Fa2SplitConfig(FeatureConfig):
     row_warps: int
     tile_n: int
     stages: int
-    split: bool = False
+    even: bool = True
+    least_blocks: int = 2
 
     @property
     def key_warps(self) -> int:
-        return WARPS // self.row_warps
+        return max(WARPS // self.row_warps, 1)
 
     @property
     def tile_m(self) -> int:
@@ -53,7 +50,7 @@ class Fa2SplitConfig(FeatureConfig):
 
     @property
     def num_threads(self) -> int:
-        return 32 * WARPS
+        return 32 * self.row_warps * self.key_warps
 
     @property
     def merge_bytes(self) -> int:
@@ -63,32 +60,40 @@ class Fa2SplitConfig(FeatureConfig):
     @property
     def smem_bytes(self) -> int:
         """Q, and K and V of every stage, whose place the parts of O take."""
-        keys = self.stages * self.tile_n * (self.head_dim_padded + self.head_dim_v_padded) * self.dtype.bytes
-        return self.dtype.bytes * self.tile_m * self.head_dim_padded + max(keys, self.merge_bytes)
+        keys = self.stages * self.tile_n * (self.head_dim_padded + self.head_dim_v_padded)
+        return max(self.dtype.bytes * (self.tile_m * self.head_dim_padded + keys), self.merge_bytes)
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """How many an SM has room for, up to two; of registers eight warps take all."""
+        with_memory = (self.arch.smem_bytes + _RESERVED_BYTES) // (self.smem_bytes + _RESERVED_BYTES)
+        return min(with_memory, _MOST_WARPS * 32 // self.num_threads)
 
     @property
     def compile_name(self) -> str:
-        return self.named("fa2_split", paged=self.page_size is not None, parts=self.split)
+        return self.named("fa2_split", paged=self.page_size is not None, parts=not self.even)
 
 
 class Tiles(NamedTuple):
-    """The fields of these names of :class:`Fa2SplitConfig`, and how many CTAs of them an SM has room for."""
+    """``row_warps`` and ``stages`` of a :class:`Fa2SplitConfig`, and how many CTAs of it an SM is to have room for."""
 
     row_warps: int
     ctas_per_sm: int
     stages: int
 
 
-_ROW_WARPS = (1, 2, 4)
-# (CTAs an SM, stages) in order of preference.
+# (CTAs an SM, stages) in order of preference: two CTAs, so that one computes while the other waits for memory.
 _DEPTHS = ((2, 4), (2, 3), (2, 2), (1, 4), (1, 3), (1, 2), (1, 1))
+# Of eight warps, which take all registers of an SM. With one stage nobody would compute while memory is waited for: two
+# tiles of 64 rows read the keys twice instead, the second time out of the L2 cache.
+_WIDE_DEPTHS = ((1, 4), (1, 3), (1, 2))
 
 
 @lru_cache(maxsize=4096)
 def split_config(problem: AttentionProblem) -> Fa2SplitConfig:
-    """As few rows a tile as hold the queries: one warp's 16 rows with the keys shared by four warps for decoding, up to
-    64 rows for chunks of a prompt. 64 keys a step, and as many steps in flight, up to four, as two CTAs find room for,
-    so that one computes while the other waits for memory; one CTA where that leaves it a single step."""
+    """As few rows a tile as hold the queries: one warp's 16 rows with the keys shared by four warps, else 64, or 128
+    where there are more and they leave room for two steps of keys. 64 keys a step, or 32 where registers are short, and
+    as many steps in flight, up to four, as two CTAs find room for; one CTA where that leaves it a single step."""
     return _config(problem, chosen(_weighed(problem)))
 
 
@@ -98,38 +103,30 @@ def split_candidates(problem: AttentionProblem) -> list[Candidate]:
 
 
 def _config(problem: AttentionProblem, tiles: Tiles) -> Fa2SplitConfig:
-    return Fa2SplitConfig(
-        **FeatureConfig.features(problem),
-        row_warps=tiles.row_warps,
-        tile_n=TILE_N,
-        stages=tiles.stages,
-        split=problem.num_splits > 1,
-    )
+    features, even = FeatureConfig.features(problem), problem.num_splits == 0
+    halved = tiles.row_warps > 1 and padded(problem.head_dim_v) > _MOST_COLUMNS
+    tile_n = TILE_N // 2 if halved else TILE_N
+    return Fa2SplitConfig(**features, row_warps=tiles.row_warps, tile_n=tile_n, stages=tiles.stages, even=even)
 
 
 def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
     """Tiles in order of preference, each with why it is refused."""
     rows = problem.seqlen_q * problem.gqa_ratio
-    for row_warps in _ROW_WARPS:
-        held = WARP_ROWS * row_warps
-        if rows > held and row_warps != _ROW_WARPS[-1]:
-            largest = WARP_ROWS * _ROW_WARPS[-1]
-            yield (
-                Tiles(row_warps, *_DEPTHS[0]),
-                f"{rows} rows of a kv head: {ceil_div(rows, held)} tiles of {held} would each read its keys, "
-                f"{ceil_div(rows, largest)} of {largest}",
-            )
-            continue
-        for depth in _DEPTHS:
+    if rows <= WARP_ROWS:
+        sizes = [(1, _DEPTHS)]
+    elif rows <= WARP_ROWS * WARPS:
+        sizes = [(WARPS, _DEPTHS)]
+    else:
+        sizes = [(_MOST_WARPS, _WIDE_DEPTHS), (WARPS, _DEPTHS)]
+    for row_warps, depths in sizes:
+        for depth in depths:
             tiles = Tiles(row_warps, *depth)
             yield tiles, _depth_objection(problem, tiles)
 
 
 def _depth_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
     """Why an SM has no room for so many CTAs with so many steps of keys."""
-    head_dim, head_dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
-    keys = tiles.stages * TILE_N * (head_dim + head_dim_v)
-    needed = problem.dtype.bytes * (WARP_ROWS * tiles.row_warps * head_dim + keys)
+    needed = _config(problem, tiles).smem_bytes
     available = problem.arch.smem_bytes // tiles.ctas_per_sm - (tiles.ctas_per_sm - 1) * _RESERVED_BYTES
     if needed <= available:
         return None
@@ -137,22 +134,3 @@ def _depth_objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
         f"shared memory: {needed:,} bytes of Q and {tiles.stages} steps of keys, {available:,} available with "
         f"{tiles.ctas_per_sm} CTA{'s' * (tiles.ctas_per_sm > 1)} an SM"
     )
-
-
-def num_splits(problem: AttentionProblem, num_sms: int) -> int | None:
-    """Into how many parts to split the keys: what takes the least time if a CTA's time is its key blocks and a start,
-    CTAs run in waves of as many as fit the GPU, and a second kernel follows where there is more than one part. Lengths
-    on the device are not read: ``seqlen_k`` is the longest that there may be. None for more rows than one tile."""
-    if problem.seqlen_q * problem.gqa_ratio > DECODE_ROWS:
-        return None
-    config = split_config(problem)
-    tiles = problem.num_heads_kv * problem.batch
-    window = problem.window_left, problem.window_right, problem.sink_tokens
-    blocks = ceil_div(visible_keys(problem.seqlen_q, problem.seqlen_k, *window), config.tile_n)
-    ctas = num_sms * max(1, min(_MAX_CTAS_PER_SM, problem.arch.smem_bytes // config.smem_bytes))
-
-    def time(splits: int) -> int:
-        waves = ceil_div(tiles * splits, ctas)
-        return waves * (ceil_div(blocks, splits) + _START_BLOCKS) + (_COMBINE_BLOCKS if splits > 1 else 0)
-
-    return min(range(1, min(_MAX_SPLITS, max(blocks, 1)) + 1), key=time)

@@ -1,8 +1,9 @@
 """The split-KV forward (flash decoding): few queries, many keys, paged or not.
 
-The query heads of one kv head share a tile of rows, so that each key is read once for all of them; the keys of a step
-are shared by the warps, and those of a sequence by ``num_splits`` CTAs. All of these give normalised parts of O with
-their LSE, which are merged by log-sum-exp: the warps' in shared memory, the CTAs' by a second kernel.
+The query heads of one kv head share a tile of rows, so that each key is read once for all of them; every CTA has a
+share of all key blocks (``cute_fa.device.split_walk``), and its warps share the rows of a tile, or the keys of a step.
+All of these give normalised parts of O with their LSE, which are merged by log-sum-exp: the warps' in shared memory,
+those of a tile that was cut by a second kernel.
 """
 
 from functools import partial
@@ -12,15 +13,26 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_fa.device.block_range import MaskedRange, block_range
+from cute_fa.device.block_range import MaskedRange
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.heads import head_row
 from cute_fa.device.score import Score
+from cute_fa.device.split_arguments import SplitArguments
+from cute_fa.device.split_parts import (
+    COLUMNS,
+    ROWS,
+    THREADS,
+    CombineKernel,
+    RowPlace,
+    lse_row,
+    out_row,
+    row_place,
+    store_chunk,
+)
+from cute_fa.device.split_walk import Piece, SplitWalk
 from cute_fa.device.tree_mask import DraftWords
 from fa2_sm80.common.copies import ELEMENT_BYTES, SMEM_ALIGNMENT, SmemTile
 from fa2_sm80.common.walk import walk
-from fa2_sm80.split.arguments import SplitArguments, split_fakes
-from fa2_sm80.split.combine import COLUMNS, CombineKernel, merge_parts, merged_lse, store_chunk
+from fa2_sm80.split.combine import merge_parts, merged_lse
 from fa2_sm80.split.config import Fa2SplitConfig
 from fa2_sm80.split.loader import KeyRows, RowLoader, RowRing
 from fa2_sm80.split.row_tile import RowTile, SplitTiles, merged_parts
@@ -36,187 +48,169 @@ class Fa2SplitKernel:
     @cute.jit
     def __call__(self, args: SplitArguments, stream):
         c = self.config
-        heads_kv, batches = args.common.k.shape[-2], args.common.batches
-        tiles = cute.ceil_div(args.seqlen_q * (args.common.q.shape[-2] // heads_kv), c.tile_m)
         self.kernel(args).launch(
-            grid=(tiles * heads_kv * batches * args.num_splits, 1, 1),
-            block=(c.num_threads, 1, 1),
-            smem=c.smem_bytes,
-            stream=stream,
+            grid=(args.grid.ctas, 1, 1), block=(c.num_threads, 1, 1), smem=c.smem_bytes, stream=stream
         )
-        if const_expr(c.split):
-            combine = CombineKernel(c)
-            rows = args.parts.lse.shape[1]
-            combine.kernel(args.parts, args.common.out, args.common.lse, args.common.learnable_sink).launch(
-                grid=(cute.ceil_div(rows, combine.rows), 1, 1), block=(combine.num_threads, 1, 1), stream=stream
+        if args.grid.merges > 0:
+            CombineKernel(c).kernel(args.common, args.parts, args.grid).launch(
+                grid=(args.grid.merges, c.tile_m // ROWS, 1), block=(THREADS, 1, 1), stream=stream
             )
 
     @cute.kernel
     def kernel(self, args: SplitArguments):
-        """One CTA: a tile of rows of one kv head, and one split of its key blocks."""
-        c = self.config
-        tidx, _, _ = cute.arch.thread_idx()
-        index, _, _ = cute.arch.block_idx()
-        heads_kv = args.common.k.shape[-2]
-        gqa_ratio = args.common.q.shape[-2] // heads_kv
-        split, index = index % args.num_splits, index // args.num_splits
-        head_kv, index = index % heads_kv, index // heads_kv
-        tiles = cute.ceil_div(args.seqlen_q * gqa_ratio, c.tile_m)
-        first_row, batch = index % tiles * c.tile_m, index // tiles
-        info = args.common.info(batch)
-        if first_row < info.rows_q * gqa_ratio:
-            smem = self.smem_tiles()
-            first_query, last_query = first_row // gqa_ratio, (first_row + c.tile_m - 1) // gqa_ratio
-            queries = last_query - first_query + 1
-            blocks = block_range(args.common.window, info.seqlen_q, info.seqlen_k, first_query, queries, c.tile_n)
-            steps = cute.ceil_div(blocks.total, args.num_splits)
-            start = cutlass.min(split * steps, blocks.total)
-            stop = cutlass.min(start + steps, blocks.total)
+        """A CTA walks over its share."""
+        shares, smem = SplitWalk(self.config, args.common, args.grid), self.smem_tiles()
+        valid, piece_at, advance, gqa_ratio = shares.valid, shares.piece, shares.next, shares.gqa_ratio
+        compute, store = self.compute, self.store
+        state = shares.first(cute.arch.block_idx()[0])
+        while valid(state):
+            compute(args, smem, piece_at(state), gqa_ratio)
+            # found again rather than kept in registers over the loop over keys
+            state = state._replace(batch=cute.arch.make_warp_uniform(state.batch))
+            piece = piece_at(state)
+            store(args, smem, piece, gqa_ratio)
+            state = advance(state, piece)
 
-            place = self.query_places(args, info, batch, head_kv, gqa_ratio, first_row)
-            load_q = RowLoader(smem.q, c.head_dim, tidx, c.num_threads)
-            load_queries, rows = load_q.load, load_q.rows()
-            if start < stop:
-                load_queries([place(row) for row in rows], 0)
-            paged = c.page_size is not None
-            sequence = args.common.key_batch(batch)
-            keys = tuple(
-                KeyRows(tensor, head_kv, sequence, info.offset_k, c.cu_seqlens_k, paged)
-                for tensor in (args.common.k, args.common.v)
-            )
-            ring = RowRing(
-                c.stages,
-                (
-                    RowLoader(smem.k, c.head_dim, tidx, c.num_threads),
-                    RowLoader(smem.v, c.head_dim_v, tidx, c.num_threads),
-                ),
-                keys,
-                args.common.page_table[sequence, None] if const_expr(paged) else None,
-                c.page_size,
-                info.offset_k,
-                blocks,
-                args.common.window,
-                info.seqlen_k,
-                stop,
-            )
-            ring.prologue(start)
-            tile = self.row_tile(args, smem, info, batch, head_kv, gqa_ratio, first_row)
-            # every block is masked: decoding waits for memory
-            walk([MaskedRange(start, stop, True, c.window_left)], partial(tile.step, ring))
-            cute.arch.sync_threads()
-            tile.to_smem(smem.merge, tile.score.offset_log2)
-            cute.arch.sync_threads()
-            self.store(args, smem, info, batch, head_kv, gqa_ratio, first_row, split, tidx)
+    @cute.jit
+    def compute(self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32):
+        """A piece: its rows' queries, its key blocks, and what came out into shared memory."""
+        c, tidx = self.config, cute.arch.thread_idx()[0]
+        # through shuffles, see fa3_sm90.forward.consumer.Consumer.steps
+        start, stop = (cute.arch.make_warp_uniform(number) for number in (piece.start, piece.stop))
+        place = self.query_places(args, piece, gqa_ratio)
+        load_q = RowLoader(smem.q, c.head_dim, tidx, c.num_threads)
+        load_queries, rows = load_q.load, load_q.rows()
+        if start < stop:
+            load_queries([place(row) for row in rows], 0)
+        ring = self.key_ring(args, smem, piece, stop, tidx)
+        ring.prologue(start)
+        tile = self.row_tile(args, smem, piece, gqa_ratio)
+        # every block is masked: decoding waits for memory
+        walk([MaskedRange(start, stop, True, c.window_left)], partial(tile.step, ring))
+        cute.arch.sync_threads()
+        tile.to_smem(smem.merge, tile.score.offset_log2)
+        cute.arch.sync_threads()
 
-    def row_tile(self, args: SplitArguments, smem: SplitTiles, info, batch, head_kv, gqa_ratio, first_row) -> RowTile:
-        """The registers of this warp, with the slopes of its rows' heads and the drafts that its queries
-        see."""
-        c = self.config
-        score = Score.of(args.common.softmax_scale, args.common.softcap)
-        tile = RowTile(c, smem, info, first_row, gqa_ratio, args.common.window, score)
+    def key_ring(self, args: SplitArguments, smem: SplitTiles, piece: Piece, stop: Int32, tidx: Int32) -> RowRing:
+        """K and V of the piece on their way, up to the iteration ``stop``."""
+        c, common, info = self.config, args.common, piece.info
+        sequence, paged = common.key_batch(piece.batch), c.page_size is not None
+        loaders = tuple(
+            RowLoader(tile, head_dim, tidx, c.num_threads)
+            for tile, head_dim in ((smem.k, c.head_dim), (smem.v, c.head_dim_v))
+        )
+        rows = tuple(
+            KeyRows(tensor, piece.head, sequence, info.offset_k, c.cu_seqlens_k, paged)
+            for tensor in (common.k, common.v)
+        )
+        pages = common.page_table[sequence, None] if const_expr(paged) else None
+        return RowRing(
+            c.stages,
+            loaders,
+            rows,
+            pages,
+            c.page_size,
+            info.offset_k,
+            piece.blocks,
+            common.window,
+            info.seqlen_k,
+            stop,
+        )
+
+    def row_tile(self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32) -> RowTile:
+        """The registers of this warp, with the slopes of its rows' heads and the drafts that its queries see."""
+        c, common = self.config, args.common
+        score = Score.of(common.softmax_scale, common.softcap)
+        tile = RowTile(c, smem, piece.info, piece.first_row, gqa_ratio, common.window, score)
         if const_expr(c.alibi):
-            heads = [head_kv * gqa_ratio + row % gqa_ratio for row in tile.rows]
-            slopes = tuple(args.common.alibi_slopes[batch, head] for head in heads)
-            tile.score = Score.of(args.common.softmax_scale, args.common.softcap, slopes)
+            heads = [piece.head * gqa_ratio + row % gqa_ratio for row in tile.rows]
+            slopes = tuple(common.alibi_slopes[piece.batch, head] for head in heads)
+            tile.score = Score.of(common.softmax_scale, common.softcap, slopes)
         if const_expr(c.tree_mask):
-            tile.drafts = tuple(DraftWords.of(args.common.tree_mask, info, batch, query) for query in tile.queries)
+            tile.drafts = tuple(
+                DraftWords.of(common.tree_mask, piece.info, piece.batch, query) for query in tile.queries
+            )
         return tile
 
-    def query_places(self, args: SplitArguments, info, batch, head_kv, gqa_ratio, first_row):
+    def query_places(self, args: SplitArguments, piece: Piece, gqa_ratio: Int32):
         """A function that says where a row of Q lies, for :meth:`RowLoader.load`."""
-        q, packed = args.common.q, self.config.cu_seqlens_q
+        q, packed, info = args.common.q, self.config.cu_seqlens_q, piece.info
         token_bytes = Int64(q.stride[0] if const_expr(packed) else q.stride[1]) * ELEMENT_BYTES
         head_bytes = Int64(q.stride[-2]) * ELEMENT_BYTES
-        start = q.iterator.toint() + head_bytes * (head_kv * gqa_ratio)
+        start = q.iterator.toint()
         if const_expr(packed):
             start = start + token_bytes * info.offset_q
         else:
-            start = start + Int64(batch) * (Int64(q.stride[0]) * ELEMENT_BYTES)
+            start = start + Int64(piece.batch) * (Int64(q.stride[0]) * ELEMENT_BYTES)
 
         def address(row):
-            query, head = (first_row + row) // gqa_ratio, (first_row + row) % gqa_ratio
-            return start + token_bytes * query + head_bytes * head, query < info.seqlen_q
+            place = row_place(piece, gqa_ratio, row)
+            return start + token_bytes * place.query + head_bytes * place.head, place.counts
 
         return address
 
     @cute.jit
-    def store(
-        self,
-        args: SplitArguments,
-        smem: SplitTiles,
-        info,
-        batch: Int32,
-        head_kv: Int32,
-        gqa_ratio: Int32,
-        first_row: Int32,
-        split: Int32,
-        tidx: Int32,
-    ):
-        """Merge the warps' parts and write them: to O and LSE, or where splits are merged later. Rows that do not count
-        get 0 and −inf."""
-        c = self.config
-        out, lses = merged_parts(c, smem.merge)
-        chunks = c.head_dim_v_padded // COLUMNS
+    def store(self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32):
+        """Merge the warps' parts and write them: to O and LSE, or to scratch memory where other CTAs have parts of the
+        tile."""
+        c, store_row, tidx = self.config, self.store_row, cute.arch.thread_idx()[0]
+        chunks = c.head_dim_v // COLUMNS
         for i in cutlass.range(tidx, c.tile_m * chunks, c.num_threads, unroll=1):
-            row, column = i // chunks, i % chunks * COLUMNS
-            query, head = (first_row + row) // gqa_ratio, head_kv * gqa_ratio + (first_row + row) % gqa_ratio
-            if query < info.rows_q:
-                sink = args.common.learnable_sink[head] if const_expr(c.learnable_sink and not c.split) else None
-                lse = merged_lse(lses, row, c.tile_m, c.key_warps, sink)
-                merged = merge_parts(out, lses, row, c.tile_m, c.key_warps, lse, column)
-                if query >= info.seqlen_q:
-                    lse = -Float32.inf
-                    merged.fill(0.0)
-                if const_expr(c.split):
-                    self.store_part(args, info, merged, lse, split, batch, head, query, column)
-                else:
-                    self.store_out(args, info, merged, lse, batch, head, query, column)
+            store_row(args, smem, piece, gqa_ratio, i // chunks, i % chunks)
+        cute.arch.sync_threads()  # the next piece's queries and keys take the place of the parts
 
     @cute.jit
-    def store_part(self, args: SplitArguments, info, merged, lse, split, batch, head, query, column):
-        """One row's chunk of this CTA's part; O only where there is any."""
-        c, parts = self.config, args.parts
-        row = (batch * args.common.q.shape[-2] + head) * args.common.q.shape[1] + query
-        if const_expr(c.cu_seqlens_q):
-            row = head * args.common.q.shape[0] + info.offset_q + query
-        if column == 0:
-            parts.lse[split, row] = lse if query < info.seqlen_q else Float32.inf
-        if lse != -Float32.inf and column < c.head_dim_v:
+    def store_row(
+        self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32, row: Int32, chunk: Int32
+    ):
+        """A chunk of a row of the tile."""
+        c, store_out, store_part = self.config, self.store_out, self.store_part
+        out, lses = merged_parts(c, smem.merge)
+        place = row_place(piece, gqa_ratio, row)
+        if place.exists:
+            sink = None
+            if const_expr(c.learnable_sink):  # added once, where parts are merged if there are any
+                sink = cutlass.select_(piece.whole, args.common.learnable_sink[place.head], -Float32.inf)
+            lse = merged_lse(lses, row, c.tile_m, c.key_warps, sink)
+            values = merge_parts(out, lses, row, c.tile_m, c.key_warps, lse, chunk * COLUMNS)
+            if piece.whole:
+                store_out(args, piece, place, values, lse, chunk)
+            elif place.counts:
+                store_part(args, piece.slot, row, values, lse, chunk)
+
+    @cute.jit
+    def store_out(self, args: SplitArguments, piece: Piece, place: RowPlace, values, lse: Float32, chunk: Int32):
+        """A chunk of a row of O, and its LSE; of one that does not count 0 and −inf."""
+        if not place.counts:
+            values.fill(0.0)
+        if chunk == 0:
+            lse_row(args.common, piece, place)[place.query] = lse if place.counts else -Float32.inf
+        store_chunk(values, out_row(args.common, piece, place), chunk, self.dtype)
+
+    @cute.jit
+    def store_part(self, args: SplitArguments, slot: Int32, row: Int32, values, lse: Float32, chunk: Int32):
+        """A chunk of a row of the CTA's part of a tile, and its LSE."""
+        if chunk == 0:
+            args.parts.lse[slot, row] = lse
+        if lse != -Float32.inf:
             for i in cutlass.range_constexpr(COLUMNS):
-                parts.out[split, row, column + i] = merged[i]
-
-    @cute.jit
-    def store_out(self, args: SplitArguments, info, merged, lse, batch, head, query, column):
-        """One row's chunk of O, and its LSE."""
-        c = self.config
-        lse_row = head_row(args.common.lse, head, batch, info.offset_q, c.cu_seqlens_q)
-        if column == 0:
-            lse_row[query] = lse
-        target = args.common.out[batch, query, head, None] if const_expr(not c.cu_seqlens_q) else None
-        if const_expr(c.cu_seqlens_q):
-            target = args.common.out[info.offset_q + query, head, None]
-        if column < c.head_dim_v:
-            store_chunk(merged, target, column, self.dtype)
+                args.parts.out[slot, row, chunk * COLUMNS + i] = values[i]
 
     def smem_tiles(self) -> SplitTiles:
-        c, allocator = self.config, SmemAllocator()
-
-        def allocate(elements: int) -> cute.Pointer:
-            return allocator.allocate_tensor(self.dtype, cute.make_layout(elements), SMEM_ALIGNMENT).iterator
-
-        q = allocate(c.tile_m * c.head_dim_padded)
-        keys = c.stages * c.tile_n * c.head_dim_padded
-        values = c.stages * c.tile_n * c.head_dim_v_padded
-        k = allocate(max(keys + values, c.merge_bytes // c.dtype.bytes))
+        c = self.config
+        layout = cute.make_layout(c.smem_bytes // c.dtype.bytes)
+        memory = SmemAllocator().allocate_tensor(self.dtype, layout, SMEM_ALIGNMENT).iterator
+        k = memory + c.tile_m * c.head_dim_padded
+        v = k + c.stages * c.tile_n * c.head_dim_padded
         return SplitTiles(
-            q=SmemTile(q, c.tile_m, c.head_dim_padded),
+            q=SmemTile(memory, c.tile_m, c.head_dim_padded),
             k=SmemTile(k, c.tile_n, c.head_dim_padded),
-            v=SmemTile(k + keys, c.tile_n, c.head_dim_v_padded),
-            merge=cute.recast_ptr(k, dtype=Float32),
+            v=SmemTile(v, c.tile_n, c.head_dim_v_padded),
+            merge=cute.recast_ptr(memory, dtype=Float32),
         )
 
 
 def build(config: Fa2SplitConfig):
     """The callable and its fake arguments for ``cute.compile``."""
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return Fa2SplitKernel(config), (split_fakes(config), stream)
+    return Fa2SplitKernel(config), (SplitArguments.fakes(config), stream)

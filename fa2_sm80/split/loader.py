@@ -4,11 +4,12 @@ from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Int32, Int64, Uint32, const_expr
 
 from cute_fa.device.async_copies import CHUNK_BYTES, copy_async
 from cute_fa.device.block_range import BlockRange
 from cute_fa.device.pages import page_place
+from cute_fa.device.registers import opaque
 from cute_fa.device.visibility import Window
 from fa2_sm80.common.block_ring import BlockRing
 from fa2_sm80.common.copies import CHUNK, ELEMENT_BYTES, SmemTile
@@ -70,9 +71,11 @@ class KeyRows:
         self.start = start
 
     def address(self, page: Optional[Int32], row: Int32) -> Int64:
-        """Byte address of a row, of a page where there are pages."""
-        start = self.start if const_expr(page is None) else self.start + self.page_bytes * page
-        return start + self.row_bytes * row
+        """Byte address of a row, of a page where there are pages; of unsigned numbers in fewer instructions."""
+        start = self.start
+        if const_expr(page is not None):
+            start = start + self.page_bytes * Int64(Uint32(page))
+        return start + self.row_bytes * Int64(Uint32(row))
 
 
 class RowRing(BlockRing):
@@ -118,4 +121,5 @@ class RowRing(BlockRing):
         index, row = page_place(self.first_key + key, self.page_size)
         if inside:
             page = pages[index]
-        return page, row, inside
+        # opaque: extended to 64 bits before the branches meet, its upper half would be multiplied, too
+        return opaque(page), row, inside

@@ -22,7 +22,7 @@ from fa2_sm80.split.config import WARP_ROWS, Fa2SplitConfig
 
 
 class SplitTiles(NamedTuple):
-    """Tiles of one CTA in shared memory; ``merge``, for the parts of O and their LSE, takes the place of K and V."""
+    """Tiles of one CTA in shared memory; ``merge``, for the parts of O and their LSE, takes the place of all."""
 
     q: SmemTile
     k: SmemTile

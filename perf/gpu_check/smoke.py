@@ -74,6 +74,7 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
     "backward d128": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), backward=True),
     "backward d64": Attention(InputSpec(1, 200, 300, 2, 2, 64), backward=True),
     "split": Attention(InputSpec(2, 1, 700, 4, 1, 128, page_size=64), choices={"num_splits": 3}),
+    "decode": Attention(InputSpec(2, 1, 700, 8, 1, 128, page_size=64), choices={"num_splits": 0}),
     "append": _append,
     "append fp8": _append_fp8,
     "varlen": Attention(InputSpec(3, 200, 200, 2, 1, 128, causal=True, window=(64, 0), varlen_q=True, varlen_k=True)),
@@ -86,6 +87,11 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
     "backward d256": Attention(InputSpec(1, 100, 130, 2, 1, 256, causal=True), backward=True),
     "backward d256, full": Attention(InputSpec(1, 150, 128, 2, 1, 256), backward=True),  # in clusters
     "split d256": Attention(InputSpec(1, 1, 500, 2, 1, 256), choices={"num_splits": 2}),
+    "decode d128, tiles of 128 rows": Attention(
+        InputSpec(2, 16, 500, 8, 1, 128, causal=True, page_size=16), choices={"num_splits": 0}
+    ),
+    "decode d256": Attention(InputSpec(1, 9, 500, 8, 1, 256, causal=True), choices={"num_splits": 0}),
+    "fa2 decode d128": Attention(InputSpec(2, 1, 700, 8, 1, 128), choices={"num_splits": 0, "family": "fa2"}),
     "fa2 d128 causal": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), choices={"family": "fa2"}),
     "walk of a range plan": run_walk_trial,
     "ranges d128": Attention(InputSpec(1, 300, 400, 4, 2, 128, ranges=12)),

@@ -16,15 +16,16 @@ from cute_fa.semantics import errors
 from cute_fa.semantics.reference import expected
 from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa2_sm80.forward.entry import Fa2Forward
-from fa2_sm80.split.config import num_splits
 from fa2_sm80.split.entry import Fa2Split
+from fa3_sm90.decode.entry import Fa3Decode
 from fa3_sm90.forward.entry import Fa3Forward
 from fa4_sm100.forward.entry import Fa4Forward
 from tests.testing.caches import scattered
 from tests.testing.cases import small_problem
 
 TILED = [("sm_90a", "fa3", 1, Fa3Forward), ("sm_100a", "fa4", 1, Fa4Forward)]
-KERNELS = [("sm_80", "fa2", 1, Fa2Forward), *TILED, ("sm_80", "fa2", 3, Fa2Split)]
+SPLIT = [("sm_80", "fa2", 0, Fa2Split), ("sm_80", "fa2", 3, Fa2Split), ("sm_90a", "fa3", 0, Fa3Decode)]
+KERNELS = [("sm_80", "fa2", 1, Fa2Forward), *TILED, *SPLIT]
 SPEC = InputSpec(4, 40, 150, 4, 2, 64, seqused_k=True, causal=True)
 
 
@@ -95,7 +96,7 @@ def test_bad_index(changes, error, message):
     assert not simulation.launches
 
 
-PAGED_KERNELS = [*TILED, ("sm_80", "fa2", 1, Fa2Split), ("sm_80", "fa2", 3, Fa2Split)]
+PAGED_KERNELS = [*TILED, ("sm_80", "fa2", 1, Fa2Split), *SPLIT]
 
 
 @pytest.mark.parametrize(("arch", "family", "splits", "kernel"), PAGED_KERNELS)
@@ -146,12 +147,13 @@ def test_the_backward_takes_no_index():
         assert TABLE.explain(problem)["fa2_bwd"] == [f"{name}: a cache has no gradient"]
 
 
-@pytest.mark.parametrize(("arch", "family", "splits", "kernel"), TILED)
+@pytest.mark.parametrize(("arch", "family", "splits", "kernel"), [*TILED, SPLIT[-1]])
 def test_padding_inside_pages_is_not_for_blocks_that_tma_brings(arch, family, splits, kernel):
     """They start where pages do; the split kernel serves them."""
     problem = small_problem(cute_fa.SmArch.named(arch), cache_leftpad=True, page_size=16)
     rule = "cache_leftpad with page_size 16: blocks of keys start where pages do"
-    assert TABLE.explain(problem, family) == {f"{family}_fwd": [rule]} and kernel.supports(problem) == [rule]
+    assert set(map(tuple, TABLE.explain(problem, family).values())) == {(rule,)}
+    assert kernel.supports(dataclasses.replace(problem, num_splits=splits)) == [rule]
     assert TABLE.lookup(problem) is Fa2Split
 
 
@@ -170,37 +172,56 @@ def decoding(**changes):
     )
 
 
+@pytest.mark.parametrize(("kernel", "ctas_per_sm"), [(Fa2Split, 2), (Fa3Decode, 1)])
 @pytest.mark.parametrize(
-    ("changes", "least", "most"),
+    ("changes", "blocks"),
     [
-        ({"batch": 1}, 32, 128),  # one tile for 108 SMs
-        ({"batch": 216}, 1, 1),  # as many tiles as CTAs fit the GPU
-        ({"batch": 60}, 5, 20),  # several waves of short CTAs, where one of 60 would leave 48 SMs idle
-        ({"batch": 1, "seqlen_k": 64}, 1, 1),  # one block
-        ({"batch": 1, "seqlen_k": 0}, 1, 1),
-        ({"batch": 1, "window_left": 100, "window_right": 0}, 1, 2),  # two blocks of the window
+        ({"batch": 1}, 128),
+        ({"batch": 216}, 216 * 128),
+        ({"batch": 1, "seqlen_k": 64}, 1),
+        ({"batch": 1, "seqlen_k": 0}, 1),  # hidden
+        ({"batch": 1, "window_left": 100, "window_right": 0}, 2),
     ],
 )
-def test_splits_fill_the_gpu(changes, least, most):
-    assert least <= num_splits(decoding(**changes), 108) <= most
+def test_an_even_cut_fills_the_gpu(kernel, ctas_per_sm, changes, blocks):
+    """As many CTAs as run at a time, each with two key blocks at least, of which the host knows the longest lengths;
+    each may leave two parts."""
+    arch = cute_fa.SmArch.SM_90A if kernel is Fa3Decode else cute_fa.SmArch.SM_80
+    problem = dataclasses.replace(decoding(**changes), arch=arch, num_splits=0)
+    config = kernel.configure(problem)
+    ctas = min(108 * ctas_per_sm, -(-blocks // 2))
+    assert kernel.grid(problem, config, 108) == (ctas, ctas - 1, None)
+    out, lse = kernel.scratch(problem, config, None, 108)
+    slots = 2 * ctas if ctas > 1 else 1
+    assert (out.shape, lse.shape) == ((slots, config.tile_m, 128), (slots, config.tile_m))
 
 
-def test_many_rows_are_left_to_the_table():
-    assert num_splits(decoding(seqlen_q=8), 108) is not None
-    assert num_splits(decoding(seqlen_q=9), 108) is None
+@pytest.mark.parametrize(("splits", "merges"), [(1, 0), (2, 216), (7, 216)])
+def test_parts_have_a_cta_each(splits, merges):
+    problem = decoding(batch=216, num_splits=splits)
+    config = Fa2Split.configure(problem)
+    assert Fa2Split.grid(problem, config, 108) == (216 * splits, merges, splits)
+    out, _ = Fa2Split.scratch(problem, config, None, 108)
+    assert out.shape == (216 * splits if merges else 1, 16, 128)
+
+
+def test_many_tokens_are_left_to_the_table():
+    assert Fa2Split.num_splits(decoding(seqlen_q=128), 108) == 0
+    assert Fa2Split.num_splits(decoding(seqlen_q=129), 108) is None
     assert AttentionKernel.num_splits(decoding(), 108) is None
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 def test_open_splits_choose_the_kernel(arch):
-    """Decoding goes to the split kernel although others come first in the table; a prompt does not."""
-    short, long = (InputSpec(1, rows, 400, 8, 1, 64, causal=True) for rows in (2, 60))
-    for spec, splits in ((short, range(2, 8)), (long, [1])):
+    """Decoding goes to the split kernels although others come first in the table; a prompt does not."""
+    decode = Fa3Decode if arch == "sm_90a" else Fa2Split
+    short, long = (InputSpec(1, rows, 400, 8, 1, 64, causal=True) for rows in (2, 129))
+    for spec, splits in ((short, 0), (long, 1)):
         inputs = make_inputs(spec, "peaked")
         with cute_fa.simulate(arch):
             out = cute_fa.flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True, num_splits=0)
         plan = list(plans.PLANS.values())[-1]
-        assert plan.problem.num_splits in splits
-        assert plan.kernel is (Fa2Split if spec is short else TABLE.lookup(plan.problem))
+        assert plan.problem.num_splits == splits
+        assert plan.kernel is (decode if spec is short else TABLE.lookup(plan.problem))
         expected = cute_fa.reference.attention(inputs.q, inputs.k, inputs.v, causal=True)[0]
         torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)

@@ -16,9 +16,12 @@ import cute_fa
 from cute_fa.api import attention, kvcache
 from cute_fa.api.peers import PeerArguments
 from cute_fa.device import backward_arguments as backward_device
+from cute_fa.device import split_forward as split_host
+from cute_fa.device import split_parts, split_walk
 from cute_fa.device import tiled_backward as backward_host
 from cute_fa.device import tiled_forward as tiled_host
 from cute_fa.device.forward_arguments import ForwardArguments
+from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.tile_scheduler import TileGrid
 from cute_fa.engine import contract
 from cute_fa.engine.operators import schema
@@ -33,10 +36,9 @@ from fa2_sm80.append import arguments as append_device
 from fa2_sm80.append import entry as append_host
 from fa2_sm80.forward import arguments as forward_device
 from fa2_sm80.forward import entry as forward_host
-from fa2_sm80.split import arguments as split_device
-from fa2_sm80.split import entry as split_host
 from tests.fa2_sm80 import test_forward as test_fa2_forward
 from tests.fa2_sm80 import test_split as test_fa2_split
+from tests.fa3_sm90 import test_decode as test_fa3_decode
 from tests.testing import forward_grid
 from tests.testing.cases import fa2_cases, spec_of
 
@@ -123,8 +125,9 @@ def test_a_type_checker_sees_the_options_of_the_reference():
 
 TUPLES = [
     (forward_host.Launch, forward_device.ForwardArguments),
-    (split_host.Launch, split_device.SplitArguments),
-    (split_host.Parts, split_device.Parts),
+    (split_host.Launch, SplitArguments),
+    (split_host.Parts, split_parts.Parts),
+    (split_host.Grid, split_walk.SplitGrid),
     (backward_host.Launch, backward_device.BackwardArguments),
     (backward_host.Scratch, backward_device.Scratch),
     (append_host.Launch, append_device.AppendArguments),
@@ -235,9 +238,10 @@ print("right")
     [
         (fa2_cases(test_fa2_forward.FEATURES), {"page_size", "cache_batch_idx", "cache_leftpad", "tree_mask"}),
         (fa2_cases(test_fa2_split.FEATURES), {"cache_batch_idx", "cache_leftpad"}),
+        (fa2_cases(test_fa3_decode.FEATURES), {"cache_batch_idx", "cache_leftpad"}),
         (forward_grid.cases(), {"tree_mask"}),
     ],
-    ids=["fa2", "split", "fa3 and fa4"],
+    ids=["fa2", "split", "decode", "fa3 and fa4"],
 )
 def test_the_kernels_grids_have_every_feature_that_shapes_code(cases, left_out):
     """Where the rows of a cache lie has tests of its own, too, test_cache_index.py, fp8 has a grid, range plans have

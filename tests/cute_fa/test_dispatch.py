@@ -166,11 +166,9 @@ def test_families():
     on_hopper = dataclasses.replace(KEY, arch=SmArch.SM_90A)
     assert TABLE.lookup(on_hopper, family="fa2").family == "fa2"
     assert TABLE.lookup(on_hopper, family="fa3") is TABLE.lookup(on_hopper)
-    assert list(TABLE.explain(on_hopper)) == ["fa3_fwd", "fa2_fwd", "fa2_split"]
+    assert list(TABLE.explain(on_hopper)) == ["fa3_fwd", "fa3_decode", "fa2_fwd", "fa2_split"]
     split = dataclasses.replace(on_hopper, splits=2)
-    with pytest.raises(UnsupportedKeyError, match="fa3_fwd: num_splits 2") as caught:
-        TABLE.lookup(split, family="fa3")
-    assert list(caught.value.reasons) == ["fa3_fwd"]
+    assert TABLE.lookup(split, family="fa3").__name__ == "Fa3Decode"
     with pytest.raises(UnsupportedKeyError, match="fa4_fwd: tcgen05 exists on sm_100a and sm_103a alone; not sm_90a"):
         TABLE.lookup(on_hopper, family="fa4")
     # an FA3 request on Blackwell is one for FA4's kernels, never for FA2's
@@ -179,13 +177,13 @@ def test_families():
         for family in (None, "fa3", "fa4"):
             assert TABLE.lookup(on_blackwell, family).__name__ == "Fa4Forward"
         rule = f"WGMMA exists on sm_90a alone; not {arch.value}"
-        assert TABLE.explain(on_blackwell, "fa3") == {"fa4_fwd": [], "fa3_fwd": [rule]}
+        assert TABLE.explain(on_blackwell, "fa3") == {"fa4_fwd": [], "fa3_fwd": [rule], "fa3_decode": [rule]}
         assert list(TABLE.explain(on_blackwell)) == ["fa4_fwd", "fa2_fwd", "fa2_split"]
         split = dataclasses.replace(on_blackwell, splits=2)
         assert TABLE.lookup(split).__name__ == "Fa2Split"
         with pytest.raises(UnsupportedKeyError, match="fa4_fwd: num_splits 2") as caught:
             TABLE.lookup(split, family="fa3")
-        assert caught.value.reasons["fa3_fwd"] == [rule]
+        assert caught.value.reasons["fa3_fwd"] == caught.value.reasons["fa3_decode"] == [rule]
 
 
 def test_blackwell_without_tcgen05():
@@ -197,7 +195,10 @@ def test_blackwell_without_tcgen05():
     ]
     assert TABLE.explain(key) == {"fa4_fwd": rules[:1], "fa2_fwd": [], "fa2_split": []}
     assert TABLE.lookup(key).__name__ == "Fa2Forward"
-    for family, expected in (("fa3", {"fa4_fwd": rules[:1], "fa3_fwd": rules[1:]}), ("fa4", {"fa4_fwd": rules[:1]})):
+    for family, expected in (
+        ("fa3", {"fa4_fwd": rules[:1], **dict.fromkeys(("fa3_fwd", "fa3_decode"), rules[1:])}),
+        ("fa4", {"fa4_fwd": rules[:1]}),
+    ):
         with pytest.raises(UnsupportedKeyError) as caught:
             TABLE.lookup(key, family)
         assert caught.value.reasons == expected
@@ -208,8 +209,11 @@ def test_another_family():
         TABLE.lookup(KEY, family="fa5")
 
 
-@pytest.mark.parametrize(("arch", "rows"), [(SmArch.SM_90A, 64), (SmArch.SM_100A, 128)], ids=lambda value: str(value))
-def test_more_heads_than_a_tile_has_rows_cannot_be_packed(arch, rows):
+@pytest.mark.parametrize(
+    ("arch", "rows", "other"), [(SmArch.SM_90A, 64, "Fa3Decode"), (SmArch.SM_100A, 128, "Fa2Split")], ids=str
+)
+def test_more_heads_than_a_tile_has_rows_cannot_be_packed(arch, rows, other):
+    """But by a kernel whose tiles hold any rows."""
     problem = dataclasses.replace(KEY, arch=arch, gqa_ratio=2 * rows).problem()
     kernel = TABLE.lookup(problem)
     packed = dataclasses.replace(problem, pack_gqa=True)
@@ -217,9 +221,7 @@ def test_more_heads_than_a_tile_has_rows_cannot_be_packed(arch, rows):
     name = f"{OWN[arch]}_fwd"
     assert explained[name] == kernel.supports(packed)
     assert explained[name] == [f"pack_gqa with gqa_ratio {2 * rows}: a warpgroup holds {rows} query heads"]
-    assert TABLE.lookup(packed).__name__ == "Fa2Split"
-    with pytest.raises(UnsupportedKeyError, match=f"{name}: pack_gqa with gqa_ratio {2 * rows}"):
-        TABLE.lookup(packed, OWN[arch])
+    assert TABLE.lookup(packed).__name__ == other
     fitting = dataclasses.replace(KEY, arch=arch, gqa_ratio=rows).problem()
     assert TABLE.lookup(dataclasses.replace(fitting, pack_gqa=True)) is kernel
 
@@ -236,16 +238,16 @@ class Picky(AttentionKernel):
 
 
 def test_a_kernel_passed_over_gives_its_reason(monkeypatch):
-    monkeypatch.setattr("cute_fa.engine.table._load", lambda target: Picky if "Fa3" in target else AttentionKernel)
+    monkeypatch.setattr("cute_fa.engine.table._load", lambda target: Picky if "Fa3F" in target else AttentionKernel)
     monkeypatch.setattr(AttentionKernel, "supports", classmethod(lambda cls, problem: []))
     cells = {(row.arch, row.direction, row.feature): row for row in TABLE.rows()}
-    assert cells["sm_90a", "fwd", "softcap"][3:] == ("fa2_fwd", ("fa3_fwd: softcap: not here, nor there",))
+    assert cells["sm_90a", "fwd", "softcap"][3:] == ("fa3_decode", ("fa3_fwd: softcap: not here, nor there",))
     assert cells["sm_90a", "fwd", "causal"][3:] == ("fa3_fwd", ())
     assert cells["sm_80", "fwd", "softcap"][3:] == ("fa2_fwd", ())
     lines = to_markdown(TABLE.rows()).splitlines()
     [note] = [line for line in lines if line.endswith("fa3_fwd: softcap: not here, nor there")]
     [softcap] = [line for line in lines if line.startswith("| softcap |")]
-    assert f"| fa2_fwd ({note.split('.')[0]}) |" in softcap
+    assert f"| fa3_decode ({note.split('.')[0]}) |" in softcap
     assert TABLE.lookup(dataclasses.replace(KEY, arch=SmArch.SM_90A)) is Picky
     assert TABLE.lookup(dataclasses.replace(KEY, arch=SmArch.SM_90A, softcap=1.0)) is AttentionKernel
 
@@ -268,15 +270,17 @@ def test_rows():
         refused = dict.fromkeys(("head_dim 512", "bf16, k and v e4m3"))
         of_split = ("split-KV", "paged KV, a page a token", "paged KV, left padding", "tree of draft tokens")
         assert elsewhere == dict.fromkeys(of_split, "fa2_split") | refused
-        # all that Hopper's forward serves
-        assert elsewhere == {
-            feature: kernel for feature in forwards if (kernel := cells["sm_90a", "fwd", feature].kernel) != "fa3_fwd"
+        # all that Hopper's forward serves, which has a kernel of its own for split keys
+        on_hopper = {feature: cells["sm_90a", "fwd", feature].kernel for feature in forwards}
+        assert elsewhere | {"split-KV": "fa3_decode"} == {
+            feature: kernel for feature, kernel in on_hopper.items() if kernel != "fa3_fwd"
         }
     rule = "tcgen05 exists on sm_100a and sm_103a alone; not sm_120a"
     assert cells["sm_120a", "fwd", "varlen"][3:] == ("fa2_fwd", (f"fa4_fwd: {rule}",))
     assert cells["sm_80", "fwd", "paged KV"][3] == "fa2_split"
     assert "page_size 64" in cells["sm_80", "fwd", "paged KV"].reasons[0]
-    assert all(cells[arch.value, "fwd", "split-KV"].kernel == "fa2_split" for arch in SmArch)
+    split = {arch: cells[arch.value, "fwd", "split-KV"].kernel for arch in SmArch}
+    assert split == dict.fromkeys(SmArch, "fa2_split") | {SmArch.SM_90A: "fa3_decode"}
     assert cells["sm_90a", "fwd", "paged KV"].kernel == "fa3_fwd"
     assert cells["sm_90a", "fwd", "fp8 with descales"].kernel == "fa3_fwd"
     assert "fa3_fwd: dtype bf16ke4m3ve4m3" in cells["sm_90a", "fwd", "bf16, k and v e4m3"].reasons[0]

@@ -54,13 +54,13 @@ MAY_IMPORT = {
         )
         for family, folders in {
             "fa2_sm80": ("common", "forward", "split", "backward", "append"),
-            "fa3_sm90": ("forward", "backward"),
+            "fa3_sm90": ("common", "forward", "decode", "backward"),
             "fa4_sm100": ("forward",),
         }.items()
         for folder in folders
     },
     "fa3_sm90/backward_split": (
-        *("fa3_sm90.backward_split", "fa3_sm90.backward", "cute_fa.device", "cute_fa.semantics"),
+        *("fa3_sm90.backward_split", "fa3_sm90.backward", "fa3_sm90.common", "cute_fa.device", "cute_fa.semantics"),
         "cute_fa.engine.contract",
     ),
     "ptxsim": ("ptxsim",),

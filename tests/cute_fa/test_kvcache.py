@@ -24,6 +24,7 @@ from cute_fa.semantics.reference import expected
 from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa2_sm80.split.entry import Fa2Split
+from fa3_sm90.decode.entry import Fa3Decode
 from tests.testing.caches import Rotary, after, places, rotated_queries, scattered, take_last
 from tests.testing.grid import pairwise
 from tests.testing.simulated import unwritten_is_nan
@@ -320,7 +321,7 @@ def test_out_is_written_in_place():
 def test_decoding_splits_the_keys(arch, seqlen_q):
     """One sequence of one kv head on many SMs; each key is read once for its eight query heads."""
     given = make_inputs(InputSpec(1, seqlen_q, 700, 8, 1, 64, page_size=16, causal=True), "peaked")
-    with cute_fa.simulate(arch, race=True):
+    with cute_fa.simulate(arch, race=True) as simulation:
         result = flash_attn_with_kvcache(
             *(given.q, given.k, given.v),
             cache_seqlens=given.seqused_k,
@@ -329,7 +330,8 @@ def test_decoding_splits_the_keys(arch, seqlen_q):
             return_lse=True,
         )
     plan = list(plans.PLANS.values())[-1]
-    assert plan.kernel is Fa2Split and plan.problem.num_splits > 4
+    assert plan.kernel is {"sm_80": Fa2Split, "sm_90a": Fa3Decode}[arch] and plan.problem.num_splits == 0
+    assert simulation.launches[0].grid == (6, 1, 1)  # 11 blocks of keys, two a CTA
     assert expected(given.q, given.k, given.v, **given.options()).check(*result).ok
 
 

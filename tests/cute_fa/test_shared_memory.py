@@ -16,6 +16,7 @@ from fa3_sm90.backward.conversion import QueryGradientConversion as Fa3Conversio
 from fa3_sm90.backward.entry import Fa3Backward
 from fa3_sm90.backward_split.config import Fa3SplitBackwardConfig
 from fa3_sm90.backward_split.entry import Fa3SplitBackward
+from fa3_sm90.decode.entry import Fa3Decode
 from fa3_sm90.forward.entry import Fa3Forward
 from fa4_sm100.forward.entry import Fa4Forward
 from ptxsim.timing.cubin import kernel_resources
@@ -34,9 +35,10 @@ BACKWARD = [
 ]
 KERNELS = {
     "fa2_fwd": (Fa2Forward, [changes for changes in FORWARD if "page_size" not in changes]),
-    "fa2_split": (Fa2Split, [{**changes, "seqlen_q": rows} for changes in FORWARD for rows in (1, 128)]),
+    "fa2_split": (Fa2Split, [{**changes, "seqlen_q": rows} for changes in FORWARD for rows in (1, 64, 128)]),
     "fa2_bwd": (Fa2Backward, BACKWARD),
     "fa3_fwd": (Fa3Forward, FORWARD),
+    "fa3_decode": (Fa3Decode, [{**changes, "seqlen_q": rows} for changes in FORWARD for rows in (1, 128)]),
     "fa3_bwd": (Fa3Backward, BACKWARD),
     "fa3_bwd_split": (Fa3SplitBackward, BACKWARD),
     "fa4_fwd": (Fa4Forward, [{**changes, "seqlen_q": rows} for changes in FORWARD for rows in (128, 256)]),
@@ -73,6 +75,7 @@ def static_bytes(config) -> int:
         ("fa2_split", SmArch.SM_86, 101_376),  # all there is
         ("fa2_bwd", SmArch.SM_80, 164_864),
         ("fa3_fwd", SmArch.SM_90A, 232_448),  # all there is, at (256, 176) among others
+        ("fa3_decode", SmArch.SM_90A, 0),
         ("fa3_bwd", SmArch.SM_90A, 224_256),
         ("fa3_bwd_split", SmArch.SM_90A, 231_936),
         ("fa4_fwd", SmArch.SM_100A, 232_448),  # all there is, at (128, 128) among others

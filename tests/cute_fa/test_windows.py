@@ -13,7 +13,6 @@ from cute_fa.semantics import reference
 from cute_fa.semantics.errors import WindowError
 from cute_fa.semantics.problem import LiteralWindow
 from cute_fa.tools.inputs import InputSpec, make_inputs, output_gradients
-from fa2_sm80.split.config import num_splits
 from fa2_sm80.split.entry import Fa2Split
 from tests.testing.cases import small_problem
 from tests.testing.gradients import assert_right
@@ -172,4 +171,5 @@ def test_the_host_counts_no_keys_where_none_are_visible(window):
     left, right = window
     sizes = {"seqlen_q": 1, "seqlen_k": 1000, "num_heads": 8, "num_heads_kv": 1}
     problem = small_problem(cute_fa.SmArch.SM_80, window_left=left, window_right=right, **sizes)
-    assert Fa2Split.supports(problem) == [] and num_splits(problem, 108) == 1
+    config = Fa2Split.configure(problem)
+    assert Fa2Split.supports(problem) == [] and Fa2Split.units(problem, config) == 1

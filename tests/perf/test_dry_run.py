@@ -122,7 +122,7 @@ def test_a_dry_launch_makes_the_plan_of_a_gpu(tmp_path):
     with cute_fa.record_keys(tmp_path / "keys"):
         dry_run.launch_once(workload, "sm_90a")
     (line,) = (tmp_path / "keys").read_text().splitlines()
-    assert json.loads(line)["config"] == "fa2_sm80.split.config:Fa2SplitConfig"
+    assert json.loads(line)["config"] == "fa3_sm90.decode.config:Fa3DecodeConfig"
     given = make_inputs(workload.spec(), "random", poison=False)  # the plan of the same call is forgotten
     with pytest.raises(cute_fa.errors.NoDeviceError):
         given.run(num_splits=0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
+
+import numpy as np
 
 from ptxsim import Observer, Simulation
 from ptxsim.arrays import full_width
@@ -14,11 +17,21 @@ if TYPE_CHECKING:
 
 
 class Load(NamedTuple):
-    """One box: the CTA that asked for it, the extents of the tensor, and the box's first element, innermost first."""
+    """One box: the CTA that asked for it, the extents of the tensor, the box's first element, innermost first, and how
+    many of its bytes lie in the tensor."""
 
     cta: int
     extents: tuple[int, ...]
     start: tuple[int, ...]
+    bytes: int
+
+
+class Copy(NamedTuple):
+    """A lane's cp.async: the CTA, the global address, and how many bytes are read."""
+
+    cta: int
+    address: int
+    bytes: int
 
 
 class _Loads(Observer):
@@ -28,16 +41,24 @@ class _Loads(Observer):
     def copy_issued(self, copy):
         if copy.box is not None and not copy.is_store:
             tensor, start = copy.box
-            self.found.append(Load(copy.targets[0][0], tensor.extents, tuple(start)))
+            shape = zip(start, tensor.box, tensor.extents, strict=True)
+            sizes = (max(min(first + size, extent) - max(first, 0), 0) for first, size, extent in shape)
+            inside = tensor.element_bytes * math.prod(sizes)
+            self.found.append(Load(copy.targets[0][0], tensor.extents, tuple(start), inside))
 
 
 class _Copies(Observer):
     def __init__(self):
         self.found = []
 
+    def begin(self, machine):
+        self.wave = machine.wave
+
     def cp_async(self, w, index, source, size, source_size, mask):
         sizes = full_width(size if source_size is None else source_size, len(w))[mask]
-        self.found.extend((int(a), int(s)) for a, s in zip(source[mask], sizes, strict=True) if s)
+        ctas = np.broadcast_to(self.wave.cta_of[w][:, None], mask.shape)[mask]
+        lanes = zip(ctas.tolist(), source[mask].tolist(), sizes.tolist(), strict=True)
+        self.found.extend(Copy(*lane) for lane in lanes if lane[2])
 
 
 @contextmanager
@@ -54,5 +75,5 @@ def recorded_loads():
 
 
 def recorded_copies():
-    """(global address, bytes) of every cp.async of a lane that reads anything inside."""
+    """Every cp.async of a lane that reads anything inside."""
     return _observed(_Copies())

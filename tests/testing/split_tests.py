@@ -1,0 +1,171 @@
+"""Tests that the kernels whose CTAs share all key blocks have in common: a kernel's test class inherits them."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+import torch
+
+import cute_fa
+from cute_fa.engine import attention as engine
+from cute_fa.engine import plan as plans
+from cute_fa.engine.table import TABLE, DispatchTable
+from cute_fa.semantics.reference import expected
+from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
+from tests.testing.cases import FA2_FEATURES, spec_name, spec_of
+from tests.testing.simulated import unwritten_is_nan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import ptxsim
+
+# Lengths of a batch in which a split of every sequence into as many parts leaves most CTAs waiting for the longest.
+SKEWED = (1, 17, 4000, 64, 5, 900, 130, 2)
+
+
+def features(lengths: list[dict[str, Any]]) -> dict[str, list]:
+    """Levels of what a kernel's grid varies; ``lengths``: how they are given."""
+    return {
+        **FA2_FEATURES,
+        "lengths": lengths,
+        "heads": [(2, 2), (8, 2), (3, 1)],
+        "layout": ["contiguous", "padded", "transposed", "expanded"],
+        # tiles of 16, 64 and 128 rows, of one row and of many, and tiles that end inside a query's group of heads
+        "seqlens": [(1, 300), (5, 211), (40, 77), (90, 150)],
+        # evenly between so many SMs, or in parts
+        "cut": [(0, 1), (0, 3), (0, 8), (0, 132), (1, 132), (2, 132), (7, 132)],
+        "inputs": ["random", "peaked"],
+        "schedule": [{}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2}],
+    }
+
+
+def case_name(case: dict) -> str:
+    return f"{spec_name(spec_of(case))}-{case['cut']}-{case['inputs']}"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A kernel, by its name in the table, on an architecture."""
+
+    name: str
+    arch: str
+
+    @property
+    def table(self) -> DispatchTable:
+        """One in which there is no other, so that problems that others are preferred for are this kernel's."""
+        return DispatchTable(tuple(entry for entry in TABLE.entries if entry.name == self.name))
+
+    def run(
+        self, spec: InputSpec, inputs: str = "random", splits: int = 0, arch: str | None = None, **simulation: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, ptxsim.Simulation]:
+        """(out, lse, simulation) of one call, after comparison with the reference."""
+        return self.check(make_inputs(spec, inputs), splits, arch, **simulation)
+
+    def check(self, given: Inputs, splits: int = 0, arch: str | None = None, **simulation: Any):
+        """The same for given inputs."""
+        with cute_fa.simulate(arch or self.arch, **simulation) as simulated, unwritten_is_nan():
+            out, lse = engine.attention(given.call(num_splits=splits))
+        result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+        assert result.ok, result
+        return out, lse, simulated
+
+    def run_case(self, case: dict) -> None:
+        """One case of a grid of :func:`features`."""
+        splits, num_sms = case["cut"]
+        self.run(spec_of(case), case["inputs"], splits, num_sms=num_sms, **case["schedule"])
+
+    def run_case_on_the_gpu(self, case: dict) -> None:
+        """The same, on as many SMs as there are."""
+        given = make_inputs(spec_of(case), case["inputs"], device="cuda")
+        out, lse = engine.attention(given.call(num_splits=case["cut"][0]))
+        result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+        assert result.ok, result
+
+
+class SplitTests:
+    """``ctas_per_sm``: of tiles of 16 rows and head_dim 64."""
+
+    split: ClassVar[Split]
+    ctas_per_sm: ClassVar[int]
+
+    @abstractmethod
+    def key_bytes(self, given: Inputs, num_sms: int) -> int:
+        """Bytes of k and v that a call loads; head_dim and head_dim_v differ."""
+
+    @abstractmethod
+    def key_blocks(self, given: Inputs, num_sms: int) -> list[int]:
+        """How many key blocks of k each CTA of a call loads; k is dense and contiguous, head_dim and head_dim_v
+        differ."""
+
+    @pytest.fixture(autouse=True)
+    def only_this_kernel(self, monkeypatch) -> Iterator[None]:
+        monkeypatch.setattr(engine, "TABLE", self.split.table)
+        plans.PLANS.clear()
+        yield
+        plans.PLANS.clear()
+
+    @pytest.mark.parametrize("num_sms", [1, 2, 5, 132])
+    def test_a_sequence_without_keys(self, num_sms):
+        self.check_without_keys(num_sms=num_sms)
+
+    @pytest.mark.parametrize("splits", [1, 2, 5, 6, 300])
+    def test_parts_without_keys(self, splits):
+        """More parts than a sequence has blocks."""
+        self.check_without_keys(splits)
+
+    def check_without_keys(self, splits: int = 0, **simulation: Any) -> None:
+        """The second sequence has none: what the learnable sink leaves, or 0 and −inf."""
+        spec = InputSpec(2, 1, 330, 4, 1, 64, page_size=16, lengths_k=(330, 0), learnable_sink=True)
+        out, lse, _ = self.split.run(spec, "peaked", splits, **simulation)
+        sink = make_inputs(spec, "peaked").learnable_sink
+        assert (out[1] == 0).all() and torch.allclose(lse[1, :, 0], sink, atol=1e-6)
+        out, lse, _ = self.split.run(dataclasses.replace(spec, learnable_sink=False), "peaked", splits, **simulation)
+        assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
+
+    @pytest.mark.parametrize("splits", [0, 3])
+    def test_same_bits_under_every_schedule(self, splits):
+        spec = InputSpec(2, 3, 300, 4, 2, 64, causal=True, page_size=16)
+        first, first_lse, _ = self.split.run(spec, splits=splits, num_sms=3)
+        for seed in range(2):
+            out, lse, _ = self.split.run(spec, splits=splits, num_sms=3, schedule_seed=seed, late=True)
+            assert torch.equal(out, first) and torch.equal(lse, first_lse)
+
+    def test_a_window_reads_its_keys_and_the_sink_alone(self):
+        """No work in the gap: as many instructions whether 512 or 1536 keys lie between."""
+        near, far = (
+            self.split.run(InputSpec(1, 1, seqlen_k, 4, 1, 64, window=(64, 0), sink_tokens=4), num_sms=1)[2]
+            .launches[0]
+            .warp_instrs
+            for seqlen_k in (700, 1724)
+        )
+        assert far == near
+
+    @pytest.mark.without_races
+    @pytest.mark.parametrize(
+        "lengths", [{"seqused_k": True}, {"varlen_q": True, "lengths_q": (1,) * len(SKEWED), "varlen_k": True}]
+    )
+    @pytest.mark.parametrize("seed", range(3))
+    def test_no_cta_has_much_more_than_the_others(self, lengths, seed):
+        """Lengths from 1 to 4000 in one batch, in any order: key blocks of the CTA that has most, and their mean."""
+        order = torch.randperm(len(SKEWED), generator=torch.Generator().manual_seed(seed))
+        lengths_k = tuple(SKEWED[i] for i in order)
+        spec = InputSpec(8, 1, max(SKEWED), 4, 2, 64, 32, lengths_k=lengths_k, **lengths)
+        blocks = self.key_blocks(make_inputs(spec, "random"), 4 // self.ctas_per_sm)
+        total = 2 * sum(-(-length // 64) for length in SKEWED)
+        assert len(blocks) == 4 and sum(blocks) == total and total / 4 > 20
+        assert max(blocks) <= 1.05 * total / 4
+
+    @pytest.mark.without_races
+    @pytest.mark.parametrize("page_size", [None, 16, 64])
+    @pytest.mark.parametrize(("seqlen_q", "tiles"), [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (64, 4)])
+    def test_keys_are_read_once_for_128_rows(self, seqlen_q, tiles, page_size):
+        """Of all eight query heads of a kv head, however the blocks are cut, and none beyond the sequence's end."""
+        lengths = {"seqused_k": True, "lengths_k": (301, 77)}
+        spec = InputSpec(2, seqlen_q, 330, 16, 2, 64, 32, page_size=page_size, **lengths)
+        assert tiles == -(-8 * seqlen_q // 128)
+        assert self.key_bytes(make_inputs(spec, "random"), 3) == tiles * (301 + 77) * 2 * (64 + 32) * 2
