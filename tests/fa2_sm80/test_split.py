@@ -93,8 +93,8 @@ class TestSplit(SplitTests):
 
 
 # Figures of 2026-11-30, nvidia-cutlass-dsl 4.8.1: instructions of a warp for a block of keys. One token of 8 query
-# heads is a tile of 16 rows, whose keys four warps share, 8 are one of 64, 16 one of 128; of head_dim 256 these two have
-# blocks of 32 keys.
+# heads is a tile of 16 rows, whose keys four warps share, 8 are one of 64, 16 one of 128; of head_dim 256 these two
+# have blocks of 32 keys.
 @pytest.mark.parametrize(
     ("arch", "seqlen_q", "head_dim", "page_size", "most"),
     [
