@@ -199,7 +199,7 @@ def test_what_was_recorded_is_compiled_and_nothing_else_is_needed(tmp_path, monk
         "append_sm80_bf16_hd16_page8",
         "fa2_bwd_sm80_bf16_hd16_right",
         "fa2_fwd_sm80_bf16_hd16_right",
-        "fa2_split_sm80_bf16_hd16_usedk_paged",
+        "fa2_split_sm80_bf16_hd16_usedk_paged_parts",
     ]
     assert int(first.stdout) == len(recorded)
     monkeypatch.setenv("CUTE_FA_CACHE_DIR", str(tmp_path / "another"))

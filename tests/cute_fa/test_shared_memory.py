@@ -75,7 +75,7 @@ def static_bytes(config) -> int:
         ("fa2_split", SmArch.SM_86, 101_376),  # all there is
         ("fa2_bwd", SmArch.SM_80, 164_864),
         ("fa3_fwd", SmArch.SM_90A, 232_448),  # all there is, at (256, 176) among others
-        ("fa3_decode", SmArch.SM_90A, 0),
+        ("fa3_decode", SmArch.SM_90A, 232_448),  # all there is
         ("fa3_bwd", SmArch.SM_90A, 224_256),
         ("fa3_bwd_split", SmArch.SM_90A, 231_936),
         ("fa4_fwd", SmArch.SM_100A, 232_448),  # all there is, at (128, 128) among others

@@ -60,7 +60,7 @@ def test_the_whole_plan_is_walked(walk):
     problems = ("d128 causal", "backward d128", "backward d64, deterministic", "append", "walk of a range plan")
     log, configs = walk("sm_90a", *problems)
     kernels = {f"fa2_sm80.{part}" for part in ("forward", "split", "backward", "append", "ranges")}
-    kernels |= {"fa3_sm90.forward", "fa3_sm90.backward"}
+    kernels |= {"fa3_sm90.forward", "fa3_sm90.decode", "fa3_sm90.backward"}
     assert families_of(configs) >= kernels and len(configs) > 250
     assert "tests/fa3_sm90/test_forward.py::" in log and "tests/fa4_sm100/test_forward.py::" not in log
 

@@ -376,13 +376,18 @@ def test_a_walk_that_hides_or_shows_a_pair_too_many_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arch", "forward", "backwards"),
+    ("arch", "forward", "others", "backwards"),
     [
-        (SmArch.SM_90A, "fa3_sm90.forward", {"fa3_sm90.backward", "fa3_sm90.backward_split", "fa2_sm80.backward"}),
-        (SmArch.SM_100A, "fa4_sm100.forward", {"fa2_sm80.backward"}),
+        (
+            SmArch.SM_90A,
+            "fa3_sm90.forward",
+            {"fa3_sm90.decode"},
+            {"fa3_sm90.backward", "fa3_sm90.backward_split", "fa2_sm80.backward"},
+        ),
+        (SmArch.SM_100A, "fa4_sm100.forward", set(), {"fa2_sm80.backward"}),
     ],
 )
-def test_smoke_has_every_kernel_of_hopper_and_blackwell(arch, forward, backwards):
+def test_smoke_has_every_kernel_of_hopper_and_blackwell(arch, forward, others, backwards):
     """Every entry of the table that serves it, at head dims and features that differ most; and what asks for all of
     an SM's shared memory."""
     configs = {}
@@ -392,7 +397,7 @@ def test_smoke_has_every_kernel_of_hopper_and_blackwell(arch, forward, backwards
             configs[name] = TABLE.lookup(described, family).configure(described)
     kinds = {type(config) for config in configs.values()}
     assert {kind.__module__.rpartition(".")[0] for kind in kinds} == {
-        forward, "fa2_sm80.forward", "fa2_sm80.split", *backwards
+        forward, "fa2_sm80.forward", "fa2_sm80.split", *others, *backwards
     }  # fmt: skip
     tiles = {config.tile_m for config in configs.values() if isinstance(config, Fa3BackwardConfig)}
     assert tiles == ({64, 128} if "fa3_sm90.backward" in backwards else set())
