@@ -409,10 +409,12 @@ def _draw_descales(spec: InputSpec, seed: int) -> list[torch.Tensor | None]:
 def _draw_block_descales(
     descales: list[torch.Tensor | None], spec: InputSpec, lengths_k: list[int], poison: bool, seed: int
 ) -> list[torch.Tensor | None]:
-    """Between 1/2 and 2 of the sequences' for each block of keys, and one block more: fp32 (batch, heads_kv, blocks);
-    ``poison``: NaN for blocks without keys."""
+    """Between 1/2 and 2 of the sequences' for each block of keys, whole pages of them, and one block more: fp32 (batch,
+    heads_kv, blocks); ``poison``: NaN for blocks without keys."""
     rng = torch.Generator().manual_seed(seed)
-    first = torch.arange(0, spec.seqlen_k + DESCALE_BLOCK, DESCALE_BLOCK)
+    page_size = spec.page_size or 1
+    held = -(-spec.seqlen_k // page_size) * page_size
+    first = torch.arange(0, held + DESCALE_BLOCK, DESCALE_BLOCK)
     unused = (first >= torch.tensor(lengths_k)[:, None])[:, None]
     of_blocks: list[torch.Tensor | None] = []
     for descale in descales:
