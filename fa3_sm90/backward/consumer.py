@@ -96,7 +96,6 @@ class Consumer(QueryWalk):
         warpgroup.fence()
         products.start_scores(s, state.stage)
         rings["dout"].wait(state)
-        warpgroup.fence()
         products.start_dp(dp, state.stage)
         distance, hidden = self.positions(work, work.blocks.block(iteration) * c.tile_m, masked, left_edge)
         warpgroup.wait_group(1)  # S
@@ -109,6 +108,7 @@ class Consumer(QueryWalk):
                 derivatives = self.folded(s, derivatives)
             warpgroup.fence()
             products.start_dv(as_warpgroup_operand_a(p), state.stage)
+            warpgroup.commit_group()
             warpgroup.wait_group(1)  # dP
         else:
             warpgroup.wait_group(0)
@@ -117,11 +117,11 @@ class Consumer(QueryWalk):
         self.store_ds(ds, state.stage)
         if const_expr(not c.overlap):
             narrow(s, p)
-            warpgroup.fence()
+        warpgroup.fence()
+        if const_expr(not c.overlap):
             products.start_dv(as_warpgroup_operand_a(p), state.stage)
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=CONSUMER_BARRIER, number_of_threads=WARPGROUP * CONSUMERS)
-        warpgroup.fence()
         products.start_dq(dq, state.stage)
         products.start_dk(as_warpgroup_operand_a(ds), state.stage)
         warpgroup.wait_group(1)  # dQ, and dV

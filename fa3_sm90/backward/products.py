@@ -20,8 +20,9 @@ _ROWS, _COLUMNS = OperandMajorMode.K, OperandMajorMode.MN
 
 
 class Products:
-    """Operands and accumulators of one warpgroup. Products only issue, each as a group of its own; between what is done
-    to their registers and the next of them the caller has a ``warpgroup.fence()``."""
+    """Operands and accumulators of one warpgroup. Products only issue, each as a group of its own but for dV, which the
+    caller commits or leaves to the next one's group; between what is done to their registers and the next of them the
+    caller has a ``warpgroup.fence()``."""
 
     def __init__(self, config: Fa3BackwardConfig, storage: Storage, index: Int32):
         """``index``: of the consumer warpgroup."""
@@ -71,26 +72,30 @@ class Products:
     def start_scores(self, acc: cute.Tensor, stage: Int32):
         """Sᵀ with Q of a stage."""
         multiply(self.op_s, acc, self.k, self.q[None, 0, None, stage], True)
+        warpgroup.commit_group()
 
     @cute.jit
     def start_dp(self, acc: cute.Tensor, stage: Int32):
         """dPᵀ with dO of a stage."""
         multiply(self.op_s, acc, self.v, self.dout[None, 0, None, stage], True)
+        warpgroup.commit_group()
 
     @cute.jit
     def start_dv(self, p: cute.Tensor, stage: Int32):
-        """dV += Pᵀ·dO, Pᵀ in registers."""
+        """dV += Pᵀ·dO, Pᵀ in registers; not yet committed."""
         multiply(self.op_dv, self.acc_dv, p[None, 0, None], self.dout_columns[None, 0, None, stage], False)
 
     @cute.jit
     def start_dk(self, ds: cute.Tensor, stage: Int32):
         """dK += dSᵀ·Q, dSᵀ in registers."""
         multiply(self.op_dk, self.acc_dk, ds[None, 0, None], self.q_columns[None, 0, None, stage], False)
+        warpgroup.commit_group()
 
     @cute.jit
     def start_dq(self, acc: cute.Tensor, stage: Int32):
         """dQ = dS·K with dSᵀ of a stage in shared memory."""
         multiply(self.op_dq, acc, self.ds[None, None, stage], self.k_columns[None, 0, None], True)
+        warpgroup.commit_group()
 
 
 def transposed(tile: cute.Tensor) -> cute.Tensor:
@@ -109,10 +114,9 @@ def tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> 
 
 
 def multiply(operation, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, from_zero: bool):
-    """One group of wgmma over all steps of the dot products; ``a`` and ``b``: (element, steps)."""
+    """Issue wgmma for all steps of the dot products; ``a`` and ``b``: (element, steps)."""
     atom = cute.make_mma_atom(operation)
     for k in range(cute.size(a, mode=[1])):
         atom.set(warpgroup.Field.ACCUMULATE, not (from_zero and k == 0))
         step_a, step_b = (cute.append_ones(operand[None, k], up_to_rank=2) for operand in (a, b))
         cute.gemm(atom, acc, step_a, step_b, acc)
-    warpgroup.commit_group()

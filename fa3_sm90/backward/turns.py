@@ -30,8 +30,10 @@ class Turns:
         cute.arch.fence_proxy("async.global")
 
     def pass_on(self, head: Int32, block: Int32):
-        """By the lane that has issued the additions: once they are done, the next one's turn."""
+        """By the lane that has issued the additions, as a group not yet committed: once they are done, the next one's
+        turn."""
         with cute.arch.elect_one():
+            cute.arch.cp_async_bulk_commit_group()
             cute.arch.cp_async_bulk_wait_group(0, read=False)
             inline_ptx(
                 "red.release.gpu.global.add.u32 [{$r0}], {$r1};",

@@ -33,6 +33,7 @@ class ScoreProduct:
     def start(self, acc: cute.Tensor, stage: Int32):
         """Issue it as a group, with the others of a stage."""
         multiply(self.operation, acc, self.own, self.others[None, 0, None, stage], True)
+        warpgroup.commit_group()
 
 
 class SumProduct:
@@ -54,3 +55,4 @@ class SumProduct:
     def start(self, scores: cute.Tensor, stage: Int32):
         """Issue it as a group, with the others of a stage; ``scores``: as operand A."""
         multiply(self.operation, self.acc, scores[None, 0, None], self.others[None, 0, None, stage], False)
+        warpgroup.commit_group()
