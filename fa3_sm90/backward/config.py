@@ -60,9 +60,10 @@ class Fa3BackwardConfig(FeatureConfig):
 
     @property
     def longest_first(self) -> bool:
-        """Whether the longest tiles come first, over several heads at a time (``work.key_tile``): under a right bound
-        alone, as a causal mask is one. A window's tiles are about equally long, as are those of full attention."""
-        return self.window_right and not self.window_left
+        """Whether tiles are handed out over several heads at a time (``work.key_tile``), the longest first: under a
+        right bound alone, as a causal mask is one. A window's tiles are about equally long, as are those of full
+        attention: they go head by head, unless they take turns, which is another order over several heads."""
+        return self.turns or (self.window_right and not self.window_left)
 
     @property
     def stats_elements(self) -> int:
