@@ -143,7 +143,7 @@ def _latest(times, before):
 def our_chain(shape: TileShape, workload: Workload, l2_bytes: int) -> list[ChainedTile]:
     """The Hopper backward's (``fa3_sm90/backward``): tiles by ticket in the order of ``work.key_tile``, the last ones
     of all heads of a group before those ahead of them, the last group first; tile n waits for n + 1. Blocks of queries
-    are walked over from the first to the last."""
+    are walked over from the first to the last (without a mask the other way round, which is as long)."""
     spans, group = _spans(shape, workload), row_group(shape, workload, l2_bytes)
     rows = workload.batch * workload.heads_kv
     out: list[ChainedTile] = []
