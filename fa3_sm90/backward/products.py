@@ -20,9 +20,9 @@ _ROWS, _COLUMNS = OperandMajorMode.K, OperandMajorMode.MN
 
 
 class Products:
-    """Operands and accumulators of one warpgroup. Products only issue, each as a group of its own but for dV, which the
-    caller commits or leaves to the next one's group; between what is done to their registers and the next of them the
-    caller has a ``warpgroup.fence()``."""
+    """Operands and accumulators of one warpgroup. Products only issue, each as a group of its own but for dV, which
+    joins the next one's; between what is done to their registers and the next of them the caller has a
+    ``warpgroup.fence()``."""
 
     def __init__(self, config: Fa3BackwardConfig, storage: Storage, index: Int32):
         """``index``: of the consumer warpgroup."""
