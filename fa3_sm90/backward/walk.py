@@ -1,6 +1,5 @@
 """The walk of a consumer warpgroup over the query blocks of all heads of a group, and what it asks of one."""
 
-import itertools
 from collections.abc import Callable
 from typing import Optional
 
