@@ -20,8 +20,9 @@ REGISTERS = (24, 240)
 BARRIER_BYTES = 1024
 # Buffers of dSᵀ: one is written while the products still read the other.
 SCORE_STAGES = 2
-# Registers of a consumer thread that its sums, scores and operands may take; the rest holds addresses and statistics.
-MAX_REGISTERS = 224
+# Registers of a consumer thread that its sums and scores may take; the rest holds addresses, statistics and a share's
+# operands and derivatives.
+MAX_REGISTERS = 192
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Fa3BackwardConfig(FeatureConfig):
     """Everything that shapes the machine code of the kernels of one backward.
 
     A CTA owns ``tile_n`` keys, 64 a consumer warpgroup, and meets ``tile_m`` queries a step, of which ``stages`` are in
-    flight. ``overlap``: dV of a step is issued before its dS is computed, which takes registers for both as operands.
-    To the sums of dQ a score element adds 4 · head_dim_padded / tile_n bytes in the L2, 2 at head_dim 64 and 4 at 128.
+    flight. To the sums of dQ a score element adds 4 · head_dim_padded / tile_n bytes in the L2, 2 at head_dim 64 and 4
+    at 128.
     ``deterministic``: tiles of keys add to dQ in order. ``lse_gradient``: dLSE is given; ``slopes_gradient``: that of
     the ALiBi slopes is wanted.
     """
@@ -40,7 +41,6 @@ class Fa3BackwardConfig(FeatureConfig):
     tile_m: int
     tile_n: int
     stages: int
-    overlap: bool
     deterministic: bool = False
     lse_gradient: bool = False
     slopes_gradient: bool = False
@@ -58,9 +58,10 @@ class Fa3BackwardConfig(FeatureConfig):
 
     @property
     def longest_first(self) -> bool:
-        """Whether the longest tiles come first, over several heads at a time (``work.key_tile``): under a right bound
-        alone, as a causal mask is one. A window's tiles are about equally long, as are those of full attention."""
-        return self.window_right and not self.window_left
+        """Whether tiles are handed out over several heads at a time (``work.key_tile``), the longest first: under a
+        right bound alone, as a causal mask is one. A window's tiles are about equally long, as are those of full
+        attention: they go head by head, unless they take turns, which is another order over several heads."""
+        return self.turns or (self.window_right and not self.window_left)
 
     @property
     def stats_elements(self) -> int:
@@ -133,11 +134,10 @@ class Tiles(NamedTuple):
     tile_m: int
     tile_n: int
     stages: int
-    overlap: bool
 
 
 # In order of preference.
-_TILES = (Tiles(128, 128, 2, False), Tiles(64, 128, 2, True))
+_TILES = (Tiles(128, 128, 2), Tiles(64, 128, 2))
 
 
 @lru_cache(maxsize=4096)
@@ -181,24 +181,22 @@ def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
 
 def _objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
     head_dim, head_dim_v = _padded(problem.head_dim, tiles.tile_m), _padded_v(problem.head_dim_v)
-    registers = _registers(problem, tiles, head_dim, head_dim_v)
+    registers = _registers(tiles, head_dim, head_dim_v)
     if registers > MAX_REGISTERS:
         what = f"dK and dV of 64 keys, {head_dim} and {head_dim_v} wide, and scores of {tiles.tile_m} queries"
         return f"registers: {registers} a thread for {what}, at most {MAX_REGISTERS}"
-    if problem.slopes_gradient and tiles.tile_m > WGMMA_M:  # 18 accesses at head_dim 64, 38 causal
-        return f"registers: with the slopes' gradients, {tiles.tile_m} queries a step spill"
+    # At head_dim 64: 7 to 26 accesses with a softcap and a mask, 157 with the slopes' gradients.
+    for feature, wanted in (("a softcap", problem.softcap > 0), ("the slopes' gradients", problem.slopes_gradient)):
+        if wanted and tiles.tile_m > WGMMA_M:
+            return f"registers: with {feature}, {tiles.tile_m} queries a step spill"
     smem_bytes = _smem_bytes(tiles, head_dim, head_dim_v, problem.dtype.bytes)
     return smem_objection(smem_bytes, f"K, V, Q, dO, dS and dQ {head_dim} and {head_dim_v} wide", problem.arch)
 
 
-def _registers(problem: AttentionProblem, tiles: Tiles, head_dim: int, head_dim_v: int) -> int:
-    """Registers of sums and scores where most are alive: dK and dV, P and dP in fp32, P as an operand, with
-    ``overlap`` dS as well, and the softcap's derivatives where P is not multiplied by them
-    (beside the slopes' gradients it is not either, and at head_dim 128 with ``overlap`` 28 accesses spill)."""
-    derivatives = problem.softcap > 0 and not tiles.overlap
-    scores = tiles.tile_m // 2
-    operands = scores // 2 * (1 + tiles.overlap)
-    return (head_dim + head_dim_v) // 2 + scores * (2 + derivatives) + operands
+def _registers(tiles: Tiles, head_dim: int, head_dim_v: int) -> int:
+    """Registers of sums and scores where most are alive: dK and dV, S and dP in fp32. What comes of these, the
+    operands in half as many, takes their place share by share."""
+    return (head_dim + head_dim_v) // 2 + tiles.tile_m
 
 
 def _smem_bytes(tiles: Tiles | Fa3BackwardConfig, head_dim: int, head_dim_v: int, element: int) -> int:

@@ -16,7 +16,7 @@ from fa3_sm90.backward.config import CONSUMERS, Fa3BackwardConfig
 from fa3_sm90.backward.products import Products
 from fa3_sm90.backward.query_sums import QuerySumsWriter
 from fa3_sm90.backward.storage import Storage
-from fa3_sm90.backward.walk import QueryWalk
+from fa3_sm90.backward.walk import QueryWalk, part
 from fa3_sm90.backward.work import KeyWork
 from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
 
@@ -26,8 +26,8 @@ PANEL_BYTES = 128
 
 class Consumer(QueryWalk):
     """Products are issued as soon as their operands are there, so that the tensor cores have work while a warpgroup is
-    at its exponentials and gradients: S and dP; behind P dV, beside which dS is computed; dQ and dK, beside which dQ is
-    handed on. dSᵀ, which all warpgroups' dQ needs, is the one thing that they exchange: a barrier a step.
+    at its exponentials and gradients: S and dP; dV, beside which dSᵀ is handed on; dQ and dK, beside which dQ is handed
+    on. dSᵀ, which all warpgroups' dQ needs, is the one thing that they exchange: a barrier a step.
     """
 
     def __init__(
@@ -97,32 +97,23 @@ class Consumer(QueryWalk):
         warpgroup.fence()
         products.start_scores(s, state.stage)
         rings["dout"].wait(state)
-        warpgroup.fence()
         products.start_dp(dp, state.stage)
         distance, hidden = self.positions(work, work.blocks.block(iteration) * c.tile_m, masked, left_edge)
         warpgroup.wait_group(1)  # S
-        derivatives = [
-            self.probabilities(s, share, score, state.stage, distance, hidden) for share in range(self.shares)
-        ]
-        if const_expr(c.overlap):
-            narrow(s, p)
-            if const_expr(not c.slopes_gradient):
-                derivatives = self.folded(s, derivatives)
-            warpgroup.fence()
-            products.start_dv(as_warpgroup_operand_a(p), state.stage)
-            warpgroup.wait_group(1)  # dP
-        else:
-            warpgroup.wait_group(0)
-        self.gradients(s, dp, state.stage, derivatives, distance, self.dslope if c.slopes_gradient else None)
-        narrow(dp, ds)
+        dslope = self.dslope if c.slopes_gradient else None
+        for share in cutlass.range_constexpr(self.shares):
+            derivatives = self.probabilities(s, share, score, state.stage, distance, hidden)
+            if const_expr(share == 0):
+                warpgroup.wait_group(0)  # dP
+            self.gradients(s, dp, share, state.stage, derivatives, distance, dslope)
+            of_s, of_dp, of_p, of_ds = (part(fragment, share, self.shares) for fragment in (s, dp, p, ds))
+            narrow(of_s, of_p)
+            narrow(of_dp, of_ds)
         self.store_ds(ds, state.stage)
-        if const_expr(not c.overlap):
-            narrow(s, p)
-            warpgroup.fence()
-            products.start_dv(as_warpgroup_operand_a(p), state.stage)
+        warpgroup.fence()
+        products.start_dv(as_warpgroup_operand_a(p), state.stage)
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=CONSUMER_BARRIER, number_of_threads=WARPGROUP * CONSUMERS)
-        warpgroup.fence()
         products.start_dq(dq, state.stage)
         products.start_dk(as_warpgroup_operand_a(ds), state.stage)
         warpgroup.wait_group(1)  # dQ, and dV
@@ -131,14 +122,6 @@ class Consumer(QueryWalk):
         warpgroup.wait_group(0)
         rings["q"].release(state.stage)
         return ring_next(state, c.stages)
-
-    def folded(self, p: cute.Tensor, derivatives: list) -> list:
-        """P times the softcap's derivatives in place of P, which has been narrowed: half the registers. The slopes'
-        gradients need P itself."""
-        for share, of_share in enumerate(derivatives):
-            if of_share is not None:
-                self.fold(p, share, of_share)
-        return [None] * self.shares
 
     def store_ds(self, ds: cute.Tensor, stage: Int32):
         """dSᵀ to shared memory. Of 16 queries, number n of a panel, the 16 bytes are the first ones' with bits 5 and 6

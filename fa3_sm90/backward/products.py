@@ -21,8 +21,9 @@ _ROWS, _COLUMNS = OperandMajorMode.K, OperandMajorMode.MN
 
 
 class Products:
-    """Operands and accumulators of one warpgroup. Products only issue, each as a group of its own; between what is done
-    to their registers and the next of them the caller has a ``warpgroup.fence()``."""
+    """Operands and accumulators of one warpgroup. Products only issue, each as a group of its own but for dV, which
+    joins the next one's; between what is done to their registers and the next of them the caller has a
+    ``warpgroup.fence()``."""
 
     def __init__(self, config: Fa3BackwardConfig, storage: Storage, index: Int32):
         """``index``: of the consumer warpgroup."""
@@ -72,23 +73,27 @@ class Products:
     def start_scores(self, acc: cute.Tensor, stage: Int32):
         """Sᵀ with Q of a stage."""
         multiply(self.op_s, acc, self.k, self.q[None, 0, None, stage], True)
+        warpgroup.commit_group()
 
     @cute.jit
     def start_dp(self, acc: cute.Tensor, stage: Int32):
         """dPᵀ with dO of a stage."""
         multiply(self.op_s, acc, self.v, self.dout[None, 0, None, stage], True)
+        warpgroup.commit_group()
 
     @cute.jit
     def start_dv(self, p: cute.Tensor, stage: Int32):
-        """dV += Pᵀ·dO, Pᵀ in registers."""
+        """dV += Pᵀ·dO, Pᵀ in registers; not yet committed."""
         multiply(self.op_dv, self.acc_dv, p[None, 0, None], self.dout_columns[None, 0, None, stage], False)
 
     @cute.jit
     def start_dk(self, ds: cute.Tensor, stage: Int32):
         """dK += dSᵀ·Q, dSᵀ in registers."""
         multiply(self.op_dk, self.acc_dk, ds[None, 0, None], self.q_columns[None, 0, None, stage], False)
+        warpgroup.commit_group()
 
     @cute.jit
     def start_dq(self, acc: cute.Tensor, stage: Int32):
         """dQ = dS·K with dSᵀ of a stage in shared memory."""
         multiply(self.op_dq, acc, self.ds[None, None, stage], self.k_columns[None, 0, None], True)
+        warpgroup.commit_group()

@@ -33,14 +33,16 @@ class QuerySums:
         for index in cutlass.range(work.heads, unroll=1):
             for iteration in cutlass.range(work.blocks.total, unroll=1):
                 add(args, work, work.first_head + index, work.blocks.block(iteration), turns)
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        if const_expr(turns is None):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def add(self, args: BackwardArguments, work: KeyWork, head: Int32, block: Int32, turns: Optional[Turns]):
-        """One step's dQ."""
+        """One step's dQ. Behind a turn nothing reads dQ's place any more: it was passed on when all had been added."""
         c = self.config
         target = scratch_address(args.scratch.dq, work.first_tile + block, head)
         for wg in range(CONSUMERS):
-            cute.arch.cp_async_bulk_wait_group(CONSUMERS - 1 - wg, read=True)
+            if const_expr(turns is None):
+                cute.arch.cp_async_bulk_wait_group(CONSUMERS - 1 - wg, read=True)
             self.hand_back(wg)
         if const_expr(turns is not None):
             turns.wait(head, block)
@@ -48,7 +50,8 @@ class QuerySums:
             self.receive(wg)
             with cute.arch.elect_one():
                 add_bulk(target + wg * c.dq_bytes, self.place(wg), c.dq_bytes)
-                cute.arch.cp_async_bulk_commit_group()
+                if const_expr(turns is None):
+                    cute.arch.cp_async_bulk_commit_group()
         if const_expr(turns is not None):
             turns.pass_on(head, block)
 

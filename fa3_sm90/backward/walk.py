@@ -1,6 +1,5 @@
 """The walk of a consumer warpgroup over the query blocks of all heads of a group, and what it asks of one."""
 
-import itertools
 from collections.abc import Callable
 from typing import Optional
 
@@ -74,24 +73,17 @@ class QueryWalk:
         own = share_of_columns(s, share, self.shares)
         return probabilities(score, own, lambda r, c: lse[c], shifted(distance, first), shifted(hidden, first))
 
-    def fold(self, p: cute.Tensor, share: int, derivatives: cute.Tensor):
-        """P times the softcap's derivatives in place of P in a share."""
-        own = share_of_columns(p, share, self.shares)
-        for r, c in itertools.product(range(2), range(4)):
-            own[r, c] = own[r, c] * derivatives[r, c]
-
-    def gradients(self, p: cute.Tensor, dp: cute.Tensor, stage: Int32, derivatives: list, distance, dslope):
-        """dS in place of dP; ``dslope``: one register that takes the slope's gradient, or None."""
-        for share in range(self.shares):
-            delta = self.statistics(1, stage, share)
-            score_gradients(
-                share_of_columns(p, share, self.shares),
-                share_of_columns(dp, share, self.shares),
-                lambda r, c, delta=delta: delta[c],
-                derivatives[share],
-                shifted(distance, 4 * share),
-                dslope,
-            )
+    def gradients(self, p: cute.Tensor, dp: cute.Tensor, share: int, stage: Int32, derivatives, distance, dslope):
+        """dS in place of dP in a share; ``dslope``: one register that takes the slope's gradient, or None."""
+        delta = self.statistics(1, stage, share)
+        score_gradients(
+            share_of_columns(p, share, self.shares),
+            share_of_columns(dp, share, self.shares),
+            lambda r, c: delta[c],
+            derivatives,
+            shifted(distance, 4 * share),
+            dslope,
+        )
 
     def statistics(self, which: int, stage: Int32, share: int) -> list[Float32]:
         """LSE (0) or D (1) of a thread's queries of 16."""
@@ -126,6 +118,12 @@ class QueryWalk:
                 return hidden_in_row[r](register_column(c))
 
         return distance, hidden
+
+
+def part(fragment: cute.Tensor, share: int, shares: int) -> cute.Tensor:
+    """The registers of a share of an accumulator's columns, one after the other."""
+    count = cute.size(fragment) // shares
+    return cute.make_tensor(fragment.iterator + share * count, cute.make_layout(count))
 
 
 def shifted(of_column: Optional[Callable], first: int) -> Optional[Callable]:

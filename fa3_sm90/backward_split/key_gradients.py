@@ -15,7 +15,7 @@ from cute_fa.device.fragments import as_warpgroup_operand_a, share_of_columns
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score
-from fa3_sm90.backward.walk import QueryWalk
+from fa3_sm90.backward.walk import QueryWalk, part
 from fa3_sm90.backward.work import KeyWork
 from fa3_sm90.backward_split.config import TILE, Fa3SplitBackwardConfig
 from fa3_sm90.backward_split.handover import Handover
@@ -108,11 +108,11 @@ class ValueGradients(OneGradient):
                 narrow(of_s, of_handed)
         return handed
 
-
-def part(fragment: cute.Tensor, share: int, shares: int) -> cute.Tensor:
-    """The registers of a share of an accumulator's columns, one after the other."""
-    count = cute.size(fragment) // shares
-    return cute.make_tensor(fragment.iterator + share * count, cute.make_layout(count))
+    def fold(self, p: cute.Tensor, share: int, derivatives: cute.Tensor):
+        """P times the softcap's derivatives in place of P in a share."""
+        own = share_of_columns(p, share, self.shares)
+        for r, c in itertools.product(range(2), range(4)):
+            own[r, c] = own[r, c] * derivatives[r, c]
 
 
 class KeyGradients(OneGradient):

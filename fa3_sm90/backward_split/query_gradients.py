@@ -125,7 +125,6 @@ class QueryGradients:
         warpgroup.fence()
         self.scores.start(s, keys.stage)
         rings["v"].wait(values)
-        warpgroup.fence()
         self.dprobabilities.start(dp, values.stage)
         block = work.blocks.block(iteration, self.args.common.window)
         distance, hidden = self.positions(work, block * TILE, right_edge, left_edge)

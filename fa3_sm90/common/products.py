@@ -30,6 +30,7 @@ class ScoreProduct:
     def start(self, acc: cute.Tensor, stage: Int32):
         """Issue it as a group, with the others of a stage."""
         multiply(self.operation, acc, self.own, self.others[None, 0, None, stage], True)
+        warpgroup.commit_group()
 
 
 class RegisterScoreProduct:
@@ -62,6 +63,7 @@ class RegisterScoreProduct:
     def start(self, acc: cute.Tensor, stage: Int32):
         """Issue it as a group, with the others of a stage."""
         multiply(self.operation, acc, self.own[None, 0, None], self.others[None, 0, None, stage], True)
+        warpgroup.commit_group()
 
 
 class SumProduct:
@@ -83,6 +85,7 @@ class SumProduct:
     def start(self, scores: cute.Tensor, stage: Int32):
         """Issue it as a group, with the others of a stage; ``scores``: as operand A."""
         multiply(self.operation, self.acc, scores[None, 0, None], self.others[None, 0, None, stage], False)
+        warpgroup.commit_group()
 
 
 def transposed(tile: cute.Tensor) -> cute.Tensor:
@@ -101,10 +104,9 @@ def tiles(pointer: cute.Pointer, dtype, rows: int, columns: int, count: int) -> 
 
 
 def multiply(operation, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, from_zero: bool):
-    """One group of wgmma over all steps of the dot products; ``a`` and ``b``: (element, steps)."""
+    """Issue wgmma for all steps of the dot products; ``a`` and ``b``: (element, steps)."""
     atom = cute.make_mma_atom(operation)
     for k in range(cute.size(a, mode=[1])):
         atom.set(warpgroup.Field.ACCUMULATE, not (from_zero and k == 0))
         step_a, step_b = (cute.append_ones(operand[None, k], up_to_rank=2) for operand in (a, b))
         cute.gemm(atom, acc, step_a, step_b, acc)
-    warpgroup.commit_group()

@@ -15,7 +15,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from cute_fa.device.tiling import ceil_div
 from cute_fa.semantics.errors import ArgumentError
 from perf.predict.tiles import Cost, TileShape, row_group, span_of
 from perf.workload import Workload
@@ -142,18 +141,17 @@ def _latest(times, before):
 
 
 def our_chain(shape: TileShape, workload: Workload, l2_bytes: int) -> list[ChainedTile]:
-    """The Hopper backward's (``fa3_sm90/backward``): tiles by ticket in the order of ``work.key_tile``, the first ones
-    of all heads of a group before the second ones, the last group first; tile n waits for n - 1. Blocks of queries are
-    walked from the last to the first, and numbered so."""
+    """The Hopper backward's (``fa3_sm90/backward``): tiles by ticket in the order of ``work.key_tile``, the last ones
+    of all heads of a group before those ahead of them, the last group first; tile n waits for n + 1. Blocks of queries
+    are walked over from the first to the last (without a mask the other way round, which is as long)."""
     spans, group = _spans(shape, workload), row_group(shape, workload, l2_bytes)
-    blocks, rows = ceil_div(workload.seqlen, shape.step), workload.batch * workload.heads_kv
-    groups = [range(first, min(first + group, rows)) for first in range(0, rows, group)]
+    rows = workload.batch * workload.heads_kv
     out: list[ChainedTile] = []
-    for members in groups if group == 1 else reversed(groups):
-        for n, (first, steps) in enumerate(spans):
-            after = len(out) - len(members)
-            out += [ChainedTile(blocks - first - steps, steps, shape.heads, after + k if n else None)
-                    for k in range(len(members))]  # fmt: skip
+    for lowest in reversed(range(0, rows, group)):
+        members = min(group, rows - lowest)
+        for place, (first, steps) in enumerate(reversed(spans)):
+            before = len(out) - members
+            out += [ChainedTile(first, steps, shape.heads, before + k if place else None) for k in range(members)]
     return out
 
 

@@ -68,10 +68,11 @@ def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[i
 
 
 def row_group(shape: TileShape, workload: Workload, l2_bytes: int) -> int:
-    """Rows of tiles that are handed out together, the longest tiles of all first: under a right bound, unless
-    ``by_head``, those whose heads share the L2: forward K and V, backward Q, dO and the sums of dQ of a row's heads."""
+    """Rows of tiles that are handed out together, unless ``by_head``: under a right bound, the longest tiles of all
+    first, or where tiles take turns (deterministic backwards). They are those whose heads share the L2: forward K and
+    V, backward Q, dO and the sums of dQ of a row's heads."""
     w, rows = workload, workload.batch * workload.heads // shape.heads
-    if shape.by_head or w.window_size[1] is None:
+    if shape.by_head or (w.window_size[1] is None and not w.deterministic):
         return 1
     if w.direction is Direction.BACKWARD:
         row = w.seqlen * shape.heads * backward_row_bytes(w.head_dim, w.head_dim_v, w.dtype.bytes)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.testing.range_kernel import block_ranges, earlier_tile_counts, query_ranges
+from tests.testing.range_kernel import block_ranges, other_tile_counts, query_ranges
 
 TILE_M, TILE_N = 8, 16
 USUAL = [(None, None), (None, 0), (None, 7), (9, 0), (30, 5), (0, 0), (3, None)]
@@ -89,14 +89,16 @@ def test_query_blocks_of_a_key_tile(window, sink):
 
 @masks
 def test_turns_of_the_key_tiles_at_a_query_block(window, sink):
-    """The tiles that meet a block are numbered from 0, in their order, none left out."""
+    """The tiles that meet a block are numbered from 0, in their order and from the last one on, none left out."""
     lengths = [(q, k) for q in (1, 8, 23, 50) for k in (1, 16, 37, 100)]
     tiles = [(q, k, start) for q, k in lengths for start in range(0, k, TILE_N)]
-    asked, expected, met = [], [], {}
+    asked, earlier, met = [], [], {}
     for (q, k, start), blocks in zip(tiles, query_ranges((*window, sink), tiles, TILE_M, TILE_N), strict=True):
         for i in range(blocks.total):
             block = blocks.last_block - i
             asked.append((q, k, start // TILE_N, block))
-            expected.append(met.get((q, k, block), 0))
-            met[q, k, block] = expected[-1] + 1
-    assert not asked or earlier_tile_counts((*window, sink), asked, TILE_M, TILE_N) == expected
+            earlier.append(met.get((q, k, block), 0))
+            met[q, k, block] = earlier[-1] + 1
+    later = [met[q, k, block] - 1 - before for (q, k, _, block), before in zip(asked, earlier, strict=True)]
+    expected = list(zip(earlier, later, strict=True))
+    assert not asked or other_tile_counts((*window, sink), asked, TILE_M, TILE_N) == expected

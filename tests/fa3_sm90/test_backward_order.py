@@ -49,9 +49,10 @@ def grouped(monkeypatch):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_longest_first_under_a_right_bound_alone(mask):
+def test_over_several_heads_under_a_right_bound_alone_and_where_tiles_take_turns(mask):
     config = Fa3Backward.configure(problem(**MASKS[mask]))
     assert config.longest_first == (mask in ("causal", "right"))
+    assert Fa3Backward.configure(problem(**MASKS[mask], deterministic=True)).longest_first
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -79,14 +80,20 @@ def test_the_tiles_of_a_head_are_neighbours_without_one(simulation, shape):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_where_tiles_take_turns_those_before_a_tile_are_begun_before_it(simulation, mask):
-    config = Fa3Backward.configure(problem(**MASKS[mask], deterministic=True))
-    for *sizes, group in SHAPES:
-        order = key_tiles(simulation, config, *sizes, group if config.longest_first else None)
-        place = {tile: index for index, tile in enumerate(order)}
-        assert len(place) == len(order)
-        for (n_block, head, batch), index in place.items():
-            assert n_block == 0 or place[n_block - 1, head, batch] < index
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_where_tiles_take_turns_the_last_ones_of_a_group_of_heads_go_first(simulation, mask, shape):
+    """So that all that a tile waits for are begun before it."""
+    _, heads_kv, batches, group = shape
+    order = key_tiles(simulation, Fa3Backward.configure(problem(**MASKS[mask], deterministic=True)), *shape)
+    n_blocks, rows = -(-shape[0] // 128), heads_kv * batches
+    groups = [range(first, min(first + group, rows)) for first in range(0, rows, group)]
+    place = 0
+    for members in reversed(groups):
+        for n_block in reversed(range(n_blocks)):
+            taken = order[place : place + len(members)]
+            assert sorted(taken) == sorted((n_block, row % heads_kv, row // heads_kv) for row in members)
+            place += len(members)
+    assert place == len(order)
 
 
 @pytest.mark.parametrize(

@@ -91,19 +91,22 @@ def test_an_order_that_may_deadlock_is_an_error(other, waits):
 
 
 def test_our_chain():
-    """Blocks of 128 queries from the last on: of 512 the first tile of keys meets four, the last one. A tile waits for
-    the one before it in its head."""
-    shape = TileShape(128, 128, heads=2, by_head=True)
-    chain = our_chain(shape, workload(heads_kv=2), 50 << 20)
+    """Blocks of 128 queries from the first on: of 512 the last tile of keys, which goes first, meets one, the first
+    one four. A tile waits for the one behind it in its head."""
+    shape = TileShape(128, 128, heads=2)
+    row = 2 * 512 * (2 * 64 * 2 + 64 * 4)  # bytes of Q, dO and dQ of two heads
+    chain = our_chain(shape, workload(heads_kv=2), row)  # one row at a time
     assert chain[:4] == [
-        ChainedTile(0, 4, 2),
-        ChainedTile(0, 3, 2, 0),
-        ChainedTile(0, 2, 2, 1),
-        ChainedTile(0, 1, 2, 2),
+        ChainedTile(3, 1, 2),
+        ChainedTile(2, 2, 2, 0),
+        ChainedTile(1, 3, 2, 1),
+        ChainedTile(0, 4, 2, 2),
     ]
     assert [tile.after for tile in chain[4:]] == [None, 4, 5, 6]
-    windowed = our_chain(shape, workload(heads_kv=2, window=100), 50 << 20)
-    assert [(tile.first, tile.steps) for tile in windowed[:4]] == [(2, 2), (1, 2), (0, 2), (0, 1)]
+    both = our_chain(shape, workload(heads_kv=2), 50 << 20)
+    assert [(tile.first, tile.after) for tile in both[:4]] == [(3, None), (3, None), (2, 0), (2, 1)]
+    windowed = our_chain(shape, workload(heads_kv=2, window=100), row)
+    assert [(tile.first, tile.steps) for tile in windowed[:4]] == [(3, 1), (2, 2), (1, 2), (0, 2)]
 
 
 @pytest.mark.parametrize("heads_kv, batches, group", [(2, 2, 1), (4, 1, 4), (3, 2, 4), (2, 1, 1000)])
@@ -113,14 +116,14 @@ def test_the_order_of_our_chain_is_the_kernels(heads_kv, batches, group, causal)
     w = workload(seqlen=700, tokens=700 * batches, heads=2 * heads_kv, heads_kv=heads_kv, causal=causal)
     config = Fa3Backward.configure(problem_of(w, SmArch.SM_90A))
     row = 700 * 2 * (64 * 4 + 64 * 4)  # bytes of Q, dO and dQ of two heads
-    chain = our_chain(TileShape(128, 128, heads=2, by_head=not causal), w, int(1.5625 * group * row) + 1)
+    chain = our_chain(TileShape(128, 128, heads=2), w, int(1.5625 * group * row) + 1)
     with ptxsim.simulate("sm_90a") as simulation:
-        places = key_tiles(simulation, config, 700, heads_kv, batches, group if config.longest_first else None)
+        places = key_tiles(simulation, config, 700, heads_kv, batches, group)
     assert len(set(places)) == len(chain) == 6 * heads_kv * batches
     for (n, head, batch), tile in zip(places, chain, strict=True):
         assert tile.steps == (6 - n if causal else 6)
-        before = [place for place in places if place[1:] == (head, batch) and place[0] == n - 1]
-        assert tile.after == (places.index(before[0]) if n else None)
+        assert tile.first == (n if causal else 0)
+        assert tile.after == (places.index((n + 1, head, batch)) if n < 5 else None)
 
 
 def test_the_chain_of_flash_attention_4():

@@ -12,9 +12,10 @@ from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.fake_arguments import fake_tensor, optional
 from cute_fa.device.query_range import QueryRange, earlier_tiles, query_range
 from cute_fa.device.visibility import Window
+from fa3_sm90.backward.turns import later_tiles
 
 THREADS = 32
-MAX_BLOCKS = 1024  # of queries, in a question of earlier_tiles
+MAX_BLOCKS = 1024  # of queries, in a question of earlier_tiles and later_tiles
 
 
 class Args(NamedTuple):
@@ -77,14 +78,16 @@ def query_ranges(window: tuple, questions: list[tuple[int, int, int]], tile_m: i
     return [QueryRange(*answer) for answer in _answers(query_range, fields, window, questions, tile_m, tile_n)]
 
 
-def earlier_tile_counts(
+def other_tile_counts(
     window: tuple, questions: list[tuple[int, int, int, int]], tile_m: int, tile_n: int
-) -> list[int]:
-    """The earlier_tiles of each (seqlen_q, seqlen_k, n_block, block); ``window`` as for :func:`block_ranges`."""
+) -> list[tuple[int, int]]:
+    """The earlier_tiles and the later_tiles of each (seqlen_q, seqlen_k, n_block, block); ``window`` as for
+    :func:`block_ranges`."""
     packed = [(seqlen_q, seqlen_k, n_block * MAX_BLOCKS + block) for seqlen_q, seqlen_k, n_block, block in questions]
-    return [answer[0] for answer in _answers(_earlier, 1, window, packed, tile_m, tile_n)]
+    return [tuple(answer) for answer in _answers(_others, 2, window, packed, tile_m, tile_n)]
 
 
-def _earlier(window: Window, seqlen_q: Int32, seqlen_k: Int32, place: Int32, tile_m: int, tile_n: int):
+def _others(window: Window, seqlen_q: Int32, seqlen_k: Int32, place: Int32, tile_m: int, tile_n: int):
     n_block, block = place // MAX_BLOCKS, place % MAX_BLOCKS
-    return (earlier_tiles(window, seqlen_q, seqlen_k, n_block, block, tile_m, tile_n),)
+    asked = window, seqlen_q, seqlen_k, n_block, block, tile_m, tile_n
+    return earlier_tiles(*asked), later_tiles(*asked)
