@@ -149,8 +149,11 @@ def test_fp8():
             there = dataclasses.replace(key, arch=arch)
             assert TABLE.lookup(there).family == family and DispatchKey.of(there.problem()) == there
     assert str(mixed) == "fwd_sm90a_e4m3ve5m2_hd128_outfp16"
-    with pytest.raises(Fp8Error, match="bf16ke4m3ve4m3 input on sm_90a"):
-        TABLE.lookup(DispatchKey(SmArch.SM_90A, DType.BF16, 128, dtype_k=DType.E4M3, dtype_v=DType.E4M3))
+    caches = DispatchKey(SmArch.SM_90A, DType.BF16, 128, dtype_k=DType.E4M3, dtype_v=DType.E4M3)
+    assert TABLE.lookup(caches).__name__ == "Fa3Decode"
+    for arch in (SmArch.SM_80, SmArch.SM_100A):
+        with pytest.raises(Fp8Error, match=f"bf16ke4m3ve4m3 input on {arch.value}"):
+            TABLE.lookup(dataclasses.replace(caches, arch=arch))
     # not the dtype alone: the key is refused as a whole
     with pytest.raises(UnsupportedKeyError, match="head_dim 264"):
         TABLE.lookup(DispatchKey(SmArch.SM_80, DType.E4M3, 264))
