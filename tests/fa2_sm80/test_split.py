@@ -157,6 +157,25 @@ def test_the_loop_over_keys_neither_spills_nor_grows(arch, head_dim, page_size, 
     assert loop.counts["ldgsts"] == 2 * 64 * head_dim * 2 // (16 * 128)
 
 
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "seqlen_q", "most"),
+    [
+        (SmArch.SM_80, 128, 1, 385),
+        (SmArch.SM_80, 128, 8, 781),
+        (SmArch.SM_90A, 128, 8, 808),
+        (SmArch.SM_90A, 256, 8, 1023),
+    ],
+)
+def test_the_loop_under_a_tree_mask_neither_spills_nor_grows(arch, head_dim, seqlen_q, most):
+    """One tile of 16 rows, or of 64, whose warps have four times as many scores each."""
+    sizes = {"seqlen_q": seqlen_q, "seqlen_k": 8192, "num_heads": 8, "num_heads_kv": 1, "num_splits": 4}
+    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "window_right": 0, "seqused_k": True}
+    config = Fa2Split.configure(small_problem(arch, page_size=16, tree_mask=True, **sizes))
+    (loop,) = [report.main_loop for report in report_cubin(compile_artifacts(config)[1]) if report.main_loop]
+    assert loop.counts["local"] == 0
+    assert loop.row()["insts"] <= most
+
+
 def test_keys_are_read_once_for_all_heads_of_a_group():
     """Eight query heads of a kv head cost what one costs, but for their own rows."""
     one, eight = (run(InputSpec(1, 1, 1024, heads, 1, 64))[2].launches[-1].warp_instrs for heads in (1, 8))
