@@ -149,9 +149,9 @@ def test_flashinfer(kv_layout, paired):
         ({"k": torch.zeros(2, 1, 3, 64)}, ShapeError, r"k has shape \(2, 1, 3, 64\): \(rows, heads_kv, head_dim\)"),
         ({"v": 3}, ArgumentError, "v is int"),
         (
-            {"k_cache": torch.zeros(10, 4, 3, 64).half(), "v_cache": torch.zeros(10, 4, 3, 32).half()},
+            {"k_cache": torch.zeros(10, 6, 3, 64).half(), "v_cache": torch.zeros(10, 6, 3, 32).half()},
             PageSizeError,
-            "4",
+            "page_size=6",
         ),
     ],
 )

@@ -128,6 +128,26 @@ def test_the_loop_over_keys_neither_spills_nor_grows(arch, seqlen_q, head_dim, p
     assert loop.counts["ldgsts"] == 2 * config.tile_n * head_dim * 2 // (16 * config.num_threads)
 
 
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "seqlen_q", "most"),
+    [
+        (SmArch.SM_80, 128, 1, 385),
+        (SmArch.SM_80, 128, 8, 781),
+        (SmArch.SM_90A, 128, 8, 808),
+        (SmArch.SM_90A, 256, 8, 1023),
+    ],
+)
+def test_the_loop_under_a_tree_mask_neither_spills_nor_grows(arch, head_dim, seqlen_q, most):
+    """One tile of 16 rows, or of 64, whose warps have four times as many scores each, of half as many keys at
+    head_dim 256."""
+    sizes = {"seqlen_q": seqlen_q, "seqlen_k": 8192, "num_heads": 8, "num_heads_kv": 1, "num_splits": 0}
+    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "window_right": 0, "seqused_k": True}
+    config = Fa2Split.configure(small_problem(arch, page_size=16, tree_mask=True, **sizes))
+    (loop,) = [report.main_loop for report in report_cubin(compile_artifacts(config)[1]) if report.main_loop]
+    assert loop.counts["local"] == 0
+    assert loop.row()["insts"] <= most, loop.row()["insts"]
+
+
 @pytest.mark.parametrize("arch", SmArch)
 def test_every_pair_of_head_dims_fits_shared_memory(arch):
     for head_dim in range(8, 257, 8):
