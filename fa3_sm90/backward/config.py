@@ -185,7 +185,7 @@ def _objection(problem: AttentionProblem, tiles: Tiles) -> str | None:
     if registers > MAX_REGISTERS:
         what = f"dK and dV of 64 keys, {head_dim} and {head_dim_v} wide, and scores of {tiles.tile_m} queries"
         return f"registers: {registers} a thread for {what}, at most {MAX_REGISTERS}"
-    # At head_dim 64: 7 to 26 accesses with a softcap and a mask, 157 with the slopes' gradients.
+    # At head_dim 64: 8 to 26 accesses with a softcap and a mask, 86 to 157 with the slopes' gradients.
     for feature, wanted in (("a softcap", problem.softcap > 0), ("the slopes' gradients", problem.slopes_gradient)):
         if wanted and tiles.tile_m > WGMMA_M:
             return f"registers: with {feature}, {tiles.tile_m} queries a step spill"

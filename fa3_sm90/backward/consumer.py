@@ -101,10 +101,18 @@ class Consumer(QueryWalk):
         distance, hidden = self.positions(work, work.blocks.block(iteration) * c.tile_m, masked, left_edge)
         warpgroup.wait_group(1)  # S
         dslope = self.dslope if c.slopes_gradient else None
+        # At head_dim 128 all of P at once would spill with a softcap's derivatives or the slopes' gradients.
+        by_shares = c.softcap or c.slopes_gradient
+        if const_expr(not by_shares):
+            for share in cutlass.range_constexpr(self.shares):
+                self.probabilities(s, share, score, state.stage, distance, hidden)
+            warpgroup.wait_group(0)  # dP
         for share in cutlass.range_constexpr(self.shares):
-            derivatives = self.probabilities(s, share, score, state.stage, distance, hidden)
-            if const_expr(share == 0):
-                warpgroup.wait_group(0)  # dP
+            derivatives = None
+            if const_expr(by_shares):
+                derivatives = self.probabilities(s, share, score, state.stage, distance, hidden)
+                if const_expr(share == 0):
+                    warpgroup.wait_group(0)
             self.gradients(s, dp, share, state.stage, derivatives, distance, dslope)
             of_s, of_dp, of_p, of_ds = (part(fragment, share, self.shares) for fragment in (s, dp, p, ds))
             narrow(of_s, of_p)

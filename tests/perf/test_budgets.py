@@ -48,6 +48,13 @@ def test_alibi_and_a_right_bound_have_enough_registers(features):
     assert (row["spills"], row["serialised"]) == ("0/0", False)
 
 
+@pytest.mark.parametrize("features", [("softcap",), ("slopes",), ("softcap", "slopes"), ("causal", "deterministic")])
+def test_features_of_the_hopper_backward_have_enough_registers(features):
+    """At head_dim 128, which has the most."""
+    (row,) = feature_rows([FeatureKey(SmArch.SM_90A, 128, 128, features, direction=Direction.BACKWARD)])
+    assert (row["kernel"], row["spills"], row["serialised"]) == ("fa3", "0/0", False)
+
+
 def test_every_kernel_has_a_budget():
     kernels = [
         (SmArch.SM_80, Direction.FORWARD, DType.BF16),
