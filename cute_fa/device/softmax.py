@@ -69,6 +69,7 @@ class OnlineSoftmax:
                 running[r] = reference
                 total[r] = total[r] * factor
                 scale_row(acc, r, factor)
+            maximum.fill(-Float32.inf)  # once, see _beyond()
         self.exponentiate(scores, may_be_hidden)
 
     @cute.jit
@@ -85,6 +86,7 @@ class OnlineSoftmax:
                 factors[r] = cute.math.exp2(running[r] - finite(reference), fastmath=True)
                 running[r] = reference
                 total[r] = total[r] * factors[r]
+            maximum.fill(-Float32.inf)  # once, see _beyond()
 
     def take_factors(self, factors: cute.Tensor):
         """The rows' factors since the last time, for an accumulator that is multiplied by them in any case."""
@@ -203,10 +205,12 @@ def outgrown(maximum: cute.Tensor, scale: Float32, running: cute.Tensor, exponen
 
 
 def _beyond(maximum: Float32, scale: Float32, running: Float32, exponents: ExponentRange) -> Boolean:
-    """Whether a row's maximum has outgrown its reference; no more once that has moved, or the loop would not end.
+    """Whether a row's maximum has outgrown its reference.
 
-    The difference is an fma in ptxas's hands, whose result is off by half a digit of the score. From 2^24 on that is
-    more than the 0.75 between top and limit. The sum, rounded up, is never below the maximum that the reference is of.
+    The difference is an fma in ptxas's hands: beside the reference, which is rounded, it is off by half a digit of the
+    score. From 2^24 on that is more than the 0.75 between top and limit of e4m3, whose sum, rounded up, is never below the
+    maximum that the reference is of; from 2^28 on more than 8. Who has moved a reference must forget the maximum, or
+    may move it for ever.
     """
     if exponents.top:
         return maximum * scale > sum_rounded_up(running, Float32(exponents.limit))

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 import cute_fa
+from cute_fa.device import softmax
+from cute_fa.device.registers import placed_fma
 from cute_fa.engine import attention as engine
 from cute_fa.engine import plan as plans
 from cute_fa.engine.table import DispatchTable, Entry
 from cute_fa.semantics.reference import expected
 from cute_fa.semantics.types import Direction, DType, SmArch
 from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa3_sm90.decode.config import Fa3DecodeConfig
 from fa3_sm90.decode.entry import Fa3Decode
 from tests.testing.cases import FA2_FEATURES, fa2_cases, small_problem, spec_name, spec_of
 from tests.testing.simulated import unwritten_is_nan
@@ -155,3 +158,34 @@ def test_every_pair_of_head_dims_fits_shared_memory():
                 sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "seqlen_q": seqlen_q}
                 config = Fa3Decode.configure(small_problem(SmArch.SM_90A, num_heads_kv=1, **sizes))
                 assert config.smem_bytes <= config.arch.smem_bytes and config.stages >= 2
+
+
+class FusedConfig(Fa3DecodeConfig):
+    """A class of its own, by which the caches tell its kernels from the others."""
+
+
+def test_scores_beyond_the_digits_of_fp32(monkeypatch):
+    """From 2^28 on 8 is no digit of a score in log2 units. ptxas makes an fma of scale and reference, which the simulator
+    leaves apart; as an fma it says for ever that the row has outgrown its reference."""
+    configure = Fa3Decode.configure
+
+    def fused(problem):
+        config = configure(problem)
+        return FusedConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+    def beyond(maximum, scale, running, exponents):
+        return placed_fma(maximum, scale, -running) > exponents.limit
+
+    monkeypatch.setattr(Fa3Decode, "configure", fused)
+    monkeypatch.setattr(softmax, "_beyond", beyond)
+    given = make_inputs(InputSpec(2, 1, 300, 4, 2, 64), "random")
+    given = dataclasses.replace(given, q=given.q * 1e8, k=given.k * 10)
+    with cute_fa.simulate("sm_90a", num_sms=2):
+        out, lse = engine.attention(given.call(num_splits=0))
+    keys, values = (t.repeat_interleave(2, 2) for t in (given.k, given.v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", given.q.double(), keys.double()) / 8.0
+    largest, best = scores.max(-1)
+    assert largest.min() > 2.0**28
+    torch.testing.assert_close(lse.double(), largest, rtol=1e-6, atol=0.0)
+    index = best.transpose(1, 2)[..., None].expand(-1, -1, -1, 64)
+    torch.testing.assert_close(out, values.gather(1, index), rtol=0.0, atol=0.0)
