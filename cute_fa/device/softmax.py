@@ -208,9 +208,9 @@ def _beyond(maximum: Float32, scale: Float32, running: Float32, exponents: Expon
     """Whether a row's maximum has outgrown its reference.
 
     The difference is an fma in ptxas's hands: beside the reference, which is rounded, it is off by half a digit of the
-    score. From 2^24 on that is more than the 0.75 between top and limit of e4m3, whose sum, rounded up, is never below the
-    maximum that the reference is of; from 2^28 on more than 8. Who has moved a reference must forget the maximum, or
-    may move it for ever.
+    score. From 2^24 on that is more than the 0.75 between top and limit of e4m3, whose sum, rounded up, is never below
+    the maximum that the reference is of; from 2^28 on it is more than 8. Who has moved a reference must forget the
+    maximum, or may move it for ever.
     """
     if exponents.top:
         return maximum * scale > sum_rounded_up(running, Float32(exponents.limit))

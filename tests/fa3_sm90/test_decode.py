@@ -165,8 +165,8 @@ class FusedConfig(Fa3DecodeConfig):
 
 
 def test_scores_beyond_the_digits_of_fp32(monkeypatch):
-    """From 2^28 on 8 is no digit of a score in log2 units. ptxas makes an fma of scale and reference, which the simulator
-    leaves apart; as an fma it says for ever that the row has outgrown its reference."""
+    """From 2^28 on 8 is no digit of a score in log2 units. ptxas makes an fma of what the simulator rounds twice; that
+    says for ever that the row has outgrown its reference."""
     configure = Fa3Decode.configure
 
     def fused(problem):
