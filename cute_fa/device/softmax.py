@@ -23,8 +23,10 @@ class ExponentRange(NamedTuple):
     limit: float
 
 
-# Harmless in fp16 and bf16, whose relative error does not depend on the magnitude.
+# Harmless in bf16, whose relative error does not depend on the magnitude, and in fp16 beside inputs of that type.
 WIDE = ExponentRange(0.0, 8.0)
+# fp16 ends at 2^16 and loses bits below 2^-14: for values that come from bf16, whose small probabilities keep theirs.
+HALF = ExponentRange(6.0, 14.0)
 # e4m3 ends at 448 = 2^8.8 and loses bits below 2^-6: P starts high up, and moves on before it saturates.
 E4M3 = ExponentRange(8.0, 8.75)
 
@@ -69,6 +71,7 @@ class OnlineSoftmax:
                 running[r] = reference
                 total[r] = total[r] * factor
                 scale_row(acc, r, factor)
+            maximum.fill(-Float32.inf)  # once, see _beyond()
         self.exponentiate(scores, may_be_hidden)
 
     @cute.jit
@@ -85,6 +88,7 @@ class OnlineSoftmax:
                 factors[r] = cute.math.exp2(running[r] - finite(reference), fastmath=True)
                 running[r] = reference
                 total[r] = total[r] * factors[r]
+            maximum.fill(-Float32.inf)  # once, see _beyond()
 
     def take_factors(self, factors: cute.Tensor):
         """The rows' factors since the last time, for an accumulator that is multiplied by them in any case."""
@@ -203,10 +207,12 @@ def outgrown(maximum: cute.Tensor, scale: Float32, running: cute.Tensor, exponen
 
 
 def _beyond(maximum: Float32, scale: Float32, running: Float32, exponents: ExponentRange) -> Boolean:
-    """Whether a row's maximum has outgrown its reference; no more once that has moved, or the loop would not end.
+    """Whether a row's maximum has outgrown its reference.
 
-    The difference is an fma in ptxas's hands, whose result is off by half a digit of the score. From 2^24 on that is
-    more than the 0.75 between top and limit. The sum, rounded up, is never below the maximum that the reference is of.
+    The difference is an fma in ptxas's hands: beside the reference, which is rounded, it is off by half a digit of the
+    score. From 2^24 on that is more than the 0.75 between top and limit of e4m3, whose sum, rounded up, is never below
+    the maximum that the reference is of; from 2^28 on it is more than 8. Who has moved a reference must forget the
+    maximum, or may move it for ever.
     """
     if exponents.top:
         return maximum * scale > sum_rounded_up(running, Float32(exponents.limit))

@@ -13,7 +13,7 @@ from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score, distances
-from cute_fa.device.softmax import OnlineSoftmax, scale_row
+from cute_fa.device.softmax import HALF, WIDE, OnlineSoftmax, scale_row
 from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_walk import Piece, SplitWalk
 from cute_fa.device.tree_mask import DraftWords, hide_drafts
@@ -96,7 +96,7 @@ class Consumer:
         """A piece, ``turn`` blocks of the CTA being behind; returns the next state of the warpgroup in the ring."""
         c = self.config
         score = self.score(piece, gqa_ratio)
-        softmax = OnlineSoftmax(ROWS, score.scale_log2)
+        softmax = OnlineSoftmax(ROWS, score.scale_log2, HALF if const_expr(c.scales_rows) else WIDE)
         self.sums.acc.fill(0.0)
         rows_left = piece.info.rows_q * gqa_ratio - piece.first_row - self.first_row
         busy = cute.arch.make_warp_uniform(rows_left) > 0

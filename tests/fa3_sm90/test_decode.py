@@ -4,10 +4,17 @@ import dataclasses
 from collections import Counter
 
 import pytest
+import torch
 
+import cute_fa
+from cute_fa.device import softmax
+from cute_fa.device.registers import placed_fma
+from cute_fa.engine import attention as engine
+from cute_fa.engine import plan as plans
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.semantics.types import DType, SmArch
-from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa3_sm90.decode.config import Fa3DecodeConfig
 from fa3_sm90.decode.entry import Fa3Decode
 from perf.sass import report_cubin
 from tests.testing.cases import fa2_cases, small_problem
@@ -97,6 +104,39 @@ class TestDecode(SplitTests):
         spec = InputSpec(2, seqlen_k=330, heads=8, heads_kv=2, dtype_k=codes[0], dtype_v=codes[1], dtype=dtype, **sizes)
         for simulation in SCHEDULES[:2]:
             self.split.run(spec, "peaked", num_sms=8, **simulation)
+
+
+class FusedConfig(Fa3DecodeConfig):
+    """A class of its own, by which the caches tell its kernels from the others."""
+
+
+def test_scores_beyond_the_digits_of_fp32(monkeypatch):
+    """From 2^28 on 8 is no digit of a score in log2 units. ptxas makes an fma of what the simulator rounds twice; that
+    says for ever that the row has outgrown its reference."""
+    configure = Fa3Decode.configure
+
+    def fused(problem):
+        config = configure(problem)
+        return FusedConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+    def beyond(maximum, scale, running, exponents):
+        return placed_fma(maximum, scale, -running) > exponents.limit
+
+    monkeypatch.setattr(Fa3Decode, "configure", fused)
+    monkeypatch.setattr(softmax, "_beyond", beyond)
+    monkeypatch.setattr(engine, "TABLE", TestDecode.split.table)
+    plans.PLANS.clear()
+    given = make_inputs(InputSpec(2, 1, 300, 4, 2, 64), "random")
+    given = dataclasses.replace(given, q=given.q * 1e8, k=given.k * 10)
+    with cute_fa.simulate("sm_90a", num_sms=2):
+        out, lse = engine.attention(given.call(num_splits=0))
+    keys, values = (t.repeat_interleave(2, 2) for t in (given.k, given.v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", given.q.double(), keys.double()) / 8.0
+    largest, best = scores.max(-1)
+    assert largest.min() > 2.0**28
+    torch.testing.assert_close(lse.double(), largest, rtol=1e-6, atol=0.0)
+    index = best.transpose(1, 2)[..., None].expand(-1, -1, -1, 64)
+    torch.testing.assert_close(out, values.gather(1, index), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize(("changes", "most", "skipped"), LOOPS, ids=str)
