@@ -71,7 +71,8 @@ class OnlineSoftmax:
                 running[r] = reference
                 total[r] = total[r] * factor
                 scale_row(acc, r, factor)
-            maximum.fill(-Float32.inf)  # once, see _beyond()
+            if const_expr(not exponents.top):
+                maximum.fill(-Float32.inf)  # once, see _beyond()
         self.exponentiate(scores, may_be_hidden)
 
     @cute.jit
@@ -88,7 +89,8 @@ class OnlineSoftmax:
                 factors[r] = cute.math.exp2(running[r] - finite(reference), fastmath=True)
                 running[r] = reference
                 total[r] = total[r] * factors[r]
-            maximum.fill(-Float32.inf)  # once, see _beyond()
+            if const_expr(not exponents.top):
+                maximum.fill(-Float32.inf)  # once, see _beyond()
 
     def take_factors(self, factors: cute.Tensor):
         """The rows' factors since the last time, for an accumulator that is multiplied by them in any case."""
@@ -211,8 +213,8 @@ def _beyond(maximum: Float32, scale: Float32, running: Float32, exponents: Expon
 
     The difference is an fma in ptxas's hands: beside the reference, which is rounded, it is off by half a digit of the
     score. From 2^24 on that is more than the 0.75 between top and limit of e4m3, whose sum, rounded up, is never below
-    the maximum that the reference is of; from 2^28 on it is more than 8. Who has moved a reference must forget the
-    maximum, or may move it for ever.
+    the maximum that the reference is of; from 2^28 on it is more than 8. Without a top, who has moved a reference must
+    forget the maximum, or may move it for ever.
     """
     if exponents.top:
         return maximum * scale > sum_rounded_up(running, Float32(exponents.limit))
