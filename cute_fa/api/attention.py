@@ -6,7 +6,7 @@ What attention means here (masks, biases, LSE, empty rows) is written down in ``
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal, get_args, get_type_hints, overload
+from typing import Any, Literal, TypedDict, get_args, get_type_hints, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -71,15 +71,20 @@ class AttentionOptions(EachOptions, total=False):
     v_layout: str
 
 
-class VarlenOptions(EachOptions, total=False):
-    """Keyword arguments of :func:`flash_attn_varlen_func`, for type checkers; see there."""
+class LengthOptions(TypedDict, total=False):
+    """Those of functions for sequences of lengths of their own."""
 
     seqused_q: torch.Tensor | None
-    seqused_k: torch.Tensor | None
     page_table: torch.Tensor | None
     block_table: torch.Tensor | None
     tree_mask: torch.Tensor | None
     scheduler_metadata: torch.Tensor | None
+
+
+class VarlenOptions(EachOptions, LengthOptions, total=False):
+    """Keyword arguments of :func:`flash_attn_varlen_func`, for type checkers; see there."""
+
+    seqused_k: torch.Tensor | None
 
 
 @overload

@@ -10,7 +10,7 @@ import torch
 from typing_extensions import Unpack
 
 from cute_fa.api.append import append, autocast_to, autocasts
-from cute_fa.api.attention import Result, SharedOptions, prepare
+from cute_fa.api.attention import LengthOptions, Result, SharedOptions, prepare
 from cute_fa.api.peers import check_peers, too_many
 from cute_fa.api.scheduler_metadata import check_scheduler_metadata
 from cute_fa.api.values import check_tensor, flag, integer
@@ -26,8 +26,11 @@ _CACHES = {"k": "k_cache", "v": "v_cache", "seqused_k": "cache_seqlens"}
 _ATTENTION_NAMES = {table: spelled(**_CACHES, page_table=table) for table in _TABLES}
 _APPEND_NAMES = {table: spelled(page_table=table) for table in _TABLES}
 
+# Of the attention's tensors, those that say where appended rows go and which queries rotate.
+_APPENDED = ("page_table", "cache_batch_idx", "cu_seqlens_q", "seqused_q")
 
-class CacheOptions(SharedOptions, total=False):
+
+class CacheOptions(SharedOptions, LengthOptions, total=False):
     """Keyword arguments of :func:`flash_attn_with_kvcache`, for type checkers; see there."""
 
     rotary_cos: torch.Tensor | None
@@ -37,15 +40,10 @@ class CacheOptions(SharedOptions, total=False):
     cache_seqlens: int | torch.Tensor | None
     cache_batch_idx: torch.Tensor | None
     cache_leftpad: torch.Tensor | None
-    page_table: torch.Tensor | None
-    block_table: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
-    seqused_q: torch.Tensor | None
     cu_seqlens_k_new: torch.Tensor | None
     max_seqlen_q: int | None
     max_seqlen_k_new: int | None
-    tree_mask: torch.Tensor | None
-    scheduler_metadata: torch.Tensor | None
 
 
 @overload
@@ -285,12 +283,9 @@ def _append(call: Call, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | No
         v,
         extras.seqused_k,
         q=call.q,
-        page_table=extras.page_table,
-        cache_batch_idx=extras.cache_batch_idx,
-        cu_seqlens_q=extras.cu_seqlens_q,
-        seqused_q=extras.seqused_q,
         max_seqlen_q=options.max_seqlen_q,
         rotate_each=options.window_left is not None or options.window_right is not None,
+        **{name: getattr(extras, name) for name in _APPENDED},
         **new,
     )
     rotated, seqused_k = append(appended)
