@@ -225,7 +225,7 @@ class TestPagedAttention:
     def test_described_for_another_machine(self):
         given = make_inputs(SPEC)
         request = request_of(given, SmArch.SM_90A)
-        assert request.kernel_name() == "fa3_fwd_sm90a_bf16_hd64_causal_varlen_sw40_sink4_page16_gqa2"
+        assert request.kernel_name() == "fa3_fwd_sm90a_bf16_hd64_causal_varlen_sw40_sink4_page16_split0_gqa2"
         assert (request.capacity, request.problem().seqlen_k) == (160, 160)
         with (
             cute_fa.simulate("sm_80"),
@@ -411,7 +411,7 @@ def test_example(monkeypatch, capsys):
         ("B", "50, 1, 39, 59"),
     ]
     assert re.search(r"C: chunk 1 of 1.*\n  B: one token", told)  # a prompt is read while others are written
-    assert "A: chunk 1 of 2, fa3_fwd_sm90a_bf16_hd128_causal_varlen_page16_gqa4" in told
+    assert "A: chunk 1 of 2, fa3_fwd_sm90a_bf16_hd128_causal_varlen_page16_split0_gqa4" in told
 
     append = example.Layer.append
 

@@ -273,9 +273,10 @@ def test_rows():
         refused = dict.fromkeys(("head_dim 512", "bf16, k and v e4m3"))
         of_split = ("split-KV", "paged KV, a page a token", "paged KV, left padding", "tree of draft tokens")
         assert elsewhere == dict.fromkeys(of_split, "fa2_split") | refused
-        # all that Hopper's forward serves, which has a kernel of its own for split keys
+        # all that Hopper's forward serves, where a kernel of its own serves the rest, fp8 caches, too
         on_hopper = {feature: cells["sm_90a", "fwd", feature].kernel for feature in forwards}
-        assert elsewhere | {"split-KV": "fa3_decode"} == {
+        decoded = dict.fromkeys((*of_split, "bf16, k and v e4m3"), "fa3_decode")
+        assert decoded | {"head_dim 512": None} == {
             feature: kernel for feature, kernel in on_hopper.items() if kernel != "fa3_fwd"
         }
     rule = "tcgen05 exists on sm_100a and sm_103a alone; not sm_120a"

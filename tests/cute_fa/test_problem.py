@@ -177,7 +177,7 @@ def test_derived():
         ({"window_left": 1.5}, WindowError, "window_left=1.5"),
         ({"window_right": True}, WindowError, "window_right=True"),
         ({"sink_tokens": -1}, ArgumentError, "sink_tokens=-1"),
-        ({"num_splits": 0}, ArgumentError, "num_splits=0"),
+        ({"num_splits": -1}, ArgumentError, "num_splits=-1: between 0 and"),
         ({"out_dtype": DType.E4M3}, Fp8Error, "out_dtype=e4m3"),
         ({"out_dtype": "bf16"}, ArgumentError, "out_dtype='bf16': a DType"),
         ({"dtype_k": DType.E4M3}, Fp8Error, "dtypes bf16, e4m3, bf16 of q, k, v: k and v are of q's, or both fp8"),
