@@ -292,8 +292,8 @@ def test_rows():
     assert cells["sm_80", "bwd", "causal"][3:] == ("fa2_bwd", ())
     assert cells["sm_90a", "bwd", "causal"][3:] == ("fa3_bwd", ())
     for feature, reason, served in (
-        ("head_dim 256", "registers: 352 a thread", "fa3_bwd_split"),
-        ("head_dim 192, head_dim_v 128", "registers: 288 a thread", "fa3_bwd_split"),
+        ("head_dim 256", "registers: 320 a thread", "fa3_bwd_split"),
+        ("head_dim 192, head_dim_v 128", "registers: 256 a thread", "fa3_bwd_split"),
         ("range plan", "a range plan: this kernel walks over ranges of blocks", "fa2_bwd"),
     ):
         _, _, _, kernel, reasons = cells["sm_90a", "bwd", feature]
