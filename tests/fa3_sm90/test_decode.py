@@ -7,8 +7,6 @@ import pytest
 import torch
 
 import cute_fa
-from cute_fa.device import softmax
-from cute_fa.device.registers import placed_fma
 from cute_fa.engine import attention as engine
 from cute_fa.engine import plan as plans
 from cute_fa.engine.compiler import compile_artifacts
@@ -51,7 +49,7 @@ CODES = [
 ]
 # Instructions of the loop of 64 keys at head_dim 128, one token, with the rare rescaling of O, and of those what warps
 # without rows skip: 2026-11-30, nvidia-cutlass-dsl 4.8.1.
-LOOPS = [({}, 371, 254), ({"page_size": 16, "seqused_k": True}, 370, 254), ({"codes": True}, 404, 289)]
+LOOPS = [({}, 371, 254), ({"page_size": 16, "seqused_k": True}, 370, 254), ({"codes": True}, 401, 286)]
 
 
 class TestDecode(SplitTests):
@@ -99,7 +97,7 @@ class TestDecode(SplitTests):
         self.split.run(InputSpec(2, seqlen_q, 300, 6, 2, 64, tree=True, seqused_k=True), "peaked", num_sms=6)
 
     @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E5M2, DType.E4M3)], ids=str)
-    @pytest.mark.parametrize(("sizes", "dtype"), zip(CODES, [DType.BF16, DType.FP16] * 2, strict=True), ids=str)
+    @pytest.mark.parametrize(("sizes", "dtype"), list(zip(CODES, [DType.BF16, DType.FP16] * 2, strict=True)), ids=str)
     def test_fp8_caches(self, codes, sizes, dtype):
         spec = InputSpec(2, seqlen_k=330, heads=8, heads_kv=2, dtype_k=codes[0], dtype_v=codes[1], dtype=dtype, **sizes)
         for simulation in SCHEDULES[:2]:
@@ -113,6 +111,10 @@ class FusedConfig(Fa3DecodeConfig):
 def test_scores_beyond_the_digits_of_fp32(monkeypatch):
     """From 2^28 on 8 is no digit of a score in log2 units. ptxas makes an fma of what the simulator rounds twice; that
     says for ever that the row has outgrown its reference."""
+    # here, since a machine without the DSL collects this file, too
+    from cute_fa.device import softmax
+    from cute_fa.device.registers import placed_fma
+
     configure = Fa3Decode.configure
 
     def fused(problem):
