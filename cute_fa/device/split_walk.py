@@ -24,7 +24,7 @@ from cutlass import Boolean, Int32, Uint32, const_expr
 from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.block_range import BlockRange, block_range
 from cute_fa.device.seqlen import SeqlenInfo
-from cute_fa.device.tile_scheduler import WorkTile, inclusive_sum, quotient_and_rest
+from cute_fa.device.tile_scheduler import WorkTile, quotient_and_rest, sequence_at
 from cute_fa.device.tile_work import TileWork
 
 EVEN_SLOTS = 2  # for parts of tiles that a CTA leaves, at most, of an even cut
@@ -198,14 +198,5 @@ class SplitWalk:
     @cute.jit
     def _find(self, position: Int32, stop: Int32, batch: Int32, start: Int32) -> WalkState:
         """The state at ``position``, which is not in a sequence before ``batch``, whose units begin at ``start``."""
-        heads, head_units, batches = self.heads, self.head_units, self.common.batches
-        lane, searching = cute.arch.lane_idx(), Boolean(True)
-        while searching:
-            ends = inclusive_sum(head_units(batch + lane) * heads, lane) + start
-            before = cute.arch.popc(cute.arch.vote_ballot_sync(Uint32(ends) <= Uint32(position)))
-            # the sequences that end at or before the position are skipped: their last one's end is the next one's start
-            if before > 0:
-                start = cute.arch.shuffle_sync(ends, before - 1)
-            batch += before
-            searching = (before == 32) & (batch < batches)
+        batch, start = sequence_at(position, batch, start, self.head_units, self.heads, self.common.batches)
         return WalkState(*(cute.arch.make_warp_uniform(number) for number in (position, stop, batch, start)))

@@ -27,6 +27,7 @@ slowest CTA then takes 1.5 % longer than the least possible (mean, or longest ti
 CTA a tile: 0.8 %.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import cutlass
@@ -202,18 +203,8 @@ class VarlenScheduler:
     @cute.jit
     def _find(self, tile: Int32, batch: Int32, start: Int32) -> VarlenState:
         """The state of ``tile``, which is not in a sequence before ``batch``, whose first tile is ``start``."""
-        batches, heads, m_blocks = self.grid.batches, self.grid.heads, self._m_blocks
-        lane = cute.arch.lane_idx()
-        searching = Boolean(True)
-        while searching:
-            ends = inclusive_sum(m_blocks(batch + lane) * heads, lane) + start
-            before = cute.arch.popc(cute.arch.vote_ballot_sync(Uint32(ends) <= Uint32(tile)))
-            # The sequences that end at or before the tile are skipped: their last one's end is the next one's start.
-            if before > 0:
-                start = cute.arch.shuffle_sync(ends, before - 1)
-            batch += before
-            searching = (before == 32) & (batch < batches)
-        return VarlenState(tile, batch, start)
+        batches, heads = self.grid.batches, self.grid.heads
+        return VarlenState(tile, *sequence_at(tile, batch, start, self._m_blocks, heads, batches))
 
     def _m_blocks(self, batch: Int32) -> Int32:
         """Tiles of a head of sequence ``batch``; 0 from ``batches`` on."""
@@ -328,6 +319,29 @@ def quotient_and_rest(dividend: Int32, divisor: Int32 | int) -> tuple[Int32, Int
 def _ceil_div(dividend: Int32, divisor: Int32 | int) -> Int32:
     """Quotient of numbers ≥ 0, rounded up."""
     return quotient_and_rest(dividend + divisor - 1, divisor)[0]
+
+
+@cute.jit
+def sequence_at(
+    position: Int32,
+    batch: Int32,
+    start: Int32,
+    units: cutlass.Constexpr[Callable[[Int32], Int32]],
+    heads: Int32,
+    batches: Int32,
+) -> tuple[Int32, Int32]:
+    """(sequence, where it begins) at ``position`` in the line of all sequences' units, ``units(batch)`` for each of
+    their heads and 0 from ``batches`` on; it is not before sequence ``batch``, which begins at ``start``. By a warp."""
+    lane, searching = cute.arch.lane_idx(), Boolean(True)
+    while searching:
+        ends = inclusive_sum(units(batch + lane) * heads, lane) + start
+        before = cute.arch.popc(cute.arch.vote_ballot_sync(Uint32(ends) <= Uint32(position)))
+        # The sequences that end at or before the position are skipped: their last one's end is the next one's start.
+        if before > 0:
+            start = cute.arch.shuffle_sync(ends, before - 1)
+        batch += before
+        searching = (before == 32) & (batch < batches)
+    return batch, start
 
 
 @cute.jit
