@@ -16,13 +16,16 @@ from cute_fa.api.peers import PeerArguments, check_peers, too_many
 from cute_fa.api.scheduler_metadata import check_scheduler_metadata
 from cute_fa.api.values import check_tensor, descale, flag, integer, number
 from cute_fa.engine import attention as engine
+from cute_fa.engine.environment import switch
 from cute_fa.semantics.argument_names import names_of, spelled
 from cute_fa.semantics.call import NO_EXTRAS, Call, Extras, Options
 from cute_fa.semantics.errors import ArgumentError, DTypeError
-from cute_fa.semantics.problem import LiteralWindow, normalize_window
+from cute_fa.semantics.problem import USUAL_CHUNK, LiteralWindow, normalize_window
 from cute_fa.semantics.tensors import DTYPES, used_lengths
 from cute_fa.semantics.types import PersistentMode
 
+# Whether calls that leave it open are in batch-invariant mode.
+BATCH_INVARIANT = switch("CUTE_FA_BATCH_INVARIANT", default=False)
 _LOWER = (torch.float16, torch.bfloat16)
 _PAIRS = (tuple, list, LiteralWindow)
 # What callers of flash_attn_varlen_func call arguments of the operator.
@@ -51,6 +54,8 @@ class SharedOptions(PeerArguments, total=False):
     k_descale: torch.Tensor | float | None
     v_descale: torch.Tensor | float | None
     num_splits: int
+    batch_invariant: bool | None
+    seqlen_k_per_split: int | None
     pack_gqa: bool | None
     out: torch.Tensor | None
     out_dtype: torch.dtype | None
@@ -158,6 +163,8 @@ def flash_attn_func(
     k_descale: torch.Tensor | float | None = None,
     v_descale: torch.Tensor | float | None = None,
     num_splits: int = 1,
+    batch_invariant: bool | None = None,
+    seqlen_k_per_split: int | None = None,
     pack_gqa: bool | None = None,
     persistent: PersistentMode | str = "auto",
     deterministic: bool = False,
@@ -191,6 +198,11 @@ def flash_attn_func(
         and v are multiplied by; 1 by default. Numbers between 2^-32 and 2^32. Those of k and v may also be (batch,
         heads_kv, blocks): one for each 128 keys of a sequence, from its first one on. ``cute_fa.fp8`` quantises.
     num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
+    batch_invariant: the bits of a token's O and LSE depend on its query and on the keys and values that it sees alone:
+        the same in a prompt, a chunk of one and decoding, in any batch, from pages or not, see docs/batch_invariance.md;
+        16-bit q. None: as CUTE_FA_BATCH_INVARIANT=1 says when cute_fa is imported. Of gradients it says nothing.
+    seqlen_k_per_split: keys of a chunk, of which O is added up in that mode, a multiple of 64; it changes bits. 1024 by
+        default; given alone it turns the mode on.
     pack_gqa: whether query heads of one kv head share a tile; None lets the kernel choose, as "auto" does below.
     persistent: "auto", "on" (a CTA computes one tile after the other) or "off" (one CTA a tile).
     deterministic: bit-identical gradients between runs, also asked for by torch.use_deterministic_algorithms(True); the
@@ -233,6 +245,7 @@ def flash_attn_func(
         out_dtype,
         promote_every,
         v_layout,
+        chunk_keys(batch_invariant, seqlen_k_per_split),
         "",
     )
     return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)
@@ -339,6 +352,8 @@ def flash_attn_varlen_func(
     v_descale: torch.Tensor | float | None = None,
     scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 1,
+    batch_invariant: bool | None = None,
+    seqlen_k_per_split: int | None = None,
     pack_gqa: bool | None = None,
     persistent: PersistentMode | str = "auto",
     deterministic: bool = False,
@@ -409,6 +424,7 @@ def flash_attn_varlen_func(
         out_dtype,
         promote_every,
         "head_dim",
+        chunk_keys(batch_invariant, seqlen_k_per_split),
         names,
     )
     return _attention(q, k, v, extras, options, out, return_lse, return_attn_probs, return_softmax_lse)
@@ -422,12 +438,26 @@ _CHOICES = tuple(name for name in Options._fields if not name.startswith("window
 _CHOICE_DEFAULTS = tuple(Options._field_defaults[name] for name in _CHOICES)
 
 
+def chunk_keys(batch_invariant: Any, seqlen_k_per_split: Any) -> Any:
+    """Keys of a chunk, 0 where batch-invariant mode is off; raises ArgumentError where one argument says so and the
+    other gives them."""
+    if batch_invariant is not None:
+        batch_invariant = flag("batch_invariant", batch_invariant)
+    if seqlen_k_per_split is None:
+        on = BATCH_INVARIANT if batch_invariant is None else batch_invariant
+        return USUAL_CHUNK if on else 0
+    if batch_invariant is False:
+        raise ArgumentError(f"seqlen_k_per_split={seqlen_k_per_split!r} with batch_invariant=False: nothing is in chunks")
+    return integer("seqlen_k_per_split", seqlen_k_per_split)
+
+
 def prepare(q: Any, k: Any, v: Any, *, causal: Any = False, window_size: Any = (None, None), **given: Any) -> Call:
     """The call of arguments of the public functions and fields of ``Extras``: kinds checked, since the dispatcher's own
     complaints name no rule, and choices normalised. ``names``: what the caller calls them
     (:mod:`cute_fa.semantics.argument_names`)."""
     given["learnable_sink"] = _widened(given.get("learnable_sink"))
     given |= _descales(q, *(given.get(f"{name}_descale") for name in "qkv"))
+    given["seqlen_k_per_split"] = chunk_keys(given.pop("batch_invariant", None), given.get("seqlen_k_per_split"))
     extras = Extras._make(map(given.pop, Extras._fields, NO_EXTRAS))
     options = _options(window_size, causal, *map(given.pop, _CHOICES, _CHOICE_DEFAULTS))
     if given:

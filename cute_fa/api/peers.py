@@ -29,7 +29,6 @@ class PeerArguments(TypedDict, total=False):
     gather_bwd_token_chunk: Annotated[None, None]
     min_seqlen_k: Annotated[None, None]
     leftpad_k: Annotated[None, None]
-    seqlen_k_per_split: Annotated[None, None]
     disable_scheduler_metadata: Annotated[bool, False]
     m_block_size: Annotated[None, None]
     n_block_size: Annotated[None, None]

@@ -232,7 +232,15 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest(Request):
-    """A request whose result is attention itself."""
+    """A request whose result is attention itself; ``batch_invariant`` and ``seqlen_k_per_split`` as for
+    ``cute_fa.flash_attn_func``."""
+
+    _: KW_ONLY
+    batch_invariant: bool | None = None
+    seqlen_k_per_split: int | None = None
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "batch_invariant": self.batch_invariant}
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse), on the device of the tensors, whose architecture must be the request's."""

@@ -14,6 +14,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
+from cute_fa.device.registers import placed_fma, rounded_product
+
 # |i + D − j| of a register (r, c)
 Distance = Callable[[int, int], Float32]
 LOG2_E = math.log2(math.e)
@@ -39,7 +41,7 @@ class Score(NamedTuple):
         scale_log2, offset_log2, exponent = softmax_scale * LOG2_E, None, None
         if softcap is not None:
             exponent = 2.0 * LOG2_E * softmax_scale / softcap
-            scale_log2, offset_log2 = 2.0 * LOG2_E * softcap, LOG2_E * softcap
+            scale_log2, offset_log2 = 2.0 * LOG2_E * softcap, rounded_product(Float32(LOG2_E), softcap)
         score = cls(softmax_scale, scale_log2, offset_log2, exponent, None)
         return score if slopes is None else score.with_slopes(slopes)
 
@@ -57,9 +59,13 @@ class Score(NamedTuple):
             slopes = tuple(slope * per_unit for slope in slopes)
         return self._replace(scale_log2=self.scale_log2 * factor, slopes=slopes)
 
-    def apply(self, x: Float32, r: int, c: int, distance: Optional[Distance]) -> Float32:
-        """Softcap and ALiBi of the Q·Kᵀ in register (r, c); ``distance`` is needed for ALiBi."""
-        return self.bias(self.cap(x), r, c, distance)
+    def apply(self, x: Float32, r: int, c: int, distance: Optional[Distance], placed: bool = False) -> Float32:
+        """Softcap and ALiBi of the Q·Kᵀ in register (r, c); ``distance`` is needed for ALiBi. ``placed``: with an fma
+        in every kernel alike, which else is the compiler's choice."""
+        capped = self.cap(x)
+        if placed and self.slopes is not None:
+            return placed_fma(-self.slopes[r], distance(r, c), capped)
+        return self.bias(capped, r, c, distance)
 
     def cap(self, x: Float32) -> Float32:
         """c·tanh(s/c) = c + 2c·x with x = −1/(1 + e^(2s/c)), which is what stays in the registers. Not tanh.approx: it
@@ -95,13 +101,14 @@ def distances(diagonals: list[Int32], columns: cute.Tensor) -> Distance:
     return distance
 
 
-def apply_score(score: Score, scores: cute.Tensor, distance: Optional[Distance]):
-    """Softcap and ALiBi, for which ``distance`` is needed, in place, on the (rows, columns) view of an accumulator."""
+def apply_score(score: Score, scores: cute.Tensor, distance: Optional[Distance], placed: bool = False):
+    """Softcap and ALiBi, for which ``distance`` is needed, in place, on the (rows, columns) view of an accumulator; see
+    :meth:`Score.apply`."""
     if score.softcap_exponent is None and score.slopes is None:
         return
     for r in range(cute.size(scores, mode=[0])):
         for c in range(cute.size(scores, mode=[1])):
-            scores[r, c] = score.apply(scores[r, c], r, c, distance)
+            scores[r, c] = score.apply(scores[r, c], r, c, distance, placed)
 
 
 def probabilities(

@@ -12,7 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, const_expr
 
-from cute_fa.device.registers import rounded_product, sum_rounded_up
+from cute_fa.device.registers import placed_fma, rounded_product, sum_rounded_up
 from cute_fa.device.score import LOG2_E
 
 
@@ -36,10 +36,19 @@ class OnlineSoftmax:
     −inf before the first visible key; ``total``: this thread's part of the sum of exponentials; ``factors``: what the
     accumulator has still to be multiplied by."""
 
-    def __init__(self, num_rows: int, scale_log2: Float32, exponents: ExponentRange = WIDE, max_chains: int = 1):
+    def __init__(
+        self,
+        num_rows: int,
+        scale_log2: Float32,
+        exponents: ExponentRange = WIDE,
+        max_chains: int = 1,
+        row_wise: bool = False,
+    ):
         """``scale_log2``: factor from scores to log2 units; ``exponents``: of P; ``max_chains``: of comparisons, in
-        which :meth:`advance` looks for a row's largest score."""
-        self.num_rows, self.exponents, self.max_chains = num_rows, exponents, max_chains
+        which :meth:`advance` looks for a row's largest score; ``row_wise``: a row's bits are to depend on nothing but
+        its own scores, while by default the references of all rows of a warp move if one of them has to, and ptxas
+        says what is rounded twice."""
+        self.num_rows, self.exponents, self.max_chains, self.row_wise = num_rows, exponents, max_chains, row_wise
         self.scale_log2 = scale_log2
         self.reference = cute.make_rmem_tensor(num_rows, Float32)
         self.total = cute.make_rmem_tensor(num_rows, Float32)
@@ -61,15 +70,19 @@ class OnlineSoftmax:
         ``scores`` and ``acc`` are (rows, columns) views. ``may_be_hidden``: a row can have no visible key so far.
         """
         scale, running, total, exponents = self.scale_log2, self.reference, self.total, self.exponents
-        maximum = row_maxima(scores)
+        row_wise, maximum = self.row_wise, row_maxima(scores)
         # A loop that runs once, not an "if": ptxas turns the branch into 130 predicated instructions, which cost as
         # much as executing them (11.7 against 8.5 instructions per score at head_dim 128).
-        while cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents)):
+        while cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents, row_wise)):
             for r in cutlass.range_constexpr(self.num_rows):
-                reference = cute.arch.fmax(running[r], reference_of(quad_max(maximum[r]), scale, exponents))
+                of_row = quad_max(maximum[r])
+                reference = cute.arch.fmax(running[r], reference_of(of_row, scale, exponents))
+                if const_expr(row_wise):
+                    moves = _beyond(of_row, scale, running[r], exponents, row_wise)
+                    reference = cutlass.select_(moves, reference, running[r])
                 factor = cute.math.exp2(running[r] - finite(reference), fastmath=True)
                 running[r] = reference
-                total[r] = total[r] * factor
+                total[r] = rounded_product(total[r], factor) if const_expr(row_wise) else total[r] * factor
                 scale_row(acc, r, factor)
             if const_expr(not exponents.top):
                 maximum.fill(-Float32.inf)  # once, see _beyond()
@@ -115,7 +128,12 @@ class OnlineSoftmax:
             if const_expr(may_be_hidden):
                 reference = finite(reference)
             row = scores[r, None]
-            exponentials = cute.math.exp2(row.load() * scale - reference, fastmath=True)
+            if const_expr(self.row_wise):
+                for c in cutlass.range_constexpr(cute.size(row)):
+                    row[c] = placed_fma(row[c], scale, -reference)
+                exponentials = cute.math.exp2(row.load(), fastmath=True)
+            else:
+                exponentials = cute.math.exp2(row.load() * scale - reference, fastmath=True)
             row.store(exponentials)
             total[r] = exponentials.reduce(cute.ReductionOp.ADD, total[r], 0)
 
@@ -195,20 +213,24 @@ def reference_of(maximum: Float32, scale: Float32, exponents: ExponentRange) -> 
     return rounded_product(maximum, scale) - exponents.top
 
 
-def outgrown(maximum: cute.Tensor, scale: Float32, running: cute.Tensor, exponents: ExponentRange) -> Boolean:
+def outgrown(
+    maximum: cute.Tensor, scale: Float32, running: cute.Tensor, exponents: ExponentRange, row_wise: bool = False
+) -> Boolean:
     """Whether one of this thread's scores lies so far beyond its row's reference that the row must be rescaled;
     ``maximum`` are raw scores, ``scale`` takes them to log2 units.
 
     Asked of every thread, this bounds all exponentials, so that the maximum over the threads of a row is needed only
     where the answer is yes: 4 shuffles and 4 maxima less on the way from the scores to their exponentials.
     """
-    grown = _beyond(maximum[0], scale, running[0], exponents)
+    grown = _beyond(maximum[0], scale, running[0], exponents, row_wise)
     for r in range(1, cute.size(maximum)):
-        grown = grown | _beyond(maximum[r], scale, running[r], exponents)
+        grown = grown | _beyond(maximum[r], scale, running[r], exponents, row_wise)
     return grown
 
 
-def _beyond(maximum: Float32, scale: Float32, running: Float32, exponents: ExponentRange) -> Boolean:
+def _beyond(
+    maximum: Float32, scale: Float32, running: Float32, exponents: ExponentRange, row_wise: bool = False
+) -> Boolean:
     """Whether a row's maximum has outgrown its reference.
 
     The difference is an fma in ptxas's hands: beside the reference, which is rounded, it is off by half a digit of the
@@ -218,6 +240,8 @@ def _beyond(maximum: Float32, scale: Float32, running: Float32, exponents: Expon
     """
     if exponents.top:
         return maximum * scale > sum_rounded_up(running, Float32(exponents.limit))
+    if row_wise:
+        return placed_fma(maximum, scale, -running) > exponents.limit
     return maximum * scale - running > exponents.limit
 
 

@@ -29,6 +29,8 @@ class Grid(NamedTuple):
     ctas: int
     merges: int
     parts: int | None
+    tiles: int | None = None
+    chunk_blocks: int | None = None
 
 
 class Launch(NamedTuple):
@@ -40,8 +42,9 @@ class Launch(NamedTuple):
 
 
 class SplitForward(AttentionKernel):
-    """Scratch memory, fp32, a tile being tile_m rows of head_dim_v + 1 numbers: two tiles for each CTA of an even cut,
-    whatever the lengths and the batch; of N parts, N for each tile that there may be.
+    """Scratch memory, fp32, a tile being tile_m rows, or as many as a kv head has, of head_dim_v + 1 numbers: two tiles
+    for each CTA of an even cut, whatever the lengths and the batch; of N parts, N for each tile that there may be. In
+    batch-invariant mode two for each CTA where there are tiles for all SMs; of fewer tiles one for each chunk of keys.
     """
 
     direction = Direction.FORWARD
@@ -53,6 +56,8 @@ class SplitForward(AttentionKernel):
 
     @classmethod
     def num_splits(cls, problem: AttentionProblem, num_sms: int) -> int | None:
+        if problem.seqlen_k_per_split:
+            return 1  # chunks take their place
         return 0 if problem.seqlen_q <= cls.most_tokens else None
 
     @classmethod
@@ -63,13 +68,20 @@ class SplitForward(AttentionKernel):
         return [f"{units} {what} of all tiles: at most {MAX_TILES}"] if units > MAX_TILES else []
 
     @classmethod
+    def head_tiles(cls, problem: AttentionProblem, config) -> int:
+        """Tiles of rows of a kv head, at most."""
+        return ceil_div(problem.seqlen_q * problem.gqa_ratio, config.tile_m)
+
+    @classmethod
     def tiles(cls, problem: AttentionProblem, config) -> int:
         """Tiles of rows, at most."""
-        return ceil_div(problem.seqlen_q * problem.gqa_ratio, config.tile_m) * problem.num_heads_kv * problem.batch
+        return cls.head_tiles(problem, config) * problem.num_heads_kv * problem.batch
 
     @classmethod
     def units(cls, problem: AttentionProblem, config) -> int:
         """Of a tile, at most."""
+        if problem.seqlen_k_per_split:
+            return max(1, ceil_div(problem.seqlen_k, problem.seqlen_k_per_split))
         if problem.num_splits:
             return problem.num_splits
         window = problem.window_left, problem.window_right, problem.sink_tokens
@@ -78,11 +90,16 @@ class SplitForward(AttentionKernel):
     @classmethod
     def grid(cls, problem: AttentionProblem, config, num_sms: int) -> Grid:
         """One CTA a part; of an even cut as many as run at a time, or as there may be work for."""
-        tiles = cls.tiles(problem, config)
+        tiles, resident = cls.tiles(problem, config), num_sms * cls.ctas_per_sm(config)
         units = tiles * cls.units(problem, config)
+        if problem.seqlen_k_per_split:
+            chunks = cls.head_tiles(problem, config), problem.seqlen_k_per_split // config.tile_n
+            if tiles < resident and units > tiles:
+                return Grid(units, tiles, units // tiles, *chunks)
+            return Grid(min(tiles, resident), 0, 1, *chunks)
         if problem.num_splits:
             return Grid(units, tiles if problem.num_splits > 1 else 0, problem.num_splits)
-        ctas = max(1, min(num_sms * cls.ctas_per_sm(config), ceil_div(units, config.least_blocks)))
+        ctas = max(1, min(resident, ceil_div(units, config.least_blocks)))
         return Grid(ctas, ctas - 1, None)
 
     @classmethod
@@ -90,8 +107,11 @@ class SplitForward(AttentionKernel):
         cls, problem: AttentionProblem, config, tensors: AttentionTensors, num_sms: int
     ) -> tuple[Memory | None, ...]:
         grid = cls.grid(problem, config, num_sms)
-        slots = (grid.ctas if problem.num_splits else _EVEN_SLOTS * grid.ctas) if grid.merges else 0
-        shape = max(slots, 1), config.tile_m
+        slots = grid.ctas if grid.parts else _EVEN_SLOTS * grid.ctas
+        if not grid.merges:
+            in_turn = problem.seqlen_k_per_split and cls.units(problem, config) > 1
+            slots = _EVEN_SLOTS * grid.ctas if in_turn else 1
+        shape = max(slots, 1), min(config.tile_m, problem.seqlen_q * problem.gqa_ratio)
         return Parts(Memory((*shape, problem.head_dim_v), torch.float32), Memory(shape, torch.float32))
 
     @classmethod

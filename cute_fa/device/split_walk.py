@@ -33,11 +33,14 @@ EVEN_SLOTS = 2  # for parts of tiles that a CTA leaves, at most, of an even cut
 class SplitGrid(NamedTuple):
     """Run-time numbers of a launch: ``ctas``, of which the shares are; ``merges``: CTAs, for each 16 rows of a tile, of
     the kernel that merges, at the cuts between shares, or for each tile there may be; ``parts`` of each tile, None
-    where it is cut evenly."""
+    where it is cut evenly. Of a walk in chunks (:mod:`cute_fa.device.chunk_walk`), else None: ``tiles`` of a kv head,
+    ``chunk_blocks`` of a chunk."""
 
     ctas: Int32
     merges: Int32
     parts: Optional[Int32]
+    tiles: Optional[Int32]
+    chunk_blocks: Optional[Int32]
 
 
 class WalkState(NamedTuple):
@@ -53,8 +56,8 @@ class WalkState(NamedTuple):
 class Piece(NamedTuple):
     """Iterations [start, stop) of a tile's walk over its key blocks, none where there are more parts than blocks.
     ``first_row``: of the tile, among the rows of the kv head; row r is query r // gqa_ratio of the group's head
-    r % gqa_ratio. ``units`` of the line that it is; ``whole``: whether it is all of the tile, else ``slot`` is its
-    place in scratch memory."""
+    r % gqa_ratio. ``units`` of the line that it is; ``whole``: whether it is all of the tile, or what is left of it,
+    else ``slot`` is its place in scratch memory."""
 
     batch: Int32
     head: Int32
@@ -73,17 +76,35 @@ class Piece(NamedTuple):
         return TileWork(WorkTile(self.tile, self.head, self.batch), self.info, self.first_row, self.blocks)
 
 
-class SplitWalk:
-    """The shares of a launch. All lanes of a warp call its methods together.
+class RowTiles:
+    """The tiles of a launch. ``config``: of the kernel, with ``tile_m`` rows and ``tile_n`` keys of a block."""
 
-    ``config``: of the kernel, with ``tile_m`` rows, ``tile_n`` keys of a block and ``least_blocks``: CTAs that would
-    have fewer of an even cut have none.
-    """
-
-    def __init__(self, config, common: CommonArguments, grid: SplitGrid):
-        self.common, self.tile_m, self.tile_n, self.parts = common, config.tile_m, config.tile_n, grid.parts
+    def __init__(self, config, common: CommonArguments):
+        self.common, self.tile_m, self.tile_n = common, config.tile_m, config.tile_n
         self.heads = cute.arch.make_warp_uniform(Int32(common.k.shape[-2]))
         self.gqa_ratio = cute.arch.make_warp_uniform(Int32(common.q.shape[-2]) // self.heads)
+
+    def tile_blocks(self, info: SeqlenInfo, tile: Int32) -> BlockRange:
+        """Key blocks of a tile: one at least, hidden where there is no visible key, so that its rows are written."""
+        first_row = tile * self.tile_m
+        # unsigned, and without a shuffle of the divisor: lanes are at different sequences here
+        first, last = (
+            Int32(Uint32(row) // Uint32(self.gqa_ratio)) for row in (first_row, first_row + (self.tile_m - 1))
+        )
+        window = self.common.window
+        blocks = block_range(window, info.seqlen_q, info.seqlen_k, first, last - first + 1, self.tile_n)
+        one = Int32(blocks.total == 0)
+        ends = (blocks.right_end, blocks.full_end, blocks.window_end, blocks.total)
+        return BlockRange(cutlass.max(blocks.last_block, 0), *(end + one for end in ends))
+
+
+class SplitWalk(RowTiles):
+    """The shares of a launch. All lanes of a warp call its methods together. ``config`` has ``least_blocks``, too: CTAs
+    that would have fewer of an even cut have none."""
+
+    def __init__(self, config, common: CommonArguments, grid: SplitGrid):
+        super().__init__(config, common)
+        self.parts = grid.parts
         self.total = self._total()
         least = config.least_blocks if const_expr(self.parts is None) else 1
         self.ctas = cutlass.min(grid.ctas, quotient_and_rest(self.total + (least - 1), least)[0])
@@ -113,6 +134,10 @@ class SplitWalk:
     def next(self, state: WalkState, piece: Piece) -> WalkState:
         """Behind a piece."""
         return self._find(state.position + piece.units, state.stop, state.batch, state.start)
+
+    def found_again(self, state: WalkState) -> WalkState:
+        """The same, from a number that went through a shuffle: what follows from it is computed anew."""
+        return state._replace(batch=cute.arch.make_warp_uniform(state.batch))
 
     def at(self, position: Int32) -> WalkState:
         """At a unit of the line, with nothing behind it."""
@@ -156,19 +181,6 @@ class SplitWalk:
     def tile_units(self, info: SeqlenInfo, tile: Int32) -> Int32:
         """Units of a tile."""
         return self.tile_blocks(info, tile).total if const_expr(self.parts is None) else self.parts
-
-    def tile_blocks(self, info: SeqlenInfo, tile: Int32) -> BlockRange:
-        """Key blocks of a tile: one at least, hidden where there is no visible key, so that its rows are written."""
-        first_row = tile * self.tile_m
-        # unsigned, and without a shuffle of the divisor: lanes are at different sequences here
-        first, last = (
-            Int32(Uint32(row) // Uint32(self.gqa_ratio)) for row in (first_row, first_row + (self.tile_m - 1))
-        )
-        window = self.common.window
-        blocks = block_range(window, info.seqlen_q, info.seqlen_k, first, last - first + 1, self.tile_n)
-        one = Int32(blocks.total == 0)
-        ends = (blocks.right_end, blocks.full_end, blocks.window_end, blocks.total)
-        return BlockRange(cutlass.max(blocks.last_block, 0), *(end + one for end in ends))
 
     @cute.jit
     def head_units(self, batch: Int32) -> Int32:

@@ -251,7 +251,7 @@ def _check_differentiable(arguments: tuple) -> None:
 
 def _forward_choices_left_out(call: Call) -> Call:
     """The call without what it chose of how the forward is computed, which is not the backward's own."""
-    return call.changed(num_splits=1, pack_gqa=None, persistent=PersistentMode.AUTO.value)
+    return call.changed(num_splits=1, seqlen_k_per_split=0, pack_gqa=None, persistent=PersistentMode.AUTO.value)
 
 
 def _gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -289,6 +289,8 @@ def common_objections(problem: AttentionProblem, head_dim_rule: str, decodes: bo
             reasons.append(f"{name} {size}: a multiple of 8 from 8 to 256 is needed ({head_dim_rule})")
     if problem.num_splits != 1 and not decodes:
         reasons.append(f"num_splits {problem.num_splits}: this kernel does not split the keys")
+    if problem.seqlen_k_per_split and not decodes:
+        reasons.append("batch_invariant: this kernel's sums depend on its tiles")
     if problem.tree_mask and problem.direction is Direction.BACKWARD:
         reasons.append("tree_mask: drafts have no gradient")
     elif problem.tree_mask and not decodes:

@@ -1,4 +1,5 @@
-"""Switches in the environment: ``CUTE_FA_CACHE`` (the disk cache), ``CUTE_FA_CHECK`` (check values on the device)."""
+"""Switches in the environment: ``CUTE_FA_CACHE`` (the disk cache), ``CUTE_FA_CHECK`` (check values on the device),
+``CUTE_FA_BATCH_INVARIANT`` (batch-invariant mode wherever a call leaves it open)."""
 
 from __future__ import annotations
 

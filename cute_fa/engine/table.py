@@ -57,6 +57,7 @@ class DispatchKey:
     out_dtype: DType | None = None
     ranges: bool = False
     tree_mask: bool = False
+    seqlen_k_per_split: int = 0
 
     def __post_init__(self):
         if self.direction not in (Direction.FORWARD, Direction.BACKWARD):

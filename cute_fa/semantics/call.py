@@ -70,6 +70,7 @@ class Options(NamedTuple):
     out_dtype: str | None = None
     promote_every: int | None = None
     v_layout: str = "head_dim"
+    seqlen_k_per_split: int = 0
     names: str = ""
 
 

@@ -24,10 +24,13 @@ V_LAYOUTS = ("head_dim", "key_major")
 PAGE_SIZES = tuple(2**exponent for exponent in range(11))  # 1 … 1024
 _SIZES = ("num_heads", "num_heads_kv", "head_dim", "head_dim_v")
 _KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction, "persistent": PersistentMode} | dict.fromkeys(
-    ("batch", "seqlen_q", "seqlen_k", *_SIZES, "sink_tokens", "num_splits"), int
+    ("batch", "seqlen_q", "seqlen_k", *_SIZES, "sink_tokens", "num_splits", "seqlen_k_per_split"), int
 )
 # Keys of a sequence, counted from its first, that share the descales of a block.
 DESCALE_BLOCK = 128
+# Keys of a chunk in batch-invariant mode: of whole key blocks in every kernel, and by default. Shorter ones find work for
+# more SMs; each costs a row of O and its LSE in fp32, written and read, 1/8 of the keys' own bytes for 64 rows of 128.
+CHUNK_STEP, USUAL_CHUNK = 64, 1024
 # Products of scale, cap and log2(e) must stay far inside fp32.
 _LARGEST_FACTOR = 2.0**32
 
@@ -142,6 +145,7 @@ class AttentionProblem:
     shorter than what the tensor holds are given. ``page_size``: k and v are pages; ``cache_batch_idx``: an index says
     which sequences of k and v, or rows of the page table, are the batch's; ``cache_leftpad``: they begin behind rows
     that do not count; ``tree_mask``: queries are drafts, the last keys, and a mask says which of them they see.
+    ``seqlen_k_per_split``: in batch-invariant mode the keys of a chunk, counted from a sequence's first key, else 0.
     ``dtype`` is q's; ``dtype_k`` and ``dtype_v`` are alike by default, and others only if both are fp8; ``out_dtype``
     is q's by default, bf16 for fp8. ``q_descale``, ``k_descale``, ``v_descale``: fp8 codes are multiplied by given
     numbers; ``k_block_descale``, ``v_block_descale``: with one for each ``DESCALE_BLOCK`` keys of a
@@ -303,6 +307,16 @@ class AttentionProblem:
         help="Parts that the keys are split into; 0: as the table chooses.",
         rows={"split-KV": {"num_splits": 4}},
     )
+    seqlen_k_per_split: int = option(
+        0,
+        flag="batch_invariant",
+        flag_token="inv",
+        token="chunk",
+        key="seqlen_k_per_split",
+        direction=Direction.FORWARD,
+        help="Batch-invariant mode: keys of a chunk, a multiple of 64; 0: off.",
+        rows={"batch-invariant": {"seqlen_k_per_split": 1024}},
+    )
     direction: Direction = option(Direction.FORWARD, key="direction")
     dtype_k: DType | None = option(
         None, key="dtype_k", help="k's, where it is another than q's. [default: dtype]", rows=DTYPE_K_ROWS
@@ -423,6 +437,12 @@ class AttentionProblem:
             raise ArgumentError(f"promote_every={self.promote_every}: at least 1, or None for the kernel's own choice")
         if not 0 <= self.num_splits <= INT32_MAX:
             raise ArgumentError(f"num_splits={self.num_splits}: between 0 and {INT32_MAX}")
+        if not 0 <= self.seqlen_k_per_split <= INT32_MAX or self.seqlen_k_per_split % CHUNK_STEP:
+            rule = f"a multiple of {CHUNK_STEP} up to {INT32_MAX}, or 0"
+            raise ArgumentError(f"seqlen_k_per_split={self.seqlen_k_per_split}: {rule}")
+        if self.seqlen_k_per_split and self.num_splits > 1:
+            rule = f"the chunks of {self.seqlen_k_per_split} keys are the parts"
+            raise ArgumentError(f"num_splits={self.num_splits} in batch-invariant mode: {rule}")
 
     def _check_gradients(self) -> None:
         for name in ("deterministic", "lse_gradient", "slopes_gradient"):
@@ -481,6 +501,7 @@ class AttentionProblem:
         others |= {name: getattr(self, name) for name in ("cache_batch_idx", "cache_leftpad", "tree_mask")}
         others |= {"page_size": self.page_size is not None, "window_left": self.window_left is not None}
         others |= {"window_right": self.window_right is not None, "num_splits": self.num_splits != 1}
+        others |= {"batch_invariant": self.seqlen_k_per_split > 0}
         for name, given in others.items():
             if given:
                 raise ArgumentError(f"{name} with a range plan: which keys a query sees, the plan alone says")

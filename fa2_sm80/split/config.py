@@ -29,7 +29,8 @@ class Fa2SplitConfig(FeatureConfig):
     A row is one query of one head; the rows of all query heads of a kv head share tiles, so that each key is read once
     for all of them. ``row_warps`` warps own 16 rows each, ``key_warps`` share the ``tile_n`` keys of a step;
     ``stages`` steps are in flight. ``even``: the CTAs share all key blocks, those that would have fewer than
-    ``least_blocks`` have none; else each has a part of a tile.
+    ``least_blocks`` have none; else each has a part of a tile. In batch-invariant mode a warp has all keys of a step,
+    and a step as many keys whatever the rows.
     """
 
     kernel_module: ClassVar[str] = "fa2_sm80.split.kernel"
@@ -42,7 +43,7 @@ class Fa2SplitConfig(FeatureConfig):
 
     @property
     def key_warps(self) -> int:
-        return max(WARPS // self.row_warps, 1)
+        return 1 if self.batch_invariant else max(WARPS // self.row_warps, 1)
 
     @property
     def tile_m(self) -> int:
@@ -71,7 +72,8 @@ class Fa2SplitConfig(FeatureConfig):
 
     @property
     def compile_name(self) -> str:
-        return self.named("fa2_split", paged=self.page_size is not None, parts=not self.even)
+        parts = not self.even and not self.batch_invariant
+        return self.named("fa2_split", paged=self.page_size is not None, parts=parts)
 
 
 class Tiles(NamedTuple):
@@ -112,7 +114,7 @@ def _config(problem: AttentionProblem, tiles: Tiles) -> Fa2SplitConfig:
 def _weighed(problem: AttentionProblem) -> Iterator[tuple[Tiles, str | None]]:
     """Tiles in order of preference, each with why it is refused."""
     rows = problem.seqlen_q * problem.gqa_ratio
-    if rows <= WARP_ROWS:
+    if rows <= WARP_ROWS and not problem.seqlen_k_per_split:
         sizes = [(1, _DEPTHS)]
     elif rows <= WARP_ROWS * WARPS:
         sizes = [(WARPS, _DEPTHS)]

@@ -14,6 +14,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 
 from cute_fa.device.block_range import MaskedRange
+from cute_fa.device.chunk_walk import make_walk
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.score import Score
 from cute_fa.device.split_arguments import SplitArguments
@@ -23,12 +24,13 @@ from cute_fa.device.split_parts import (
     THREADS,
     CombineKernel,
     RowPlace,
+    fold_chunk,
     lse_row,
     out_row,
     row_place,
     store_chunk,
 )
-from cute_fa.device.split_walk import Piece, SplitWalk
+from cute_fa.device.split_walk import Piece
 from cute_fa.device.tree_mask import DraftWords
 from fa2_sm80.common.copies import ELEMENT_BYTES, SMEM_ALIGNMENT, SmemTile
 from fa2_sm80.common.walk import walk
@@ -59,14 +61,14 @@ class Fa2SplitKernel:
     @cute.kernel
     def kernel(self, args: SplitArguments):
         """A CTA walks over its share."""
-        shares, smem = SplitWalk(self.config, args.common, args.grid), self.smem_tiles()
+        shares, smem = make_walk(self.config, args.common, args.grid), self.smem_tiles()
         valid, piece_at, advance, gqa_ratio = shares.valid, shares.piece, shares.next, shares.gqa_ratio
-        compute, store = self.compute, self.store
+        compute, store, found_again = self.compute, self.store, shares.found_again
         state = shares.first(cute.arch.block_idx()[0])
         while valid(state):
             compute(args, smem, piece_at(state), gqa_ratio)
             # found again rather than kept in registers over the loop over keys
-            state = state._replace(batch=cute.arch.make_warp_uniform(state.batch))
+            state = found_again(state)
             piece = piece_at(state)
             store(args, smem, piece, gqa_ratio)
             state = advance(state, piece)
@@ -168,11 +170,18 @@ class Fa2SplitKernel:
         out, lses = merged_parts(c, smem.merge)
         place = row_place(piece, gqa_ratio, row)
         if place.exists:
-            sink = None
-            if const_expr(c.learnable_sink):  # added once, where parts are merged if there are any
-                sink = cutlass.select_(piece.whole, args.common.learnable_sink[place.head], -Float32.inf)
-            lse = merged_lse(lses, row, c.tile_m, c.key_warps, sink)
-            values = merge_parts(out, lses, row, c.tile_m, c.key_warps, lse, chunk * COLUMNS)
+            sink, column = None, chunk * COLUMNS
+            if const_expr(c.learnable_sink):
+                sink = args.common.learnable_sink[place.head]
+            sink_of_warps = None
+            if const_expr(c.learnable_sink and not c.batch_invariant):  # added once, where parts are merged if any
+                sink_of_warps = cutlass.select_(piece.whole, sink, -Float32.inf)
+            lse = merged_lse(lses, row, c.tile_m, c.key_warps, sink_of_warps)
+            values = merge_parts(out, lses, row, c.tile_m, c.key_warps, lse, column)
+            if const_expr(c.batch_invariant):
+                if (args.grid.parts == 1) & place.counts:
+                    columns = [column + i for i in range(COLUMNS)]
+                    lse = fold_chunk(args.parts, piece, row, columns, values, lse, sink)
             if piece.whole:
                 store_out(args, piece, place, values, lse, chunk)
             elif place.counts:
@@ -192,7 +201,8 @@ class Fa2SplitKernel:
         """A chunk of a row of the CTA's part of a tile, and its LSE."""
         if chunk == 0:
             args.parts.lse[slot, row] = lse
-        if lse != -Float32.inf:
+        # of chunks one after the other the next one reads all; rows without keys so far are 0
+        if (lse != -Float32.inf) | self.config.batch_invariant:
             for i in cutlass.range_constexpr(COLUMNS):
                 args.parts.out[slot, row, chunk * COLUMNS + i] = values[i]
 

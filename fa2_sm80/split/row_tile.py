@@ -55,7 +55,7 @@ class RowTile:
         self.load_k = FragmentLoader(smem.k, lane_offset(smem.k, rows_first=False), first_key)
         self.load_v = FragmentLoader(smem.v, lane_offset(smem.v, rows_first=True), first_key, transpose=True)
         self.acc = self.output.accumulator()
-        self.softmax = OnlineSoftmax(2, score.scale_log2)
+        self.softmax = OnlineSoftmax(2, score.scale_log2, row_wise=c.batch_invariant)
         self.rows = [first_row + self.place.row + register_row(r) for r in range(2)]
         self.queries = [row // gqa_ratio for row in self.rows]
         self.drafts: tuple[DraftWords, ...] = ()  # that each row sees, under a tree mask
@@ -79,7 +79,8 @@ class RowTile:
         scores = rows_and_columns(acc)
         first_key = ring.blocks.block(iteration, self.window) * self.config.tile_n + self.place.column
         diagonals = [self.info.seqlen_k - self.info.seqlen_q + query - first_key for query in self.queries]
-        apply_score(self.score, scores, distances(diagonals, self.columns) if const_expr(self.config.alibi) else None)
+        distance = distances(diagonals, self.columns) if const_expr(self.config.alibi) else None
+        apply_score(self.score, scores, distance, self.config.batch_invariant)
         keys_left = self.info.seqlen_k - first_key
         mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, right_edge, left_edge)
         if const_expr(self.config.tree_mask):

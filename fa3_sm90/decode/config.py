@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import ClassVar
 
@@ -40,7 +40,7 @@ class Fa3DecodeConfig(FeatureConfig):
     block of ``tile_n`` keys, or one tile of 64 and the blocks by turns. ``stages`` blocks of K and of V are in shared
     memory, in 16 bits. ``code_stages``: of fp8 codes, which are widened there; 0 where keys come in 16 bits. ``even``:
     the CTAs share all key blocks, those that would have fewer than ``least_blocks`` have none; else each has a part of
-    a tile.
+    a tile. In batch-invariant mode a tile of 64 rows has one warpgroup, so that the same one adds up all blocks.
     """
 
     kernel_module: ClassVar[str] = "fa3_sm90.decode.kernel"
@@ -85,7 +85,12 @@ class Fa3DecodeConfig(FeatureConfig):
     @property
     def key_groups(self) -> int:
         """Warpgroups that have the same rows, and take blocks of keys by turns."""
-        return CONSUMERS // self.row_groups
+        return 1 if self.batch_invariant else CONSUMERS // self.row_groups
+
+    @property
+    def consumers(self) -> int:
+        """Consumer warpgroups."""
+        return self.row_groups * self.key_groups
 
     @property
     def tile_m(self) -> int:
@@ -95,7 +100,7 @@ class Fa3DecodeConfig(FeatureConfig):
     @property
     def num_threads(self) -> int:
         """The producer warpgroup and the consumers."""
-        return WARPGROUP * (1 + CONSUMERS)
+        return WARPGROUP * (1 + self.consumers)
 
     @property
     def value_columns(self) -> int:
@@ -149,12 +154,12 @@ class Fa3DecodeConfig(FeatureConfig):
         for name, columns in zip(names, loaded, strict=True):
             by_tma = PipelineSpec(name, stages, self.tile_n * columns * size, readers)
             rings.append(PipelineSpec(name, stages, 0, readers, self.row_loaders) if self.by_rows else by_tma)
-        return (PipelineSpec("q", 1, 0, 4 * CONSUMERS), *rings, *(filled if self.widens else ()))
+        return (PipelineSpec("q", 1, 0, 4 * self.consumers), *rings, *(filled if self.widens else ()))
 
     @property
     def compile_name(self) -> str:
-        paged = self.page_size is not None
-        return self.named("fa3_decode", **{f"page{self.page_size}": paged, "parts": not self.even})
+        paged, parts = self.page_size is not None, not self.even and not self.batch_invariant
+        return self.named("fa3_decode", **{f"page{self.page_size}": paged, "parts": parts})
 
 
 @lru_cache(maxsize=4096)
@@ -177,7 +182,9 @@ def _weighed(problem: AttentionProblem) -> Iterator[tuple[Fa3DecodeConfig, str |
     )
     for tile_n, stages, code_stages in _codes_depths() if problem.dtype_k.is_fp8 else _depths():
         tiles = config(tile_n=tile_n, stages=stages, code_stages=code_stages)
-        yield tiles, _objection(tiles)
+        # in batch-invariant mode as many keys as the tile with the most rows has room for
+        widest = replace(tiles, row_groups=CONSUMERS) if tiles.batch_invariant else tiles
+        yield tiles, _objection(tiles) or _objection(widest)
 
 
 def _depths() -> Iterator[tuple[int, int, int]]:

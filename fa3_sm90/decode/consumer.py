@@ -8,6 +8,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_fa.device.block_range import MaskedRange
+from cute_fa.device.chunk_walk import make_walk
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
 from cute_fa.device.registers import narrow
@@ -15,7 +16,7 @@ from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.softmax import HALF, WIDE, OnlineSoftmax, scale_row
 from cute_fa.device.split_arguments import SplitArguments
-from cute_fa.device.split_walk import Piece, SplitWalk
+from cute_fa.device.split_walk import Piece
 from cute_fa.device.tree_mask import DraftWords, hide_drafts
 from cute_fa.device.visibility import mask_scores
 from fa3_sm90.common.products import RegisterScoreProduct, ScoreProduct, SumProduct, tiles
@@ -72,7 +73,7 @@ class Consumer:
     @cute.jit
     def run(self):
         """Walk over the CTA's share."""
-        c, walk = self.config, SplitWalk(self.config, self.args.common, self.args.grid)
+        c, walk = self.config, make_walk(self.config, self.args.common, self.args.grid)
         valid, piece_at, advance, gqa_ratio = walk.valid, walk.piece, walk.next, walk.gqa_ratio
         compute, first = self.compute, self.index == 0
         if const_expr(c.key_groups > 1):
@@ -96,7 +97,8 @@ class Consumer:
         """A piece, ``turn`` blocks of the CTA being behind; returns the next state of the warpgroup in the ring."""
         c = self.config
         score = self.score(piece, gqa_ratio)
-        softmax = OnlineSoftmax(ROWS, score.scale_log2, HALF if const_expr(c.scales_rows) else WIDE)
+        exponents = HALF if const_expr(c.scales_rows) else WIDE
+        softmax = OnlineSoftmax(ROWS, score.scale_log2, exponents, row_wise=c.batch_invariant)
         self.sums.acc.fill(0.0)
         rows_left = piece.info.rows_q * gqa_ratio - piece.first_row - self.first_row
         busy = cute.arch.make_warp_uniform(rows_left) > 0
@@ -143,13 +145,12 @@ class Consumer:
     @cute.jit
     def store(self, piece: Piece, gqa_ratio: Int32, score: Score, softmax: OnlineSoftmax):
         """Normalised O; the learnable sink is added once, where parts are merged if there are any."""
-        sinks = None
-        if const_expr(self.config.learnable_sink):
+        sinks, value_scale = None, self.args.common.descales.of_values(piece.batch, piece.head)
+        if const_expr(self.config.learnable_sink and not self.config.batch_invariant):
             sinks = tuple(
                 cutlass.select_(piece.whole, self.args.common.learnable_sink[head], -Float32.inf)
                 for head in self.heads(piece, gqa_ratio)
             )
-        value_scale = self.args.common.descales.of_values(piece.batch, piece.head)
         lse = softmax.finalize(self.acc, score.offset_log2, sinks, value_scale)
         self.epilogue.store(self.acc, lse, piece, gqa_ratio)
 
@@ -249,7 +250,7 @@ class Consumer:
                 scale_row(scores, r, factors[r])
         if const_expr(c.alibi):
             distance = distances(diagonals, self.columns)
-        apply_score(score, scores, distance)
+        apply_score(score, scores, distance, c.batch_invariant)
         if const_expr(masked):
             keys_left = info.seqlen_k - first_key
             mask_scores(scores, self.columns, diagonals, keys_left, window, first_key, right_edge, left_edge)

@@ -3,12 +3,12 @@ parts of the tile. There are few of them beside the keys that were read."""
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Uint32, const_expr
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.registers import narrow_pair
 from cute_fa.device.split_arguments import SplitArguments
-from cute_fa.device.split_parts import lse_row, out_row, row_place
+from cute_fa.device.split_parts import RowPlace, fold_chunk, lse_row, out_row, row_place
 from cute_fa.device.split_walk import Piece
 from fa3_sm90.decode.config import Fa3DecodeConfig
 
@@ -24,14 +24,28 @@ class Epilogue:
     @cute.jit
     def store(self, acc: cute.Tensor, lse: cute.Tensor, piece: Piece, gqa_ratio: Int32):
         """``acc`` (rows, columns), normalised."""
-        store_out, store_part = self.store_out, self.store_part
+        store_out, store_part, fold = self.store_out, self.store_part, self.fold
         for r in cutlass.range_constexpr(len(self.rows)):
             place = row_place(piece, gqa_ratio, self.rows[r])
             if place.exists:
+                if const_expr(self.config.batch_invariant):
+                    if (self.args.grid.parts == 1) & place.counts:
+                        lse[r] = fold(acc[r, None], lse[r], piece, place, self.rows[r])
                 if piece.whole:
                     store_out(acc[r, None], lse[r], piece, place)
                 elif place.counts:
                     store_part(acc[r, None], lse[r], piece.slot, self.rows[r])
+        if const_expr(self.config.batch_invariant):
+            cute.arch.sync_warp()  # the next chunk reads what four threads' first one has stored of a row
+
+    @cute.jit
+    def fold(self, row: cute.Tensor, lse: Float32, piece: Piece, place: RowPlace, index: Int32) -> Float32:
+        """A row of a chunk becomes that of all chunks so far; returns the LSE."""
+        blocks, sink = self.config.head_dim_v // 8, None
+        columns = [8 * block + self.column + i for block in range(blocks) for i in range(2)]
+        if const_expr(self.config.learnable_sink):
+            sink = self.args.common.learnable_sink[place.head]
+        return fold_chunk(self.args.parts, piece, index, columns, row, lse, sink)
 
     @cute.jit
     def store_out(self, row: cute.Tensor, lse: Float32, piece: Piece, place):

@@ -56,7 +56,8 @@ class Fa3DecodeKernel:
             prepare(tma, pipelines)
         cute.arch.sync_threads()
         if warp < 4:
-            cute.arch.setmaxregister_decrease(REGISTERS[0])
+            if const_expr(c.consumers > 1):  # beside one there are registers for all
+                cute.arch.setmaxregister_decrease(REGISTERS[0])
             if const_expr(c.by_rows):
                 for index in cutlass.range_constexpr(c.row_loaders):
                     if warp == (index and 1 + index):
@@ -71,7 +72,8 @@ class Fa3DecodeKernel:
                     if warp == 2 + index:
                         widen(args, storage, pipelines, index)
         else:
-            cute.arch.setmaxregister_increase(REGISTERS[1])
+            if const_expr(c.consumers > 1):
+                cute.arch.setmaxregister_increase(REGISTERS[1])
             consume(args, storage, pipelines)
 
     def prepare(self, tma: Optional[TmaTensors], pipelines: dict[str, Ring]):

@@ -4,10 +4,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from cute_fa.device.chunk_walk import make_walk
 from cute_fa.device.key_copies import KeyCopies
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.split_arguments import SplitArguments
-from cute_fa.device.split_walk import Piece, SplitWalk
+from cute_fa.device.split_walk import Piece
 from fa3_sm90.decode.arguments import TmaTensors
 from fa3_sm90.decode.config import Fa3DecodeConfig
 from fa3_sm90.decode.storage import Storage
@@ -26,7 +27,7 @@ class KeyLoader:
     @cute.jit
     def run(self):
         """Walk over the CTA's share."""
-        walk = SplitWalk(self.config, self.args.common, self.args.grid)
+        walk = make_walk(self.config, self.args.common, self.args.grid)
         valid, piece_at, advance, load_piece = walk.valid, walk.piece, walk.next, self.load_piece
         keys = ring_start()
         state = walk.first(cute.arch.block_idx()[0])

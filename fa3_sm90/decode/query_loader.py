@@ -4,12 +4,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
 
+from cute_fa.device.chunk_walk import make_walk
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.registers import narrow_pair
 from cute_fa.device.ring import Ring, ring_next, ring_start
 from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_parts import row_place
-from cute_fa.device.split_walk import Piece, SplitWalk
+from cute_fa.device.split_walk import Piece
 from fa3_sm90.common.products import tiles
 from fa3_sm90.common.wgmma import WGMMA_M
 from fa3_sm90.decode.config import Fa3DecodeConfig
@@ -38,7 +39,7 @@ class QueryLoader:
     @cute.jit
     def run(self):
         """Walk over the CTA's share."""
-        walk = SplitWalk(self.config, self.args.common, self.args.grid)
+        walk = make_walk(self.config, self.args.common, self.args.grid)
         valid, piece_at, advance = walk.valid, walk.piece, walk.next
         load_rows, gqa_ratio = self.load_rows, walk.gqa_ratio
         # wgmma reads them behind a fence, ldmatrix needs none

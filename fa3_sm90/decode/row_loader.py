@@ -6,11 +6,12 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from cute_fa.device.async_copies import CHUNK_BYTES, copy_async
+from cute_fa.device.chunk_walk import make_walk
 from cute_fa.device.pages import page_place
 from cute_fa.device.registers import opaque
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.split_arguments import SplitArguments
-from cute_fa.device.split_walk import Piece, SplitWalk
+from cute_fa.device.split_walk import Piece
 from cute_fa.device.tma_boxes import panel_bytes, swizzle_bits, tile_place
 from fa3_sm90.decode.config import TMA_ROWS, Fa3DecodeConfig
 from fa3_sm90.decode.storage import Storage
@@ -94,7 +95,7 @@ class RowLoader:
     def run(self):
         """Walk over the CTA's share."""
         common, lag, start, publish = self.args.common, self.lag, self.start, self.publish
-        walk = SplitWalk(self.config, common, self.args.grid)
+        walk = make_walk(self.config, common, self.args.grid)
         valid, piece_at, advance, stages = walk.valid, walk.piece, walk.next, self.stages
         started, published, behind = ring_start(), ring_start(), Int32(0)
         state = walk.first(cute.arch.block_idx()[0])

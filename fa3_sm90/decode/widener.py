@@ -9,11 +9,11 @@ import cutlass.cute as cute
 from cutlass import Int32, Uint32, const_expr
 from cutlass.cute.arch import inline_ptx
 
+from cute_fa.device.chunk_walk import make_walk
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.registers import opaque, widen_codes
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.split_arguments import SplitArguments
-from cute_fa.device.split_walk import SplitWalk
 from cute_fa.device.tma_boxes import panel_bytes, tile_place
 from fa3_sm90.decode.config import WIDENERS, Fa3DecodeConfig
 from fa3_sm90.decode.storage import Storage
@@ -104,7 +104,7 @@ class Widener:
     @cute.jit
     def run(self):
         """Walk over the CTA's share."""
-        c, walk = self.config, SplitWalk(self.config, self.args.common, self.args.grid)
+        c, walk = self.config, make_walk(self.config, self.args.common, self.args.grid)
         valid, piece_at, advance = walk.valid, walk.piece, walk.next
         widen = [tensor.widen for tensor in self.tensors]
         before, behind = ring_start(), ring_start()

@@ -1,0 +1,197 @@
+"""Batch-invariant mode: the bits of a token's O and LSE are those of its prompt, whatever it is computed with."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import cute_fa
+from cute_fa import reference
+from cute_fa.engine.table import TABLE
+from cute_fa.errors import ArgumentError, UnsupportedKeyError
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import DType, SmArch
+
+KEYS, CHUNK, HEADS, HEADS_KV, HEAD_DIM = 300, 128, 4, 2, 64
+ARCHS = ("sm_80", "sm_90a")
+# Options of calls whose queries are a sequence's last tokens.
+FEATURES = {
+    "plain": {},
+    "window": {"window_size": (150, 0)},
+    "window and sink": {"window_size": (40, 0), "sink_tokens": 5},
+    "softcap": {"softcap": 20.0},
+    "slopes": {"alibi_slopes": torch.tensor([0.5, 0.05, 0.003, 0.7])},
+    "learnable sink": {"learnable_sink": torch.tensor([1.0, -2.0, 8.0, 30.0])},
+}
+FEATURES["all"] = {name: value for options in FEATURES.values() for name, value in options.items()}
+
+
+def tensors(seed: int, sequences: int = 1, head_dim: int = HEAD_DIM, dtype=torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    """Q, K and V of whole sequences, with scores up to about ±40, so that references move, in each row elsewhere."""
+    torch.manual_seed(seed)
+    q = torch.randn(sequences, KEYS, HEADS, head_dim) * 5
+    k, v = (torch.randn(sequences, KEYS, HEADS_KV, head_dim) for _ in range(2))
+    return tuple(tensor.to(dtype) for tensor in (q, k, v))
+
+
+def bits(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """O and LSE as integers: 0 and −0 are different."""
+    return out.contiguous().view(torch.int16), lse.contiguous().view(torch.int32)
+
+
+def assert_same(result: tuple[torch.Tensor, torch.Tensor], whole: tuple[torch.Tensor, torch.Tensor], places) -> None:
+    """``result``: (batch, queries, heads, …) and (batch, heads, queries), at ``places`` of ``whole``."""
+    (out, lse), (all_out, all_lse) = bits(*result), bits(*whole)
+    assert torch.equal(out, all_out[:, places]) and torch.equal(lse, all_lse[:, :, places])
+
+
+def paged(tensor: torch.Tensor, page_size: int, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of sequences (batch, KEYS, heads, columns) in shuffled pages, NaN elsewhere, and the page table."""
+    batch, rows = tensor.shape[:2]
+    pages = -(-rows // page_size)
+    order = torch.randperm(2 * batch * pages, generator=torch.Generator().manual_seed(seed))[: batch * pages]
+    cache = torch.full((2 * batch * pages, page_size, *tensor.shape[2:]), float("nan")).to(tensor.dtype)
+    padded = torch.full((batch, pages * page_size, *tensor.shape[2:]), float("nan")).to(tensor.dtype)
+    padded[:, :rows] = tensor
+    cache[order] = padded.reshape(batch * pages, page_size, *tensor.shape[2:])
+    return cache, order.reshape(batch, pages).int()
+
+
+def prompt(q, k, v, **options):
+    """Of whole sequences."""
+    return cute_fa.flash_attn_func(q, k, v, causal=True, return_lse=True, seqlen_k_per_split=CHUNK, **options)
+
+
+def decoded(q, k, v, lengths, table=None, **options):
+    """Of a sequence's last tokens, from a cache."""
+    return cute_fa.flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=lengths, page_table=table, causal=True, return_lse=True, batch_invariant=True,
+        seqlen_k_per_split=CHUNK, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_one_token_and_chunks_as_in_the_prompt(arch, feature):
+    """With few SMs the chunks of a tile are one CTA's, with many each CTA's own."""
+    q, k, v = tensors(1)
+    options = FEATURES[feature]
+    with cute_fa.simulate(arch, num_sms=2):
+        whole = prompt(q, k, v, **options)
+    expected, lse = reference.attention(q, k, v, **{"window_size": (None, 0), **options})
+    assert (whole[0].double() - expected).abs().max() < 0.03 and (whole[1] - lse).abs().max() < 1e-4
+    for sms in (1, 132):
+        with cute_fa.simulate(arch, num_sms=sms):
+            for first, last in ((299, 300), (120, 121), (128, 129), (60, 190)):
+                places = slice(first, last)
+                assert_same(decoded(q[:, places], k, v, last, **options), whole, places)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_in_any_batch(arch):
+    """Beside other sequences, packed, in pages of 1, 16 and 64, with left padding and by index."""
+    q, k, v = tensors(2, 3)
+    with cute_fa.simulate(arch, num_sms=4):
+        whole = prompt(q, k, v)
+        for sequence in range(3):
+            alone = prompt(*(tensor[sequence : sequence + 1] for tensor in (q, k, v)))
+            assert_same(alone, tuple(tensor[sequence : sequence + 1] for tensor in whole), slice(None))
+        lengths = torch.tensor([7, 300, 129], dtype=torch.int32)
+        last = torch.stack([q[b, length - 1 : length] for b, length in enumerate(lengths.tolist())])
+        ways = [decoded(last, k, v, lengths)]
+        for page_size in (1, 16, 64):
+            (k_pages, table), (v_pages, _) = paged(k, page_size), paged(v, page_size)
+            ways.append(decoded(last, k_pages, v_pages, lengths, table))
+        padding = torch.tensor([5, 0, 70], dtype=torch.int32)
+        padded = [torch.full((3, KEYS + 70, HEADS_KV, HEAD_DIM), float("nan")).to(q.dtype) for _ in range(2)]
+        for b, rows in enumerate(padding.tolist()):
+            for cache, tensor in zip(padded, (k, v), strict=True):
+                cache[b, rows : rows + KEYS] = tensor[b]
+        ways.append(decoded(last, *padded, lengths + padding, cache_leftpad=padding))
+        index = torch.tensor([2, 0, 1], dtype=torch.int32)
+        of_index = [tensor[[1, 2, 0]] for tensor in (k, v)]
+        ways.append(decoded(last, *of_index, lengths, cache_batch_idx=index))
+    for out, lse in ways:
+        for b, length in enumerate(lengths.tolist()):
+            of_sequence = tuple(tensor[b : b + 1] for tensor in whole)
+            assert_same((out[b : b + 1], lse[b : b + 1]), of_sequence, slice(length - 1, length))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_packed_prompts(arch):
+    """Sequences of other lengths in one batch, a chunk of a prompt among them."""
+    q, k, v = tensors(4, 3)
+    queries, keys = [300, 1, 77], [300, 200, 140]
+    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys))
+    with cute_fa.simulate(arch, num_sms=5):
+        whole = prompt(q, k, v)
+        packed_q = torch.cat([q[b, keys[b] - queries[b] : keys[b]] for b in range(3)])
+        packed = [torch.cat([tensor[b, : keys[b]] for b in range(3)]) for tensor in (k, v)]
+        out, lse = cute_fa.flash_attn_varlen_func(
+            packed_q, *packed, cu_q, cu_k, 300, 300, causal=True, return_lse=True, seqlen_k_per_split=CHUNK
+        )
+    for b, (start, stop) in enumerate(pairwise(cu_q.tolist())):
+        of_sequence = tuple(tensor[b : b + 1] for tensor in whole)
+        places = slice(keys[b] - queries[b], keys[b])
+        assert_same((out[None, start:stop], lse[None, :, start:stop]), of_sequence, places)
+
+
+@pytest.mark.parametrize(("arch", "head_dim", "dtype"), [("sm_80", 256, torch.float16), ("sm_90a", 256, torch.bfloat16)])
+def test_wide_heads(arch, head_dim, dtype):
+    """Blocks have as many keys in tiles of few rows as of many."""
+    q, k, v = tensors(5, head_dim=head_dim, dtype=dtype)
+    with cute_fa.simulate(arch, num_sms=3):
+        whole = prompt(q[:, -140:], k, v)
+        places = slice(139, 140)
+        assert_same(decoded(q[:, -1:], k, v, KEYS), whole, places)
+        assert_same(decoded(q[:, -20:], k, v, KEYS), whole, slice(120, 140))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_caches(dtype):
+    q, k, v = tensors(6)
+    codes = [tensor.to(dtype) for tensor in (k, v)]
+    descales = {f"{name}_descale": torch.rand(1, HEADS_KV) + 0.5 for name in "kv"}
+    with cute_fa.simulate("sm_90a", num_sms=3):
+        whole = decoded(q, *codes, KEYS, **descales)
+        for first, last in ((299, 300), (250, 300), (127, 130)):
+            places = slice(first, last)
+            assert_same(decoded(q[:, places], *codes, last, **descales), whole, places)
+
+
+def test_chunks_change_bits():
+    """What the mode fixes: other chunks are other sums, and without it there are none."""
+    q, k, v = tensors(1)
+    with cute_fa.simulate("sm_90a", num_sms=4):
+        chunked, _ = prompt(q, k, v)
+        others, _ = cute_fa.flash_attn_func(q, k, v, causal=True, return_lse=True, seqlen_k_per_split=64)
+        free, _ = cute_fa.flash_attn_func(q, k, v, causal=True, return_lse=True)
+    assert not torch.equal(chunked, others) and not torch.equal(chunked, free)
+
+
+def test_by_which_kernel():
+    served = {"sm_80": "Fa2Split", "sm_89": "Fa2Split", "sm_90a": "Fa3Decode", "sm_100a": "Fa2Split"}
+    for arch, kernel in served.items():
+        for tokens in (1, 5000):
+            sizes = {"batch": 1, "seqlen_q": tokens, "seqlen_k": 5000, "num_heads": 4, "num_heads_kv": 1}
+            dims = {"head_dim": 128, "head_dim_v": 128, "softmax_scale": 0.1}
+            asked = AttentionProblem(SmArch(arch), DType.BF16, **sizes, **dims, seqlen_k_per_split=1024)
+            for splits in (0, 1):
+                chosen, found = TABLE.choose(asked, None, 132, splits)
+                assert (found.__name__, chosen.num_splits) == (kernel, 1)
+
+
+def test_arguments():
+    q = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
+    with cute_fa.simulate("sm_90a"):
+        with pytest.raises(ArgumentError, match="seqlen_k_per_split=100: a multiple of 64"):
+            cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=100)
+        with pytest.raises(ArgumentError, match="seqlen_k_per_split=64 with batch_invariant=False"):
+            cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=64, batch_invariant=False)
+        with pytest.raises(ArgumentError, match="num_splits=3 in batch-invariant mode: the chunks of 1024 keys"):
+            cute_fa.flash_attn_func(q, q, q, batch_invariant=True, num_splits=3)
+        fp8 = q.to(torch.float8_e4m3fn)
+        with pytest.raises(UnsupportedKeyError, match="batch_invariant: this kernel's sums depend on its tiles"):
+            cute_fa.flash_attn_func(fp8, fp8, fp8, batch_invariant=True)
