@@ -2,6 +2,7 @@
 #
 #   make run        the tour: real model layers against the reference
 #   make test       the test suite (tests that need a GPU only where there is one)
+#   make test-all   the same with all cases of the kernels' grids, of which make test has a third
 #   make lint       ruff, mypy
 #   make fuzz       random problems over every public function, simulated: make fuzz ARGS="--problems 600 --seed 1 --jobs 2"
 #   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (hours)
@@ -21,7 +22,7 @@ MINUTES := 30
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
-.PHONY: run test lint fuzz mutations bundle-h100 bundle-b200 bundle-a100 gpu-check gpu-pack clean
+.PHONY: run test test-all lint fuzz mutations bundle-h100 bundle-b200 bundle-a100 gpu-check gpu-pack clean
 
 # The major version of CUDA that the driver supports; empty without a GPU.
 CUDA_MAJOR := $(shell $(if $(filter undefined,$(origin PY)),python3,$(PY)) perf/cuda_driver.py 2>/dev/null)
@@ -39,6 +40,9 @@ run: $(ENVIRONMENT)
 
 test: $(ENVIRONMENT) $(FLAVOURS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+test-all: ARGS += --all-cases
+test-all: test
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .

@@ -1,5 +1,6 @@
 """Set-up of the whole suite."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,31 @@ from cute_fa.tools.trial import gpu_arch
 KERNELS = ("fa2_sm80", "fa3_sm90", "fa4_sm100", "cute_fa")  # folders of their tests
 
 
+def pytest_addoption(parser):
+    """``make test-all`` gives ``--all-cases``."""
+    parser.addoption("--all-cases", action="store_true", help="every case of the kernels' grids, not a sample")
+    parser.addoption("--sample-seed", default="0", help="another sample of the grids")
+
+
 def pytest_collection_modifyitems(config, items):
     """Deselect what needs a GPU where there is none, or one that the kernels are not for. One may be made believe
-    (``perf.gpu_check.dry_run``)."""
+    (``perf.gpu_check.dry_run``). Of a grid, the cases of a test ``test_features…`` that simulates, a third is kept."""
     believed = config.getoption("--dry-gpu", None)
     present = SmArch(believed) if believed else gpu_arch()
     lacking = [item for item in items if item.get_closest_marker("gpu") and present not in archs_of(item.path)]
+    if not config.getoption("--all-cases"):
+        lacking += [item for item in items if not in_sample(item, config.getoption("--sample-seed"))]
     if lacking:
         config.hook.pytest_deselected(items=lacking)
         items[:] = [item for item in items if item not in set(lacking)]
+
+
+def in_sample(item: pytest.Item, seed: str) -> bool:
+    """Whether a test is none of a grid, or one of the third that the seed chooses."""
+    if not item.name.startswith("test_features") or item.get_closest_marker("gpu"):
+        return True
+    name = item.path.relative_to(Path(__file__).parent).as_posix() + item.name
+    return hashlib.sha256(f"{seed} {name}".encode()).digest()[0] % 3 == 0
 
 
 def archs_of(test: Path) -> set[SmArch]:

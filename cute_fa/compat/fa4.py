@@ -105,7 +105,7 @@ def flash_attn_varlen_func(
     aux_scalars: None = None,
     return_lse: bool = False,
     scheduler_metadata: torch.Tensor | None = None,
-    seqlen_k_per_split: None = None,
+    seqlen_k_per_split: int | None = None,
     disable_scheduler_metadata: bool = False,
     gather_bwd_recompute_p: bool = False,
     gather_bwd_token_chunk: None = None,

@@ -140,11 +140,12 @@ class ProblemOptions:
     @property
     def choices(self) -> dict[str, Any]:
         """How to compute the forward, in the public functions' terms; only what is no default."""
-        chosen = {name: self[name] for name in ("pack_gqa", "num_splits", "family", "promote_every")}
+        names = ("pack_gqa", "num_splits", "seqlen_k_per_split", "family", "promote_every")
+        chosen = {name: self[name] for name in names}
         chosen["persistent"] = PersistentMode(self["persistent"])
         chosen["out_dtype"] = self["out_dtype"] and TORCH_DTYPES[DType(self["out_dtype"])]
         nothing = {"pack_gqa": None, "num_splits": 1, "family": None, "persistent": PersistentMode.AUTO}
-        nothing |= {"out_dtype": None, "promote_every": None}
+        nothing |= {"out_dtype": None, "promote_every": None, "seqlen_k_per_split": 0}
         return {name: value for name, value in chosen.items() if value != nothing[name]}
 
     @property

@@ -10,7 +10,7 @@ import torch
 import cute_fa
 from cute_fa import reference
 from cute_fa.engine.table import TABLE
-from cute_fa.errors import ArgumentError, UnsupportedKeyError
+from cute_fa.errors import ArgumentError, Fp8Error
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import DType, SmArch
 
@@ -193,5 +193,5 @@ def test_arguments():
         with pytest.raises(ArgumentError, match="num_splits=3 in batch-invariant mode: the chunks of 1024 keys"):
             cute_fa.flash_attn_func(q, q, q, batch_invariant=True, num_splits=3)
         fp8 = q.to(torch.float8_e4m3fn)
-        with pytest.raises(UnsupportedKeyError, match="batch_invariant: this kernel's sums depend on its tiles"):
+        with pytest.raises(Fp8Error, match="batch_invariant: this kernel's sums depend on its tiles"):
             cute_fa.flash_attn_func(fp8, fp8, fp8, batch_invariant=True)

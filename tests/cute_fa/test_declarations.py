@@ -67,7 +67,8 @@ def test_the_schema_follows_from_the_call():
     assert schema(Options) == (
         "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? softmax_scale, SymInt? window_left, SymInt? window_right, "
         "SymInt sink_tokens, float softcap, SymInt num_splits, str? family, bool? pack_gqa, str persistent, "
-        "bool deterministic, str? out_dtype, SymInt? promote_every, str v_layout, str names"
+        "bool deterministic, str? out_dtype, SymInt? promote_every, str v_layout, "
+        "SymInt seqlen_k_per_split, str names"
     )
 
     class Mixed(NamedTuple):
@@ -96,8 +97,9 @@ def test_flat_and_back():
 def test_public_defaults_are_the_options(function):
     given = keywords(function)
     for name, default in Options._field_defaults.items():
-        if name in given:
+        if name in given and name != "seqlen_k_per_split":
             assert given[name] == default, name
+    assert given["seqlen_k_per_split"] is given["batch_invariant"] is None  # the environment's
     assert given["window_size"] == (None, None) and given["causal"] is False
     tensors = [name for name in Extras._fields if name in given]
     assert tensors and all(given[name] is None for name in tensors)
@@ -244,14 +246,15 @@ print("right")
     ids=["fa2", "split", "decode", "fa3 and fa4"],
 )
 def test_the_kernels_grids_have_every_feature_that_shapes_code(cases, left_out):
-    """Where the rows of a cache lie has tests of its own, too, test_cache_index.py, fp8 has a grid, range plans have
-    tests in each kernel's folder; the random problems have everything."""
+    """Where the rows of a cache lie has tests of its own, too, test_cache_index.py, and batch-invariant mode,
+    test_batch_invariance.py; fp8 has a grid, range plans have tests in each kernel's folder; the random problems have
+    everything."""
     flags = {name for name, of in options_of(AttentionProblem).items() if of.flag}
     problems = [problem_of_spec(spec_of(case), SmArch.SM_90A) for case in cases]
     used = {name for name in flags for problem in problems if is_used(problem, name)}
     of_fp8 = {"q_descale", "k_descale", "v_descale", "k_block_descale", "v_block_descale", "v_layout"}
     of_range_plans = {"ranges", "q_positions", "k_positions"}
-    assert flags - used == left_out | of_fp8 | of_range_plans
+    assert flags - used == left_out | of_fp8 | of_range_plans | {"seqlen_k_per_split"}
 
 
 def test_without_the_private_names_no_tangent_is_dropped():

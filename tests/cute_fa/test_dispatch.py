@@ -25,7 +25,7 @@ def test_key_fields_and_their_order():
     assert [field.name for field in dataclasses.fields(DispatchKey)] == [
         "arch", "dtype", "head_dim", "causal", "varlen", "sliding_window", "alibi", "sink", "paged", "gqa_ratio",
         "direction", "head_dim_v", "window_right", "softcap", "learnable_sink", "page_size", "splits",
-        "dtype_k", "dtype_v", "out_dtype", "ranges", "tree_mask",
+        "dtype_k", "dtype_v", "out_dtype", "ranges", "tree_mask", "seqlen_k_per_split",
     ]  # fmt: skip
 
 
@@ -272,6 +272,7 @@ def test_rows():
         elsewhere = {feature: kernel for feature, kernel in forwards.items() if kernel != "fa4_fwd"}
         refused = dict.fromkeys(("head_dim 512", "bf16, k and v e4m3"))
         of_split = ("split-KV", "paged KV, a page a token", "paged KV, left padding", "tree of draft tokens")
+        of_split += ("batch-invariant",)
         assert elsewhere == dict.fromkeys(of_split, "fa2_split") | refused
         # all that Hopper's forward serves, where a kernel of its own serves the rest, fp8 caches, too
         on_hopper = {feature: cells["sm_90a", "fwd", feature].kernel for feature in forwards}

@@ -197,6 +197,8 @@ def _choices(call: str, arch: SmArch, rng: random.Random) -> dict[str, Any]:
         choices["num_splits"] = rng.choice([0, 0, 1, 2])
     elif function or call in ("PagedAttentionRequest", "ChunkedPrefillRequest"):
         choices["num_splits"] = rng.choice([1, 1, 1, 0, 2])
+    if (function or call == "PagedAttentionRequest") and call != "merge_states" and _chance(rng, 0.1):
+        choices |= {"seqlen_k_per_split": rng.choice([64, 128, 256]), "num_splits": rng.choice([0, 1])}
     if function or call == "Fa3FwdRequest":
         choices["pack_gqa"] = rng.choice([None, None, None, True, False])
     if call in (*FUNCTIONS, "Fa3FwdRequest"):

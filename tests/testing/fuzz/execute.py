@@ -117,6 +117,8 @@ def _expected(given: Inputs) -> reference.Expected:
 def _choices(problem: Problem) -> dict[str, Any]:
     """What says how a function computes."""
     names = ("family", "num_splits", "pack_gqa", "promote_every")
+    if problem.seqlen_k_per_split:
+        names += ("seqlen_k_per_split",)
     return {name: getattr(problem, name) for name in names}
 
 
@@ -256,6 +258,8 @@ def _forward_request(problem: Problem, given: Inputs):
         if problem.heads_first:
             pages = (t.transpose(1, 2).contiguous() for t in pages)
         cache = cute_fa.PagedKvCache(*pages, KvLayout.HND if problem.heads_first else KvLayout.NHD)
+        if problem.seqlen_k_per_split:
+            fields["seqlen_k_per_split"] = problem.seqlen_k_per_split
         fields |= {"num_splits": problem.num_splits, **_offsets(given, "q"), **descales, "tree_mask": given.tree_mask}
         if problem.max_seqlens:
             fields["max_seqlen_k"] = problem.spec.seqlen_k

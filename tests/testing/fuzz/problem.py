@@ -101,6 +101,7 @@ class Problem:
     seed: int = 0
     family: str | None = None
     num_splits: int = 1
+    seqlen_k_per_split: int = 0
     pack_gqa: bool | None = None
     promote_every: int | None = None
     persistent: str = "auto"
@@ -325,6 +326,7 @@ class Problem:
                 self.spec,
                 self.machine.arch,
                 num_splits=self.num_splits or 1,
+                seqlen_k_per_split=self.seqlen_k_per_split,
                 pack_gqa=self.pack_gqa,
                 promote_every=self.promote_every,
                 persistent=PersistentMode(self.persistent),

@@ -84,6 +84,7 @@ def _defaults(problem: Problem) -> Iterator[dict[str, Any]]:
         yield {f"varlen_{name}": False, **lengths}
     if spec.page_size is not None:
         yield {"page_size": None, "seqused_k": True}
+    yield {"seqlen_k_per_split": 0}
     if problem.num_splits > 2:
         yield {"num_splits": 2}
     yield {"call": "flash_attn_func"}
