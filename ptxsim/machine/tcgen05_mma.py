@@ -400,7 +400,11 @@ class Tcgen05Mma:
         start = self._addend(form, description, old) if enable else np.zeros(old.shape, _f4)
         left = -left[rows] if description.negate else left[rows]
         if scales:
-            scales = scales[0][rows].reshape(-1, 16, description.vector), scales[1][None, columns]
+            scales = (
+                scales[0][rows].reshape(-1, 16, description.vector),
+                scales[1][None, columns],
+                description.scale_type,
+            )
         total = self.sums.add(
             "tcgen05", (description.a_type, description.b_type), description.result,
             left.reshape(-1, 16, left.shape[-1]), right[None, columns], start.reshape(-1, 16, start.shape[-1]),
@@ -415,6 +419,5 @@ class Tcgen05Mma:
 
     @staticmethod
     def _words(description, values):
-        return (
-            values.astype(np.float16).view(np.uint16).astype(_u4) if description.result == "f16" else values.view(_u4)
-        )
+        half = description.result == "f16"
+        return values.astype(np.float16).view(np.uint16).astype(_u4) if half else values.view(_u4)

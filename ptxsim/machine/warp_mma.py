@@ -139,7 +139,8 @@ class WarpMma:
             scales = self._row_scales(n, spec, *more[:3]), self._column_scales(n, spec, *more[3:])
         if self.sums and spec.result != "s32":
             start = accumulators(c, n, spec.m, spec.result)
-            total = self.sums.add("mma", (spec.a, spec.b), spec.result, left, right, start, scales, spec.sparse)
+            given = (*scales, spec.scale) if scales else None
+            total = self.sums.add("mma", (spec.a, spec.b), spec.result, left, right, start, given, spec.sparse)
             total = in_fragments(total)
             return list(total.view(_u4)) if spec.result == "f32" else list(pack_f16(total[::2], total[1::2]))
         if spec.vector:
@@ -204,9 +205,8 @@ class WarpMma:
         total[(slice(None), _PRODUCT, *_C_PLACES[c_type])] = values
         left, right = left.reshape(-1, 8, 4), right.reshape(-1, 4, 8).swapaxes(1, 2)
         if self.sums:
-            total = self.sums.add("mma", ("f16", "f16"), d_type, left, right, total.reshape(-1, 8, 8)).reshape(
-                total.shape
-            )
+            start, shape = total.reshape(-1, 8, 8), total.shape
+            total = self.sums.add("mma", ("f16", "f16"), d_type, left, right, start).reshape(shape)
         else:
             total += products(left, right).reshape(total.shape)
         mine = total[(slice(None), _PRODUCT, *_C_PLACES[d_type])]  # n, lane, element

@@ -96,7 +96,7 @@ def _known_arch(context, parameter, arch: str) -> str:
 @click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Write what the warps did, for Perfetto; with several runs, a file for each.")  # fmt: skip
 @click.option("--arithmetic", type=click.Choice(ARITHMETICS), default="float32", show_default=True,
-              help="How tensor instructions add up: as hardware does, or each kind differently (distinct).")  # fmt: skip
+              help="How tensor instructions add up: as on hardware, or each kind differently (distinct).")  # fmt: skip
 def run(
     script: Path, arguments: tuple[str, ...], arch: str, race: bool, seeds: int, late: bool, sms: int,
     trace: Path | None, arithmetic: str, line_info: bool,
