@@ -400,11 +400,8 @@ class Tcgen05Mma:
         start = self._addend(form, description, old) if enable else np.zeros(old.shape, _f4)
         left = -left[rows] if description.negate else left[rows]
         if scales:
-            scales = (
-                scales[0][rows].reshape(-1, 16, description.vector),
-                scales[1][None, columns],
-                description.scale_type,
-            )
+            by_rows, by_columns = scales[0][rows].reshape(-1, 16, description.vector), scales[1][None, columns]
+            scales = by_rows, by_columns, description.scale_type
         total = self.sums.add(
             "tcgen05", (description.a_type, description.b_type), description.result,
             left.reshape(-1, 16, left.shape[-1]), right[None, columns], start.reshape(-1, 16, start.shape[-1]),
