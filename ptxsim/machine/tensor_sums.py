@@ -100,9 +100,10 @@ class TensorSums:
 
 
 def _power(x, element):
-    """2 to the exponent of each number of a format, 0 of 0."""
-    exponent = np.clip(np.frexp(x)[1], _LEAST[element] + 1, 129)  # one more; of infinities and NaNs anything
-    return np.where(x == 0, 0.0, np.ldexp(0.5, exponent))
+    """2 to the exponent of each number of a format, as float64; 0 of 0, and anything of infinities and NaNs."""
+    bits = x.astype(_f4).view(_u4) & _u4(0x7F800000)
+    power = np.minimum(np.maximum(bits.view(_f4), _f4(2.0 ** _LEAST[element])), _f4(2.0**127))
+    return np.where(x == 0, _f8(0), power)
 
 
 def _factors(x, element, scale=1.0):
