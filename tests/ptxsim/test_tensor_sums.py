@@ -29,22 +29,20 @@ TORCH = {"f16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3
 LEAST = {"f16": -14, "bf16": -126, "tf32": -126, "f32": -126, "e4m3": -6, "e5m2": -14}  # exponents of normal numbers
 
 
-def one(sums, instruction, element, a, b, start=0.0, result="f32"):
+def one(sums, instruction, element, a, b, start=0.0, result="f32", **options):
     """One element of D, of a row of A and a column of B."""
     a, b, start = (np.array(x, np.float32).reshape(1, 1, -1) for x in (a, b, start))
     # products.c takes rows in fours and columns in eights
     with np.errstate(all="ignore"):
         out = sums.add(instruction, (element, element), result, a.repeat(4, 1), b.repeat(8, 1),
-                       start.repeat(4, 1).repeat(8, 2))  # fmt: skip
+                       start.repeat(4, 1).repeat(8, 2), **options)  # fmt: skip
     assert (out.view(np.uint32) == out.view(np.uint32)[0, 0, 0]).all()
     return out[0, 0, 0]
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------
-SMALL = (
-    2.0**-12,
-    2.0**-13,
-)  # their product is 2^-25: the last bit that Hopper keeps beside 1, the first that Ampere cuts
+# their product is 2^-25: the last bit that Hopper keeps beside 1, the first that Ampere cuts
+SMALL = 2.0**-12, 2.0**-13
 
 
 def beside_one(count, places=15):
@@ -77,6 +75,9 @@ def test_two_halves_of_k_and_the_whole():
     """14 · 2^-25 are 3.5 units in the last place; seven of them 1.75, cut twice."""
     a, b = beside_one(14)
     assert one(H100, "mma", "f16", a, b) == 1 + 3 * 2.0**-23
+    apart = [[x for one_of in row for x in (one_of, 0.0)] for row in (a, b)]  # a sparse row with its zeros
+    assert one(H100, "mma", "f16", *apart, sparse=True) == 1 + 3 * 2.0**-23
+    assert one(H100, "mma", "f16", *apart) == 1 + 2 * 2.0**-23
     halves = one(H100, "mma", "f16", a[8:], b[8:], one(H100, "mma", "f16", a[:8], b[:8]))
     assert halves == 1 + 2 * 2.0**-23
     # on Ampere they are the same, here beside 2^-1, of which they are 14 and 7 quarters of the last bit kept
@@ -129,7 +130,7 @@ def test_ends_of_the_range():
     for a, b, start in (([np.inf], [0.0], 1.0), ([np.inf], [1.0], -np.inf), ([np.nan], [1.0], 0.0)):
         assert one(H100, "mma", "bf16", a, b, start).view(np.uint32) == 0x7FFFFFFF
     assert one(H100, "mma", "bf16", [2.0**-75], [1.5 * 2.0**-74]) == 2.0**-149  # the smallest one
-    assert not np.signbit(one(H100, "mma", "f16", [1.0, -1.0], [1.0, 1.0], -0.0))
+    assert not np.signbit(one(H100, "mma", "f16", [-0.0], [1.0], -0.0))
 
 
 # ---- by fractions ----------------------------------------------------------------------------------------------------
@@ -201,10 +202,12 @@ def test_rules_of_the_architectures():
 
 def test_scale_factors():
     """mxf4: the products of a group are added exactly and scaled, then cut to 35 bits below the exponents of the scale
-    factors, however large their sum is: ± 576 beside 96 · 2^-41, which is 1.5 · 2^-35."""
+    factors, however large their sum is: ± 576 beside 96 · 2^-41, which is 1.5 · 2^-35. The factors of a group of
+    zeros do not count."""
     a, b = np.zeros((1, 4, 64), np.float32), np.full((1, 8, 64), 6.0, np.float32)
     a[..., :16], a[..., 16:32], a[..., 32:48] = 6, -6, 1
     rows, columns, start = np.ones((1, 4, 4)), np.ones((1, 8, 4)), np.zeros((1, 4, 8), np.float32)
+    rows[..., 3] = 2.0**20
 
     def add(scale_format):
         scales = rows, columns, scale_format
@@ -265,13 +268,14 @@ def by_mma(kind, k, sums, step=None):
     return np.concatenate(out)
 
 
-def by_tcgen05(kind, sums):
+def by_tcgen05(kind, sums, flags=0):
     a, b = operands(kind, 16 if kind in ("f16", "bf16") else 32)
     image, descriptors = tcgen05.in_shared(np.concatenate([a, a]), b)
     tmem = np.full((128, tcgen05.COLUMNS), np.float32(1).view(np.uint32))
     name = "f16" if kind in ("f16", "bf16") else "f8f6f4"
-    out = tcgen05.tensor_program(f"tcgen05.mma.cta_group::1.kind::{name} [0], %rd3, %rd4, %r61, %p2;", tmem, image,
-                                 descriptors, tcgen05.describe(kind, kind, 128, 8), tensor_sums=sums)  # fmt: skip
+    instruction = f"tcgen05.mma.cta_group::1.kind::{name} [0], %rd3, %rd4, %r61, %p2;"
+    described = tcgen05.describe(kind, kind, 128, 8, flags=flags)
+    out = tcgen05.tensor_program(instruction, tmem, image, descriptors, described, tensor_sums=sums)
     out = np.ascontiguousarray(out[:, :8]).view(np.float32)
     same_bits(out[:64], out[64:])
     return out[:64]
@@ -287,6 +291,7 @@ def test_instructions_agree_on_hopper_and_blackwell_and_nowhere_else(kind):
     same_bits(by_wgmma(kind, 16, H100, from_registers=True, late=True, seed=1), hopper)
     same_bits(by_mma(kind, 16, B200), hopper)
     same_bits(by_tcgen05(kind, B200), hopper)
+    same_bits(by_tcgen05(kind, B200, flags=1 << 13), by_wgmma(kind, 16, H100, scales="-1, 1"))  # 1 - A B
     ampere = by_mma(kind, 16, A100)
     same_bits(by_mma(kind, 16, A100, step=8), ampere)
     assert (hopper != plain).any() and (ampere != hopper).any() and (by_mma(kind, 16, H100, step=8) != hopper).any()
