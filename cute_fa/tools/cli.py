@@ -25,6 +25,7 @@ from cute_fa.engine.bundles import use_bundles
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.contract import KernelConfig
 from cute_fa.engine.table import TABLE
+from cute_fa.engine.worlds import ARITHMETICS
 from cute_fa.engine.worlds.simulated import SimError
 from cute_fa.semantics.errors import ArgumentError, CuteFaError
 from cute_fa.semantics.names import canonical_name
@@ -60,6 +61,13 @@ _RUN_OPTIONS = [
         "--fp8-bits",
         type=click.IntRange(8, 24),
         help="Simulate, with so many significant bits of fp8 products' sums.",
+    ),
+    click.option(
+        "--arithmetic",
+        type=click.Choice(ARITHMETICS),
+        default=ARITHMETICS[0],
+        show_default=True,
+        help="Simulate, with tensor instructions that add as hardware does, or each kind differently (distinct).",
     ),
     click.option("--num-sms", type=click.IntRange(min=1), help="Simulate, with this many SMs. [default: a real GPU's]"),
     click.option("--inputs", type=click.Choice(["random", "peaked"]), default="random", show_default=True),

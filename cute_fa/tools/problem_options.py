@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from cute_fa.engine.contract import AttentionKernel, KernelConfig
 
-_SIMULATION = ("schedule_seed", "late", "race", "num_sms", "fp8_bits")
+_SIMULATION = ("schedule_seed", "late", "race", "num_sms", "fp8_bits", "arithmetic")
 
 
 def _feature_options(problem: type) -> list[Callable]:

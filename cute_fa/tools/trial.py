@@ -41,6 +41,7 @@ class Machine:
     race: bool = False
     num_sms: int | None = None
     fp8_bits: int | None = None
+    arithmetic: str = "float32"
 
     @property
     def device(self) -> str:
@@ -48,7 +49,7 @@ class Machine:
 
     def simulate(self) -> AbstractContextManager:
         """A simulation of this machine."""
-        names = ("schedule_seed", "late", "race", "num_sms", "fp8_bits")
+        names = ("schedule_seed", "late", "race", "num_sms", "fp8_bits", "arithmetic")
         return simulate(self.arch, **{name: getattr(self, name) for name in names})
 
     @property

@@ -19,6 +19,7 @@ from ..machine.global_memory import Ranges
 from ..machine.launch import LaunchConfig
 from ..machine.limits import check_launch
 from ..machine.machine import Machine
+from ..machine.tensor_sums import TensorSums
 from .host_memory import aligned_bytes, extent, integers
 from .programs import LoadedProgram, number, runs_on, static_smem
 
@@ -102,6 +103,7 @@ class Conditions:
     race: bool
     sm_count: int
     fp8_bits: int | None
+    arithmetic: str
     together: int
     ranges: Ranges
     observers: Callable[[], list[Observer]]
@@ -126,6 +128,7 @@ class Launcher:
             loaded.program, request.grid, request.block, cluster, request.smem, _parameters(kernel, request.arguments),
             under.ranges, {name: array.ctypes.data for name, array in variables.items()}, registers,
             request.kernel.resizes or registers is None, under.seed, under.late, under.fp8_bits,
+            None if under.arithmetic == "float32" else TensorSums(under.arithmetic, number(arch)),
         )  # fmt: skip
         races = history_of(loaded.program, self.prerequisite if request.early else None) if under.race else None
         started = time.perf_counter()

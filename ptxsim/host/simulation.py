@@ -21,6 +21,7 @@ from ..machine.events import Observer
 from ..machine.global_memory import Ranges
 from ..machine.limits import SMEM_LIMIT
 from ..machine.tensor_maps import encode
+from ..machine.tensor_sums import ARITHMETICS
 from ..report.history import History
 from ..report.trace import Trace, Tracer
 from . import dsl, programs, standin
@@ -69,6 +70,7 @@ def simulate(
     trace: str | Path | None = None,
     line_info: bool = False,
     fp8_bits: int | None = None,
+    arithmetic: str = "float32",
     observers: Iterable[Observer] = (),
 ) -> Iterator[Simulation]:
     """Run the kernels of CuTe DSL functions on host memory, as a GPU of architecture ``arch`` would.
@@ -81,6 +83,9 @@ def simulate(
     ``report.trace``. ``line_info`` compiles with line information: reports then name Python source lines.
     ``fp8_bits`` (8 to 24) is how many significant bits wgmma keeps of sums of fp8 products; 14 is what is reported of
     Hopper, None sums in float32, see ``ptxsim.machine.accumulate``.
+    ``arithmetic`` is how all tensor instructions add products: "float32" in order with each sum rounded, "hardware" as
+    MMA-Sim found tensor cores to, "distinct" with another number of bits for each instruction, so that a result that
+    two of them computed shows it, see ``ptxsim.machine.tensor_sums``.
     ``observers`` (``ptxsim.Observer``) hear what the warps of every wave do.
     Leaving restores everything; simulations do not nest.
 
@@ -93,8 +98,12 @@ def simulate(
         raise SimError(f"cannot simulate {arch!r}; known are sm_{', sm_'.join(map(str, sorted(SMEM_LIMIT)))}")
     if fp8_bits is not None and not 8 <= fp8_bits <= 24:
         raise SimError(f"fp8_bits is {fp8_bits}; the significant bits of sums of fp8 products are 8 to 24, or None")
+    if arithmetic not in ARITHMETICS:
+        raise SimError(f"arithmetic is {arithmetic!r}; there are {', '.join(ARITHMETICS)}")
+    if fp8_bits is not None and arithmetic != "float32":
+        raise SimError(f"fp8_bits with arithmetic {arithmetic!r}, which rounds sums of fp8 products itself")
     library = standin.install()
-    simulation = Simulation(arch, schedule_seed, late, race, sm_count, library, fp8_bits)
+    simulation = Simulation(arch, schedule_seed, late, race, sm_count, library, fp8_bits, arithmetic)
     simulation.line_info = line_info
     simulation.observers += observers
     written = None if trace is None else Trace(trace)
@@ -123,9 +132,9 @@ class Simulation:
     together: int = MAX_CTAS
 
     def __init__(self, arch: str, seed: int | None, late: bool, race: bool, sm_count: int, library: standin.Standin,
-                 fp8_bits: int | None = None):  # fmt: skip
+                 fp8_bits: int | None = None, arithmetic: str = "float32"):  # fmt: skip
         self.arch, self.schedule_seed, self.late, self.race, self.sm_count = arch, seed, late, race, sm_count
-        self.fp8_bits = fp8_bits
+        self.fp8_bits, self.arithmetic = fp8_bits, arithmetic
         self.line_info = False  # whether kernels are compiled with line information
         self.launches: list[Launch] = []
         self.observers: list[Observer] = []  # hear what every wave does
@@ -284,7 +293,7 @@ class Simulation:
             if self.before_launch is not None:
                 loaded = self.before_launch(loaded)
             under = Conditions(self.arch, self.schedule_seed, self.late, self.race, self.sm_count, self.fp8_bits,
-                               self.together, self.legal_memory(), self.observers_of_wave)  # fmt: skip
+                               self.arithmetic, self.together, self.legal_memory(), self.observers_of_wave)  # fmt: skip
             self.launches.append(self._launcher.run(request, loaded, under))
 
     def observers_of_wave(self) -> list[Observer]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..frontend.program import Program
 from .global_memory import Ranges
+from .tensor_sums import TensorSums
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class LaunchConfig:
     ``global_addresses`` those of the module's variables. ``registers`` are those of a thread, as the cubin says (None:
     not known); ``resizes``: whether its machine code has kept setmaxnreg. ``seed`` makes the order of the warps random
     and adversarial; ``late`` performs asynchronous operations as late as is legal; ``fp8_bits`` is what wgmma keeps of
-    sums of fp8 products (``accumulate``).
+    sums of fp8 products (``accumulate``); ``tensor_sums`` adds the products of all tensor instructions (None: in
+    float32).
     """
 
     program: Program
@@ -35,3 +37,4 @@ class LaunchConfig:
     seed: int | None = None
     late: bool = False
     fp8_bits: int | None = None
+    tensor_sums: TensorSums | None = None

@@ -83,7 +83,7 @@ class Machine:
 
         operands = Operands(self.shared)
         self.matrices = Matrices(wave, self.shared)
-        self.warp_mma = WarpMma()
+        self.warp_mma = WarpMma(wave)
         self.wgmma = Wgmma(wave, operands, self.registers)
         self.tensor_memory = TensorMemory(wave, self.shared, self.registers, self.mbarriers, self.deferred)
         self.tcgen05_copy = Tcgen05Copy(wave, operands, self.tensor_memory)

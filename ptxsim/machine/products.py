@@ -91,6 +91,12 @@ def in_fragments(product):
     return np.ascontiguousarray(product).reshape(-1, n, 32)
 
 
+def from_fragments(registers, rows):
+    """Registers [count, n, 32] of accumulators with so many rows as [n, rows, columns]: ``in_fragments`` undone."""
+    n = registers.shape[1]
+    return registers.reshape(-1, rows // 8, 2, n, 8, 4).transpose(3, 1, 4, 0, 5, 2).reshape(n, rows, -1)
+
+
 def sum_of_blocks(partial, row_scales, column_scales):
     """The sum over blocks of products [blocks, ..., rows, columns], each times the float64 scale factors of its rows
     [blocks, ..., rows] and columns [blocks, ..., columns]; from the first to the last in float64, then as float32."""

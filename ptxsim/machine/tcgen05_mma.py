@@ -174,12 +174,21 @@ def accumulator_parts(form, description, lane):
     ]  # fmt: skip
 
 
+def _scaled(left, right, a_scale, b_scale):
+    """(A * scale_A) (B * scale_B) as float32 [rows, n]; a block is summed in float32, the scaled blocks in float64."""
+    a_blocks, b_blocks = (
+        x.reshape(len(x), scale.shape[1], -1).swapaxes(0, 1) for x, scale in ((left, a_scale), (right, b_scale))
+    )
+    return sum_of_blocks(products(a_blocks, b_blocks), a_scale.T, b_scale.T)
+
+
 class Tcgen05Mma:
     """tcgen05.mma in all its forms."""
 
     def __init__(self, wave, operands, tensor_memory, tcgen05_copy):
         self.wave, self.events, self.operands, self.tensor_memory = wave, wave.events, operands, tensor_memory
         self.tcgen05_copy = tcgen05_copy
+        self.sums = wave.launch.tensor_sums
 
     def multiply(self, w, form, d, a, b, instruction, enable, others, M):
         """tcgen05.mma (PTX ISA 9.7.16.10.9) for each active thread; operands are [n, 32] or scalars.
@@ -254,13 +263,13 @@ class Tcgen05Mma:
         right = np.concatenate([self.operands.tile(c, *self._b_place(form, description, b)) for c in ctas])
         for c in ctas:
             left = self._left(c, form, description, a, d >> 16, others)
-            if form.vector:
-                product = self._scaled_product(c, form, description, left, right, others)
+            scales = self._operand_scales(c, form, description, len(left), others) if form.vector else None
+            if self.sums and description.result != "s32":
+                total = functools.partial(self._rounded_sum, form, description, left, right, scales)
             else:
-                product = products(left[None], right[None])[0]
-            if description.negate:
-                product = -product
-            self._accumulate(c, form, description, d, product, enable, self._disabled(form, c, cta, others))
+                product = _scaled(left, right, *scales) if scales else products(left[None], right[None])[0]
+                total = functools.partial(self._sum, form, description, -product if description.negate else product)
+            self._accumulate(c, form, description, d, total, enable, self._disabled(form, c, cta, others))
             if form.shift:
                 self.tcgen05_copy.shift_lanes(c, a & 0xFFFF)
         self.wave.active()
@@ -348,8 +357,8 @@ class Tcgen05Mma:
             )
         return (ue8m0_to_f64 if description.scale_type == "ue8m0" else ue4m3_to_f64)(rows[0])
 
-    def _scaled_product(self, cta, form, description, left, right, others):
-        """(A * scale_A) (B * scale_B) as float32; a block is summed in float32, the scaled blocks in float64."""
+    def _operand_scales(self, cta, form, description, rows, others):
+        """Scale factors of so many rows of A, and of the columns of B: float64 [rows, blocks] and [n, blocks]."""
         vector, m, n = description.vector, description.m // (2 if form.pair else 1), description.n
         scale_a = self._scales(cta, description, others["scale_a"], description.a_scale_id, m, vector, np.arange(128))
         # layout B: the halves of N on lanes 0 to 63 and 64 to 127
@@ -357,33 +366,55 @@ class Tcgen05Mma:
         lanes = np.split(np.arange(128), parts)
         at, number = others["scale_b"], description.b_scale_id
         scale_b = np.concatenate([self._scales(cta, description, at, number, n // parts, vector, x) for x in lanes])
-        scale_a = np.tile(scale_a, (len(left) // m, 1))
-        a_blocks = left.reshape(len(left), vector, -1).swapaxes(0, 1)
-        b_blocks = right.reshape(n, vector, -1).swapaxes(0, 1)
-        return sum_of_blocks(products(a_blocks, b_blocks), scale_a.T, scale_b.T)
+        return np.tile(scale_a, (rows // m, 1)), scale_b
 
     # ---- D ----------------------------------------------------------------------------------------
-    def _accumulate(self, cta, form, description, d, product, enable, disabled):
+    def _accumulate(self, cta, form, description, d, total, enable, disabled):
+        """Write D of one CTA. ``total(rows, columns, old words, enable)`` gives the new words of a part of it."""
         column = d & 0xFFFF
         for lanes, rows, columns in accumulator_parts(form, description, d >> 16):
-            part = product[rows, columns]
-            self.tensor_memory.require_allocated(cta, column, column + part.shape[1])
+            width = columns.stop - columns.start
+            self.tensor_memory.require_allocated(cta, column, column + width)
             # consecutive lanes as a slice: a view takes a third of the time of a gather
             whole = lanes[-1] - lanes[0] == len(lanes) - 1
-            at = slice(lanes[0], lanes[-1] + 1) if whole else lanes, slice(column, column + part.shape[1])
+            at = slice(lanes[0], lanes[-1] + 1) if whole else lanes, slice(column, column + width)
             words = self.tensor_memory.words[cta]
             old = words[at]
-            new = self._sum(form, description, old, part, enable)
+            new = total(rows, columns, old, enable)
             words[at] = np.where(disabled[lanes][:, None], old, new) if disabled.any() else new
 
-    def _sum(self, form, description, old, part, enable):
-        """The new words of D."""
+    def _sum(self, form, description, product, rows, columns, old, enable):
+        """The new words of a part of D: the product and, with ``enable``, the old ones."""
+        part = product[rows, columns]
         if description.result == "s32":
             total = part.astype(np.int64) + (old.view(np.int32) if enable else 0)
             if description.saturate:
                 total = np.clip(total, -0x80000000, 0x7FFFFFFF)
             return total.astype(np.int32).view(_u4)
-        half = description.result == "f16"
         if enable:
-            part = part + (f16_to_f32(old & _u4(0xFFFF)) if half else old.view(_f4)) * _f4(2.0**-form.input_scale)
-        return part.astype(np.float16).view(np.uint16).astype(_u4) if half else part.view(_u4)
+            part = part + self._addend(form, description, old)
+        return self._words(description, part)
+
+    def _rounded_sum(self, form, description, left, right, scales, rows, columns, old, enable):
+        """As ``_sum``, with the roundings of ``TensorSums``. Sixteen rows at a time."""
+        start = self._addend(form, description, old) if enable else np.zeros(old.shape, _f4)
+        left = -left[rows] if description.negate else left[rows]
+        if scales:
+            by_rows, by_columns = scales[0][rows].reshape(-1, 16, description.vector), scales[1][None, columns]
+            scales = by_rows, by_columns, description.scale_type
+        total = self.sums.add(
+            "tcgen05", (description.a_type, description.b_type), description.result,
+            left.reshape(-1, 16, left.shape[-1]), right[None, columns], start.reshape(-1, 16, start.shape[-1]),
+            scales, form.sparse,
+        )  # fmt: skip
+        return self._words(description, total.reshape(old.shape))
+
+    @staticmethod
+    def _addend(form, description, old):
+        values = f16_to_f32(old & _u4(0xFFFF)) if description.result == "f16" else old.view(_f4)
+        return values * _f4(2.0**-form.input_scale)
+
+    @staticmethod
+    def _words(description, values):
+        half = description.result == "f16"
+        return values.astype(np.float16).view(np.uint16).astype(_u4) if half else values.view(_u4)

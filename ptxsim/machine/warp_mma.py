@@ -8,7 +8,7 @@ from ..arrays import full_width
 from ..errors import PtxError
 from ..ops.numerics import DECODE, ELEMENT_BYTES, f16_to_f32, ue4m3_to_f64, ue8m0_to_f64
 from ..ops.sparsity import expand, metadata_codes, metadata_threads
-from .products import double_products, in_fragments, products, sum_of_blocks
+from .products import double_products, from_fragments, in_fragments, products, sum_of_blocks
 
 _u4, _f4, _f8 = np.uint32, np.float32, np.float64
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32}
@@ -38,6 +38,16 @@ def pack_f16(low, high):
     low = low.astype(np.float16).view(np.uint16).astype(_u4)
     high = high.astype(np.float16).view(np.uint16).astype(_u4)
     return low | (high << _u4(16))
+
+
+def accumulators(registers, n, rows, kind):
+    """Registers of C, "f32" or pairs of "f16" -> float32 [n, rows, columns]."""
+    words = np.stack([full_width(r, n) for r in registers])
+    if kind == "f16":
+        values = np.stack([f16_to_f32(words & _u4(0xFFFF)), f16_to_f32(words >> _u4(16))], 1)
+    else:
+        values = words.view(_f4)
+    return from_fragments(values.reshape(-1, n, 32), rows)
 
 
 def sparse_metadata(element, words, selector, k):
@@ -107,7 +117,8 @@ _C_PLACES = {
 class WarpMma:
     """mma.sync and mma.sp."""
 
-    def __init__(self):
+    def __init__(self, wave):
+        self.sums = wave.launch.tensor_sums
         self.a_fragments, self.b_fragments = _FragmentCache(16), _FragmentCache(32)
 
     def multiply(self, w, spec, a, b, c, *more):
@@ -123,8 +134,16 @@ class WarpMma:
             words, selector = more.pop(0), more.pop(0)
             codes = sparse_metadata(spec.a, full_width(words, n), selector, spec.k)
             left = expand(left, codes, spec.a, spec.ordered)
+        scales = None
         if spec.vector:
             scales = self._row_scales(n, spec, *more[:3]), self._column_scales(n, spec, *more[3:])
+        if self.sums and spec.result != "s32":
+            start = accumulators(c, n, spec.m, spec.result)
+            given = (*scales, spec.scale) if scales else None
+            total = self.sums.add("mma", (spec.a, spec.b), spec.result, left, right, start, given, spec.sparse)
+            total = in_fragments(total)
+            return list(total.view(_u4)) if spec.result == "f32" else list(pack_f16(total[::2], total[1::2]))
+        if spec.vector:
             product = in_fragments(block_scaled(left, right, *scales))
         else:
             product = products(left, right, fragments=True)  # (row half, e), n, lane
@@ -184,7 +203,12 @@ class WarpMma:
         right[(slice(None), _PRODUCT, *_B_PLACES[layouts[1]])] = halves(b)
         values = halves(c) if c_type == "f16" else np.stack([full_width(x, n) for x in c], axis=-1).view(_f4)
         total[(slice(None), _PRODUCT, *_C_PLACES[c_type])] = values
-        total += products(left.reshape(-1, 8, 4), right.reshape(-1, 4, 8).swapaxes(1, 2)).reshape(total.shape)
+        left, right = left.reshape(-1, 8, 4), right.reshape(-1, 4, 8).swapaxes(1, 2)
+        if self.sums:
+            start, shape = total.reshape(-1, 8, 8), total.shape
+            total = self.sums.add("mma", ("f16", "f16"), d_type, left, right, start).reshape(shape)
+        else:
+            total += products(left, right).reshape(total.shape)
         mine = total[(slice(None), _PRODUCT, *_C_PLACES[d_type])]  # n, lane, element
         if d_type == "f32":
             return list(np.ascontiguousarray(mine.transpose(2, 0, 1)).view(_u4))

@@ -20,7 +20,7 @@ from ..ops.sparsity import expand
 from .accumulate import limited_sum
 from .operands import wgmma_descriptor
 from .products import in_fragments, products
-from .warp_mma import a_fragment, pack_f16, sparse_metadata
+from .warp_mma import a_fragment, accumulators, pack_f16, sparse_metadata
 
 _u4, _f4 = np.uint32, np.float32
 _TAG, _TAG_MASK = _u4(0x7FA00000), _u4(0xFFE00000)
@@ -69,7 +69,7 @@ class Wgmma:
 
     def __init__(self, wave, operands, registers):
         self.wave, self.events, self.operands, self.registers = wave, wave.events, operands, registers
-        self.fp8_bits = wave.launch.fp8_bits
+        self.fp8_bits, self.sums = wave.launch.fp8_bits, wave.launch.tensor_sums
         self.next = 0  # tag
         self.ops, self.issued = {}, 0
         self.of_tag = np.zeros(_TAG_IDS if wave.late else 0, np.int64)
@@ -246,16 +246,22 @@ class Wgmma:
             left = -left
         use = full_width(scale_d, n)
         limited = self.fp8_bits is not None and spec.a_type in ("e4m3", "e5m2")
-        if limited:
-            start, product = self._accumulator_rows(spec, c, use), np.empty((n, 16, N), _f4)
+        if limited or (self.sums and spec.result != "s32"):
+            start = accumulators([np.where(use, full_width(x, n), _u4(0)) for x in c], n, 16, spec.result)
+            product = np.empty((n, 16, N), _f4)
             for t, tile in enumerate(tiles):
                 rows = tile_of == t
-                product[rows] = limited_sum(left[rows], tile, start[rows], self.fp8_bits)
+                if limited:
+                    product[rows] = limited_sum(left[rows], tile, start[rows], self.fp8_bits)
+                else:
+                    elements, sparse = (spec.a_type, spec.b_type), metadata is not None
+                    product[rows] = self.sums.add(
+                        "wgmma", elements, spec.result, left[rows], tile[None], start[rows], sparse=sparse
+                    )
             product = in_fragments(product)
+            use = np.zeros_like(use)  # the accumulators are in it
         else:
             product = products(left, tiles, tile_of, fragments=True)
-        if limited:  # the accumulators are in it
-            use = np.zeros_like(use)
         if spec.result == "f16":
             accumulator = np.stack([full_width(x, n) for x in c])
             low = product[0::2] + np.where(use, f16_to_f32(accumulator & _u4(0xFFFF)), _f4(0))
@@ -274,18 +280,6 @@ class Wgmma:
                 accumulator = full_width(x, n).view(kind)
                 product[j] += accumulator if everywhere else np.where(use, accumulator, kind(0))
         return product.view(_u4)
-
-    def _accumulator_rows(self, spec, c, use):
-        """The accumulator as float32 [n, 16, N], from its registers; zero where it is not used."""
-        n, N = len(use), spec.n
-        words = np.stack([full_width(x, n) for x in c])
-        if spec.result == "f16":
-            values = np.stack([f16_to_f32(words & _u4(0xFFFF)), f16_to_f32(words >> _u4(16))], 1)
-        else:
-            values = words.view(_f4)
-        values = np.where(use, values.reshape(N // 2, n, 32), _f4(0))
-        # from (block of N, row half, e), warp, (row, t)
-        return values.reshape(N // 8, 2, 2, n, 8, 4).transpose(3, 1, 4, 0, 5, 2).reshape(n, 16, N)
 
     def _tiles(self, w, descriptors, mn_major, rows, depth, element):
         """Distinct operand tiles of the warps [tiles, rows, depth], and the number of each warp's tile."""

@@ -24,6 +24,7 @@ from rich.table import Table
 import ptxsim
 from ptxsim.analysis.mutants import KINDS
 from ptxsim.machine.limits import SMEM_LIMIT
+from ptxsim.machine.tensor_sums import ARITHMETICS
 from ptxsim.names import readable
 from ptxsim.ops.forms import known
 from ptxsim.report.mutation_table import rows
@@ -94,9 +95,11 @@ def _known_arch(context, parameter, arch: str) -> str:
 @click.option("--late", is_flag=True, help="Run each order again with asynchronous work as late as is legal.")
 @click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Write what the warps did, for Perfetto; with several runs, a file for each.")  # fmt: skip
+@click.option("--arithmetic", type=click.Choice(ARITHMETICS), default="float32", show_default=True,
+              help="How tensor instructions add up: as on hardware, or each kind differently (distinct).")  # fmt: skip
 def run(
     script: Path, arguments: tuple[str, ...], arch: str, race: bool, seeds: int, late: bool, sms: int,
-    trace: Path | None, line_info: bool,
+    trace: Path | None, arithmetic: str, line_info: bool,
 ) -> None:  # fmt: skip
     """Run SCRIPT with ARGUMENTS as if there were a GPU of architecture ARCH: tensors "on" cuda are in host memory.
 
@@ -110,7 +113,7 @@ def run(
         launches: list[ptxsim.Launch] = []
         path = trace if trace is None or len(modes) == 1 else _with_mode(trace, mode)
         options = {"schedule_seed": mode.seed, "late": mode.late, "race": race, "sm_count": sms, "trace": path,
-                   "line_info": line_info}  # fmt: skip
+                   "arithmetic": arithmetic, "line_info": line_info}  # fmt: skip
         code, error = _run_once(script, arguments, arch, options, launches)
         for i, launch in enumerate(launches):
             _add_row(table, mode, launch, "clean" if code == CLEAN or i + 1 < len(launches) else "then failed")

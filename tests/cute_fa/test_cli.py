@@ -17,6 +17,7 @@ from cute_fa.api.attention import prepare
 from cute_fa.engine.autograd import problem_of_backward
 from cute_fa.engine.recording import config_of
 from cute_fa.engine.table import TABLE
+from cute_fa.engine.worlds import ARITHMETICS
 from cute_fa.semantics import reference
 from cute_fa.semantics.tensors import problem_of
 from cute_fa.semantics.types import Direction, DType, PersistentMode, SmArch
@@ -100,6 +101,18 @@ def test_a_plain_backward(tmp_path):
     assert (saved["dlse"], saved["dalibi"], saved["dsink"]) == (None, None, None)
 
 
+def test_arithmetic_of_the_tensor_instructions(tmp_path):
+    """Forward and backward are within tolerance whatever tensor instructions keep, and the LSE shows how much it is."""
+    saved = {}
+    for arithmetic in ARITHMETICS:
+        file = tmp_path / f"{arithmetic}.pt"
+        done = invoke("run", *SMALL, "--backward", "--arithmetic", arithmetic, "--save", str(file))
+        assert done.exit_code == 0, done.output
+        saved[arithmetic] = torch.load(file)["lse"]
+    off = {name: (saved[name] - saved["float32"]).abs().max() for name in ("hardware", "distinct")}
+    assert 0 < off["hardware"] < 2e-6 < 1e-5 < off["distinct"] < 1e-3
+
+
 @pytest.mark.parametrize("direction", ["--inputs peaked", "--schedule-seed 3"])
 def test_varlen(tmp_path, direction):
     file = tmp_path / "run.pt"
@@ -147,8 +160,9 @@ def test_choices_of_how_reach_the_kernel(monkeypatch):
         assert [launch.grid for launch in made[-1].launches] == [(ctas, 1, 1)]
         assert {name: summary[name] for name in asked[-1]} == asked[-1]
         assert f"pack_gqa={pack_gqa}, persistent={persistent}" in invoke("run", *HOPPER, *options).stdout
-    assert asked[0] == {"late": True, "race": True, "num_sms": 1, "schedule_seed": None, "fp8_bits": None}
-    assert asked[-1] == {"late": False, "race": False, "num_sms": 3, "schedule_seed": 1, "fp8_bits": None}
+    sums = {"fp8_bits": None, "arithmetic": "float32"}
+    assert asked[0] == {"late": True, "race": True, "num_sms": 1, "schedule_seed": None} | sums
+    assert asked[-1] == {"late": False, "race": False, "num_sms": 3, "schedule_seed": 1} | sums
 
 
 @pytest.mark.parametrize("lengths", ["", "--varlen"])
@@ -499,7 +513,8 @@ def test_a_gpu_is_used_unless_another_machine_is_asked_for(monkeypatch):
     assert choose_machine(None) == Machine(SmArch.SM_90A, simulated=False)
     assert choose_machine(SmArch.SM_90A).device == "cuda"
     assert choose_machine(SmArch.SM_80) == Machine(SmArch.SM_80, simulated=True)
-    for options in ({"schedule_seed": 5}, {"schedule_seed": 0}, {"late": True}, {"race": True}, {"num_sms": 4}):
+    for options in ({"schedule_seed": 5}, {"schedule_seed": 0}, {"late": True}, {"race": True}, {"num_sms": 4},
+                    {"arithmetic": "hardware"}):  # fmt: skip
         assert choose_machine(None, **options) == Machine(SmArch.SM_90A, simulated=True, **options)
     monkeypatch.setattr("cute_fa.tools.trial.gpu_arch", lambda: None)
     assert choose_machine(None) == Machine(SmArch.SM_80, simulated=True)

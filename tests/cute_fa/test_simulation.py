@@ -36,3 +36,16 @@ def test_fp8_bits_reach_the_machine():
     for bad in (7, 25, 14.0, True):
         with pytest.raises(ArgumentError, match=f"fp8_bits={bad!r}: 8 to 24"), cute_fa.simulate("sm_90a", fp8_bits=bad):
             pass
+
+
+def test_arithmetic_reaches_the_machine():
+    with cute_fa.simulate("sm_90a", arithmetic="hardware") as simulation:
+        assert simulation.arithmetic == "hardware"
+    with cute_fa.simulate("sm_90a") as simulation:
+        assert simulation.arithmetic == "float32"
+    for options, message in (
+        ({"arithmetic": "exact"}, "arithmetic='exact': there are float32, hardware, distinct"),
+        ({"arithmetic": "distinct", "fp8_bits": 14}, "fp8_bits=14 with arithmetic='distinct'"),
+    ):
+        with pytest.raises(ArgumentError, match=message), cute_fa.simulate("sm_90a", **options):
+            pass

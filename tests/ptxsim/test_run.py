@@ -201,6 +201,9 @@ def test_script_that_fails_or_launches_nothing(tmp_path):
     script.write_text("import torch\nassert torch.cuda.get_device_capability() == (8, 0)\n")
     code, output = run(script, "--arch", "sm_80")
     assert code == 2 and "launched no kernel" in output and "nothing was checked" in output
+    script.write_text("import ptxsim\nprint('sums in', ptxsim.current().arithmetic)\n")
+    for options, arithmetic in (([], "float32"), (["--arithmetic", "distinct"], "distinct")):
+        assert f"sums in {arithmetic}" in run(script, "--arch", "sm_80", *options)[1]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,7 @@ def test_script_that_fails_or_launches_nothing(tmp_path):
         [__file__],
         [__file__, "--arch", "sm_70"],
         [__file__, "--arch", "sm_90a", "--seeds", "-1"],
+        [__file__, "--arch", "sm_90a", "--arithmetic", "exact"],
     ],
 )
 def test_bad_requests(options):

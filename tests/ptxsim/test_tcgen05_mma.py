@@ -28,7 +28,7 @@ TORCH = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "e
          "e5m2": torch.float8_e5m2, "s8": torch.int8, "u8": torch.uint8}  # fmt: skip
 
 
-def tensor_program(instruction, tmem, shared=None, descriptors=(0, 0), idesc=0, mask=(), late=False, race=False):
+def tensor_program(instruction, tmem, shared=None, descriptors=(0, 0), idesc=0, mask=(), **options):
     """Fill the columns of ``tmem`` (128 or 256) and shared memory (steps of 2 KB), issue instructions. In them columns
     are immediates, %rd3 and %rd4 the descriptors, %r61 the instruction descriptor, %r62 up the mask; %p2 is true, %p3
     false. Returns tensor memory as it is then. ``tmem`` and ``shared`` of two CTAs: the first issues for both."""
@@ -64,7 +64,7 @@ def tensor_program(instruction, tmem, shared=None, descriptors=(0, 0), idesc=0, 
   WAIT: mbarrier.try_wait.parity.shared.b64 %p11, [%r52], 0; @!%p11 bra WAIT; tcgen05.fence::after_thread_sync;
     {store}"""
     inputs = [image, np.array(descriptors, np.uint64), np.ascontiguousarray(tmem)]
-    return tensor_run(body, inputs, [np.zeros_like(tmem)], columns, image.shape[-1], pair=pair, late=late, race=race)
+    return tensor_run(body, inputs, [np.zeros_like(tmem)], columns, image.shape[-1], pair=pair, **options)
 
 
 def random_words(seed=0, columns=COLUMNS):

@@ -62,7 +62,7 @@ def matrix_of(registers, rows, dtype):
     return out
 
 
-def issue(opcode, registers, count, rest="", more=(), target="sm_120a"):
+def issue(opcode, registers, count, rest="", more=(), target="sm_120a", **options):
     """Run one mma: ``registers`` of A, B and C [32, …], ``more`` single registers [32] as %r200 and up, ``rest`` the
     operands after C. Registers of D [32, count]."""
     loads, lists, at = "", [], 10
@@ -79,7 +79,7 @@ def issue(opcode, registers, count, rest="", more=(), target="sm_120a"):
     )
     inputs = [np.ascontiguousarray(x) for x in registers] + [np.asarray(x, np.uint32) for x in more]
     body = f"{loads} {opcode} {d}, {', '.join(lists[:3])}{rest}; {stores}"
-    return run(body, inputs, [np.zeros((32, count), np.uint32)], target=target)
+    return run(body, inputs, [np.zeros((32, count), np.uint32)], target=target, **options)
 
 
 DTYPE = {"f32": np.float32, "f16": np.float16, "s32": np.int32}

@@ -97,11 +97,11 @@ def kernel(
 
 def product(
     n, k, result, a_kind, b_kind, spans=(128, 128), mn=(0, 0), from_registers=False, late=False, seed=None,
-    fp8_bits=None, **options
+    fp8_bits=None, tensor_sums=None, draw=elements, **options
 ):  # fmt: skip
     rng = np.random.default_rng(11)
-    a, a_values = elements(rng, (64, k), a_kind)
-    b, b_values = elements(rng, (n, k), b_kind)
+    a, a_values = draw(rng, (64, k), a_kind)
+    b, b_values = draw(rng, (n, k), b_kind)
     image_a, desc_a = place(a, A_AT, spans[0], mn[0], SIZE[a_kind])
     image_b, desc_b = place(b, B_AT, spans[1], mn[1], SIZE[b_kind])
     image = np.concatenate([image_a, image_b])
@@ -120,6 +120,7 @@ def product(
         late=late,
         seed=seed,
         fp8_bits=fp8_bits,
+        tensor_sums=tensor_sums,
     )
     got = np.zeros((64, n), np.float32)
     values = out.view({"f32": np.float32, "f16": np.float16, "s32": np.int32}[result]).reshape(4, 8, 4, n // 8, 2, 2)

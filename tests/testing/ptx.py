@@ -57,10 +57,11 @@ def kernel_text(body, inputs, outputs, *, declarations="", target="sm_90a", para
 
 
 def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=b"", seed=None, late=False, legal=(),
-           race=False, waves=1, registers=None, fp8_bits=None, observers=()):  # fmt: skip
+           race=False, waves=1, registers=None, fp8_bits=None,
+           tensor_sums=None, observers=()):  # fmt: skip
     """Run the kernel of a PTX text; ``arrays`` are its pointer parameters and the only legal global memory. ``waves``:
-    run the CTAs in so many equal parts, one after the other; ``registers``: those of a thread at launch; ``fp8_bits``:
-    see ``ptxsim.simulate``; ``observers`` hear what happens. Returns the machine of the last part."""
+    run the CTAs in so many equal parts, one after the other; ``registers``: those of a thread at launch; ``fp8_bits``
+    and ``tensor_sums``: see ``LaunchConfig``; ``observers`` hear what happens. Returns the machine of the last part."""
     program = Program(parse_module(text).kernels["kernel"])
     ranges = Ranges()
     for array in (*arrays, *legal):
@@ -73,8 +74,9 @@ def launch(text, arrays, *, threads=32, grid=1, cluster=1, smem=0, extra_params=
         params[start : start + len(extra_params)] = np.frombuffer(extra_params, np.uint8)
     shape = ((grid, 1, 1), (threads, 1, 1), (cluster, 1, 1))
     config = LaunchConfig(
-        program, *shape, smem, params, ranges, registers=registers, seed=seed, late=late, fp8_bits=fp8_bits
-    )
+        program, *shape, smem, params, ranges, registers=registers, seed=seed, late=late, fp8_bits=fp8_bits,
+        tensor_sums=tensor_sums,
+    )  # fmt: skip
     races = LaunchHistory(program) if race else None
     for ctas in np.split(np.arange(grid), waves):
         machine = Machine(config, ctas.tolist())

@@ -30,6 +30,8 @@ CHECK_VALUES = switch("CUTE_FA_CHECK", default=False)
 # sheets and architecture white papers).
 _PUBLISHED_SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 188}
 
+ARITHMETICS = ("float32", "hardware", "distinct")  # what ``simulate`` takes
+
 
 class Target(NamedTuple):
     """What kernels run on: the architecture that they are built for, how many SMs there are, and whether their PTX has
@@ -53,6 +55,7 @@ def simulate(
     late: bool = False,
     race: bool = False,
     fp8_bits: int | None = None,
+    arithmetic: str = "float32",
     trace: str | Path | None = None,
     line_info: bool = False,
 ) -> Iterator[ptxsim.Simulation]:
@@ -62,11 +65,13 @@ def simulate(
     kernel launches no more CTAs than that. ``schedule_seed`` runs warps in an adversarial order drawn from it; ``late``
     completes asynchronous work as late as the PTX ISA allows; ``race`` reports missing synchronisation under any
     schedule (``ptxsim.analysis.races``). ``fp8_bits`` (8 to 24) is how many significant bits wgmma keeps of sums of fp8
-    products, None for float32 (``ptxsim.machine.accumulate``). ``trace`` names a file to which leaving writes what the
+    products, None for float32 (``ptxsim.machine.accumulate``). ``arithmetic`` is how tensor instructions add products:
+    "float32", "hardware" (as tensor cores were found to), or "distinct" (a rounding of its own for each kind of
+    instruction, ``ptxsim.machine.tensor_sums``). ``trace`` names a file to which leaving writes what the
     warps did (``ptxsim.report.trace``); ``line_info`` compiles with line information, so that reports name Python
     lines. Gives the simulation: its ``launches`` tell what ran, and who is appended to its ``observers``
     (``ptxsim.Observer``) hears it. Leaving it restores everything. Raises ArgumentError for an unknown architecture,
-    fewer than 1 SM, or other ``fp8_bits``.
+    fewer than 1 SM, other ``fp8_bits`` or ``arithmetic``, or ``fp8_bits`` where ``arithmetic`` rounds sums itself.
     """
     from cute_fa.engine.worlds import simulated
 
@@ -78,8 +83,12 @@ def simulate(
         raise ArgumentError(f"num_sms={num_sms!r}: a GPU has at least 1 SM")
     if fp8_bits is not None and not (type(fp8_bits) is int and 8 <= fp8_bits <= 24):
         raise ArgumentError(f"fp8_bits={fp8_bits!r}: 8 to 24 significant bits, or None for sums in float32")
+    if arithmetic not in ARITHMETICS:
+        raise ArgumentError(f"arithmetic={arithmetic!r}: there are {', '.join(ARITHMETICS)}")
+    if fp8_bits is not None and arithmetic != "float32":
+        raise ArgumentError(f"fp8_bits={fp8_bits} with arithmetic={arithmetic!r}, which rounds sums of fp8 itself")
     options = {"schedule_seed": schedule_seed, "late": late, "race": race}
-    reports = {"fp8_bits": fp8_bits, "trace": trace, "line_info": line_info}
+    reports = {"fp8_bits": fp8_bits, "arithmetic": arithmetic, "trace": trace, "line_info": line_info}
     with simulated.simulate(arch.value, num_sms, **options, **reports) as simulation:
         _simulated = Target(arch, num_sms, line_info)
         try:
