@@ -447,9 +447,8 @@ def chunk_keys(batch_invariant: Any, seqlen_k_per_split: Any) -> Any:
         on = BATCH_INVARIANT if batch_invariant is None else batch_invariant
         return USUAL_CHUNK if on else 0
     if batch_invariant is False:
-        raise ArgumentError(
-            f"seqlen_k_per_split={seqlen_k_per_split!r} with batch_invariant=False: nothing is in chunks"
-        )
+        rule = "there are no chunks"
+        raise ArgumentError(f"seqlen_k_per_split={seqlen_k_per_split!r} with batch_invariant=False: {rule}")
     return integer("seqlen_k_per_split", seqlen_k_per_split)
 
 
