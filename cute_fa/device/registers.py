@@ -102,14 +102,13 @@ def widen_codes(word: Uint32, dtype, apart: bool = False, shifted: bool = False)
             write_only_types=[Uint32, Uint32],
             read_only_args=[word],
         )
-    if shifted and apart:
-        pairs = [word << 8, word]  # what is below the upper halves goes with the masks
-    else:
-        pairs = [permute(word, Uint32(0), Uint32(selector)) for selector in _UPPER_HALVES[apart]]
-    if dtype is cutlass.Float8E5M2:
-        return tuple(pairs)
+    first, second = (permute(word, Uint32(0), Uint32(selector)) for selector in _UPPER_HALVES[apart])
+    if not shifted:
+        return first, second
+    if apart:
+        first, second = word << 8, word  # what is below the upper halves goes with the masks
     fields, signs = Uint32(0x3F803F80), Uint32(0x80008000)
-    return tuple(((pair >> 1) & fields) | (pair & signs) for pair in pairs)
+    return tuple(((pair >> 1) & fields) | (pair & signs) for pair in (first, second))
 
 
 def placed_fma(a: Float32, b: Float32, c: Float32) -> Float32:

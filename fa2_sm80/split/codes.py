@@ -1,9 +1,9 @@
 """fp8 caches: codes lie in shared memory as they came, and widen to fp16 on their way from ldmatrix to the products.
 
-ldmatrix moves elements of 16 bits, here two codes: a tile of codes is one of half as many columns. What a lane gets of a
-row are four codes next to each other where the operands of m16n8k16 want two and two, eight apart. For K that is another
-order of head_dim, in which Q lies in shared memory, too; for V, whose codes are those of two columns and two keys,
-another order of O's columns (:func:`output_columns`).
+ldmatrix moves elements of 16 bits, here two codes: a tile of codes is one of half as many columns. What a lane gets of
+a row are four codes next to each other where the operands of m16n8k16 want two and two, eight apart. For K that is
+another order of head_dim, in which Q lies in shared memory, too; for V, whose codes are those of two columns and two
+keys, another order of O's columns (:func:`output_columns`).
 """
 
 from typing import Optional

@@ -32,8 +32,8 @@ from cute_fa.device.split_walk import Piece, SplitWalk
 from cute_fa.device.tree_mask import DraftWords
 from fa2_sm80.common.copies import ELEMENT_BYTES, SMEM_ALIGNMENT, SmemTile
 from fa2_sm80.common.walk import walk
-from fa2_sm80.split.combine import merge_parts, merged_lse
 from fa2_sm80.split.codes import QueryRows, sum_factor
+from fa2_sm80.split.combine import merge_parts, merged_lse
 from fa2_sm80.split.config import Fa2SplitConfig
 from fa2_sm80.split.loader import KeyRows, RowLoader, RowRing
 from fa2_sm80.split.row_tile import RowTile, SplitTiles, merged_parts
@@ -126,7 +126,10 @@ class Fa2SplitKernel:
     def row_tile(self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32) -> RowTile:
         """The registers of this warp, with the slopes of its rows' heads and the drafts that its queries see."""
         c, common = self.config, args.common
-        scale, factor = common.softmax_scale, sum_factor(common.descales.of_scores(piece.batch, piece.head), c.shifted[0])
+        scale, factor = (
+            common.softmax_scale,
+            sum_factor(common.descales.of_scores(piece.batch, piece.head), c.shifted[0]),
+        )
         if const_expr(factor is not None):
             scale = scale * factor
         score = Score.of(scale, common.softcap)

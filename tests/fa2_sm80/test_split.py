@@ -4,6 +4,7 @@ read."""
 import bisect
 import dataclasses
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 
@@ -15,7 +16,7 @@ from fa2_sm80.split.entry import Fa2Split
 from perf.sass import report_cubin
 from tests.testing.cases import fa2_cases, refusals, small_problem
 from tests.testing.loads import recorded_copies
-from tests.testing.split_tests import Split, SplitTests, case_name, features
+from tests.testing.split_tests import CodeTests, Split, SplitTests, case_name, features
 
 FEATURES = features(
     lengths=[
@@ -30,9 +31,10 @@ FEATURES = features(
 )
 
 
-class TestSplit(SplitTests):
-    split = Split("fa2_split", "sm_80")
-    ctas_per_sm = 2
+class Copies:
+    """What a call loads."""
+
+    split: ClassVar[Split]
 
     def copies(self, given, num_sms):
         """(CTA, element of the tensor where it begins) of each 16 bytes of k, and of v, that are loaded."""
@@ -46,6 +48,11 @@ class TestSplit(SplitTests):
 
     def key_bytes(self, given, num_sms):
         return sum(16 * len(copies) for copies in self.copies(given, num_sms))
+
+
+class TestSplit(Copies, SplitTests):
+    split = Split("fa2_split", "sm_80")
+    ctas_per_sm = 2
 
     def key_blocks(self, given, num_sms):
         of_k, _ = self.copies(given, num_sms)
@@ -92,6 +99,20 @@ class TestSplit(SplitTests):
     @pytest.mark.parametrize("arch", ["sm_86", "sm_90a", "sm_100a", "sm_120a"])
     def test_later_archs_run_the_same_source(self, arch):
         self.split.run(InputSpec(1, 2, 300, 8, 1, 256, page_size=16, causal=True), "peaked", arch=arch, num_sms=2)
+
+
+class TestCodes(Copies, CodeTests):
+    """On sm_80, without an instruction that widens e4m3."""
+
+    split = Split("fa2_split", "sm_80")
+
+
+class TestCodesOfSm89(TestCodes):
+    split = Split("fa2_split", "sm_89")
+
+
+class TestCodesOfSm120(TestCodes):
+    split = Split("fa2_split", "sm_120a")
 
 
 # Figures of 2026-11-30, nvidia-cutlass-dsl 4.8.1: instructions of a warp for a block of keys. One token of 8 query
