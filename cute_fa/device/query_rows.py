@@ -1,4 +1,4 @@
-"""Rows of Q from global memory to registers, a row by a power of two of neighbouring lanes, and into the range of fp16."""
+"""Rows of Q from global memory to registers, a row by a power of two of neighbouring lanes; and rows in fp16."""
 
 import cutlass
 import cutlass.cute as cute

@@ -126,10 +126,8 @@ class Fa2SplitKernel:
     def row_tile(self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32) -> RowTile:
         """The registers of this warp, with the slopes of its rows' heads and the drafts that its queries see."""
         c, common = self.config, args.common
-        scale, factor = (
-            common.softmax_scale,
-            sum_factor(common.descales.of_scores(piece.batch, piece.head), c.shifted[0]),
-        )
+        scale = common.softmax_scale
+        factor = sum_factor(common.descales.of_scores(piece.batch, piece.head), c.shifted[0])
         if const_expr(factor is not None):
             scale = scale * factor
         score = Score.of(scale, common.softcap)

@@ -8,9 +8,11 @@ from typing import ClassVar
 
 import pytest
 
+from cute_fa.engine import attention as engine
+from cute_fa.engine import plan as plans
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.semantics.problem import PAGE_SIZES
-from cute_fa.semantics.types import SmArch
+from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec
 from fa2_sm80.split.entry import Fa2Split
 from perf.sass import report_cubin
@@ -111,8 +113,14 @@ class TestCodesOfSm89(TestCodes):
     split = Split("fa2_split", "sm_89")
 
 
-class TestCodesOfSm120(TestCodes):
-    split = Split("fa2_split", "sm_120a")
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90a", "sm_100a", "sm_103a", "sm_120a"])
+def test_later_archs_read_codes_by_the_same_source(arch, monkeypatch):
+    split = Split("fa2_split", arch)
+    monkeypatch.setattr(engine, "TABLE", split.table)
+    plans.PLANS.clear()
+    codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}
+    split.run(InputSpec(1, 2, 300, 8, 1, 256, page_size=16, causal=True, **codes), "peaked", num_sms=2)
+    plans.PLANS.clear()
 
 
 # Figures of 2026-11-30, nvidia-cutlass-dsl 4.8.1: instructions of a warp for a block of keys. One token of 8 query
@@ -169,13 +177,43 @@ def test_the_loop_under_a_tree_mask_neither_spills_nor_grows(arch, head_dim, seq
     assert loop.row()["insts"] <= most, loop.row()["insts"]
 
 
+@pytest.mark.parametrize(
+    ("arch", "seqlen_q", "head_dim", "codes", "most"),
+    [
+        (SmArch.SM_80, 1, 128, DType.E4M3, 549),
+        (SmArch.SM_80, 1, 128, DType.E5M2, 374),
+        (SmArch.SM_80, 8, 128, DType.E4M3, 1570),
+        (SmArch.SM_86, 1, 64, DType.E4M3, 341),
+        (SmArch.SM_89, 1, 64, DType.E4M3, 262),
+        (SmArch.SM_89, 1, 128, DType.E4M3, 392),
+        (SmArch.SM_89, 8, 128, DType.E4M3, 929),
+        (SmArch.SM_89, 16, 256, DType.E4M3, 857),
+        (SmArch.SM_100A, 1, 128, DType.E4M3, 400),
+        (SmArch.SM_120A, 1, 256, DType.E5M2, 600),
+    ],
+)
+def test_the_loop_over_codes_neither_spills_nor_grows(arch, seqlen_q, head_dim, codes, most):
+    """As above; sm_80 and sm_86 take four instructions for two codes of e4m3, where others take one, and of V a PRMT
+    more. A step copies half as many bytes."""
+    sizes = {"seqlen_q": seqlen_q, "seqlen_k": 8192, "num_heads": 8, "num_heads_kv": 1, "num_splits": 0}
+    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "window_right": 0, "seqused_k": True, "page_size": 16}
+    of_codes = {"dtype_k": codes, "dtype_v": codes, "k_descale": True, "v_descale": True}
+    config = Fa2Split.configure(small_problem(arch, **sizes, **of_codes))
+    (loop,) = [report.main_loop for report in report_cubin(compile_artifacts(config)[1]) if report.main_loop]
+    assert loop.counts["local"] == 0
+    assert loop.row()["insts"] <= most, loop.row()["insts"]
+    assert loop.counts["ldgsts"] == 2 * config.tile_n * head_dim // (16 * config.num_threads)
+
+
+@pytest.mark.parametrize("codes", [None, DType.E4M3])
 @pytest.mark.parametrize("arch", SmArch)
-def test_every_pair_of_head_dims_fits_shared_memory(arch):
-    for head_dim in range(8, 257, 8):
-        for head_dim_v in range(8, 257, 8):
+def test_every_pair_of_head_dims_fits_shared_memory(arch, codes):
+    step = 8 if codes is None else 16
+    for head_dim in range(step, 257, step):
+        for head_dim_v in range(step, 257, step):
             for seqlen_q in (1, 17, 100):
                 sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "seqlen_q": seqlen_q}
-                config = Fa2Split.configure(small_problem(arch, num_heads_kv=1, **sizes))
+                config = Fa2Split.configure(small_problem(arch, num_heads_kv=1, dtype_k=codes, dtype_v=codes, **sizes))
                 assert config.smem_bytes <= arch.smem_bytes and config.stages >= 1
                 assert config.row_warps * config.key_warps == (8 if config.tile_m == 128 else 4)
                 assert config.tile_n % (16 * config.key_warps) == 0
@@ -227,6 +265,12 @@ def test_reasons_name_the_value():
     assert Fa2Split.supports(base) == []
     for change, word in (
         ({"head_dim": 12}, "head_dim 12"),
+        ({"head_dim": 72, "dtype_k": DType.E4M3, "dtype_v": DType.E5M2}, "head_dim 72 in fp8: a multiple of 16"),
+        ({"dtype": DType.E4M3, "dtype_k": DType.E4M3, "dtype_v": DType.E4M3}, "dtype e4m3: q in 16 bits is needed"),
+        (
+            {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "v_descale": True, "v_block_descale": True},
+            "descales of blocks of keys",
+        ),
         ({"softcap": 9e3}, "softcap 9000"),
         ({"num_splits": 2**26, "num_heads": 64, "num_heads_kv": 64}, f"{2**32} parts of all tiles"),
     ):
