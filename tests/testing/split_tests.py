@@ -59,6 +59,11 @@ def case_name(case: dict) -> str:
     return f"{spec_name(spec_of(case))}-{case['cut']}-{case['inputs']}"
 
 
+def cache_spec(codes: tuple[DType, DType], sizes: dict, dtype: DType) -> InputSpec:
+    """Of queries in ``dtype`` over keys and values in ``codes``."""
+    return InputSpec(2, seqlen_k=330, heads=8, heads_kv=2, dtype_k=codes[0], dtype_v=codes[1], dtype=dtype, **sizes)
+
+
 @dataclass(frozen=True)
 class Split:
     """A kernel, by its name in the table, on an architecture."""
@@ -92,8 +97,12 @@ class Split:
 
     def run_case_on_the_gpu(self, case: dict) -> None:
         """The same, on as many SMs as there are."""
-        given = make_inputs(spec_of(case), case["inputs"], device="cuda")
-        out, lse = engine.attention(given.call(num_splits=case["cut"][0]))
+        self.run_on_the_gpu(spec_of(case), case["inputs"], case["cut"][0])
+
+    def run_on_the_gpu(self, spec: InputSpec, inputs: str, splits: int = 0) -> None:
+        """One call there, and its comparison with the reference."""
+        given = make_inputs(spec, inputs, device="cuda")
+        out, lse = engine.attention(given.call(num_splits=splits))
         result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
         assert result.ok, result
 
@@ -121,9 +130,14 @@ class CodeTests(OneKernel):
     @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E5M2, DType.E4M3)], ids=str)
     @pytest.mark.parametrize(("sizes", "dtype"), CACHES, ids=str)
     def test_fp8_caches(self, codes, sizes, dtype):
-        spec = InputSpec(2, seqlen_k=330, heads=8, heads_kv=2, dtype_k=codes[0], dtype_v=codes[1], dtype=dtype, **sizes)
         for simulation in SCHEDULES[:2]:
-            self.split.run(spec, "peaked", num_sms=8, **simulation)
+            self.split.run(cache_spec(codes, sizes, dtype), "peaked", num_sms=8, **simulation)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E5M2, DType.E4M3)], ids=str)
+    @pytest.mark.parametrize(("sizes", "dtype"), CACHES, ids=str)
+    def test_fp8_caches_on_the_gpu(self, codes, sizes, dtype):
+        self.split.run_on_the_gpu(cache_spec(codes, sizes, dtype), "peaked")
 
     @pytest.mark.parametrize("page_size", [1, 4, 32, 1024])
     def test_pages_of_codes(self, page_size):
