@@ -20,9 +20,7 @@ from cute_fa.device.registers import SHIFTED_FACTOR, widen_codes
 from cute_fa.device.split_parts import row_place
 from cute_fa.device.split_walk import Piece
 from fa2_sm80.common.copies import CHUNK, FragmentLoader, SmemTile
-from fa2_sm80.split.config import Fa2SplitConfig
-
-STEP = 32  # columns of codes that an ldmatrix.x4 brings, of 16 rows
+from fa2_sm80.split.config import CODE_COLUMNS, Fa2SplitConfig
 
 
 class CodeLoader:
@@ -38,8 +36,8 @@ class CodeLoader:
 
     def load(self, fragment: cute.Tensor, index: int, row: int, column: int, stage: Int32):
         """The block at static (row, column), multiples of 16, into 32-bit registers index … index + 3."""
-        place = row, column // STEP
-        if column % STEP:
+        place = row, column // CODE_COLUMNS
+        if column % CODE_COLUMNS:
             words = self.upper.pop(place)
         else:
             four = cute.make_rmem_tensor(4, Uint32)

@@ -16,7 +16,7 @@ from cute_fa.semantics.types import DType
 WARPS = 4  # of a CTA, but for tiles of 128 rows
 _MOST_WARPS = 8
 WARP_ROWS = 16
-# Columns of codes that come by one ldmatrix.
+# Columns of codes that an ldmatrix.x4 brings, of 16 rows.
 CODE_COLUMNS = 32
 TILE_N = 64
 # Columns of O for which a warp that has all keys of a step finds registers beside the scores of 64 of them: with more
