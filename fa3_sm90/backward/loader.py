@@ -37,8 +37,8 @@ class Loader:
         state = ring_start()
         for index in cutlass.range(work.heads, unroll=1):
             for iteration in cutlass.range(work.blocks.total, unroll=1):
-                step = index * work.blocks.total + iteration
-                load_step(work, work.first_head + index, work.blocks.block(iteration), step, state)
+                before = index + iteration  # 0: no step
+                load_step(work, work.first_head + index, work.blocks.block(iteration), before, state)
                 state = ring_next(state, c.stages)
 
     def load_keys(self, work: KeyWork):
@@ -53,14 +53,14 @@ class Loader:
             copy.load(getattr(self.storage, name), 0, info.offset_k + first, info.seqlen_k - first, barrier)
 
     @cute.jit
-    def load_step(self, work: KeyWork, head: Int32, block: Int32, step: Int32, state: RingState):
+    def load_step(self, work: KeyWork, head: Int32, block: Int32, before: Int32, state: RingState):
         """Q and dO of a block of queries of a head. dO first, whose stage is released before Q's; but a tile begins
         with Q, which it needs first."""
         load = self.load
-        if step == 0:
+        if before == 0:
             load(work, "q", head, block, state)
         load(work, "dout", head, block, state)
-        if step > 0:
+        if before > 0:
             load(work, "q", head, block, state)
 
     def load(self, work: KeyWork, name: str, head: Int32, block: Int32, state: RingState):
