@@ -129,13 +129,7 @@ VICTIMS += [Victim(*FAMILIES[1], head_dim, mask, what) for head_dim in (64, 128)
 # does there.
 _SM90, _SM100 = "flash_fwd_sm90.py:FlashAttentionForwardSm90", "flash_fwd_sm100.py:FlashAttentionForwardSm100"
 _BACKWARD = "flash_bwd_sm90.py:FlashAttentionBackwardSm90"
-_HOPPER_BACKWARD = (
-    ("cute_fa/device/ring.py:Ring._arrive", "mbarrier.arrive",
-     "dO's stage is released too early in masked steps, head_dim 256: it is loaded behind Q's, which the warps that "
-     "are missed release later; so few steps are masked that the count never is a whole phase ahead"),
-)  # fmt: skip
 NOTES = (
-    *((f"FA3 {what} sm_90a", *known) for what in BACKWARDS for known in _HOPPER_BACKWARD),
     ("FA3", "cute_fa/device/ring.py:Ring.release", "mbarrier.arrive",
      "releases V from the third block at the right edge on; in these problems 128 queries meet two of 80 keys there"),
     ("FA3", "cute_fa/device/ring.py:Ring.acquire", "mbarrier.try_wait",
