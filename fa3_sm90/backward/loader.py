@@ -37,7 +37,8 @@ class Loader:
         state = ring_start()
         for index in cutlass.range(work.heads, unroll=1):
             for iteration in cutlass.range(work.blocks.total, unroll=1):
-                load_step(work, work.first_head + index, work.blocks.block(iteration), state)
+                before = index + iteration  # 0: no step
+                load_step(work, work.first_head + index, work.blocks.block(iteration), before, state)
                 state = ring_next(state, c.stages)
 
     def load_keys(self, work: KeyWork):
@@ -51,28 +52,36 @@ class Loader:
             barrier = self.rings[name].acquire(ring_start())
             copy.load(getattr(self.storage, name), 0, info.offset_k + first, info.seqlen_k - first, barrier)
 
-    def load_step(self, work: KeyWork, head: Int32, block: Int32, state: RingState):
-        """Q and dO of a block of queries of a head, with their statistics. In a cluster each CTA brings its part of the
-        rows to all."""
+    @cute.jit
+    def load_step(self, work: KeyWork, head: Int32, block: Int32, before: Int32, state: RingState):
+        """Q and dO of a block of queries of a head. dO first, whose stage is released before Q's; but a tile begins
+        with Q, which it needs first."""
+        load = self.load
+        if before == 0:
+            load(work, "q", head, block, state)
+        load(work, "dout", head, block, state)
+        if before > 0:
+            load(work, "q", head, block, state)
+
+    def load(self, work: KeyWork, name: str, head: Int32, block: Int32, state: RingState):
+        """Q with its LSE, or dO with D. In a cluster each CTA brings its part of the rows to all."""
         c, info, storage = self.config, work.info, self.storage
+        columns, numbers, offset = (
+            (c.head_dim_padded, storage.lse, 0) if name == "q" else (c.head_dim_v_padded, storage.delta, c.tile_m)
+        )
         part = 0
         if const_expr(c.cluster > 1):
             part = cute.arch.block_idx_in_cluster() * (c.tile_m // c.cluster)
         outer = () if const_expr(c.cu_seqlens_q) else (work.batch,)
-        first = block * c.tile_m
-        statistics = scratch_address(self.args.scratch.stats, work.first_tile + block, head)
-        for name, columns, numbers, offset in (
-            ("q", c.head_dim_padded, storage.lse, 0),
-            ("dout", c.head_dim_v_padded, storage.delta, c.tile_m),
-        ):
-            box = getattr(self.boxes, name)
-            copy = BoxCopy(getattr(self.tma, name), box, c.tile_m, head, outer, columns // box.columns)
-            barrier = self.rings[name].acquire(state)
-            target = getattr(storage, name) + state.stage * (c.tile_m * columns) + part * box.columns
-            row = first + part
-            copy.load(target, 0, info.offset_q + row, info.seqlen_q - row, barrier, ctas=c.cluster)
-            with cute.arch.elect_one():
-                load_numbers(numbers + state.stage * c.tile_m, statistics + 4 * offset, 4 * c.tile_m, barrier)
+        row = block * c.tile_m + part
+        statistics = scratch_address(self.args.scratch.stats, work.first_tile + block, head) + 4 * offset
+        box = getattr(self.boxes, name)
+        copy = BoxCopy(getattr(self.tma, name), box, c.tile_m, head, outer, columns // box.columns)
+        barrier = self.rings[name].acquire(state)
+        target = getattr(storage, name) + state.stage * (c.tile_m * columns) + part * box.columns
+        copy.load(target, 0, info.offset_q + row, info.seqlen_q - row, barrier, ctas=c.cluster)
+        with cute.arch.elect_one():
+            load_numbers(numbers + state.stage * c.tile_m, statistics, 4 * c.tile_m, barrier)
 
 
 def load_numbers(target: cute.Pointer, source: Int64, size: int, barrier: cute.Pointer):

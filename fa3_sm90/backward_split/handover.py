@@ -1,4 +1,8 @@
-"""P on its way from the warpgroup of dV to that of dK: both hold the same scores in the same threads."""
+"""P on its way from the warpgroup of dV to that of dK: both hold the same scores in the same threads.
+
+P has a stage where Q has one. A stage is free when the next Q has come there: the warpgroup of dK releases Q behind its
+reads of P. And where P has come, Q has.
+"""
 
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
@@ -19,20 +23,19 @@ class Handover:
         self.ring = ring
         self.address = cute.arch.make_warp_uniform(pointer.toint()) + thread * 16
 
-    def put(self, p: cute.Tensor, state: RingState):
-        """Narrowed P, in the order of the accumulator."""
+    def put(self, p: cute.Tensor, stage: Int32):
+        """Narrowed P, in the order of the accumulator, by a warpgroup that has waited for Q of the step."""
         words = cute.recast_tensor(p, Uint32)
-        self.ring.wait_free(state)
-        address = self.address + state.stage * _STAGE_BYTES
+        address = self.address + stage * _STAGE_BYTES
         for quad in range(_QUADS):
             inline_ptx(
                 f"st.shared.v4.b32 [{{$r0}}+{quad * 16 * WARPGROUP}], {{{{$r1}}, {{$r2}}, {{$r3}}, {{$r4}}}};",
                 read_only_args=[address, *(words[4 * quad + e] for e in range(4))],
             )
-        self.ring.signal(state.stage)
+        self.ring.signal(stage)
 
     def take(self, p: cute.Tensor, state: RingState):
-        """Into a fragment like the one that was put."""
+        """Into a fragment like the one that was put. Q of the step has come then."""
         words = cute.recast_tensor(p, Uint32)
         self.ring.wait(state)
         address = self.address + state.stage * _STAGE_BYTES
@@ -44,5 +47,3 @@ class Handover:
             )
             for e in range(4):
                 words[4 * quad + e] = values[e]
-        cute.arch.sync_warp()
-        self.ring.release(state.stage)

@@ -369,6 +369,8 @@ class PathFinder:
     def _performs(self, i, kind, operation):
         if operation[0] != kind:
             return False
+        if kind == "try" and "TRYWAIT" not in i.modifiers:  # the poll behind a TRYWAIT that timed out
+            return False
         if kind in ("try", "mbar", "init"):
             return abs(self.ranks[operation[1]] - self.ranks[i.line]) <= _DISTANCE
         if kind == "bar":

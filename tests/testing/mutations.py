@@ -129,23 +129,7 @@ VICTIMS += [Victim(*FAMILIES[1], head_dim, mask, what) for head_dim in (64, 128)
 # does there.
 _SM90, _SM100 = "flash_fwd_sm90.py:FlashAttentionForwardSm90", "flash_fwd_sm100.py:FlashAttentionForwardSm100"
 _BACKWARD = "flash_bwd_sm90.py:FlashAttentionBackwardSm90"
-_HOPPER_BACKWARD = (
-    ("cute_fa/device/ring.py:Ring.acquire", "mbarrier.try_wait",
-     "before dO is loaded: the stage of the same block's Q, which is released later, was waited for; without the wait "
-     "and the release the kernel is predicted slower"),
-    ("cute_fa/device/ring.py:Ring.wait_free", "mbarrier.try_wait",
-     "before P is handed on, head_dim 256: Q of this step has come, so that the other warpgroup has released the last "
-     "one of this stage, behind its reads of P"),
-    ("cute_fa/device/ring.py:Ring.wait", "mbarrier.try_wait",
-     "before dK, head_dim 256: P has come, which the other warpgroup made of the same Q"),
-    ("fa3_sm90/backward_split/handover.py:Handover.take", "bar.warp.sync",
-     "before P's stage is released, head_dim 256: the release of Q, behind the products with it, covers these reads"),
-    ("cute_fa/device/ring.py:Ring._arrive", "mbarrier.arrive",
-     "dO's stage is released too early in masked steps, head_dim 256: it is loaded behind Q's, which the warps that "
-     "are missed release later; so few steps are masked that the count never is a whole phase ahead"),
-)  # fmt: skip
 NOTES = (
-    *((f"FA3 {what} sm_90a", *known) for what in BACKWARDS for known in _HOPPER_BACKWARD),
     ("FA3", "cute_fa/device/ring.py:Ring.release", "mbarrier.arrive",
      "releases V from the third block at the right edge on; in these problems 128 queries meet two of 80 keys there"),
     ("FA3", "cute_fa/device/ring.py:Ring.acquire", "mbarrier.try_wait",

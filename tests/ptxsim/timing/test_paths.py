@@ -152,6 +152,22 @@ def test_lanes_that_part_execute_both_sides(instructions, ends):
         assert of_opcodes(launch, "FFMA|MUFU", None) == count
 
 
+def test_the_poll_behind_a_wait_is_not_the_next_wait():
+    """Behind a TRYWAIT that timed out ptxas sleeps for the time that the wait names and polls once more, in the same
+    line: two waits in a loop of five turns are ten TRYWAIT."""
+    wait = (
+        "{{ .reg .pred P; W{0}: mbarrier.try_wait.parity.shared.b64 P, [{1}], 1, 9999; @P bra D{0}; bra W{0}; D{0}: }}"
+    )
+    body = f"""mov.u32 %r1, first; mov.u32 %r2, second; ld.global.u32 %r4, [%in0]; mov.u32 %r3, 0;
+    setp.eq.u32 %p1, %t, 0; @!%p1 bra READY; mbarrier.init.shared.b64 [%r1], 1; mbarrier.init.shared.b64 [%r2], 1;
+    READY: bar.sync 0; LOOP: {wait.format(1, "%r1")} {wait.format(2, "%r2")}
+    add.u32 %r3, %r3, 1; setp.lt.u32 %p2, %r3, %r4; @%p2 bra LOOP;
+    mad.wide.u32 %rd1, %g, 4, %out0; st.global.u32 [%rd1], %t;"""
+    declared = ".shared .align 8 .b64 first; .shared .align 8 .b64 second;"
+    launch = timed(declared + body, [np.array([5], np.uint32)], OUT)
+    assert of_opcodes(launch, "SYNCS", "TRYWAIT") == 10
+
+
 def test_what_follows_a_predicated_exit():
     """A path goes on behind the exit of other warps, also when nothing else is left to do."""
     body = "setp.ge.u32 %p1, %t, 32; @%p1 exit;" + chains("fma.rn.f32 {d}, {d}, %f2, %f3;", 1, 20)
