@@ -190,6 +190,8 @@ def test_arguments():
             cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=100)
         with pytest.raises(ArgumentError, match="seqlen_k_per_split=64 with batch_invariant=False"):
             cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=64, batch_invariant=False)
+        with pytest.raises(ArgumentError, match="seqlen_k_per_split=0 with batch_invariant=True: without chunks"):
+            cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=0, batch_invariant=True)
         with pytest.raises(ArgumentError, match="num_splits=3 in batch-invariant mode: the chunks of 1024 keys"):
             cute_fa.flash_attn_func(q, q, q, batch_invariant=True, num_splits=3)
         fp8 = q.to(torch.float8_e4m3fn)
