@@ -13,6 +13,7 @@ from cute_fa.engine.table import TABLE
 from cute_fa.errors import ArgumentError, Fp8Error
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import DType, SmArch
+from fa3_sm90.decode.entry import Fa3Decode
 
 KEYS, CHUNK, HEADS, HEADS_KV, HEAD_DIM = 300, 128, 4, 2, 64
 ARCHS = ("sm_80", "sm_90a")
@@ -197,3 +198,16 @@ def test_arguments():
         fp8 = q.to(torch.float8_e4m3fn)
         with pytest.raises(Fp8Error, match="batch_invariant: this kernel's sums depend on its tiles"):
             cute_fa.flash_attn_func(fp8, fp8, fp8, batch_invariant=True)
+
+
+@pytest.mark.parametrize(("keys", "parts", "slots"), [(128 * 1024, 128, 32 * 128), (1024 * 1024, 1, 2 * 32)])
+def test_scratch_memory_of_chunks_is_bounded(keys, parts, slots):
+    """128 tokens of 8 query heads a kv head: a CTA for each chunk of 32 tiles takes 0.25 GiB at 128k keys, and would
+    take 2.02 at 1M."""
+    sizes = {"batch": 1, "seqlen_q": 128, "seqlen_k": keys, "num_heads": 32, "num_heads_kv": 4}
+    dims = {"head_dim": 128, "head_dim_v": 128, "softmax_scale": 0.1}
+    problem = AttentionProblem(SmArch.SM_90A, DType.BF16, **sizes, **dims, seqlen_k_per_split=1024)
+    config = Fa3Decode.configure(problem)
+    assert Fa3Decode.grid(problem, config, 132).parts == parts
+    out, lse = Fa3Decode.scratch(problem, config, None, 132)
+    assert (out.shape, lse.shape) == ((slots, 128, 128), (slots, 128))
