@@ -199,8 +199,8 @@ def flash_attn_func(
         heads_kv, blocks): one for each 128 keys of a sequence, from its first one on. ``cute_fa.fp8`` quantises.
     num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
     batch_invariant: the bits of a token's O and LSE depend on its query and on the keys and values that it sees alone:
-        the same in a prompt, a chunk of one and decoding, in any batch, from pages or not, see docs/batch_invariance.md;
-        16-bit q. None: as CUTE_FA_BATCH_INVARIANT=1 says when cute_fa is imported. Of gradients it says nothing.
+        the same in a prompt, a chunk of it and decoding, in any batch, from pages or not (docs/batch_invariance.md).
+        q in 16 bits. None: as CUTE_FA_BATCH_INVARIANT=1 says when cute_fa is imported. Gradients are as without it.
     seqlen_k_per_split: keys of a chunk, of which O is added up in that mode, a multiple of 64; it changes bits. 1024 by
         default; given alone it turns the mode on.
     pack_gqa: whether query heads of one kv head share a tile; None lets the kernel choose, as "auto" does below.
@@ -448,7 +448,7 @@ def chunk_keys(batch_invariant: Any, seqlen_k_per_split: Any) -> Any:
         return USUAL_CHUNK if on else 0
     keys = integer("seqlen_k_per_split", seqlen_k_per_split)
     if batch_invariant is not None and batch_invariant != (keys != 0):
-        rule = "without chunks there is no such mode" if batch_invariant else "nothing is in chunks"
+        rule = "the mode needs chunks" if batch_invariant else "there are no chunks"
         raise ArgumentError(f"seqlen_k_per_split={keys} with batch_invariant={batch_invariant}: {rule}")
     return keys
 

@@ -1,8 +1,8 @@
 """Which chunks of keys a CTA of a decoding kernel computes in batch-invariant mode.
 
 A chunk is a fixed number of keys of a sequence, counted from its first key. What a chunk adds to a row depends on the
-row and on those keys alone, and the chunks of a row are added in one order, from its last to its first: so the bits of a
-row are the same whatever else is in its tile, in the batch, or on the GPU (H. He, "Defeating Nondeterminism in LLM
+row and on those keys alone, and the chunks of a row are added in one order, from its last to its first: so the bits of
+a row are the same whatever else is in its tile, in the batch, or on the GPU (H. He, "Defeating Nondeterminism in LLM
 Inference", 2025: fixed split sizes; FlashAttention-4's ``seqlen_k_per_split``).
 
 A piece is a chunk of a tile. Two ways over them, which give the same bits:

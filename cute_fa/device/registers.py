@@ -8,6 +8,11 @@ from cutlass.cute.arch import inline_ptx
 # Selectors of the lower and of the upper halves of two registers, each the second register's first and the other way
 # round.
 _HALVES = ((0x1054, 0x5410), (0x3276, 0x7632))
+# Selectors of bytes 0 and 1, and 2 and 3, as the upper halves of 16 bits, behind 0; and of 0 and 2, and 1 and 3.
+_UPPER_HALVES = ((0x1404, 0x3424), (0x2404, 0x3414))
+_APART = 0x3120  # bytes 0 and 2, then 1 and 3
+# Of numbers to what they are in the registers where e4m3 is widened by shifts.
+SHIFTED_FACTOR = 256.0
 
 
 def opaque(value):
@@ -79,17 +84,31 @@ def narrow_to_e4m3_in_order(source: cute.Tensor, target: cute.Tensor, anew: bool
                 words[4 * step + 2 * group + row] = permute(*pair, selector)
 
 
-def widen_codes(word: Uint32, dtype) -> tuple[Uint32, Uint32]:
-    """Four fp8 codes of a register as fp16, two to a register, exactly. A code of e5m2 is the upper half of its number;
-    e4m3 is converted from sm_89 on."""
-    if dtype is cutlass.Float8E5M2:
-        return permute(word, Uint32(0), Uint32(0x1404)), permute(word, Uint32(0), Uint32(0x3424))
-    return inline_ptx(
-        "{ .reg .b16 low, high; mov.b32 {low, high}, {$r0}; cvt.rn.f16x2.e4m3x2 {$w0}, low; "
-        "cvt.rn.f16x2.e4m3x2 {$w1}, high; }",
-        write_only_types=[Uint32, Uint32],
-        read_only_args=[word],
-    )
+def widen_codes(word: Uint32, dtype, apart: bool = False, shifted: bool = False) -> tuple[Uint32, Uint32]:
+    """Four fp8 codes of a register as fp16, two to a register: the first two and the last two, or those of even and of
+    odd place if ``apart``. Exactly, also NaN.
+
+    A code of e5m2 is the upper half of its number. e4m3 is converted from sm_89 on; ``shifted``, without that
+    instruction, its bits go to their places in fp16, whose exponent is biased by 8 more: numbers are 1 /
+    ``SHIFTED_FACTOR`` of what they should be, of subnormal codes too, and the codes of NaN, which have no place there,
+    are ±480.
+    """
+    if dtype is cutlass.Float8E4M3FN and not shifted:
+        if apart:
+            word = permute(word, word, Uint32(_APART))
+        return inline_ptx(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, {$r0}; cvt.rn.f16x2.e4m3x2 {$w0}, low; "
+            "cvt.rn.f16x2.e4m3x2 {$w1}, high; }",
+            write_only_types=[Uint32, Uint32],
+            read_only_args=[word],
+        )
+    first, second = (permute(word, Uint32(0), Uint32(selector)) for selector in _UPPER_HALVES[apart])
+    if not shifted:
+        return first, second
+    if apart:
+        first, second = word << 8, word  # what is below the upper halves goes with the masks
+    fields, signs = Uint32(0x3F803F80), Uint32(0x80008000)
+    return tuple(((pair >> 1) & fields) | (pair & signs) for pair in (first, second))
 
 
 def placed_fma(a: Float32, b: Float32, c: Float32) -> Float32:

@@ -21,6 +21,8 @@ class SplitArguments(NamedTuple):
     def fakes(cls, config) -> "SplitArguments":
         """For ``cute.compile``; ``config``: of the kernel, with ``even``: whether the line is cut evenly, and
         ``batch_invariant``: whether there are chunks."""
-        parts, *of_chunks = (optional(given, lambda: Int32(0)) for given in (not config.even, *[config.batch_invariant] * 2))
+        parts, *of_chunks = (
+            optional(given, lambda: Int32(0)) for given in (not config.even, *[config.batch_invariant] * 2)
+        )
         grid = SplitGrid(Int32(0), Int32(0), parts, *of_chunks)
         return cls(common_fakes(config), Parts(fake_vector(Float32, 3), fake_vector(Float32, 2)), grid)

@@ -46,9 +46,9 @@ class Launch(NamedTuple):
 
 class SplitForward(AttentionKernel):
     """Scratch memory, fp32, a tile being tile_m rows, or as many as a kv head has, of head_dim_v + 1 numbers: two tiles
-    for each CTA of an even cut, whatever the lengths and the batch; of N parts, N for each tile that there may be. In
-    batch-invariant mode two for each CTA where there are tiles for all SMs; of fewer tiles one for each chunk of keys, as
-    long as they take 1 GiB at most, beyond it two for each CTA, too.
+    for each CTA of an even cut, whatever the lengths and the batch; of N parts, N for each tile that there may be, if
+    so many key blocks. In batch-invariant mode one for each chunk of keys where tiles are too few for all SMs and these
+    take 1 GiB at most, else two for each CTA.
     """
 
     direction = Direction.FORWARD
@@ -91,15 +91,14 @@ class SplitForward(AttentionKernel):
         """Of a tile, at most."""
         if problem.seqlen_k_per_split:
             return max(1, ceil_div(problem.seqlen_k, problem.seqlen_k_per_split))
-        if problem.num_splits:
-            return problem.num_splits
         window = problem.window_left, problem.window_right, problem.sink_tokens
-        return max(1, ceil_div(visible_keys(problem.seqlen_q, problem.seqlen_k, *window), config.tile_n))
+        blocks = max(1, ceil_div(visible_keys(problem.seqlen_q, problem.seqlen_k, *window), config.tile_n))
+        return min(problem.num_splits, blocks) if problem.num_splits else blocks
 
     @classmethod
     def grid(cls, problem: AttentionProblem, config, num_sms: int) -> Grid:
-        """One CTA a part; of an even cut as many as run at a time, or as there may be work for. Of chunks, whose bits do
-        not depend on it, one CTA each where tiles are too few for all SMs, else one a tile."""
+        """One CTA a part; of an even cut as many as run at a time, or as there may be work for. Of chunks, one each where
+        tiles are too few for all SMs, else one a tile: bits do not depend on that."""
         tiles, resident = cls.tiles(problem, config), num_sms * cls.ctas_per_sm(config)
         units = tiles * cls.units(problem, config)
         if problem.seqlen_k_per_split:
@@ -109,7 +108,7 @@ class SplitForward(AttentionKernel):
                 return Grid(units, tiles, units // tiles, *chunks)
             return Grid(min(tiles, resident), 0, 1, *chunks)
         if problem.num_splits:
-            return Grid(units, tiles if problem.num_splits > 1 else 0, problem.num_splits)
+            return Grid(units, tiles if units > tiles else 0, units // tiles)
         ctas = max(1, min(resident, ceil_div(units, config.least_blocks)))
         return Grid(ctas, ctas - 1, None)
 

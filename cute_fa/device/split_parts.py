@@ -4,8 +4,8 @@ them: LSE = log Σ exp(LSE_p), O = Σ exp(LSE_p − LSE)·O_p.
 Of an even cut CTAs have each cut between two shares, and merge where it is the first in a tile; of tiles in parts they
 have each tile. They find it as the others did.
 
-In batch-invariant mode the parts are chunks, added one after the other (:class:`Fold`) by this kernel or by the CTA that
-computes them.
+In batch-invariant mode the parts are chunks, added one after the other (:class:`Fold`) by this kernel or by the CTA
+that computes them.
 """
 
 from typing import NamedTuple, Optional

@@ -33,9 +33,9 @@ def problem_name(problem: AttentionProblem | AppendProblem | WalkProblem) -> str
     of attention ``out`` the output's dtype (where not the usual one), ``causal``, ``varlen``, ``ranges`` under a range
     plan, ``tree`` under a tree mask, ``sw`` window left, ``wr`` window right (where not causal; ``wr-1`` if literally
     −1), ``alibi``, ``sink`` sink tokens, ``softcap`` cap (``p`` for the point), ``lsink`` learnable sink, ``page`` page
-    size, ``split`` number of splits (0: cut evenly between CTAs), ``chunk`` keys of a chunk in batch-invariant mode, ``gqa``
-    query heads per kv head; of a backward ``dlse`` where the gradient of LSE is given, ``dalibi`` where that of the
-    slopes is wanted, ``det`` deterministic;
+    size, ``split`` number of splits (0: cut evenly between CTAs), ``chunk`` keys of a chunk in batch-invariant mode,
+    ``gqa`` query heads per kv head; of a backward ``dlse`` where the gradient of LSE is given, ``dalibi`` where that of
+    the slopes is wanted, ``det`` deterministic;
 
     of an append ``page`` page size, ``index``, ``query``, ``cuq``, ``cuk``, ``usedq``, ``usedk``, ``rotary``
     rotary_dim, ``interleaved``, ``shifted``.

@@ -28,8 +28,8 @@ _KINDS = {"arch": SmArch, "dtype": DType, "direction": Direction, "persistent": 
 )
 # Keys of a sequence, counted from its first, that share the descales of a block.
 DESCALE_BLOCK = 128
-# Keys of a chunk in batch-invariant mode: of whole key blocks in every kernel, and by default. Shorter ones find work for
-# more SMs; each costs a row of O and its LSE in fp32, written and read, 1/8 of the keys' own bytes for 64 rows of 128.
+# Keys of a chunk in batch-invariant mode: whole key blocks in every kernel, and the default. Shorter ones find work for
+# more SMs; each costs rows of O and LSE in fp32, written and read: for 64 rows of 128 1/8 of the bytes of K and V.
 CHUNK_STEP, USUAL_CHUNK = 64, 1024
 # Products of scale, cap and log2(e) must stay far inside fp32.
 _LARGEST_FACTOR = 2.0**32

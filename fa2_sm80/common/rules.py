@@ -24,7 +24,7 @@ def objections(
     be split.
     """
     reasons = []
-    if problem.is_fp8:
+    if problem.is_fp8 and not rows_of_any_head:
         reasons.append(f"dtype {dtypes_of_code(problem)}: sm_80 tensor cores take fp16 and bf16, fp8 has no FA2 kernel")
     reasons += common_objections(problem, "16-byte copies", decodes=rows_of_any_head)
     if not rows_of_any_head:

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import ClassVar, NamedTuple
 
+from cute_fa.device.tiling import ceil_div
+from cute_fa.device.widening import WideningConfig
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, padded
 from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import DType
 
 WARPS = 4  # of a CTA, but for tiles of 128 rows
 _MOST_WARPS = 8
 WARP_ROWS = 16
+# Columns of codes that an ldmatrix.x4 brings, of 16 rows.
+CODE_COLUMNS = 32
 TILE_N = 64
 # Columns of O for which a warp that has all keys of a step finds registers beside the scores of 64 of them: with more
 # it spills up to 10 accesses, with 32 keys none.
@@ -23,7 +28,7 @@ _RESERVED_BYTES = 1024  # of shared memory, by the system for each CTA
 
 
 @dataclass(frozen=True)
-class Fa2SplitConfig(FeatureConfig):
+class Fa2SplitConfig(WideningConfig):
     """Everything that shapes the machine code.
 
     A row is one query of one head; the rows of all query heads of a kv head share tiles, so that each key is read once
@@ -40,6 +45,23 @@ class Fa2SplitConfig(FeatureConfig):
     stages: int
     even: bool = True
     least_blocks: int = 2
+
+    @property
+    def head_dim_padded(self) -> int:
+        return self._columns(self.head_dim)
+
+    @property
+    def head_dim_v_padded(self) -> int:
+        return self._columns(self.head_dim_v)
+
+    def _columns(self, head_dim: int) -> int:
+        """Of the tiles, zeros beyond head_dim."""
+        return ceil_div(head_dim, CODE_COLUMNS) * CODE_COLUMNS if self.widens else padded(head_dim)
+
+    @property
+    def shifted(self) -> tuple[bool, bool]:
+        """Whether codes of K, and of V, widen without the instruction for it, which sm_89 is the first to have."""
+        return tuple(dtype is DType.E4M3 and self.arch.number < 89 for dtype in (self.dtype_k, self.dtype_v))
 
     @property
     def key_warps(self) -> int:
@@ -60,9 +82,15 @@ class Fa2SplitConfig(FeatureConfig):
 
     @property
     def smem_bytes(self) -> int:
-        """Q, and K and V of every stage, whose place the parts of O take."""
+        """Q, and K and V of every stage, whose place the parts of O take; and what rows of Q are divided by."""
         keys = self.stages * self.tile_n * (self.head_dim_padded + self.head_dim_v_padded)
-        return max(self.dtype.bytes * (self.tile_m * self.head_dim_padded + keys), self.merge_bytes)
+        tiles = self.dtype.bytes * self.tile_m * self.head_dim_padded + self.dtype_k.bytes * keys
+        return max(tiles, self.merge_bytes) + self.factor_bytes
+
+    @property
+    def factor_bytes(self) -> int:
+        """Of a power of two for each row of Q, fp32."""
+        return 4 * self.tile_m * self.scales_rows
 
     @property
     def ctas_per_sm(self) -> int:

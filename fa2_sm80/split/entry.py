@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cute_fa.device.split_forward import SplitForward
+from cute_fa.device.widening import code_objections
 from cute_fa.engine.contract import Candidate
 from cute_fa.semantics.problem import AttentionProblem
 from fa2_sm80.common.rules import objections
@@ -11,14 +12,15 @@ from fa2_sm80.split.config import MOST_TOKENS, Fa2SplitConfig, split_candidates,
 
 class Fa2Split(SplitForward):
     """Forward with cp.async and mma.sync for few queries, split keys and paged caches, on sm_80 and every arch after
-    it: fp16 and bf16, head_dim 8 … 256, all query heads of a kv head in one tile."""
+    it: fp16 and bf16, caches in fp8, too, head_dim 8 … 256, all query heads of a kv head in one tile."""
 
     family = "fa2"
     most_tokens = MOST_TOKENS
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
-        return objections(problem, rows_of_any_head=True) or cls.grid_objections(problem)
+        reasons = objections(problem, rows_of_any_head=True) + code_objections(problem, "16-byte copies")
+        return reasons or cls.grid_objections(problem)
 
     @classmethod
     def configure(cls, problem: AttentionProblem) -> Fa2SplitConfig:

@@ -34,6 +34,7 @@ from cute_fa.device.split_walk import Piece
 from cute_fa.device.tree_mask import DraftWords
 from fa2_sm80.common.copies import ELEMENT_BYTES, SMEM_ALIGNMENT, SmemTile
 from fa2_sm80.common.walk import walk
+from fa2_sm80.split.codes import QueryRows, sum_factor
 from fa2_sm80.split.combine import merge_parts, merged_lse
 from fa2_sm80.split.config import Fa2SplitConfig
 from fa2_sm80.split.loader import KeyRows, RowLoader, RowRing
@@ -80,17 +81,22 @@ class Fa2SplitKernel:
         # through shuffles, see fa3_sm90.forward.consumer.Consumer.steps
         start, stop = (cute.arch.make_warp_uniform(number) for number in (piece.start, piece.stop))
         place = self.query_places(args, piece, gqa_ratio)
-        load_q = RowLoader(smem.q, c.head_dim, tidx, c.num_threads)
-        load_queries, rows = load_q.load, load_q.rows()
-        if start < stop:
-            load_queries([place(row) for row in rows], 0)
+        if const_expr(not c.widens):
+            load_q = RowLoader(smem.q, c.head_dim, tidx, c.num_threads)
+            load_queries, rows = load_q.load, load_q.rows()
+            if start < stop:
+                load_queries([place(row) for row in rows], 0)
         ring = self.key_ring(args, smem, piece, stop, tidx)
         ring.prologue(start)
+        if const_expr(c.widens):
+            QueryRows(c, smem.q, smem.factors, tidx).load(args.common, piece, gqa_ratio)
+            cute.arch.sync_threads()
         tile = self.row_tile(args, smem, piece, gqa_ratio)
         # every block is masked: decoding waits for memory
         walk([MaskedRange(start, stop, True, c.window_left)], partial(tile.step, ring))
         cute.arch.sync_threads()
-        tile.to_smem(smem.merge, tile.score.offset_log2)
+        value_scale = sum_factor(args.common.descales.of_values(piece.batch, piece.head), c.shifted[1])
+        tile.to_smem(smem.merge, tile.score.offset_log2, value_scale)
         cute.arch.sync_threads()
 
     def key_ring(self, args: SplitArguments, smem: SplitTiles, piece: Piece, stop: Int32, tidx: Int32) -> RowRing:
@@ -98,8 +104,8 @@ class Fa2SplitKernel:
         c, common, info = self.config, args.common, piece.info
         sequence, paged = common.key_batch(piece.batch), c.page_size is not None
         loaders = tuple(
-            RowLoader(tile, head_dim, tidx, c.num_threads)
-            for tile, head_dim in ((smem.k, c.head_dim), (smem.v, c.head_dim_v))
+            RowLoader(tile, head_dim * dtype.bytes // ELEMENT_BYTES, tidx, c.num_threads)
+            for tile, head_dim, dtype in ((smem.k, c.head_dim, c.dtype_k), (smem.v, c.head_dim_v, c.dtype_v))
         )
         rows = tuple(
             KeyRows(tensor, piece.head, sequence, info.offset_k, c.cu_seqlens_k, paged)
@@ -122,12 +128,16 @@ class Fa2SplitKernel:
     def row_tile(self, args: SplitArguments, smem: SplitTiles, piece: Piece, gqa_ratio: Int32) -> RowTile:
         """The registers of this warp, with the slopes of its rows' heads and the drafts that its queries see."""
         c, common = self.config, args.common
-        score = Score.of(common.softmax_scale, common.softcap)
+        scale = common.softmax_scale
+        factor = sum_factor(common.descales.of_scores(piece.batch, piece.head), c.shifted[0])
+        if const_expr(factor is not None):
+            scale = scale * factor
+        score = Score.of(scale, common.softcap)
         tile = RowTile(c, smem, piece.info, piece.first_row, gqa_ratio, common.window, score)
         if const_expr(c.alibi):
             heads = [piece.head * gqa_ratio + row % gqa_ratio for row in tile.rows]
             slopes = tuple(common.alibi_slopes[piece.batch, head] for head in heads)
-            tile.score = Score.of(common.softmax_scale, common.softcap, slopes)
+            tile.score = Score.of(scale, common.softcap, slopes)
         if const_expr(c.tree_mask):
             tile.drafts = tuple(
                 DraftWords.of(common.tree_mask, piece.info, piece.batch, query) for query in tile.queries
@@ -210,13 +220,21 @@ class Fa2SplitKernel:
         c = self.config
         layout = cute.make_layout(c.smem_bytes // c.dtype.bytes)
         memory = SmemAllocator().allocate_tensor(self.dtype, layout, SMEM_ALIGNMENT).iterator
+        columns, columns_v = (
+            columns * c.dtype_k.bytes // ELEMENT_BYTES for columns in (c.head_dim_padded, c.head_dim_v_padded)
+        )
         k = memory + c.tile_m * c.head_dim_padded
-        v = k + c.stages * c.tile_n * c.head_dim_padded
+        v = k + c.stages * c.tile_n * columns
+        factors = None
+        if const_expr(c.scales_rows):
+            start = memory + (c.smem_bytes - c.factor_bytes) // c.dtype.bytes
+            factors = cute.make_tensor(cute.recast_ptr(start, dtype=Float32), cute.make_layout(c.tile_m))
         return SplitTiles(
             q=SmemTile(memory, c.tile_m, c.head_dim_padded),
-            k=SmemTile(k, c.tile_n, c.head_dim_padded),
-            v=SmemTile(v, c.tile_n, c.head_dim_v_padded),
+            k=SmemTile(k, c.tile_n, columns),
+            v=SmemTile(v, c.tile_n, columns_v),
             merge=cute.recast_ptr(memory, dtype=Float32),
+            factors=factors,
         )
 
 

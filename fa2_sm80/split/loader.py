@@ -12,11 +12,11 @@ from cute_fa.device.pages import page_place
 from cute_fa.device.registers import opaque
 from cute_fa.device.visibility import Window
 from fa2_sm80.common.block_ring import BlockRing
-from fa2_sm80.common.copies import CHUNK, ELEMENT_BYTES, SmemTile
+from fa2_sm80.common.copies import CHUNK, SmemTile
 
 
 class RowLoader:
-    """Copies rows of ``head_dim`` elements into a :class:`SmemTile`, zeros outside."""
+    """Copies rows of ``head_dim`` elements of 16 bits into a :class:`SmemTile`, zeros outside."""
 
     def __init__(self, smem: SmemTile, head_dim: int, tidx: Int32, num_threads: int):
         self.smem, self.head_dim = smem, head_dim
@@ -61,13 +61,14 @@ class KeyRows:
         """``tensor``: as the kernel takes it; ``sequence``: its place in a dense one; ``offset``: first row of the
         sequence, counted from there or in a packed one, but for pages."""
         row_stride = tensor.stride[0] if const_expr(packed) else tensor.stride[1]
-        self.row_bytes = Int64(row_stride) * ELEMENT_BYTES
-        self.page_bytes = Int64(tensor.stride[0]) * ELEMENT_BYTES if const_expr(paged) else None
-        start = tensor.iterator.toint() + Int64(head) * (Int64(tensor.stride[-2]) * ELEMENT_BYTES)
+        size = tensor.element_type.width // 8
+        self.row_bytes = Int64(row_stride) * size
+        self.page_bytes = Int64(tensor.stride[0]) * size if const_expr(paged) else None
+        start = tensor.iterator.toint() + Int64(head) * (Int64(tensor.stride[-2]) * size)
         if const_expr(not paged):
             start = start + self.row_bytes * offset
             if const_expr(not packed):
-                start = start + Int64(sequence) * (Int64(tensor.stride[0]) * ELEMENT_BYTES)
+                start = start + Int64(sequence) * (Int64(tensor.stride[0]) * size)
         self.start = start
 
     def address(self, page: Optional[Int32], row: Int32) -> Int64:

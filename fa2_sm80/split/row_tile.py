@@ -1,33 +1,36 @@
 """One tile of rows, a row being one query of one head, in the registers of one warp: scores, softmax, P·V."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
 from cute_fa.device.registers import narrow
 from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.seqlen import SeqlenInfo
-from cute_fa.device.softmax import OnlineSoftmax
+from cute_fa.device.softmax import HALF, WIDE, OnlineSoftmax, scale_row
 from cute_fa.device.tree_mask import DraftWords, hide_drafts
 from cute_fa.device.visibility import Window, mask_scores
 from fa2_sm80.common.block_ring import BlockRing
 from fa2_sm80.common.copies import FragmentLoader, SmemTile, lane_offset
 from fa2_sm80.common.products import WarpPlace, WarpProduct, register_row
 from fa2_sm80.common.warp_grid import WarpGrid
+from fa2_sm80.split.codes import CodeLoader, output_columns
 from fa2_sm80.split.config import WARP_ROWS, Fa2SplitConfig
 
 
 class SplitTiles(NamedTuple):
-    """Tiles of one CTA in shared memory; ``merge``, for the parts of O and their LSE, takes the place of all."""
+    """Tiles of one CTA in shared memory, of codes with half as many columns of 16 bits; ``merge``, for the parts of O
+    and their LSE, takes the place of all. ``factors`` (tile_m): what rows of Q are divided by, or None."""
 
     q: SmemTile
     k: SmemTile
     v: SmemTile
     merge: cute.Pointer
+    factors: Optional[cute.Tensor]
 
 
 class RowTile:
@@ -44,7 +47,7 @@ class RowTile:
         score: Score,
     ):
         """``first_row``: of the tile; row r is query r // gqa_ratio of the group's head r % gqa_ratio."""
-        c, dtype = config, CUTE_DTYPE[config.dtype]
+        c, dtype = config, CUTE_DTYPE[config.product_dtype]
         self.config, self.dtype, self.info, self.window, self.score = c, dtype, info, window, score
         keys = c.tile_n // c.key_warps
         self.place = WarpPlace(WarpGrid(c.row_warps, c.key_warps), WARP_ROWS, keys)
@@ -54,8 +57,15 @@ class RowTile:
         self.load_q = FragmentLoader(smem.q, lane_offset(smem.q, rows_first=True), self.place.first_row)
         self.load_k = FragmentLoader(smem.k, lane_offset(smem.k, rows_first=False), first_key)
         self.load_v = FragmentLoader(smem.v, lane_offset(smem.v, rows_first=True), first_key, transpose=True)
+        if const_expr(c.widens):
+            self.load_k = CodeLoader(self.load_k, CUTE_DTYPE[c.dtype_k], c.shifted[0])
+            self.load_v = CodeLoader(self.load_v, CUTE_DTYPE[c.dtype_v], c.shifted[1])
         self.acc = self.output.accumulator()
-        self.softmax = OnlineSoftmax(2, score.scale_log2, row_wise=c.batch_invariant)
+        exponents = HALF if const_expr(c.scales_rows) else WIDE
+        self.softmax = OnlineSoftmax(2, score.scale_log2, exponents, row_wise=c.batch_invariant)
+        self.factors: Optional[list[Float32]] = None  # of the scores of each row
+        if const_expr(c.scales_rows):
+            self.factors = [smem.factors[self.place.row + register_row(r)] for r in range(2)]
         self.rows = [first_row + self.place.row + register_row(r) for r in range(2)]
         self.queries = [row // gqa_ratio for row in self.rows]
         self.drafts: tuple[DraftWords, ...] = ()  # that each row sees, under a tree mask
@@ -77,6 +87,9 @@ class RowTile:
         acc = self.scores.accumulator()
         self.scores.add(acc, self.scores.from_smem(self.load_q, 0), self.load_k, stage, False)
         scores = rows_and_columns(acc)
+        if const_expr(self.factors is not None):
+            for r in cutlass.range_constexpr(2):
+                scale_row(scores, r, self.factors[r])
         first_key = ring.blocks.block(iteration, self.window) * self.config.tile_n + self.place.column
         diagonals = [self.info.seqlen_k - self.info.seqlen_q + query - first_key for query in self.queries]
         distance = distances(diagonals, self.columns) if const_expr(self.config.alibi) else None
@@ -92,20 +105,25 @@ class RowTile:
         ring.release(iteration)
 
     @cute.jit
-    def to_smem(self, merge: cute.Pointer, offset_log2):
-        """The warp's normalised O and its LSE, in natural logarithms, into its part of shared memory, fp32."""
+    def to_smem(self, merge: cute.Pointer, offset_log2, value_scale: Optional[Float32]):
+        """The warp's normalised O and its LSE, in natural logarithms, into its part of shared memory, fp32.
+        ``value_scale``: factor of all values, or None."""
         c = self.config
         acc = rows_and_columns(self.acc)
-        lse = self.softmax.finalize(acc, offset_log2, None)
+        lse = self.softmax.finalize(acc, offset_log2, None, value_scale)
         rows = self.place.first_column // (c.tile_n // c.key_warps) * c.tile_m + self.place.row
         out, lses = merged_parts(c, merge)
         lane = cute.arch.lane_idx()
         for r in cutlass.range_constexpr(2):
             row = rows + register_row(r)
             for column in cutlass.range_constexpr(0, cute.size(acc, mode=[1]), 2):
-                place = column // 2 * 8 + lane % 4 * 2
-                out[row, place] = acc[r, column]
-                out[row, place + 1] = acc[r, column + 1]
+                if const_expr(c.widens):
+                    places = output_columns(column // 2, lane)
+                else:
+                    first = column // 2 * 8 + lane % 4 * 2
+                    places = [first, first + 1]
+                out[row, places[0]] = acc[r, column]
+                out[row, places[1]] = acc[r, column + 1]
             if lane % 4 == 0:
                 lses[row] = lse[r]
 

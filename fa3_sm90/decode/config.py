@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from cute_fa.device.pipeline_spec import PipelineSpec
 from cute_fa.device.tiling import ceil_div
+from cute_fa.device.widening import WideningConfig
 from cute_fa.engine.contract import Candidate, FeatureConfig, candidates, chosen, smem_objection
 from cute_fa.semantics.problem import AttentionProblem
-from cute_fa.semantics.types import DType
 from fa3_sm90.common.wgmma import WARPGROUP, WGMMA_M
 
 CONSUMERS = 2  # warpgroups
@@ -32,7 +32,7 @@ _BYTES_IN_FLIGHT = 48 * 1024
 
 
 @dataclass(frozen=True)
-class Fa3DecodeConfig(FeatureConfig):
+class Fa3DecodeConfig(WideningConfig):
     """Everything that shapes the machine code.
 
     A row is one query of one head; the rows of all query heads of a kv head share tiles, so that each key is read once
@@ -51,21 +51,6 @@ class Fa3DecodeConfig(FeatureConfig):
     code_stages: int = 0
     even: bool = True
     least_blocks: int = 2
-
-    @property
-    def widens(self) -> bool:
-        """Whether keys and values are fp8 codes, which become fp16: exactly, descales being factors of sums."""
-        return self.dtype_k.is_fp8
-
-    @property
-    def product_dtype(self) -> DType:
-        """Of the matrix products' operands."""
-        return DType.FP16 if self.widens else self.dtype
-
-    @property
-    def scales_rows(self) -> bool:
-        """Whether rows of Q are brought into the range of fp16, each by a power of two of its own."""
-        return self.product_dtype is not self.dtype
 
     @property
     def by_rows(self) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cute_fa.device.split_forward import SplitForward
+from cute_fa.device.widening import code_objections
 from cute_fa.engine.contract import Candidate, common_objections
-from cute_fa.semantics.names import dtypes_of_code
 from cute_fa.semantics.problem import AttentionProblem
 from fa3_sm90.decode.config import MOST_TOKENS, Fa3DecodeConfig, decode_candidates, decode_config
 
@@ -18,19 +18,8 @@ class Fa3Decode(SplitForward):
 
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
-        reasons = []
-        if problem.dtype.is_fp8:
-            reasons.append(f"dtype {dtypes_of_code(problem)}: q in 16 bits is needed, k and v may be fp8")
-        reasons += common_objections(problem, "16-byte strides of TMA", decodes=True)
-        if problem.is_fp8:
-            sizes = {name: getattr(problem, name) for name in ("head_dim", "head_dim_v")}
-            reasons += [
-                f"{name} {size} in fp8: a multiple of 16 is needed (16-byte strides of TMA)"
-                for name, size in sizes.items()
-                if size % 16
-            ]
-            if problem.k_block_descale or problem.v_block_descale:
-                reasons.append("descales of blocks of keys: this kernel takes one for each kv head of a sequence")
+        reasons = common_objections(problem, "16-byte strides of TMA", decodes=True)
+        reasons += code_objections(problem, "16-byte strides of TMA")
         if problem.ranges:
             reasons.append("a range plan: its masks are of whole tiles of queries, this kernel's tiles hold any rows")
         return reasons or cls.grid_objections(problem)

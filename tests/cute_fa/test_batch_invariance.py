@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 
 import cute_fa
 from cute_fa import reference
+from cute_fa.api import attention
+from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
 from cute_fa.errors import ArgumentError, Fp8Error
 from cute_fa.semantics.problem import AttentionProblem
-from cute_fa.semantics.types import DType, SmArch
+from cute_fa.semantics.types import DType, KvLayout, MaskKind, SmArch
 from fa3_sm90.decode.entry import Fa3Decode
 
 KEYS, CHUNK, HEADS, HEADS_KV, HEAD_DIM = 300, 128, 4, 2, 64
@@ -139,7 +143,9 @@ def test_packed_prompts(arch):
         assert_same((out[None, start:stop], lse[None, :, start:stop]), of_sequence, places)
 
 
-@pytest.mark.parametrize(("arch", "head_dim", "dtype"), [("sm_80", 256, torch.float16), ("sm_90a", 256, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "dtype"), [("sm_80", 256, torch.float16), ("sm_90a", 256, torch.bfloat16)]
+)
 def test_wide_heads(arch, head_dim, dtype):
     """Blocks have as many keys in tiles of few rows as of many."""
     q, k, v = tensors(5, head_dim=head_dim, dtype=dtype)
@@ -150,16 +156,91 @@ def test_wide_heads(arch, head_dim, dtype):
         assert_same(decoded(q[:, -20:], k, v, KEYS), whole, slice(120, 140))
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_fp8_caches(dtype):
-    q, k, v = tensors(6)
+@pytest.mark.parametrize(
+    ("arch", "dtype", "head_dim"),
+    [
+        ("sm_80", torch.float8_e4m3fn, 64),
+        ("sm_89", torch.float8_e5m2, 64),
+        ("sm_89", torch.float8_e4m3fn, 256),
+        ("sm_90a", torch.float8_e4m3fn, 64),
+        ("sm_90a", torch.float8_e5m2, 256),
+    ],
+)
+def test_fp8_caches(arch, dtype, head_dim):
+    q, k, v = tensors(6, head_dim=head_dim)
     codes = [tensor.to(dtype) for tensor in (k, v)]
     descales = {f"{name}_descale": torch.rand(1, HEADS_KV) + 0.5 for name in "kv"}
-    with cute_fa.simulate("sm_90a", num_sms=3):
-        whole = decoded(q, *codes, KEYS, **descales)
+    with cute_fa.simulate(arch, num_sms=3):
+        whole = decoded(q[:, 100:], *codes, KEYS, **descales)
         for first, last in ((299, 300), (250, 300), (127, 130)):
-            places = slice(first, last)
-            assert_same(decoded(q[:, places], *codes, last, **descales), whole, places)
+            result = decoded(q[:, first:last], *codes, last, **descales)
+            assert_same(result, whole, slice(first - 100, last - 100))
+
+
+def test_each_instruction_rounds_in_its_own_way():
+    """Where mma.sync and wgmma differ, each kernel still agrees with itself, and no longer with the other one."""
+    q, k, v = tensors(7)
+    places = slice(299, 300)
+    of_family = {}
+    for family in ("fa2", "fa3"):
+        with cute_fa.simulate("sm_90a", num_sms=3, arithmetic="distinct"):
+            of_family[family] = prompt(q[:, 250:], k, v, family=family)
+            assert_same(decoded(q[:, places], k, v, KEYS, family=family), of_family[family], slice(49, 50))
+    assert not torch.equal(of_family["fa2"][0], of_family["fa3"][0])
+
+
+FUSED = re.compile(r"\s*(?:@!?%p\d+\s+)?(\S+)\s+(.*);")
+
+
+def may_be_fused(ptx: str) -> list[str]:
+    """Additions of which a term is a product that ptxas may leave unrounded: one without a rounding of its own."""
+    found, products = [], set()
+    for operation, operands in FUSED.findall(ptx):
+        target, *sources = (operand.strip() for operand in operands.split(","))
+        copies = operation in ("mov.f32", "mov.b32", "neg.f32", "selp.f32")
+        if operation in ("add.f32", "sub.f32") and not products.isdisjoint(sources):
+            found.append(f"{operation} {operands}")
+        if operation == "mul.f32" or (copies and not products.isdisjoint(sources)):
+            products.add(target)
+        else:
+            products.discard(target)
+    return found
+
+
+@pytest.mark.parametrize("feature", ["plain", "all"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_sum_is_left_to_the_compiler(arch, feature):
+    features = {"window_left": 40, "sink_tokens": 5, "softcap": 20.0, "alibi": True, "learnable_sink": True}
+    asked = of_tokens(SmArch(arch), 9, **(features if feature == "all" else {}))
+    for changes, fused in (({"seqlen_k_per_split": CHUNK}, False), ({}, True)):
+        chosen, kernel = TABLE.choose(replace(asked, **changes), None, 132, 0)
+        assert bool(may_be_fused(compile_artifacts(kernel.configure(chosen))[0])) == fused
+
+
+def of_tokens(arch: SmArch, tokens: int, **features) -> AttentionProblem:
+    sizes = {"batch": 1, "seqlen_q": tokens, "seqlen_k": 5000, "num_heads": HEADS, "num_heads_kv": HEADS_KV}
+    dims = {"head_dim": HEAD_DIM, "head_dim_v": HEAD_DIM, "softmax_scale": 0.1}
+    return AttentionProblem(arch, DType.BF16, **sizes, **dims, window_right=0, **features)
+
+
+def test_by_the_environment(monkeypatch):
+    """``CUTE_FA_BATCH_INVARIANT=1`` is read at import; a call may still say no."""
+    monkeypatch.setattr(attention, "BATCH_INVARIANT", True)
+    q, k, v = tensors(8)
+    k_pages, table = paged(k, 64)
+    lengths = torch.tensor([KEYS], dtype=torch.int32)
+    with cute_fa.simulate("sm_90a", num_sms=3):
+        whole = cute_fa.flash_attn_func(q, k, v, causal=True, return_lse=True)
+        asked = cute_fa.flash_attn_func(q, k, v, causal=True, return_lse=True, batch_invariant=True)
+        assert_same(whole, asked, slice(None))
+        free = cute_fa.flash_attn_func(q, k, v, causal=True, batch_invariant=False)
+        assert not torch.equal(free, whole[0])
+        cache = cute_fa.PagedKvCache(k_pages, paged(v, 64)[0], KvLayout.NHD)
+        request = cute_fa.PagedAttentionRequest(q[:, -1:], cache, table, lengths, mask=MaskKind.CAUSAL)
+        assert_same(request.run(), whole, slice(299, 300))
+        leaf = q.clone().requires_grad_()
+        cute_fa.flash_attn_func(leaf, k, v, causal=True).float().sum().backward()
+        assert leaf.grad.abs().max() > 0
 
 
 def test_chunks_change_bits():
@@ -176,9 +257,7 @@ def test_by_which_kernel():
     served = {"sm_80": "Fa2Split", "sm_89": "Fa2Split", "sm_90a": "Fa3Decode", "sm_100a": "Fa2Split"}
     for arch, kernel in served.items():
         for tokens in (1, 5000):
-            sizes = {"batch": 1, "seqlen_q": tokens, "seqlen_k": 5000, "num_heads": 4, "num_heads_kv": 1}
-            dims = {"head_dim": 128, "head_dim_v": 128, "softmax_scale": 0.1}
-            asked = AttentionProblem(SmArch(arch), DType.BF16, **sizes, **dims, seqlen_k_per_split=1024)
+            asked = of_tokens(SmArch(arch), tokens, seqlen_k_per_split=1024)
             for splits in (0, 1):
                 chosen, found = TABLE.choose(asked, None, 132, splits)
                 assert (found.__name__, chosen.num_splits) == (kernel, 1)
@@ -189,9 +268,9 @@ def test_arguments():
     with cute_fa.simulate("sm_90a"):
         with pytest.raises(ArgumentError, match="seqlen_k_per_split=100: a multiple of 64"):
             cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=100)
-        with pytest.raises(ArgumentError, match="seqlen_k_per_split=64 with batch_invariant=False"):
+        with pytest.raises(ArgumentError, match="64 with batch_invariant=False: there are no chunks"):
             cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=64, batch_invariant=False)
-        with pytest.raises(ArgumentError, match="seqlen_k_per_split=0 with batch_invariant=True: without chunks"):
+        with pytest.raises(ArgumentError, match="seqlen_k_per_split=0 with batch_invariant=True: the mode needs chunks"):
             cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=0, batch_invariant=True)
         with pytest.raises(ArgumentError, match="num_splits=3 in batch-invariant mode: the chunks of 1024 keys"):
             cute_fa.flash_attn_func(q, q, q, batch_invariant=True, num_splits=3)

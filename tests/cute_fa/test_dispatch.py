@@ -150,10 +150,15 @@ def test_fp8():
             assert TABLE.lookup(there).family == family and DispatchKey.of(there.problem()) == there
     assert str(mixed) == "fwd_sm90a_e4m3ve5m2_hd128_outfp16"
     caches = DispatchKey(SmArch.SM_90A, DType.BF16, 128, dtype_k=DType.E4M3, dtype_v=DType.E4M3)
-    assert TABLE.lookup(caches).__name__ == "Fa3Decode"
-    for arch in (SmArch.SM_80, SmArch.SM_100A):
-        with pytest.raises(Fp8Error, match=f"bf16ke4m3ve4m3 input on {arch.value}"):
-            TABLE.lookup(dataclasses.replace(caches, arch=arch))
+    serving = {arch: TABLE.lookup(dataclasses.replace(caches, arch=arch)).__name__ for arch in SmArch}
+    assert serving == dict.fromkeys(SmArch, "Fa2Split") | {SmArch.SM_90A: "Fa3Decode"}
+    assert TABLE.lookup(caches, family="fa2").__name__ == "Fa2Split"
+    with pytest.raises(Fp8Error, match=r"bf16ke4m3ve4m3 input on sm_80.*head_dim 72 in fp8: a multiple of 16"):
+        TABLE.lookup(dataclasses.replace(caches, arch=SmArch.SM_80, head_dim=72))
+    for problem in (caches.problem(), dataclasses.replace(caches, arch=SmArch.SM_80).problem()):
+        blocks = dataclasses.replace(problem, k_descale=True, k_block_descale=True)
+        with pytest.raises(Fp8Error, match="descales of blocks of keys"):
+            TABLE.lookup(blocks)
     # not the dtype alone: the key is refused as a whole
     with pytest.raises(UnsupportedKeyError, match="head_dim 264"):
         TABLE.lookup(DispatchKey(SmArch.SM_80, DType.E4M3, 264))
@@ -270,13 +275,12 @@ def test_rows():
     for arch in ("sm_100a", "sm_103a"):
         forwards = {row.feature: row.kernel for row in rows if (row.arch, row.direction) == (arch, "fwd")}
         elsewhere = {feature: kernel for feature, kernel in forwards.items() if kernel != "fa4_fwd"}
-        refused = dict.fromkeys(("head_dim 512", "bf16, k and v e4m3"))
         of_split = ("split-KV", "paged KV, a page a token", "paged KV, left padding", "tree of draft tokens")
-        of_split += ("batch-invariant",)
-        assert elsewhere == dict.fromkeys(of_split, "fa2_split") | refused
-        # all that Hopper's forward serves, where a kernel of its own serves the rest, fp8 caches, too
+        of_split += ("bf16, k and v e4m3", "batch-invariant")
+        assert elsewhere == dict.fromkeys(of_split, "fa2_split") | {"head_dim 512": None}
+        # all that Hopper's forward serves, where a kernel of its own serves the rest
         on_hopper = {feature: cells["sm_90a", "fwd", feature].kernel for feature in forwards}
-        decoded = dict.fromkeys((*of_split, "bf16, k and v e4m3"), "fa3_decode")
+        decoded = dict.fromkeys(of_split, "fa3_decode")
         assert decoded | {"head_dim 512": None} == {
             feature: kernel for feature, kernel in on_hopper.items() if kernel != "fa3_fwd"
         }

@@ -4,18 +4,21 @@ read."""
 import bisect
 import dataclasses
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 
+from cute_fa.engine import attention as engine
+from cute_fa.engine import plan as plans
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.semantics.problem import PAGE_SIZES
-from cute_fa.semantics.types import SmArch
+from cute_fa.semantics.types import DType, SmArch
 from cute_fa.tools.inputs import InputSpec
 from fa2_sm80.split.entry import Fa2Split
 from perf.sass import report_cubin
 from tests.testing.cases import fa2_cases, refusals, small_problem
 from tests.testing.loads import recorded_copies
-from tests.testing.split_tests import Split, SplitTests, case_name, features
+from tests.testing.split_tests import CodeTests, Split, SplitTests, case_name, features
 
 FEATURES = features(
     lengths=[
@@ -30,9 +33,10 @@ FEATURES = features(
 )
 
 
-class TestSplit(SplitTests):
-    split = Split("fa2_split", "sm_80")
-    ctas_per_sm = 2
+class Copies:
+    """What a call loads."""
+
+    split: ClassVar[Split]
 
     def copies(self, given, num_sms):
         """(CTA, element of the tensor where it begins) of each 16 bytes of k, and of v, that are loaded."""
@@ -46,6 +50,11 @@ class TestSplit(SplitTests):
 
     def key_bytes(self, given, num_sms):
         return sum(16 * len(copies) for copies in self.copies(given, num_sms))
+
+
+class TestSplit(Copies, SplitTests):
+    split = Split("fa2_split", "sm_80")
+    ctas_per_sm = 2
 
     def key_blocks(self, given, num_sms):
         of_k, _ = self.copies(given, num_sms)
@@ -92,6 +101,26 @@ class TestSplit(SplitTests):
     @pytest.mark.parametrize("arch", ["sm_86", "sm_90a", "sm_100a", "sm_120a"])
     def test_later_archs_run_the_same_source(self, arch):
         self.split.run(InputSpec(1, 2, 300, 8, 1, 256, page_size=16, causal=True), "peaked", arch=arch, num_sms=2)
+
+
+class TestCodes(Copies, CodeTests):
+    """On sm_80, without an instruction that widens e4m3."""
+
+    split = Split("fa2_split", "sm_80")
+
+
+class TestCodesOfSm89(TestCodes):
+    split = Split("fa2_split", "sm_89")
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90a", "sm_100a", "sm_103a", "sm_120a"])
+def test_later_archs_read_codes_by_the_same_source(arch, monkeypatch):
+    split = Split("fa2_split", arch)
+    monkeypatch.setattr(engine, "TABLE", split.table)
+    plans.PLANS.clear()
+    codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}
+    split.run(InputSpec(1, 2, 300, 8, 1, 256, page_size=16, causal=True, **codes), "peaked", num_sms=2)
+    plans.PLANS.clear()
 
 
 # Figures of 2026-11-30, nvidia-cutlass-dsl 4.8.1: instructions of a warp for a block of keys. One token of 8 query
@@ -148,13 +177,44 @@ def test_the_loop_under_a_tree_mask_neither_spills_nor_grows(arch, head_dim, seq
     assert loop.row()["insts"] <= most, loop.row()["insts"]
 
 
+@pytest.mark.parametrize(
+    ("arch", "seqlen_q", "head_dim", "codes", "most"),
+    [
+        (SmArch.SM_80, 1, 128, DType.E4M3, 549),
+        (SmArch.SM_80, 1, 128, DType.E5M2, 374),
+        (SmArch.SM_80, 8, 128, DType.E4M3, 1571),
+        (SmArch.SM_86, 1, 64, DType.E4M3, 341),
+        (SmArch.SM_89, 1, 64, DType.E4M3, 262),
+        (SmArch.SM_89, 1, 128, DType.E4M3, 393),
+        (SmArch.SM_89, 8, 128, DType.E4M3, 929),
+        (SmArch.SM_89, 16, 256, DType.E4M3, 857),
+        (SmArch.SM_90A, 1, 256, DType.E4M3, 593),
+        (SmArch.SM_100A, 1, 128, DType.E4M3, 534),
+        (SmArch.SM_120A, 1, 128, DType.E5M2, 559),
+    ],
+)
+def test_the_loop_over_codes_neither_spills_nor_grows(arch, seqlen_q, head_dim, codes, most):
+    """As above; sm_80 and sm_86 take four instructions for two codes of e4m3, where others take one, and of V a PRMT
+    more. A step copies half as many bytes."""
+    sizes = {"seqlen_q": seqlen_q, "seqlen_k": 8192, "num_heads": 8, "num_heads_kv": 1, "num_splits": 0}
+    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "window_right": 0, "seqused_k": True, "page_size": 16}
+    of_codes = {"dtype_k": codes, "dtype_v": codes, "k_descale": True, "v_descale": True}
+    config = Fa2Split.configure(small_problem(arch, **sizes, **of_codes))
+    (loop,) = [report.main_loop for report in report_cubin(compile_artifacts(config)[1]) if report.main_loop]
+    assert loop.counts["local"] == 0
+    assert loop.row()["insts"] <= most, loop.row()["insts"]
+    assert loop.counts["ldgsts"] == 2 * config.tile_n * head_dim // (16 * config.num_threads)
+
+
+@pytest.mark.parametrize("codes", [None, DType.E4M3])
 @pytest.mark.parametrize("arch", SmArch)
-def test_every_pair_of_head_dims_fits_shared_memory(arch):
-    for head_dim in range(8, 257, 8):
-        for head_dim_v in range(8, 257, 8):
+def test_every_pair_of_head_dims_fits_shared_memory(arch, codes):
+    step = 8 if codes is None else 16
+    for head_dim in range(step, 257, step):
+        for head_dim_v in range(step, 257, step):
             for seqlen_q in (1, 17, 100):
                 sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "seqlen_q": seqlen_q}
-                config = Fa2Split.configure(small_problem(arch, num_heads_kv=1, **sizes))
+                config = Fa2Split.configure(small_problem(arch, num_heads_kv=1, dtype_k=codes, dtype_v=codes, **sizes))
                 assert config.smem_bytes <= arch.smem_bytes and config.stages >= 1
                 assert config.row_warps * config.key_warps == (8 if config.tile_m == 128 else 4)
                 assert config.tile_n % (16 * config.key_warps) == 0
@@ -206,6 +266,12 @@ def test_reasons_name_the_value():
     assert Fa2Split.supports(base) == []
     for change, word in (
         ({"head_dim": 12}, "head_dim 12"),
+        ({"head_dim": 72, "dtype_k": DType.E4M3, "dtype_v": DType.E5M2}, "head_dim 72 in fp8: a multiple of 16"),
+        ({"dtype": DType.E4M3, "dtype_k": DType.E4M3, "dtype_v": DType.E4M3}, "dtype e4m3: q in 16 bits is needed"),
+        (
+            {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "v_descale": True, "v_block_descale": True},
+            "descales of blocks of keys",
+        ),
         ({"softcap": 9e3}, "softcap 9000"),
         ({"num_splits": 2**26, "num_heads": 64, "num_heads_kv": 64}, f"{2**32} parts of all tiles"),
     ):

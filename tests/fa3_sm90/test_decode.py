@@ -17,7 +17,7 @@ from fa3_sm90.decode.entry import Fa3Decode
 from perf.sass import report_cubin
 from tests.testing.cases import fa2_cases, small_problem
 from tests.testing.loads import recorded_loads
-from tests.testing.split_tests import Split, SplitTests, case_name, features
+from tests.testing.split_tests import SCHEDULES, CodeTests, Split, SplitTests, case_name, features
 
 FEATURES = features(
     lengths=[
@@ -32,7 +32,6 @@ FEATURES = features(
     ]
 )
 
-SCHEDULES = [{}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2}]
 ROWS = [
     {"page_size": 1, "head_dim": 128},
     {"page_size": 2, "head_dim": 256, "seqlen_q": 40},
@@ -41,18 +40,12 @@ ROWS = [
     {"page_size": 1, "head_dim": 128, "dtype_k": DType.E4M3, "dtype_v": DType.E5M2},
     {"page_size": 64, "head_dim": 80, "cache_leftpad": True, "dtype_k": DType.E4M3, "dtype_v": DType.E4M3},
 ]
-CODES = [
-    {"seqlen_q": 1, "head_dim": 128, "page_size": 16},
-    {"seqlen_q": 40, "head_dim": 64, "causal": True, "softcap": 15.0},
-    {"seqlen_q": 9, "head_dim": 256, "window": (100, 0), "sink_tokens": 3, "learnable_sink": True},
-    {"seqlen_q": 3, "head_dim": 80, "head_dim_v": 48, "alibi": True, "varlen_q": True, "page_size": 64},
-]
 # Instructions of the loop of 64 keys at head_dim 128, one token, with the rare rescaling of O, and of those what warps
 # without rows skip: 2026-11-30, nvidia-cutlass-dsl 4.8.1.
 LOOPS = [({}, 371, 254), ({"page_size": 16, "seqused_k": True}, 370, 254), ({"codes": True}, 401, 286)]
 
 
-class TestDecode(SplitTests):
+class TestDecode(CodeTests, SplitTests):
     split = Split("fa3_decode", "sm_90a")
     ctas_per_sm = 1
 
@@ -95,13 +88,6 @@ class TestDecode(SplitTests):
     def test_trees(self, seqlen_q):
         """Drafts of one block of keys, of several, and as many as there may be; more than one word of each row."""
         self.split.run(InputSpec(2, seqlen_q, 300, 6, 2, 64, tree=True, seqused_k=True), "peaked", num_sms=6)
-
-    @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E5M2, DType.E4M3)], ids=str)
-    @pytest.mark.parametrize(("sizes", "dtype"), list(zip(CODES, [DType.BF16, DType.FP16] * 2, strict=True)), ids=str)
-    def test_fp8_caches(self, codes, sizes, dtype):
-        spec = InputSpec(2, seqlen_k=330, heads=8, heads_kv=2, dtype_k=codes[0], dtype_v=codes[1], dtype=dtype, **sizes)
-        for simulation in SCHEDULES[:2]:
-            self.split.run(spec, "peaked", num_sms=8, **simulation)
 
 
 class FusedConfig(Fa3DecodeConfig):

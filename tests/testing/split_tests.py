@@ -15,6 +15,7 @@ from cute_fa.engine import attention as engine
 from cute_fa.engine import plan as plans
 from cute_fa.engine.table import TABLE, DispatchTable
 from cute_fa.semantics.reference import expected
+from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from tests.testing.cases import FA2_FEATURES, spec_name, spec_of
 from tests.testing.simulated import unwritten_is_nan
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import ptxsim
+
+SCHEDULES = [{}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2}]
+# What is asked of fp8 caches, and with queries in which type.
+CACHES = [
+    ({"seqlen_q": 1, "head_dim": 128, "page_size": 16}, DType.BF16),
+    ({"seqlen_q": 40, "head_dim": 64, "causal": True, "softcap": 15.0}, DType.FP16),
+    ({"seqlen_q": 9, "head_dim": 256, "window": (100, 0), "sink_tokens": 3, "learnable_sink": True}, DType.BF16),
+    ({"seqlen_q": 3, "head_dim": 80, "head_dim_v": 48, "alibi": True, "varlen_q": True, "page_size": 64}, DType.FP16),
+]
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 # Lengths of a batch in which a split of every sequence into as many parts leaves most CTAs waiting for the longest.
 SKEWED = (1, 17, 4000, 64, 5, 900, 130, 2)
@@ -46,6 +57,11 @@ def features(lengths: list[dict[str, Any]]) -> dict[str, list]:
 
 def case_name(case: dict) -> str:
     return f"{spec_name(spec_of(case))}-{case['cut']}-{case['inputs']}"
+
+
+def cache_spec(codes: tuple[DType, DType], sizes: dict, dtype: DType) -> InputSpec:
+    """Of queries in ``dtype`` over keys and values in ``codes``."""
+    return InputSpec(2, seqlen_k=330, heads=8, heads_kv=2, dtype_k=codes[0], dtype_v=codes[1], dtype=dtype, **sizes)
 
 
 @dataclass(frozen=True)
@@ -81,16 +97,103 @@ class Split:
 
     def run_case_on_the_gpu(self, case: dict) -> None:
         """The same, on as many SMs as there are."""
-        given = make_inputs(spec_of(case), case["inputs"], device="cuda")
-        out, lse = engine.attention(given.call(num_splits=case["cut"][0]))
+        self.run_on_the_gpu(spec_of(case), case["inputs"], case["cut"][0])
+
+    def run_on_the_gpu(self, spec: InputSpec, inputs: str, splits: int = 0) -> None:
+        """One call there, and its comparison with the reference."""
+        given = make_inputs(spec, inputs, device="cuda")
+        out, lse = engine.attention(given.call(num_splits=splits))
         result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
         assert result.ok, result
 
 
-class SplitTests:
-    """``ctas_per_sm``: of tiles of 16 rows and head_dim 64."""
+class OneKernel:
+    """Tests of problems that others are preferred for."""
 
     split: ClassVar[Split]
+
+    @pytest.fixture(autouse=True)
+    def only_this_kernel(self, monkeypatch) -> Iterator[None]:
+        monkeypatch.setattr(engine, "TABLE", self.split.table)
+        plans.PLANS.clear()
+        yield
+        plans.PLANS.clear()
+
+
+class CodeTests(OneKernel):
+    """Caches in fp8 beside queries in 16 bits."""
+
+    @abstractmethod
+    def key_bytes(self, given: Inputs, num_sms: int) -> int:
+        """Bytes of k and v that a call loads."""
+
+    @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E5M2, DType.E4M3)], ids=str)
+    @pytest.mark.parametrize(("sizes", "dtype"), CACHES, ids=str)
+    def test_fp8_caches(self, codes, sizes, dtype):
+        for simulation in SCHEDULES[:2]:
+            self.split.run(cache_spec(codes, sizes, dtype), "peaked", num_sms=8, **simulation)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E5M2, DType.E4M3)], ids=str)
+    @pytest.mark.parametrize(("sizes", "dtype"), CACHES, ids=str)
+    def test_fp8_caches_on_the_gpu(self, codes, sizes, dtype):
+        self.split.run_on_the_gpu(cache_spec(codes, sizes, dtype), "peaked")
+
+    @pytest.mark.parametrize("page_size", [1, 4, 32, 1024])
+    def test_pages_of_codes(self, page_size):
+        """Unlisted pages and unused slots are NaN."""
+        codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E5M2}
+        self.split.run(InputSpec(2, 2, 300, 4, 2, 64, page_size=page_size, causal=True, **codes), "peaked", num_sms=3)
+
+    @pytest.mark.parametrize("page_size", [None, 8])
+    def test_a_prompt_over_codes(self, page_size):
+        """Several tiles of queries, in one part each."""
+        codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "page_size": page_size}
+        self.split.run(InputSpec(2, 140, 150, 2, 1, 128, 64, causal=True, **codes), "peaked", 1)
+
+    @pytest.mark.parametrize("dtype", [E4M3, E5M2])
+    @pytest.mark.parametrize("queries", [torch.float16, torch.bfloat16])
+    def test_every_code_is_its_number(self, dtype, queries):
+        """O of a single key is its V, 256 codes in a row, and the score of a query with a single 1 one code of K."""
+        codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+        codes = torch.where(codes.float().isfinite(), codes.float(), 0.0).to(dtype)
+        order = torch.randperm(256, generator=torch.Generator().manual_seed(3))
+        k, v = codes.view(1, 1, 1, 256), codes.view(torch.uint8)[order].view(dtype).view(1, 1, 1, 256)
+        q = torch.eye(256, dtype=queries).view(1, 64, 4, 256)
+        descales = {"k_descale": torch.tensor([[0.75]]), "v_descale": torch.tensor([[0.5]])}
+        with cute_fa.simulate(self.split.arch, num_sms=1):
+            out, lse = cute_fa.flash_attn_func(q, k, v, softmax_scale=1.0, num_splits=0, return_lse=True, **descales)
+        assert torch.equal(out.float(), 0.5 * v.float().expand(1, 64, 4, 256))
+        scores = 0.75 * k.float().view(64, 4).T[None]
+        torch.testing.assert_close(lse, scores, rtol=1e-6, atol=2e-6)
+
+    def test_queries_of_any_magnitude(self):
+        """Of bf16 each row has a power of two of its own: scores of a single key, off by 2^-24 of what the largest
+        element would give."""
+        rng = torch.Generator().manual_seed(4)
+        exponents = torch.randint(-90, 90, (1, 16, 4, 1), generator=rng)
+        within = torch.randint(-20, 1, (1, 16, 4, 128), generator=rng)
+        q = (torch.randn(1, 16, 4, 128, generator=rng) * 2.0 ** (exponents + within)).bfloat16()
+        k = torch.randn(1, 1, 1, 128, generator=rng).to(E4M3)
+        with cute_fa.simulate(self.split.arch, num_sms=1):
+            _, lse = cute_fa.flash_attn_func(q, k, k, softmax_scale=1.0, num_splits=0, return_lse=True)
+        exact = (q.double() * k.double()).sum(-1).mT
+        bound = (q.double().abs().amax(-1) * k.double().abs().sum()).mT
+        assert ((lse - exact).abs() <= 2.0**-22 * bound + 2e-6).all()
+
+    @pytest.mark.without_races
+    @pytest.mark.parametrize("page_size", [None, 16])
+    @pytest.mark.parametrize("seqlen_q", [1, 4, 16])
+    def test_codes_are_read_once(self, seqlen_q, page_size):
+        """A byte each, of all eight query heads of a kv head, and none beyond the sequence's end."""
+        lengths = {"seqused_k": True, "lengths_k": (301, 77), "page_size": page_size}
+        spec = InputSpec(2, seqlen_q, 330, 16, 2, 64, 32, dtype_k=DType.E4M3, dtype_v=DType.E5M2, **lengths)
+        assert self.key_bytes(make_inputs(spec, "random"), 3) == (301 + 77) * 2 * (64 + 32)
+
+
+class SplitTests(OneKernel):
+    """``ctas_per_sm``: of tiles of 16 rows and head_dim 64."""
+
     ctas_per_sm: ClassVar[int]
 
     @abstractmethod
@@ -101,13 +204,6 @@ class SplitTests:
     def key_blocks(self, given: Inputs, num_sms: int) -> list[int]:
         """How many key blocks of k each CTA of a call loads; k is dense and contiguous, head_dim and head_dim_v
         differ."""
-
-    @pytest.fixture(autouse=True)
-    def only_this_kernel(self, monkeypatch) -> Iterator[None]:
-        monkeypatch.setattr(engine, "TABLE", self.split.table)
-        plans.PLANS.clear()
-        yield
-        plans.PLANS.clear()
 
     @pytest.mark.parametrize("num_sms", [1, 2, 5, 132])
     def test_a_sequence_without_keys(self, num_sms):

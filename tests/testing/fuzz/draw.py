@@ -249,20 +249,24 @@ def _with_gradients(problem: Problem, rng: random.Random) -> Problem:
 
 
 def _in_fp8(problem: Problem, rng: random.Random) -> Problem:
-    """With q, k and v in fp8 types, for a share of what may have them."""
+    """With q, k and v in fp8 types, or k and v alone, for a share of what may have them."""
+    request = problem.call == "Fa3FwdRequest"
     offered = problem.machine.arch in _FAMILIES and problem.family != "fa2"
-    offered = offered and not problem.spec.tree
-    if not offered or problem.call not in _FP8_CALLS or problem.cache.new is not None or not _chance(rng, 0.4):
+    offered = offered and not problem.spec.tree and (request or _chance(rng, 0.6))
+    if problem.call not in _FP8_CALLS or problem.cache.new is not None or not _chance(rng, 0.4):
         return problem
     dtype, dtype_k, dtype_v = (DType(rng.choice(_CODES)) for _ in range(3))
     descales = problem.call == "PagedAttentionRequest" or _chance(rng, 0.8)  # which asks for them
+    forward = dict.fromkeys(("backward", "deterministic", "lse_gradient", "slopes_gradient"), False)
+    spec = replace(problem.spec, dtype_k=dtype_k, dtype_v=dtype_v, descales=descales)
+    if not offered:
+        return problem if request else replace(problem, spec=spec, **forward)
     of_blocks = descales and _chance(rng, 0.3)
-    spec = replace(problem.spec, dtype=dtype, dtype_k=dtype_k, dtype_v=dtype_v, descales=descales)
+    spec = replace(spec, dtype=dtype)
     key_major = problem.call == "flash_attn_func" and _chance(rng, 0.3)
     spec = replace(spec, block_descales=of_blocks, v_layout="key_major" if key_major else "head_dim")
     asked = None if problem.call == "PagedAttentionRequest" else rng.choice([None, None, 1, 2])
-    call = "Fa3FwdFp8Request" if problem.call == "Fa3FwdRequest" else problem.call
-    forward = dict.fromkeys(("backward", "deterministic", "lse_gradient", "slopes_gradient"), False)
+    call = "Fa3FwdFp8Request" if request else problem.call
     return replace(problem, call=call, spec=spec, promote_every=asked, **forward)
 
 

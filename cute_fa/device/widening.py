@@ -1,0 +1,46 @@
+"""What the forwards have in common that read caches in fp8 beside queries in 16 bits: every code of e4m3 and of e5m2 is
+a number of fp16, so that keys and values widen exactly and descales are factors of sums, in fp32. No DSL."""
+
+from __future__ import annotations
+
+from cute_fa.engine.contract import FeatureConfig
+from cute_fa.semantics.names import dtypes_of_code
+from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.types import DType
+
+
+class WideningConfig(FeatureConfig):
+    """A config whose keys and values may be fp8 codes."""
+
+    @property
+    def widens(self) -> bool:
+        """Whether keys and values are fp8 codes, which become fp16."""
+        return self.dtype_k.is_fp8
+
+    @property
+    def product_dtype(self) -> DType:
+        """Of the matrix products' operands."""
+        return DType.FP16 if self.widens else self.dtype
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether rows of Q are brought into the range of fp16, each by a power of two of its own."""
+        return self.product_dtype is not self.dtype
+
+
+def code_objections(problem: AttentionProblem, head_dim_rule: str) -> list[str]:
+    """Reasons why a kernel that widens codes does not serve the problem: queries in fp8, rows that are no multiples of
+    16 bytes (``head_dim_rule`` says what asks for them), descales of blocks."""
+    reasons = []
+    if problem.dtype.is_fp8:
+        reasons.append(f"dtype {dtypes_of_code(problem)}: q in 16 bits is needed, k and v may be fp8")
+    if problem.is_fp8:
+        sizes = {name: getattr(problem, name) for name in ("head_dim", "head_dim_v")}
+        reasons += [
+            f"{name} {size} in fp8: a multiple of 16 is needed ({head_dim_rule})"
+            for name, size in sizes.items()
+            if size % 16
+        ]
+        if problem.k_block_descale or problem.v_block_descale:
+            reasons.append("descales of blocks of keys: this kernel takes one for each kv head of a sequence")
+    return reasons
