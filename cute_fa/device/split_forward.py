@@ -97,8 +97,8 @@ class SplitForward(AttentionKernel):
 
     @classmethod
     def grid(cls, problem: AttentionProblem, config, num_sms: int) -> Grid:
-        """One CTA a part; of an even cut as many as run at a time, or as there may be work for. Of chunks one each, or one
-        for all of a tile: bits do not depend on that."""
+        """One CTA a part; of an even cut as many as run at a time, or as there may be work for. Of chunks one each, or
+        one for all of a tile: bits do not depend on that."""
         tiles, resident = cls.tiles(problem, config), num_sms * cls.ctas_per_sm(config)
         units = tiles * cls.units(problem, config)
         if problem.seqlen_k_per_split:
