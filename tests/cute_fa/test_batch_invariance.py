@@ -124,6 +124,18 @@ def test_in_any_batch(arch):
             assert_same((out[b : b + 1], lse[b : b + 1]), of_sequence, slice(length - 1, length))
 
 
+@pytest.mark.parametrize("sms", [1, 132])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_chunks_and_their_sums_are_ordered(arch, sms):
+    """By the race detector: a chunk's part in scratch memory, then who adds the next one to it, with one SM the same
+    CTA."""
+    q, k, v = tensors(7)
+    with cute_fa.simulate(arch, num_sms=sms, race=True):
+        raced = decoded(q[:, -9:], k, v, KEYS)
+    with cute_fa.simulate(arch, num_sms=3):
+        assert_same(raced, decoded(q[:, -9:], k, v, KEYS), slice(None))
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_packed_prompts(arch):
     """Sequences of other lengths in one batch, a chunk of a prompt among them."""
