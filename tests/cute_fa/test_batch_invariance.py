@@ -129,7 +129,7 @@ def test_in_any_batch(arch):
 def test_chunks_and_their_sums_are_ordered(arch, sms):
     """By the race detector: a chunk's part in scratch memory, then who adds the next one to it, with one SM the same
     CTA."""
-    q, k, v = tensors(7)
+    q, k, v = tensors(7, head_dim=72)  # columns of a row are two warps' of an FA2 CTA
     with cute_fa.simulate(arch, num_sms=sms, race=True):
         raced = decoded(q[:, -9:], k, v, KEYS)
     with cute_fa.simulate(arch, num_sms=3):
