@@ -302,3 +302,18 @@ def test_scratch_memory_of_chunks_is_bounded(keys, parts, slots):
     assert Fa3Decode.grid(problem, config, 132).parts == parts
     out, lse = Fa3Decode.scratch(problem, config, None, 132)
     assert (out.shape, lse.shape) == ((slots, 128, 128), (slots, 128))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (176, 240), (192, 256), (256, 160), (256, 256)])
+@pytest.mark.parametrize(("arch", "dtype_k"), [("sm_80", DType.BF16), ("sm_90a", DType.BF16), ("sm_90a", DType.E4M3)])
+def test_blocks_of_as_many_keys_for_any_number_of_tokens(arch, dtype_k, dims):
+    """Of fp8 codes a tile of 64 rows would leave room for blocks of 64 keys where one of 128 does not, as at head_dim
+    192 and 256 columns of V."""
+    sizes = {"batch": 1, "seqlen_k": 5000, "num_heads": 1, "num_heads_kv": 1}
+    options = {"head_dim": dims[0], "head_dim_v": dims[1], "dtype_k": dtype_k, "dtype_v": dtype_k}
+    options |= {"softmax_scale": 0.1, "seqlen_k_per_split": 1024}
+    found = set()
+    for tokens in (1, 64, 65, 5000):
+        problem = AttentionProblem(SmArch(arch), DType.BF16, seqlen_q=tokens, **sizes, **options)
+        found.add(TABLE.lookup(problem).configure(problem).tile_n)
+    assert len(found) == 1
