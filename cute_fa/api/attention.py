@@ -440,16 +440,17 @@ _CHOICE_DEFAULTS = tuple(Options._field_defaults[name] for name in _CHOICES)
 
 def chunk_keys(batch_invariant: Any, seqlen_k_per_split: Any) -> Any:
     """Keys of a chunk, 0 where batch-invariant mode is off; raises ArgumentError where one argument says so and the
-    other gives them."""
+    other does not."""
     if batch_invariant is not None:
         batch_invariant = flag("batch_invariant", batch_invariant)
     if seqlen_k_per_split is None:
         on = BATCH_INVARIANT if batch_invariant is None else batch_invariant
         return USUAL_CHUNK if on else 0
-    if batch_invariant is False:
-        rule = "there are no chunks"
-        raise ArgumentError(f"seqlen_k_per_split={seqlen_k_per_split!r} with batch_invariant=False: {rule}")
-    return integer("seqlen_k_per_split", seqlen_k_per_split)
+    keys = integer("seqlen_k_per_split", seqlen_k_per_split)
+    if batch_invariant is not None and batch_invariant != (keys != 0):
+        rule = "the mode needs chunks" if batch_invariant else "there are no chunks"
+        raise ArgumentError(f"seqlen_k_per_split={keys} with batch_invariant={batch_invariant}: {rule}")
+    return keys
 
 
 def prepare(q: Any, k: Any, v: Any, *, causal: Any = False, window_size: Any = (None, None), **given: Any) -> Call:

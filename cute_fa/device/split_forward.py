@@ -14,6 +14,9 @@ from cute_fa.semantics.types import Direction
 from cute_fa.semantics.visibility import visible_keys
 
 _EVEN_SLOTS = 2  # for parts of tiles that a CTA leaves, of an even cut
+# Bytes of scratch memory that chunks with a CTA each may take. With 128 tiles of 128 rows and head_dim 128, those of
+# 128k keys, 1024 in a chunk, take 1.01 GiB, of 1M keys 8.06.
+_MOST_CHUNK_BYTES = 2**30
 
 
 class Parts(NamedTuple):
@@ -44,8 +47,8 @@ class Launch(NamedTuple):
 class SplitForward(AttentionKernel):
     """Scratch memory, fp32, a tile being tile_m rows, or as many as a kv head has, of head_dim_v + 1 numbers: two tiles
     for each CTA of an even cut, whatever the lengths and the batch; of N parts, N for each tile that there may be, if
-    so many key blocks. In batch-invariant mode two for each CTA where there are tiles for all SMs; of fewer tiles one
-    for each chunk of keys.
+    so many key blocks. In batch-invariant mode one for each chunk of keys where tiles are too few for all SMs and these
+    take 1 GiB at most, else two for each CTA.
     """
 
     direction = Direction.FORWARD
@@ -79,6 +82,11 @@ class SplitForward(AttentionKernel):
         return cls.head_tiles(problem, config) * problem.num_heads_kv * problem.batch
 
     @classmethod
+    def part_rows(cls, problem: AttentionProblem, config) -> int:
+        """Rows of a tile's part in scratch memory."""
+        return min(config.tile_m, problem.seqlen_q * problem.gqa_ratio)
+
+    @classmethod
     def units(cls, problem: AttentionProblem, config) -> int:
         """Of a tile, at most."""
         if problem.seqlen_k_per_split:
@@ -89,12 +97,14 @@ class SplitForward(AttentionKernel):
 
     @classmethod
     def grid(cls, problem: AttentionProblem, config, num_sms: int) -> Grid:
-        """One CTA a part; of an even cut as many as run at a time, or as there may be work for."""
+        """One CTA a part; of an even cut as many as run at a time, or as there may be work for. Of chunks one each, or
+        one for all of a tile: bits do not depend on that."""
         tiles, resident = cls.tiles(problem, config), num_sms * cls.ctas_per_sm(config)
         units = tiles * cls.units(problem, config)
         if problem.seqlen_k_per_split:
             chunks = cls.head_tiles(problem, config), problem.seqlen_k_per_split // config.tile_n
-            if tiles < resident and units > tiles:
+            bytes_of_all = 4 * units * cls.part_rows(problem, config) * (problem.head_dim_v + 1)
+            if tiles < resident and units > tiles and bytes_of_all <= _MOST_CHUNK_BYTES:
                 return Grid(units, tiles, units // tiles, *chunks)
             return Grid(min(tiles, resident), 0, 1, *chunks)
         if problem.num_splits:
@@ -111,7 +121,7 @@ class SplitForward(AttentionKernel):
         if not grid.merges:
             in_turn = problem.seqlen_k_per_split and cls.units(problem, config) > 1
             slots = _EVEN_SLOTS * grid.ctas if in_turn else 1
-        shape = max(slots, 1), min(config.tile_m, problem.seqlen_q * problem.gqa_ratio)
+        shape = max(slots, 1), cls.part_rows(problem, config)
         return Parts(Memory((*shape, problem.head_dim_v), torch.float32), Memory(shape, torch.float32))
 
     @classmethod

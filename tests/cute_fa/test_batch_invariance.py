@@ -17,6 +17,7 @@ from cute_fa.engine.table import TABLE
 from cute_fa.errors import ArgumentError, Fp8Error
 from cute_fa.semantics.problem import AttentionProblem
 from cute_fa.semantics.types import DType, KvLayout, MaskKind, SmArch
+from fa3_sm90.decode.entry import Fa3Decode
 
 KEYS, CHUNK, HEADS, HEADS_KV, HEAD_DIM = 300, 128, 4, 2, 64
 ARCHS = ("sm_80", "sm_90a")
@@ -121,6 +122,18 @@ def test_in_any_batch(arch):
         for b, length in enumerate(lengths.tolist()):
             of_sequence = tuple(tensor[b : b + 1] for tensor in whole)
             assert_same((out[b : b + 1], lse[b : b + 1]), of_sequence, slice(length - 1, length))
+
+
+@pytest.mark.parametrize("sms", [1, 132])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_chunks_and_their_sums_are_ordered(arch, sms):
+    """By the race detector: a chunk's part in scratch memory, then who adds the next one to it, with one SM the same
+    CTA."""
+    q, k, v = tensors(7, head_dim=72)  # columns of a row are two warps' of an FA2 CTA
+    with cute_fa.simulate(arch, num_sms=sms, race=True):
+        raced = decoded(q[:, -9:], k, v, KEYS)
+    with cute_fa.simulate(arch, num_sms=3):
+        assert_same(raced, decoded(q[:, -9:], k, v, KEYS), slice(None))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -269,8 +282,38 @@ def test_arguments():
             cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=100)
         with pytest.raises(ArgumentError, match="64 with batch_invariant=False: there are no chunks"):
             cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=64, batch_invariant=False)
+        with pytest.raises(ArgumentError, match="0 with batch_invariant=True: the mode needs chunks"):
+            cute_fa.flash_attn_func(q, q, q, seqlen_k_per_split=0, batch_invariant=True)
         with pytest.raises(ArgumentError, match="num_splits=3 in batch-invariant mode: the chunks of 1024 keys"):
             cute_fa.flash_attn_func(q, q, q, batch_invariant=True, num_splits=3)
         fp8 = q.to(torch.float8_e4m3fn)
         with pytest.raises(Fp8Error, match="batch_invariant: this kernel's sums depend on its tiles"):
             cute_fa.flash_attn_func(fp8, fp8, fp8, batch_invariant=True)
+
+
+@pytest.mark.parametrize(("keys", "parts", "slots"), [(128 * 1024, 128, 32 * 128), (1024 * 1024, 1, 2 * 32)])
+def test_scratch_memory_of_chunks_is_bounded(keys, parts, slots):
+    """128 tokens of 8 query heads a kv head: a CTA for each chunk of 32 tiles takes 0.25 GiB at 128k keys, and would
+    take 2.02 at 1M."""
+    sizes = {"batch": 1, "seqlen_q": 128, "seqlen_k": keys, "num_heads": 32, "num_heads_kv": 4}
+    dims = {"head_dim": 128, "head_dim_v": 128, "softmax_scale": 0.1}
+    problem = AttentionProblem(SmArch.SM_90A, DType.BF16, **sizes, **dims, seqlen_k_per_split=1024)
+    config = Fa3Decode.configure(problem)
+    assert Fa3Decode.grid(problem, config, 132).parts == parts
+    out, lse = Fa3Decode.scratch(problem, config, None, 132)
+    assert (out.shape, lse.shape) == ((slots, 128, 128), (slots, 128))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (176, 240), (192, 256), (256, 160), (256, 256)])
+@pytest.mark.parametrize(("arch", "dtype_k"), [("sm_80", DType.BF16), ("sm_90a", DType.BF16), ("sm_90a", DType.E4M3)])
+def test_blocks_of_as_many_keys_for_any_number_of_tokens(arch, dtype_k, dims):
+    """Of fp8 codes a tile of 64 rows would leave room for blocks of 64 keys where one of 128 does not, as at head_dim
+    192 and 256 columns of V."""
+    sizes = {"batch": 1, "seqlen_k": 5000, "num_heads": 1, "num_heads_kv": 1}
+    options = {"head_dim": dims[0], "head_dim_v": dims[1], "dtype_k": dtype_k, "dtype_v": dtype_k}
+    options |= {"softmax_scale": 0.1, "seqlen_k_per_split": 1024}
+    found = set()
+    for tokens in (1, 64, 65, 5000):
+        problem = AttentionProblem(SmArch(arch), DType.BF16, seqlen_q=tokens, **sizes, **options)
+        found.add(TABLE.lookup(problem).configure(problem).tile_n)
+    assert len(found) == 1
