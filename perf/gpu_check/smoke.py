@@ -91,6 +91,12 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
         InputSpec(2, 16, 500, 8, 1, 128, causal=True, page_size=16), choices={"num_splits": 0}
     ),
     "decode d256": Attention(InputSpec(1, 9, 500, 8, 1, 256, causal=True), choices={"num_splits": 0}),
+    "decode d128, batch-invariant": Attention(
+        InputSpec(2, 1, 700, 8, 1, 128, causal=True, page_size=64), choices={"seqlen_k_per_split": 256}
+    ),
+    "prompt d128, batch-invariant": Attention(
+        InputSpec(1, 700, 700, 8, 1, 128, causal=True), choices={"seqlen_k_per_split": 256}
+    ),
     "fa2 decode d128": Attention(InputSpec(2, 1, 700, 8, 1, 128), choices={"num_splits": 0, "family": "fa2"}),
     "fa2 d128 causal": Attention(InputSpec(1, 150, 150, 2, 1, 128, causal=True), choices={"family": "fa2"}),
     "walk of a range plan": run_walk_trial,

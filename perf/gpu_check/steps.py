@@ -43,7 +43,7 @@ TESTS = {
     "fa3_sm90/test_clusters fa3_sm90/test_backward fa3_sm90/test_split_backward fa3_sm90/test_decode "
     "fa2_sm80/test_split fa2_sm80/test_backward cute_fa/test_ranges_on_a_gpu fa2_sm80/test_range_forward "
     "fa2_sm80/test_range_backward cute_fa/test_append cute_fa/test_append_fp8 cute_fa/test_kvcache "
-    "cute_fa/test_tree_mask fa2_sm80/test_forward",
+    "cute_fa/test_tree_mask cute_fa/test_batch_invariance fa2_sm80/test_forward",
     "around them": "cute_fa/test_backward_ops cute_fa/test_cache cute_fa/test_service cute_fa/test_transformers "
     "perf/test_device cute_fa/test_cli",
     "composable_kernel's grid": "cute_fa/test_composable_kernel_grid",

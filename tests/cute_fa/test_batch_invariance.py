@@ -255,6 +255,22 @@ def test_by_the_environment(monkeypatch):
         assert leaf.grad.abs().max() > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_on_a_gpu(feature, head_dim):
+    options = {name: t.cuda() if torch.is_tensor(t) else t for name, t in FEATURES[feature].items()}
+    q, k, v = (tensor.cuda() for tensor in tensors(10, 3, head_dim))
+    whole = prompt(q, k, v, **options)
+    for sequence in range(3):
+        of_sequence = tuple(tensor[sequence : sequence + 1] for tensor in whole)
+        alone = [tensor[sequence : sequence + 1] for tensor in (k, v)]
+        for first, last in ((299, 300), (120, 121), (128, 129), (60, 190)):
+            places = slice(first, last)
+            result = decoded(q[sequence : sequence + 1, places], *alone, last, **options)
+            assert_same(result, of_sequence, places)
+
+
 def test_chunks_change_bits():
     """What the mode fixes: other chunks are other sums, and without it there are none."""
     q, k, v = tensors(1)
