@@ -2,9 +2,10 @@
 
 Arguments: whose kernel (cute-fa or fa4), head_dim, mask (full, causal, varlen: packed sequences and a window; paged),
 and what (forward by default; fp8: the forward in e4m3; split: its keys in three parts; decode: few queries, the keys
-cut evenly between CTAs, rows: the same from pages of one token, codes: from a cache in e4m3; backward; deterministic:
-the backward without atomic additions). The problems are small, and made so that waits and barriers matter: tiles of
-queries without keys, with one block of keys, two and many, and more tiles than SMs.
+cut evenly between CTAs, rows: the same from pages of one token, codes: from a cache in e4m3, invariant: in
+batch-invariant mode; backward; deterministic: the backward without atomic additions). The problems are small, and made
+so that waits and barriers matter: tiles of queries without keys, with one block of keys, two and many, and more tiles
+than SMs.
 """
 
 import dataclasses
@@ -22,8 +23,9 @@ from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs, output_gradient
 from tests.testing.gradients import call_of
 from tests.testing.turns import Turns
 
-# Parts of the keys, 0: cut evenly between CTAs.
-SPLITS = {"split": 3, "decode": 0, "rows": 0, "codes": 0}
+# Parts of the keys, 0: cut evenly between CTAs, or in chunks.
+SPLITS = {"split": 3, "decode": 0, "rows": 0, "codes": 0, "invariant": 0}
+CHUNKS = {"invariant": 256}
 CACHES = {"rows": {"page_size": 1}, "codes": {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}}
 
 
@@ -80,10 +82,12 @@ def fa4(given: Inputs):
     return flash_attn_varlen_func(given.q, given.k, given.v, window_size=spec.window, **packed, **lengths, **options)
 
 
-def check_forward(given: Inputs, whose: str, splits: int) -> None:
+def check_forward(given: Inputs, whose: str, splits: int, chunk: int | None) -> None:
     tiled = torch.cuda.get_device_capability() == (9, 0) and splits == 1
-    persistent = {"persistent": "on"} if tiled else {}
-    out, lse = fa4(given) if whose == "fa4" else given.run(return_lse=True, num_splits=splits, **persistent)
+    choices = {"persistent": "on"} if tiled else {}
+    if chunk is not None:
+        choices["seqlen_k_per_split"] = chunk
+    out, lse = fa4(given) if whose == "fa4" else given.run(return_lse=True, num_splits=splits, **choices)
     result = reference.expected(given.q, given.k, given.v, **given.options()).check(out, lse)
     assert result.ok, f"{given.spec}: {result}"
 
@@ -117,7 +121,7 @@ def main(whose: str, head_dim: str, mask: str, what: str = "forward") -> None:
     for spec in problems(int(head_dim), mask, what):
         given = make_inputs(spec, "peaked", device="cuda")
         if what in ("forward", "fp8", *SPLITS):
-            check_forward(given, whose, SPLITS.get(what, 1))
+            check_forward(given, whose, SPLITS.get(what, 1), CHUNKS.get(what))
         else:
             check_backward(given, whose, deterministic=what == "deterministic")
 

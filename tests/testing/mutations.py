@@ -122,6 +122,7 @@ VICTIMS += [
 ]  # always deterministic
 
 DECODES = (("decode", "causal"), ("decode", "varlen"), ("decode", "paged"), ("rows", "causal"), ("codes", "paged"))
+DECODES += (("invariant", "causal"), ("invariant", "varlen"))
 VICTIMS += [Victim(*FAMILIES[1], head_dim, mask, what) for head_dim in (64, 128) for what, mask in DECODES]
 
 
