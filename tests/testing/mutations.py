@@ -131,6 +131,9 @@ VICTIMS += [Victim(*FAMILIES[1], head_dim, mask, what) for head_dim in (64, 128)
 _SM90, _SM100 = "flash_fwd_sm90.py:FlashAttentionForwardSm90", "flash_fwd_sm100.py:FlashAttentionForwardSm100"
 _BACKWARD = "flash_bwd_sm90.py:FlashAttentionBackwardSm90"
 NOTES = (
+    ("FA3", "fa3_sm90/decode/epilogue.py:Epilogue.store", "bar.warp.sync",
+     "behind a chunk's stores, which other threads of the warp read in the next chunk: the votes and products in "
+     "between, which all of them take part in, order a warp's threads for the simulator, and PTX promises it of none"),
     ("FA3", "cute_fa/device/ring.py:Ring.release", "mbarrier.arrive",
      "releases V from the third block at the right edge on; in these problems 128 queries meet two of 80 keys there"),
     ("FA3", "cute_fa/device/ring.py:Ring.acquire", "mbarrier.try_wait",
@@ -237,8 +240,9 @@ def page(known: dict[Victim, list[Record]]) -> str:
         f"{_share(total)}.** {_shares(known)}.",
         "FA2, FA3 and fa4_sm100 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package\n"
         "index: forwards where nothing else is said; *backward* has atomic additions, *deterministic* none, *split*\n"
-        "three parts of the keys; each with the small kernels around it. bf16; *varlen* is packed sequences with a\n"
-        "window, *paged* keys in pages of 16 (split) or 64 under a causal mask.",
+        "three parts of the keys, *decode* keys cut evenly between CTAs, *rows* the same from pages of one token, *codes*\n"
+        "from a cache in e4m3, *invariant* in batch-invariant mode; each with the small kernels around it. bf16; *varlen*\n"
+        "is packed sequences with a window, *paged* keys in pages of 16 (of few queries) or 64 under a causal mask.",
         _table(kernels),
         f"Not run yet: {missing}." if missing else "",
         "By kind of instruction, with the errors that caught the mutants and the classes of the equivalent ones\n"
