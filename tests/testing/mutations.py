@@ -240,9 +240,10 @@ def page(known: dict[Victim, list[Record]]) -> str:
         f"{_share(total)}.** {_shares(known)}.",
         "FA2, FA3 and fa4_sm100 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package\n"
         "index: forwards where nothing else is said; *backward* has atomic additions, *deterministic* none, *split*\n"
-        "three parts of the keys, *decode* keys cut evenly between CTAs, *rows* the same from pages of one token, *codes*\n"
-        "from a cache in e4m3, *invariant* in batch-invariant mode; each with the small kernels around it. bf16; *varlen*\n"
-        "is packed sequences with a window, *paged* keys in pages of 16 (of few queries) or 64 under a causal mask.",
+        "three parts of the keys, *decode* keys cut evenly between CTAs, *rows* the same from pages of one token,\n"
+        "*codes* from a cache in e4m3, *invariant* in batch-invariant mode; each with the small kernels around it. bf16;\n"
+        "*varlen* is packed sequences with a window, *paged* keys in pages of 16 (of few queries) or 64 under a causal\n"
+        "mask.",
         _table(kernels),
         f"Not run yet: {missing}." if missing else "",
         "By kind of instruction, with the errors that caught the mutants and the classes of the equivalent ones\n"
