@@ -107,7 +107,7 @@ def test_scores_beyond_the_digits_of_fp32(monkeypatch):
         config = configure(problem)
         return FusedConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
 
-    def beyond(maximum, scale, running, exponents):
+    def beyond(maximum, scale, running, exponents, row_wise):
         return placed_fma(maximum, scale, -running) > exponents.limit
 
     monkeypatch.setattr(Fa3Decode, "configure", fused)
