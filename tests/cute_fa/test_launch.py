@@ -170,7 +170,7 @@ def test_splits_have_memory_of_their_own(launched):
     (first, second), splits = [args[1] for args in launched], 3
     assert [tuple(t.shape) for t in first] == [(splits, 16, 64), (splits, 16)] and first[0].dtype is torch.float32
     assert not {t.data_ptr() for t in first} & {t.data_ptr() for t in second}
-    assert [args[2] for args in launched] == [(splits, 1, splits)] * 2
+    assert [args[2] for args in launched] == [(splits, 1, splits, None, None)] * 2
 
 
 def test_plans_hold_no_tensors(monkeypatch):
