@@ -273,7 +273,12 @@ def test_reasons_name_the_value():
             "descales of blocks of keys",
         ),
         ({"softcap": 9e3}, "softcap 9000"),
-        ({"num_splits": 2**26, "num_heads": 64, "num_heads_kv": 64}, f"{2**32} parts of all tiles"),
+        (
+            {"num_splits": 2**26, "seqlen_k": 2**29, "num_heads": 1024, "num_heads_kv": 1024},
+            f"{2**33} parts of all tiles",
+        ),
     ):
         reasons = Fa2Split.supports(dataclasses.replace(base, out_dtype=None, **change))
         assert len(reasons) == 1 and word in reasons[0], reasons
+    # no more parts than key blocks
+    assert Fa2Split.supports(dataclasses.replace(base, num_splits=2**26, num_heads=64, num_heads_kv=64)) == []
