@@ -11,14 +11,15 @@ from cute_fa.device.visibility import Window
 
 class Descales(NamedTuple):
     """What codes of q, k and v are multiplied by to give values: fp32 (batch, heads_kv) of any strides, or None; of k
-    and v also (batch, heads_kv, blocks), one for each ``DESCALE_BLOCK`` keys of a sequence."""
+    and v also (batch, heads_kv, blocks), one for each ``DESCALE_BLOCK`` keys of a sequence, or (sequences or pages,
+    rows, heads_kv, 1) of any strides, one for each row and head of the cache."""
 
     q: Optional[cute.Tensor]
     k: Optional[cute.Tensor]
     v: Optional[cute.Tensor]
 
     def of_scores(self, batch: Int32, kv_head: Int32):
-        """Factor of the products of q and k, or None; without that of blocks."""
+        """Factor of the products of q and k, or None; without that of blocks or rows."""
         factor = None
         for descale in (self.q, self.k):
             if const_expr(descale is not None and cute.rank(descale) == 2):
@@ -27,7 +28,7 @@ class Descales(NamedTuple):
         return factor
 
     def of_values(self, batch: Int32, kv_head: Int32):
-        """Factor of v, or None; without that of blocks."""
+        """Factor of v, or None; without that of blocks or rows."""
         return None if const_expr(self.v is None or cute.rank(self.v) > 2) else self.v[batch, kv_head]
 
 

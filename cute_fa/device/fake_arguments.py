@@ -57,6 +57,8 @@ def _fake_option(config: FeatureConfig, tensor: TensorOption) -> cute.Tensor:
     element, dimensions = _ELEMENTS[tensor.dtype], tensor.dimensions
     if tensor.wider and getattr(config, tensor.wider):
         return fake_vector(element, dimensions + 1)
+    if tensor.cache_like and getattr(config, tensor.cache_like):
+        return fake_strided(element, dimensions + 2)
     if tensor.packed and getattr(config, tensor.packed):
         return fake_vector(element, dimensions - 1)
     return (fake_strided if tensor.strided else fake_vector)(element, dimensions)

@@ -106,17 +106,20 @@ def _make_plan(call: Call, out: torch.Tensor | None) -> ForwardPlan:
         new_out=new_like((*call.q.shape[:-1], call.v.shape[-1]), TORCH_DTYPES[problem.out_dtype]),
         new_lse=new_like(call.lse_shape, torch.float32),
         strides=None if strides == (None,) * 4 else strides,
-        expanded=expanded_extras(problem, call.extras),
+        expanded=expanded_extras(problem, call),
     )
 
 
-def expanded_extras(problem: AttentionProblem, extras: Extras) -> dict[str, tuple[int, ...]]:
-    """Slopes and descales that are not one for each head of each sequence, and the shape of those."""
+def expanded_extras(problem: AttentionProblem, call: Call) -> dict[str, tuple[int, ...]]:
+    """Slopes and descales that are not one for each head of each sequence, or of each row, and the shape of those."""
     descales = dict.fromkeys(("q_descale", "k_descale", "v_descale"), problem.num_heads_kv)
     heads = {"alibi_slopes": problem.num_heads} | descales
-    given = {name: getattr(extras, name) for name in heads}
+    given = {name: getattr(call.extras, name) for name in heads}
     shapes = {name: (problem.batch, heads[name]) for name, tensor in given.items() if tensor is not None}
-    return {name: shape for name, shape in shapes.items() if given[name].dim() < 3 and given[name].shape != shape}
+    for name, rows in (("k_descale", call.k), ("v_descale", call.v)):
+        if name in shapes and given[name].dim() == 4:
+            shapes[name] = (*rows.shape[:3], 1)
+    return {name: shape for name, shape in shapes.items() if given[name].dim() != 3 and given[name].shape != shape}
 
 
 def validate(call: Call, out: torch.Tensor | None = None) -> None:

@@ -149,7 +149,7 @@ def _make_plan(dout, dlse, out, lse, call: Call, slopes_gradient: bool) -> Backw
         new=_allocations(call, slopes_gradient),
         strides=None if strides == (None,) * 5 else strides,
         copies=load_rule(dout) is not None or (call.extras.query_walk is not None and is_spread(dout)),
-        expanded=expanded_extras(problem, call.extras),
+        expanded=expanded_extras(problem, call),
     )
 
 

@@ -237,6 +237,7 @@ def _in_bf16(problem: Problem) -> Problem:
     others: dict[str, Any] = dict.fromkeys(("dtype_k", "dtype_v"))
     if isinstance(problem, AttentionProblem):
         descales = ("q_descale", "k_descale", "v_descale", "k_block_descale", "v_block_descale")
+        descales += ("k_row_descale", "v_row_descale")
         others |= {"out_dtype": None} | dict.fromkeys(descales, False)
     return replace(problem, dtype=DType.BF16, **others)
 

@@ -19,7 +19,8 @@ class Extras(NamedTuple):
     and v, or row of page_table, each one of the batch reads; ``cache_leftpad`` int32 (batch): rows of k and v before
     its first key; ``alibi_slopes`` fp32 (heads) or (batch, heads); ``learnable_sink`` fp32 (heads); ``*_descale`` fp32
     (batch, heads_kv) or one number: what codes of fp8 q, k, v are multiplied by; those of k and v also (batch,
-    heads_kv, blocks), one for each ``DESCALE_BLOCK`` keys of a sequence.
+    heads_kv, blocks), one for each ``DESCALE_BLOCK`` keys of a sequence, or of four dimensions that broadcast against
+    k or v, a cache: one for each row and head, (…, rows, heads_kv, 1), or for each page, (num_pages, 1, heads_kv, 1).
 
     ``query_walk``, ``key_walk``, ``dq_walk``: what a range plan shows, as lists of blocks for the forward's tiles of
     queries, the backward's of keys, and those of its kernel for dQ alone: int32, see ``cute_fa.device.range_walk``.

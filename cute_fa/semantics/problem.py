@@ -57,6 +57,16 @@ BLOCK_DESCALE_ROWS: dict[str, dict[str, Any]] = {
         "v_block_descale": True,
     },
 }
+ROW_DESCALE_ROWS: dict[str, dict[str, Any]] = {
+    "bf16, k and v e4m3 with descales of rows": {
+        "dtype_k": DType.E4M3,
+        "dtype_v": DType.E4M3,
+        "k_descale": True,
+        "v_descale": True,
+        "k_row_descale": True,
+        "v_row_descale": True,
+    },
+}
 POSITIONED = ("ranges", "alibi", "q_positions", "k_positions")
 HEAD_DIM_ROWS: dict[str, dict[str, Any]] = {
     f"head_dim {size}": {"head_dim": size, "head_dim_v": size} for size in (8, 64, 128, 192, 256, 512)
@@ -64,10 +74,10 @@ HEAD_DIM_ROWS: dict[str, dict[str, Any]] = {
 HEAD_DIM_V_ROWS: dict[str, dict[str, Any]] = {"head_dim 192, head_dim_v 128": {"head_dim": 192}}
 
 
-def descale(name: str, blocks: str = "") -> TensorOption:
+def descale(name: str, blocks: str = "", rows: str = "") -> TensorOption:
     """A tensor that fp8 codes are multiplied by: fp32 (batch, heads_kv), with the flag ``blocks`` (batch, heads_kv,
-    blocks)."""
-    return TensorOption(name, "float32", dimensions=2, strided=True, wider=blocks)
+    blocks), with the flag ``rows`` (sequences or pages, rows, heads_kv, 1)."""
+    return TensorOption(name, "float32", dimensions=2, strided=True, wider=blocks, cache_like=rows)
 
 
 class LiteralWindow(NamedTuple):
@@ -149,7 +159,7 @@ class AttentionProblem:
     ``dtype`` is q's; ``dtype_k`` and ``dtype_v`` are alike by default, and others only if both are fp8; ``out_dtype``
     is q's by default, bf16 for fp8. ``q_descale``, ``k_descale``, ``v_descale``: fp8 codes are multiplied by given
     numbers; ``k_block_descale``, ``v_block_descale``: with one for each ``DESCALE_BLOCK`` keys of a
-    sequence. ``v_layout``: which dimension of v is contiguous, "head_dim" or "key_major" for the keys. ``ranges``: a
+    sequence; ``k_row_descale``, ``v_row_descale``: with one for each row and head of the cache, or of a page. ``v_layout``: which dimension of v is contiguous, "head_dim" or "key_major" for the keys. ``ranges``: a
     range plan says which keys a query sees; ``q_positions``, ``k_positions``: between which ALiBi's distances are.
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``).
@@ -327,15 +337,19 @@ class AttentionProblem:
         False, tensor=descale("q_descale"), flag="q_descale", flag_token="qscale", rows=DESCALE_ROWS
     )
     k_descale: bool = option(
-        False, tensor=descale("k_descale", "k_block_descale"), flag="k_descale", flag_token="kscale"
+        False, tensor=descale("k_descale", "k_block_descale", "k_row_descale"), flag="k_descale", flag_token="kscale"
     )
     v_descale: bool = option(
-        False, tensor=descale("v_descale", "v_block_descale"), flag="v_descale", flag_token="vscale"
+        False, tensor=descale("v_descale", "v_block_descale", "v_row_descale"), flag="v_descale", flag_token="vscale"
     )
     k_block_descale: bool = option(
         False, flag="k_block_descale", needs="k_descale", flag_token="kblocks", rows=BLOCK_DESCALE_ROWS
     )
     v_block_descale: bool = option(False, flag="v_block_descale", needs="v_descale", flag_token="vblocks")
+    k_row_descale: bool = option(
+        False, flag="k_row_descale", needs="k_descale", flag_token="krows", rows=ROW_DESCALE_ROWS
+    )
+    v_row_descale: bool = option(False, flag="v_row_descale", needs="v_descale", flag_token="vrows")
     ranges: bool = option(
         False,
         tensor=TensorOption("query_walk"),
@@ -472,8 +486,14 @@ class AttentionProblem:
             if getattr(self, f"{name}_descale") and not dtype.is_fp8:
                 raise Fp8Error(f"{name}_descale with {name} in {dtype.value}: only fp8 codes have descales")
         for name in "kv":
-            if getattr(self, f"{name}_block_descale") and not getattr(self, f"{name}_descale"):
-                raise ArgumentError(f"{name}_block_descale without {name}_descale: there are no descales")
+            of_blocks, of_rows = getattr(self, f"{name}_block_descale"), getattr(self, f"{name}_row_descale")
+            for kind, given in (("block", of_blocks), ("row", of_rows)):
+                if given and not getattr(self, f"{name}_descale"):
+                    raise ArgumentError(f"{name}_{kind}_descale without {name}_descale: there are no descales")
+            if of_blocks and of_rows:
+                raise ArgumentError(f"{name}_block_descale and {name}_row_descale: of blocks or of rows, not both")
+            if of_rows and self.varlen_k:
+                raise ArgumentError(f"{name}_row_descale with cu_seqlens_k: rows of a cache have descales of their own")
 
     def _check_v_layout(self) -> None:
         if self.v_layout not in V_LAYOUTS:

@@ -179,7 +179,8 @@ def attention(
     cache_batch_idx (batch): which sequence of k and v, or row of page_table, each one of the batch reads; cache_leftpad
     (batch): rows before its first key, which its length counts.
     alibi_slopes: (heads) or (batch, heads). learnable_sink: (heads). q_descale, k_descale, v_descale: (batch, heads_kv)
-    or one number, 1 by default; those of k and v also (batch, heads_kv, blocks), one for each 128 keys of a sequence.
+    or one number, 1 by default; those of k and v also (batch, heads_kv, blocks), one for each 128 keys of a sequence, or of
+    four dimensions that broadcast against k and v, which are no packed rows then.
     q_ranges, k_ranges, attn_type_map, q_positions, k_positions: a range plan, as for ``cute_fa.range_attention``, of a
     batch of one sequence; nothing else then says what is visible.
     tree_mask: int32 (batch, seqlen_q, words), packed (total_q, words): bit j of word w is set where the query sees
@@ -204,7 +205,8 @@ def attention(
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     for span in _spans(q, k, lengths, (page_table, cache_batch_idx, cache_leftpad)):
         k_s, v_s = (_keys(t, span, cu_seqlens_k, page_table).to(compute) for t in (k, v))
-        k_s, v_s = _descaled(k_s, k_descale, span), _descaled(v_s, v_descale, span)
+        of_k, of_v = (_of_rows(d, t, span, page_table) for d, t in ((k_descale, k), (v_descale, v)))
+        k_s, v_s = _descaled(k_s, of_k, span), _descaled(v_s, of_v, span)
         slopes = _slopes(alibi_slopes, span, compute)
         for rows, distance, visible in _pieces(span, heads, left, right, sink_tokens, plan, q.device):
             at, at_lse = _index(span, rows, cu_seqlens_q)
@@ -358,10 +360,21 @@ def _slopes(alibi_slopes: torch.Tensor | None, span: _Span, compute: torch.dtype
     return slopes.to(compute)[:, None, None]
 
 
+def _of_rows(
+    descale: torch.Tensor | None, cache: torch.Tensor, span: _Span, page_table: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Descales of one sequence's rows, (1, rows, heads_kv, 1), where rows of the cache have some; others as they are."""
+    if descale is None or descale.dim() < 4:
+        return descale
+    return _keys(descale.expand(*cache.shape[:3], 1), span, None, page_table)[None]
+
+
 def _descaled(rows: torch.Tensor, descale: torch.Tensor | None, span: _Span) -> torch.Tensor:
     """Values of codes (rows, heads or kv heads, size) of one sequence."""
     if descale is None:
         return rows
+    if descale.dim() == 4:  # of rows
+        return rows * descale[0].to(rows.dtype)
     if descale.dim() == 3:  # of blocks of keys
         of_rows = descale[span.batch].T.repeat_interleave(DESCALE_BLOCK, 0)
         return rows * of_rows[: rows.shape[0], :, None].to(rows.dtype)

@@ -111,6 +111,8 @@ def problem_of(arch: SmArch, call: Call, out: torch.Tensor | None = None, **back
     fields |= {
         "k_block_descale": _has_blocks(extras.k_descale),
         "v_block_descale": _has_blocks(extras.v_descale),
+        "k_row_descale": has_rows(extras.k_descale),
+        "v_row_descale": has_rows(extras.v_descale),
         "page_size": page_size,
         "softcap": float(options.softcap),
         "num_splits": options.num_splits or 1,  # 0 is for the table to choose
@@ -216,6 +218,8 @@ def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str
             asked = f"{sequences} and {shape[1]} heads of {names['k']}"
             if name in "kv" and _has_blocks(descale):
                 _check_block_descale(called, descale, (*shape, blocks), asked)
+            elif name in "kv" and has_rows(descale):
+                check_row_descale(called, descale, names[name], of)
             else:
                 check_descale(called, descale, shape, asked)
 
@@ -228,6 +232,24 @@ def _check_block_descale(name: str, descale: torch.Tensor, shape: tuple[int, int
         rule = f"{shape} is needed, one for each {DESCALE_BLOCK} keys, for the {of}"
         raise ShapeError(f"{name} {tuple(descale.shape)}: {rule}")
     check_contiguous_rows(name, descale)
+
+
+def has_rows(descale: torch.Tensor | None) -> bool:
+    """Whether rows of a cache, or of its pages, have descales of their own."""
+    return descale is not None and descale.dim() == 4
+
+
+def check_row_descale(name: str, descale: torch.Tensor, like: str, cache: torch.Tensor) -> None:
+    """Raise DTypeError or ShapeError unless this is fp32 and broadcasts against the cache, an argument ``like``, with
+    one number for all elements of a head."""
+    if descale.dtype != torch.float32:
+        raise DTypeError(name, descale.dtype, "float32 is needed")
+    whole = (*cache.shape[:-1], 1)
+    if cache.dim() != 4 or any(size not in (1, full) for size, full in zip(descale.shape, whole, strict=True)):
+        rule = f"{whole} is needed, or 1 in the place of any of these, for {like} {tuple(cache.shape)}"
+        if cache.dim() != 4:
+            rule = f"descales of rows are of a cache or of its pages, {like} {tuple(cache.shape)} is packed"
+        raise ShapeError(f"{name} {tuple(descale.shape)}: {rule}")
 
 
 def check_descale(name: str, descale: torch.Tensor, shape: tuple[int, int], of: str) -> None:
@@ -350,6 +372,9 @@ def check_values(problem: AttentionProblem, call: Call) -> None:
         if descale is not None:
             if _has_blocks(descale):
                 descale = _reached_blocks(descale, used_k)
+            if has_rows(descale):
+                of = k if name == "k_descale" else call.v
+                descale = reached_rows(descale, of, used_k, table, extras.cache_batch_idx, extras.cache_leftpad)
             check_descale_values(names[name], descale)
             scale *= 1.0 if name == "v_descale" else min(descale.flatten().tolist(), default=1.0)
     if extras.alibi_slopes is not None:
@@ -373,6 +398,27 @@ def _reached_blocks(descale: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     first = torch.arange(descale.shape[2], device=descale.device) * DESCALE_BLOCK
     reached = first < torch.tensor(lengths, device=descale.device)[:, None]
     return torch.where(reached[:, None], descale, 1.0)
+
+
+def reached_rows(
+    descale: torch.Tensor,
+    cache: torch.Tensor,
+    lengths: list[int],
+    page_table: torch.Tensor | None,
+    cache_batch_idx: torch.Tensor | None,
+    cache_leftpad: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Descales of rows, 1 for rows of the cache that no sequence has; ``lengths``: with the padding."""
+    held = torch.zeros(cache.shape[:2], dtype=torch.bool)
+    sequences = range(len(lengths)) if cache_batch_idx is None else cache_batch_idx.tolist()
+    starts = [0] * len(lengths) if cache_leftpad is None else cache_leftpad.tolist()
+    for sequence, start, length in zip(sequences, starts, lengths, strict=True):
+        rows = torch.arange(start, length)
+        if page_table is None:
+            held[sequence, rows] = True
+        else:
+            held[page_table[sequence].cpu().long()[rows // cache.shape[1]], rows % cache.shape[1]] = True
+    return torch.where(held[..., None, None], descale.cpu(), 1.0)
 
 
 def check_descale_values(name: str, descale: torch.Tensor) -> None:

@@ -37,7 +37,8 @@ class InputSpec:
 
     ``seqlen_q`` and ``seqlen_k`` are the longest lengths; ``head_dim_v`` is ``head_dim`` by default, ``dtype_k`` and
     ``dtype_v`` ``dtype``. ``descales``: fp8 tensors have some, one for each kv head of each sequence;
-    ``block_descales``: those of k and v have one for each 128 keys.
+    ``block_descales``: those of k and v have one for each 128 keys; ``row_descales``: one for each row and head of the
+    cache ("rows") or for each page and head ("pages").
     ``lengths_q``/``lengths_k`` fix every sequence's length for varlen and seqused; without them they are drawn from the
     seed, the first one at its longest, with odd and empty ones among the rest. ``varlen_*`` packs the sequences with
     cu_seqlens; ``seqused_*`` passes lengths shorter than what the tensors hold. ``page_size`` stores k and v in pages,
@@ -62,6 +63,7 @@ class InputSpec:
     dtype_v: DType | None = None
     descales: bool = True
     block_descales: bool = False
+    row_descales: str = ""
     softmax_scale: float | None = None
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
@@ -94,6 +96,8 @@ class InputSpec:
             raise ArgumentError("varlen_k with page_size: a paged cache takes its lengths from seqused_k")
         if self.is_cache and self.varlen_k:
             raise ArgumentError("varlen_k with cache_batch_idx or cache_leftpad: the function for caches takes none")
+        if self.row_descales not in ("", "rows", "pages") or (self.row_descales == "pages" and not self.page_size):
+            raise ArgumentError(f"row_descales={self.row_descales!r}: rows, or pages with page_size")
         if self.positions and not self.ranges:
             raise ArgumentError("positions without ranges: nothing depends on them")
 
@@ -246,32 +250,41 @@ def make_inputs(
     descales = _draw_descales(spec, seed)
     if spec.block_descales:
         descales = [descales[0], *_draw_block_descales(descales[1:], spec, lengths_k, poison, seed)]
-    sequences = [_codes(parts, [None if d is None else d[b] for d in descales]) for b, parts in enumerate(sequences)]
+    pads = _pads(spec, seed)
+    of_rows: list[list[torch.Tensor]] = []
+    of_sequences = [[None if d is None else d[b] for d in descales] for b in range(spec.batch)]
+    if spec.row_descales:
+        of_rows = _draw_row_descales(descales[1:], spec, lengths_k, pads, seed)
+        for b, (of_k, of_v) in enumerate(zip(*of_rows, strict=True)):
+            of_sequences[b][1:] = of_k, of_v
+    sequences = [_codes(parts, own) for parts, own in zip(sequences, of_sequences, strict=True)]
     fill = math.nan if poison else 0.0
 
     q_rows, q_extent, cu_q, used_q = _extents(lengths_q, spec.seqlen_q, spec.varlen_q, spec.seqused_q, rng)
-    pads = _pads(spec, seed)
     held_k = [pad + length for pad, length in zip(pads, lengths_k, strict=True)]
     longest_k = spec.seqlen_k + max(pads, default=0)
     used_only = spec.seqused_k or spec.cache_leftpad
     k_rows, k_extent, cu_k, used_k = _extents(held_k, longest_k, spec.varlen_k, used_only, rng)
-    of_keys = [
-        [_behind(sequence[part], pad, fill) for sequence, pad in zip(sequences, pads, strict=True)] for part in (1, 2)
-    ]
+    of_keys = [[sequence[part] for sequence in sequences] for part in (1, 2)] + of_rows
+    of_keys = [[_behind(rows, pad, fill) for rows, pad in zip(column, pads, strict=True)] for column in of_keys]
     page_table = None
     q = _pack([s[0] for s in sequences], q_rows, q_extent, fill)
     if spec.page_size is not None:
-        (k, v), page_table = _paged(of_keys, spec, longest_k, fill, rng)
+        (k, v, *stored), page_table = _paged(of_keys, spec, longest_k, fill, rng)
         used_k = torch.tensor(held_k, dtype=torch.int32)
     else:
-        k, v = (_pack(parts, k_rows, k_extent, fill) for parts in of_keys)
+        k, v, *stored = (_pack(parts, k_rows, k_extent, fill) for parts in of_keys)
     index = None
     if spec.cache_batch_idx:
         index = torch.randperm(spec.batch + 1, generator=torch.Generator().manual_seed(seed))[: spec.batch].int()
         if page_table is not None:
             page_table = _by_index(page_table, index, page_table.amax())
         else:
-            k, v = (_by_index(t, index, fill) for t in (k, v))
+            k, v, *stored = (_by_index(t, index, fill) for t in (k, v, *stored))
+    if spec.row_descales == "pages":
+        stored = [_of_pages(descale, fill) for descale in stored]
+    if spec.row_descales:
+        descales[1:] = stored
     dtypes = (TORCH_DTYPES[dtype] for dtype in spec.dtypes)
     q, k, v = (
         lay_out(t.to(dtype), layout, fill)
@@ -424,13 +437,42 @@ def _draw_block_descales(
     return of_blocks
 
 
+def _draw_row_descales(
+    descales: list[torch.Tensor | None], spec: InputSpec, lengths_k: list[int], pads: list[int], seed: int
+) -> list[list[torch.Tensor]]:
+    """Between 1/4 and 2 of the sequences' for each row, or each page, of every sequence: (rows, heads_kv, 1)."""
+    rng = torch.Generator().manual_seed(seed)
+    kv_heads, columns = 1 if spec.layout == "expanded" else spec.heads_kv, []
+    for descale in descales:
+        if descale is None:
+            raise ArgumentError(f"row_descales={spec.row_descales!r}: k and v in fp8 with descales have some")
+        column = []
+        for own, pad, length in zip(descale, pads, lengths_k, strict=True):
+            rows = pad + torch.arange(length)
+            if spec.row_descales == "pages":
+                rows = rows // spec.page_size
+            factors = torch.exp2(3.0 * torch.rand(pad + length, kv_heads, generator=rng) - 2.0)[rows]
+            column.append((own[:kv_heads] * factors)[..., None])
+        columns.append(column)
+    return columns
+
+
+def _of_pages(descale: torch.Tensor, fill: float) -> torch.Tensor:
+    """The one number of each page and head (num_pages, page_size, heads_kv, 1), whose rows without keys hold
+    ``fill``: (num_pages, 1, heads_kv, 1)."""
+    largest = descale.nan_to_num(0.0).amax(1, keepdim=True)
+    return torch.where(largest > 0.0, largest, fill)
+
+
 def _codes(parts: tuple[torch.Tensor, ...], descales: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
-    """q, k and v of one sequence divided by its descales, (heads_kv) or (heads_kv, blocks); where one kv head stands
-    for all, by its own."""
+    """q, k and v of one sequence divided by its descales, (heads_kv), (heads_kv, blocks) or (rows, heads_kv, 1); where
+    one kv head stands for all, by its own."""
     kv_heads = parts[1].shape[1]
     codes = []
     for part, descale in zip(parts, descales, strict=True):
-        if descale is not None:
+        if descale is not None and descale.dim() == 3:
+            part = part / descale
+        elif descale is not None:
             of_heads = descale[:kv_heads].repeat_interleave(part.shape[1] // kv_heads, 0)
             if of_heads.dim() == 2:
                 of_heads = of_heads.repeat_interleave(DESCALE_BLOCK, 1)[:, : part.shape[0]].T

@@ -152,6 +152,8 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionP
     given = zip(("q_descale", "k_descale", "v_descale"), spec.dtypes, strict=True)
     described |= {name: spec.descales and dtype.is_fp8 for name, dtype in given}
     described |= {f"{name}_block_descale": spec.block_descales and described[f"{name}_descale"] for name in "kv"}
+    of_rows = bool(spec.row_descales)
+    described |= {f"{name}_row_descale": of_rows and described[f"{name}_descale"] for name in "kv"}
     described |= {
         "ranges": spec.ranges > 0,
         "tree_mask": spec.tree,
