@@ -11,7 +11,7 @@ the types, the choices and the errors.
 What is quantised: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with ``cu_seqlens`` int32 (batch + 1),
 in fp16, bf16 or fp32. Codes saturate, infinities too but in e5m2, which has them; NaN stays NaN. The largest finite
 magnitude sets a scale: NaN and infinities do not spoil their neighbours. Where all is 0 the descale is 1, and it is at
-least 2^-126, a normal number, for denormal input too. Rounding has no gradient: input that requires one raises
+least 2^-126, a normal number, for denormal input too; of rows at least 2^-32. Rounding has no gradient: input that requires one raises
 NoBackwardError. Bad input raises a subclass of ``cute_fa.errors.CuteFaError``.
 """
 
@@ -23,15 +23,15 @@ import torch
 import torch.nn.functional as F
 
 from cute_fa.semantics.errors import ArgumentError, DTypeError, NoBackwardError, ShapeError
-from cute_fa.semantics.tensors import batch_of, check_devices, check_dims, check_integers, check_like
+from cute_fa.semantics.tensors import batch_of, check_devices, check_dims, check_integers, check_like, check_row_descale
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Quantized(NamedTuple):
-    """Values = codes × descale. ``codes``: fp8, in the tensor's shape; ``descale``: fp32 (), (batch, heads_kv) or
-    (batch, heads_kv, blocks)."""
+    """Values = codes × descale. ``codes``: fp8, in the tensor's shape; ``descale``: fp32 (), (batch, heads_kv), (batch,
+    heads_kv, blocks) or (batch, seqlen, heads, 1)."""
 
     codes: torch.Tensor
     descale: torch.Tensor
@@ -79,6 +79,16 @@ def quantize_per_block(
     _check_count("block_size", block_size)
     descale = _descale(_block_maxima(x, block_size, heads_kv, cu_seqlens, max_seqlen), dtype)
     return Quantized(quantize(x, descale, dtype, block_size=block_size, cu_seqlens=cu_seqlens), descale)
+
+
+def quantize_per_row(x: torch.Tensor, dtype: torch.dtype = E4M3) -> Quantized:
+    """A descale for each token and head of a cache or of its pages, (batch, seqlen, heads, 1) as x has them: those that
+    ``cute_fa.append_kv`` writes, between 2^-32, also of rows that are 0, and 2^32."""
+    _check_values(x, dtype)
+    check_dims("x", x, 4, "(batch, seqlen, heads, head_dim)")
+    largest = _magnitudes(x).amax(-1, keepdim=True).float()
+    descale = (largest / torch.finfo(dtype).max).clamp(2.0**-32, 2.0**32)
+    return Quantized(quantize(x, descale, dtype), descale)
 
 
 def quantize(
@@ -211,12 +221,15 @@ def _block_maxima(
 def _of_each_row(
     descale: torch.Tensor, name: str, x: torch.Tensor, block_size: int | None, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
-    """Descales that broadcast over x, ``name``: (), (batch, rows or 1, heads, 1) or (total, heads, 1)."""
+    """Descales that broadcast over x, ``name``: (), (batch or 1, rows or 1, heads or 1, 1) or (total, heads, 1)."""
     _check_tensor("descale", descale)
     if descale.dtype != torch.float32:
         raise DTypeError("descale", descale.dtype, "float32 is needed")
     check_devices({name: x, "descale": descale, "cu_seqlens": cu_seqlens}, name)
     if descale.dim() == 0:
+        return descale
+    if descale.dim() == 4:
+        check_row_descale("descale", descale, name, x)
         return descale
     _check_rows(name, x, cu_seqlens)
     batch, heads = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.shape[-2]

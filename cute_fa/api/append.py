@@ -50,7 +50,10 @@ def append_kv(
     int32 (batch, max_pages), of which with ``cache_batch_idx`` sequence b uses row cache_batch_idx[b]. Strides are free
     but for the last, which is 1, and multiples of 16 bytes. fp16, bf16, or both fp8, e4m3 or e5m2 each.
     k_descale, v_descale: for fp8 caches, to which rows in fp16 or bf16 go as value / descale: fp32 (batch, heads_kv),
-    any strides, or one number. The quotient, of keys behind the rotation, all in fp32, is rounded to the nearest code,
+    any strides, or one number; or of four dimensions, as the caches have them, that lie beside the cache: (num_pages, 1,
+    heads_kv, 1), one for each page, or sequence of a contiguous cache, and head; or (num_pages, page_size, heads_kv,
+    1), (batch_cache, seqlen_cache, heads_kv, 1), one for each row and head, any strides: these are *written*, new rows
+    choose the descale that takes their largest finite element to the largest code, between 2^-32 and 2^32. The quotient, of keys behind the rotation, all in fp32, is rounded to the nearest code,
     ties to even; what is larger than the largest finite one, infinite too, becomes that one, NaN stays NaN.
     cache_seqlens: int32 (batch), tokens in the cache before; new row t becomes token cache_seqlens[b] + t. What does
     not fit is an error where values are checked (``CUTE_FA_CHECK=1``, simulating), and is not written.
@@ -115,5 +118,14 @@ def append(call: AppendCall) -> tuple[torch.Tensor | None, torch.Tensor]:
     q = call.q
     if call.rotary_cos is None and call.rotary_sin is None:
         call = call._replace(q=None, cu_seqlens_q=None, seqused_q=None)
+    for rows in ("k", "v"):
+        descale, cache = getattr(call, f"{rows}_descale"), getattr(call, f"{rows}_cache")
+        if are_of_rows(descale, cache):
+            call = call._replace(**{f"{rows}_descale": None, f"{rows}_row_descale": descale})
     rotated, seqused_k = torch.ops.cute_fa.append_kv(*call)
     return rotated if call.q is not None else q, seqused_k
+
+
+def are_of_rows(descale: torch.Tensor | None, cache: torch.Tensor) -> bool:
+    """Whether each row of a cache has a descale of its own, which an append writes."""
+    return descale is not None and descale.dim() == cache.dim() == 4 and descale.shape[1] == cache.shape[1]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cute_fa.api import values
+from cute_fa.api.append import are_of_rows
 from cute_fa.engine import append, worlds
 from cute_fa.engine.operators import define, schema
 from cute_fa.semantics.call import AppendCall
@@ -24,7 +25,7 @@ from cute_fa.semantics.errors import (
     PageTableError,
     ShapeError,
 )
-from cute_fa.semantics.tensors import check_descale, check_devices, check_dims, check_integers, check_vector
+from cute_fa.semantics.tensors import check_descale, check_devices, check_dims, check_integers, check_vector, has_rows
 
 
 class RowsCall(NamedTuple):
@@ -41,6 +42,8 @@ class RowsCall(NamedTuple):
     page_indptr: torch.Tensor | None = None
     k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
+    k_row_descale: torch.Tensor | None = None
+    v_row_descale: torch.Tensor | None = None
 
     @property
     def pages(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
@@ -72,7 +75,8 @@ def append_rows(
     k_cache, v_cache: (batch, seqlen_cache, heads_kv, …); or pages (num_pages, page_size, heads_kv, …) with
     ``page_table`` int32 (batch, max_pages), or with FlashInfer's ``page_indices`` int32 and ``page_indptr`` int32
     (batch + 1): page p of sequence b is page_indices[page_indptr[b] + p]. Strides as for :func:`cute_fa.append_kv`.
-    k_descale, v_descale: fp32 (batch, heads_kv) or one number, as for :func:`cute_fa.append_kv`.
+    k_descale, v_descale: fp32 (batch, heads_kv), one number, or of four dimensions as the caches have them, of which
+    those of rows are written, as for :func:`cute_fa.append_kv`.
 
     A place outside of the cache is an error where values are checked (``CUTE_FA_CHECK=1``, simulating), else the row is
     not written. Raises a subclass of ``cute_fa.errors.CuteFaError`` before anything is written.
@@ -87,6 +91,10 @@ def append_rows(
         raise ArgumentError("page_indices and page_indptr: give both or neither")
     if page_table is not None and page_indices is not None:
         raise ArgumentError("page_table and page_indices: two ways to list pages, give one")
+    for name, cache in (("k", k_cache), ("v", v_cache)):
+        descale = getattr(call, f"{name}_descale")
+        if are_of_rows(descale, cache):
+            call = call._replace(**{f"{name}_descale": None, f"{name}_row_descale": descale})
     torch.ops.cute_fa.append_rows(*call)
 
 
@@ -123,12 +131,14 @@ def _sequences_of_one_row(call: RowsCall) -> AppendCall:
         seqused_k_new=present.int(),
         k_descale=_of_rows(call.k_descale, sequence),
         v_descale=_of_rows(call.v_descale, sequence),
+        k_row_descale=call.k_row_descale,
+        v_row_descale=call.v_row_descale,
     )
 
 
 def _of_rows(descale: torch.Tensor | None, sequence: torch.Tensor) -> torch.Tensor | None:
-    """Those of each row's sequence, (rows, heads_kv); one number is that of all."""
-    return descale if descale is None or descale.numel() == 1 else descale[sequence]
+    """Those of each row's sequence, (rows, heads_kv); one number is that of all, and those of pages are as they are."""
+    return descale if descale is None or descale.numel() == 1 or has_rows(descale) else descale[sequence]
 
 
 def _page(
@@ -159,7 +169,7 @@ def _check(call: RowsCall) -> None:
         check_vector(name, getattr(call, name), torch.int32, (call.k.shape[0],))
     for name in ("k_descale", "v_descale"):
         descale, shape = getattr(call, name), (_batch(call), call.k.shape[1])
-        if descale is not None:
+        if descale is not None and not has_rows(descale):
             check_descale(name, descale, shape, f"{shape[0]} sequences and {shape[1]} heads of k")
     if call.page_table is not None:
         check_dims("page_table", call.page_table, 2, "(batch, max_pages)")
@@ -205,4 +215,4 @@ def _fake(*arguments: Any) -> None:
     _check(RowsCall._make(arguments))
 
 
-define("append_rows", schema(RowsCall, written=("k_cache", "v_cache")), "()", _append_rows, _fake)
+define("append_rows", schema(RowsCall, written=append.WRITTEN), "()", _append_rows, _fake)

@@ -34,11 +34,14 @@ from cute_fa.semantics.tensors import (
     check_like,
     check_loadable,
     check_pointers,
+    check_row_descale,
     check_separate,
     check_vector,
     check_writable,
+    has_rows,
     held_lengths,
     keys_of,
+    reached_rows,
     used_within,
 )
 
@@ -53,10 +56,10 @@ _ROTARY_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: 
 @dataclass(kw_only=True)
 class AppendPlan(Plan):
     """``strides``: canonical strides of k, v, the caches and q where a dimension of size 1 has odd ones; None if none
-    has. ``descales``: their shape where there are any."""
+    has. ``descales``: the shape of those that are read, by argument."""
 
     strides: tuple[tuple[int, ...] | None, ...] | None
-    descales: tuple[int, int] | None
+    descales: dict[str, tuple[int, ...]]
 
 
 def append_kv(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +69,7 @@ def append_kv(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     key = ("append", target, signatures(arguments[:APPEND_TENSORS]), arguments[APPEND_TENSORS:])
     plan = plan_of(key, _make_plan, target, call)
     if worlds.checks_values():
+        _check_separate(plan.names, call)
         _check_values(call)
     tensors = {"k": call.k, "v": call.v, "k_cache": call.k_cache, "v_cache": call.v_cache}
     check_pointers(plan.names.of(tensors | ({} if call.q is None else {"q": call.q})))
@@ -74,9 +78,8 @@ def append_kv(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         *rows, q = call.k, call.v, call.k_cache, call.v_cache, call.q
         if plan.strides is not None:
             *rows, q = map(restrided, (*rows, q), plan.strides)
-        if plan.descales is not None:
-            k_descale, v_descale = (descale.expand(plan.descales) for descale in (call.k_descale, call.v_descale))
-            call = call._replace(k_descale=k_descale, v_descale=v_descale)
+        if plan.descales:
+            call = call._replace(**{name: getattr(call, name).expand(shape) for name, shape in plan.descales.items()})
         plan.launch((*rows, q, None if q is None else rotated, seqused_k, call))
     return rotated, seqused_k
 
@@ -96,6 +99,7 @@ def _make_plan(target: Target, call: AppendCall) -> AppendPlan:
     dtypes = _check_dtypes(names, call)
     _check_cache(names, call, batch, sequences)
     _check_descales(names, call, batch, sequences)
+    _check_separate(names, call)
     for name, tensor, size in (
         ("cache_seqlens", call.cache_seqlens, batch),
         ("cu_seqlens_k_new", call.cu_seqlens_k_new, batch + 1),
@@ -139,6 +143,10 @@ def _make_plan(target: Target, call: AppendCall) -> AppendPlan:
         rotary_dtype=None if call.rotary_cos is None else _ROTARY_DTYPES[call.rotary_cos.dtype],
         rotary_interleaved=rotary_dim > 0 and call.rotary_interleaved,
         rotary_seqlens=call.rotary_seqlens is not None,
+        k_page_descale=has_rows(call.k_descale),
+        v_page_descale=has_rows(call.v_descale),
+        k_row_descale=call.k_row_descale is not None,
+        v_row_descale=call.v_row_descale is not None,
     )
     strides = tuple(map(odd_strides, (call.k, call.v, call.k_cache, call.v_cache, call.q)))
     return AppendPlan(
@@ -149,7 +157,7 @@ def _make_plan(target: Target, call: AppendCall) -> AppendPlan:
         target=target,
         launches=batch > 0,
         strides=strides if any(strides) else None,
-        descales=(batch, call.k.shape[-2]) if problem.quantises else None,
+        descales=_expanded_descales(call, batch),
     )
 
 
@@ -211,29 +219,66 @@ def _check_cache(names: ArgumentNames, call: AppendCall, batch: int, sequences: 
         check_loadable(new, tensor)
         check_loadable(old, cache)
         check_writable(old, cache)
-    written = names.of({"k": k, "v": v} | ({} if call.q is None else {"q": call.q}))
-    check_separate(names["k_cache"], k_cache, written)
-    check_separate(names["v_cache"], v_cache, written)
+
+
+def _check_separate(names: ArgumentNames, call: AppendCall) -> None:
+    """What is written shares no memory with what is read."""
+    read = {name: getattr(call, name) for name in ("k", "v", "q", "cache_seqlens", "k_descale", "v_descale")}
+    given = names.of({name: tensor for name, tensor in read.items() if tensor is not None})
+    written = {"k_cache": call.k_cache, "v_cache": call.v_cache}
+    for name, descale in (("k_descale", call.k_row_descale), ("v_descale", call.v_row_descale)):
+        if descale is not None:
+            check_separate(names[name], descale, given | names.of(written))
+            written[name] = descale
+    for name in ("k_cache", "v_cache"):
+        check_separate(names[name], written[name], given)
 
 
 def _check_descales(names: ArgumentNames, call: AppendCall, batch: int, sequences: str) -> None:
-    """There are descales where rows are rounded to fp8, and nowhere else: fp32, one for each sequence and head, or
-    one."""
+    """There are descales where rows are rounded to fp8, and nowhere else: fp32, one for each sequence and head, or one,
+    or of the cache's pages or rows."""
     shape = batch, call.k.shape[-2]
     for rows in ("k", "v"):
-        name, descale = names[f"{rows}_descale"], getattr(call, f"{rows}_descale")
-        new, old = getattr(call, rows), getattr(call, f"{rows}_cache")
-        is_16_bit, cache = not DTYPES[new.dtype].is_fp8, f"{names[f'{rows}_cache']} in {DTYPES[old.dtype].value}"
+        name, descale, written = names[f"{rows}_descale"], *_descales_of(call, rows)
+        new, old, like = getattr(call, rows), getattr(call, f"{rows}_cache"), names[f"{rows}_cache"]
+        is_16_bit, cache = not DTYPES[new.dtype].is_fp8, f"{like} in {DTYPES[old.dtype].value}"
         if is_16_bit and DTYPES[old.dtype].is_fp8:
-            if descale is None:
+            if descale is None and written is None:
                 rule = f"{cache} takes {names[rows]} in {DTYPES[new.dtype].value} divided by it"
                 raise ArgumentError(f"{name} is missing: {rule}")
-            check_descale(name, descale, shape, f"{sequences} and {shape[1]} heads of {names[rows]}")
-        elif descale is not None:
+            if written is not None:
+                _check_written_descale(names, call, rows, written)
+            elif has_rows(descale):
+                check_row_descale(name, descale, like, old)
+            else:
+                check_descale(name, descale, shape, f"{sequences} and {shape[1]} heads of {names[rows]}")
+        elif descale is not None or written is not None:
             what = f"{cache}: only fp8 caches have descales"
             if not is_16_bit:
                 what = f"{names[rows]} in {DTYPES[new.dtype].value}: fp8 codes are copied as they are"
             raise Fp8Error(f"{name} with {what}")
+
+
+def _check_written_descale(names: ArgumentNames, call: AppendCall, rows: str, written: torch.Tensor) -> None:
+    """Each row and head of the cache has a place of its own for its descale."""
+    name, cache = names[f"{rows}_descale"], getattr(call, f"{rows}_cache")
+    check_like(name, written, (*cache.shape[:3], 1), torch.float32, names[f"{rows}_cache"])
+    check_writable(name, written)
+
+
+def _descales_of(call: AppendCall, rows: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Those that rows of "k" or "v" are divided by, read and written."""
+    return getattr(call, f"{rows}_descale"), getattr(call, f"{rows}_row_descale")
+
+
+def _expanded_descales(call: AppendCall, batch: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the descales that are read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, cache in (("k_descale", call.k_cache), ("v_descale", call.v_cache)):
+        descale = getattr(call, name)
+        if descale is not None:
+            shapes[name] = (*cache.shape[:3], 1) if has_rows(descale) else (batch, cache.shape[2])
+    return shapes
 
 
 def _check_rotary(names: ArgumentNames, call: AppendCall) -> int:
@@ -293,8 +338,10 @@ def _check_values(call: AppendCall) -> None:
             )
         totals.append(before + length)
     check_cache_places(names, call.k_cache, totals, call.page_table, call.cache_batch_idx)
-    for name in ("k_descale", "v_descale"):
+    for name, cache in (("k_descale", call.k_cache), ("v_descale", call.v_cache)):
         descale = getattr(call, name)
+        if has_rows(descale):
+            descale = reached_rows(descale, cache, totals, call.page_table, call.cache_batch_idx)
         if descale is not None:
             check_descale_values(names[name], descale)
     if call.rotary_cos is not None:
@@ -331,4 +378,5 @@ def _fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _outputs(call)
 
 
-define("append_kv", schema(AppendCall, written=("k_cache", "v_cache")), "(Tensor, Tensor)", append_kv, _fake)
+WRITTEN = ("k_cache", "v_cache", "k_row_descale", "v_row_descale")
+define("append_kv", schema(AppendCall, written=WRITTEN), "(Tensor, Tensor)", append_kv, _fake)

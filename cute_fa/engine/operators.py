@@ -27,7 +27,10 @@ def schema(*parts: type | str, written: tuple[str, ...] = ()) -> str:
             arguments.append(part)
             continue
         for name, hint in typing.get_type_hints(part).items():
-            arguments.append(f"{aliases.get(name) or _schema_type(hint)} {name}")
+            kind = _schema_type(hint)
+            if name in aliases:
+                kind = kind.replace("Tensor", aliases[name])
+            arguments.append(f"{kind} {name}")
     return ", ".join(arguments)
 
 

@@ -14,6 +14,13 @@ MAX_HEAD_DIM = 256
 ROTARY_STEP = 16  # of rotary_dim: two halves in 16-byte chunks of fp16 or bf16
 ROTARY_DTYPES = ("fp16", "bf16", "fp32")
 _CACHE_ROWS = {"bf16, k and v e4m3": {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}}
+_ROW_DESCALE_ROWS = {
+    "bf16, k and v e4m3 with descales of rows": {
+        **_CACHE_ROWS["bf16, k and v e4m3"],
+        "k_row_descale": True,
+        "v_row_descale": True,
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,8 @@ class AppendProblem:
     these queries. ``page_size`` None: contiguous sequences. ``packed_*``: with cu_seqlens; ``used_*``: with seqused.
     ``rotary_dim``: how many of a head's first elements rotate, 0 for none; ``rotary_dtype``: fp16, bf16 or fp32, of
     cosine and sine, fp32 by default and None where nothing rotates; ``rotary_seqlens``: rotations start elsewhere than
-    the new rows.
+    the new rows. ``*_page_descale``: rows are divided by one for each page, or sequence of the cache, and head;
+    ``*_row_descale``: by one of their own, which takes their largest element to the largest code and is written.
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``). Raises ShapeError,
     EmptyBatchError, LengthError, PageSizeError, Fp8Error or ArgumentError.
@@ -92,6 +100,10 @@ class AppendProblem:
         help="Rotations start elsewhere than the new rows.",
     )
 
+    k_page_descale: bool = option(False, flag="k_page_descale", flag_token="kpages")
+    v_page_descale: bool = option(False, flag="v_page_descale", flag_token="vpages")
+    k_row_descale: bool = option(False, flag="k_row_descale", flag_token="krows", rows=_ROW_DESCALE_ROWS)
+    v_row_descale: bool = option(False, flag="v_row_descale", flag_token="vrows")
     dtype_k: DType | None = option(None, rows=_CACHE_ROWS)
     dtype_v: DType | None = None
 
@@ -122,6 +134,12 @@ class AppendProblem:
             raise Fp8Error(f"a cache of keys in {k.value} for rows in {rows.value}: {rows.value}, or fp8 for 16 bits")
         if k.is_fp8 != v.is_fp8 or not (v is rows or v.is_fp8):
             raise Fp8Error(f"caches in {k.value} and {v.value}: both in fp8, or both in {rows.value}")
+        for name in "kv":
+            kinds = [kind for kind in ("page", "row") if getattr(self, f"{name}_{kind}_descale")]
+            if kinds and not self.quantises:
+                raise Fp8Error(f"{name}_{kinds[0]}_descale with rows in {rows.value} and {k.value}: nothing is divided")
+            if len(kinds) > 1:
+                raise ArgumentError(f"{name}_page_descale and {name}_row_descale: of pages or of rows, not both")
         if self.rotary_dim and rows.is_fp8:
             raise Fp8Error(f"rotary_dim with rows in {rows.value}: rows in fp16 or bf16 rotate, fp8 codes do not")
 

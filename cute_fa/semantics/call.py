@@ -138,7 +138,8 @@ class Call(NamedTuple):
 
 
 class AppendCall(NamedTuple):
-    """One append: the operator's arguments in their order; meanings as for ``cute_fa.append_kv``. ``names``: what the
+    """One append: the operator's arguments in their order; meanings as for ``cute_fa.append_kv``. ``*_row_descale``: a
+    ``*_descale`` that is written, which has one for each row and head of the cache. ``names``: what the
     caller calls them (``cute_fa.semantics.argument_names``)."""
 
     k_cache: torch.Tensor
@@ -158,6 +159,8 @@ class AppendCall(NamedTuple):
     rotary_seqlens: torch.Tensor | None = None
     k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
+    k_row_descale: torch.Tensor | None = None
+    v_row_descale: torch.Tensor | None = None
     max_seqlen_q: int | None = None
     max_seqlen_k_new: int | None = None
     rotary_interleaved: bool = False

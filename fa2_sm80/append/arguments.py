@@ -81,7 +81,8 @@ class Rotary(NamedTuple):
 
 class AppendArguments(NamedTuple):
     """``cache_seqlens`` (batch): tokens in the cache before; ``seqused_k`` (batch), written: and after. ``q_rotated``:
-    like q's tensor, written. ``descales``: of k and v where rows are rounded to fp8."""
+    like q's tensor, written. ``descales``: of k and v where rows are rounded to fp8, (batch, heads_kv), or
+    (sequences or pages, rows, heads_kv, 1), written where they are the rows' own."""
 
     q: Optional[NewRows]
     q_rotated: Optional[cute.Tensor]
@@ -110,6 +111,13 @@ def append_fakes(config: AppendConfig) -> AppendArguments:
     def rotary() -> Rotary:
         return Rotary(table(), table(), optional(c.rotary_seqlens, lambda: fake_vector(Int32)), Int32(0))
 
+    def descale(of_cache: bool) -> cute.Tensor:
+        return fake_strided(Float32, 4 if of_cache else 2)
+
+    def descales() -> Descales:
+        of_cache = (c.k_page_descale or c.k_row_descale, c.v_page_descale or c.v_row_descale)
+        return Descales(None, *map(descale, of_cache))
+
     return AppendArguments(
         q=optional(c.query, lambda: rows(c.packed_q, c.used_q)),
         q_rotated=optional(c.query, lambda: fake_activations(dtype, c.packed_q, c.head_dim)),
@@ -124,5 +132,5 @@ def append_fakes(config: AppendConfig) -> AppendArguments:
         cache_seqlens=fake_vector(Int32),
         seqused_k=fake_vector(Int32),
         rotary=optional(c.rotary_dim > 0, rotary),
-        descales=optional(c.quantises, lambda: Descales(None, *(fake_strided(Float32, 2) for _ in "kv"))),
+        descales=optional(c.quantises, descales),
     )

@@ -45,12 +45,22 @@ class AppendConfig(_AppendFlags, KernelConfig):
         """Of new values."""
         return self.dtype if self.quantises else self.dtype_v
 
+    @property
+    def row_lanes(self) -> tuple[int, int]:
+        """Threads of a row of keys, or queries, and of one of values."""
+        return (
+            lanes_of_row(self.head_dim, self.dtype, self.k_row_descale),
+            lanes_of_row(self.head_dim_v, self.dtype, self.v_row_descale),
+        )
+
 
 def chunk_of(dtype: DType) -> int:
     """Elements of a row that a thread moves: 16 bytes."""
     return 16 // dtype.bytes
 
 
-def rows_per_cta(head_dim: int, dtype: DType) -> int:
-    """Rows, each one head of one token, that a CTA moves."""
-    return NUM_THREADS // (head_dim // chunk_of(dtype))
+def lanes_of_row(head_dim: int, dtype: DType, measured: bool = False) -> int:
+    """Threads that move a row; a power of two of them, which a warp has together, where its largest element is
+    ``measured``."""
+    chunks = head_dim // chunk_of(dtype)
+    return 1 << (chunks - 1).bit_length() if measured else chunks

@@ -9,7 +9,7 @@ from cute_fa.device.tiling import ceil_div
 from cute_fa.engine.contract import AppendTensors, AttentionKernel, Descales
 from cute_fa.semantics.append_problem import MAX_HEAD_DIM, ROTARY_STEP, AppendProblem
 from cute_fa.semantics.types import Direction
-from fa2_sm80.append.config import MAX_ROWS, AppendConfig, chunk_of, rows_per_cta
+from fa2_sm80.append.config import MAX_ROWS, NUM_THREADS, AppendConfig, chunk_of, lanes_of_row
 from fa2_sm80.common.rules import MAX_CTAS
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ class Fa2Append(AttentionKernel):
             rotary = Rotary(call.rotary_cos, call.rotary_sin, call.rotary_seqlens, int(call.rotate_each))
         descales = None
         if problem.quantises:
-            descales = Descales(None, call.k_descale, call.v_descale)
+            k_descale = call.k_row_descale if problem.k_row_descale else call.k_descale
+            v_descale = call.v_row_descale if problem.v_row_descale else call.v_descale
+            descales = Descales(None, k_descale, v_descale)
         return Launch(
             q=q,
             q_rotated=t.q_rotated,
@@ -109,7 +111,8 @@ def _launch_objections(problem: AppendProblem) -> list[str]:
     """Reasons why a launch is too large."""
     rows = {"query heads": problem.tokens_q * problem.num_heads, "kv heads": problem.tokens_k * problem.num_heads_kv}
     reasons = [f"{count} tokens × {heads}: at most {MAX_ROWS}" for heads, count in rows.items() if count > MAX_ROWS]
-    per_cta = rows_per_cta(max(problem.head_dim, problem.head_dim_v), problem.dtype)
+    widest = max(problem.head_dim, problem.head_dim_v)
+    per_cta = NUM_THREADS // lanes_of_row(widest, problem.dtype, problem.k_row_descale or problem.v_row_descale)
     ctas = problem.batch * (2 + sum(2 * ceil_div(count, per_cta) for count in rows.values()))
     if ctas > MAX_CTAS:
         reasons.append(f"{ctas} CTAs: a grid has at most {MAX_CTAS}")

@@ -7,6 +7,8 @@ from cutlass.cute.arch import inline_ptx
 
 from cute_fa.semantics.types import SmArch
 
+_LARGEST = {cutlass.Float8E4M3FN: 448.0, cutlass.Float8E5M2: 57344.0}  # codes
+
 
 def quantised(values: cute.Tensor, descale: Float32, dtype, arch: SmArch) -> cute.Tensor:
     """Codes of values / descale, four to a register; the number of values is a multiple of 4."""
@@ -16,6 +18,20 @@ def quantised(values: cute.Tensor, descale: Float32, dtype, arch: SmArch) -> cut
     for i in range(cute.size(words)):
         words[i] = pack([values[4 * i + j] / descale for j in range(4)], dtype)
     return codes
+
+
+@cute.jit
+def own_descale(values: cute.Tensor, lanes: cutlass.Constexpr[int], dtype: cutlass.Constexpr) -> Float32:
+    """What takes the largest finite element of a row to the largest code of ``dtype``, between 2^-32 and 2^32. The row
+    lies in ``lanes`` neighbouring threads of a warp, a power of two of them."""
+    largest = Float32(0.0)
+    for i in cutlass.range_constexpr(cute.size(values)):
+        magnitude = cute.math.absf(values[i])
+        largest = cute.arch.fmax(largest, cutlass.select_(magnitude < Float32.inf, magnitude, Float32(0.0)))
+    for step in cutlass.range_constexpr(lanes.bit_length() - 1):
+        largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << step))
+    descale = largest / Float32(_LARGEST[dtype])
+    return cute.arch.fmin(cute.arch.fmax(descale, Float32(2.0**-32)), Float32(2.0**32))
 
 
 def _converted(values: list, dtype) -> Uint32:

@@ -80,7 +80,7 @@ def test_the_schema_follows_from_the_call():
     arguments = torch.ops.cute_fa.append_kv.default._schema.arguments
     assert [argument.name for argument in arguments] == list(AppendCall._fields)
     written = [argument.name for argument in arguments if argument.alias_info is not None]
-    assert written == ["k_cache", "v_cache"]
+    assert written == ["k_cache", "v_cache", "k_row_descale", "v_row_descale"]
 
 
 def test_flat_and_back():
