@@ -196,7 +196,9 @@ def flash_attn_func(
         head's results NaN.
     q_descale, k_descale, v_descale: fp32 (batch, heads_kv) of any strides, or one number: what the codes of fp8 q, k
         and v are multiplied by; 1 by default. Numbers between 2^-32 and 2^32. Those of k and v may also be (batch,
-        heads_kv, blocks): one for each 128 keys of a sequence, from its first one on. ``cute_fa.fp8`` quantises.
+        heads_kv, blocks): one for each 128 keys of a sequence, from its first one on; or, of dense k and v, caches and
+        pages, of four dimensions that broadcast against them: (…, rows, heads_kv, 1), one for each row and head, or
+        (num_pages, 1, heads_kv, 1), one for each page and head, of any strides. ``cute_fa.fp8`` quantises.
     num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
     batch_invariant: the bits of a token's O and LSE depend on its query and on the keys and values that it sees alone:
         the same in a prompt, a chunk of it and decoding, in any batch, from pages or not (docs/batch_invariance.md).

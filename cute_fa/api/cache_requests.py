@@ -154,7 +154,8 @@ class PagedAttentionRequest(ForwardRequest):
     them, by default all that a row of page_table can hold.
     num_splits: parts that the keys are split into; 0 leaves kernel and number to the table, and ``problem()`` and
     ``dispatch_key()`` then stand for one part.
-    k_descale, v_descale: fp32 (batch, kv_heads), needed for fp8 pages and refused for others; q_descale: of fp8
+    k_descale, v_descale: fp32 (batch, kv_heads), needed for fp8 pages and refused for others; of pages and of rows as
+    for ``cute_fa.flash_attn_func``; q_descale: of fp8
     queries, which fp8 pages are read with, 1 by default. ``out_dtype`` as for ``cute_fa.flash_attn_func``.
     tree_mask: int32 (batch, seqlen_q, words) or (total_q, words), which draft tokens a query sees, as for
     ``cute_fa.flash_attn_varlen_func``.

@@ -260,6 +260,8 @@ def _in_fp8(problem: Problem, rng: random.Random) -> Problem:
     forward = dict.fromkeys(("backward", "deterministic", "lse_gradient", "slopes_gradient"), False)
     spec = replace(problem.spec, dtype_k=dtype_k, dtype_v=dtype_v, descales=descales)
     if not offered:
+        if descales and not spec.varlen_k and _chance(rng, 0.5):
+            spec = replace(spec, row_descales=rng.choice(["rows", "pages"] if spec.page_size else ["rows"]))
         return problem if request else replace(problem, spec=spec, **forward)
     of_blocks = descales and _chance(rng, 0.3)
     spec = replace(spec, dtype=dtype)

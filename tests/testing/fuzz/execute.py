@@ -342,18 +342,35 @@ class _Cache:
         return arguments
 
     def read(self) -> Inputs:
-        """The inputs with the keys that attention sees in ``caches``, packed."""
+        """The inputs with the keys that attention sees in ``caches``, packed: values, where rows have descales."""
         lengths = self.problem.lengths_k
         rows = zip(self.pads, lengths, strict=True)
         at = [places(self.stored, b, range(pad, length), self.index) for b, (pad, length) in enumerate(rows)]
         k, v = (torch.cat([cache[place] for place in at]) for cache in self.caches)
+        descales = {}
+        if self.problem.spec.row_descales:
+            descales = {"k_descale": None, "v_descale": None}
+            of_rows = zip((self.stored.k_descale, self.stored.v_descale), self.caches, strict=True)
+            of_k, of_v = (descale.expand(*cache.shape[:3], 1) for descale, cache in of_rows)
+            k, v = k.float() * torch.cat([of_k[place] for place in at]), v.float() * torch.cat([of_v[p] for p in at])
         sizes = torch.tensor([0, *(length - pad for pad, length in zip(self.pads, lengths, strict=True))])
         offsets = sizes.cumsum(0).to(torch.int32)
-        return replace(self.stored, k=k, v=v, cu_seqlens_k=offsets, seqused_k=None, page_table=None)
+        return replace(self.stored, k=k, v=v, cu_seqlens_k=offsets, seqused_k=None, page_table=None, **descales)
 
 
 def _int32(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def _indexed_descales(given: Inputs, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Those of a cache's rows where the cache has a sequence more."""
+    indexed = {}
+    for name in ("k_descale", "v_descale"):
+        descale = getattr(given, name)
+        if descale is not None and descale.dim() == 4:
+            indexed[name] = descale.new_full((len(descale) + 1, *descale.shape[1:]), math.nan)
+            indexed[name][index.long()] = descale
+    return indexed
 
 
 def _made_cache(problem: Problem) -> _Cache:
@@ -365,7 +382,7 @@ def _made_cache(problem: Problem) -> _Cache:
         index = order[: spec.batch].to(torch.int32)
         k, v = (t.new_full((spec.batch + 1, *t.shape[1:]), math.nan) for t in (given.k, given.v))
         k[index.long()], v[index.long()] = given.k, given.v
-        stored = replace(given, k=k, v=v)
+        stored = replace(given, k=k, v=v, **_indexed_descales(given, index))
     if cache.leftpad is not None:
         k, v = stored.k.clone(), stored.v.clone()
         for b, pad in enumerate(cache.leftpad):
