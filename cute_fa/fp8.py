@@ -11,8 +11,8 @@ the types, the choices and the errors.
 What is quantised: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with ``cu_seqlens`` int32 (batch + 1),
 in fp16, bf16 or fp32. Codes saturate, infinities too but in e5m2, which has them; NaN stays NaN. The largest finite
 magnitude sets a scale: NaN and infinities do not spoil their neighbours. Where all is 0 the descale is 1, and it is at
-least 2^-126, a normal number, for denormal input too; of rows at least 2^-32. Rounding has no gradient: input that requires one raises
-NoBackwardError. Bad input raises a subclass of ``cute_fa.errors.CuteFaError``.
+least 2^-126, a normal number, for denormal input too; of rows at least 2^-32. Rounding has no gradient: input that
+requires one raises NoBackwardError. Bad input raises a subclass of ``cute_fa.errors.CuteFaError``.
 """
 
 from __future__ import annotations

@@ -50,11 +50,12 @@ def append_kv(
     int32 (batch, max_pages), of which with ``cache_batch_idx`` sequence b uses row cache_batch_idx[b]. Strides are free
     but for the last, which is 1, and multiples of 16 bytes. fp16, bf16, or both fp8, e4m3 or e5m2 each.
     k_descale, v_descale: for fp8 caches, to which rows in fp16 or bf16 go as value / descale: fp32 (batch, heads_kv),
-    any strides, or one number; or of four dimensions, as the caches have them, that lie beside the cache: (num_pages, 1,
-    heads_kv, 1), one for each page, or sequence of a contiguous cache, and head; or (num_pages, page_size, heads_kv,
-    1), (batch_cache, seqlen_cache, heads_kv, 1), one for each row and head, any strides: these are *written*, new rows
-    choose the descale that takes their largest finite element to the largest code, between 2^-32 and 2^32. The quotient, of keys behind the rotation, all in fp32, is rounded to the nearest code,
-    ties to even; what is larger than the largest finite one, infinite too, becomes that one, NaN stays NaN.
+    any strides, or one number; or of four dimensions, which lie beside the cache: (num_pages, 1, heads_kv, 1), one for
+    each page, or sequence of a contiguous cache, and head; or (num_pages, page_size, heads_kv, 1), (batch_cache,
+    seqlen_cache, heads_kv, 1), one for each row and head, any strides. The latter are written: a new row chooses the
+    one that takes its largest finite element to the largest code, between 2^-32 and 2^32. The quotient, of keys behind
+    the rotation, all in fp32, is rounded to the nearest code, ties to even; what is larger than the largest finite one,
+    infinite too, becomes that one, NaN stays NaN.
     cache_seqlens: int32 (batch), tokens in the cache before; new row t becomes token cache_seqlens[b] + t. What does
     not fit is an error where values are checked (``CUTE_FA_CHECK=1``, simulating), and is not written.
     rotary_cos, rotary_sin: (positions, rotary_dim / 2), fp16, bf16 or fp32, any strides; the first rotary_dim elements

@@ -60,7 +60,7 @@ class TiledForward(AttentionKernel):
             refused = None if reasons else cls.promotion_objection(problem)
             reasons += [] if refused is None else [refused]
         if problem.k_row_descale or problem.v_row_descale:
-            reasons.append("descales of the cache's rows: this kernel takes one for each kv head of a sequence or block")
+            reasons.append("descales of the cache's rows: this kernel takes one for each sequence, or block, and head")
         if problem.ranges and problem.is_fp8:
             reasons.append(f"a range plan with dtype {dtypes_of_code(problem)}: its kernels are of 16 bits")
         if problem.ranges and problem.pack_gqa and problem.gqa_ratio > 1:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class TensorOption:
     """The tensor of ``cute_fa.semantics.call.Extras`` whose presence says that a feature is used, as kernels take it:
     its dtype and number of dimensions; ``strided``: its last dimension may have any stride; ``wider``: the flag with
-    which it has one dimension more, contiguous; ``cache_like``: that with which it has two more; ``packed``: that with which it has one fewer, rows of all sequences."""
+    which it has one dimension more, contiguous; ``cache_like``: that with which it has two more; ``packed``:
+    that with which it has one fewer, rows of all sequences."""
 
     name: str
     dtype: str = "int32"

@@ -159,8 +159,9 @@ class AttentionProblem:
     ``dtype`` is q's; ``dtype_k`` and ``dtype_v`` are alike by default, and others only if both are fp8; ``out_dtype``
     is q's by default, bf16 for fp8. ``q_descale``, ``k_descale``, ``v_descale``: fp8 codes are multiplied by given
     numbers; ``k_block_descale``, ``v_block_descale``: with one for each ``DESCALE_BLOCK`` keys of a
-    sequence; ``k_row_descale``, ``v_row_descale``: with one for each row and head of the cache, or of a page. ``v_layout``: which dimension of v is contiguous, "head_dim" or "key_major" for the keys. ``ranges``: a
-    range plan says which keys a query sees; ``q_positions``, ``k_positions``: between which ALiBi's distances are.
+    sequence; ``k_row_descale``, ``v_row_descale``: with one for each row and head of the cache, or of a
+    page. ``v_layout``: which dimension of v is contiguous, "head_dim" or "key_major" for the keys. ``ranges``: a range
+    plan says which keys a query sees; ``q_positions``, ``k_positions``: between which ALiBi's distances are.
 
     Features are declared here, each in its field's metadata (``cute_fa.semantics.options``).
 

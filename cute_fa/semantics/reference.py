@@ -179,8 +179,8 @@ def attention(
     cache_batch_idx (batch): which sequence of k and v, or row of page_table, each one of the batch reads; cache_leftpad
     (batch): rows before its first key, which its length counts.
     alibi_slopes: (heads) or (batch, heads). learnable_sink: (heads). q_descale, k_descale, v_descale: (batch, heads_kv)
-    or one number, 1 by default; those of k and v also (batch, heads_kv, blocks), one for each 128 keys of a sequence, or of
-    four dimensions that broadcast against k and v, which are no packed rows then.
+    or one number, 1 by default; those of k and v also (batch, heads_kv, blocks), one for each 128 keys of a sequence,
+    or of four dimensions that broadcast against k and v, which are no packed rows then.
     q_ranges, k_ranges, attn_type_map, q_positions, k_positions: a range plan, as for ``cute_fa.range_attention``, of a
     batch of one sequence; nothing else then says what is visible.
     tree_mask: int32 (batch, seqlen_q, words), packed (total_q, words): bit j of word w is set where the query sees
@@ -363,7 +363,7 @@ def _slopes(alibi_slopes: torch.Tensor | None, span: _Span, compute: torch.dtype
 def _of_rows(
     descale: torch.Tensor | None, cache: torch.Tensor, span: _Span, page_table: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Descales of one sequence's rows, (1, rows, heads_kv, 1), where rows of the cache have some; others as they are."""
+    """Those of one sequence's rows, (1, rows, heads_kv, 1), where rows of the cache have some; others as they are."""
     if descale is None or descale.dim() < 4:
         return descale
     return _keys(descale.expand(*cache.shape[:3], 1), span, None, page_table)[None]

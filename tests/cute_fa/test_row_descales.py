@@ -155,7 +155,8 @@ def test_rows_by_position():
     wanted = fp8.quantize_per_row(rows[None], E5M2)
     for r in (0, 1, 3):
         at = cache.place(int(batch[r]), int(positions[r]))
-        assert given["v_descale"][at].equal(wanted.descale[0, r]) and codes(cache.v[at]).equal(codes(wanted.codes[0, r]))
+        assert given["v_descale"][at].equal(wanted.descale[0, r])
+        assert codes(cache.v[at]).equal(codes(wanted.codes[0, r]))
     assert given["v_descale"].isfinite().sum() == given["k_descale"].isfinite().sum() == 3 * HEADS
 
 
@@ -228,7 +229,7 @@ def test_one_memory_for_both_is_refused():
 def test_codes_choose_none():
     cache = Cache(None)
     k, v = new_rows(64, torch.bfloat16, 0).to(E4M3), new_rows(96, torch.bfloat16, 1).to(E5M2)
-    with cute_fa.simulate("sm_80"), pytest.raises(Fp8Error, match="^k_descale with k in e4m3: .* copied as they are"):
+    with cute_fa.simulate("sm_80"), pytest.raises(Fp8Error, match=r"^k_descale with k in e4m3: .* copied as they are"):
         append_kv(k, v, cache.k, cache.v, LENGTHS, k_descale=cache.descale("k"), v_descale=None)
 
 
