@@ -13,12 +13,12 @@ from cute_fa.engine import plan as plans
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.semantics.problem import PAGE_SIZES
 from cute_fa.semantics.types import DType, SmArch
-from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa2_sm80.split.entry import Fa2Split
 from perf.sass import report_cubin
 from tests.testing.cases import fa2_cases, refusals, small_problem
 from tests.testing.loads import recorded_copies
-from tests.testing.split_tests import CodeTests, Split, SplitTests, case_name, features
+from tests.testing.split_tests import CodeTests, RowDescaleTests, Split, SplitTests, case_name, features
 
 FEATURES = features(
     lengths=[
@@ -110,6 +110,31 @@ class TestCodes(Copies, CodeTests):
 
 
 class TestCodesOfSm89(TestCodes):
+    split = Split("fa2_split", "sm_89")
+
+
+class TestRowDescales(RowDescaleTests):
+    """On sm_80, where the factor of widened codes comes on top."""
+
+    split = Split("fa2_split", "sm_80")
+
+    @pytest.mark.without_races
+    @pytest.mark.parametrize("page_size", [None, 16])
+    def test_descales_are_read_once(self, page_size):
+        """Those of K and of V, by one CTA for all eight query heads of a kv head, and none beyond a sequence's end."""
+        codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E5M2, "row_descales": "rows"}
+        lengths = {"seqused_k": True, "lengths_k": (301, 77), "page_size": page_size}
+        given = make_inputs(InputSpec(2, 4, 330, 16, 2, 64, **codes, **lengths), "random")
+        with recorded_copies() as copies:
+            self.split.check(given, num_sms=3)
+        for descale in (given.k_descale, given.v_descale):
+            places = [copy.address - descale.data_ptr() for copy in copies if copy.bytes == descale.element_size()]
+            read = [place // descale.element_size() for place in places if 0 <= place < descale.nbytes]
+            assert len(read) == len(set(read)) == (301 + 77) * 2
+            assert descale.flatten()[read].isfinite().all()
+
+
+class TestRowDescalesOfSm89(TestRowDescales):
     split = Split("fa2_split", "sm_89")
 
 
