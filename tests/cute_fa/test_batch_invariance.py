@@ -189,44 +189,40 @@ def test_fp8_caches(arch, dtype, head_dim):
             assert_same(result, whole, slice(first - 100, last - 100))
 
 
-@pytest.mark.parametrize(
-    ("arch", "dtype", "head_dim"), [("sm_80", torch.float8_e4m3fn, 64), ("sm_89", torch.float8_e5m2, 256)]
-)
-def test_descales_of_rows(arch, dtype, head_dim):
-    """Over so many orders of magnitude that it shows in the bits of P which keys a row's unit is of: from any number of
-    tokens, in pages, behind padding, by index, beside other sequences, and chunk by chunk on a CTA each."""
-    q, k, v = tensors(6, 3, head_dim)
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", torch.float8_e4m3fn), ("sm_89", torch.float8_e5m2)])
+def test_descales_of_rows(arch, dtype):
+    """Over so many orders of magnitude that it shows in the bits of P which keys a row's unit is of: with other tokens,
+    in pages, and behind padding, by index, beside other sequences."""
+    q, k, v = tensors(6, 3)
     caches = [tensor.to(dtype) for tensor in (k, v)]
-    caches += [torch.exp2(24 * torch.rand(3, KEYS, HEADS_KV, 1) - 12) for _ in range(2)]
-    caches[2] /= 2**12  # scores as with one for all
+    caches += [torch.exp2(24 * torch.rand(3, KEYS, HEADS_KV, 1) - last) for last in (24, 12)]
 
     def decode(queries, given, lengths, table=None, **options):
-        k, v, k_descale, v_descale = given
-        return decoded(queries, k, v, lengths, table, k_descale=k_descale, v_descale=v_descale, **options)
+        *codes, k_descale, v_descale = given
+        return decoded(queries, *codes, lengths, table, k_descale=k_descale, v_descale=v_descale, **options)
 
-    with cute_fa.simulate(arch, num_sms=3):
-        whole = decode(q[:, 100:], caches, KEYS)
-    for sms in (2, 132):
-        with cute_fa.simulate(arch, num_sms=sms):
-            for first, last in ((299, 300), (250, 300), (127, 130)):
-                result = decode(q[:1, first:last], [tensor[:1] for tensor in caches], last)
-                assert_same(result, tuple(tensor[:1] for tensor in whole), slice(first - 100, last - 100))
-            lengths = torch.tensor([107, 300, 129], dtype=torch.int32)
-            last = torch.stack([q[b, length - 1 : length] for b, length in enumerate(lengths.tolist())])
-            ways = []
-            for page_size in (1, 64):
-                pages = [paged(tensor, page_size) for tensor in caches]
-                ways.append(decode(last, [cache for cache, _ in pages], lengths, pages[0][1]))
-            padding, index = (torch.tensor(rows, dtype=torch.int32) for rows in ([5, 0, 70], [2, 0, 1]))
-            behind = [torch.full((3, KEYS + 70, *tensor.shape[2:]), float("nan")).to(tensor.dtype) for tensor in caches]
-            for b, rows in enumerate(padding.tolist()):
-                for cache, tensor in zip(behind, caches, strict=True):
-                    cache[index[b], rows : rows + KEYS] = tensor[b]
-            ways.append(decode(last, behind, lengths + padding, cache_leftpad=padding, cache_batch_idx=index))
-        for out, lse in ways:
-            for b, length in enumerate(lengths.tolist()):
-                of_sequence = tuple(tensor[b : b + 1] for tensor in whole)
-                assert_same((out[b : b + 1], lse[b : b + 1]), of_sequence, slice(length - 101, length - 100))
+    with cute_fa.simulate(arch, num_sms=2):
+        whole = decode(q[:, 200:], caches, KEYS)
+        of_first = [tensor[:1] for tensor in caches]
+        for first, last in ((299, 300), (250, 300), (227, 230)):
+            result = decode(q[:1, first:last], of_first, last)
+            assert_same(result, tuple(tensor[:1] for tensor in whole), slice(first - 200, last - 200))
+    lengths, padding = (torch.tensor(rows, dtype=torch.int32) for rows in ([207, 300, 229], [5, 0, 70]))
+    last = torch.stack([q[b, length - 1 : length] for b, length in enumerate(lengths.tolist())])
+    *pages, (v_descales, table) = (paged(tensor, 16) for tensor in caches)
+    pages = [*(cache for cache, _ in pages), v_descales]
+    index = torch.tensor([2, 0, 1], dtype=torch.int32)
+    behind = [torch.full((3, KEYS + 70, *tensor.shape[2:]), float("nan")).to(tensor.dtype) for tensor in caches]
+    for b, rows in enumerate(padding.tolist()):
+        for cache, tensor in zip(behind, caches, strict=True):
+            cache[index[b], rows : rows + KEYS] = tensor[b]
+    with cute_fa.simulate(arch, num_sms=132):  # a CTA for each chunk
+        in_pages = decode(last, pages, lengths, table)
+        padded = decode(last, behind, lengths + padding, cache_leftpad=padding, cache_batch_idx=index)
+    for out, lse in (in_pages, padded):
+        for b, length in enumerate(lengths.tolist()):
+            of_sequence = tuple(tensor[b : b + 1] for tensor in whole)
+            assert_same((out[b : b + 1], lse[b : b + 1]), of_sequence, slice(length - 201, length - 200))
 
 
 def test_each_instruction_rounds_in_its_own_way():
