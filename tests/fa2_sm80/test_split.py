@@ -231,6 +231,31 @@ def test_the_loop_over_codes_neither_spills_nor_grows(arch, seqlen_q, head_dim, 
     assert loop.counts["ldgsts"] == 2 * config.tile_n * head_dim // (16 * config.num_threads)
 
 
+@pytest.mark.parametrize(
+    ("arch", "seqlen_q", "head_dim", "most"),
+    [
+        (SmArch.SM_80, 1, 64, 476),
+        (SmArch.SM_80, 1, 128, 741),
+        (SmArch.SM_80, 8, 128, 1921),
+        (SmArch.SM_80, 8, 256, 1841),
+        (SmArch.SM_89, 1, 128, 564),
+        (SmArch.SM_89, 1, 256, 828),
+        (SmArch.SM_89, 16, 256, 1179),
+    ],
+)
+def test_the_loop_with_descales_of_rows_neither_spills_nor_grows(arch, seqlen_q, head_dim, most):
+    """Those of K and of V of a key by one thread, 4 bytes each. A part is run where a unit of O grows alone."""
+    sizes = {"seqlen_q": seqlen_q, "seqlen_k": 8192, "num_heads": 8, "num_heads_kv": 1, "num_splits": 0}
+    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "window_right": 0, "seqused_k": True, "page_size": 16}
+    of_codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "k_descale": True, "v_descale": True}
+    of_codes |= {"k_row_descale": True, "v_row_descale": True}
+    config = Fa2Split.configure(small_problem(arch, **sizes, **of_codes))
+    (loop,) = [report.main_loop for report in report_cubin(compile_artifacts(config)[1]) if report.main_loop]
+    assert loop.counts["local"] == 0
+    assert loop.counts["ldgsts"] == 2 * config.tile_n * head_dim // (16 * config.num_threads) + 2
+    assert loop.row()["insts"] <= most, loop.row()["insts"]
+
+
 @pytest.mark.parametrize("codes", [None, DType.E4M3])
 @pytest.mark.parametrize("arch", SmArch)
 def test_every_pair_of_head_dims_fits_shared_memory(arch, codes):
