@@ -129,7 +129,8 @@ class RowRing(BlockRing):
             places = [(rows.address(page, row), inside) for page, row, inside in slots[loader.rows_per_pass]]
             loader.load(places, stage)
         if self.descales:
-            self.load_descales(block, stage)
+            # opaque: where blocks are only multiplied, NVVM counts them modulo 2^32 / tile_n, which looks like overflow
+            self.load_descales(opaque(Int32(block)), stage)
 
     @cute.jit
     def load_descales(self, block: Int32, stage: Int32):
