@@ -82,10 +82,16 @@ class Fa2SplitConfig(WideningConfig):
 
     @property
     def smem_bytes(self) -> int:
-        """Q, and K and V of every stage, whose place the parts of O take; and what rows of Q are divided by."""
+        """Q, and K and V of every stage with the descales of their rows, whose place the parts of O take; and what rows
+        of Q are divided by."""
         keys = self.stages * self.tile_n * (self.head_dim_padded + self.head_dim_v_padded)
         tiles = self.dtype.bytes * self.tile_m * self.head_dim_padded + self.dtype_k.bytes * keys
-        return max(tiles, self.merge_bytes) + self.factor_bytes
+        return max(tiles + self.descale_bytes, self.merge_bytes) + self.factor_bytes
+
+    @property
+    def descale_bytes(self) -> int:
+        """Of one for each key of every stage, for K and for V where their rows have some, fp32."""
+        return 4 * self.stages * self.tile_n * (self.k_row_descale + self.v_row_descale)
 
     @property
     def factor_bytes(self) -> int:

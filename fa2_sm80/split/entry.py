@@ -20,8 +20,6 @@ class Fa2Split(SplitForward):
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
         reasons = objections(problem, rows_of_any_head=True) + code_objections(problem, "16-byte copies")
-        if problem.k_row_descale or problem.v_row_descale:
-            reasons.append("descales of the cache's rows")
         return reasons or cls.grid_objections(problem)
 
     @classmethod

@@ -37,7 +37,7 @@ from fa2_sm80.common.walk import walk
 from fa2_sm80.split.codes import QueryRows, sum_factor
 from fa2_sm80.split.combine import merge_parts, merged_lse
 from fa2_sm80.split.config import Fa2SplitConfig
-from fa2_sm80.split.loader import KeyRows, RowLoader, RowRing
+from fa2_sm80.split.loader import DescaleLoader, KeyRows, RowLoader, RowRing
 from fa2_sm80.split.row_tile import RowTile, SplitTiles, merged_parts
 
 
@@ -107,15 +107,22 @@ class Fa2SplitKernel:
             RowLoader(tile, head_dim * dtype.bytes // ELEMENT_BYTES, tidx, c.num_threads)
             for tile, head_dim, dtype in ((smem.k, c.head_dim, c.dtype_k), (smem.v, c.head_dim_v, c.dtype_v))
         )
-        rows = tuple(
-            KeyRows(tensor, piece.head, sequence, info.offset_k, c.cu_seqlens_k, paged)
-            for tensor in (common.k, common.v)
-        )
+
+        def rows_of(tensor: cute.Tensor) -> KeyRows:
+            return KeyRows(tensor, piece.head, sequence, info.offset_k, c.cu_seqlens_k, paged)
+
+        rows = rows_of(common.k), rows_of(common.v)
+        descales = [
+            DescaleLoader(target, rows_of(tensor), tidx)
+            for target, tensor in zip(smem.descales, (common.descales.k, common.descales.v), strict=True)
+            if target is not None
+        ]
         pages = common.page_table[sequence, None] if const_expr(paged) else None
         return RowRing(
             c.stages,
             loaders,
             rows,
+            descales,
             pages,
             c.page_size,
             info.offset_k,
@@ -229,12 +236,18 @@ class Fa2SplitKernel:
         if const_expr(c.scales_rows):
             start = memory + (c.smem_bytes - c.factor_bytes) // c.dtype.bytes
             factors = cute.make_tensor(cute.recast_ptr(start, dtype=Float32), cute.make_layout(c.tile_m))
+        blocks = cute.make_layout((c.tile_n, c.stages))
+        of_rows, descales = cute.recast_ptr(v + c.stages * c.tile_n * columns_v, dtype=Float32), []
+        for used in (c.k_row_descale, c.v_row_descale):
+            descales.append(cute.make_tensor(of_rows, blocks) if const_expr(used) else None)
+            of_rows = of_rows + used * cute.size(blocks)
         return SplitTiles(
             q=SmemTile(memory, c.tile_m, c.head_dim_padded),
             k=SmemTile(k, c.tile_n, columns),
             v=SmemTile(v, c.tile_n, columns_v),
             merge=cute.recast_ptr(memory, dtype=Float32),
             factors=factors,
+            descales=tuple(descales),
         )
 
 

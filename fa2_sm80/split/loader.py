@@ -14,6 +14,8 @@ from cute_fa.device.visibility import Window
 from fa2_sm80.common.block_ring import BlockRing
 from fa2_sm80.common.copies import CHUNK, SmemTile
 
+DESCALE_BYTES = 4
+
 
 class RowLoader:
     """Copies rows of ``head_dim`` elements of 16 bits into a :class:`SmemTile`, zeros outside."""
@@ -79,14 +81,29 @@ class KeyRows:
         return start + self.row_bytes * Int64(Uint32(row))
 
 
+class DescaleLoader:
+    """Copies a row's descale into a block's, fp32 (tile_n, stages), 0 outside: there NaN may lie."""
+
+    def __init__(self, smem: cute.Tensor, rows: KeyRows, key: Int32):
+        """``rows``: of the descales; ``key``: the thread's, of a block's."""
+        self.rows, self.stage_bytes = rows, DESCALE_BYTES * smem.shape[0]
+        self.target = smem.iterator.toint() + DESCALE_BYTES * key
+
+    def load(self, page: Optional[Int32], row: Int32, inside, stage: Int32):
+        """Arguments as :meth:`RowRing.slot` gives them."""
+        start = self.rows.address(page, row)
+        copy_async(self.target + stage * self.stage_bytes, 0, start, 0, inside, DESCALE_BYTES)
+
+
 class RowRing(BlockRing):
-    """K and V by rows, paged or not."""
+    """K and V by rows, paged or not, and the descales of these rows."""
 
     def __init__(
         self,
         stages: int,
         loaders: tuple[RowLoader, RowLoader],
         rows: tuple[KeyRows, KeyRows],
+        descales: list[DescaleLoader],
         pages: Optional[cute.Tensor],
         page_size: Optional[int],
         first_key: Int32,
@@ -95,10 +112,10 @@ class RowRing(BlockRing):
         seqlen_k: Int32,
         stop: Int32,
     ):
-        """``loaders``, ``rows``: of K and V; ``pages``: the sequence's row of the page table, whose row
-        ``first_key`` holds its first key."""
+        """``loaders``, ``rows``: of K and V; ``descales``: of those of the two whose rows have some; ``pages``: the
+        sequence's row of the page table, whose row ``first_key`` holds its first key."""
         super().__init__(stages, blocks, window, stop)
-        self.loaders, self.rows, self.seqlen_k = loaders, rows, seqlen_k
+        self.loaders, self.rows, self.descales, self.seqlen_k = loaders, rows, descales, seqlen_k
         self.pages, self.page_size, self.first_key = pages, page_size, first_key
         self.tile_n = loaders[0].smem.rows
 
@@ -111,6 +128,21 @@ class RowRing(BlockRing):
                 slots[loader.rows_per_pass] = [self.slot(block * self.tile_n + row) for row in loader.rows()]
             places = [(rows.address(page, row), inside) for page, row, inside in slots[loader.rows_per_pass]]
             loader.load(places, stage)
+        if self.descales:
+            # opaque: where blocks are only multiplied, NVVM counts them modulo 2^32 / tile_n, which looks like overflow
+            self.load_descales(opaque(Int32(block)), stage)
+
+    @cute.jit
+    def load_descales(self, block: Int32, stage: Int32):
+        """A thread brings those of one key."""
+        key, load_descales_of = cute.arch.thread_idx()[0], self.load_descales_of
+        if key < self.tile_n:
+            load_descales_of(block * self.tile_n + key, stage)
+
+    def load_descales_of(self, key: Int32, stage: Int32):
+        place = self.slot(key)
+        for loader in self.descales:
+            loader.load(*place, stage)
 
     @cute.jit
     def slot(self, key: Int32):

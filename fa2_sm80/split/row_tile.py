@@ -9,6 +9,7 @@ from cutlass import Float32, Int32, const_expr
 from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_operand_a, rows_and_columns
 from cute_fa.device.registers import narrow
+from cute_fa.device.row_descales import ValueUnits, column_factors, scale_columns
 from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.seqlen import SeqlenInfo
 from cute_fa.device.softmax import HALF, WIDE, OnlineSoftmax, scale_row
@@ -24,13 +25,15 @@ from fa2_sm80.split.config import WARP_ROWS, Fa2SplitConfig
 
 class SplitTiles(NamedTuple):
     """Tiles of one CTA in shared memory, of codes with half as many columns of 16 bits; ``merge``, for the parts of O
-    and their LSE, takes the place of all. ``factors`` (tile_m): what rows of Q are divided by, or None."""
+    and their LSE, takes the place of all. ``factors`` (tile_m): what rows of Q are divided by, or None; ``descales``
+    (tile_n, stages): of the keys' rows of K and of V, each or None."""
 
     q: SmemTile
     k: SmemTile
     v: SmemTile
     merge: cute.Pointer
     factors: Optional[cute.Tensor]
+    descales: tuple[Optional[cute.Tensor], Optional[cute.Tensor]]
 
 
 class RowTile:
@@ -61,11 +64,16 @@ class RowTile:
             self.load_k = CodeLoader(self.load_k, CUTE_DTYPE[c.dtype_k], c.shifted[0])
             self.load_v = CodeLoader(self.load_v, CUTE_DTYPE[c.dtype_v], c.shifted[1])
         self.acc = self.output.accumulator()
-        exponents = HALF if const_expr(c.scales_rows) else WIDE
+        # of values with a small descale beside a large one, too, small probabilities count
+        exponents = HALF if const_expr(c.scales_rows or c.v_row_descale) else WIDE
         self.softmax = OnlineSoftmax(2, score.scale_log2, exponents, row_wise=c.batch_invariant)
         self.factors: Optional[list[Float32]] = None  # of the scores of each row
         if const_expr(c.scales_rows):
             self.factors = [smem.factors[self.place.row + register_row(r)] for r in range(2)]
+        self.k_descales, self.v_descales = smem.descales
+        self.units: Optional[ValueUnits] = None  # of the output's rows
+        if const_expr(c.v_row_descale):
+            self.units = ValueUnits(2)
         self.rows = [first_row + self.place.row + register_row(r) for r in range(2)]
         self.queries = [row // gqa_ratio for row in self.rows]
         self.drafts: tuple[DraftWords, ...] = ()  # that each row sees, under a tree mask
@@ -90,6 +98,8 @@ class RowTile:
         if const_expr(self.factors is not None):
             for r in cutlass.range_constexpr(2):
                 scale_row(scores, r, self.factors[r])
+        if const_expr(self.config.k_row_descale):
+            scale_columns(scores, self.column_factors(self.k_descales, stage))
         first_key = ring.blocks.block(iteration, self.window) * self.config.tile_n + self.place.column
         diagonals = [self.info.seqlen_k - self.info.seqlen_q + query - first_key for query in self.queries]
         distance = distances(diagonals, self.columns) if const_expr(self.config.alibi) else None
@@ -98,11 +108,20 @@ class RowTile:
         mask_scores(scores, self.columns, diagonals, keys_left, self.window, first_key, right_edge, left_edge)
         if const_expr(self.config.tree_mask):
             hide_drafts(scores, self.columns, keys_left - self.info.seqlen_q, self.drafts)
+        if const_expr(self.config.v_row_descale):
+            factors = self.column_factors(self.v_descales, stage)
+            self.units.grow(scores, rows_and_columns(self.acc), factors, True)
         self.softmax.update(scores, rows_and_columns(self.acc), True)
+        if const_expr(self.config.v_row_descale):
+            self.units.scale(scores, factors)
         p = cute.make_rmem_tensor_like(acc, self.dtype)
         narrow(acc, p)
         self.output.add(self.acc, self.output.from_registers(as_operand_a(p)), self.load_v, stage, True)
         ring.release(iteration)
+
+    def column_factors(self, descales: cute.Tensor, stage: Int32) -> cute.Tensor:
+        """The descales of the thread's columns of a block of keys."""
+        return column_factors(descales[None, stage], self.columns, self.place.column)
 
     @cute.jit
     def to_smem(self, merge: cute.Pointer, offset_log2, value_scale: Optional[Float32]):
@@ -110,6 +129,8 @@ class RowTile:
         ``value_scale``: factor of all values, or None."""
         c = self.config
         acc = rows_and_columns(self.acc)
+        if const_expr(c.v_row_descale):
+            self.units.leave(acc)
         lse = self.softmax.finalize(acc, offset_log2, None, value_scale)
         rows = self.place.first_column // (c.tile_n // c.key_warps) * c.tile_m + self.place.row
         out, lses = merged_parts(c, merge)

@@ -13,12 +13,12 @@ from cute_fa.engine import plan as plans
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.semantics.problem import PAGE_SIZES
 from cute_fa.semantics.types import DType, SmArch
-from cute_fa.tools.inputs import InputSpec
+from cute_fa.tools.inputs import InputSpec, make_inputs
 from fa2_sm80.split.entry import Fa2Split
 from perf.sass import report_cubin
 from tests.testing.cases import fa2_cases, refusals, small_problem
 from tests.testing.loads import recorded_copies
-from tests.testing.split_tests import CodeTests, Split, SplitTests, case_name, features
+from tests.testing.split_tests import CodeTests, RowDescaleTests, Split, SplitTests, case_name, features
 
 FEATURES = features(
     lengths=[
@@ -113,6 +113,31 @@ class TestCodesOfSm89(TestCodes):
     split = Split("fa2_split", "sm_89")
 
 
+class TestRowDescales(RowDescaleTests):
+    """On sm_80, where the factor of widened codes comes on top."""
+
+    split = Split("fa2_split", "sm_80")
+
+    @pytest.mark.without_races
+    @pytest.mark.parametrize("page_size", [None, 16])
+    def test_descales_are_read_once(self, page_size):
+        """Those of K and of V, by one CTA for all eight query heads of a kv head, and none beyond a sequence's end."""
+        codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E5M2, "row_descales": "rows"}
+        lengths = {"seqused_k": True, "lengths_k": (301, 77), "page_size": page_size}
+        given = make_inputs(InputSpec(2, 4, 330, 16, 2, 64, **codes, **lengths), "random")
+        with recorded_copies() as copies:
+            self.split.check(given, num_sms=3)
+        for descale in (given.k_descale, given.v_descale):
+            places = [copy.address - descale.data_ptr() for copy in copies if copy.bytes == descale.element_size()]
+            read = [place // descale.element_size() for place in places if 0 <= place < descale.nbytes]
+            assert len(read) == len(set(read)) == (301 + 77) * 2
+            assert descale.flatten()[read].isfinite().all()
+
+
+class TestRowDescalesOfSm89(TestRowDescales):
+    split = Split("fa2_split", "sm_89")
+
+
 @pytest.mark.parametrize("arch", ["sm_86", "sm_90a", "sm_100a", "sm_103a", "sm_120a"])
 def test_later_archs_read_codes_by_the_same_source(arch, monkeypatch):
     split = Split("fa2_split", arch)
@@ -204,6 +229,31 @@ def test_the_loop_over_codes_neither_spills_nor_grows(arch, seqlen_q, head_dim, 
     assert loop.counts["local"] == 0
     assert loop.row()["insts"] <= most, loop.row()["insts"]
     assert loop.counts["ldgsts"] == 2 * config.tile_n * head_dim // (16 * config.num_threads)
+
+
+@pytest.mark.parametrize(
+    ("arch", "seqlen_q", "head_dim", "most"),
+    [
+        (SmArch.SM_80, 1, 64, 476),
+        (SmArch.SM_80, 1, 128, 741),
+        (SmArch.SM_80, 8, 128, 1921),
+        (SmArch.SM_80, 8, 256, 1841),
+        (SmArch.SM_89, 1, 128, 564),
+        (SmArch.SM_89, 1, 256, 828),
+        (SmArch.SM_89, 16, 256, 1179),
+    ],
+)
+def test_the_loop_with_descales_of_rows_neither_spills_nor_grows(arch, seqlen_q, head_dim, most):
+    """Those of K and of V of a key by one thread, 4 bytes each. A part is run where a unit of O grows alone."""
+    sizes = {"seqlen_q": seqlen_q, "seqlen_k": 8192, "num_heads": 8, "num_heads_kv": 1, "num_splits": 0}
+    sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "window_right": 0, "seqused_k": True, "page_size": 16}
+    of_codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "k_descale": True, "v_descale": True}
+    of_codes |= {"k_row_descale": True, "v_row_descale": True}
+    config = Fa2Split.configure(small_problem(arch, **sizes, **of_codes))
+    (loop,) = [report.main_loop for report in report_cubin(compile_artifacts(config)[1]) if report.main_loop]
+    assert loop.counts["local"] == 0
+    assert loop.counts["ldgsts"] == 2 * config.tile_n * head_dim // (16 * config.num_threads) + 2
+    assert loop.row()["insts"] <= most, loop.row()["insts"]
 
 
 @pytest.mark.parametrize("codes", [None, DType.E4M3])
