@@ -5,7 +5,7 @@ import torch
 from torch import library
 
 import cute_fa
-from cute_fa import append_kv, append_rows, fp8
+from cute_fa import append_kv, append_rows, fp8, reference
 from cute_fa.compat.fa2 import apply_rotary_emb
 from cute_fa.semantics.call import AppendCall
 from cute_fa.semantics.errors import ArgumentError, DTypeError, Fp8Error, ShapeError, StrideError
@@ -190,6 +190,35 @@ def test_operator():
             run(*rows, cache.k, cache.v, LENGTHS, **descales)
             results.append((codes(cache.k), codes(cache.v), *(d.nan_to_num(-1.0) for d in descales.values())))
     assert all(map(torch.equal, *results)) and (results[0][2] > 0.0).any()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_append_and_attend(arch, page_size):
+    """Tokens that one call writes, another reads: O is that of codes × descales, and near that of the values."""
+    cache, generator = Cache(page_size, (64, 64), (E4M3, E4M3)), torch.Generator().manual_seed(4)
+    descales = {f"{name}_descale": cache.descale(name) for name in "kv"}
+    lengths = torch.tensor([0, 0], dtype=torch.int32)
+    values: list[list[torch.Tensor]] = [[], []]
+    for tokens in (40, 1, 4):
+        q, k, v = (torch.randn(2, tokens, heads, 64, generator=generator).bfloat16() for heads in (6, HEADS, HEADS))
+        v *= torch.exp2(torch.randint(-6, 7, (2, tokens, HEADS, 1), generator=generator)).bfloat16()
+        with cute_fa.simulate(arch):
+            out, lse = cute_fa.flash_attn_with_kvcache(
+                *(q, cache.k, cache.v, k, v),
+                cache_seqlens=lengths,
+                page_table=cache.table,
+                causal=True,
+                return_lse=True,
+                **descales,
+            )
+        lengths = lengths + tokens
+        read = {"seqused_k": lengths, "page_table": cache.table, "causal": True}
+        assert reference.check(out, lse, q, cache.k, cache.v, **read, **descales).ok
+        for column, new in zip(values, (k, v), strict=True):
+            column.append(new)
+        exact, _ = reference.attention(q, *(torch.cat(column, 1) for column in values), causal=True)
+        assert (out - exact).abs().max() <= 0.1 * values[1][0].abs().max()
 
 
 WHOLE = (2, 48, HEADS, 1)
