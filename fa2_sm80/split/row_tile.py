@@ -61,7 +61,7 @@ class RowTile:
             self.load_k = CodeLoader(self.load_k, CUTE_DTYPE[c.dtype_k], c.shifted[0])
             self.load_v = CodeLoader(self.load_v, CUTE_DTYPE[c.dtype_v], c.shifted[1])
         self.acc = self.output.accumulator()
-        exponents = HALF if const_expr(c.scales_rows) else WIDE
+        exponents = HALF if const_expr(c.converts_queries) else WIDE
         self.softmax = OnlineSoftmax(2, score.scale_log2, exponents, row_wise=c.batch_invariant)
         self.factors: Optional[list[Float32]] = None  # of the scores of each row
         if const_expr(c.scales_rows):
