@@ -26,9 +26,9 @@ def query_chunk(
     common: CommonArguments, piece: Piece, place: RowPlace, chunk: Int32, head_dim: cutlass.Constexpr[int]
 ) -> cute.Tensor:
     """QUERY_CHUNK elements of a row; zeros beyond head_dim, and of a row that does not count."""
-    q = common.q
-    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), q.element_type, num_bits_per_copy=QUERY_CHUNK * q.element_type.width)
-    values = cute.make_rmem_tensor(QUERY_CHUNK, q.element_type)
+    q, dtype = common.q, common.q.element_type
+    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), dtype, num_bits_per_copy=QUERY_CHUNK * dtype.width)
+    values = cute.make_rmem_tensor(QUERY_CHUNK, dtype)
     cute.recast_tensor(values, Uint32).fill(0)
     if place.counts & (chunk * QUERY_CHUNK < head_dim):
         if const_expr(common.lengths.cu_seqlens_q is not None):

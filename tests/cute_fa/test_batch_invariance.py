@@ -203,7 +203,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
     [
         ("sm_80", (E4M3, E4M3, E4M3), 64),
         ("sm_80", (E5M2, E4M3, E5M2), 64),
-        ("sm_89", (E4M3, E4M3, E5M2), 256),
+        ("sm_89", (E4M3, E4M3, E5M2), 64),
         ("sm_90a", (E4M3, E4M3, E4M3), 64),
         ("sm_90a", (E5M2, E5M2, E4M3), 256),
     ],
@@ -216,21 +216,22 @@ def test_fp8_queries(arch, dtypes, head_dim):
     (k_pages, table), (v_pages, _) = (paged(t.bfloat16(), 16) for t in (k, v))
     pages = k_pages.to(dtypes[1]), v_pages.to(dtypes[2])
     with cute_fa.simulate(arch, num_sms=3):
-        whole = prompt(q[:, 100:], k, v, **descales)
-        comparison = reference.check(*whole, q[:, 100:], k, v, causal=True, **descales)
+        whole = prompt(q[:, 190:], k, v, **descales)
+        comparison = reference.check(*whole, q[:, 190:], k, v, causal=True, **descales)
         assert comparison.ok, comparison
-        for first, last in ((299, 300), (250, 300), (127, 130)):
-            places, queries = slice(first - 100, last - 100), q[:, first:last]
+        for first, last in ((299, 300), (250, 300), (190, 194)):
+            places, queries = slice(first - 190, last - 190), q[:, first:last]
             assert_same(decoded(queries, k, v, last, **descales), whole, places)
-            assert_same(decoded(queries, *pages, torch.tensor([last]).int(), table, **descales), whole, places)
-        offsets = torch.tensor([0, 50, 51]).int(), torch.tensor([0, 300, 600]).int()
+        last = torch.tensor([KEYS], dtype=torch.int32)
+        assert_same(decoded(q[:, 299:], *pages, last, table, **descales), whole, slice(109, 110))
+        offsets = torch.tensor([0, 20, 21]).int(), torch.tensor([0, 300, 600]).int()
         twice = {name: descale.expand(2, HEADS_KV) for name, descale in descales.items()}
         out, lse = cute_fa.flash_attn_varlen_func(
-            *(torch.cat(pair) for pair in ((q[0, 250:], q[0, 299:]), (k[0], k[0]), (v[0], v[0]))),
-            *(*offsets, 50, 300),
+            *(torch.cat(pair) for pair in ((q[0, 280:], q[0, 299:]), (k[0], k[0]), (v[0], v[0]))),
+            *(*offsets, 20, 300),
             **{"causal": True, "return_lse": True, "seqlen_k_per_split": CHUNK, **twice},
         )
-        for start, stop, first in ((0, 50, 150), (50, 51, 199)):
+        for start, stop, first in ((0, 20, 90), (20, 21, 109)):
             result = out[None, start:stop], lse[None, :, start:stop]
             assert_same(result, whole, slice(first, first + stop - start))
 
@@ -340,7 +341,8 @@ def test_range_plans_by_the_environment(monkeypatch):
     """What they leave to kernels for whole sequences is computed in the mode, the rest raises and names the switch."""
     monkeypatch.setattr(attention, "BATCH_INVARIANT", True)
     q, k, v = (tensor[0] for tensor in tensors(8))
-    sequences = HostRanges(np.array([[0, 100], [100, 300]]), np.array([[0, 100], [100, 300]]), np.array([1, 1]), 300, 300)
+    halves = np.array([[0, 100], [100, 300]])
+    sequences = HostRanges(halves, halves, np.array([1, 1]), 300, 300)
     others = HostRanges(np.array([[0, 300], [7, 90]]), np.array([[0, 60], [80, 300]]), np.array([0, 1]), 300, 300)
     offsets = torch.tensor([0, 100, 300], dtype=torch.int32)
     options = {"causal": True, "return_lse": True, "batch_invariant": True}
@@ -359,13 +361,15 @@ def test_range_plans_by_the_environment(monkeypatch):
 def test_explained_on_the_command_line(monkeypatch):
     """What is explained is what runs, with the option and by the environment: the kernel for decoding, for a prompt,
     too."""
-    sizes = ["--arch", "sm_90a", "--batch", "1", "--seqlen-q", "140", "--seqlen-k", "150", "--num-splits", "0"]
+    sizes = ["--arch", "sm_90a", "--batch", "1", "--seqlen-q", "140", "--seqlen-k", "150"]
+    sizes += ["--heads", "1", "--head-dim", "64", "--num-splits", "0"]
     for chunk, arguments in ((128, ["--seqlen-k-per-split", "128"]), (1024, [])):
         monkeypatch.setattr(attention, "BATCH_INVARIANT", not arguments)
         done = CliRunner().invoke(main, ["run", *sizes, *arguments, "--explain", "--json"])
         assert done.exit_code == 0, done.output
         told = json.loads(done.stdout)
-        assert f"_chunk{chunk}" in told["name"] and told["compile_name"].startswith("fa3_decode_sm90a_bf16_hd64_inv")
+        assert told["canonical_name"] == f"fa3_fwd_sm90a_bf16_hd64_chunk{chunk}"
+        assert told["compile_name"] == "fa3_decode_sm90a_bf16_hd64_inv"
         [forward] = [line for line in done.stderr.splitlines() if "fa3_fwd" in line]
         assert "batch_invariant: this kernel's sums depend on its tiles" in forward
         [decode] = [line for line in done.stderr.splitlines() if "fa3_decode" in line]
@@ -443,7 +447,7 @@ def test_arguments():
         with pytest.raises(ArgumentError, match="num_splits=3 in batch-invariant mode: the chunks of 1024 keys"):
             cute_fa.flash_attn_func(q, q, q, batch_invariant=True, num_splits=3)
         fp8 = q.to(torch.float8_e4m3fn)
-        with pytest.raises(Fp8Error, match="fa3_fwd: batch_invariant: .*fa3_decode: descales of blocks of keys"):
+        with pytest.raises(Fp8Error, match=r"fa3_fwd: batch_invariant: .*fa3_decode: descales of blocks of keys"):
             cute_fa.flash_attn_func(fp8, fp8, fp8, k_descale=torch.ones(1, 2, 1), batch_invariant=True)
 
 
