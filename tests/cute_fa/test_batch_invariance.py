@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import cute_fa
-from cute_fa import reference
+from cute_fa import auto_deploy, compat, reference
 from cute_fa.api import attention
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
@@ -335,6 +335,25 @@ def test_by_the_environment(monkeypatch):
         grads = reference.Gradients(*torch.autograd.grad(out, leaves, dout), None, None)
         errors = reference.check_gradients(grads, q, k, v, dout, causal=True)
         assert all(error.ok for error in errors.values()), errors
+
+
+def test_other_signatures_by_the_environment(monkeypatch):
+    """FlashAttention's, and TensorRT-LLM's operator that appends on the way."""
+    q, k, v = tensors(8)
+    lengths = torch.tensor([KEYS - 1], dtype=torch.int32)
+    with cute_fa.simulate("sm_80", num_sms=3):
+        whole = cute_fa.flash_attn_func(q, k, v, causal=True, batch_invariant=True)
+        last = whole[:, KEYS - 1 :]
+        assert not torch.equal(compat.fa2.flash_attn_with_kvcache(q[:, -1:], k, v, causal=True), last)
+        monkeypatch.setattr(attention, "BATCH_INVARIANT", True)
+        assert torch.equal(compat.fa3.flash_attn_with_kvcache(q[:, -1:], k, v, causal=True), last)
+        assert torch.equal(compat.fa2.flash_attn_func(q[:, 280:], k, v, causal=True), whole[:, 280:])
+        new = [tensor[:, -1:].flatten(2) for tensor in (q, k, v)]
+        caches = [tensor.clone() for tensor in (k, v)]
+        for cache in caches:
+            cache[:, -1] = torch.nan
+        out = auto_deploy.fused_mha_with_cache(*new, lengths, *caches)
+        assert torch.equal(out, last.flatten(2))
 
 
 def test_range_plans_by_the_environment(monkeypatch):
