@@ -202,7 +202,7 @@ def flash_attn_func(
     num_splits: parts that the keys are split into; 1, or 0 to let the kernel choose.
     batch_invariant: the bits of a token's O and LSE depend on its query and on the keys and values that it sees alone:
         the same in a prompt, a chunk of it and decoding, in any batch, from pages or not (docs/batch_invariance.md).
-        q in 16 bits. None: as CUTE_FA_BATCH_INVARIANT=1 says when cute_fa is imported. Gradients are as without it.
+        None: as CUTE_FA_BATCH_INVARIANT=1 says when cute_fa is imported. Gradients are as without it.
     seqlen_k_per_split: keys of a chunk, of which O is added up in that mode, a multiple of 64; it changes bits. 1024 by
         default; given alone it turns the mode on.
     pack_gqa: whether query heads of one kv head share a tile; None lets the kernel choose, as "auto" does below.

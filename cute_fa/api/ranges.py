@@ -73,6 +73,7 @@ def range_attention(
     learnable_sink: (heads); sink: MagiAttention's, (logits, heads) fp32, in its place.
     softmax_scale, softcap, deterministic, return_lse, family: as for ``flash_attn_func``.
 
+    Under CUTE_FA_BATCH_INVARIANT=1 a plan of path "simple" or "packed" is computed in that mode, others raise.
     MagiAttention's other arguments are accepted. Returns out (total_q, heads, head_dim_v), or (out, lse) with lse fp32
     (heads, total_q). A query in no range has O = 0 and LSE −inf, or the learnable sink. Values of ranges are checked
     with ``CUTE_FA_CHECK=1`` and when simulating; otherwise what leaves the tensors is cut off. Raises a subclass of
@@ -252,6 +253,9 @@ def _native(given: _RangeCall) -> State:
     if dtype not in DTYPES:
         raise DTypeError("q", dtype, "float16 or bfloat16 is needed")
     call = prepare(q[None], k[None], v[None], **score, **choices)
+    if call.options.seqlen_k_per_split:
+        rule = "sums under a plan depend on its tiles; plans of path simple or packed alone have batch-invariant mode"
+        raise ArgumentError(f"CUTE_FA_BATCH_INVARIANT=1 with a range plan on path native: {rule}")
     if given.trains() and torch.are_deterministic_algorithms_enabled():
         call = call.changed(deterministic=True)  # as the walks are, whatever is asked for until the backward
     slopes = score["alibi_slopes"]

@@ -1,15 +1,16 @@
-"""Rows of Q from global memory to registers, a row by a power of two of neighbouring lanes; and rows in fp16."""
+"""Rows of Q from global memory to registers, a row by a power of two of neighbouring lanes; and those of bf16, or of
+fp8 codes, in fp16."""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
 
 from cute_fa.device.arguments import CommonArguments
-from cute_fa.device.registers import narrow_pair
+from cute_fa.device.registers import narrow_pair, widen_codes
 from cute_fa.device.split_parts import RowPlace
 from cute_fa.device.split_walk import Piece
 
-QUERY_CHUNK = 8  # elements that a lane has, 16 bytes
+QUERY_CHUNK = 8  # elements that a lane has: 16 bytes, or 8 of codes
 # A scaled row's largest element is between 2^14 and 2^15: fp16 ends at 2^16, and holds multiples of 2^-24.
 _TOP = 14
 _BIAS = 127  # of the exponent of fp32
@@ -25,10 +26,10 @@ def query_chunk(
     common: CommonArguments, piece: Piece, place: RowPlace, chunk: Int32, head_dim: cutlass.Constexpr[int]
 ) -> cute.Tensor:
     """QUERY_CHUNK elements of a row; zeros beyond head_dim, and of a row that does not count."""
-    q = common.q
-    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), q.element_type, num_bits_per_copy=128)
-    values = cute.make_rmem_tensor(QUERY_CHUNK, q.element_type)
-    values.fill(0)
+    q, dtype = common.q, common.q.element_type
+    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), dtype, num_bits_per_copy=QUERY_CHUNK * dtype.width)
+    values = cute.make_rmem_tensor(QUERY_CHUNK, dtype)
+    cute.recast_tensor(values, Uint32).fill(0)
     if place.counts & (chunk * QUERY_CHUNK < head_dim):
         if const_expr(common.lengths.cu_seqlens_q is not None):
             source = q[piece.info.offset_q + place.query, place.head, None]
@@ -36,6 +37,15 @@ def query_chunk(
             source = q[piece.batch, place.query, place.head, None]
         cute.copy(copy, cute.local_tile(source, (QUERY_CHUNK,), (chunk,)), values)
     return values
+
+
+def widened_chunk(codes: cute.Tensor, dtype, shifted: bool = False) -> cute.Tensor:
+    """QUERY_CHUNK fp8 codes in ``dtype``, fp16; ``shifted``: see :func:`cute_fa.device.registers.widen_codes`."""
+    widened = cute.make_rmem_tensor(QUERY_CHUNK, dtype)
+    words, pairs = cute.recast_tensor(codes, Uint32), cute.recast_tensor(widened, Uint32)
+    for i in range(QUERY_CHUNK // 4):
+        pairs[2 * i], pairs[2 * i + 1] = widen_codes(words[i], codes.element_type, shifted=shifted)
+    return widened
 
 
 @cute.jit

@@ -238,7 +238,7 @@ def _in_bf16(problem: Problem) -> Problem:
     if isinstance(problem, AttentionProblem):
         descales = ("q_descale", "k_descale", "v_descale", "k_block_descale", "v_block_descale")
         descales += ("k_row_descale", "v_row_descale")
-        others |= {"out_dtype": None} | dict.fromkeys(descales, False)
+        others |= {"out_dtype": None, "v_layout": "head_dim"} | dict.fromkeys(descales, False)
     return replace(problem, dtype=DType.BF16, **others)
 
 

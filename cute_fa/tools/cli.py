@@ -322,7 +322,8 @@ def _explain(options: ProblemOptions) -> None:
     kernels = {entry.name: entry.kernel for entry in TABLE.entries}
     for name, reasons in TABLE.explain(problem, options["family"]).items():
         said = ", ".join(reasons) or "serves the problem"
-        if not reasons and not options["num_splits"] and 0 < (most := kernels[name]().most_tokens) < problem.seqlen_q:
+        open_splits = not options["num_splits"] and not problem.seqlen_k_per_split
+        if not reasons and open_splits and 0 < (most := kernels[name]().most_tokens) < problem.seqlen_q:
             said += f"; with num_splits left open up to {most} query tokens are its own, {problem.seqlen_q} a prompt's"
         table.add_row(name, "", said)
     for candidate in kernel.candidates(problem):

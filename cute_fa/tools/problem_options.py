@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cute_fa.api.attention import chunk_keys
 from cute_fa.engine.range_plans import walk_configs
 from cute_fa.engine.table import FAMILIES, TABLE
 from cute_fa.semantics.append_problem import AppendProblem
@@ -161,6 +162,7 @@ class ProblemOptions:
             )
         choices = {name: value for name, value in self.choices.items() if name != "family"}
         choices["num_splits"] = self["num_splits"] or 1
+        choices["seqlen_k_per_split"] = chunk_keys(None, choices.get("seqlen_k_per_split"))
         choices["out_dtype"] = self["out_dtype"] and DType(self["out_dtype"])
         return problem_of_spec(self.spec, self.machine.arch, **choices)
 

@@ -15,7 +15,7 @@ from cutlass.cute.arch import inline_ptx
 
 from cute_fa.device.arguments import CommonArguments
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.query_rows import QUERY_CHUNK, lanes_of_row, query_chunk, scaled_row
+from cute_fa.device.query_rows import QUERY_CHUNK, lanes_of_row, query_chunk, scaled_row, widened_chunk
 from cute_fa.device.registers import SHIFTED_FACTOR, widen_codes
 from cute_fa.device.split_parts import row_place
 from cute_fa.device.split_walk import Piece
@@ -51,11 +51,13 @@ class CodeLoader:
             fragment[index + i] = register
 
 
-def sum_factor(descale: Optional[Float32], shifted: bool) -> Optional[Float32]:
-    """What sums over codes of K, or of V, are to be multiplied by, or None; arguments as for the codes."""
+def sum_factor(descale: Optional[Float32], shifted: int) -> Optional[Float32]:
+    """What sums of products are to be multiplied by, or None. ``shifted``: how many of a product's factors are codes
+    that are 1 / SHIFTED_FACTOR of what they should be."""
     if not shifted:
         return descale
-    return Float32(SHIFTED_FACTOR) if descale is None else descale * SHIFTED_FACTOR
+    factor = SHIFTED_FACTOR**shifted
+    return Float32(factor) if descale is None else descale * factor
 
 
 def output_columns(block: int, lane: Int32) -> list[Int32]:
@@ -88,9 +90,11 @@ class QueryRows:
 
     @cute.jit
     def load_row(self, common: CommonArguments, piece: Piece, gqa_ratio: Int32, row: Int32):
-        """The lane's 16 bytes of a row."""
+        """The lane's chunk of a row."""
         c, factors, store = self.config, self.factors, self.store
         values = query_chunk(common, piece, row_place(piece, gqa_ratio, row), self.chunk, c.head_dim)
+        if const_expr(c.dtype.is_fp8):
+            values = widened_chunk(values, self.dtype, c.shifts_queries)
         if const_expr(c.scales_rows):
             values, factor = scaled_row(values, self.lanes, self.dtype)
             if self.chunk == 0:

@@ -61,7 +61,15 @@ class Fa2SplitConfig(WideningConfig):
     @property
     def shifted(self) -> tuple[bool, bool]:
         """Whether codes of K, and of V, widen without the instruction for it, which sm_89 is the first to have."""
-        return tuple(dtype is DType.E4M3 and self.arch.number < 89 for dtype in (self.dtype_k, self.dtype_v))
+        return tuple(self._shifts(dtype) for dtype in (self.dtype_k, self.dtype_v))
+
+    @property
+    def shifts_queries(self) -> bool:
+        """The same of codes of Q."""
+        return self._shifts(self.dtype)
+
+    def _shifts(self, dtype: DType) -> bool:
+        return dtype is DType.E4M3 and self.arch.number < 89
 
     @property
     def key_warps(self) -> int:
@@ -85,7 +93,7 @@ class Fa2SplitConfig(WideningConfig):
         """Q, and K and V of every stage with the descales of their rows, whose place the parts of O take; and what rows
         of Q are divided by."""
         keys = self.stages * self.tile_n * (self.head_dim_padded + self.head_dim_v_padded)
-        tiles = self.dtype.bytes * self.tile_m * self.head_dim_padded + self.dtype_k.bytes * keys
+        tiles = self.product_dtype.bytes * self.tile_m * self.head_dim_padded + self.dtype_k.bytes * keys
         return max(tiles + self.descale_bytes, self.merge_bytes) + self.factor_bytes
 
     @property

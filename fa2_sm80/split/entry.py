@@ -12,7 +12,7 @@ from fa2_sm80.split.config import MOST_TOKENS, Fa2SplitConfig, split_candidates,
 
 class Fa2Split(SplitForward):
     """Forward with cp.async and mma.sync for few queries, split keys and paged caches, on sm_80 and every arch after
-    it: fp16 and bf16, caches in fp8, too, head_dim 8 … 256, all query heads of a kv head in one tile."""
+    it: fp16 and bf16, caches and queries in fp8, too, head_dim 8 … 256, all query heads of a kv head in one tile."""
 
     family = "fa2"
     most_tokens = MOST_TOKENS

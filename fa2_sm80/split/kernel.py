@@ -46,7 +46,7 @@ class Fa2SplitKernel:
 
     def __init__(self, config: Fa2SplitConfig):
         self.config = config
-        self.dtype = CUTE_DTYPE[config.dtype]
+        self.dtype = CUTE_DTYPE[config.out_dtype]
 
     @cute.jit
     def __call__(self, args: SplitArguments, stream):
@@ -136,7 +136,7 @@ class Fa2SplitKernel:
         """The registers of this warp, with the slopes of its rows' heads and the drafts that its queries see."""
         c, common = self.config, args.common
         scale = common.softmax_scale
-        factor = sum_factor(common.descales.of_scores(piece.batch, piece.head), c.shifted[0])
+        factor = sum_factor(common.descales.of_scores(piece.batch, piece.head), c.shifted[0] + c.shifts_queries)
         if const_expr(factor is not None):
             scale = scale * factor
         score = Score.of(scale, common.softcap)
@@ -225,7 +225,7 @@ class Fa2SplitKernel:
 
     def smem_tiles(self) -> SplitTiles:
         c = self.config
-        layout = cute.make_layout(c.smem_bytes // c.dtype.bytes)
+        layout = cute.make_layout(c.smem_bytes // ELEMENT_BYTES)
         memory = SmemAllocator().allocate_tensor(self.dtype, layout, SMEM_ALIGNMENT).iterator
         columns, columns_v = (
             columns * c.dtype_k.bytes // ELEMENT_BYTES for columns in (c.head_dim_padded, c.head_dim_v_padded)
@@ -234,7 +234,7 @@ class Fa2SplitKernel:
         v = k + c.stages * c.tile_n * columns
         factors = None
         if const_expr(c.scales_rows):
-            start = memory + (c.smem_bytes - c.factor_bytes) // c.dtype.bytes
+            start = memory + (c.smem_bytes - c.factor_bytes) // ELEMENT_BYTES
             factors = cute.make_tensor(cute.recast_ptr(start, dtype=Float32), cute.make_layout(c.tile_m))
         blocks = cute.make_layout((c.tile_n, c.stages))
         of_rows, descales = cute.recast_ptr(v + c.stages * c.tile_n * columns_v, dtype=Float32), []

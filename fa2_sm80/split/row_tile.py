@@ -64,8 +64,7 @@ class RowTile:
             self.load_k = CodeLoader(self.load_k, CUTE_DTYPE[c.dtype_k], c.shifted[0])
             self.load_v = CodeLoader(self.load_v, CUTE_DTYPE[c.dtype_v], c.shifted[1])
         self.acc = self.output.accumulator()
-        # of values with a small descale beside a large one, too, small probabilities count
-        exponents = HALF if const_expr(c.scales_rows or c.v_row_descale) else WIDE
+        exponents = HALF if const_expr(c.keeps_small_probabilities) else WIDE
         self.softmax = OnlineSoftmax(2, score.scale_log2, exponents, row_wise=c.batch_invariant)
         self.factors: Optional[list[Float32]] = None  # of the scores of each row
         if const_expr(c.scales_rows):

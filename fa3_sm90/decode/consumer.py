@@ -97,7 +97,7 @@ class Consumer:
         """A piece, ``turn`` blocks of the CTA being behind; returns the next state of the warpgroup in the ring."""
         c = self.config
         score = self.score(piece, gqa_ratio)
-        exponents = HALF if const_expr(c.scales_rows) else WIDE
+        exponents = HALF if const_expr(c.keeps_small_probabilities) else WIDE
         softmax = OnlineSoftmax(ROWS, score.scale_log2, exponents, row_wise=c.batch_invariant)
         self.sums.acc.fill(0.0)
         rows_left = piece.info.rows_q * gqa_ratio - piece.first_row - self.first_row

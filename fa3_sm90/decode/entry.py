@@ -10,8 +10,8 @@ from fa3_sm90.decode.config import MOST_TOKENS, Fa3DecodeConfig, decode_candidat
 
 
 class Fa3Decode(SplitForward):
-    """Forward with TMA and wgmma for up to 128 query tokens, for sm_90a: fp16 and bf16, head_dim 8 … 256, all query
-    heads of a kv head in one tile, key blocks cut evenly between the CTAs."""
+    """Forward with TMA and wgmma for up to 128 query tokens, for sm_90a: fp16, bf16 and fp8, head_dim 8 … 256, all
+    query heads of a kv head in one tile, key blocks cut evenly between the CTAs."""
 
     family = "fa3"
     most_tokens = MOST_TOKENS

@@ -6,7 +6,7 @@ from cutlass import Int32, const_expr
 
 from cute_fa.device.chunk_walk import make_walk
 from cute_fa.device.dtypes import CUTE_DTYPE
-from cute_fa.device.query_rows import QUERY_CHUNK, lanes_of_row, query_chunk, scaled_row
+from cute_fa.device.query_rows import QUERY_CHUNK, lanes_of_row, query_chunk, scaled_row, widened_chunk
 from cute_fa.device.ring import Ring, ring_next, ring_start
 from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_parts import row_place
@@ -19,7 +19,7 @@ from fa3_sm90.decode.storage import Storage
 
 class QueryLoader:
     """One warp: the rows of a tile's queries, of all query heads of the kv head. A row has a power of two of lanes,
-    each of which brings 16 bytes."""
+    each of which brings QUERY_CHUNK elements."""
 
     def __init__(self, config: Fa3DecodeConfig, args: SplitArguments, storage: Storage, ring: Ring):
         c = config
@@ -61,9 +61,11 @@ class QueryLoader:
 
     @cute.jit
     def load_row(self, piece: Piece, gqa_ratio: Int32, row: Int32, chunk: Int32):
-        """The lane's 16 bytes of a row."""
+        """The lane's chunk of a row."""
         c, factors = self.config, self.factors
         values = query_chunk(self.args.common, piece, row_place(piece, gqa_ratio, row), chunk, c.head_dim)
+        if const_expr(c.dtype.is_fp8):
+            values = widened_chunk(values, self.product_dtype)
         if const_expr(c.scales_rows):
             values, factor = scaled_row(values, self.lanes, self.product_dtype)
             if chunk == 0:

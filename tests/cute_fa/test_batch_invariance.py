@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import cute_fa
-from cute_fa import reference
+from cute_fa import auto_deploy, compat, reference
 from cute_fa.api import attention
 from cute_fa.engine.compiler import compile_artifacts
 from cute_fa.engine.table import TABLE
 from cute_fa.errors import ArgumentError, Fp8Error
 from cute_fa.semantics.problem import AttentionProblem
+from cute_fa.semantics.ranges import HostRanges
 from cute_fa.semantics.types import DType, KvLayout, MaskKind, SmArch
+from cute_fa.tools.cli import main
+from cute_fa.tools.inputs import draw_tree, tree_words
 from fa3_sm90.decode.entry import Fa3Decode
 
 KEYS, CHUNK, HEADS, HEADS_KV, HEAD_DIM = 300, 128, 4, 2, 64
@@ -226,6 +232,78 @@ def test_descales_of_rows(arch, dtype):
             assert_same((out[b : b + 1], lse[b : b + 1]), of_sequence, slice(length - 201, length - 200))
 
 
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtypes", "head_dim"),
+    [
+        ("sm_80", (E4M3, E4M3, E4M3), 64),
+        ("sm_80", (E5M2, E4M3, E5M2), 64),
+        ("sm_89", (E4M3, E4M3, E5M2), 64),
+        ("sm_90a", (E4M3, E4M3, E4M3), 64),
+        ("sm_90a", (E5M2, E5M2, E4M3), 256),
+    ],
+)
+def test_fp8_queries(arch, dtypes, head_dim):
+    """A prompt, chunks and single tokens, dense, in pages, packed beside others."""
+    numbers = tensors(6, head_dim=head_dim)
+    q, k, v = (tensor.to(dtype) for tensor, dtype in zip(numbers, dtypes, strict=True))
+    descales = {f"{name}_descale": torch.rand(1, HEADS_KV) + 0.5 for name in "qkv"}
+    (k_pages, table), (v_pages, _) = (paged(t.bfloat16(), 16) for t in (k, v))
+    pages = k_pages.to(dtypes[1]), v_pages.to(dtypes[2])
+    with cute_fa.simulate(arch, num_sms=3):
+        whole = prompt(q[:, 190:], k, v, **descales)
+        comparison = reference.check(*whole, q[:, 190:], k, v, causal=True, **descales)
+        assert comparison.ok, comparison
+        for first, last in ((299, 300), (250, 300), (190, 194)):
+            places, queries = slice(first - 190, last - 190), q[:, first:last]
+            assert_same(decoded(queries, k, v, last, **descales), whole, places)
+        last = torch.tensor([KEYS], dtype=torch.int32)
+        assert_same(decoded(q[:, 299:], *pages, last, table, **descales), whole, slice(109, 110))
+        offsets = torch.tensor([0, 20, 21]).int(), torch.tensor([0, 300, 600]).int()
+        twice = {name: descale.expand(2, HEADS_KV) for name, descale in descales.items()}
+        out, lse = cute_fa.flash_attn_varlen_func(
+            *(torch.cat(pair) for pair in ((q[0, 280:], q[0, 299:]), (k[0], k[0]), (v[0], v[0]))),
+            *(*offsets, 20, 300),
+            **{"causal": True, "return_lse": True, "seqlen_k_per_split": CHUNK, **twice},
+        )
+        for start, stop, first in ((0, 20, 90), (20, 21, 109)):
+            result = out[None, start:stop], lse[None, :, start:stop]
+            assert_same(result, whole, slice(first, first + stop - start))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_drafts_of_a_tree(arch):
+    """Alone, beside other trees, packed, in pages, with other SMs; a chain of drafts is a prompt's end."""
+    q, k, v = tensors(9, 3)
+    drafts = (5, 40, 33)
+    trees = [draw_tree(count, seed=count) for count in drafts]
+    trees[2] = torch.ones(33, 33).tril().bool()
+    words = torch.zeros(3, max(drafts), 2, dtype=torch.int32)
+    for of_sequence, tree in zip(words, trees, strict=True):
+        of_sequence[: len(tree), : -(-len(tree) // 32)] = tree_words(tree)
+    options = {"return_lse": True, "batch_invariant": True, "seqlen_k_per_split": CHUNK}
+    of_all = {"tree_mask": torch.cat([own[:count] for own, count in zip(words, drafts, strict=True)]), **options}
+    packed = torch.cat([q[b, KEYS - count :] for b, count in enumerate(drafts)])
+    offsets = torch.tensor([0, *drafts]).cumsum(0).int()
+    rows = {"cu_seqlens_q": offsets, "max_seqlen_q": max(drafts), "cache_seqlens": torch.full((3,), KEYS).int()}
+    (k_pages, table), (v_pages, _) = paged(k, 16), paged(v, 16)
+    with cute_fa.simulate(arch, num_sms=3):
+        batch = cute_fa.flash_attn_with_kvcache(packed, k, v, **rows, **of_all)
+    with cute_fa.simulate(arch, num_sms=132):
+        in_pages = cute_fa.flash_attn_with_kvcache(packed, k_pages, v_pages, page_table=table, **rows, **of_all)
+        assert all(map(torch.equal, in_pages, batch))
+        for b, (start, stop) in enumerate(pairwise(offsets.tolist())):
+            own, keys, values = (t[b : b + 1] for t in (q[:, KEYS - drafts[b] :], k, v))
+            masked = {"tree_mask": words[b : b + 1, : drafts[b]].contiguous(), **options}
+            alone = cute_fa.flash_attn_with_kvcache(own, keys, values, **masked)
+            comparison = reference.check(*alone, own, keys, values, tree_mask=masked["tree_mask"])
+            assert comparison.ok, comparison
+            assert_same(alone, (batch[0][None, start:stop], batch[1][None, :, start:stop]), slice(None))
+        assert_same(alone, prompt(q[2:], k[2:], v[2:]), slice(KEYS - drafts[2], KEYS))
+
+
 def test_each_instruction_rounds_in_its_own_way():
     """Where mma.sync and wgmma differ, each kernel still agrees with itself, and no longer with the other one."""
     q, k, v = tensors(7)
@@ -287,9 +365,72 @@ def test_by_the_environment(monkeypatch):
         cache = cute_fa.PagedKvCache(k_pages, paged(v, 64)[0], KvLayout.NHD)
         request = cute_fa.PagedAttentionRequest(q[:, -1:], cache, table, lengths, mask=MaskKind.CAUSAL)
         assert_same(request.run(), whole, slice(299, 300))
-        leaf = q.clone().requires_grad_()
-        cute_fa.flash_attn_func(leaf, k, v, causal=True).float().sum().backward()
-        assert leaf.grad.abs().max() > 0
+        leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        out = cute_fa.flash_attn_func(*leaves, causal=True)
+        assert torch.equal(out, whole[0])
+        dout = torch.randn_like(q)
+        grads = reference.Gradients(*torch.autograd.grad(out, leaves, dout), None, None)
+        errors = reference.check_gradients(grads, q, k, v, dout, causal=True)
+        assert all(error.ok for error in errors.values()), errors
+
+
+def test_other_signatures_by_the_environment(monkeypatch):
+    """FlashAttention's, and TensorRT-LLM's operator that appends on the way."""
+    q, k, v = tensors(8)
+    lengths = torch.tensor([KEYS - 1], dtype=torch.int32)
+    with cute_fa.simulate("sm_80", num_sms=3):
+        whole = cute_fa.flash_attn_func(q, k, v, causal=True, batch_invariant=True)
+        last = whole[:, KEYS - 1 :]
+        assert not torch.equal(compat.fa2.flash_attn_with_kvcache(q[:, -1:], k, v, causal=True), last)
+        monkeypatch.setattr(attention, "BATCH_INVARIANT", True)
+        assert torch.equal(compat.fa3.flash_attn_with_kvcache(q[:, -1:], k, v, causal=True), last)
+        assert torch.equal(compat.fa2.flash_attn_func(q[:, 280:], k, v, causal=True), whole[:, 280:])
+        new = [tensor[:, -1:].flatten(2) for tensor in (q, k, v)]
+        caches = [tensor.clone() for tensor in (k, v)]
+        for cache in caches:
+            cache[:, -1] = torch.nan
+        out = auto_deploy.fused_mha_with_cache(*new, lengths, *caches)
+        assert torch.equal(out, last.flatten(2))
+
+
+def test_range_plans_by_the_environment(monkeypatch):
+    """What they leave to kernels for whole sequences is computed in the mode, the rest raises and names the switch."""
+    monkeypatch.setattr(attention, "BATCH_INVARIANT", True)
+    q, k, v = (tensor[0] for tensor in tensors(8))
+    halves = np.array([[0, 100], [100, 300]])
+    sequences = HostRanges(halves, halves, np.array([1, 1]), 300, 300)
+    others = HostRanges(np.array([[0, 300], [7, 90]]), np.array([[0, 60], [80, 300]]), np.array([0, 1]), 300, 300)
+    offsets = torch.tensor([0, 100, 300], dtype=torch.int32)
+    options = {"causal": True, "return_lse": True, "batch_invariant": True}
+    with cute_fa.simulate("sm_90a", num_sms=3) as simulation:
+        plan = cute_fa.RangePlan.build(sequences)
+        assert plan.path == "simple"
+        found = cute_fa.range_attention(q, k, v, plan=plan, return_lse=True)
+        wanted = cute_fa.flash_attn_varlen_func(q, k, v, offsets, offsets, 200, 200, **options)
+        assert all(map(torch.equal, found, wanted))
+        launches = len(simulation.launches)
+        with pytest.raises(ArgumentError, match="CUTE_FA_BATCH_INVARIANT=1 with a range plan on path native: sums"):
+            cute_fa.range_attention(q, k, v, plan=cute_fa.RangePlan.build(others, path="native"))
+        assert len(simulation.launches) == launches
+
+
+def test_explained_on_the_command_line(monkeypatch):
+    """What is explained is what runs, with the option and by the environment: the kernel for decoding, for a prompt,
+    too."""
+    sizes = ["--arch", "sm_90a", "--batch", "1", "--seqlen-q", "140", "--seqlen-k", "150"]
+    sizes += ["--heads", "1", "--head-dim", "64", "--num-splits", "0"]
+    for chunk, arguments in ((128, ["--seqlen-k-per-split", "128"]), (1024, [])):
+        monkeypatch.setattr(attention, "BATCH_INVARIANT", not arguments)
+        done = CliRunner().invoke(main, ["run", *sizes, *arguments, "--explain", "--json"])
+        assert done.exit_code == 0, done.output
+        told = json.loads(done.stdout)
+        assert told["canonical_name"] == f"fa3_fwd_sm90a_bf16_hd64_chunk{chunk}"
+        assert told["compile_name"] == "fa3_decode_sm90a_bf16_hd64_inv"
+        [forward] = [line for line in done.stderr.splitlines() if "fa3_fwd" in line]
+        assert "batch_invariant: this kernel's sums depend on its tiles" in forward
+        [decode] = [line for line in done.stderr.splitlines() if "fa3_decode" in line]
+        assert "serves the problem" in decode and "a prompt's" not in done.stderr
+        assert "Fa3Decode" in done.stderr and "chosen" in done.stderr
 
 
 @pytest.mark.gpu
@@ -306,6 +447,28 @@ def test_on_a_gpu(feature, head_dim):
             places = slice(first, last)
             result = decoded(q[sequence : sequence + 1, places], *alone, last, **options)
             assert_same(result, of_sequence, places)
+
+
+@pytest.mark.gpu
+def test_a_decode_step_in_a_cuda_graph():
+    """Replayed with other queries, lengths and pages, it gives the bits of the prompt."""
+    q, k, v = (tensor.cuda() for tensor in tensors(11, 2))
+    whole = prompt(q, k, v)
+    (k_pages, table), (v_pages, _) = (paged(tensor.cpu(), 16) for tensor in (k, v))
+    pages, table = (k_pages.cuda(), v_pages.cuda()), table.cuda()
+    token, lengths = q[:, :1].clone(), torch.ones(2, dtype=torch.int32, device="cuda")
+    decoded(token, *pages, lengths, table)  # compiled outside
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = decoded(token, *pages, lengths, table)
+    for of_sequences in ((300, 1), (129, 300), (64, 257)):
+        lengths.copy_(torch.tensor(of_sequences))
+        for b, length in enumerate(of_sequences):
+            token[b] = q[b, length - 1 : length]
+        graph.replay()
+        for b, length in enumerate(of_sequences):
+            own, of_prompt = (tuple(tensor[b : b + 1] for tensor in pair) for pair in (result, whole))
+            assert_same(own, of_prompt, slice(length - 1, length))
 
 
 def test_chunks_change_bits():
@@ -340,8 +503,8 @@ def test_arguments():
         with pytest.raises(ArgumentError, match="num_splits=3 in batch-invariant mode: the chunks of 1024 keys"):
             cute_fa.flash_attn_func(q, q, q, batch_invariant=True, num_splits=3)
         fp8 = q.to(torch.float8_e4m3fn)
-        with pytest.raises(Fp8Error, match="batch_invariant: this kernel's sums depend on its tiles"):
-            cute_fa.flash_attn_func(fp8, fp8, fp8, batch_invariant=True)
+        with pytest.raises(Fp8Error, match=r"fa3_fwd: batch_invariant: .*fa3_decode: descales of blocks of keys"):
+            cute_fa.flash_attn_func(fp8, fp8, fp8, k_descale=torch.ones(1, 2, 1), batch_invariant=True)
 
 
 @pytest.mark.parametrize(("keys", "parts", "slots"), [(128 * 1024, 128, 32 * 128), (1024 * 1024, 1, 2 * 32)])

@@ -44,12 +44,14 @@ PROBLEMS = """
 --arch sm_80 --head-dim 64 --causal --heads 4 --heads-kv 2 --seqlen-q 70 --backward
 --arch sm_80 --head-dim 64 --varlen --batch 3 --seqlen-q 90 --window 20 0 --sink 2 --inputs peaked
 --arch sm_80 --head-dim 128 --batch 2 --seqlen-q 1 --seqlen-k 200 --page-size 16 --num-splits 3 --heads 8 --heads-kv 2
+--arch sm_80 --head-dim 64 --seqlen-q 3 --seqlen-k 200 --heads 4 --heads-kv 2 --dtype e4m3 --seqlen-k-per-split 64
 --arch sm_80 --head-dim 64 --append --page-size 16 --seqlen-q 5 --seqlen-k 40 --rotary-dim 32
 --arch sm_80 --head-dim 64 --ranges 9 --seqlen-q 100 --seqlen-k 150 --heads 2 --inputs peaked
 --arch sm_80 --head-dim 64 --ranges 9 --seqlen-q 70 --seqlen-k 90 --heads 2 --backward
 --arch sm_90a --head-dim 128 --causal --seqlen-q 150 --heads 2 --inputs peaked
 --arch sm_90a --head-dim 64 --varlen --batch 2 --seqlen-q 130 --softcap 20 --heads 2
 --arch sm_90a --head-dim 128 --ranges 9 --seqlen-q 150 --heads 2 --inputs peaked
+--arch sm_90a --head-dim 64 --causal --seqlen-q 9 --seqlen-k 200 --heads 2 --page-size 16 --seqlen-k-per-split 64
 --arch sm_90a --head-dim 128 --append --page-size 16 --seqlen-q 3 --seqlen-k 33
 --arch sm_100a --head-dim 64 --causal --seqlen-q 150 --heads 2 --inputs peaked
 """.strip().splitlines()

@@ -43,6 +43,7 @@ from cute_fa.semantics.errors import (
 from cute_fa.semantics.problem import PAGE_SIZES
 from cute_fa.semantics.reference import expected
 from cute_fa.tools.inputs import InputSpec, make_inputs
+from fa2_sm80.split.entry import Fa2Split
 from fa3_sm90.decode.entry import Fa3Decode
 from tests.testing.caches import places
 from tests.testing.simulated import unwritten_is_nan
@@ -234,15 +235,18 @@ class TestPagedAttention:
             request.run()
 
     @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_120A])
-    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-    def test_no_kernel_reads_fp8(self, arch, dtype):
-        given = make_inputs(SPEC)
-        given = dataclasses.replace(given, q=given.q.to(dtype), k=given.k.to(dtype), v=given.v.to(dtype))
-        scales = {"k_descale": torch.ones(3, 2), "v_descale": torch.ones(3, 1).expand(3, 2)}
+    @pytest.mark.parametrize("dtype", [cute_fa.DType.E4M3, cute_fa.DType.E5M2])
+    def test_fp8_queries(self, arch, dtype):
+        given = make_inputs(dataclasses.replace(SPEC, dtype=dtype), "peaked")
+        scales = {name: getattr(given, name) for name in ("q_descale", "k_descale", "v_descale")}
         with cute_fa.simulate(arch) as simulation:
             request = request_of(given, **scales)
-            for read in (request.kernel, request.run):
-                with pytest.raises(Fp8Error, match=f"{request.cache.dtype.value} input on {arch.value}: no kernel"):
+            assert request.kernel() is Fa2Split
+            assert_right(given, request.run())
+            launches = len(simulation.launches)
+            blocks = request_of(given, **scales | {"k_descale": torch.ones(3, 2, 2)})
+            for read in (blocks.kernel, blocks.run):
+                with pytest.raises(Fp8Error, match=f"{dtype.value} input on {arch.value}: no kernel"):
                     read()
             for changes, error, message in (
                 ({"k_descale": None}, ArgumentError, "k_descale is NoneType: e[45]m[32] pages need a tensor"),
@@ -253,7 +257,7 @@ class TestPagedAttention:
             ):
                 with pytest.raises(error, match=message):
                     request_of(given, **{**scales, **changes})
-        assert not simulation.launches
+        assert len(simulation.launches) == launches
 
     @pytest.mark.parametrize(
         ("changes", "error", "message"),

@@ -255,9 +255,10 @@ def test_packed_rows_beyond_int32(simulated):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8(dtype):
     q, kv = Q.to(dtype), KV.to(dtype)
+    blocks = torch.ones(kv.shape[0], kv.shape[2], 1)
     for arch in ("sm_80", "sm_89", "sm_120a"):
         with cute_fa.simulate(arch), pytest.raises(Fp8Error, match=f"input on {arch}: no kernel offers fp8 here"):
-            flash_attn_func(q, kv, kv)
+            flash_attn_func(q, kv, kv, k_descale=blocks)
 
 
 def test_addresses(simulated):

@@ -111,7 +111,9 @@ def test_every_function(arch, family):
     offsets = [torch.arange(3, dtype=torch.int32) * rows for rows in (70, 130)]
     packed = cute_fa.flash_attn_varlen_func(*(t.flatten(0, 1) for t in (Q, K, V)), *offsets, 70, 130, **options)
     assert torch.equal(packed.view(wanted.shape), wanted)
-    assert torch.equal(cute_fa.flash_attn_with_kvcache(Q, K, V, **options), wanted)
+    assert torch.equal(cute_fa.flash_attn_with_kvcache(Q, K, V, num_splits=1, **options), wanted)
+    cached = cute_fa.flash_attn_with_kvcache(Q, K, V, return_lse=True, **options)  # by the kernel for decoding
+    assert reference.check(*cached, Q, K, V, **options).ok and not torch.equal(cached[0], wanted)
     request = cute_fa.Fa3FwdFp8Request(Q, K, V, mask=cute_fa.MaskKind.CAUSAL, **DESCALES)
     assert torch.equal(request.run()[0], wanted)
     assert request.kernel_name() == f"{family}_fwd_{arch.replace('_', '')}_e4m3_hd64_causal_gqa2"
@@ -125,10 +127,10 @@ def test_pages(arch):
     lengths = {"page_table": PAGED.page_table, "seqused_k": PAGED.seqused_k}
     out, lse = PAGED.run(return_lse=True)
     assert reference.check(out, lse, PAGED.q, PAGED.k, PAGED.v, causal=True, **lengths, **descales).ok
-    cached = cute_fa.flash_attn_with_kvcache(
-        PAGED.q, PAGED.k, PAGED.v, cache_seqlens=PAGED.seqused_k, page_table=PAGED.page_table, causal=True, **descales
-    )
-    assert torch.equal(cached, out)
+    cache = {"cache_seqlens": PAGED.seqused_k, "page_table": PAGED.page_table, "causal": True, **descales}
+    assert torch.equal(cute_fa.flash_attn_with_kvcache(PAGED.q, PAGED.k, PAGED.v, num_splits=1, **cache), out)
+    decoded = cute_fa.flash_attn_with_kvcache(PAGED.q, PAGED.k, PAGED.v, return_lse=True, **cache)
+    assert reference.check(*decoded, PAGED.q, PAGED.k, PAGED.v, causal=True, **lengths, **descales).ok
     request = cute_fa.PagedAttentionRequest(
         PAGED.q,
         cute_fa.PagedKvCache(PAGED.k, PAGED.v),
@@ -137,7 +139,8 @@ def test_pages(arch):
         mask=cute_fa.MaskKind.CAUSAL,
         **descales,
     )
-    assert torch.equal(request.run()[0], out)
+    assert torch.equal(request.run()[0], decoded[0])
+    assert torch.equal(replace(request, num_splits=1).run()[0], out)
 
 
 def test_operator():
@@ -190,7 +193,12 @@ HALVES = [t.to(torch.bfloat16) for t in (Q, K, V)]
             "out_dtype is float32: torch.float16 or torch.bfloat16",
         ),
         ((Q, K, V), {"out_dtype": "fp16"}, errors.DTypeError, "out_dtype is fp16: torch.float16 or torch.bfloat16"),
-        ((Q, K, V), {"num_splits": 2}, errors.Fp8Error, "num_splits 2: this kernel does not split"),
+        (
+            (Q, K, V),
+            {"num_splits": 2, "promote_every": 2},
+            errors.UnsupportedKeyError,
+            r"num_splits 2: this kernel does not split[\s\S]*promote_every 2: this kernel's products are of fp16",
+        ),
         (
             (Q, K, V),
             {"promote_every": 6},
@@ -199,7 +207,12 @@ HALVES = [t.to(torch.bfloat16) for t in (Q, K, V)]
         ),
         ((Q, K, V), {"promote_every": 0}, errors.ArgumentError, "promote_every=0: at least 1"),
         (HALVES, {"promote_every": 2}, errors.UnsupportedKeyError, "promote_every 2 with q in bf16: of fp8 alone"),
-        ((Q, K, V), {"family": "fa2"}, errors.Fp8Error, "e4m3 input on sm_90a: no kernel offers fp8 here"),
+        (
+            (Q, K[:, :128], V[:, :128].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
+            {"family": "fa2", "v_layout": "key_major"},
+            errors.Fp8Error,
+            "e4m3 input on sm_90a: no kernel offers fp8 here.*fa2_split: v_layout key_major: this kernel reads V by",
+        ),
         ((Q, K, HALVES[2]), {}, errors.DTypeError, "v is bfloat16: q is float8_e4m3fn, k and v must be fp8, too"),
         ((Q, K.view(torch.uint8), V), {}, errors.DTypeError, r"k is uint8: .* tensor.view\(torch.float8_e4m3fn\)"),
         ((Q.view(torch.uint8), K, V), {}, errors.DTypeError, r"q is uint8: one of .* tensor.view"),
@@ -231,9 +244,38 @@ def test_no_gradients(nothing_runs):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_120a"])
-def test_other_architectures(nothing_runs, arch):
-    with pytest.raises(errors.Fp8Error, match=f"e4m3 input on {arch}: no kernel offers fp8 here"):
-        cute_fa.flash_attn_func(Q, K, V)
+def test_other_architectures(arch):
+    """By FA2's kernel that widens codes, what is of fp8 products alone refused."""
+    for options in ({}, {"num_splits": 3, "out_dtype": torch.float16}):
+        assert reference.check(*run(**DESCALES, **options), Q, K, V, causal=True, **DESCALES).ok
+    with pytest.raises(errors.UnsupportedKeyError, match="promote_every 2: this kernel's products are of fp16"):
+        run(promote_every=2)
+    blocks = {"k_descale": torch.ones(2, 2, 2)}
+    with pytest.raises(errors.Fp8Error, match=f"e4m3 input on {arch}: .*fa2_split: descales of blocks of keys"):
+        run(**blocks)
+
+
+@pytest.mark.parametrize(
+    ("arch", "prompt", "few"),
+    [
+        ("sm_80", "Fa2Split", "Fa2Split"),
+        ("sm_90a", "Fa3Forward", "Fa3Decode"),
+        ("sm_100a", "Fa4Forward", "Fa2Split"),
+    ],
+)
+def test_by_which_kernel(arch, prompt, few):
+    """As in 16 bits: that of the decoding up to 128 tokens where splits are left open, unless something is asked that
+    it does not serve; elsewhere that of fp8 products."""
+    problem = replace(cute_fa.DispatchKey(cute_fa.SmArch(arch), DType.E4M3, 64).problem(), seqlen_k=5000)
+    for tokens, splits, kernel in ((1, 0, few), (128, 0, few), (129, 0, prompt), (1, 1, prompt), (1, 2, few)):
+        chosen, found = cute_fa.TABLE.choose(
+            replace(problem, seqlen_q=tokens, num_splits=splits or 1), None, 132, splits
+        )
+        assert found.__name__ == kernel, tokens
+        assert chosen.num_splits == (0 if not splits and tokens <= 128 else splits or 1)
+    if prompt != few:
+        blocks = replace(problem, k_descale=True, k_block_descale=True)
+        assert cute_fa.TABLE.choose(blocks, None, 132, 0)[1].__name__ == prompt
 
 
 def test_requests_of_one_kind_each(nothing_runs):

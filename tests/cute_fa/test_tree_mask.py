@@ -14,7 +14,6 @@ from cute_fa.semantics.errors import (
     CuteFaError,
     DeviceError,
     DTypeError,
-    Fp8Error,
     NoBackwardError,
     ShapeError,
     StrideError,
@@ -237,7 +236,11 @@ WORDS = torch.ones(2, 5, 1, dtype=torch.int32)
             NoBackwardError,
             "q requires a gradient: attention with tree_mask has none",
         ),
-        ({name: t.to(torch.float8_e4m3fn) for name, t in (("q", Q), ("k", K), ("v", K))}, Fp8Error, "does not hide"),
+        (
+            {name: t.to(torch.float8_e4m3fn) for name, t in (("q", Q), ("k", K), ("v", K))} | {"promote_every": 2},
+            UnsupportedKeyError,
+            "fa3_decode: promote_every 2: this kernel's products are of fp16",
+        ),
     ],
 )
 def test_bad_masks_run_nothing(changes, error, message):

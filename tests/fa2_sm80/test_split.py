@@ -33,6 +33,9 @@ FEATURES = features(
 )
 
 
+QUERIES = dict.fromkeys(("dtype", "dtype_k", "dtype_v"), DType.E4M3)
+
+
 class Copies:
     """What a call loads."""
 
@@ -314,10 +317,12 @@ def test_refused_tiles_say_why(change, reasons):
 def test_reasons_name_the_value():
     base = small_problem(SmArch.SM_80, page_size=16, seqused_k=True, num_splits=4)
     assert Fa2Split.supports(base) == []
+    assert Fa2Split.supports(dataclasses.replace(base, out_dtype=None, **QUERIES)) == []
     for change, word in (
         ({"head_dim": 12}, "head_dim 12"),
         ({"head_dim": 72, "dtype_k": DType.E4M3, "dtype_v": DType.E5M2}, "head_dim 72 in fp8: a multiple of 16"),
-        ({"dtype": DType.E4M3, "dtype_k": DType.E4M3, "dtype_v": DType.E4M3}, "dtype e4m3: q in 16 bits is needed"),
+        ({**QUERIES, "promote_every": 1}, "promote_every 1: this kernel's products are of fp16"),
+        ({**QUERIES, "page_size": None, "seqused_k": False, "v_layout": "key_major"}, "v_layout key_major"),
         (
             {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "v_descale": True, "v_block_descale": True},
             "descales of blocks of keys",

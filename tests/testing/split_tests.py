@@ -33,6 +33,24 @@ CACHES = [
     ({"seqlen_q": 9, "head_dim": 256, "window": (100, 0), "sink_tokens": 3, "learnable_sink": True}, DType.BF16),
     ({"seqlen_q": 3, "head_dim": 80, "head_dim_v": 48, "alibi": True, "varlen_q": True, "page_size": 64}, DType.FP16),
 ]
+# What is asked of queries in fp8: types of q, k and v, splits, the output's type.
+QUERIES = [
+    ({"seqlen_q": 1, "head_dim": 128, "page_size": 16}, "e4m3 e4m3 e4m3", 0, torch.float16),
+    ({"seqlen_q": 40, "head_dim": 64, "causal": True, "softcap": 15.0}, "e5m2 e4m3 e5m2", 3, torch.bfloat16),
+    (
+        {"seqlen_q": 9, "head_dim": 256, "window": (100, 0), "sink_tokens": 3, "learnable_sink": True},
+        *("e4m3 e5m2 e4m3", 0, torch.bfloat16),
+    ),
+    (
+        {"seqlen_q": 7, "head_dim": 80, "head_dim_v": 48, "alibi": True, "varlen_q": True, "page_size": 64},
+        *("e4m3 e4m3 e5m2", 2, torch.float16),
+    ),
+    (
+        {"seqlen_q": 20, "head_dim": 48, "tree": True, "seqused_k": True, "cache_leftpad": True},
+        *("e5m2 e5m2 e4m3", 0, torch.float16),
+    ),
+    ({"seqlen_q": 140, "head_dim": 32, "causal": True, "cache_batch_idx": True}, "e4m3 e4m3 e4m3", 1, torch.bfloat16),
+]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # What is asked of caches whose rows, or pages, have descales of their own: tiles of 16, 64 and 128 rows.
 ROW_DESCALES = [
@@ -73,6 +91,12 @@ def case_name(case: dict) -> str:
     return f"{spec_name(spec_of(case))}-{case['cut']}-{case['inputs']}"
 
 
+def query_spec(sizes: dict, dtypes: str) -> InputSpec:
+    """Of q, k and v in fp8."""
+    of = dict(zip(("dtype", "dtype_k", "dtype_v"), map(DType, dtypes.split()), strict=True))
+    return InputSpec(2, seqlen_k=330, heads=8, heads_kv=2, **of, **sizes)
+
+
 def cache_spec(codes: tuple[DType, DType], sizes: dict, dtype: DType) -> InputSpec:
     """Of queries in ``dtype`` over keys and values in ``codes``."""
     return InputSpec(2, seqlen_k=330, heads=8, heads_kv=2, dtype_k=codes[0], dtype_v=codes[1], dtype=dtype, **sizes)
@@ -96,11 +120,19 @@ class Split:
         """(out, lse, simulation) of one call, after comparison with the reference."""
         return self.check(make_inputs(spec, inputs), splits, arch, **simulation)
 
-    def check(self, given: Inputs, splits: int = 0, arch: str | None = None, **simulation: Any):
+    def check(
+        self,
+        given: Inputs,
+        splits: int = 0,
+        arch: str | None = None,
+        out_dtype: torch.dtype | None = None,
+        **simulation: Any,
+    ):
         """The same for given inputs."""
         with cute_fa.simulate(arch or self.arch, **simulation) as simulated, unwritten_is_nan():
-            out, lse = engine.attention(given.call(num_splits=splits))
-        result = expected(given.q, given.k, given.v, **given.options()).check(out, lse)
+            out, lse = engine.attention(given.call(num_splits=splits, out_dtype=out_dtype))
+        assert out_dtype in (None, out.dtype)
+        result = expected(given.q, given.k, given.v, **given.options(), out_dtype=out_dtype).check(out, lse)
         assert result.ok, result
         return out, lse, simulated
 
@@ -135,7 +167,7 @@ class OneKernel:
 
 
 class CodeTests(OneKernel):
-    """Caches in fp8 beside queries in 16 bits."""
+    """Caches in fp8 beside queries in 16 bits, and in fp8."""
 
     @abstractmethod
     def key_bytes(self, given: Inputs, num_sms: int) -> int:
@@ -152,6 +184,17 @@ class CodeTests(OneKernel):
     @pytest.mark.parametrize(("sizes", "dtype"), CACHES, ids=str)
     def test_fp8_caches_on_the_gpu(self, codes, sizes, dtype):
         self.split.run_on_the_gpu(cache_spec(codes, sizes, dtype), "peaked")
+
+    @pytest.mark.parametrize(("sizes", "dtypes", "splits", "out_dtype"), QUERIES, ids=str)
+    def test_fp8_queries(self, sizes, dtypes, splits, out_dtype):
+        given = make_inputs(query_spec(sizes, dtypes), "peaked")
+        for simulation in SCHEDULES[:2]:
+            self.split.check(given, splits, out_dtype=out_dtype, num_sms=8, **simulation)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize(("sizes", "dtypes", "splits"), [case[:3] for case in QUERIES], ids=str)
+    def test_fp8_queries_on_the_gpu(self, sizes, dtypes, splits):
+        self.split.run_on_the_gpu(query_spec(sizes, dtypes), "peaked", splits)
 
     @pytest.mark.parametrize("page_size", [1, 4, 32, 1024])
     def test_pages_of_codes(self, page_size):
@@ -180,6 +223,23 @@ class CodeTests(OneKernel):
         assert torch.equal(out.float(), 0.5 * v.float().expand(1, 64, 4, 256))
         scores = 0.75 * k.float().view(64, 4).T[None]
         torch.testing.assert_close(lse, scores, rtol=1e-6, atol=2e-6)
+
+    @pytest.mark.parametrize("dtype", [E4M3, E5M2])
+    @pytest.mark.parametrize("keys", [E4M3, E5M2])
+    def test_every_code_of_a_query_is_its_number(self, dtype, keys):
+        """The score of a key with a single 1 is one code of Q, of which each row has all in an order of its own."""
+        codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+        codes = torch.where(codes.float().isfinite(), codes.float(), 0.0)
+        q = torch.stack([codes.roll(7 * row) for row in range(64)]).to(dtype).view(1, 16, 4, 256)
+        descales = {"q_descale": torch.tensor([[0.75]]), "k_descale": torch.tensor([[2.0]])}
+        for place in (0, 13, 255):
+            k = torch.zeros(1, 1, 1, 256)
+            k[..., place] = 1.0
+            k = k.to(keys)
+            with cute_fa.simulate(self.split.arch, num_sms=1):
+                _, lse = cute_fa.flash_attn_func(q, k, k, softmax_scale=1.0, num_splits=0, return_lse=True, **descales)
+            scores = 1.5 * q[..., place].float().mT
+            torch.testing.assert_close(lse, scores, rtol=1e-6, atol=2e-6)
 
     def test_queries_of_any_magnitude(self):
         """Of bf16 each row has a power of two of its own: scores of a single key, off by 2^-24 of what the largest

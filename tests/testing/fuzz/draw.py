@@ -44,7 +44,7 @@ _ARCHS = {
     SmArch.SM_103A: 2,
     SmArch.SM_120A: 1,
 }
-# Those with forwards of their own, in fp8 too.
+# Those with forwards of their own, also on products in fp8.
 _FAMILIES = {SmArch.SM_90A: ("fa2", "fa3"), **dict.fromkeys((SmArch.SM_100A, SmArch.SM_103A), ("fa2", "fa3", "fa4"))}
 _HEAD_DIMS = {
     (64, 64): 5,
@@ -251,8 +251,8 @@ def _with_gradients(problem: Problem, rng: random.Random) -> Problem:
 def _in_fp8(problem: Problem, rng: random.Random) -> Problem:
     """With q, k and v in fp8 types, or k and v alone, for a share of what may have them."""
     request = problem.call == "Fa3FwdRequest"
-    offered = problem.machine.arch in _FAMILIES and problem.family != "fa2"
-    offered = offered and not problem.spec.tree and (request or _chance(rng, 0.6))
+    products = problem.machine.arch in _FAMILIES and problem.family != "fa2" and not problem.spec.tree
+    offered = products if request else _chance(rng, 0.6)
     if problem.call not in _FP8_CALLS or problem.cache.new is not None or not _chance(rng, 0.4):
         return problem
     dtype, dtype_k, dtype_v = (DType(rng.choice(_CODES)) for _ in range(3))
@@ -263,11 +263,12 @@ def _in_fp8(problem: Problem, rng: random.Random) -> Problem:
         if descales and not spec.varlen_k and _chance(rng, 0.5):
             spec = replace(spec, row_descales=rng.choice(["rows", "pages"] if spec.page_size else ["rows"]))
         return problem if request else replace(problem, spec=spec, **forward)
-    of_blocks = descales and _chance(rng, 0.3)
+    of_blocks = products and descales and _chance(rng, 0.3)
     spec = replace(spec, dtype=dtype)
-    key_major = problem.call == "flash_attn_func" and _chance(rng, 0.3)
+    key_major = products and problem.call == "flash_attn_func" and _chance(rng, 0.3)
     spec = replace(spec, block_descales=of_blocks, v_layout="key_major" if key_major else "head_dim")
-    asked = None if problem.call == "PagedAttentionRequest" else rng.choice([None, None, 1, 2])
+    promotes = products and problem.call != "PagedAttentionRequest"
+    asked = rng.choice([None, None, 1, 2]) if promotes else None
     call = "Fa3FwdFp8Request" if request else problem.call
     return replace(problem, call=call, spec=spec, promote_every=asked, **forward)
 
