@@ -253,6 +253,7 @@ def test_the_kernels_grids_have_every_feature_that_shapes_code(cases, left_out):
     problems = [problem_of_spec(spec_of(case), SmArch.SM_90A) for case in cases]
     used = {name for name in flags for problem in problems if is_used(problem, name)}
     of_fp8 = {"q_descale", "k_descale", "v_descale", "k_block_descale", "v_block_descale", "v_layout"}
+    of_fp8 |= {"k_row_descale", "v_row_descale"}
     of_range_plans = {"ranges", "q_positions", "k_positions"}
     assert flags - used == left_out | of_fp8 | of_range_plans | {"seqlen_k_per_split"}
 
