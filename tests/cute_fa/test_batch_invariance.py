@@ -189,6 +189,45 @@ def test_fp8_caches(arch, dtype, head_dim):
             assert_same(result, whole, slice(first - 100, last - 100))
 
 
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [("sm_80", torch.float8_e4m3fn), ("sm_89", torch.float8_e5m2), ("sm_90a", torch.float8_e4m3fn)],
+)
+def test_descales_of_rows(arch, dtype):
+    """Over so many orders of magnitude that it shows in the bits of P which keys a row's unit is of: with other tokens,
+    in pages, and behind padding, by index, beside other sequences."""
+    q, k, v = tensors(6, 3)
+    caches = [tensor.to(dtype) for tensor in (k, v)]
+    caches += [torch.exp2(24 * torch.rand(3, KEYS, HEADS_KV, 1) - last) for last in (24, 12)]
+
+    def decode(queries, given, lengths, table=None, **options):
+        *codes, k_descale, v_descale = given
+        return decoded(queries, *codes, lengths, table, k_descale=k_descale, v_descale=v_descale, **options)
+
+    with cute_fa.simulate(arch, num_sms=2):
+        whole = decode(q[:, 200:], caches, KEYS)
+        of_first = [tensor[:1] for tensor in caches]
+        for first, last in ((299, 300), (250, 300), (227, 230)):
+            result = decode(q[:1, first:last], of_first, last)
+            assert_same(result, tuple(tensor[:1] for tensor in whole), slice(first - 200, last - 200))
+    lengths, padding = (torch.tensor(rows, dtype=torch.int32) for rows in ([207, 300, 229], [5, 0, 70]))
+    last = torch.stack([q[b, length - 1 : length] for b, length in enumerate(lengths.tolist())])
+    *pages, (v_descales, table) = (paged(tensor, 16) for tensor in caches)
+    pages = [*(cache for cache, _ in pages), v_descales]
+    index = torch.tensor([2, 0, 1], dtype=torch.int32)
+    behind = [torch.full((3, KEYS + 70, *tensor.shape[2:]), float("nan")).to(tensor.dtype) for tensor in caches]
+    for b, rows in enumerate(padding.tolist()):
+        for cache, tensor in zip(behind, caches, strict=True):
+            cache[index[b], rows : rows + KEYS] = tensor[b]
+    with cute_fa.simulate(arch, num_sms=132):  # a CTA for each chunk
+        in_pages = decode(last, pages, lengths, table)
+        padded = decode(last, behind, lengths + padding, cache_leftpad=padding, cache_batch_idx=index)
+    for out, lse in (in_pages, padded):
+        for b, length in enumerate(lengths.tolist()):
+            of_sequence = tuple(tensor[b : b + 1] for tensor in whole)
+            assert_same((out[b : b + 1], lse[b : b + 1]), of_sequence, slice(length - 201, length - 200))
+
+
 def test_each_instruction_rounds_in_its_own_way():
     """Where mma.sync and wgmma differ, each kernel still agrees with itself, and no longer with the other one."""
     q, k, v = tensors(7)

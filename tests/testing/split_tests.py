@@ -14,7 +14,7 @@ import cute_fa
 from cute_fa.engine import attention as engine
 from cute_fa.engine import plan as plans
 from cute_fa.engine.table import TABLE, DispatchTable
-from cute_fa.semantics.reference import expected
+from cute_fa.semantics.reference import attention, expected
 from cute_fa.semantics.types import DType
 from cute_fa.tools.inputs import Inputs, InputSpec, make_inputs
 from tests.testing.cases import FA2_FEATURES, spec_name, spec_of
@@ -34,6 +34,20 @@ CACHES = [
     ({"seqlen_q": 3, "head_dim": 80, "head_dim_v": 48, "alibi": True, "varlen_q": True, "page_size": 64}, DType.FP16),
 ]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# What is asked of caches whose rows, or pages, have descales of their own: tiles of 16, 64 and 128 rows.
+ROW_DESCALES = [
+    ({"seqlen_q": 1, "head_dim": 128}, "rows", DType.BF16),
+    ({"seqlen_q": 1, "head_dim": 64, "page_size": 16, "softcap": 15.0, "learnable_sink": True}, "pages", DType.FP16),
+    ({"seqlen_q": 3, "head_dim": 128, "page_size": 1, "causal": True, "alibi": True}, "rows", DType.BF16),
+    ({"seqlen_q": 2, "head_dim": 64, "cache_batch_idx": True, "cache_leftpad": True}, "rows", DType.FP16),
+    (
+        {"seqlen_q": 9, "head_dim": 64, "cache_batch_idx": True, "page_size": 64, "causal": True, "varlen_q": True},
+        *("rows", DType.BF16),
+    ),
+    ({"seqlen_q": 9, "head_dim": 256, "window": (100, 0), "sink_tokens": 3, "seqused_k": True}, "rows", DType.BF16),
+    ({"seqlen_q": 12, "head_dim": 80, "head_dim_v": 48, "tree": True, "page_size": 64}, "pages", DType.FP16),
+    ({"seqlen_q": 100, "head_dim": 128, "head_dim_v": 64, "causal": True, "page_size": 16}, "rows", DType.BF16),
+]
 
 # Lengths of a batch in which a split of every sequence into as many parts leaves most CTAs waiting for the longest.
 SKEWED = (1, 17, 4000, 64, 5, 900, 130, 2)
@@ -189,6 +203,54 @@ class CodeTests(OneKernel):
         lengths = {"seqused_k": True, "lengths_k": (301, 77), "page_size": page_size}
         spec = InputSpec(2, seqlen_q, 330, 16, 2, 64, 32, dtype_k=DType.E4M3, dtype_v=DType.E5M2, **lengths)
         assert self.key_bytes(make_inputs(spec, "random"), 3) == (301 + 77) * 2 * (64 + 32)
+
+
+class RowDescaleTests(OneKernel):
+    """Caches in fp8 whose rows have descales of their own; those of rows that do not count are NaN."""
+
+    @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E4M3, DType.E5M2)], ids=str)
+    @pytest.mark.parametrize(("sizes", "descales", "dtype"), ROW_DESCALES, ids=str)
+    def test_row_descales(self, codes, sizes, descales, dtype):
+        spec = cache_spec(codes, {**sizes, "row_descales": descales}, dtype)
+        self.split.run(spec, "peaked", num_sms=8, race=True, late=True, schedule_seed=1)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize(("sizes", "descales", "dtype"), ROW_DESCALES, ids=str)
+    def test_row_descales_on_the_gpu(self, sizes, descales, dtype):
+        codes = DType.E4M3, DType.E5M2
+        self.split.run_on_the_gpu(cache_spec(codes, {**sizes, "row_descales": descales}, dtype), "peaked")
+
+    @pytest.mark.parametrize("other", ["of heads", "none"])
+    @pytest.mark.parametrize("of_rows", ["k", "v"])
+    def test_of_k_or_of_v_alone(self, of_rows, other):
+        """Beside descales of kv heads, or none, of the other."""
+        codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "page_size": 16}
+        spec = InputSpec(2, 3, 200, 8, 2, 64, causal=True, **codes)
+        rows = make_inputs(dataclasses.replace(spec, row_descales="rows"), "peaked")
+        heads = make_inputs(spec, "peaked")
+        replaced = f"{'v' if of_rows == 'k' else 'k'}_descale"
+        descale = getattr(heads, replaced) if other == "of heads" else None
+        self.split.check(dataclasses.replace(rows, **{replaced: descale}), num_sms=3)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("queries", [1, 20])
+    def test_descales_of_any_magnitude(self, queries, dtype):
+        """From 2^-12 to 2^12: O is off by the rounding of P and of O, of what the values add up to without their signs,
+        also where the key of the largest descale has a small P; LSE by as little as ever."""
+        rng = torch.Generator().manual_seed(5)
+        q = torch.randn(2, queries, 8, 64, generator=rng).to(dtype)
+        k, v = (torch.randn(2, 300, 2, 64, generator=rng).to(E4M3) for _ in range(2))
+        k_descale, v_descale = (torch.exp2(24 * torch.rand(2, 300, 2, 1, generator=rng) - 12) for _ in range(2))
+        options = {"softmax_scale": 2.0**-13, "causal": True}
+        keys, values = k.double() * k_descale, v.double() * v_descale
+        exact, exact_lse = attention(q, keys, values, dtype=torch.float64, **options)
+        without_signs, _ = attention(q, keys, values.abs(), dtype=torch.float64, **options)
+        with cute_fa.simulate(self.split.arch, num_sms=4):
+            out, lse = cute_fa.flash_attn_with_kvcache(
+                *(q, k, v), cache_seqlens=300, k_descale=k_descale, v_descale=v_descale, return_lse=True, **options
+            )
+        assert ((out - exact).abs() <= (2.0**-10 + torch.finfo(dtype).eps) * without_signs).all()
+        assert (lse - exact_lse).abs().max() < 1e-4
 
 
 class SplitTests(OneKernel):
