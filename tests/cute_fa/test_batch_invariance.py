@@ -261,11 +261,15 @@ def may_be_fused(ptx: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("feature", ["plain", "all"])
+ALL = {"window_left": 40, "sink_tokens": 5, "softcap": 20.0, "alibi": True, "learnable_sink": True}
+OF_ROWS = {f"{name}_{of}": True for name in "kv" for of in ("descale", "row_descale")}
+OF_ROWS |= {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}
+
+
+@pytest.mark.parametrize("features", [{}, ALL, OF_ROWS], ids=["plain", "all", "descales of rows"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_no_sum_is_left_to_the_compiler(arch, feature):
-    features = {"window_left": 40, "sink_tokens": 5, "softcap": 20.0, "alibi": True, "learnable_sink": True}
-    asked = of_tokens(SmArch(arch), 9, **(features if feature == "all" else {}))
+def test_no_sum_is_left_to_the_compiler(arch, features):
+    asked = of_tokens(SmArch(arch), 9, **features)
     for changes, fused in (({"seqlen_k_per_split": CHUNK}, False), ({}, True)):
         chosen, kernel = TABLE.choose(replace(asked, **changes), None, 132, 0)
         assert bool(may_be_fused(compile_artifacts(kernel.configure(chosen))[0])) == fused

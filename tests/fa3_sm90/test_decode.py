@@ -55,13 +55,15 @@ ROW_DESCALES = [
     ({"seqlen_q": 2, "head_dim": 64, "page_size": 64, "cache_leftpad": True, "cache_batch_idx": True}, DType.FP16),
     ({"seqlen_q": 20, "head_dim": 128, "head_dim_v": 80, "page_size": 4, "window": (90, 0)}, DType.BF16),
 ]
+CODES = {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "k_descale": True, "v_descale": True}
+OF_ROWS = {**CODES, "k_row_descale": True, "v_row_descale": True}
 # Instructions of the loop of 64 keys at head_dim 128, one token, with the rare rescaling of O, and of those what warps
 # without rows skip: 2026-11-30, nvidia-cutlass-dsl 4.8.1.
 LOOPS = [
     ({}, 371, 254),
     ({"page_size": 16, "seqused_k": True}, 370, 254),
-    ({"codes": True}, 401, 286),
-    ({"codes": True, "k_row_descale": True, "v_row_descale": True}, 657, 538),
+    (CODES, 401, 286),
+    (OF_ROWS, 657, 538),
 ]
 
 
@@ -173,9 +175,6 @@ def test_scores_beyond_the_digits_of_fp32(monkeypatch):
 
 @pytest.mark.parametrize(("changes", "most", "skipped"), LOOPS, ids=str)
 def test_the_loop_over_keys_neither_spills_nor_grows(changes, most, skipped):
-    changes = dict(changes)
-    if changes.pop("codes", False):
-        changes |= {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "k_descale": True, "v_descale": True}
     sizes = {"seqlen_q": 1, "seqlen_k": 8192, "num_heads": 8, "num_heads_kv": 1, "num_splits": 0}
     sizes |= {"head_dim": 128, "head_dim_v": 128, "window_right": 0}
     config = Fa3Decode.configure(small_problem(SmArch.SM_90A, **sizes, **changes))
@@ -185,10 +184,11 @@ def test_the_loop_over_keys_neither_spills_nor_grows(changes, most, skipped):
     assert loop.row()["insts"] <= most and loop.row()["cond"] >= skipped
 
 
-def test_every_pair_of_head_dims_fits_shared_memory():
-    for head_dim in range(8, 257, 8):
-        for head_dim_v in range(8, 257, 8):
+@pytest.mark.parametrize(("step", "changes"), [(8, {}), (16, OF_ROWS)], ids=["16 bits", "descales of rows"])
+def test_every_pair_of_head_dims_fits_shared_memory(step, changes):
+    for head_dim in range(step, 257, step):
+        for head_dim_v in range(step, 257, step):
             for seqlen_q in (1, 17, 100):
                 sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "seqlen_q": seqlen_q}
-                config = Fa3Decode.configure(small_problem(SmArch.SM_90A, num_heads_kv=1, **sizes))
+                config = Fa3Decode.configure(small_problem(SmArch.SM_90A, num_heads_kv=1, **sizes, **changes))
                 assert config.smem_bytes <= config.arch.smem_bytes and config.stages >= 2
