@@ -18,6 +18,7 @@ class PipelineSpec:
     ``producer_warps``: warps that fill one. ``shared``: by a cluster, whose warps all arrive at the barriers of its
     first CTA. ``ctas``: of a cluster that have the same tile, of which each brings its part to all: a stage's consumers
     are those of all of them, and release it in each.
+    ``copying_lanes``: lanes of a warp whose own copies (cp.async) fill a part.
     """
 
     name: str
@@ -27,3 +28,4 @@ class PipelineSpec:
     producer_warps: int = 1
     shared: bool = False
     ctas: int = 1
+    copying_lanes: int = 0

@@ -54,7 +54,7 @@ class Ring:
     def initialize(self):
         """By one thread, before a fence and a barrier of the CTA."""
         for stage in range(self.spec.stages):
-            cute.arch.mbarrier_init(self.full + stage, self.spec.producer_warps)
+            cute.arch.mbarrier_init(self.full + stage, self.spec.producer_warps + self.spec.copying_lanes)
             cute.arch.mbarrier_init(self.empty + stage, self.spec.consumer_warps)
 
     def acquire(self, state: RingState) -> cute.Pointer:
@@ -82,6 +82,10 @@ class Ring:
         """Warp that has done its part of a stage: hand it to the consumers."""
         cute.arch.sync_warp()
         self._arrive(self.full + stage, cute.arch.lane_idx() == 0)
+
+    def signal_behind_copies(self, stage: Int32):
+        """Each of the copying lanes: hand its part of a stage to the consumers when its cp.async so far are done."""
+        cute.arch.cp_async_mbarrier_arrive_noinc(self.full + stage)
 
     def wait(self, state: RingState):
         """Consumer: wait until the tile is there."""

@@ -45,6 +45,10 @@ class ValueUnits:
     def __init__(self, num_rows: int):
         self.num_rows = num_rows
         self.units = cute.make_rmem_tensor(num_rows, Float32)
+        self.reset()
+
+    def reset(self):
+        """For rows that have seen no key."""
         self.units.fill(_LEAST_UNIT)
 
     @cute.jit

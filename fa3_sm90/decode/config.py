@@ -108,6 +108,11 @@ class Fa3DecodeConfig(WideningConfig):
         return self.cu_seqlens_k or self.seqused_k or self.cache_leftpad or self.page_size is not None
 
     @property
+    def row_descales(self) -> int:
+        """Of K and V, how many have descales of rows; they come with K."""
+        return self.k_row_descale + self.v_row_descale
+
+    @property
     def exchange_bytes(self) -> int:
         """Sums of a tile's rows on their way from one warpgroup to the other, fp32."""
         return 0 if self.key_groups == 1 else WGMMA_M * EXCHANGED_COLUMNS * 4
@@ -118,7 +123,8 @@ class Fa3DecodeConfig(WideningConfig):
         keys = self.stages * self.tile_n * (self.head_dim_padded + self.value_columns)
         codes = self.code_stages * self.tile_n * sum(self.code_columns)
         tiles = 2 * (self.tile_m * self.head_dim_padded + keys) + codes
-        return tiles + self.exchange_bytes + 4 * self.tile_m * self.scales_rows + BARRIER_BYTES
+        numbers = self.tile_m * self.scales_rows + self.row_descales * self.tile_n * (self.stages + self.code_stages)
+        return tiles + self.exchange_bytes + 4 * numbers + BARRIER_BYTES
 
     @property
     def bytes_in_flight(self) -> int:
@@ -137,7 +143,8 @@ class Fa3DecodeConfig(WideningConfig):
             names, loaded, stages, readers = ("k_codes", "v_codes"), self.code_columns, self.code_stages, WIDENERS
         rings = []
         for name, columns in zip(names, loaded, strict=True):
-            by_tma = PipelineSpec(name, stages, self.tile_n * columns * size, readers)
+            lanes = 32 if name == "k_codes" and self.row_descales else 0
+            by_tma = PipelineSpec(name, stages, self.tile_n * columns * size, readers, copying_lanes=lanes)
             rings.append(PipelineSpec(name, stages, 0, readers, self.row_loaders) if self.by_rows else by_tma)
         return (PipelineSpec("q", 1, 0, 4 * self.consumers), *rings, *(filled if self.widens else ()))
 

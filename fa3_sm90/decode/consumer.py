@@ -13,6 +13,7 @@ from cute_fa.device.dtypes import CUTE_DTYPE
 from cute_fa.device.fragments import as_warpgroup_operand_a, warpgroup_rows_and_columns
 from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
+from cute_fa.device.row_descales import ValueUnits, scale_columns
 from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.softmax import HALF, WIDE, OnlineSoftmax, scale_row
 from cute_fa.device.split_arguments import SplitArguments
@@ -22,6 +23,7 @@ from cute_fa.device.visibility import mask_scores
 from fa3_sm90.common.products import RegisterScoreProduct, ScoreProduct, SumProduct, tiles
 from fa3_sm90.common.wgmma import WGMMA_M
 from fa3_sm90.decode.config import Fa3DecodeConfig
+from fa3_sm90.decode.descales import ColumnDescales
 from fa3_sm90.decode.epilogue import Epilogue
 from fa3_sm90.decode.exchange import Exchange
 from fa3_sm90.decode.storage import Storage
@@ -68,6 +70,11 @@ class Consumer:
         self.factors = None
         if const_expr(c.scales_rows):
             self.factors = cute.make_tensor(storage.row_factors, cute.make_layout(c.tile_m))
+        self.descales, self.units = None, None
+        if const_expr(c.row_descales):
+            self.descales = ColumnDescales(c, storage, self.columns, self.column)
+        if const_expr(c.v_row_descale):
+            self.units = ValueUnits(ROWS)
         self.exchange = None if const_expr(c.key_groups == 1) else Exchange(config, storage.exchange, thread)
 
     @cute.jit
@@ -100,6 +107,8 @@ class Consumer:
         exponents = HALF if const_expr(c.keeps_small_probabilities) else WIDE
         softmax = OnlineSoftmax(ROWS, score.scale_log2, exponents, row_wise=c.batch_invariant)
         self.sums.acc.fill(0.0)
+        if const_expr(c.v_row_descale):
+            self.units.reset()
         rows_left = piece.info.rows_q * gqa_ratio - piece.first_row - self.first_row
         busy = cute.arch.make_warp_uniform(rows_left) > 0
         self.queries.wait(queries)
@@ -133,6 +142,10 @@ class Consumer:
     def finish(self, piece: Piece, gqa_ratio: Int32, score: Score, softmax: OnlineSoftmax, busy: Boolean):
         """All sums of the piece's rows on their way out."""
         acc, store, keeps = self.sums.acc, self.store, Boolean(True)
+        if const_expr(self.config.v_row_descale):
+            leave, rows = self.units.leave, self.acc
+            if busy:
+                leave(rows)
         if const_expr(self.config.key_groups > 1):
             give, take, keeps = self.exchange.give, self.exchange.take, self.index == 0
             if keeps:
@@ -211,10 +224,15 @@ class Consumer:
     ):
         """One block of keys."""
         acc, probability = self.scores.accumulator(), self.probability
+        take_descales = self.descales.load if const_expr(self.config.row_descales) else None
         self.keys.wait(state)
         warpgroup.fence()
         self.scores.start(acc, state.stage)
         warpgroup.wait_group(0)
+        if const_expr(self.config.row_descales):
+            if busy:
+                take_descales(state.stage)
+            cute.arch.sync_warp()  # all of its lanes have read them
         self.keys.release(state.stage)
         if busy:
             probability(piece, gqa_ratio, score, factors, softmax, acc, iteration, right_edge, left_edge)
@@ -248,6 +266,8 @@ class Consumer:
         if const_expr(factors is not None):
             for r in cutlass.range_constexpr(ROWS):
                 scale_row(scores, r, factors[r])
+        if const_expr(c.k_row_descale):
+            scale_columns(scores, self.descales.k)
         if const_expr(c.alibi):
             distance = distances(diagonals, self.columns)
         apply_score(score, scores, distance, c.batch_invariant)
@@ -257,5 +277,9 @@ class Consumer:
         if const_expr(c.tree_mask):
             drafts = [DraftWords.of(self.args.common.tree_mask, info, piece.batch, query) for query in queries]
             hide_drafts(scores, self.columns, info.seqlen_k - first_key - info.seqlen_q, drafts)
+        if const_expr(c.v_row_descale):
+            self.units.grow(scores, self.acc, self.descales.v, masked or c.tree_mask)
         softmax.update(scores, self.acc, True)
+        if const_expr(c.v_row_descale):
+            self.units.scale(scores, self.descales.v)
         narrow(acc, self.probabilities)

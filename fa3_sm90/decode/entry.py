@@ -22,8 +22,6 @@ class Fa3Decode(SplitForward):
         reasons += code_objections(problem, "16-byte strides of TMA")
         if problem.ranges:
             reasons.append("a range plan: its masks are of whole tiles of queries, this kernel's tiles hold any rows")
-        if problem.k_row_descale or problem.v_row_descale:
-            reasons.append("descales of the cache's rows")
         return reasons or cls.grid_objections(problem)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 from cute_fa.device.chunk_walk import make_walk
 from cute_fa.device.key_copies import KeyCopies
@@ -11,6 +11,7 @@ from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_walk import Piece
 from fa3_sm90.decode.arguments import TmaTensors
 from fa3_sm90.decode.config import Fa3DecodeConfig
+from fa3_sm90.decode.descales import DescaleCopies
 from fa3_sm90.decode.storage import Storage
 
 
@@ -23,6 +24,9 @@ class KeyLoader:
         self.config, self.args, self.storage, self.rings = config, args, storage, rings
         self.tensors = tma.tiles(config)
         self.copies = KeyCopies(config, args.common)
+        self.descales = None
+        if const_expr(config.row_descales):
+            self.descales = DescaleCopies(config, args.common, storage)
 
     @cute.jit
     def run(self):
@@ -48,8 +52,12 @@ class KeyLoader:
         return keys
 
     def load(self, name: str, piece: Piece, iteration: Int32, state: RingState):
-        """A block of K or V, or of their codes, into its stage."""
+        """A block of K or V, or of their codes, into its stage; with those of K descales of the keys' rows."""
         tensor = self.tensors[name]
         barrier = self.rings[name].acquire(state)
         target = getattr(self.storage, name) + state.stage * (tensor.rows * tensor.columns)
         self.copies.load(tensor, target, piece.work(), piece.head, iteration, barrier)
+        if name == "k_codes" and self.descales is not None:
+            block = piece.blocks.block(iteration, self.args.common.window)
+            self.descales.start(piece, block * self.config.tile_n, state.stage)
+            self.rings[name].signal_behind_copies(state.stage)

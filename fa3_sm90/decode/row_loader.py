@@ -14,6 +14,7 @@ from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_walk import Piece
 from cute_fa.device.tma_boxes import panel_bytes, swizzle_bits, tile_place
 from fa3_sm90.decode.config import TMA_ROWS, Fa3DecodeConfig
+from fa3_sm90.decode.descales import DescaleCopies
 from fa3_sm90.decode.storage import Storage
 
 _MOST_LAG = 3  # blocks, of K and of V, whose copies a warp lets run
@@ -90,6 +91,9 @@ class RowLoader:
             RowCopies(c, tensor, getattr(storage, name), rings[name], width, index)
             for tensor, name, width in zip((common.k, common.v), names, columns, strict=True)
         ]
+        self.descales = None
+        if const_expr(c.row_descales):
+            self.descales = DescaleCopies(c, common, storage)
 
     @cute.jit
     def run(self):
@@ -116,12 +120,14 @@ class RowLoader:
 
     @cute.jit
     def start(self, piece: Piece, iteration: Int32, state: RingState):
-        """Copies of a block of K and V."""
+        """Copies of a block of K and V, and of the descales of their rows."""
         common = self.args.common
         pages = common.page_table[common.key_batch(piece.batch), None]
         first_key = piece.blocks.block(iteration, common.window) * self.config.tile_n
         for tensor in self.tensors:
             tensor.start(piece, pages, first_key, state)
+        if const_expr(self.descales is not None):
+            self.descales.start(piece, first_key, state.stage)
         cute.arch.cp_async_commit_group()
 
     def publish(self, state: RingState):

@@ -16,7 +16,8 @@ from fa3_sm90.decode.config import Fa3DecodeConfig
 class Storage(NamedTuple):
     """Shared memory of a CTA: pointers, swizzled like their tiles. ``q``: 64 rows for each row group; the others are
     the first stages, ``*_codes`` None without codes; ``exchange``: fp32, as a warpgroup's threads hold their columns,
-    or None; ``row_factors``: fp32, what each row of Q was divided by, or None."""
+    or None; ``row_factors``: fp32, what each row of Q was divided by, or None; ``descales``, ``code_descales``: those
+    of the keys' rows, fp32, for each stage of k and of k_codes, or None."""
 
     barriers: cute.Pointer
     q: cute.Pointer
@@ -26,6 +27,8 @@ class Storage(NamedTuple):
     v_codes: Optional[cute.Pointer]
     exchange: Optional[cute.Pointer]
     row_factors: Optional[cute.Pointer]
+    descales: Optional[cute.Pointer]
+    code_descales: Optional[cute.Pointer]
 
     @classmethod
     def allocate(cls, config: Fa3DecodeConfig) -> "Storage":
@@ -46,5 +49,7 @@ class Storage(NamedTuple):
             v_codes=codes(c.dtype_v, c.code_columns[1]),
             exchange=numbers(c.exchange_bytes // 4),
             row_factors=numbers(c.tile_m if c.scales_rows else 0),
+            descales=numbers(c.row_descales * c.tile_n * c.stages),
+            code_descales=numbers(c.row_descales * c.tile_n * c.code_stages),
             barriers=allocator.allocate_array(Int64, barrier_count(c.pipelines)),
         )

@@ -1,7 +1,7 @@
 """Producer warps that widen fp8 codes of keys and values to fp16, from TMA's tiles into those of wgmma.
 
 wgmma takes both operands in one type, and of 16 bits V as it lies. Every code of e4m3 and of e5m2 is a number of fp16:
-descales are factors of the sums, in fp32. Half of the bytes cross from memory.
+descales are factors of the sums, in fp32; those of rows go along as they are. Half of the bytes cross from memory.
 """
 
 import cutlass
@@ -16,6 +16,7 @@ from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.tma_boxes import panel_bytes, tile_place
 from fa3_sm90.decode.config import WIDENERS, Fa3DecodeConfig
+from fa3_sm90.decode.descales import DescaleMoves
 from fa3_sm90.decode.storage import Storage
 
 _CHUNK = 16  # bytes: codes that a lane widens at a time
@@ -41,6 +42,9 @@ class Widening:
         codes, numbers = getattr(storage, f"{name}_codes").toint(), getattr(storage, name).toint()
         self.source = opaque(codes + tile_place(row, self.chunk * _CHUNK, self.code_width, c.tile_n))
         self.target = opaque(numbers + tile_place(row, self.chunk * (2 * _CHUNK), self.width, c.tile_n))
+        self.descales = None
+        if const_expr(c.row_descales and not of_values):
+            self.descales = DescaleMoves(c, storage, index)
 
     @cute.jit
     def widen(self, before: RingState, behind: RingState):
@@ -48,6 +52,8 @@ class Widening:
         tile_n = self.config.tile_n
         self.codes.wait(before)
         self.numbers.wait_free(behind)
+        if const_expr(self.descales is not None):
+            self.descales.move(before, behind)
         source = self.source + before.stage * (tile_n * self.code_columns)
         target = self.target + behind.stage * (tile_n * self.columns * 2)
         widen_chunks, chunks = self.widen_chunks, self.columns // _CHUNK

@@ -16,8 +16,17 @@ from fa3_sm90.decode.config import Fa3DecodeConfig
 from fa3_sm90.decode.entry import Fa3Decode
 from perf.sass import report_cubin
 from tests.testing.cases import fa2_cases, small_problem
-from tests.testing.loads import recorded_loads
-from tests.testing.split_tests import SCHEDULES, CodeTests, Split, SplitTests, case_name, features
+from tests.testing.loads import recorded_copies, recorded_loads
+from tests.testing.split_tests import (
+    SCHEDULES,
+    CodeTests,
+    RowDescaleTests,
+    Split,
+    SplitTests,
+    cache_spec,
+    case_name,
+    features,
+)
 
 FEATURES = features(
     lengths=[
@@ -40,9 +49,22 @@ ROWS = [
     {"page_size": 1, "head_dim": 128, "dtype_k": DType.E4M3, "dtype_v": DType.E5M2},
     {"page_size": 64, "head_dim": 80, "cache_leftpad": True, "dtype_k": DType.E4M3, "dtype_v": DType.E4M3},
 ]
+# Of caches whose rows have descales: rows by cp.async, and tiles of 128 rows with blocks of 32 keys.
+ROW_DESCALES = [
+    ({"seqlen_q": 40, "head_dim": 256, "causal": True}, DType.BF16),
+    ({"seqlen_q": 2, "head_dim": 64, "page_size": 64, "cache_leftpad": True, "cache_batch_idx": True}, DType.FP16),
+    ({"seqlen_q": 20, "head_dim": 128, "head_dim_v": 80, "page_size": 4, "window": (90, 0)}, DType.BF16),
+]
+CODES = {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "k_descale": True, "v_descale": True}
+OF_ROWS = {**CODES, "k_row_descale": True, "v_row_descale": True}
 # Instructions of the loop of 64 keys at head_dim 128, one token, with the rare rescaling of O, and of those what warps
 # without rows skip: 2026-11-30, nvidia-cutlass-dsl 4.8.1.
-LOOPS = [({}, 371, 254), ({"page_size": 16, "seqused_k": True}, 370, 254), ({"codes": True}, 401, 286)]
+LOOPS = [
+    ({}, 371, 254),
+    ({"page_size": 16, "seqused_k": True}, 370, 254),
+    (CODES, 401, 286),
+    (OF_ROWS, 657, 538),
+]
 
 
 class TestDecode(CodeTests, SplitTests):
@@ -90,6 +112,30 @@ class TestDecode(CodeTests, SplitTests):
         self.split.run(InputSpec(2, seqlen_q, 300, 6, 2, 64, tree=True, seqused_k=True), "peaked", num_sms=6)
 
 
+class TestRowDescales(RowDescaleTests):
+    split = Split("fa3_decode", "sm_90a")
+
+    @pytest.mark.parametrize(("sizes", "dtype"), ROW_DESCALES, ids=str)
+    @pytest.mark.parametrize("simulation", SCHEDULES, ids=str)
+    def test_ways_of_loading(self, sizes, dtype, simulation):
+        spec = cache_spec((DType.E5M2, DType.E4M3), {**sizes, "row_descales": "rows"}, dtype)
+        self.split.run(spec, "peaked", num_sms=5, race=True, **simulation)
+
+    @pytest.mark.without_races
+    @pytest.mark.parametrize("page_size", [None, 1, 16])
+    def test_descales_are_read_once(self, page_size):
+        """Of all eight query heads of a kv head, and none beyond the sequence's end."""
+        lengths = {"seqused_k": True, "lengths_k": (301, 77), "page_size": page_size, "row_descales": "rows"}
+        given = make_inputs(cache_spec((DType.E4M3,) * 2, {"seqlen_q": 4, "head_dim": 64, **lengths}, DType.BF16))
+        with recorded_copies() as copies:
+            self.split.check(given, num_sms=3)
+        for descale in (given.k_descale, given.v_descale):
+            places = [(copy.address - descale.data_ptr()) // 4 for copy in copies if copy.bytes == 4]
+            read = [place for place in places if 0 <= place < descale.numel()]
+            assert len(read) == len(set(read)) == (301 + 77) * 2
+            assert descale.flatten()[read].isfinite().all()
+
+
 class FusedConfig(Fa3DecodeConfig):
     """A class of its own, by which the caches tell its kernels from the others."""
 
@@ -129,9 +175,6 @@ def test_scores_beyond_the_digits_of_fp32(monkeypatch):
 
 @pytest.mark.parametrize(("changes", "most", "skipped"), LOOPS, ids=str)
 def test_the_loop_over_keys_neither_spills_nor_grows(changes, most, skipped):
-    changes = dict(changes)
-    if changes.pop("codes", False):
-        changes |= {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "k_descale": True, "v_descale": True}
     sizes = {"seqlen_q": 1, "seqlen_k": 8192, "num_heads": 8, "num_heads_kv": 1, "num_splits": 0}
     sizes |= {"head_dim": 128, "head_dim_v": 128, "window_right": 0}
     config = Fa3Decode.configure(small_problem(SmArch.SM_90A, **sizes, **changes))
@@ -141,10 +184,11 @@ def test_the_loop_over_keys_neither_spills_nor_grows(changes, most, skipped):
     assert loop.row()["insts"] <= most and loop.row()["cond"] >= skipped
 
 
-def test_every_pair_of_head_dims_fits_shared_memory():
-    for head_dim in range(8, 257, 8):
-        for head_dim_v in range(8, 257, 8):
+@pytest.mark.parametrize(("step", "changes"), [(8, {}), (16, OF_ROWS)], ids=["16 bits", "descales of rows"])
+def test_every_pair_of_head_dims_fits_shared_memory(step, changes):
+    for head_dim in range(step, 257, step):
+        for head_dim_v in range(step, 257, step):
             for seqlen_q in (1, 17, 100):
                 sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "seqlen_q": seqlen_q}
-                config = Fa3Decode.configure(small_problem(SmArch.SM_90A, num_heads_kv=1, **sizes))
+                config = Fa3Decode.configure(small_problem(SmArch.SM_90A, num_heads_kv=1, **sizes, **changes))
                 assert config.smem_bytes <= config.arch.smem_bytes and config.stages >= 2
