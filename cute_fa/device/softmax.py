@@ -23,6 +23,10 @@ class ExponentRange(NamedTuple):
     limit: float
 
 
+# Registers of a row of O around whose rescaling a loop costs less than a branch. With 64, of 256 columns, ptxas copies O
+# there: 113 spills and 1355 instructions a block for FlashAttention-2's forward on sm_120a, with a branch none and 1007.
+_MOST_IN_A_LOOP = 48
+
 # Harmless in bf16, whose relative error does not depend on the magnitude, and in fp16 beside inputs of that type.
 WIDE = ExponentRange(0.0, 8.0)
 # fp16 ends at 2^16 and loses bits below 2^-14: for values that come from bf16, whose small probabilities keep theirs.
@@ -69,24 +73,35 @@ class OnlineSoftmax:
 
         ``scores`` and ``acc`` are (rows, columns) views. ``may_be_hidden``: a row can have no visible key so far.
         """
-        scale, running, total, exponents = self.scale_log2, self.reference, self.total, self.exponents
-        row_wise, maximum = self.row_wise, row_maxima(scores)
-        # A loop that runs once, not an "if": ptxas turns the branch into 130 predicated instructions, which cost as
-        # much as executing them (11.7 against 8.5 instructions per score at head_dim 128).
-        while cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents, row_wise)):
-            for r in cutlass.range_constexpr(self.num_rows):
-                of_row = quad_max(maximum[r])
-                reference = cute.arch.fmax(running[r], reference_of(of_row, scale, exponents))
-                if const_expr(row_wise):
-                    moves = _beyond(of_row, scale, running[r], exponents, row_wise)
-                    reference = cutlass.select_(moves, reference, running[r])
-                factor = cute.math.exp2(running[r] - finite(reference), fastmath=True)
-                running[r] = reference
-                total[r] = rounded_product(total[r], factor) if const_expr(row_wise) else total[r] * factor
-                scale_row(acc, r, factor)
-            if const_expr(not exponents.top):
-                maximum.fill(-Float32.inf)  # once, see _beyond()
+        maximum, follow = row_maxima(scores), self.follow
+        scale, running, exponents, row_wise = self.scale_log2, self.reference, self.exponents, self.row_wise
+        if const_expr(cute.size(acc, mode=[1]) > _MOST_IN_A_LOOP):
+            if cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents, row_wise)):
+                follow(maximum, acc)
+        else:
+            # A loop that runs once, not an "if": ptxas turns the branch into 130 predicated instructions, which cost
+            # as much as executing them (11.7 against 8.5 instructions per score at head_dim 128).
+            while cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents, row_wise)):
+                follow(maximum, acc)
         self.exponentiate(scores, may_be_hidden)
+
+    @cute.jit
+    def follow(self, maximum: cute.Tensor, acc: cute.Tensor):
+        """References, sums and ``acc`` follow the rows' largest scores, of which ``maximum`` has one thread's."""
+        scale, running, total, exponents = self.scale_log2, self.reference, self.total, self.exponents
+        row_wise = self.row_wise
+        for r in cutlass.range_constexpr(self.num_rows):
+            of_row = quad_max(maximum[r])
+            reference = cute.arch.fmax(running[r], reference_of(of_row, scale, exponents))
+            if const_expr(row_wise):
+                moves = _beyond(of_row, scale, running[r], exponents, row_wise)
+                reference = cutlass.select_(moves, reference, running[r])
+            factor = cute.math.exp2(running[r] - finite(reference), fastmath=True)
+            running[r] = reference
+            total[r] = rounded_product(total[r], factor) if const_expr(row_wise) else total[r] * factor
+            scale_row(acc, r, factor)
+        if const_expr(not exponents.top):
+            maximum.fill(-Float32.inf)  # once, see _beyond()
 
     @cute.jit
     def advance(self, scores: cute.Tensor):
