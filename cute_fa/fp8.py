@@ -83,9 +83,10 @@ def quantize_per_block(
 
 def quantize_per_row(x: torch.Tensor, dtype: torch.dtype = E4M3) -> Quantized:
     """A descale for each token and head of a cache or of its pages, (batch, seqlen, heads, 1) as x has them: those that
-    ``cute_fa.append_kv`` writes, between 2^-32, also of rows that are 0, and 2^32."""
+    ``cute_fa.append_kv`` writes, between 2^-32, also of rows that are 0, and 2^32; so are the codes, but for infinities
+    in e5m2, which become the largest finite number there."""
     _check_values(x, dtype)
-    check_dims("x", x, 4, "(batch, seqlen, heads, head_dim)")
+    _check_rows("x", x, None)
     largest = _magnitudes(x).amax(-1, keepdim=True).float()
     descale = (largest / torch.finfo(dtype).max).clamp(2.0**-32, 2.0**32)
     return Quantized(quantize(x, descale, dtype), descale)
@@ -229,6 +230,9 @@ def _of_each_row(
     if descale.dim() == 0:
         return descale
     if descale.dim() == 4:
+        for given, value in (("block_size", block_size), ("cu_seqlens", cu_seqlens)):
+            if value is not None:
+                raise ArgumentError(f"{given} with descale {tuple(descale.shape)}: descales of rows are of a cache")
         check_row_descale("descale", descale, name, x)
         return descale
     _check_rows(name, x, cu_seqlens)

@@ -210,7 +210,7 @@ class PagedAttentionRequest(ForwardRequest):
                 raise ArgumentError(f"{name} with {self.cache.dtype.value} pages: only fp8 pages have descales")
             return
         if not isinstance(descale, torch.Tensor):
-            rule = f"{self.cache.dtype.value} pages need a tensor (batch, kv_heads)"
+            rule = f"{self.cache.dtype.value} pages need a tensor, (batch, kv_heads) or of pages or rows"
             raise ArgumentError(f"{name} is {type(descale).__name__}: {rule}")
 
     def _choose(self) -> tuple[AttentionProblem, type[AttentionKernel]]:

@@ -23,8 +23,8 @@ class ExponentRange(NamedTuple):
     limit: float
 
 
-# Registers of a row of O around whose rescaling a loop costs less than a branch. With 64, of 256 columns, ptxas copies O
-# there: 113 spills and 1355 instructions a block for FlashAttention-2's forward on sm_120a, with a branch none and 1007.
+# Registers of a row of O around whose rescaling a loop costs less than a branch. With 64, of 256 columns, ptxas copies
+# O there: 113 spills and 1355 instructions a block for FA2's forward on sm_120a, with a branch none and 1007.
 _MOST_IN_A_LOOP = 48
 
 # Harmless in bf16, whose relative error does not depend on the magnitude, and in fp16 beside inputs of that type.

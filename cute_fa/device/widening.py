@@ -50,7 +50,7 @@ def code_objections(problem: AttentionProblem, head_dim_rule: str) -> list[str]:
             if size % 16
         ]
         if problem.k_block_descale or problem.v_block_descale:
-            reasons.append("descales of blocks of keys: this kernel takes one for each kv head of a sequence")
+            reasons.append("descales of blocks of keys: this kernel takes those of sequences, of pages and of rows")
     if problem.promote_every is not None and problem.dtype.is_fp8:
         reasons.append(f"promote_every {problem.promote_every}: this kernel's products are of fp16, not of fp8")
     if problem.v_layout != "head_dim":

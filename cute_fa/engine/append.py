@@ -261,8 +261,12 @@ def _check_descales(names: ArgumentNames, call: AppendCall, batch: int, sequence
 
 def _check_written_descale(names: ArgumentNames, call: AppendCall, rows: str, written: torch.Tensor) -> None:
     """Each row and head of the cache has a place of its own for its descale."""
-    name, cache = names[f"{rows}_descale"], getattr(call, f"{rows}_cache")
-    check_like(name, written, (*cache.shape[:3], 1), torch.float32, names[f"{rows}_cache"])
+    name, cache, like = names[f"{rows}_descale"], getattr(call, f"{rows}_cache"), names[f"{rows}_cache"]
+    check_row_descale(name, written, like, cache)
+    whole = (*cache.shape[:3], 1)
+    if tuple(written.shape) != whole:
+        rule = f"{whole} is needed where descales are written, one for each row and head of {like}"
+        raise ShapeError(f"{name} {tuple(written.shape)}: {rule}")
     check_writable(name, written)
 
 

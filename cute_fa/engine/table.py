@@ -166,7 +166,7 @@ class DispatchTable:
         if problem.is_fp8 and self.serves(_in_bf16(problem), family):
             listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
             dtypes = dtypes_of_code(problem)
-            raise Fp8Error(f"{dtypes} input on {problem.arch.value}: no kernel offers fp8 here ({listed})")
+            raise Fp8Error(f"{dtypes} input on {problem.arch.value}: no kernel serves it in fp8 ({listed})")
         key = DispatchKey.of(problem) if isinstance(problem, AttentionProblem) else problem_name(problem)
         raise UnsupportedKeyError(key, reasons)
 

@@ -320,14 +320,35 @@ def check_pointers(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def check_separate(written: str, tensor: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-    """Raise ArgumentError if the range of addresses that a written tensor spans meets an input's."""
+    """Raise ArgumentError if a written tensor meets an input in memory: the ranges of addresses that they span do, and
+    they do not lie beside each other in periods of one stride, as keys and values of one allocation may."""
     start, end = _extent(tensor)
-    for name, tensor in inputs.items():
-        first, last = _extent(tensor)
-        if first < end and start < last:
+    for name, other in inputs.items():
+        first, last = _extent(other)
+        if first < end and start < last and not _side_by_side(tensor, other):
             raise ArgumentError(
                 f"{written} shares its memory with {name}: a kernel uses {name} while it writes {written}"
             )
+
+
+def _side_by_side(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the addresses of two tensors differ in their remainders by a stride that both have."""
+    strides = [
+        [stride * t.element_size() for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+        for t in (a, b)
+    ]
+    for period in sorted({*strides[0]} & {*strides[1]}):
+        places = []
+        for t in (a, b):
+            inner = t.element_size()
+            for size, stride in zip(t.shape, t.stride(), strict=True):
+                if size > 1 and (stride * t.element_size()) % period:
+                    inner += (size - 1) * stride * t.element_size()
+            places.append((t.data_ptr() % period, inner))
+        (start, inner), (other, extent) = sorted(places)
+        if start + inner <= other and other + extent <= start + period:
+            return True
+    return False
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -122,15 +122,15 @@ class RowRing(BlockRing):
     def load(self, block: Int32, stage: Int32, first: bool):
         """Every block is checked against the sequence's end: decoding waits for memory. A thread copies the same rows
         of K and V if these are equally wide, and looks their pages up once."""
-        slots = {}
+        # opaque: where blocks are only multiplied, NVVM counts them modulo 2^32 / tile_n, which looks like overflow
+        slots, block = {}, opaque(Int32(block))
         for loader, rows in zip(self.loaders, self.rows, strict=True):
             if loader.rows_per_pass not in slots:
                 slots[loader.rows_per_pass] = [self.slot(block * self.tile_n + row) for row in loader.rows()]
             places = [(rows.address(page, row), inside) for page, row, inside in slots[loader.rows_per_pass]]
             loader.load(places, stage)
         if self.descales:
-            # opaque: where blocks are only multiplied, NVVM counts them modulo 2^32 / tile_n, which looks like overflow
-            self.load_descales(opaque(Int32(block)), stage)
+            self.load_descales(block, stage)
 
     @cute.jit
     def load_descales(self, block: Int32, stage: Int32):

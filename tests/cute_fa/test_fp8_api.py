@@ -211,7 +211,7 @@ HALVES = [t.to(torch.bfloat16) for t in (Q, K, V)]
             (Q, K[:, :128], V[:, :128].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
             {"family": "fa2", "v_layout": "key_major"},
             errors.Fp8Error,
-            "e4m3 input on sm_90a: no kernel offers fp8 here.*fa2_split: v_layout key_major: this kernel reads V by",
+            "e4m3 input on sm_90a: no kernel serves it in fp8.*fa2_split: v_layout key_major: this kernel reads V by",
         ),
         ((Q, K, HALVES[2]), {}, errors.DTypeError, "v is bfloat16: q is float8_e4m3fn, k and v must be fp8, too"),
         ((Q, K.view(torch.uint8), V), {}, errors.DTypeError, r"k is uint8: .* tensor.view\(torch.float8_e4m3fn\)"),

@@ -227,7 +227,11 @@ WHOLE = (2, 48, HEADS, 1)
 @pytest.mark.parametrize(
     ("descale", "error", "message"),
     [
-        (torch.ones(2, 48, 1, 1), ShapeError, r"k_descale \(2, 48, 1, 1\): \(2, 48, 3, 1\) is needed, as k_cache has"),
+        (
+            torch.ones(2, 48, 1, 1),
+            ShapeError,
+            r"k_descale \(2, 48, 1, 1\): \(2, 48, 3, 1\) is needed where descales are w",
+        ),
         (torch.ones(2, 48, HEADS, 64), ShapeError, r"k_descale \(2, 48, 3, 64\): \(2, 48, 3, 1\) is needed"),
         (torch.ones(2, 2, HEADS, 1), ShapeError, r"k_descale \(2, 2, 3, 1\): \(2, 48, 3, 1\) is needed, or 1 in the"),
         (torch.ones(WHOLE).double(), DTypeError, "k_descale is float64: float32 is needed"),
@@ -253,6 +257,30 @@ def test_one_memory_for_both_is_refused():
         append_kv(*rows, cache.k, cache.v, LENGTHS, k_descale=descale, v_descale=cache.descale("v"))
         with pytest.raises(ArgumentError, match=message):  # though a call of these shapes was
             append_kv(*rows, cache.k, cache.v, LENGTHS, k_descale=descale, v_descale=descale)
+
+
+def test_keys_and_values_may_share_an_allocation():
+    """Descales beside each other, between the pages' keys and values, and behind the codes of each row."""
+    generator = torch.Generator().manual_seed(6)
+    k, v = (torch.randn(2, NEW, HEADS, 64, generator=generator).bfloat16() for _ in range(2))
+    pages, numbers = torch.zeros(6, 2, 16, HEADS, 64).to(E4M3), torch.full((6, 2, 16, HEADS), torch.nan)
+    rows = torch.zeros(6, 2, 16, HEADS, 80, dtype=torch.uint8)
+    table = torch.arange(6).view(2, 3).int()
+    apart = (pages[:, 0], pages[:, 1]), (numbers[:, 0, ..., None], numbers[:, 1, ..., None])
+    inside = (
+        [rows[:, i, ..., :64].view(E4M3) for i in range(2)],
+        [rows[:, i, ..., 64:68].view(torch.float32) for i in range(2)],
+    )
+    for caches, (k_descale, v_descale) in (apart, inside):
+        with cute_fa.simulate("sm_80"):
+            append_kv(k, v, *caches, LENGTHS, page_table=table, k_descale=k_descale, v_descale=v_descale)
+            with pytest.raises(ArgumentError, match=r"^k_descale shares its memory with k_cache"):
+                views = caches[0].view(torch.uint8)[..., :4].view(torch.float32)
+                append_kv(k, v, *caches, LENGTHS, page_table=table, k_descale=views, v_descale=v_descale)
+        for new, cache, descale in ((k, caches[0], k_descale), (v, caches[1], v_descale)):
+            wanted = fp8.quantize_per_row(new)
+            assert descale[table[1, 0], 14].equal(wanted.descale[1, 0])
+            assert codes(cache[table[1, 1], 2]).equal(codes(wanted.codes[1, 4]))
 
 
 def test_codes_choose_none():

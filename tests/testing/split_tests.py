@@ -327,6 +327,12 @@ class SplitTests(OneKernel):
         """How many key blocks of k each CTA of a call loads; k is dense and contiguous, head_dim and head_dim_v
         differ."""
 
+    @pytest.mark.parametrize("head_dim_v", [136, 208])
+    def test_blocks_of_a_window_with_sinks(self, head_dim_v):
+        """Which are counted from the window's first one, and looked like an overflow where head_dim_v differs."""
+        spec = InputSpec(1, 70, 300, 4, 2, 256, head_dim_v, window=(100, 5), sink_tokens=3)
+        self.split.run(spec, "peaked", num_sms=3)
+
     @pytest.mark.parametrize("num_sms", [1, 2, 5, 132])
     def test_a_sequence_without_keys(self, num_sms):
         self.check_without_keys(num_sms=num_sms)
