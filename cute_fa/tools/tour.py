@@ -117,7 +117,7 @@ class Stop:
 
 def itinerary() -> list[Stop]:
     """Every layer at full length on the GPU; without one every layer simulated as sm_80, those that differ most as
-    sm_90a and as sm_100a, which have kernels of their own. In fp8 where there are kernels for it."""
+    sm_90a and as sm_100a, which have kernels of their own, also for products in fp8."""
     present = gpu_arch()
     if present is not None:
         machine = Machine(present, simulated=False)
