@@ -47,7 +47,8 @@ def test_fp8_keys_have_descales_and_their_name():
     assert str(key) == "sm_90a d192v128 e4m3 causal"
     problem = key.problem()
     assert (problem.dtype, problem.q_descale, problem.k_descale, problem.v_descale) == (DType.E4M3, True, True, True)
-    assert feature_keys(SmArch.SM_80, [(64, 64)], DType.E4M3) == []
+    # by the kernel that widens codes; gradients nowhere
+    assert {key.direction for key in feature_keys(SmArch.SM_80, [(64, 64)], DType.E4M3)} == {Direction.FORWARD}
     names = [(key.features, key.dtype) for key in feature_keys(SmArch.SM_90A, [(64, 64)], DType.E4M3)]
     assert names == [(key.features, DType.E4M3) for key in feature_keys(SmArch.SM_90A, [(64, 64)])]
 
