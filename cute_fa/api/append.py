@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +12,8 @@ from cute_fa.semantics.call import AppendCall
 from cute_fa.semantics.tensors import DTYPES
 
 Given = TypeVar("Given", torch.Tensor, torch.Tensor | None)
+# A call of an operator that appends: AppendCall, or what cute_fa.api.append_by_position has.
+Written = TypeVar("Written", bound=Any)
 _REQUIRED = ("k_cache", "v_cache", "k", "v", "cache_seqlens")
 
 
@@ -119,14 +121,14 @@ def append(call: AppendCall) -> tuple[torch.Tensor | None, torch.Tensor]:
     q = call.q
     if call.rotary_cos is None and call.rotary_sin is None:
         call = call._replace(q=None, cu_seqlens_q=None, seqused_q=None)
-    for rows in ("k", "v"):
-        descale, cache = getattr(call, f"{rows}_descale"), getattr(call, f"{rows}_cache")
-        if are_of_rows(descale, cache):
-            call = call._replace(**{f"{rows}_descale": None, f"{rows}_row_descale": descale})
-    rotated, seqused_k = torch.ops.cute_fa.append_kv(*call)
+    rotated, seqused_k = torch.ops.cute_fa.append_kv(*with_written_descales(call))
     return rotated if call.q is not None else q, seqused_k
 
 
-def are_of_rows(descale: torch.Tensor | None, cache: torch.Tensor) -> bool:
-    """Whether each row of a cache has a descale of its own, which an append writes."""
-    return descale is not None and descale.dim() == cache.dim() == 4 and descale.shape[1] == cache.shape[1]
+def with_written_descales(call: Written) -> Written:
+    """The call with those descales that an append writes, one for each row of the cache, as ``*_row_descale``."""
+    for rows in ("k", "v"):
+        descale, cache = getattr(call, f"{rows}_descale"), getattr(call, f"{rows}_cache")
+        if descale is not None and descale.dim() == cache.dim() == 4 and descale.shape[1] == cache.shape[1]:
+            call = call._replace(**{f"{rows}_descale": None, f"{rows}_row_descale": descale})
+    return call

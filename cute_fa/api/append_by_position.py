@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cute_fa.api import values
-from cute_fa.api.append import are_of_rows
+from cute_fa.api.append import with_written_descales
 from cute_fa.engine import append, worlds
 from cute_fa.engine.operators import define, schema
 from cute_fa.semantics.call import AppendCall
@@ -91,11 +91,7 @@ def append_rows(
         raise ArgumentError("page_indices and page_indptr: give both or neither")
     if page_table is not None and page_indices is not None:
         raise ArgumentError("page_table and page_indices: two ways to list pages, give one")
-    for name, cache in (("k", k_cache), ("v", v_cache)):
-        descale = getattr(call, f"{name}_descale")
-        if are_of_rows(descale, cache):
-            call = call._replace(**{f"{name}_descale": None, f"{name}_row_descale": descale})
-    torch.ops.cute_fa.append_rows(*call)
+    torch.ops.cute_fa.append_rows(*with_written_descales(call))
 
 
 def _append_rows(*arguments: Any) -> None:
