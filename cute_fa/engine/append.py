@@ -239,7 +239,8 @@ def _check_descales(names: ArgumentNames, call: AppendCall, batch: int, sequence
     or of the cache's pages or rows."""
     shape = batch, call.k.shape[-2]
     for rows in ("k", "v"):
-        name, descale, written = names[f"{rows}_descale"], *_descales_of(call, rows)
+        name, descale = names[f"{rows}_descale"], getattr(call, f"{rows}_descale")
+        written = getattr(call, f"{rows}_row_descale")
         new, old, like = getattr(call, rows), getattr(call, f"{rows}_cache"), names[f"{rows}_cache"]
         is_16_bit, cache = not DTYPES[new.dtype].is_fp8, f"{like} in {DTYPES[old.dtype].value}"
         if is_16_bit and DTYPES[old.dtype].is_fp8:
@@ -268,11 +269,6 @@ def _check_written_descale(names: ArgumentNames, call: AppendCall, rows: str, wr
         rule = f"{whole} is needed where descales are written, one for each row and head of {like}"
         raise ShapeError(f"{name} {tuple(written.shape)}: {rule}")
     check_writable(name, written)
-
-
-def _descales_of(call: AppendCall, rows: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Those that rows of "k" or "v" are divided by, read and written."""
-    return getattr(call, f"{rows}_descale"), getattr(call, f"{rows}_row_descale")
 
 
 def _expanded_descales(call: AppendCall, batch: int) -> dict[str, tuple[int, ...]]:

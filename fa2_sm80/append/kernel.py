@@ -78,8 +78,8 @@ class AppendKernel:
                 source = args.k.row(batch, start, token, head)
                 values.store(load(source, chunk, self.chunk).load().to(Float32))
                 self.rotate(args, source, values, batch, chunk, position, token)
-            cache, descales = args.cache.k, args.descales.k
-            self.store_measured(args, values, cache, descales, batch, position + token, head, chunk, inside)
+            cache, descales, lanes = args.cache.k, args.descales.k, c.row_lanes[0]
+            self.store_measured(args, values, cache, descales, batch, position + token, head, chunk, inside, lanes)
         elif inside:
             source = args.k.row(batch, start, token, head)
             slot, row = args.cache.slot(batch, position + token, c.page_size)
@@ -99,8 +99,8 @@ class AppendKernel:
             values = self.zeros()
             if inside:
                 values.store(load(rows.row(batch, start, token, head), chunk, self.chunk).load().to(Float32))
-            cache, descales = args.cache.v, args.descales.v
-            self.store_measured(args, values, cache, descales, batch, position + token, head, chunk, inside)
+            cache, descales, lanes = args.cache.v, args.descales.v, c.row_lanes[1]
+            self.store_measured(args, values, cache, descales, batch, position + token, head, chunk, inside, lanes)
         elif inside:
             source = rows.row(batch, start, token, head)
             slot, row = args.cache.slot(batch, position + token, c.page_size)
@@ -117,11 +117,22 @@ class AppendKernel:
         return values
 
     @cute.jit
-    def store_measured(self, args: AppendArguments, values, cache, descales, batch, position, head, chunk, inside):
-        """A chunk of a row to its slot, as codes for the row's own descale, and that to its place. All threads come
-        here: ``values`` of those that are not ``inside`` are 0."""
+    def store_measured(
+        self,
+        args: AppendArguments,
+        values,
+        cache,
+        descales,
+        batch,
+        position,
+        head,
+        chunk,
+        inside,
+        lanes: cutlass.Constexpr[int],
+    ):
+        """A chunk of a row, which has so many ``lanes``, to its slot, as codes for the row's own descale, and that to
+        its place. All threads come here: ``values`` of those that are not ``inside`` are 0."""
         c = self.config
-        lanes = c.row_lanes[0] if const_expr(cache is args.cache.k) else c.row_lanes[1]
         descale = own_descale(values, lanes, cache.element_type)
         if inside:
             slot, row = args.cache.slot(batch, position, c.page_size)
