@@ -1,6 +1,8 @@
 """Set-up of the whole suite."""
 
 import hashlib
+import math
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from cute_fa.semantics.types import SmArch
 from cute_fa.tools.trial import gpu_arch
 
 KERNELS = ("fa2_sm80", "fa3_sm90", "fa4_sm100", "cute_fa")  # folders of their tests
+SAMPLED = 4  # a fourth of a grid's cases: all of them would take two cores hours
 
 
 def pytest_addoption(parser):
@@ -23,23 +26,30 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """Deselect what needs a GPU where there is none, or one that the kernels are not for. One may be made believe
-    (``perf.gpu_check.dry_run``). Of a grid, the cases of a test ``test_features…`` that simulates, a third is kept."""
+    (``perf.gpu_check.dry_run``). Of grids that simulate a sample is kept."""
     believed = config.getoption("--dry-gpu", None)
     present = SmArch(believed) if believed else gpu_arch()
-    lacking = [item for item in items if item.get_closest_marker("gpu") and present not in archs_of(item.path)]
+    lacking = {item for item in items if item.get_closest_marker("gpu") and present not in archs_of(item.path)}
     if not config.getoption("--all-cases"):
-        lacking += [item for item in items if not in_sample(item, config.getoption("--sample-seed"))]
+        lacking |= beyond_sample(items, config.getoption("--sample-seed"))
     if lacking:
         config.hook.pytest_deselected(items=lacking)
-        items[:] = [item for item in items if item not in set(lacking)]
+        items[:] = [item for item in items if item not in lacking]
 
 
-def in_sample(item: pytest.Item, seed: str) -> bool:
-    """Whether a test is none of a grid, or one of the third that the seed chooses."""
-    if not item.name.startswith("test_features") or item.get_closest_marker("gpu"):
-        return True
-    name = item.path.relative_to(Path(__file__).parent).as_posix() + item.name
-    return hashlib.sha256(f"{seed} {name}".encode()).digest()[0] % 3 == 0
+def beyond_sample(items: list[pytest.Item], seed: str) -> set[pytest.Item]:
+    """Of each grid, a test marked ``sampled``, all cases but those that the seed chooses, one of ``SAMPLED``."""
+    grids = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("gpu"):
+            grids[item.path.relative_to(Path(__file__).parent).as_posix(), item.parent.name, item.originalname].append(
+                item
+            )
+    beyond = set()
+    for grid, cases in grids.items():
+        ranked = sorted(cases, key=lambda case: hashlib.sha256(f"{seed} {grid} {case.name}".encode()).digest())
+        beyond |= set(ranked[math.ceil(len(ranked) / SAMPLED) :])
+    return beyond
 
 
 def archs_of(test: Path) -> set[SmArch]:

@@ -23,9 +23,9 @@ class ExponentRange(NamedTuple):
     limit: float
 
 
-# Registers of a row of O around whose rescaling a loop costs less than a branch. With 64, of 256 columns, ptxas copies
-# O there: 113 spills and 1355 instructions a block for FA2's forward on sm_120a, with a branch none and 1007.
-_MOST_IN_A_LOOP = 48
+# Columns of O around whose rescaling a loop costs less than a branch. With 256 ptxas copies O there: 113 spills and
+# 1355 instructions a block for FA2's forward on sm_120a, with a branch none and 1007.
+MOST_IN_A_LOOP = 192
 
 # Harmless in bf16, whose relative error does not depend on the magnitude, and in fp16 beside inputs of that type.
 WIDE = ExponentRange(0.0, 8.0)
@@ -47,12 +47,15 @@ class OnlineSoftmax:
         exponents: ExponentRange = WIDE,
         max_chains: int = 1,
         row_wise: bool = False,
+        branches: bool = False,
     ):
         """``scale_log2``: factor from scores to log2 units; ``exponents``: of P; ``max_chains``: of comparisons, in
         which :meth:`advance` looks for a row's largest score; ``row_wise``: a row's bits are to depend on nothing but
         its own scores, while by default the references of all rows of a warp move if one of them has to, and ptxas
-        says what is rounded twice."""
+        says what is rounded twice; ``branches``: :meth:`update` rescales behind a branch, not in a loop that runs
+        once."""
         self.num_rows, self.exponents, self.max_chains, self.row_wise = num_rows, exponents, max_chains, row_wise
+        self.branches = branches
         self.scale_log2 = scale_log2
         self.reference = cute.make_rmem_tensor(num_rows, Float32)
         self.total = cute.make_rmem_tensor(num_rows, Float32)
@@ -75,7 +78,7 @@ class OnlineSoftmax:
         """
         maximum, follow = row_maxima(scores), self.follow
         scale, running, exponents, row_wise = self.scale_log2, self.reference, self.exponents, self.row_wise
-        if const_expr(cute.size(acc, mode=[1]) > _MOST_IN_A_LOOP):
+        if const_expr(self.branches):
             if cute.arch.vote_any_sync(outgrown(maximum, scale, running, exponents, row_wise)):
                 follow(maximum, acc)
         else:

@@ -12,7 +12,7 @@ from cute_fa.device.positions import distances_between, row_positions
 from cute_fa.device.range_walk import BlockList, hidden_columns, hide
 from cute_fa.device.score import Score, apply_score, distances
 from cute_fa.device.seqlen import SeqlenInfo
-from cute_fa.device.softmax import OnlineSoftmax
+from cute_fa.device.softmax import MOST_IN_A_LOOP, OnlineSoftmax
 from cute_fa.device.visibility import mask_scores
 from fa2_sm80.common.copies import FragmentLoader, SmemTile, SmemTiles, lane_offset
 from fa2_sm80.forward.config import Fa2ForwardConfig
@@ -62,7 +62,8 @@ class QueryTile:
         if config.q_positions:
             self.positions = row_positions(common.q_positions, m_start, self.rows)
             self.key_positions = common.k_positions
-        self.softmax = OnlineSoftmax(len(self.rows), score.scale_log2)
+        branches = config.head_dim_v_padded > MOST_IN_A_LOOP
+        self.softmax = OnlineSoftmax(len(self.rows), score.scale_log2, branches=branches)
 
     @cute.jit
     def step(

@@ -15,7 +15,7 @@ from cute_fa.device.registers import narrow
 from cute_fa.device.ring import Ring, RingState, ring_next, ring_start
 from cute_fa.device.row_descales import ValueUnits, scale_columns
 from cute_fa.device.score import Score, apply_score, distances
-from cute_fa.device.softmax import HALF, WIDE, OnlineSoftmax, scale_row
+from cute_fa.device.softmax import HALF, MOST_IN_A_LOOP, WIDE, OnlineSoftmax, scale_row
 from cute_fa.device.split_arguments import SplitArguments
 from cute_fa.device.split_walk import Piece
 from cute_fa.device.tree_mask import DraftWords, hide_drafts
@@ -105,7 +105,8 @@ class Consumer:
         c = self.config
         score = self.score(piece, gqa_ratio)
         exponents = HALF if const_expr(c.keeps_small_probabilities) else WIDE
-        softmax = OnlineSoftmax(ROWS, score.scale_log2, exponents, row_wise=c.batch_invariant)
+        branches = c.head_dim_v_padded > MOST_IN_A_LOOP
+        softmax = OnlineSoftmax(ROWS, score.scale_log2, exponents, row_wise=c.batch_invariant, branches=branches)
         self.sums.acc.fill(0.0)
         if const_expr(c.v_row_descale):
             self.units.reset()

@@ -107,6 +107,7 @@ def case_name(case: dict) -> str:
 CASES = pairwise(FEATURES, seed=1)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_features_in_pairs(case):
     with cute_fa.simulate("sm_80", race=True, **case["schedule"]), unwritten_is_nan():

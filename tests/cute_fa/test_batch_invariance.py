@@ -83,6 +83,7 @@ def decoded(q, k, v, lengths, table=None, **options):
     )  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_one_token_and_chunks_as_in_the_prompt(arch, feature):
@@ -100,6 +101,7 @@ def test_one_token_and_chunks_as_in_the_prompt(arch, feature):
                 assert_same(decoded(q[:, places], k, v, last, **options), whole, places)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ARCHS)
 def test_in_any_batch(arch):
     """Beside other sequences, packed, in pages of 1, 16 and 64, with left padding and by index."""
@@ -161,6 +163,7 @@ def test_packed_prompts(arch):
         assert_same((out[None, start:stop], lse[None, :, start:stop]), of_sequence, places)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arch", "head_dim", "dtype"), [("sm_80", 256, torch.float16), ("sm_90a", 256, torch.bfloat16)]
 )
@@ -174,6 +177,7 @@ def test_wide_heads(arch, head_dim, dtype):
         assert_same(decoded(q[:, -20:], k, v, KEYS), whole, slice(120, 140))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arch", "dtype", "head_dim"),
     [
@@ -195,6 +199,7 @@ def test_fp8_caches(arch, dtype, head_dim):
             assert_same(result, whole, slice(first - 100, last - 100))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     [("sm_80", torch.float8_e4m3fn), ("sm_89", torch.float8_e5m2), ("sm_90a", torch.float8_e4m3fn)],
@@ -240,6 +245,7 @@ def test_descales_of_rows(arch, dtype):
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arch", "dtypes", "head_dim"),
     [
@@ -278,6 +284,7 @@ def test_fp8_queries(arch, dtypes, head_dim):
             assert_same(result, whole, slice(first, first + stop - start))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ARCHS)
 def test_drafts_of_a_tree(arch):
     """Alone, beside other trees, packed, in pages, with other SMs; a chain of drafts is a prompt's end."""
@@ -344,6 +351,7 @@ OF_ROWS = {f"{name}_{of}": True for name in "kv" for of in ("descale", "row_desc
 OF_ROWS |= {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("features", [{}, ALL, OF_ROWS], ids=["plain", "all", "descales of rows"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_sum_is_left_to_the_compiler(arch, features):

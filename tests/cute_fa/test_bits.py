@@ -73,6 +73,7 @@ def bits(tensors):
     return hashlib.sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in tensors)).hexdigest()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("kernel", "arch"), CASES, ids=lambda x: getattr(x, "__name__", x))
 def test_same_bits_in_every_schedule(kernel, arch):
     first = bits(kernel(MODES[0], arch))

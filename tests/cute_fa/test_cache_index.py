@@ -41,6 +41,7 @@ def attention(inputs, **changes):
     return engine.attention(api.prepare(**{**given, **changes}))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "family", "splits", "kernel"), KERNELS)
 def test_reads_the_sequences_that_the_index_names(arch, family, splits, kernel):
     """Sequences in another order, one of them twice; those that are not named are NaN."""
@@ -59,6 +60,7 @@ def test_reads_the_sequences_that_the_index_names(arch, family, splits, kernel):
     assert torch.equal(out, gathered[0]) and torch.equal(lse, gathered[1])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "family", "splits", "kernel"), KERNELS)
 def test_left_padding_is_no_key(arch, family, splits, kernel):
     """In front of the sequences, NaN; one is empty behind it."""
@@ -100,6 +102,7 @@ def test_bad_index(changes, error, message):
 PAGED_KERNELS = [*TILED, ("sm_80", "fa2", 1, Fa2Split), *SPLIT]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "family", "splits", "kernel"), PAGED_KERNELS)
 def test_reads_the_rows_of_the_page_table_that_the_index_names(arch, family, splits, kernel):
     """One of them twice, of a table with more rows than the batch has sequences; the others list pages that there are

@@ -319,6 +319,7 @@ class TestPagedAttention:
 class TestChunkedPrefill:
     prompts = CumulativeSeqlens.from_lengths((100, 61, 33))
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
     def test_chunks_give_the_whole(self, arch):
         """Three prompts in chunks of 32 tokens. Keys of later chunks are NaN in the pages, and absent where packed."""

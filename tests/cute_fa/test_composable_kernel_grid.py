@@ -70,6 +70,7 @@ def name(kernel: dict) -> str:
     return "-".join(str(getattr(value, "value", value)) for value in kernel.values())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kernel", SIMULATED, ids=name)
 def test_pairs_simulated(kernel):
     runs = pairwise(RUNS)[SIMULATED.index(kernel) % 4 :: 4]

@@ -103,6 +103,7 @@ def test_blackwell_keeps_sums_in_fp32():
     assert len({Fa4Forward.configure(problem) for problem in asked}) == 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "family"), [("sm_90a", "fa3"), ("sm_100a", "fa4"), ("sm_103a", "fa4")])
 def test_every_function(arch, family):
     options = {"causal": True, **DESCALES}
@@ -243,6 +244,7 @@ def test_no_gradients(nothing_runs):
         cute_fa.flash_attn_func(Q, K, V, k_descale=torch.ones(2, 2, requires_grad=True))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_120a"])
 def test_other_architectures(arch):
     """By FA2's kernel that widens codes, what is of fp8 products alone refused."""

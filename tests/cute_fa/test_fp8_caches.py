@@ -38,6 +38,7 @@ class Cache:
         return codes * self.descales[f"{name}_descale"].double()[:, None, :, None]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "codes"), [
     ("sm_80", (E4M3, E4M3)),
     ("sm_86", (E5M2, E4M3)),

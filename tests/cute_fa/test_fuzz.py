@@ -41,6 +41,7 @@ def first_group(call: str, backward: bool) -> list[Problem]:
     return next(problems for problems in groups if (problems[0].call, problems[0].backward) == (call, backward))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("call", "backward"), KINDS, ids=str)
 def test_problems(call, backward):
     problems = first_group(call, backward)

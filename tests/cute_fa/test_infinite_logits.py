@@ -29,6 +29,7 @@ def given(inputs: str = "random", **changes) -> Inputs:
     return dataclasses.replace(made, learnable_sink=torch.tensor(SINKS))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", [{}, {"num_splits": 3}], ids=["whole", "split"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_forward(arch, options):
@@ -49,6 +50,7 @@ def test_forward(arch, options):
 PACKED = {"batch": 2, "varlen_q": True, "varlen_k": True, "lengths_q": (50, 40), "lengths_k": (30, 12)}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arch", "deterministic", "changes"),
     [*((arch, False, {}) for arch in ARCHS), ("sm_80", True, PACKED)],

@@ -114,6 +114,7 @@ def run(case: dict, device: str = "cpu") -> None:
 CASES = pairwise(FEATURES, seed=3)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_features_in_pairs(case):
     with cute_fa.simulate(case["arch"], race=True, **case["schedule"]), unwritten_is_nan():

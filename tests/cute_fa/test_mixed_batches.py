@@ -45,6 +45,7 @@ def run(given, arch, num_splits=0, **simulation):
     return result, simulated.launches[0].warp_instrs
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "num_splits"), [("sm_80", 0), ("sm_80", 3), ("sm_90a", 0), ("sm_100a", 0)])
 def test_against_the_reference(arch, num_splits):
     given = inputs()

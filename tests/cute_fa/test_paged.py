@@ -213,6 +213,7 @@ def test_entries_beyond_the_lengths_may_be_anything(launches, page):
     assert all(map(torch.equal, call(inputs, page_table=table(inputs, 1, 4, page)), call(inputs)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("page_size", [8, 256, 1024])
 def test_through_the_kernel(page_size):
     """Public function to PTX: a table with room for more, one page more than is used, lengths of every kind."""
@@ -231,6 +232,7 @@ def test_through_the_kernel(page_size):
     assert [launch.grid for launch in simulation.launches] == [(2, 1, 1)] * 3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "kernel"), [("sm_90a", "Fa3DecodeKernel"), ("sm_100a", "Fa2SplitKernel")])
 @pytest.mark.parametrize("page_size", [1, 2, 4])
 def test_small_pages_of_a_prompt_are_read_row_by_row(arch, kernel, page_size):

@@ -192,6 +192,7 @@ def test_operator():
     assert all(map(torch.equal, *results)) and (results[0][2] > 0.0).any()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_append_and_attend(arch, page_size):

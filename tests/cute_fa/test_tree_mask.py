@@ -74,6 +74,7 @@ def case_name(case: dict) -> str:
 CASES = pairwise(FEATURES, seed=2)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_features_in_pairs(case):
     given = make_inputs(spec_of(case), case["inputs"])
@@ -112,6 +113,7 @@ def chain(drafts: int) -> torch.Tensor:
     return tree_words(torch.ones(drafts, drafts, dtype=torch.bool).tril())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("drafts", [1, 31, 32, 33, 64, 65, 128])
 @pytest.mark.parametrize("keys", [128, 191, 200])
 def test_a_chain_is_causal_and_a_full_mask_is_none(drafts, keys):

@@ -73,6 +73,7 @@ def test_the_reference_is_literal(given, resolved):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("given", "resolved"), RESOLVED.items(), ids=str)
 def test_flash_attention_4_is_followed(given, resolved):
     """out, lse and, where there are some, gradients; the second sequence has fewer keys than queries."""

@@ -16,6 +16,7 @@ class TestBackward(BackwardTests):
     kernel = Fa2Backward
     arch = SmArch.SM_80
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("case", CASES, ids=case_name)
     def test_features_in_pairs(self, case):
         self.run_case(case)

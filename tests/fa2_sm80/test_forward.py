@@ -39,6 +39,7 @@ def assert_right(spec: InputSpec, inputs: str = "random", **options):
     return out, lse
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
 def test_features_in_pairs(case):
     assert_right(spec_of(case), case["inputs"], **case["schedule"])
@@ -152,6 +153,7 @@ def test_causal_visits_half_the_blocks():
     assert causal < 0.68 * full
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a"])
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_later_archs_run_the_same_source(arch, head_dim):

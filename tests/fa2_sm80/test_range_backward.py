@@ -46,6 +46,7 @@ def problem_of(case: dict) -> tuple[Ranges, RangeInputs]:
     return ranges, RangeInputs.make(ranges, **{name: case[name] for name in names}, **ALIBI[case["alibi"]])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_features_and_head_dims(case):
     assert_right(*problem_of(case), deterministic=case["deterministic"], **case["schedule"])

@@ -56,6 +56,7 @@ def case_name(case: dict) -> str:
     return "-".join(str(case[name]).replace(" ", "") for name in FEATURES if name not in ("plan", "schedule"))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", pairwise(FEATURES, seed=3), ids=case_name)
 def test_features_in_pairs(case):
     n, longest = case["plan"]

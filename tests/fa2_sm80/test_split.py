@@ -72,6 +72,7 @@ class TestSplit(Copies, SplitTests):
             blocks.add((cta, sequence, head, (row - starts[sequence]) // 64))
         return list(Counter(cta for cta, *_ in blocks).values())
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
     def test_features_in_pairs(self, case):
         self.split.run_case(case)

@@ -39,6 +39,7 @@ class TestBackward(BackwardTests):
     ways = WAYS
     head_dims: ClassVar = (64, 128)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("case", SIMULATED_CASES, ids=case_name)
     def test_features_in_pairs(self, case):
         self.run_case(case)

@@ -84,6 +84,7 @@ class TestDecode(CodeTests, SplitTests):
         of_k = (load for load in self.loads(given, num_sms) if load.extents[0] == given.spec.head_dim)
         return list(Counter(load.cta for load in of_k).values())
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("case", fa2_cases(FEATURES), ids=case_name)
     def test_features_in_pairs(self, case):
         self.split.run_case(case)

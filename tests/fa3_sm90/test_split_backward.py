@@ -41,6 +41,7 @@ class TestSplitBackward(BackwardTests):
     head_dims: ClassVar = (64,)
     head_dim_v: ClassVar = 208
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("case", SIMULATED_CASES, ids=case_name)
     def test_features_in_pairs(self, case):
         self.run_case(case)

@@ -29,6 +29,7 @@ class ForwardTests:
         """Of a persistent kernel on fewer SMs than there are tiles."""
         assert grid == (num_sms, 1, 1)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("case", cases(), ids=case_name)
     def test_features_in_pairs(self, case):
         self.forward.run_case(case)

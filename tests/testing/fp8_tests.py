@@ -55,6 +55,7 @@ class Fp8FeatureTests:
 
     forward: ClassVar[Forward]
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("case", fp8_cases(), ids=case_name)
     def test_features_in_pairs(self, case):
         self.forward.run_case(case)
