@@ -187,6 +187,7 @@ def simulation(request):
         yield simulation
 
 
+@pytest.mark.sampled
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_right_answer_or_one_clear_error(simulation, data):

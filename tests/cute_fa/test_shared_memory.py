@@ -67,6 +67,7 @@ def static_bytes(config) -> int:
     return max(declared)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("kernel", "arch", "largest"),
     [

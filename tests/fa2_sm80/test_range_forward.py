@@ -206,6 +206,7 @@ def test_one_plan_serves_other_heads_and_types():
         assert_right(ranges, RangeInputs.make(ranges, heads, dtype=dtype), plan=plan)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_120a"])
 def test_later_archs_run_the_same_source(arch):
     ranges = Ranges.random(15, 140, 170, seed=2)

@@ -82,6 +82,7 @@ class TestSplit(Copies, SplitTests):
     def test_features_in_pairs_on_the_gpu(self, case):
         self.split.run_case_on_the_gpu(case)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("page_size", PAGE_SIZES)
     def test_page_sizes(self, page_size):
         """Pages shorter than, as long as, and longer than a block of 64 keys; unlisted pages and unused slots are
@@ -142,6 +143,7 @@ class TestRowDescalesOfSm89(TestRowDescales):
     split = Split("fa2_split", "sm_89")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ["sm_86", "sm_90a", "sm_100a", "sm_103a", "sm_120a"])
 def test_later_archs_read_codes_by_the_same_source(arch, monkeypatch):
     split = Split("fa2_split", arch)

@@ -94,12 +94,14 @@ class TestDecode(CodeTests, SplitTests):
     def test_features_in_pairs_on_the_gpu(self, case):
         self.split.run_case_on_the_gpu(case)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("page_size", [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
     def test_page_sizes(self, page_size):
         """Pages shorter than, as long as, and longer than a block of 64 keys; unlisted pages and unused slots are
         NaN."""
         self.split.run(InputSpec(2, 2, 300, 4, 2, 64, page_size=page_size, causal=True), "peaked", num_sms=5)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("changes", ROWS, ids=str)
     @pytest.mark.parametrize("simulation", SCHEDULES, ids=str)
     def test_keys_by_rows(self, changes, simulation):

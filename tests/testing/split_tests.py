@@ -173,6 +173,7 @@ class CodeTests(OneKernel):
     def key_bytes(self, given: Inputs, num_sms: int) -> int:
         """Bytes of k and v that a call loads."""
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E5M2, DType.E4M3)], ids=str)
     @pytest.mark.parametrize(("sizes", "dtype"), CACHES, ids=str)
     def test_fp8_caches(self, codes, sizes, dtype):
@@ -185,6 +186,7 @@ class CodeTests(OneKernel):
     def test_fp8_caches_on_the_gpu(self, codes, sizes, dtype):
         self.split.run_on_the_gpu(cache_spec(codes, sizes, dtype), "peaked")
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize(("sizes", "dtypes", "splits", "out_dtype"), QUERIES, ids=str)
     def test_fp8_queries(self, sizes, dtypes, splits, out_dtype):
         given = make_inputs(query_spec(sizes, dtypes), "peaked")
@@ -196,6 +198,7 @@ class CodeTests(OneKernel):
     def test_fp8_queries_on_the_gpu(self, sizes, dtypes, splits):
         self.split.run_on_the_gpu(query_spec(sizes, dtypes), "peaked", splits)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("page_size", [1, 4, 32, 1024])
     def test_pages_of_codes(self, page_size):
         """Unlisted pages and unused slots are NaN."""
@@ -208,6 +211,7 @@ class CodeTests(OneKernel):
         codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3, "page_size": page_size}
         self.split.run(InputSpec(2, 140, 150, 2, 1, 128, 64, causal=True, **codes), "peaked", 1)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("dtype", [E4M3, E5M2])
     @pytest.mark.parametrize("queries", [torch.float16, torch.bfloat16])
     def test_every_code_is_its_number(self, dtype, queries):
@@ -224,6 +228,7 @@ class CodeTests(OneKernel):
         scores = 0.75 * k.float().view(64, 4).T[None]
         torch.testing.assert_close(lse, scores, rtol=1e-6, atol=2e-6)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("dtype", [E4M3, E5M2])
     @pytest.mark.parametrize("keys", [E4M3, E5M2])
     def test_every_code_of_a_query_is_its_number(self, dtype, keys):
@@ -255,6 +260,7 @@ class CodeTests(OneKernel):
         bound = (q.double().abs().amax(-1) * k.double().abs().sum()).mT
         assert ((lse - exact).abs() <= 2.0**-22 * bound + 2e-6).all()
 
+    @pytest.mark.sampled
     @pytest.mark.without_races
     @pytest.mark.parametrize("page_size", [None, 16])
     @pytest.mark.parametrize("seqlen_q", [1, 4, 16])
@@ -268,6 +274,7 @@ class CodeTests(OneKernel):
 class RowDescaleTests(OneKernel):
     """Caches in fp8 whose rows have descales of their own; those of rows that do not count are NaN."""
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E4M3, DType.E5M2)], ids=str)
     @pytest.mark.parametrize(("sizes", "descales", "dtype"), ROW_DESCALES, ids=str)
     def test_row_descales(self, codes, sizes, descales, dtype):
@@ -280,6 +287,7 @@ class RowDescaleTests(OneKernel):
         codes = DType.E4M3, DType.E5M2
         self.split.run_on_the_gpu(cache_spec(codes, {**sizes, "row_descales": descales}, dtype), "peaked")
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("other", ["of heads", "none"])
     @pytest.mark.parametrize("of_rows", ["k", "v"])
     def test_of_k_or_of_v_alone(self, of_rows, other):
@@ -292,6 +300,7 @@ class RowDescaleTests(OneKernel):
         descale = getattr(heads, replaced) if other == "of heads" else None
         self.split.check(dataclasses.replace(rows, **{replaced: descale}), num_sms=3)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("queries", [1, 20])
     def test_descales_of_any_magnitude(self, queries, dtype):
@@ -384,6 +393,7 @@ class SplitTests(OneKernel):
         assert len(blocks) == 4 and sum(blocks) == total and total / 4 > 20
         assert max(blocks) <= 1.05 * total / 4
 
+    @pytest.mark.sampled
     @pytest.mark.without_races
     @pytest.mark.parametrize("page_size", [None, 16, 64])
     @pytest.mark.parametrize(("seqlen_q", "tiles"), [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (64, 4)])
