@@ -212,6 +212,7 @@ def test_a_spec_has_the_problem_of_its_tensors(spec):
         assert backward == problem_of_backward(SmArch.SM_90A, *given)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "options",
     [

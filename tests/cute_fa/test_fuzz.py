@@ -184,6 +184,7 @@ class TestPlantedFaults:
         assert shrunk.spec.window[0] is not None and shrunk.spec.seqlen_q < 10
         assert failure_of(shrunk).kind == WRONG
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize(("call", "backward"), KINDS, ids=str)
     def test_every_call_is_compared(self, monkeypatch, call, backward):
         """A one too many in what a call writes is noticed: in O, dK or V's new rows."""

@@ -317,6 +317,7 @@ def test_out_is_written_in_place():
     check(result, given, append)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("seqlen_q", [1, 8])
 def test_decoding_splits_the_keys(arch, seqlen_q):

@@ -68,6 +68,7 @@ FITTING = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PLANS)
 def test_paths_agree(name):
     """Each path that a plan fits gives the reference's numbers, the learnable sink counted once; the others are

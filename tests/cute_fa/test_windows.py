@@ -160,6 +160,7 @@ def test_split(window, sink_tokens):
         assert result.ok, result
 
 
+@pytest.mark.sampled
 @windows
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_backward(deterministic, window, sink_tokens):

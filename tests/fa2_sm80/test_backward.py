@@ -27,10 +27,12 @@ class TestBackward(BackwardTests):
         self.run_case_on_the_gpu(case)
 
     # the widths of panels, and how warps share dQ, that the pairs leave out
+    @pytest.mark.sampled
     @pytest.mark.parametrize("head_dim", [16, 32, 48, 80, 96, 104, 112, 136, 200])
     def test_other_head_dims(self, head_dim):
         self.check(InputSpec(1, 70, 130, 1, 1, head_dim, causal=True))
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("head_dims", [(8, 256), (256, 8), (64, 96), (40, 24)], ids=str)
     def test_head_dim_v_of_its_own(self, head_dims):
         head_dim, head_dim_v = head_dims

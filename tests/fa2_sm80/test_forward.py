@@ -55,6 +55,7 @@ def test_features_in_pairs_on_the_gpu(case):
 
 
 # the widths of panels and tiles that the pairs leave out, and sizes that are no multiple of 16
+@pytest.mark.sampled
 @pytest.mark.parametrize("head_dim", [16, 24, 32, 48, 80, 96, 104, 112, 144, 160, 176, 200, 208, 240])
 def test_other_head_dims(head_dim):
     assert_right(InputSpec(1, 70, 130, 1, 1, head_dim, causal=True), "peaked")

@@ -38,6 +38,7 @@ def test_any_plan(ranges, schedule_seed, late, deterministic):
 
 
 # tiles are of 128 keys and 32 queries at head_dim 64
+@pytest.mark.sampled
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("kind", [FULL, CAUSAL, INVERSE, BOTH])
 def test_edges_that_meet_tiles(kind, deterministic):
@@ -59,6 +60,7 @@ def test_rows_and_keys_in_no_range(deterministic):
         assert (grads[name][~keys] == 0).all() and (grads[name][keys] != 0).any(-1).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("totals", [(70, 0), (0, 70), (70, 70)], ids=str)
 def test_nothing_visible(totals, deterministic):

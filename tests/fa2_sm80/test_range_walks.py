@@ -18,6 +18,7 @@ TILES = [("queries", tile) for tile in QUERY_TILES] + [("keys", tile) for tile i
 INT32 = -(2**31), 2**31 - 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("rows", "tile"), TILES, ids=str)
 @pytest.mark.parametrize(("n", "longest"), [(0, None), (1, None), (9, None), (120, 40), (160, 150)])
 def test_random_ranges(rows, tile, n, longest):
@@ -28,6 +29,7 @@ def test_random_ranges(rows, tile, n, longest):
         assert walk.filled == len(walk.order) or n < 10
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("tile", [(128, 64), (64, 32)], ids=str)
 @pytest.mark.parametrize("rows", ["queries", "keys"])
 def test_one_range_of_each_type_at_the_edges_of_tiles(tile, rows):
@@ -142,6 +144,7 @@ def capacities():
     return ranges, tile, expected, entries
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["entries", "masks"])
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.9, "one less"])
 def test_capacities_exceeded(kind, share):

@@ -49,6 +49,7 @@ class TestBackward(BackwardTests):
     def test_features_in_pairs_on_the_gpu(self, case):
         self.run_case_on_the_gpu(case)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("head_dims", SAMPLED_HEAD_DIMS[:6], ids=str)
     def test_head_dims(self, head_dims):
         head_dim, head_dim_v = head_dims
@@ -61,6 +62,7 @@ class TestBackward(BackwardTests):
         spec = InputSpec(1, 150, 260, 2, 1, head_dim, head_dim_v=head_dim_v, causal=True)
         self.check_on_the_gpu(spec, "peaked")
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("head_dim", [64, 128])
     @pytest.mark.parametrize("ragged", RAGGED)
     def test_queries_without_keys_and_keys_without_queries(self, ragged, head_dim):
@@ -78,6 +80,7 @@ class TestBackward(BackwardTests):
         spec = InputSpec(3, 70, 200, 2, 2, 64, alibi=True, **RAGGED[ragged], **lengths)
         self.check(spec, "random")
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("head_dim", [64, 128])
     @pytest.mark.parametrize("dtype", [DType.BF16, DType.FP16])
     def test_a_group_shares_keys(self, head_dim, dtype):

@@ -119,6 +119,7 @@ PACKED = {"varlen_q": True, "varlen_k": True, "lengths_q": (300, 0, 130, 40), "l
 SPECS = {"dense": SPEC, "packed": InputSpec(4, 300, 500, 4, 2, 128, window=(None, 30), **PACKED)}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("heads", [1, 3, 1000])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_right_in_groups_of_any_size(spec, heads, grouped):

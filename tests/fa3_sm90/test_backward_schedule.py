@@ -38,6 +38,7 @@ def usual(name: str):
     return grads, expected
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("sms", "schedule"), SCHEDULES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_right_and_all_but_dq_of_the_same_bits(name, sms, schedule):
@@ -50,6 +51,7 @@ def test_right_and_all_but_dq_of_the_same_bits(name, sms, schedule):
     assert same_bits(first._replace(dq=grads.dq), grads)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SPECS)
 def test_dq_of_the_same_bits_where_one_tile_runs_at_a_time(name):
     """What a tile adds to dQ is always the same."""

@@ -50,6 +50,7 @@ def test_so_many_ctas_run_at_a_time():
     assert waves.ctas == [1, 3, 1, 1]  # statistics, the tiles of keys, dQ
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_right_on_one_sm(head_dim, mask):
@@ -58,6 +59,7 @@ def test_right_on_one_sm(head_dim, mask):
         assert_right(spec_of(head_dim, **MASKS[mask]), "peaked", **FA3, deterministic=True)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mask", MASKS)
 def test_same_bits_under_every_schedule(mask):
     spec = spec_of(**MASKS[mask])

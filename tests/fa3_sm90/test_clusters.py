@@ -104,6 +104,7 @@ def test_against_the_reference_on_the_gpu(spec):
         compare(given, *given.run(return_lse=True, family="fa3", persistent=persistent))
 
 
+@pytest.mark.sampled
 @pytest.mark.without_races
 @pytest.mark.parametrize("change", [{"cluster": 2}, {"stages": 3}, {"max_chains": 2}, {"turns": False}], ids=str)
 def test_the_bits_of_one_cta(change):
@@ -160,6 +161,7 @@ DAMAGE = {
 MODES = [{"late": True}, {"schedule_seed": 1}, {"late": True, "schedule_seed": 2}, {"race": True}]
 
 
+@pytest.mark.sampled
 @pytest.mark.without_races
 @pytest.mark.parametrize("name", [None, *DAMAGE])
 def test_damage_is_noticed(name):

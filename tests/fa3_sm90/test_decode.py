@@ -109,6 +109,7 @@ class TestDecode(CodeTests, SplitTests):
         spec = dataclasses.replace(InputSpec(3, 2, 300, 4, 2, 64, causal=True), **changes)
         self.split.run(spec, "peaked", num_sms=7, **simulation)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("seqlen_q", [4, 33, 64, 128])
     def test_trees(self, seqlen_q):
         """Drafts of one block of keys, of several, and as many as there may be; more than one word of each row."""
@@ -118,6 +119,7 @@ class TestDecode(CodeTests, SplitTests):
 class TestRowDescales(RowDescaleTests):
     split = Split("fa3_decode", "sm_90a")
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize(("sizes", "dtype"), ROW_DESCALES, ids=str)
     @pytest.mark.parametrize("simulation", SCHEDULES, ids=str)
     def test_ways_of_loading(self, sizes, dtype, simulation):

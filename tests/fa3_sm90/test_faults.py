@@ -82,6 +82,7 @@ def test_undamaged_kernel_passes_every_mode(victim):
     assert [victim.ending(victim.ptx, mode) for mode in MODES] == [None] * len(MODES)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_fault_is_noticed(victim, kind):
     sites = victim.sites(kind)

@@ -34,6 +34,7 @@ SHORT = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SHORT)
 def test_short_sequences_in_blocks_of_64_keys(name):
     spec, cluster, options = SHORT[name]

@@ -29,6 +29,7 @@ def typical_loss(instructions: int) -> float:
     return instructions**2 / 4 * 2.0**-13
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("values", ["normal", "positive"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_sums_keep_to_the_bound(head_dim, values):

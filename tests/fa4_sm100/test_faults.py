@@ -63,6 +63,7 @@ SHOWN_BY = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_line_is_noticed(fault):
     given = SHOWN_BY[fault]()

@@ -58,6 +58,7 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("index", range(len(SHAPES)))
 def test_shapes(index):
     """Each of two heads has another tile, and more blocks of keys than there are stages."""

@@ -98,14 +98,17 @@ class BackwardTests:
         assert all(error.ok for error in errors.values()), errors
 
     # tiles of keys have 128
+    @pytest.mark.sampled
     @pytest.mark.parametrize("sink_tokens", [1, 29, 127, 128, 129, 320, 10_000])
     def test_sink_inside_touching_and_beyond_the_tile(self, sink_tokens):
         self.check_ways(self.spec(1, 192, 320, 1, 1, 64, window=(100, 0), sink_tokens=sink_tokens))
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("window", [(0, 0), (1, 64), (127, 0), (300, 2**31 - 2), (2**31 - 2, 0)], ids=str)
     def test_window_edges(self, window):
         self.check_ways(self.spec(1, 150, 260, 1, 1, 64, window=window))
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("residue", [-2, -1, 0, 1, 2])
     @pytest.mark.parametrize("window", [(None, 0), (128, 0), (64, 64)], ids=str)
     def test_mask_edges_that_meet_tile_edges(self, window, residue):
@@ -113,6 +116,7 @@ class BackwardTests:
         for head_dim in self.head_dims:
             self.check(self.spec(1, 128, 256 + residue, 1, 1, head_dim, window=window))
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize("residues", [(0, 0), (1, -1), (-1, 1)])
     def test_lengths_around_the_tiles(self, residues, causal):

@@ -40,6 +40,7 @@ class ForwardTests:
         """The same pairs with 1000 to 3300 keys."""
         self.forward.run_case_on_the_gpu(case)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize(
         ("anchor", "tokens"),
         [
@@ -71,6 +72,7 @@ class ForwardTests:
         assert sorted(keys) == visible
         assert (visible == list(range(-(-640 // tile_n)))) == (spec.sink_tokens > block - tile_n)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize(
         "mask",
         [
@@ -110,11 +112,13 @@ class ForwardTests:
         )
         assert len(far) == len(near) < 7
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("left", [0, 1, 127, 128, 300, 2**31 - 2])
     @pytest.mark.parametrize("right", [0, 64, 2**31 - 2])
     def test_window_edges(self, left, right):
         self.forward.run(InputSpec(1, 150, 390, 1, 1, 64, window=(left, right)))
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("residue", [-2, -1, 0, 1, 2])
     @pytest.mark.parametrize("blocks", [(None, 0), (1, 0), (1, 1)])
     def test_mask_edges_that_meet_block_edges(self, blocks, residue):
@@ -125,6 +129,7 @@ class ForwardTests:
         for inputs in ("peaked", "random"):  # peaked ones look at few edges, but tell them apart
             self.forward.run(spec, inputs)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize(
         ("seqlen_q", "seqlen_k"),
         [(192, 128), (193, 127), (191, 129), (64, 256), (65, 255), (128, 257), (385, 1), (400, 7)],
@@ -145,6 +150,7 @@ class ForwardTests:
         assert (out[:, :330] == 0).all()
         assert torch.allclose(lse[0, :, :330], sink[:, None].expand(-1, 330), atol=1e-6)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("schedule", [{}, {"late": True}, {"late": True, "schedule_seed": 1}], ids=str)
     @pytest.mark.parametrize("head_dim", [64, 256])
     def test_tiles_without_keys_between_others(self, head_dim, schedule):
@@ -185,6 +191,7 @@ class ForwardTests:
         tokens = self.packed_tokens[heads[0] // heads[1]]
         assert grids == [(heads[0], 1, 1), (-(-50 // tokens) * heads[1], 1, 1)]
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
     def test_pages_give_the_bits_of_contiguous_keys(self, page_size):
         """And of the pages only those in use are read, where the others' numbers in the table are beyond the cache."""

@@ -23,6 +23,7 @@ class Fp8Tests:
 
     forward: ClassVar[Forward]
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("index", range(len(PAIRS)))
     def test_pairs_of_head_dims(self, index):
         """Two tiles of queries and three blocks of keys, the last ones of few; two heads where the others have one."""
@@ -118,6 +119,7 @@ class Fp8BlockDescaleTests:
 
     forward: ClassVar[Forward]
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize(("changes", "simulation"), BLOCK_CASES)
     def test_blocks_against_the_reference(self, changes, simulation):
         spec = dataclasses.replace(BLOCKS, **changes)

@@ -342,10 +342,12 @@ class SplitTests(OneKernel):
         spec = InputSpec(1, 70, 300, 4, 2, 256, head_dim_v, window=(100, 5), sink_tokens=3)
         self.split.run(spec, "peaked", num_sms=3)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("num_sms", [1, 2, 5, 132])
     def test_a_sequence_without_keys(self, num_sms):
         self.check_without_keys(num_sms=num_sms)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("splits", [1, 2, 5, 6, 300])
     def test_parts_without_keys(self, splits):
         """More parts than a sequence has blocks."""
@@ -378,6 +380,7 @@ class SplitTests(OneKernel):
         )
         assert far == near
 
+    @pytest.mark.sampled
     @pytest.mark.without_races
     @pytest.mark.parametrize(
         "lengths", [{"seqused_k": True}, {"varlen_q": True, "lengths_q": (1,) * len(SKEWED), "varlen_k": True}]

@@ -153,6 +153,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES)
 def test_operators(arch, case):
     operator, choices = CASES[case]
