@@ -72,6 +72,7 @@ def test_our_main_loops(head_dim):
     assert causal.main_loop.instructions == pytest.approx(full.main_loop.instructions, rel=0.02)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", WITH_RANGES)
 def test_main_loops_under_a_range_plan_are_the_dense_ones(arch, head_dim):

@@ -91,6 +91,7 @@ def over(cases):
     ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arch", "case"), over({arch: [c for c in cases if c in ATTENTION] for arch, cases in CASES.items()})
 )
