@@ -15,7 +15,7 @@ from cute_fa.semantics.types import SmArch
 from cute_fa.tools.trial import gpu_arch
 
 KERNELS = ("fa2_sm80", "fa3_sm90", "fa4_sm100", "cute_fa")  # folders of their tests
-SAMPLED = 4  # a fourth of a grid's cases: all of them would take two cores hours
+SAMPLED = 8  # an eighth of a grid's cases: all of them take two cores hours
 
 
 def pytest_addoption(parser):
@@ -38,14 +38,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 def beyond_sample(items: list[pytest.Item], seed: str) -> set[pytest.Item]:
-    """Of each grid, a test marked ``sampled``, all cases but those that the seed chooses, one of ``SAMPLED``."""
+    """What is marked ``thorough``; and of each grid, a test marked ``sampled``, all cases but those that the seed
+    chooses, one of ``SAMPLED``."""
+    beyond = {item for item in items if item.get_closest_marker("thorough")}
     grids = defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled") and not item.get_closest_marker("gpu"):
             grids[item.path.relative_to(Path(__file__).parent).as_posix(), item.parent.name, item.originalname].append(
                 item
             )
-    beyond = set()
     for grid, cases in grids.items():
         ranked = sorted(cases, key=lambda case: hashlib.sha256(f"{seed} {grid} {case.name}".encode()).digest())
         beyond |= set(ranked[math.ceil(len(ranked) / SAMPLED) :])

@@ -35,6 +35,7 @@ def distances(grads: reference.Gradients, expected: reference.ExpectedGradients)
     }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_as_close_to_the_reference(head_dim, causal, monkeypatch):

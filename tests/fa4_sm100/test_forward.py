@@ -87,6 +87,7 @@ def test_sequences_without_queries_or_keys(head_dims):
     assert (out[:130] == 0).all() and (lse[:, :130] == -torch.inf).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("ratio", [5, 7, 16, 128])
 def test_packed_heads_of_many_ratios(ratio):
     """Rows of a tile that are no query take no part, be they as many as 2 of 7 heads or 3 of 5."""

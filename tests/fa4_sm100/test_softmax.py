@@ -31,6 +31,7 @@ SHAPES = {
 SCHEDULES = [{}, {"late": True, "schedule_seed": 1}, {"schedule_seed": 2}, {"late": True}]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [*((shape, DType.FP16) for shape in SHAPES), ("two tiles", DType.BF16), ("one tile, 96 keys", DType.BF16)],

@@ -56,6 +56,7 @@ def families_of(configs: list) -> set[str]:
     return {type(config).__module__.rpartition(".")[0] for config in configs}
 
 
+@pytest.mark.thorough
 def test_the_whole_plan_is_walked(walk):
     problems = ("d128 causal", "backward d128", "backward d64, deterministic", "append", "walk of a range plan")
     log, configs = walk("sm_90a", *problems)

@@ -143,6 +143,7 @@ def test_commands_repeat_themselves_with_their_arguments(monkeypatch):
 # ---- what they compile -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("flavour", OTHERS)
 def test_main_loops_of_the_other_flavour(flavour):
     """Its static figures: within the budgets, and those of the documentation."""

@@ -98,6 +98,7 @@ def races(tmp_path_factory):
     return of
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arch", "kind"),
     [

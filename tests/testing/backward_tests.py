@@ -149,6 +149,7 @@ class BackwardTests:
             grads = autograd.attention_backward(dout, dlse, out.bfloat16(), lse, call)
         assert (grads.dq[:, :60] == 0).all() and all(grad.isfinite().all() for grad in grads[:3])
 
+    @pytest.mark.thorough
     def test_deterministic_under_every_schedule(self):
         """Features that sum over CTAs, on as many as run at once and on fewer."""
         spec = self.spec(9, 70, 140, 4, 2, 64, causal=True, alibi=True, learnable_sink=True)

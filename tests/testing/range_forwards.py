@@ -55,6 +55,7 @@ class RangeForwardTests:
         sizes |= {"dtype": DType.BF16, "arch": self.arch, "ranges": True, "head_dim_v": 64}
         return AttentionProblem(**lengths | sizes | fields)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("case", CASES)
     def test_random_plans(self, case):
         head_dims, dtype, features, totals, n, machine = CASES[case]
