@@ -237,7 +237,8 @@ class Study:
         simulation = self._simulation
         simulation.schedule_seed, simulation.late = mode.seed, mode.late
         self._recorder = Recorder()
-        simulation.observers = [_Bounded(self._limit) if mutants else self._recorder]
+        # beside the observers that the script has attached itself
+        simulation.observers = [*simulation.observers, _Bounded(self._limit) if mutants else self._recorder]
         if mutants:
             try:
                 program = Program(damaged(loaded.program.k, *mutants))

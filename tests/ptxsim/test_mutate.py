@@ -34,6 +34,29 @@ def test_noticed_and_escaped(tmp_path):
     assert code == 1 and [r["outcome"] for r in records(out)] == ["caught", "escaped"]
 
 
+def test_what_the_scripts_own_observers_notice(tmp_path):
+    """Of two barriers either would do, for the result and for the race detector; the script insists on both."""
+    script = tmp_path / "neighbour.py"
+    lines = [f"cute.arch.barrier(barrier_id={i}, number_of_threads=64)" for i in (1, 2)]
+    script.write_text(f"{_BARRIERS}\n{neighbour(*lines)}\nassert barriers.seen == {{1, 2}}, barriers.seen\n")
+    code, output = mutate(script, "--arch", "sm_90a")
+    assert code == 0 and "2 (2 wrong result)" in output, output
+
+
+_BARRIERS = """
+import ptxsim
+from cute_fa.engine import worlds
+
+class Barriers(ptxsim.Observer):
+    seen = set()
+    def bar_completed(self, cta, barrier):
+        self.seen.add(barrier)
+
+barriers = Barriers()
+worlds.simulation().observers.append(barriers)
+"""
+
+
 def test_what_cannot_be_studied(tmp_path):
     """A kernel that fails undamaged, and a script that launches nothing."""
     script = tmp_path / "script.py"
