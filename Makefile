@@ -2,7 +2,7 @@
 #
 #   make run        the tour: real model layers against the reference
 #   make test       the test suite (tests that need a GPU only where there is one)
-#   make test-all   the same with what takes minutes, and all cases of the kernels' grids, of which make test has an eighth
+#   make test-all   the same with what takes minutes, and all cases of the grids of which make test has a sixteenth
 #   make lint       ruff, mypy
 #   make fuzz       random problems over every public function, simulated: make fuzz ARGS="--problems 600 --seed 1 --jobs 2"
 #   make mutations  docs/mutations.md: the kernels with each synchronisation damaged, under the race detector (hours)

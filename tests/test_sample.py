@@ -24,8 +24,8 @@ def grid(size, name="test_grid", parent="test_sample.py", markers=("sampled",)):
     ]
 
 
-def test_an_eighth_of_each_grid_is_left():
-    grids = [grid(24), grid(9, "test_other"), grid(2, parent="TestClass"), grid(1, "test_one")]
+def test_a_sixteenth_of_each_grid_is_left():
+    grids = [grid(48), grid(17, "test_other"), grid(2, parent="TestClass"), grid(1, "test_one")]
     beyond = beyond_sample([case for cases in grids for case in cases], "0")
     assert [sum(case not in beyond for case in cases) for cases in grids] == [3, 2, 1, 1]
 
@@ -40,10 +40,10 @@ def test_what_is_no_grid_or_is_for_a_gpu_is_left():
 
 
 def test_seeds_choose():
-    cases = grid(12)
+    cases = grid(48)
     chosen = {
-        seed: {case.name for case in cases if case not in beyond_sample(cases, seed)} for seed in map(str, range(40))
+        seed: {case.name for case in cases if case not in beyond_sample(cases, seed)} for seed in map(str, range(150))
     }
     assert set.union(*chosen.values()) >= {case.name for case in cases}
-    assert len(set(map(frozenset, chosen.values()))) > 20
+    assert len(set(map(frozenset, chosen.values()))) > 100
     assert beyond_sample(cases, "3") == beyond_sample(cases[::-1], "3")

@@ -140,6 +140,7 @@ def strided(tensor):
     return torch.stack([tensor, tensor], -1)[..., 0].detach()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(20, 20), (64, 60)])
 def test_fa2_pads_head_dims(simulated, head_dim, head_dim_v):
     given = make_inputs(InputSpec(2, 20, 30, 4, 2, head_dim, head_dim_v=head_dim_v, causal=True), "peaked")

@@ -91,6 +91,7 @@ def test_schema_and_call_agree():
     assert names == ["dout", "dlse", "out", "lse", *FIELDS, "slopes_gradient"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("spec", [FULL, PACKED], ids=["full", "packed"])
 def test_opcheck(simulated, spec):
     inputs, _ = variables(make_inputs(spec, poison=False))

@@ -144,6 +144,7 @@ def test_chunks_and_their_sums_are_ordered(arch, sms):
         assert_same(raced, decoded(q[:, -9:], k, v, KEYS), slice(None))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ARCHS)
 def test_packed_prompts(arch):
     """Sequences of other lengths in one batch, a chunk of a prompt among them."""

@@ -81,6 +81,7 @@ def test_same_bits_in_every_schedule(kernel, arch):
         assert bits(kernel(mode, arch)) == first, mode
 
 
+@pytest.mark.thorough
 def test_same_bits_whatever_blas_does():
     """With other threads, and another machine's routines where NumPy's BLAS is OpenBLAS."""
     code = "from tests.cute_fa import test_bits as t; print(*(t.bits(t.forward({}, arch)) for arch in t.ARCHS))"

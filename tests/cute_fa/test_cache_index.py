@@ -214,6 +214,7 @@ def test_many_tokens_are_left_to_the_table():
     assert AttentionKernel.num_splits(decoding(), 108) is None
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 def test_open_splits_choose_the_kernel(arch):
     """Decoding goes to the split kernels although others come first in the table; a prompt does not."""

@@ -234,6 +234,7 @@ class TestPagedAttention:
         ):
             request.run()
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_120A])
     @pytest.mark.parametrize("dtype", [cute_fa.DType.E4M3, cute_fa.DType.E5M2])
     def test_fp8_queries(self, arch, dtype):

@@ -72,6 +72,7 @@ def test_this_process():
     assert flavour.active() == f"cu{cutlass.CUDA_VERSION.major}"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("version", "major"), [(12080, 12), (13010, 13)])
 def test_the_driver_is_asked(tmp_path, version, major):
     source = tmp_path / "driver.c"

@@ -122,6 +122,7 @@ def test_every_function(arch, family):
     assert (request.reference()[0] - wanted).abs().max() < 0.1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_pages(arch):
     descales = {name: getattr(PAGED, name) for name in DESCALES}

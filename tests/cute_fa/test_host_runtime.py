@@ -123,6 +123,7 @@ def test_errors_of_the_driver_have_their_names_and_pass(told):
     assert last is None and names(calls) == ["cuLaunchKernelEx"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("part", ["captured", "without_clusters"])
 def test_the_first_launch_of_a_process(part, bundle, processes, tmp_path):
     """Inside the capture of a CUDA graph, where a thread may load code only if it says so, for as long as it does; and

@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("cute_fa", "fa2_sm80", "fa3_sm90", "fa4_sm100", "perf", "ptxsim")
 
 
-def test_every_module_imports_first():
-    modules = []
-    for package in PACKAGES:
-        found = pkgutil.walk_packages(import_module(package).__path__, f"{package}.")
-        modules += [package, *(module.name for module in found if not module.name.endswith("__main__"))]
+@pytest.mark.sampled
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_imports_first(package):
+    found = pkgutil.walk_packages(import_module(package).__path__, f"{package}.")
+    modules = [package, *(module.name for module in found if not module.name.endswith("__main__"))]
     command = [sys.executable, "-W", "ignore", "-m", "tests.testing.import_alone", *modules]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (done.stdout, len(modules) > 150) == ("", True)
+    assert (done.stdout, len(modules) > 10) == ("", True)
 
 
 def test_a_circle_is_noticed(tmp_path):

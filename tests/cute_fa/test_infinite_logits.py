@@ -157,6 +157,7 @@ def test_what_is_refused(name, values, message):
         assert not simulation.launches
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "softcap"), [("sm_80", 3.0), ("sm_90a", 0.0), ("sm_100a", 0.0)])
 def test_the_largest_that_is_not_refused(arch, softcap):
     """A bias that hides all keys but one, and a sink that outweighs them."""

@@ -264,6 +264,7 @@ def test_cache_batch_idx_appends_where_it_reads():
     append.check()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_cache_batch_idx_is_the_row_of_the_page_table(arch):
     """As in FA3, whose page_table has a row for each sequence of the cache."""
@@ -282,6 +283,7 @@ def test_cache_batch_idx_is_the_row_of_the_page_table(arch):
     check(result, given, append)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("page_size", [None, 8])
 def test_cache_leftpad_counts_for_places_alone(page_size):
     """New keys rotate by their row in the cache; the padding, NaN here, is no key, and sink tokens lie behind it."""

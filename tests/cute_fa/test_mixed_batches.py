@@ -55,6 +55,7 @@ def test_against_the_reference(arch, num_splits):
     assert out.shape[0] == 40
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_gap_costs_nothing(arch):
     """As many instructions whether 500 keys or 1920 more, whole blocks of all kernels, lie between the sink tokens and

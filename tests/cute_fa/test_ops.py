@@ -105,6 +105,7 @@ def packed_tensors(seqlen_q: int, seed: int) -> list[torch.Tensor]:
     return [inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k]
 
 
+@pytest.mark.sampled
 @torch._dynamo.config.patch(capture_scalar_outputs=True, error_on_recompile=True)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile_with_lengths_known_at_run_time(simulated, backend):
@@ -367,6 +368,7 @@ def test_no_value_is_read_by_default(simulated, monkeypatch):
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("value", "on"), [(None, "False"), ("0", "False"), ("1", "True")])
 def test_checks_are_turned_on_by_the_environment(value, on):
     environment = {name: text for name, text in os.environ.items() if name != "CUTE_FA_CHECK"}

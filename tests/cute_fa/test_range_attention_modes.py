@@ -62,6 +62,7 @@ def test_a_plan_first_used_in_inference_mode_trains(host):
         assert close(host, gradients(q, k, v, dout, plan=plan), q, k, v, dout)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_deterministic_algorithms_between_the_forward_and_the_backward(head_dim, algorithms):
     """The forward decides, since it makes the walks; those that there are not are asked for by name."""

@@ -106,6 +106,7 @@ def paged(model, batch: int, max_length: int) -> PagedCache:
     return cache
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "lengths"), [("sm_80", (21, 6)), ("sm_90a", (21, 21)), ("sm_100a", (21, 6))], ids=str)
 def test_generates_eagers_tokens_from_a_paged_cache(llama, arch, lengths):
     """Prefill in chunks, of which the first is padding alone in the shorter sequence, then decoding."""
@@ -332,6 +333,7 @@ def test_compiled_with_sequences_packed_in_a_row(llama):
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("right", "wrong", "checkpoints"),
     [(*WHOLE, False), (*WHOLE, True), (*PADDING, True)],

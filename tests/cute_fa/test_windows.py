@@ -137,6 +137,7 @@ def bounded(window, sink_tokens, **changes) -> list[tuple[InputSpec, str]]:
     return list(itertools.product(specs, ("peaked", "random")))
 
 
+@pytest.mark.sampled
 @windows
 @pytest.mark.parametrize(
     ("arch", "choices"),

@@ -38,6 +38,7 @@ class TestBackward(BackwardTests):
         head_dim, head_dim_v = head_dims
         self.check_ways(InputSpec(1, 70, 130, 2, 1, head_dim, head_dim_v=head_dim_v))
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a"])
     @pytest.mark.parametrize("head_dim", [64, 128, 256])
     def test_later_archs_run_the_same_source(self, arch, head_dim):

@@ -61,6 +61,7 @@ def test_other_head_dims(head_dim):
     assert_right(InputSpec(1, 70, 130, 1, 1, head_dim, causal=True), "peaked")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("head_dims", [(128, 24), (96, 104)], ids=str)
 def test_key_blocks_that_are_no_multiple_of_a_pass(head_dims):
     """48 keys a step beside panels of 32 columns, of which a pass of all threads loads 32 rows."""

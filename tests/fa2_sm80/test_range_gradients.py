@@ -70,6 +70,7 @@ def test_nothing_visible(totals, deterministic):
     assert all((grad == 0).all() for grad in grads.values())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_what_no_query_sees_changes_nothing(deterministic):
     """Keys and queries of blocks that no range touches may be NaN, hidden ones beside others large; dLSE of rows that
@@ -99,6 +100,7 @@ def test_neighbouring_positions_far_from_zero(deterministic):
     assert_right(ranges, far, deterministic=deterministic)
 
 
+@pytest.mark.thorough
 def test_deterministic_under_every_schedule():
     """All features that sum over CTAs, and more CTAs than one SM takes."""
     ranges = Ranges.random(30, 200, 300, seed=5, longest=120)
@@ -129,6 +131,7 @@ def test_deterministic_gradients_of_repeated_ranges():
     assert same_bits(first, gradients_of(several, inputs, deterministic=True))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_no_room_is_nan(deterministic, monkeypatch):
     """Queries without a list have NaN for O and LSE, and so for whatever gradient lacks a part of theirs; tiles of keys
@@ -145,6 +148,7 @@ def test_no_room_is_nan(deterministic, monkeypatch):
             assert wrong.any() or (name == "q" and deterministic), name
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arch", ["sm_89", "sm_90a"])
 def test_later_archs_run_the_same_source(arch):
     ranges = Ranges.random(15, 70, 170, seed=2)

@@ -128,6 +128,7 @@ def test_wide_plans():
     assert len(walk.tiles[0].masked) > 90 and len(walk.tiles[0].covered) > 300
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("schedule", [{"schedule_seed": 1}, {"schedule_seed": 2, "late": True}], ids=str)
 def test_every_schedule(schedule):
     ranges = Ranges.random(150, 700, 500, seed=3, longest=120)

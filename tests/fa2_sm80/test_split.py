@@ -90,6 +90,7 @@ class TestSplit(Copies, SplitTests):
         seqlen_k = max(300, 5 * page_size // 4 + 20)  # more than a page
         self.split.run(InputSpec(2, 2, seqlen_k, 4, 2, 64, page_size=page_size, causal=True), "peaked", num_sms=3)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("page_size", [1, 4, 1024])
     def test_pages_of_a_prompt(self, page_size):
         """Several tiles of queries, in one part each, and rows of the page table by index."""
@@ -103,6 +104,7 @@ class TestSplit(Copies, SplitTests):
         )
         assert eight < 1.2 * one
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("arch", ["sm_86", "sm_90a", "sm_100a", "sm_120a"])
     def test_later_archs_run_the_same_source(self, arch):
         self.split.run(InputSpec(1, 2, 300, 8, 1, 256, page_size=16, causal=True), "peaked", arch=arch, num_sms=2)
@@ -123,6 +125,7 @@ class TestRowDescales(RowDescaleTests):
 
     split = Split("fa2_split", "sm_80")
 
+    @pytest.mark.sampled
     @pytest.mark.without_races
     @pytest.mark.parametrize("page_size", [None, 16])
     def test_descales_are_read_once(self, page_size):

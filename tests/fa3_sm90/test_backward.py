@@ -72,6 +72,7 @@ class TestBackward(BackwardTests):
         spec = InputSpec(6, 201, 129, 2, 1, head_dim, causal=True, **RAGGED[ragged], **lengths)
         self.check(spec, race=True)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("ragged", RAGGED)
     def test_slopes_count_no_key_behind_a_sequence(self, ragged):
         """Such keys are zeros, which move no gradient but that of the slopes; tiles that lie behind a sequence have

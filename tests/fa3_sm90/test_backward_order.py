@@ -128,7 +128,7 @@ def test_right_in_groups_of_any_size(spec, heads, grouped):
     assert_right(spec, "peaked", **FA3, race=True)
 
 
-@pytest.mark.sampled
+@pytest.mark.thorough
 @pytest.mark.parametrize("heads", [1, 3])
 def test_deterministic_gradients_have_the_same_bits_on_any_number_of_sms(heads, grouped):
     """A tile that waited for one handed out later would wait for ever: the simulator says so."""

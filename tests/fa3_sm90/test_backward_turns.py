@@ -86,6 +86,7 @@ def test_without_turns_the_order_shows():
     assert all(torch.equal(first.dk, other.dk) and torch.equal(first.dv, other.dv) for other in others)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_turn_is_taken_before_the_additions_and_passed_on_behind_them(head_dim):
     turns, given = Turns(), make_inputs(spec_of(head_dim))

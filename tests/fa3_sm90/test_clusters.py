@@ -81,6 +81,7 @@ ON_A_GPU = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_reference(name):
     spec, options = CASES[name]
@@ -117,6 +118,7 @@ def test_the_bits_of_one_cta(change):
     assert torch.equal(other, out) and torch.equal(other_lse, lse)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (90, 0), "sink_tokens": 7}], ids=str)
 def test_each_block_is_loaded_once_for_both(mask):
     """By halves, a copy from each CTA. The blocks are those that a query of either sees."""

@@ -126,6 +126,7 @@ class TestRowDescales(RowDescaleTests):
         spec = cache_spec((DType.E5M2, DType.E4M3), {**sizes, "row_descales": "rows"}, dtype)
         self.split.run(spec, "peaked", num_sms=5, race=True, **simulation)
 
+    @pytest.mark.sampled
     @pytest.mark.without_races
     @pytest.mark.parametrize("page_size", [None, 1, 16])
     def test_descales_are_read_once(self, page_size):

@@ -44,6 +44,7 @@ def test_sums_keep_to_the_bound(head_dim, values):
     assert relative_rms(out, exact) <= relative_rms(lowprec(operands), exact) + typical_loss(n)
 
 
+@pytest.mark.thorough
 def test_long_contexts_lose_no_more_than_short_ones():
     """In bf16 the rounding of O, 1.6e-3, is part of both sides."""
     short, long = (near_uniform(64, keys, "normal") for keys in (1024, 65536))
@@ -60,6 +61,7 @@ def test_long_contexts_lose_no_more_than_short_ones():
     assert long_bf16 <= 1.1 * low_bf16
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_without_promotion_long_contexts_are_lost(head_dim):
     operands = near_uniform(head_dim, 4096, "normal")

@@ -51,6 +51,7 @@ class TestSplitBackward(BackwardTests):
     def test_features_in_pairs_on_the_gpu(self, case):
         self.run_case_on_the_gpu(case)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("head_dims", SAMPLED_HEAD_DIMS[:6], ids=str)
     def test_head_dims(self, head_dims):
         head_dim, head_dim_v = head_dims

@@ -72,6 +72,7 @@ def test_a_wrong_line_is_noticed(fault):
         FORWARD.check_with(DamagedConfig.like(config, fault), given)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_tensor_memory_that_is_not_given_back_is_noticed(head_dim):
     """Of one CTA, and of a pair: so every other test holds the kernel to that."""

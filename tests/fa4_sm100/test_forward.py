@@ -25,6 +25,7 @@ class TestForward(ForwardTests):
         tiles = spec.batch * spec.heads * -(-spec.seqlen_q // self.forward.config_of(spec).tile_tokens)
         assert tiles <= grid[0] <= tiles + spec.batch * spec.heads and num_sms < tiles
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("page_size", [8, 64, 256])
     def test_pages_give_the_bits_of_contiguous_keys(self, page_size):
         """The other sizes are in the grid of features."""
@@ -78,6 +79,7 @@ def test_lengths_around_the_tiles_of_queries(seqlen_q, seqlen_k):
         B200.run(InputSpec(1, seqlen_q, seqlen_k, 1, 1, 64, causal=causal), inputs)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("head_dims", [(64, 64), (256, 256)])
 def test_sequences_without_queries_or_keys(head_dims):
     """Packed, one beside the other: a sequence has no queries, no keys, or neither."""
@@ -98,6 +100,7 @@ def test_packed_heads_of_many_ratios(ratio):
     B200.run(spec, pack_gqa=True, num_sms=1, late=True, schedule_seed=ratio)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("num_sms", [1, 2, 3, 5])
 def test_same_bits_of_pairs_on_any_number_of_sms(num_sms):
     """Of one SM a pair takes two: the simulator runs a cluster as a whole."""
@@ -116,6 +119,7 @@ B300_CASES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("changes", B300_CASES, ids=str)
 def test_on_a_b300(changes):
     spec = InputSpec(2, 140, 300, 2, 1, **changes)

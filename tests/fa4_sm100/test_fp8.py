@@ -19,6 +19,7 @@ FORWARD = Forward(Fa4Forward, SmArch.SM_100A)
 class TestFp8(Fp8Tests):
     forward = FORWARD
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("index", range(0, len(PAIRS), 2))
     def test_pairs_of_head_dims(self, index):
         """Others are in the grid of features and among the shapes of ``test_forward.py``."""
@@ -40,6 +41,7 @@ class TestFp8(Fp8Tests):
 class TestFeatures(Fp8FeatureTests):
     forward = FORWARD
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("page_size", [8, 256])
     def test_pages_give_the_bits_of_contiguous_keys(self, page_size, contiguous):
         """The other sizes are in the grid of features."""

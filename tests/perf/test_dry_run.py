@@ -66,6 +66,7 @@ def test_the_whole_plan_is_walked(walk):
     assert "tests/fa3_sm90/test_forward.py::" in log and "tests/fa4_sm100/test_forward.py::" not in log
 
 
+@pytest.mark.thorough
 def test_tests_of_kernels_run_where_the_kernels_do(walk, monkeypatch):
     """Blackwell's alone on Blackwell."""
     monkeypatch.setitem(steps.TESTS, "kernels", "fa3_sm90/test_forward fa4_sm100/test_forward")

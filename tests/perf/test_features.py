@@ -64,6 +64,7 @@ def test_a_backward_has_features_of_its_own():
     assert "sm_90a bwd d256 causal deterministic" in map(str, keys)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_rows_of_a_backward(head_dim):
     (row,) = feature_rows([FeatureKey(SmArch.SM_90A, head_dim, head_dim, direction=Direction.BACKWARD)])

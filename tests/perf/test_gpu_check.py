@@ -116,6 +116,7 @@ class cuda:
 """
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("version", "sees_gpu", "kept"), [("2.11.0+cu130", True, True), ("2.10.1", True, False), ("2.13.0", False, False)]
 )
@@ -511,6 +512,7 @@ def test_a_step_that_hangs_leaves_nothing_behind(tmp_path):
     raise AssertionError(f"{state} is still there")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_what_interrupts_it_ends_what_is_running(number, tmp_path):
     """At once, also what waits for its turn; a step that went on would hold the GPU."""

@@ -265,6 +265,7 @@ def test_the_ampere_forward_and_backward():
     assert 90 < Predictor(OurKernel(backward, SmArch.SM_80, {})).predict(gpu, 2).tflops < 220
 
 
+@pytest.mark.thorough
 def test_a_backward_in_two_kernels_takes_the_time_of_both():
     """dK and dV, whose four products are S, dP and their own; dQ, whose three are S, dP and its own."""
     workload = Workload(direction=Direction.BACKWARD, head_dim=256, head_dim_v=256, seqlen=4096)

@@ -152,6 +152,7 @@ def recorded(request):
     return Predictor(request.param(w, SmArch.SM_90A, {}))
 
 
+@pytest.mark.thorough
 def test_what_a_turn_takes(recorded):
     """The additions of both warpgroups at the SM's rate, then the store's latency, a round trip to the L2 until others
     see them, and one for the fence. dK and dV of heads of their own are nobody else's."""

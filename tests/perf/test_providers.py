@@ -120,12 +120,14 @@ def test_flash_attention_3(case, monkeypatch):
     assert bool(called) == ("decode" in case or "paged" in case)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", ["causal", "packed window", "decode paged"])
 def test_our_kernels(case):
     with cute_fa.simulate("sm_90a"):
         assert agrees("cute-fa", WORKLOADS[case])
 
 
+@pytest.mark.sampled
 @pytest.mark.without_races
 @pytest.mark.parametrize("case", PLANNED)
 def test_our_kernels_under_a_plan(case):

@@ -81,6 +81,7 @@ def test_main_loops_under_a_range_plan_are_the_dense_ones(arch, head_dim):
     assert row["ranges"] <= 1.03 * row["dense"] and row["spills"] == 0, row
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_backwards_main_loop_under_a_range_plan_is_the_dense_one(head_dim):
     """Where the block is read costs it a few registers."""
@@ -168,6 +169,7 @@ def fa4_sm100():
     return fa4_reports([*KEYS_SM100, *others])
 
 
+@pytest.mark.thorough
 @as_recorded
 def test_flash_attention_4_on_sm100():
     seen = {

@@ -178,6 +178,7 @@ def test_backward_times_gradients_and_checks_each(tmp_path):
     assert table.loc["wrong"].reason == "dv disagrees with the reference"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("direction", "arch"), [(Direction.FORWARD, "sm_90a"), (Direction.BACKWARD, "sm_80")])
 def test_real_providers_in_one_sweep(tmp_path, direction, arch):
     """Our kernel in the simulator, torch's on the CPU."""

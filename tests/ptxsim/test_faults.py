@@ -62,6 +62,7 @@ def results(tmp_path_factory):
     return of
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "arch", [pytest.param(arch, marks=pytest.mark.xdist_group(f"faults-{arch}")) for arch in KINDS]
 )

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from ptxsim.analysis.equivalence import FOR_SPEED
 from ptxsim.analysis.mutants import KINDS
 from tests.testing.commands import neighbour, run_ptxsim
@@ -69,6 +71,7 @@ def test_what_cannot_be_studied(tmp_path):
 
 
 # Two of every kind in one of the FA3 forward's kernels; all of them is docs/mutations.md.
+@pytest.mark.thorough
 def test_fa3_forward(tmp_path):
     out = tmp_path / "records.jsonl"
     options = ["--arch", "sm_90a", "--sms", "1", "--sample", "2", "--seeds", "0", "--out", str(out)]

@@ -51,6 +51,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "case"), [(arch, n) for arch in CASES for n in range(len(CASES[arch]))])
 def test_own_kernels(arch, case):
     """Clean, and right: 2 SMs, so that persistent CTAs use every buffer again."""

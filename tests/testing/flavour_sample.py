@@ -1,10 +1,11 @@
 """A sample of problems, simulated and compared with the reference, for a process that has one flavour of the DSL:
-``python -m tests.testing.flavour_sample`` prints a line of JSON for each: its options, the flavour that compiled it and
-what ``python -m cute_fa run --json`` says."""
+``python -m tests.testing.flavour_sample N`` prints a line of JSON for each Nth: its options, the flavour that compiled
+it and what ``python -m cute_fa run --json`` says."""
 
 from __future__ import annotations
 
 import json
+import sys
 
 from click.testing import CliRunner, Result
 
@@ -36,9 +37,9 @@ PROBLEMS = (
 )
 
 
-def run_sample() -> None:
+def run_sample(every: int) -> None:
     ptxsim.install()
-    for problem in PROBLEMS:
+    for problem in PROBLEMS[::every]:
         done = CliRunner().invoke(main, ["run", *problem.split(), "--json"])
         print(json.dumps({"problem": problem, "flavour": active(), **_told(done)}), flush=True)
 
@@ -49,4 +50,4 @@ def _told(done: Result) -> dict:
 
 
 if __name__ == "__main__":
-    run_sample()
+    run_sample(int(sys.argv[1]))

@@ -104,6 +104,7 @@ class ForwardTests:
         )
         assert causal < 0.68 * full
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("mask", [{"window": (64, 0)}, {"window": (64, 0), "sink_tokens": 4}], ids=str)
     def test_cost_does_not_grow_with_hidden_keys(self, mask):
         """A tile of queries loads as many blocks whether 512 or 1536 keys precede its window."""
@@ -159,6 +160,7 @@ class ForwardTests:
         out, lse = self.forward.run(spec, persistent="on", num_sms=1, **schedule)
         assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("packed", [False, True])
     def test_same_bits_under_every_schedule_and_on_any_number_of_sms(self, packed):
         spec = InputSpec(3, 250, 250, 2, 1, 64, causal=True, alibi=True, varlen_q=packed, varlen_k=packed)
@@ -176,6 +178,7 @@ class ForwardTests:
             if options.get("num_sms", 1000) < 1000:
                 self.check_grid(simulation.launches[-1].grid, options["num_sms"], spec)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("heads", [(3, 1), (10, 2), (32, 1)])
     def test_packed_heads(self, heads):
         """A tile has so many tokens, with all heads of a kv head. The two ways agree to the rounding of exponentials:

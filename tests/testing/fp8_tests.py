@@ -75,6 +75,7 @@ class Fp8FeatureTests:
         assert cls.forward.config_of(PAGED).tile_n == cls.forward.config_of(paged).tile_n
         return cls.forward.run(PAGED, pack_gqa=False)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("page_size", [8, 16, 64, 128, 512, 1024])
     def test_pages_give_the_bits_of_contiguous_keys(self, page_size, contiguous):
         """And of the pages only those in use are read, where the others' numbers in the table are beyond the cache."""
@@ -126,12 +127,14 @@ class Fp8BlockDescaleTests:
         assert 128 % self.forward.config_of(spec).tile_n == 0
         self.forward.run(spec, "peaked" if simulation else "random", **simulation)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("alone", ["k", "v"])
     def test_blocks_of_k_or_v_alone(self, alone):
         given = make_inputs(BLOCKS, "random")
         other = {"k": "v_descale", "v": "k_descale"}[alone]
         self.forward.check(dataclasses.replace(given, **{other: getattr(given, other)[..., 0].clone()}))
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("factors", [(1.0, 2.0**20, 1.0), (2.0**20, 1.0, 2.0**-20), (2.0**-32, 2.0**-32, 2.0**32)])
     def test_values_of_blocks_far_apart(self, factors):
         given = make_inputs(dataclasses.replace(BLOCKS, causal=False), "random")
@@ -164,6 +167,7 @@ class Fp8KeyMajorTests:
 
     forward: ClassVar[Forward]
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize(("changes", "simulation"), KEY_MAJOR_CASES)
     def test_against_the_reference(self, changes, simulation):
         self.forward.run(dataclasses.replace(KEY_MAJOR, **changes), "peaked" if simulation else "random", **simulation)

@@ -205,6 +205,7 @@ class CodeTests(OneKernel):
         codes = {"dtype_k": DType.E4M3, "dtype_v": DType.E5M2}
         self.split.run(InputSpec(2, 2, 300, 4, 2, 64, page_size=page_size, causal=True, **codes), "peaked", num_sms=3)
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("page_size", [None, 8])
     def test_a_prompt_over_codes(self, page_size):
         """Several tiles of queries, in one part each."""
@@ -336,6 +337,7 @@ class SplitTests(OneKernel):
         """How many key blocks of k each CTA of a call loads; k is dense and contiguous, head_dim and head_dim_v
         differ."""
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("head_dim_v", [136, 208])
     def test_blocks_of_a_window_with_sinks(self, head_dim_v):
         """Which are counted from the window's first one, and looked like an overflow where head_dim_v differs."""
@@ -362,6 +364,7 @@ class SplitTests(OneKernel):
         out, lse, _ = self.split.run(dataclasses.replace(spec, learnable_sink=False), "peaked", splits, **simulation)
         assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
 
+    @pytest.mark.sampled
     @pytest.mark.parametrize("splits", [0, 3])
     def test_same_bits_under_every_schedule(self, splits):
         spec = InputSpec(2, 3, 300, 4, 2, 64, causal=True, page_size=16)

@@ -62,6 +62,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", KERNELS)
 def test_our_kernels(name):
     """Forward, and the kernels of the backward: counts agree for all of them together, as they do line by line."""
@@ -80,6 +81,7 @@ def test_our_kernels(name):
     assert present <= seen
 
 
+@pytest.mark.thorough
 def test_fa4_forward():
     """In a process of its own, as a script: each launch's paths are checked before it is replayed."""
     code, output = run_ptxsim("time", "examples/fa4_forward.py", "--arch", "sm_90a", "--gpu", "h100", "--sms", "2")
@@ -131,6 +133,7 @@ def sides(first, second, ends=""):
     EVEN: {second * 10} JOIN: add.f32 %f1, %f1, %f2; st.global.f32 [%rd1], %f1;"""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "instructions",
     [

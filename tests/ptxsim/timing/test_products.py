@@ -40,6 +40,7 @@ def interval(replay, per_group, groups):
     return (ends[-1] - ends[0]) / per_group / (groups - 1)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("n", "published"),
     [(8, 18.9), (16, 20.7), (32, 24.7), (64, 32.8), (96, 48.7), (128, 65.0), (192, 97.1), (256, 129.3)],
@@ -52,6 +53,7 @@ def test_a_stream_of_products(n, published):
     assert replay.sms[0].tensor == pytest.approx(16 * expected, abs=8)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("per_group", "wait", "published", "tolerance"),
     [(1, 0, 79, 0.15), (1, 1, 42, 0.05), (1, 3, 33.7, 0.06), (2, 0, 55.6, 0.12), (2, 1, 33.1, 0.05), (4, 0, 44.6, 0.06),
