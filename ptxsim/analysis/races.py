@@ -244,6 +244,7 @@ class Detector(Observer):
         rows, warps, first = self._lanes(w, index, mask)
         if not first.size:
             return
+        self.clocks.lanes.copy(w, mask)
         self._write(warps, first, size, agents[rows], stamps[rows])
         reading = mask if source_size is None else mask & (source_size > 0)
         if reading.any():

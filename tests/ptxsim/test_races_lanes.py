@@ -44,6 +44,22 @@ def test_lanes_release_their_own_writes():
     reported(half.replace("WRITERS", ""))
 
 
+def test_copies_of_several_lanes():
+    """A lane has waited for its own cp.async."""
+    copy = "mad.wide.u32 %rd1, %r61, 16, %out0; cp.async.cg.shared.global [%r51], [%rd1], 16; cp.async.commit_group;"
+    body = without(HANDED_OVER, f"st.shared.v4.u32 [%r51], {FOUR};", f"{copy} cp.async.wait_group 0;")
+    run(body)
+    error = reported(without(body, MEET))
+    assert "cp.async.cg" in error.other[1] and "ld.shared" in error.text
+    assert "some lanes of that warp release alone: bar.warp.sync before it is missing" in error.message
+    # the lanes meet before they have waited
+    reported(without(body, f"cp.async.wait_group 0; {MEET}", f"{MEET} cp.async.wait_group 0;"))
+    # lane 0 alone copies; every lane arrives
+    run(without(body, MEET).replace("cp.async.cg", "@%p10 cp.async.cg").replace("ld.shared", "@%p12 ld.shared").replace(
+        "READER:", "READER: setp.eq.u32 %p12, %r61, 0;"))  # fmt: skip
+    run(without(body, MEET).replace(ARRIVAL, ARRIVAL.removeprefix("@%p10 ")).replace("[%r52], 1;", "[%r52], 32;", 1))
+
+
 def test_one_lane_beside_several():
     """What lane 0 wrote alone is released, without what all lanes wrote before it."""
     own = "@%p10 st.shared.u32 [%r50+1024], %r1;"
