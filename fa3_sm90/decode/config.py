@@ -58,6 +58,11 @@ class Fa3DecodeConfig(WideningConfig):
         return self.page_size is not None and (self.page_size < TMA_ROWS or self.cache_leftpad)
 
     @property
+    def values_with_keys(self) -> bool:
+        """Whether a block's rows of V (or their codes) come with those of K, behind K's barrier: nobody signals V's."""
+        return self.by_rows
+
+    @property
     def row_loaders(self) -> int:
         """Producer warps that copy rows: all but the one of Q and those that widen."""
         return 1 if self.widens else 1 + WIDENERS

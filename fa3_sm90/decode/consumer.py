@@ -237,7 +237,8 @@ class Consumer:
         self.keys.release(state.stage)
         if busy:
             probability(piece, gqa_ratio, score, factors, softmax, acc, iteration, right_edge, left_edge)
-        self.values.wait(state)
+        if const_expr(not self.config.values_with_keys or self.config.widens):
+            self.values.wait(state)
         warpgroup.fence()
         self.sums.start(as_warpgroup_operand_a(self.probabilities), state.stage)
         warpgroup.wait_group(0)

@@ -77,14 +77,15 @@ class Fa3DecodeKernel:
             consume(args, storage, pipelines)
 
     def prepare(self, tma: Optional[TmaTensors], pipelines: dict[str, Ring]):
-        """Descriptors on their way, barriers initialised and known to TMA."""
+        """Descriptors on their way; barriers initialised, and known to TMA where that brings rows."""
         if const_expr(tma is not None):
             for tensor in tma:
                 cpasync.prefetch_descriptor(tensor.atom)
         with cute.arch.elect_one():
             for ring in pipelines.values():
                 ring.initialize()
-        cute.arch.mbarrier_init_fence()
+        if const_expr(tma is not None):
+            cute.arch.mbarrier_init_fence()
 
     def load_keys(self, args: SplitArguments, tma: TmaTensors, storage: Storage, pipelines: dict[str, Ring]):
         """The producer warp of K and V."""

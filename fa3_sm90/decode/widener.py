@@ -32,7 +32,7 @@ class Widening:
     def __init__(self, config: Fa3DecodeConfig, storage: Storage, rings: dict[str, Ring], name: str, index: int):
         """``name``: "k" or "v"; ``index``: which of the warps."""
         c, of_values = config, name == "v"
-        self.config, self.index = c, index
+        self.config, self.index, self.of_values = c, index, of_values
         self.codes, self.numbers = rings[f"{name}_codes"], rings[name]
         self.dtype = CUTE_DTYPE[c.dtype_v if of_values else c.dtype_k]
         self.columns = c.value_columns if of_values else c.head_dim_padded
@@ -50,7 +50,8 @@ class Widening:
     def widen(self, before: RingState, behind: RingState):
         """The block at ``before`` of the codes' ring, to ``behind`` of the numbers'."""
         tile_n = self.config.tile_n
-        self.codes.wait(before)
+        if const_expr(not (self.of_values and self.config.values_with_keys)):
+            self.codes.wait(before)
         self.numbers.wait_free(behind)
         if const_expr(self.descales is not None):
             self.descales.move(before, behind)
