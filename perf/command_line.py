@@ -156,6 +156,8 @@ def static(
         for causal in (False, True)
     ]
     keys = [kernel for key in keys if key.served for kernel in key.with_short()]
+    if not keys:
+        raise click.UsageError("no kernel of these architectures serves such a direction, dtype and head_dim")
     if ranges:
         show(pd.DataFrame(range_row(key) for key in keys if not key.causal and key.seqlen == SEQLEN), markdown)
         return
@@ -333,6 +335,10 @@ def _grid_options(command):
         "--lengths": dict(type=click.Choice(LENGTHS), default=["dense"], help="All equal, or drawn; see Workload."),
         "--page-size": dict(type=_OrNone(), default=["none"]),
         "--phase": dict(type=click.Choice(["prefill", "decode"]), default=["prefill"]),
+        "--query-tokens": dict(type=click.IntRange(1), default=[1], help="Of a sequence, when decoding."),
+        "--kv-dtype": dict(
+            type=click.Choice(["same", "e4m3", "e5m2"]), default=["same"], help="Of an fp8 cache, without descales."
+        ),
         "--plan": dict(
             type=click.Choice(["none", *PLANS]), default=["none"], help="Ranges of a sequence; see perf.plans."
         ),
@@ -584,6 +590,8 @@ def _workloads(tokens: int, **given: Any) -> list[Workload]:
         direction=[Direction(value) for value in given["direction"]],
         dtype=[DType(value) for value in given["dtype"]],
         decode=[phase == "decode" for phase in given["phase"]],
+        query_tokens=given["query_tokens"],
+        dtype_kv=[None if name == "same" else DType(name) for name in given["kv_dtype"]],
         head_dims=given["head_dim"],
         heads=given["heads"],
         causal=[mask == "causal" for mask in given["mask"]],

@@ -17,8 +17,8 @@ from perf.workload import problem_name
 
 # What names a problem; the columns of Workload.columns.
 PROBLEM = (
-    "direction dtype head_dim head_dim_v heads heads_kv phase seqlen_q seqlen_k batch tokens causal window_left "
-    "window_right lengths page_size plan"
+    "direction dtype dtype_kv head_dim head_dim_v heads heads_kv phase query_tokens seqlen_q seqlen_k batch tokens "
+    "causal window_left window_right lengths page_size plan"
 ).split()
 # What a result is one of.
 KEY = ["gpu", "provider", *PROBLEM]
@@ -33,7 +33,7 @@ COLUMNS = (
     + "matmul_tflops copy_gbps sm_mhz_before sm_mhz_after mem_mhz_before mem_mhz_after".split()
     + "watts_after celsius_after gpu arch driver cuda torch dsl date".split()
 )
-_TEXT = "provider version status reason direction dtype phase lengths plan bound".split()
+_TEXT = "provider version status reason direction dtype dtype_kv phase lengths plan bound".split()
 _TEXT += "gpu arch driver cuda torch dsl date".split()
 _INTEGERS = [name for name in PROBLEM if name not in (*_TEXT, "causal")] + ["samples", "flops", "bytes"]
 

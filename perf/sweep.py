@@ -163,6 +163,8 @@ class Sweep:
             raise version
         if workload.plan is not None and not self.providers[name].takes_ranges:
             raise Unavailable(f"{name} takes no ranges")
+        if workload.dtype_kv is not None and not self.providers[name].takes_codes:
+            raise Unavailable(f"{name} takes no cache in {workload.dtype_kv.value} beside q in {workload.dtype.value}")
         dout = None
         if workload.direction is Direction.BACKWARD:
             dout, _ = output_gradients(peaked, self.seed, poison=False)

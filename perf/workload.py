@@ -26,8 +26,9 @@ _SHORTEST_SKEWED = 16
 class Workload:
     """One problem to time, of as many sequences as make ``tokens``.
 
-    ``seqlen``: the longest sequence's length; ``decode``: one query a sequence over a cache of that many keys, else as
-    many queries as keys. ``window``: keys that a query sees to its left, and to its right unless causal. ``lengths``:
+    ``seqlen``: the longest sequence's length; ``decode``: the last ``query_tokens`` queries of each sequence, over a
+    cache of that many keys, else as many queries as keys. ``dtype_kv``: an fp8 cache's beside q in ``dtype``.
+    ``window``: keys that a query sees to its left, and to its right unless causal. ``lengths``:
 
     - ``dense``: all of one length, with a batch dimension;
     - ``equal``: all of one length, packed (decode: with seqused_k);
@@ -52,6 +53,8 @@ class Workload:
     lengths: str = "dense"
     page_size: int | None = None
     decode: bool = False
+    query_tokens: int = 1
+    dtype_kv: DType | None = None
     plan: str | None = None
     deterministic: bool = False
 
@@ -62,6 +65,10 @@ class Workload:
             raise ArgumentError(f"seqlen={self.seqlen}: between 1 and tokens={self.tokens}")
         if self.decode and self.direction is Direction.BACKWARD:
             raise ArgumentError("decode backward: a cache has no gradient")
+        if not 1 <= self.query_tokens <= (self.seqlen if self.decode else 1):
+            raise ArgumentError(f"query_tokens={self.query_tokens}: between 1 and seqlen={self.seqlen}, of a decode")
+        if self.dtype_kv is not None and (not self.dtype_kv.is_fp8 or self.direction is Direction.BACKWARD):
+            raise ArgumentError(f"dtype_kv={self.dtype_kv.value!r} {self.direction.value}: an fp8 cache's, forward")
         if self.deterministic and self.direction is not Direction.BACKWARD:
             raise ArgumentError("deterministic forward: it is so anyway")
         if self.page_size is not None and self.direction is Direction.BACKWARD:
@@ -69,8 +76,9 @@ class Workload:
         if self.plan is not None:
             if self.plan not in PLANS:
                 raise ArgumentError(f"plan={self.plan!r}: one of {', '.join(PLANS)}")
-            one = (self.seqlen, False, None, "dense", None, False)
-            if (self.tokens, self.causal, self.window, self.lengths, self.page_size, self.decode) != one:
+            one = (self.seqlen, False, None, "dense", None, False, None)
+            asked = (self.tokens, self.causal, self.window, self.lengths, self.page_size, self.decode, self.dtype_kv)
+            if asked != one:
                 raise ArgumentError(f"plan={self.plan!r}: of one sequence, and nothing else says what is visible")
 
     @cached_property
@@ -101,12 +109,12 @@ class Workload:
 
     @property
     def lengths_q(self) -> tuple[int, ...]:
-        return (1,) * self.batch if self.decode else self.lengths_k
+        return (self.query_tokens,) * self.batch if self.decode else self.lengths_k
 
     @property
     def window_size(self) -> tuple[int | None, int | None]:
-        """(left, right), None where infinite; causal folded in. A decoded query has nothing to its right."""
-        ends = self.causal or (self.decode and self.window is not None)
+        """(left, right), None where infinite; causal folded in. A decoded query sees nothing to its right."""
+        ends = self.causal or (self.decode and (self.window is not None or self.query_tokens > 1))
         return self.window, 0 if ends else self.window
 
     def spec(self) -> InputSpec:
@@ -121,6 +129,8 @@ class Workload:
             head_dim=self.head_dim,
             head_dim_v=self.head_dim_v,
             dtype=self.dtype,
+            dtype_k=self.dtype_kv,
+            dtype_v=self.dtype_kv,
             descales=False,  # the peers are given none
             causal=self.causal,
             window=self.window_size,
@@ -157,7 +167,7 @@ class Workload:
         kv = keys * self.heads_kv * (self.head_dim + self.head_dim_v)
         if self.direction is Direction.FORWARD:
             flops = 2 * self.heads * pairs * (self.head_dim + self.head_dim_v)
-            return Work(pairs, flops, (q + kv) * size + o * out_size)
+            return Work(pairs, flops, q * size + kv * (self.dtype_kv or self.dtype).bytes + o * out_size)
         flops = 2 * self.heads * pairs * (3 * self.head_dim + 2 * self.head_dim_v)
         return Work(pairs, flops, 2 * (q + kv) * size + 2 * o * out_size + 4 * queries * self.heads)
 
@@ -167,11 +177,13 @@ class Workload:
         return {
             "direction": self.direction.value,
             "dtype": self.dtype.value,
+            "dtype_kv": (self.dtype_kv or self.dtype).value,
             "head_dim": self.head_dim,
             "head_dim_v": self.head_dim_v,
             "heads": self.heads,
             "heads_kv": self.heads_kv,
             "phase": "decode" if self.decode else "prefill",
+            "query_tokens": self.query_tokens,
             "seqlen_q": max(self.lengths_q),
             "seqlen_k": self.seqlen,
             "batch": self.batch,
@@ -200,12 +212,14 @@ def configuration_name(columns: Mapping[str, Any]) -> str:
     value = f"v{columns['head_dim_v']}" if columns["head_dim_v"] != columns["head_dim"] else ""
     parts = [
         "decode" if decode else "",
+        f"of {columns['query_tokens']}" if columns["query_tokens"] > 1 else "",
         f"d{columns['head_dim']}{value} h{columns['heads']}/{columns['heads_kv']}",
         "" if decode or planned else "causal" if columns["causal"] else "full",
         columns["plan"] if planned else "",
         "" if pd.isna(columns["window_left"]) else f"window {columns['window_left']}",
         "" if columns["lengths"] == "dense" else columns["lengths"],
         "" if pd.isna(columns["page_size"]) else f"pages of {columns['page_size']}",
+        f"cache in {columns['dtype_kv']}" if columns["dtype_kv"] != columns["dtype"] else "",
     ]
     return " ".join(filter(None, parts))
 
@@ -227,8 +241,8 @@ def _counted(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int]
 def grid(**choices: Iterable[Any]) -> list[Workload]:
     """The workloads of all combinations of these values of fields; ``head_dims`` and ``heads`` are pairs: (head_dim,
     head_dim_v), (heads, heads_kv). What means nothing is left out: gradients of a cache, sequences longer than the
-    tokens, causal masks of a single query, a window that is no bound, and masks beside a plan, whose tokens are its
-    seqlen."""
+    tokens, causal masks when decoding, a number of queries when not, or beyond the keys, a window that is no bound, a
+    cache's dtype that is q's, and masks beside a plan, whose tokens are its seqlen."""
     workloads = []
     for values in itertools.product(*choices.values()):
         fields = dict(zip(choices, values, strict=True))
@@ -247,11 +261,14 @@ def _means_something(*, seqlen: int, tokens: int, **fields: Any) -> bool:
     decode, window = fields.get("decode", False), fields.get("window")
     masked = decode or window is not None or fields.get("causal", False)
     stored = fields.get("page_size") is not None or fields.get("lengths", "dense") != "dense"
-    cached = decode or fields.get("page_size") is not None
+    dtype_kv, query_tokens = fields.get("dtype_kv"), fields.get("query_tokens", 1)
+    cached = decode or fields.get("page_size") is not None or dtype_kv is not None
     return not (
         seqlen > tokens
-        or (fields.get("plan") is not None and (masked or stored))
+        or (fields.get("plan") is not None and (masked or stored or dtype_kv is not None))
         or (cached and fields.get("direction") is Direction.BACKWARD)
         or (decode and fields.get("causal", False))
+        or query_tokens > (seqlen if decode else 1)
+        or (dtype_kv is not None and dtype_kv is fields.get("dtype"))
         or (window is not None and window >= seqlen - 1)
     )

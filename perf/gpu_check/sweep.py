@@ -32,6 +32,8 @@ WORKLOADS = (
     Workload(seqlen=8192, **_FP8),
     Workload(seqlen=8192, causal=True, **_FP8),
     Workload(seqlen=8192, tokens=131072, decode=True, **_GQA),
+    Workload(seqlen=8192, tokens=131072, decode=True, query_tokens=8, **_GQA),
+    Workload(seqlen=8192, tokens=131072, decode=True, dtype_kv=DType.E4M3, **_GQA),
     Workload(seqlen=8192, causal=True, head_dim=64, head_dim_v=64),
     Workload(seqlen=8192, causal=True, head_dim=256, head_dim_v=256),
     Workload(seqlen=8192, head_dim=256, head_dim_v=256, **_FP8),

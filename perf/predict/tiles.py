@@ -51,7 +51,8 @@ def steps_of(shape: TileShape, workload: Workload, first: int) -> int:
 
 def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[int]:
     """Steps of each tile, in the order in which they are handed out (``device/tile_scheduler.py``): under a
-    right bound the longest first, in groups of heads that fit into the L2 together, or head by head."""
+    right bound the longest first, in groups of heads that fit into the L2 together, the last group, which may have
+    fewer, first; or head by head."""
     per_row = [steps_of(shape, workload, first) for first in range(0, workload.seqlen, shape.tokens)]
     rows = workload.batch * workload.heads // shape.heads
     if workload.window_size[1] is None:
@@ -60,9 +61,8 @@ def ordered_steps(shape: TileShape, workload: Workload, l2_bytes: int) -> list[i
         per_row.reverse()
     group = row_group(shape, workload, l2_bytes)
     out: list[int] = []
-    groups = [min(group, rows - first) for first in range(0, rows, group)]
-    for number, heads in enumerate(groups):
-        falls = not shape.persistent or (len(groups) - 1 - number) % 2 == 0
+    for first in reversed(range(0, rows, group)):
+        heads, falls = min(group, rows - first), not shape.persistent or first // group % 2 == 0
         out += [steps for steps in (per_row if falls else per_row[::-1]) for _ in range(heads)]
     return out
 

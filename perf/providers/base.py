@@ -46,10 +46,12 @@ class Attention:
 
 
 class Provider(ABC):
-    """One implementation of attention. ``takes_ranges``: whether what is visible may be a range plan's."""
+    """One implementation of attention. ``takes_ranges``: whether what is visible may be a range plan's;
+    ``takes_codes``: whether k and v may be fp8 beside q of 16 bits."""
 
     name: str
     takes_ranges = False
+    takes_codes = False
 
     @abstractmethod
     def version(self) -> str:

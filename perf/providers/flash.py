@@ -61,7 +61,7 @@ class FlashAttention4(_Flash):
     def prepare(self, inputs: Inputs) -> Attention:
         module, masks, spec = self.module(), _masks(inputs), inputs.spec
         # it splits keys on Blackwell alone, as it chooses for 0; elsewhere it refuses what it has chosen
-        if spec.seqlen_q == 1 and inputs.q.is_cuda and torch.cuda.get_device_capability(inputs.q.device)[0] in (10, 11):
+        if spec.seqlen_q < spec.seqlen_k and _is_blackwell(inputs.q):
             masks["num_splits"] = 0
         names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
         lengths = {name: getattr(inputs, name) for name in names}
@@ -69,6 +69,10 @@ class FlashAttention4(_Flash):
             return Attention(lambda q, k, v: _out(module.flash_attn_func(q, k, v, **masks)))
         lengths |= {"max_seqlen_q": spec.seqlen_q, "max_seqlen_k": spec.seqlen_k}
         return Attention(lambda q, k, v: _out(module.flash_attn_varlen_func(q, k, v, **lengths, **masks)))
+
+
+def _is_blackwell(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] in (10, 11)
 
 
 class FlashAttention3(_Flash):
@@ -81,7 +85,7 @@ class FlashAttention3(_Flash):
 
     def prepare(self, inputs: Inputs) -> Attention:
         module, masks, spec = self.module(), _masks(inputs), inputs.spec
-        if inputs.seqused_k is not None or spec.seqlen_q == 1:
+        if inputs.seqused_k is not None or spec.seqlen_q < spec.seqlen_k:
             cache = {"cache_seqlens": inputs.seqused_k, "page_table": inputs.page_table, **masks}
             if inputs.cu_seqlens_q is not None:
                 cache |= {"cu_seqlens_q": inputs.cu_seqlens_q, "max_seqlen_q": spec.seqlen_q}

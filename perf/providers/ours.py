@@ -16,7 +16,7 @@ class CuteFa(Provider):
     """Whatever the dispatch table has for the problem, with keys split as the kernel chooses."""
 
     name = "cute-fa"
-    takes_ranges = True
+    takes_ranges = takes_codes = True
 
     def version(self) -> str:
         """With the commit, where this is a checkout."""

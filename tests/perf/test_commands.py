@@ -106,6 +106,14 @@ def test_dry_run_needs_no_gpu():
     done = invoke("sweep", *GRID, "--dry-run", "--lengths", "skewed", "--page-size", "16", "--phase", "decode")
     assert done.exit_code == 0, done.output
     assert "decode" in done.stdout and "skewed pages of 16" in done.stdout
+    choices = ("--query-tokens", "4", "--kv-dtype", "same", "--kv-dtype", "e5m2")
+    done = invoke("sweep", *GRID, "--dry-run", "--phase", "decode", *choices)
+    assert done.stdout.count("decode of 4") == 2 * done.stdout.count("cache in e5m2") > 0
+
+
+def test_static_figures_of_what_no_kernel_serves():
+    done = invoke("static", "--head-dim", "264", "--direction", "bwd")
+    assert done.exit_code == 2 and "no kernel of these architectures serves" in done.stderr
 
 
 def test_without_a_gpu_the_sweep_says_so(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from matplotlib import image
 
-from cute_fa.semantics.types import Direction
+from cute_fa.semantics.types import Direction, DType
 from perf import plot
 from perf.__main__ import main
 from perf.workload import Workload
@@ -33,6 +33,7 @@ def table(tmp_path):
     rows.append(measured(Workload(seqlen=512), "FA2", reason="<script>no kernel</script>"))
     rows.append(measured(Workload(Direction.BACKWARD), "cute-fa", 1.0))
     rows.append(measured(Workload(decode=True), "cute-fa", 1.0))
+    rows.append(measured(Workload(decode=True, query_tokens=8, dtype_kv=DType.E4M3), "cute-fa", 1.0))
     return table_of(tmp_path / "a.csv", *rows)
 
 
@@ -58,7 +59,8 @@ def test_curves_show_speed_spread_and_ceiling(table):
 
 
 def test_memory_bound_curves_show_bandwidth(table):
-    (axis,) = dict(plot.figures(table))["h100-fwd-bf16-decode-curves"].axes
+    axis, drafts = dict(plot.figures(table))["h100-fwd-bf16-decode-curves"].axes
+    assert drafts.get_title() == "decode of 8 d128 h16/16 cache in e4m3"
     assert (axis.get_title(), axis.get_ylabel()) == ("decode d128 h16/16", "GB/s")
     speed, ceiling = (line.get_ydata().astype(float) for line in axis.get_lines())
     assert speed == pytest.approx(Workload(decode=True).work.bytes / 1e6)

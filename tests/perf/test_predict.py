@@ -72,6 +72,10 @@ def test_the_longest_tiles_come_first_and_groups_of_persistent_ctas_alternate():
     assert once == [4, 4, 3, 3, 2, 2, 1, 1] * 2
     persistent = ordered_steps(TileShape(128, 128, persistent=True), workload, two_heads)
     assert persistent == [1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 3, 3, 2, 2, 1, 1]
+    # groups of heads go from the last, which has one here, to the first
+    five = dataclasses.replace(workload, heads=5, heads_kv=5)
+    assert ordered_steps(TileShape(128, 128), five, two_heads) == [4, 3, 2, 1] + [4, 4, 3, 3, 2, 2, 1, 1] * 2
+    assert ordered_steps(TileShape(128, 128, persistent=True), five, two_heads) == [4, 3, 2, 1, *persistent]
     full = Workload(seqlen=512, tokens=1024, heads=4, heads_kv=4)
     assert ordered_steps(TileShape(128, 128), full, two_heads) == [4] * 4 * 8
 

@@ -35,6 +35,7 @@ WORKLOADS = {
     "decode window": Workload(**SMALL, decode=True, window=7),
     "decode lengths": Workload(**SMALL, decode=True, lengths="uniform"),
     "decode paged": Workload(**SMALL, decode=True, lengths="uniform", page_size=16),
+    "decode drafts": Workload(**SMALL, decode=True, query_tokens=5),
 }
 # One packed sequence under a range plan; queries of the second one may see nothing.
 PLANNED = {plan: Workload(**SMALL | {"seqlen": 80}, plan=plan) for plan in ("window-global", "random-10")}
@@ -53,6 +54,7 @@ def test_names_are_unique_and_ours_comes_first():
     assert list(PROVIDERS) == ["cute-fa", "FA4", "FA3", "FA2", "cuDNN", "FlexAttention", "MagiAttention", "Triton"]
     taking = [name for name, provider in PROVIDERS.items() if provider.takes_ranges]
     assert taking == ["cute-fa", "FlexAttention", "MagiAttention"]
+    assert [name for name, provider in PROVIDERS.items() if provider.takes_codes] == ["cute-fa"]
     assert PROVIDERS["cute-fa"].version().startswith(cute_fa.__version__)
 
 

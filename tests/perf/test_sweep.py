@@ -12,7 +12,7 @@ import torch
 
 import cute_fa
 from cute_fa.semantics.errors import ArgumentError, DeviceError
-from cute_fa.semantics.types import Direction
+from cute_fa.semantics.types import Direction, DType
 from perf import sweep as sweeping
 from perf.providers import PROVIDERS, Attention
 from perf.results import COLUMNS, KEY, ResultFile, read_results
@@ -108,6 +108,16 @@ def test_a_plan_is_timed_apart_and_asked_of_those_that_take_one(tmp_path):
     assert (other["status"], other["reason"]) == ("skipped", "other takes no ranges")
     ((_, rows),) = run(tmp_path / "a.csv", device, *providers, workloads=[planned])
     assert rows == []  # they are there already
+
+
+def test_a_cache_of_codes_is_asked_of_those_that_take_one(tmp_path):
+    device, taking = FakeDevice(), Reference("ours", FakeDevice())
+    taking.takes_codes = True
+    codes = Workload(**SMALL, decode=True, query_tokens=3, dtype_kv=DType.E4M3)
+    run(tmp_path / "a.csv", device, taking, Reference("other", device), workloads=[codes])
+    ours, other = read_results(tmp_path / "a.csv").to_dict("records")
+    assert (ours["status"], ours["dtype"], ours["dtype_kv"], ours["seqlen_q"]) == ("ok", "bf16", "e4m3", 3)
+    assert (other["status"], other["reason"]) == ("skipped", "other takes no cache in e4m3 beside q in bf16")
 
 
 def test_unwritten_outputs_do_not_pass_as_those_of_a_right_provider(tmp_path, monkeypatch):

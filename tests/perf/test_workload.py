@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from cute_fa.semantics.errors import ArgumentError
 from cute_fa.semantics.ranges import HostRanges
@@ -34,6 +35,13 @@ def test_bytes_count_each_element_once_and_hidden_keys_never():
     assert (decode.pairs, decode.bytes) == (1024, 2 * (2 * 8 * 96 + 1024 * 2 * 96))
     windowed = Workload(**sizes, seqlen=512, tokens=1024, decode=True, window=99).work
     assert (windowed.pairs, windowed.bytes) == (200, 2 * (2 * 8 * 96 + 200 * 2 * 96))
+    # the first of 8 queries sees 505 keys, the last 512
+    drafts = Workload(**sizes, seqlen=512, tokens=1024, decode=True, query_tokens=8).work
+    assert (drafts.pairs, drafts.bytes) == (2 * 8 * (505 + 512) // 2, 2 * (16 * 8 * 96 + 1024 * 2 * 96))
+    codes = Workload(**sizes, seqlen=512, tokens=1024, decode=True, dtype_kv=DType.E4M3)
+    assert codes.work.bytes == decode.bytes - 1024 * 2 * 96
+    inputs = codes.inputs("random")
+    assert [t.dtype for t in (inputs.q, inputs.k, inputs.v)] == [torch.bfloat16, *[torch.float8_e4m3fn] * 2]
     fp8 = Workload(dtype=DType.E4M3, **sizes, seqlen=512, tokens=1024).work
     assert fp8.bytes == 1024 * (8 * 64 + 2 * (64 + 32)) + 2 * 1024 * 8 * 32
 
@@ -124,6 +132,16 @@ def test_plans_in_a_grid_stand_alone():
     assert {w.seqlen for w in workloads if not w.plan} == {64}
 
 
+def test_caches_and_queries_in_a_grid():
+    choices = dict(dtype=[DType.BF16, DType.E4M3], dtype_kv=[None, DType.E4M3], query_tokens=[1, 8, 65], seqlen=[64])
+    directions = [Direction.FORWARD, Direction.BACKWARD]
+    workloads = grid(**choices, decode=[False, True], direction=directions, tokens=[64])
+    cached = [(w.decode, w.query_tokens, w.dtype) for w in workloads if w.dtype_kv]
+    assert cached == [(False, 1, DType.BF16), (True, 1, DType.BF16), (True, 8, DType.BF16)]
+    plain = [(w.direction, w.decode, w.query_tokens, w.dtype) for w in workloads if not w.dtype_kv]
+    assert len(plain) == 2 * (1 + 2) + 2 and len(set(workloads)) == len(workloads) == len(cached) + len(plain)
+
+
 def test_windows_of_columns_and_name():
     sliding = Workload(causal=True, window=1024, lengths="uniform", page_size=64, heads_kv=4)
     assert (sliding.columns()["window_left"], sliding.columns()["window_right"]) == (1024, 0)
@@ -132,6 +150,9 @@ def test_windows_of_columns_and_name():
     name = f"fwd bf16 {sliding.batch}×4096 d128 h16/4 causal window 1024 uniform pages of 64"
     assert str(sliding) == name
     assert str(Workload(decode=True, head_dim=192)) == "fwd bf16 4×4096 decode d192v128 h16/16"
+    drafts = Workload(decode=True, query_tokens=8, dtype_kv=DType.E5M2, page_size=16)
+    assert str(drafts) == "fwd bf16 4×4096 decode of 8 d128 h16/16 pages of 16 cache in e5m2"
+    assert (drafts.columns()["seqlen_q"], drafts.window_size) == (8, (None, 0))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +164,12 @@ def test_windows_of_columns_and_name():
         ({"page_size": 64, "direction": Direction.BACKWARD}, "page_size=64"),
         ({"plan": "documents"}, "plan='documents': of one sequence"),
         ({"plan": "documents", "tokens": 4096, "causal": True}, "plan='documents': of one sequence"),
+        ({"plan": "documents", "tokens": 4096, "dtype_kv": DType.E4M3}, "plan='documents': of one sequence"),
         ({"plan": "documentz"}, "plan='documentz': one of documents,"),
+        ({"query_tokens": 2}, "query_tokens=2: between 1 and seqlen=4096, of a decode"),
+        ({"query_tokens": 17, "decode": True, "seqlen": 16}, "query_tokens=17: between 1 and seqlen=16, of a decode"),
+        ({"dtype_kv": DType.BF16}, "dtype_kv='bf16' fwd: an fp8 cache's, forward"),
+        ({"dtype_kv": DType.E4M3, "direction": Direction.BACKWARD}, "dtype_kv='e4m3' bwd: an fp8 cache's, forward"),
     ],
 )
 def test_refusals(fields, message):
