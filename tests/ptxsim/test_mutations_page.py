@@ -27,7 +27,7 @@ def test_figures_and_escapes():
     ]
     text = page({FA4: records})
     # 5 instructions; 3 of the 5 mutants that are not equivalent
-    assert "| FA4-sm_90a-d64-full | 5 | 6 | 3 | 1 | 2 | 60.0 % |" in text
+    assert "| FA4-sm_90a-d64-full | 5 | 6 | 3 | 1 | 2 | 60.0 % | 20" in text
     assert "**6 mutants of 5 instructions in 1 kernels: 3 caught, 1 equivalent, 2 escaped." in text
     assert "60.0 %.** FA4: 60.0 %." in text
     assert "| FA4 sm_90a | fence | 3 | 4 | 3 (2 WgmmaError, 1 Deadlock) | 0 | 1 |" in text
@@ -39,6 +39,24 @@ def test_figures_and_escapes():
     # what has no note keeps its line
     assert barrier.startswith("| FA4 sm_90a | flash_attn/cute/flash_fwd_sm90.py:157 | `bar.sync` | deleted |")
     assert NOT_EXECUTED in barrier and barrier.endswith("| d64-full: 5 |")
+
+
+def test_groups_that_were_not_run_stay():
+    """A group of which a kernel on the page is not known keeps all its rows; the others are written anew."""
+    full, causal = (Victim("FA4", "fa4", "sm_90a", 64, mask) for mask in ("full", "causal"))
+    split = Victim("FA2", "cute-fa", "sm_80", 64, "full", "split")
+    first = page({full: [record(1, CAUGHT, "Deadlock"), record(2, ESCAPED)], causal: [record(3, ESCAPED)]})
+    second = page({full: [record(1, CAUGHT, "Deadlock")], split: [record(1, CAUGHT, "RaceError")]}, first)
+    for row in first.splitlines():
+        assert row in second or "FA4" not in row or row.startswith(("**", "FA2", "Not run yet"))
+    assert "**4 mutants of 4 instructions in 3 kernels: 2 caught, 0 equivalent, 2 escaped." in second
+    assert "50.0 %.** FA4: 33.3 %, FA2: 100.0 %." in second
+    assert "| FA2 split sm_80 | fence | 1 | 1 | 1 (1 RaceError) | 0 | 0 |" in second
+    known = {victim: [record(1, CAUGHT, "Deadlock")] for victim in (full, causal)}
+    third = page(known, second)
+    assert "| FA4 sm_90a | fence | 1 | 2 | 2 (2 Deadlock) | 0 | 0 |" in third
+    assert "3 kernels: 3 caught, 0 equivalent, 0 escaped" in third and third.endswith("from the code.\n\nNone.\n")
+    assert page({}, third) == third
 
 
 def test_names_of_victims():

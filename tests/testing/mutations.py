@@ -2,7 +2,9 @@
 
 Runs ``python -m ptxsim mutate tests/testing/attention.py`` on the kernels below, or those whose names contain a NAME.
 What is known stays in build/mutations/, so that an interrupted run goes on; after a change of the simulator remove that
-folder, or pass ``--again`` to try once more what escaped. The page has every kernel that has been run to the end.
+folder, or pass ``--again`` to try once more what escaped. The page has every kernel that has been run to the end: a
+group, whose kernels differ in head_dim and mask alone, is written anew when build/mutations/ has all that the page has
+of it; the others stay as they are there.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -208,76 +211,98 @@ def note(group: str, function: str, instruction: str) -> str:
     return next(found, "")
 
 
-def page(known: dict[Victim, list[Record]]) -> str:
-    """The text of docs/mutations.md."""
-    records = [record for mine in known.values() for record in mine]
-    total = Counter(record.outcome for record in records)
-    kernels = [("kernel", "instructions", "mutants", "caught", "equivalent", "escaped", "caught of the others")]
-    kinds = [("kernels", "kind", "instructions", "mutants", "caught", "equivalent", "escaped")]
-    families = defaultdict(list)
-    for victim, mine in known.items():
-        sites, mutants, *_ = counts(mine)
-        outcomes = Counter(record.outcome for record in mine)
-        row = (outcomes[CAUGHT], outcomes[EQUIVALENT], outcomes[ESCAPED], _share(outcomes))
-        kernels.append((str(victim), sites, mutants, *map(str, row)))
-        families[victim.group] += mine
-    for family, mine in families.items():
-        for kind in KINDS:
-            if some := [record for record in mine if record.kind == kind]:
-                kinds.append((family, kind, *counts(some)))
-    escapes = defaultdict(list)  # what escaped -> where
-    for victim, mine in known.items():
-        for record in mine:
-            if record.outcome == ESCAPED:
-                function = function_of(record.source)
-                known_as = note(victim.group, function, record.text)
-                what = ": ".join(filter(None, (record.by, known_as))) or "not explained"
-                place = function.replace(":", " ") if known_as else short(record.source)
-                row = (victim.group, place, f"`{_operation(record.text)}`")
-                escapes[(*row, record.change, what)].append(f"d{victim.head_dim}-{victim.mask}: {record.line}")
-    listed = [("kernels", "source", "instruction", "change", "what it is", "PTX lines")]
-    listed += [(*row, ", ".join(where)) for row, where in escapes.items()]
-    missing = ", ".join(str(victim) for victim in VICTIMS if victim not in known)
-    sites = len({(record.ptx, record.line) for record in records})
+KERNELS = ("kernel", "instructions", "mutants", "caught", "equivalent", "escaped", "caught of the others", "run on")
+BY_KIND = ("kernels", "kind", "instructions", "mutants", "caught", "equivalent", "escaped")
+ESCAPES = ("kernels", "source", "instruction", "change", "what it is", "PTX lines")
+
+
+def page(known: dict[Victim, list[Record]], before: str = "") -> str:
+    """The text of docs/mutations.md; ``before``: what it was, from which groups stay that are not all known."""
+    had = {head: _rows(before, head) for head in (KERNELS, BY_KIND, ESCAPES)}
+    names = {row[0] for row in had[KERNELS]}
+    kernels, kinds, escapes = [], [], []
+    for group in dict.fromkeys(victim.group for victim in VICTIMS):
+        victims = [victim for victim in VICTIMS if victim.group == group]
+        if all(victim in known for victim in victims if str(victim) in names):
+            mine = {victim: known[victim] for victim in victims if victim in known}
+            kernels += [_kernel(victim, records) for victim, records in mine.items()]
+            kinds += _kinds(group, mine)
+            escapes += _escapes(group, mine)
+        else:
+            kernels += [row for row in had[KERNELS] if row[0] in map(str, victims)]
+            kinds += [row for row in had[BY_KIND] if row[0] == group]
+            escapes += [row for row in had[ESCAPES] if row[0] == group]
+    order = {str(victim): number for number, victim in enumerate(VICTIMS)}
+    kernels.sort(key=lambda row: order[row[0]])
+    sites, mutants, caught, equivalent, escaped = (sum(int(row[column]) for row in kernels) for column in range(1, 6))
+    run = {row[0] for row in kernels}
+    missing = ", ".join(name for name in order if name not in run)
     versions = ", ".join(f"{name} {version(name)}" for name in ("nvidia-cutlass-dsl", "flash-attn-4", "numpy"))
     parts = [
         "# Mutations: synchronisation damaged, one instruction at a time",
-        f"Made on {datetime.date.today()} by `make mutations` ({versions}); each kernel by `python -m\n"
+        f"Made by `make mutations`, last with {versions}; each kernel by `python -m\n"
         "ptxsim mutate tests/testing/attention.py --arch ARCH --sms 1 -- (cute-fa|fa4) HEAD_DIM MASK [WHAT]`.\n"
         "What is damaged, which mutants count as equivalent, and by which rules: [sanitizer.md](sanitizer.md).",
-        f"**{len(records)} mutants of {sites} instructions in {len(known)} kernels: {total[CAUGHT]} caught, "
-        f"{total[EQUIVALENT]} equivalent, {total[ESCAPED]} escaped. Caught of those that are not equivalent: "
-        f"{_share(total)}.** {_shares(known)}.",
+        f"**{mutants} mutants of {sites} instructions in {len(kernels)} kernels: {caught} caught, "
+        f"{equivalent} equivalent, {escaped} escaped. Caught of those that are not equivalent: {_share(kernels)}.** "
+        f"{_shares(kernels)}.",
         "FA2, FA3 and fa4_sm100 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package\n"
         "index: forwards where nothing else is said; *backward* has atomic additions, *deterministic* none, *split*\n"
         "three parts of the keys, *decode* keys cut evenly between CTAs, *rows* the same from pages of one token,\n"
         "*codes* from a cache in e4m3, *invariant* in batch-invariant mode; each with the small kernels around it.\n"
         "bf16; *varlen* is packed sequences with a window, *paged* keys in pages of 16 (of few queries) or 64 under a\n"
         "causal mask.",
-        _table(kernels),
+        _table(KERNELS, kernels),
         f"Not run yet: {missing}." if missing else "",
         "By kind of instruction, with the errors that caught the mutants and the classes of the equivalent ones\n"
         f"({', '.join(CLASSES)}):",
-        _table(kinds),
+        _table(BY_KIND, kinds),
         "## Escapes",
         "Every one, with its PTX line in the build of each kernel. What it is was written by hand, from the code.",
-        _table(listed) if escapes else "None.",
+        _table(ESCAPES, escapes) if escapes else "None.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _share(outcomes: Counter) -> str:
-    """Caught mutants of those that are not equivalent."""
-    others = outcomes[CAUGHT] + outcomes[ESCAPED]
-    return f"{100 * outcomes[CAUGHT] / others:.1f} %" if others else "–"
+def _kernel(victim: Victim, records: list[Record]) -> tuple[str, ...]:
+    sites, mutants, *_ = counts(records)
+    outcomes = Counter(record.outcome for record in records)
+    row = (str(victim), sites, mutants, *(str(outcomes[outcome]) for outcome in (CAUGHT, EQUIVALENT, ESCAPED)))
+    return (*row, _share([row]), str(datetime.date.today()))
 
 
-def _shares(known: dict[Victim, list[Record]]) -> str:
+def _kinds(group: str, known: dict[Victim, list[Record]]) -> Iterator[tuple[str, ...]]:
+    for kind in KINDS:
+        if mine := [record for records in known.values() for record in records if record.kind == kind]:
+            yield group, kind, *counts(mine)
+
+
+def _escapes(group: str, known: dict[Victim, list[Record]]) -> list[tuple[str, ...]]:
+    where = defaultdict(list)  # what escaped -> its lines
+    for victim, records in known.items():
+        for record in records:
+            if record.outcome == ESCAPED:
+                function = function_of(record.source)
+                known_as = note(group, function, record.text)
+                what = ": ".join(filter(None, (record.by, known_as))) or "not explained"
+                place = function.replace(":", " ") if known_as else short(record.source)
+                row = (group, place, f"`{_operation(record.text)}`", record.change, what)
+                where[row].append(f"d{victim.head_dim}-{victim.mask}: {record.line}")
+    return [(*row, ", ".join(lines)) for row, lines in where.items()]
+
+
+def _share(kernels: list[tuple[str, ...]]) -> str:
+    """Caught mutants of those that are not equivalent, of rows of kernels."""
+    caught, escaped = (sum(int(row[KERNELS.index(name)]) for row in kernels) for name in ("caught", "escaped"))
+    return f"{100 * caught / (caught + escaped):.1f} %" if caught + escaped else "–"
+
+
+def _shares(kernels: list[tuple[str, ...]]) -> str:
     """The same of each family."""
-    outcomes = defaultdict(Counter)
-    for victim, mine in known.items():
-        outcomes[victim.family].update(record.outcome for record in mine)
-    return ", ".join(f"{family}: {_share(found)}" for family, found in outcomes.items())
+    families = defaultdict(list)
+    for row in kernels:
+        families[row[0].split("-")[0]].append(row)
+    return ", ".join(f"{family}: {_share(rows)}" for family, rows in families.items())
 
 
 def _operation(text: str) -> str:
@@ -285,9 +310,19 @@ def _operation(text: str) -> str:
     return re.sub(r"^@\S+ ", "", text).split(" ")[0].rstrip(";")
 
 
-def _table(lines: list[tuple[str, ...]]) -> str:
-    head, *rest = ("| " + " | ".join(line) + " |" for line in lines)
-    return "\n".join([head, "|" + "---|" * len(lines[0]), *rest])
+def _line(row: tuple[str, ...]) -> str:
+    return "| " + " | ".join(row) + " |"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, rows)])
+
+
+def _rows(text: str, head: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The rows of a table of the page."""
+    _, _, rest = text.partition(_line(head) + "\n")
+    lines = itertools.takewhile(lambda line: line.startswith("| "), rest.splitlines()[1:])
+    return [tuple(line.removeprefix("| ").removesuffix(" |").split(" | ")) for line in lines]
 
 
 def main() -> None:
@@ -304,7 +339,8 @@ def main() -> None:
         print(f"kernel {number} of {len(wanted)}, after {minutes:.0f} minutes: {victim}", flush=True)
         if not victim.run(["--jobs", chosen.jobs, *["--again"] * chosen.again]):
             sys.exit(f"{victim}: nothing is known of this kernel")
-    PAGE.write_text(page({victim: read(victim.file) for victim in VICTIMS if victim.done.exists()}))
+    known = {victim: read(victim.file) for victim in VICTIMS if victim.done.exists()}
+    PAGE.write_text(page(known, PAGE.read_text()))
 
 
 if __name__ == "__main__":
