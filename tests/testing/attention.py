@@ -2,10 +2,10 @@
 
 Arguments: whose kernel (cute-fa or fa4), head_dim, mask (full, causal, varlen: packed sequences and a window; paged),
 and what (forward by default; fp8: the forward in e4m3; split: its keys in three parts; decode: few queries, the keys
-cut evenly between CTAs, rows: the same from pages of one token, codes: from a cache in e4m3, invariant: in
-batch-invariant mode; backward; deterministic: the backward without atomic additions). The problems are small, and made
-so that waits and barriers matter: tiles of queries without keys, with one block of keys, two and many, and more tiles
-than SMs.
+cut evenly between CTAs, rows: the same from pages of one token, codes: from a cache in e4m3, descales: from one with a
+descale for each row, invariant: in batch-invariant mode; backward; deterministic: the backward without atomic
+additions). The problems are small, and made so that waits and barriers matter: tiles of queries without keys, with one
+block of keys, two and many, and more tiles than SMs.
 """
 
 import dataclasses
@@ -24,9 +24,10 @@ from tests.testing.gradients import call_of
 from tests.testing.turns import Turns
 
 # Parts of the keys, 0: cut evenly between CTAs, or in chunks.
-SPLITS = {"split": 3, "decode": 0, "rows": 0, "codes": 0, "invariant": 0}
+SPLITS = {"split": 3, "decode": 0, "rows": 0, "codes": 0, "descales": 0, "invariant": 0}
 CHUNKS = {"invariant": 256}
-CACHES = {"rows": {"page_size": 1}, "codes": {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}}
+_CODES = {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}
+CACHES = {"rows": {"page_size": 1}, "codes": _CODES, "descales": {**_CODES, "row_descales": "rows"}}
 
 
 def problems(head_dim: int, mask: str, what: str) -> list[InputSpec]:

@@ -125,7 +125,7 @@ VICTIMS += [
 ]  # always deterministic
 
 DECODES = (("decode", "causal"), ("decode", "varlen"), ("decode", "paged"), ("rows", "causal"), ("codes", "paged"))
-DECODES += (("invariant", "causal"), ("invariant", "varlen"))
+DECODES += (("descales", "paged"), ("invariant", "causal"), ("invariant", "varlen"))
 VICTIMS += [Victim(*FAMILIES[1], head_dim, mask, what) for head_dim in (64, 128) for what, mask in DECODES]
 
 
@@ -134,16 +134,6 @@ VICTIMS += [Victim(*FAMILIES[1], head_dim, mask, what) for head_dim in (64, 128)
 _SM90, _SM100 = "flash_fwd_sm90.py:FlashAttentionForwardSm90", "flash_fwd_sm100.py:FlashAttentionForwardSm100"
 _BACKWARD = "flash_bwd_sm90.py:FlashAttentionBackwardSm90"
 NOTES = (
-    ("FA3 rows", "cute_fa/device/ring.py:Ring.publish", "fence.proxy.async",
-     "before V's rows are handed over, right behind K's, whose fence covers them"),
-    ("FA3 rows", "cute_fa/device/ring.py:Ring.signal", "bar.warp.sync",
-     "a warp's threads, each of which has waited for its own copies, are in step for the simulator, not on a GPU"),
-    ("FA3 rows", "cute_fa/device/ring.py:Ring._arrive", "mbarrier.arrive",
-     "V's: its rows come with K's, whose barrier every reader of V has waited for"),
-    ("FA3 rows", "cute_fa/device/ring.py:Ring.wait", "mbarrier.try_wait",
-     "V's: its rows come with K's, whose barrier every reader of V has waited for"),
-    ("FA3 rows", "fa3_sm90/decode/kernel.py:Fa3DecodeKernel.prepare", "fence.mbarrier_init",
-     "makes barriers known to TMA, which brings nothing here"),
     ("FA3", "fa3_sm90/decode/epilogue.py:Epilogue.store", "bar.warp.sync",
      "behind a chunk's stores, which other threads of the warp read in the next chunk: the votes and products in "
      "between, which all of them take part in, order a warp's threads for the simulator, and PTX promises it of none"),
@@ -249,9 +239,9 @@ def page(known: dict[Victim, list[Record]], before: str = "") -> str:
         "FA2, FA3 and fa4_sm100 are this project's kernels, FA4 is FlashAttention-4 as it comes from the package\n"
         "index: forwards where nothing else is said; *backward* has atomic additions, *deterministic* none, *split*\n"
         "three parts of the keys, *decode* keys cut evenly between CTAs, *rows* the same from pages of one token,\n"
-        "*codes* from a cache in e4m3, *invariant* in batch-invariant mode; each with the small kernels around it.\n"
-        "bf16; *varlen* is packed sequences with a window, *paged* keys in pages of 16 (of few queries) or 64 under a\n"
-        "causal mask.",
+        "*codes* from a cache in e4m3, *descales* from one with a descale for each row, *invariant* in\n"
+        "batch-invariant mode; each with the small kernels around it. bf16; *varlen* is packed sequences with a\n"
+        "window, *paged* keys in pages of 16 (of few queries) or 64 under a causal mask.",
         _table(KERNELS, kernels),
         f"Not run yet: {missing}." if missing else "",
         "By kind of instruction, with the errors that caught the mutants and the classes of the equivalent ones\n"
