@@ -137,6 +137,9 @@ NOTES = (
     ("FA3", "fa3_sm90/decode/epilogue.py:Epilogue.store", "bar.warp.sync",
      "behind a chunk's stores, which other threads of the warp read in the next chunk: the votes and products in "
      "between, which all of them take part in, order a warp's threads for the simulator, and PTX promises it of none"),
+    ("FA3 descales", "fa3_sm90/decode/consumer.py:Consumer.step", "bar.warp.sync",
+     "before one lane releases K's stage, whose descales all of its warp have read: of reads such a release counts for "
+     "the warp (docs/ptxsim.md)"),
     ("FA3", "cute_fa/device/ring.py:Ring.release", "mbarrier.arrive",
      "releases V from the third block at the right edge on; in these problems 128 queries meet two of 80 keys there"),
     ("FA3", "cute_fa/device/ring.py:Ring.acquire", "mbarrier.try_wait",
