@@ -1,4 +1,4 @@
-"""Tensors in fp8: quantise, dequantise, and rotate q and k so that outliers cost less.
+"""Tensors in fp8, and caches in int8: quantise, dequantise, and rotate q and k so that outliers cost less.
 
 A value is code × descale: codes have the shape of the tensor and an 8-bit type, descales are fp32 and shared by many
 values. They are what the attention functions take as ``q_descale``, ``k_descale`` and ``v_descale``. Everything here is
@@ -9,8 +9,9 @@ the types, the choices and the errors.
     (q, q_descale), (k, k_descale), (v, v_descale) = (quantize_per_head(t, heads_kv=k.shape[2]) for t in (q, k, v))
 
 What is quantised: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with ``cu_seqlens`` int32 (batch + 1),
-in fp16, bf16 or fp32. Codes saturate, infinities too but in e5m2, which has them; NaN stays NaN. The largest finite
-magnitude sets a scale: NaN and infinities do not spoil their neighbours. Where all is 0 the descale is 1, and it is at
+in fp16, bf16 or fp32, to ``dtype`` torch.float8_e4m3fn, torch.float8_e5m2 or torch.int8 (k and v alone). Codes
+saturate, infinities too but in e5m2, which has them; NaN stays NaN, and is 0 in int8. The largest finite magnitude sets
+a scale: NaN and infinities do not spoil their neighbours. Where all is 0 the descale is 1, and it is at
 least 2^-126, a normal number, for denormal input too; of rows at least 2^-32. Rounding has no gradient: input that
 requires one raises NoBackwardError. Bad input raises a subclass of ``cute_fa.errors.CuteFaError``.
 """
@@ -26,11 +27,12 @@ from cute_fa.semantics.errors import ArgumentError, DTypeError, NoBackwardError,
 from cute_fa.semantics.tensors import batch_of, check_devices, check_dims, check_integers, check_like, check_row_descale
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+_LARGEST = {E4M3: 448.0, E5M2: 57344.0, torch.int8: 127.0}  # codes
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Quantized(NamedTuple):
-    """Values = codes × descale. ``codes``: fp8, in the tensor's shape; ``descale``: fp32 (), (batch, heads_kv), (batch,
+    """Values = codes × descale. ``codes``: in the tensor's shape; ``descale``: fp32 (), (batch, heads_kv), (batch,
     heads_kv, blocks) or (batch, seqlen, heads, 1)."""
 
     codes: torch.Tensor
@@ -88,7 +90,7 @@ def quantize_per_row(x: torch.Tensor, dtype: torch.dtype = E4M3) -> Quantized:
     _check_values(x, dtype)
     _check_rows("x", x, None)
     largest = _magnitudes(x).amax(-1, keepdim=True).float()
-    descale = (largest / torch.finfo(dtype).max).clamp(2.0**-32, 2.0**32)
+    descale = (largest / _LARGEST[dtype]).clamp(2.0**-32, 2.0**32)
     return Quantized(quantize(x, descale, dtype), descale)
 
 
@@ -104,9 +106,11 @@ def quantize(
     a calibration, or of the cache that x is appended to. ``descale``: as in :class:`Quantized`, with ``block_size`` if
     it has blocks."""
     _check_values(x, dtype)
-    largest = torch.finfo(dtype).max
+    largest = _LARGEST[dtype]
     scaled = x.float() / _of_each_row(descale, "x", x, block_size, cu_seqlens)
     codes = scaled.clamp(-largest, largest)  # not every version of torch saturates
+    if dtype == torch.int8:
+        codes = codes.nan_to_num(0.0).round()
     return (torch.where(x.isinf(), scaled, codes) if dtype == E5M2 else codes).to(dtype)
 
 
@@ -120,8 +124,8 @@ def dequantize(
 ) -> torch.Tensor:
     """codes × descale, rounded to ``dtype``; arguments as for :func:`quantize`. Differentiable in ``descale``."""
     _check_tensor("codes", codes)
-    if codes.dtype not in (E4M3, E5M2):
-        raise DTypeError("codes", codes.dtype, "float8_e4m3fn or float8_e5m2 is needed")
+    if codes.dtype not in _LARGEST:
+        raise DTypeError("codes", codes.dtype, "float8_e4m3fn, float8_e5m2 or int8 is needed")
     if dtype not in _FLOATS:
         raise ArgumentError(f"dtype={dtype}: float16, bfloat16 or float32 is needed")
     return (codes.float() * _of_each_row(descale, "codes", codes, block_size, cu_seqlens)).to(dtype)
@@ -183,7 +187,7 @@ def _magnitudes(x: torch.Tensor) -> torch.Tensor:
 def _descale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What takes the largest magnitude to the largest code."""
     smallest = torch.finfo(torch.float32).smallest_normal
-    descale = (largest.float() / torch.finfo(dtype).max).clamp(min=smallest)
+    descale = (largest.float() / _LARGEST[dtype]).clamp(min=smallest)
     return torch.where(largest == 0, 1.0, descale)
 
 
@@ -284,12 +288,12 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
 
 def _check_values(x: torch.Tensor, dtype: torch.dtype) -> None:
     _check_tensor("x", x)
-    if dtype not in (E4M3, E5M2):
-        raise ArgumentError(f"dtype={dtype}: torch.float8_e4m3fn or torch.float8_e5m2 is needed")
+    if dtype not in _LARGEST:
+        raise ArgumentError(f"dtype={dtype}: torch.float8_e4m3fn, torch.float8_e5m2 or torch.int8 is needed")
     if x.dtype not in _FLOATS:
         raise DTypeError("x", x.dtype, "float16, bfloat16 or float32 is needed")
     if x.requires_grad and torch.is_grad_enabled():
-        raise NoBackwardError("x requires a gradient: rounding to fp8 has none, pass x.detach()")
+        raise NoBackwardError("x requires a gradient: rounding to codes has none, pass x.detach()")
 
 
 def _check_rows(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:

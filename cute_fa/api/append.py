@@ -104,10 +104,10 @@ def append_kv(
 
 def autocast_to(cache: torch.Tensor, *tensors: Given) -> tuple[Given, ...]:
     """Under autocast, tensors in the dtype of the cache that they meet, whatever autocast's is: the cache itself is
-    written in place and can be no copy. With a cache in fp8 in autocast's dtype."""
+    written in place and can be no copy. With a cache of codes in autocast's dtype."""
     if not autocasts(cache.device) or cache.dtype not in DTYPES:
         return tensors
-    dtype = torch.get_autocast_dtype(cache.device.type) if DTYPES[cache.dtype].is_fp8 else cache.dtype
+    dtype = torch.get_autocast_dtype(cache.device.type) if DTYPES[cache.dtype].is_codes else cache.dtype
     return tuple(t.to(dtype) if t is not None and t.dtype in CAST else t for t in tensors)
 
 

@@ -29,7 +29,7 @@ from cute_fa.semantics.errors import (
     ZeroLengthError,
 )
 from cute_fa.semantics.problem import check_page_size
-from cute_fa.semantics.tensors import DTYPES, check_dims, check_head_dim, check_loadable, is_fp8
+from cute_fa.semantics.tensors import DTYPES, check_dims, check_head_dim, check_loadable, is_codes
 from cute_fa.semantics.types import DType, KvLayout
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class PagedKvCache:
         if k.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise DTypeError("k_pages", k.dtype, f"one of {names} is needed")
-        both_fp8 = is_fp8(k) and is_fp8(v)
-        if v.dtype != k.dtype and not both_fp8:
+        both_codes = is_codes(k) and is_codes(v)
+        if v.dtype != k.dtype and not both_codes:
             raise DTypeError("v_pages", v.dtype, f"{str(k.dtype).removeprefix('torch.')} is needed, as k_pages are")
         if v.device != k.device:
             raise DeviceError(f"v_pages are on {v.device} and k_pages on {k.device}: they must be on one device")
@@ -205,9 +205,9 @@ class PagedAttentionRequest(ForwardRequest):
 
     def _check_given(self, name: str, descale: torch.Tensor | None) -> None:
         """Whether there are descales where the pages need some, and there alone."""
-        if not self.cache.dtype.is_fp8:
+        if not self.cache.dtype.is_codes:
             if descale is not None:
-                raise ArgumentError(f"{name} with {self.cache.dtype.value} pages: only fp8 pages have descales")
+                raise ArgumentError(f"{name} with {self.cache.dtype.value} pages: only fp8 and int8 pages have descales")
             return
         if not isinstance(descale, torch.Tensor):
             rule = f"{self.cache.dtype.value} pages need a tensor, (batch, kv_heads) or of pages or rows"

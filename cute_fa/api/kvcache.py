@@ -18,7 +18,7 @@ from cute_fa.engine import attention as engine
 from cute_fa.semantics.argument_names import spelled
 from cute_fa.semantics.call import AppendCall, Call
 from cute_fa.semantics.errors import ArgumentError, NoBackwardError
-from cute_fa.semantics.tensors import batch_of, check_dims, is_fp8
+from cute_fa.semantics.tensors import batch_of, check_dims, is_codes
 
 # What callers call arguments of the two operators, by how they call the page table.
 _TABLES = ("page_table", "block_table")
@@ -276,7 +276,7 @@ def _append(call: Call, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | No
     if extras.seqused_k is None:
         raise ArgumentError("k and v without cache_seqlens: where the new tokens go is not known")
     engine.validate(call, out)  # nothing is written for attention that cannot be
-    if is_fp8(call.k) and not is_fp8(k):
+    if is_codes(call.k) and not is_codes(k):
         # None is 1, as for the attention
         for name in ("k_descale", "v_descale"):
             given = getattr(extras, name)

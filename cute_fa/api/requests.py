@@ -213,7 +213,7 @@ class Request:
 
     def _check_dtypes(self) -> None:
         problem = self.problem()
-        fits = problem.dtype.is_fp8 if self.fp8 else not problem.is_fp8  # k and v are fp8 wherever q is
+        fits = problem.dtype.is_fp8 if self.fp8 else not problem.has_codes  # k and v are fp8 wherever q is
         if self.fp8 is not None and not fits:
             given = f"q, k and v in {', '.join(dtype.value for dtype in problem.dtypes)}"
             rule = "takes fp8 alone" if self.fp8 else "takes fp16 and bf16, Fa3FwdFp8Request fp8"

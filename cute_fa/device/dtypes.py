@@ -9,4 +9,5 @@ CUTE_DTYPE = {
     DType.BF16: cutlass.BFloat16,
     DType.E4M3: cutlass.Float8E4M3FN,
     DType.E5M2: cutlass.Float8E5M2,
+    DType.INT8: cutlass.Int8,
 }

@@ -10,6 +10,9 @@ from cutlass.cute.arch import inline_ptx
 _HALVES = ((0x1054, 0x5410), (0x3276, 0x7632))
 # Selectors of bytes 0 and 1, and 2 and 3, as the upper halves of 16 bits, behind 0; and of 0 and 2, and 1 and 3.
 _UPPER_HALVES = ((0x1404, 0x3424), (0x2404, 0x3414))
+# The same as lower halves, below the upper half of 1024 in fp16.
+_LOWER_HALVES = ((0x4140, 0x4342), (0x4240, 0x4341))
+_UPPER_HALF_OF_1024 = 0x64
 _APART = 0x3120  # bytes 0 and 2, then 1 and 3
 # Of numbers to what they are in the registers where e4m3 is widened by shifts.
 SHIFTED_FACTOR = 256.0
@@ -85,10 +88,11 @@ def narrow_to_e4m3_in_order(source: cute.Tensor, target: cute.Tensor, anew: bool
 
 
 def widen_codes(word: Uint32, dtype, apart: bool = False, shifted: bool = False) -> tuple[Uint32, Uint32]:
-    """Four fp8 codes of a register as fp16, two to a register: the first two and the last two, or those of even and of
+    """Four codes of a register as fp16, two to a register: the first two and the last two, or those of even and of
     odd place if ``apart``. Exactly, also NaN.
 
-    A code of e5m2 is the upper half of its number. e4m3 is converted from sm_89 on; ``shifted``, without that
+    A code of e5m2 is the upper half of its number; one of int8, with its sign bit flipped, the lower half of 1024 + 128
+    more than its number. e4m3 is converted from sm_89 on; ``shifted``, without that
     instruction, its bits go to their places in fp16, whose exponent is biased by 8 more: numbers are 1 /
     ``SHIFTED_FACTOR`` of what they should be, of subnormal codes too, and the codes of NaN, which have no place there,
     are ±480.
@@ -102,6 +106,10 @@ def widen_codes(word: Uint32, dtype, apart: bool = False, shifted: bool = False)
             write_only_types=[Uint32, Uint32],
             read_only_args=[word],
         )
+    if dtype is cutlass.Int8:
+        biased = word ^ Uint32(0x80808080)
+        pairs = (permute(biased, Uint32(_UPPER_HALF_OF_1024), Uint32(selector)) for selector in _LOWER_HALVES[apart])
+        return tuple(_without_1152(pair) for pair in pairs)
     first, second = (permute(word, Uint32(0), Uint32(selector)) for selector in _UPPER_HALVES[apart])
     if not shifted:
         return first, second
@@ -109,6 +117,15 @@ def widen_codes(word: Uint32, dtype, apart: bool = False, shifted: bool = False)
         first, second = word << 8, word  # what is below the upper halves goes with the masks
     fields, signs = Uint32(0x3F803F80), Uint32(0x80008000)
     return tuple(((pair >> 1) & fields) | (pair & signs) for pair in (first, second))
+
+
+def _without_1152(pair: Uint32) -> Uint32:
+    """Two numbers of fp16, less 1152 each: not by an immediate, which these instructions do not take."""
+    return inline_ptx(
+        "{ .reg .b32 offset; mov.b32 offset, 0x64806480; sub.rn.f16x2 {$w0}, {$r0}, offset; }",
+        write_only_types=[Uint32],
+        read_only_args=[pair],
+    )
 
 
 def placed_fma(a: Float32, b: Float32, c: Float32) -> Float32:

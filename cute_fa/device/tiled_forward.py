@@ -47,8 +47,8 @@ class TiledForward(AttentionKernel):
     @classmethod
     def supports(cls, problem: AttentionProblem) -> list[str]:
         reasons = []
-        if problem.is_fp8 and not problem.dtype.is_fp8:
-            reasons.append(f"dtype {dtypes_of_code(problem)}: k and v in fp8 with q in 16 bits")
+        if problem.has_codes and not problem.dtype.is_fp8:
+            reasons.append(f"dtype {dtypes_of_code(problem)}: k and v in codes with q in 16 bits")
         reasons += common_objections(problem, "16-byte strides of TMA")
         if problem.dtype.is_fp8:
             sizes = {name: getattr(problem, name) for name in ("head_dim", "head_dim_v")}
@@ -61,7 +61,7 @@ class TiledForward(AttentionKernel):
             reasons += [] if refused is None else [refused]
         if problem.k_row_descale or problem.v_row_descale:
             reasons.append("descales of the cache's rows: this kernel takes one for each sequence, or block, and head")
-        if problem.ranges and problem.is_fp8:
+        if problem.ranges and problem.has_codes:
             reasons.append(f"a range plan with dtype {dtypes_of_code(problem)}: its kernels are of 16 bits")
         if problem.ranges and problem.pack_gqa and problem.gqa_ratio > 1:
             reasons.append("pack_gqa with a range plan: its masks are of tiles of queries of one head")

@@ -1,5 +1,5 @@
-"""What the forwards have in common that read caches in fp8, and queries in 16 bits or in fp8: every code of e4m3 and of
-e5m2 is a number of fp16, so that codes widen exactly and descales are factors of sums, in fp32. No DSL."""
+"""What the forwards have in common that read caches in fp8 or int8, and queries in 16 bits or in fp8: every code of e4m3,
+of e5m2 and of int8 is a number of fp16, so that codes widen exactly and descales are factors of sums, in fp32. No DSL."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from cute_fa.semantics.types import DType
 
 
 class WideningConfig(FeatureConfig):
-    """A config whose keys and values may be fp8 codes, and then also its queries."""
+    """A config whose keys and values may be codes, and if these are fp8 also its queries."""
 
     @property
     def widens(self) -> bool:
-        """Whether keys and values are fp8 codes, which become fp16."""
-        return self.dtype_k.is_fp8
+        """Whether keys and values are codes, which become fp16."""
+        return self.dtype_k.is_codes
 
     @property
     def product_dtype(self) -> DType:
@@ -42,10 +42,10 @@ def code_objections(problem: AttentionProblem, head_dim_rule: str) -> list[str]:
     """Reasons why a kernel that widens codes does not serve the problem: rows that are no multiples of 16 bytes
     (``head_dim_rule`` says what asks for them), descales of blocks, what is asked of fp8 products alone."""
     reasons = []
-    if problem.is_fp8:
+    if problem.has_codes:
         sizes = {name: getattr(problem, name) for name in ("head_dim", "head_dim_v")}
         reasons += [
-            f"{name} {size} in fp8: a multiple of 16 is needed ({head_dim_rule})"
+            f"{name} {size} in 8 bits: a multiple of 16 is needed ({head_dim_rule})"
             for name, size in sizes.items()
             if size % 16
         ]

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from cute_fa.engine.worlds import Target
     from cute_fa.semantics.types import DType
 
-_FP8 = tuple(dtype for dtype, of in DTYPES.items() if of.is_fp8)
+_CODES = tuple(dtype for dtype, of in DTYPES.items() if of.is_codes)
 _ROTARY_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -175,19 +175,19 @@ def _check_dtypes(names: ArgumentNames, call: AppendCall) -> tuple[DType, DType,
     k, k_cache, v_cache = call.k, call.k_cache, call.v_cache
     if k.dtype not in DTYPES:
         raise DTypeError(names["k"], k.dtype, f"{_either(*DTYPES)} is needed")
-    like_k, codes = f"as {names['k']} is", f"as {names['k_cache']} is fp8"
-    if DTYPES[k.dtype].is_fp8:
+    like_k, codes = f"as {names['k']} is", f"as {names['k_cache']} is of codes"
+    if DTYPES[k.dtype].is_codes:
         asked = [
             ("k_cache", (k.dtype,), like_k),
-            ("v_cache", _FP8, codes),
+            ("v_cache", _CODES, codes),
             ("v", (v_cache.dtype,), f"as {names['v_cache']} is"),
         ]
-    elif k_cache.dtype in _FP8:
-        asked = [("v", (k.dtype,), like_k), ("v_cache", _FP8, codes)]
+    elif k_cache.dtype in _CODES:
+        asked = [("v", (k.dtype,), like_k), ("v_cache", _CODES, codes)]
     else:
         asked = [
             ("v", (k.dtype,), like_k),
-            ("k_cache", (k.dtype, *_FP8), f"for {names['k']}"),
+            ("k_cache", (k.dtype, *_CODES), f"for {names['k']}"),
             ("v_cache", (k.dtype,), like_k),
         ]
     for name, dtypes, why in asked:
@@ -235,15 +235,15 @@ def _check_separate(names: ArgumentNames, call: AppendCall) -> None:
 
 
 def _check_descales(names: ArgumentNames, call: AppendCall, batch: int, sequences: str) -> None:
-    """There are descales where rows are rounded to fp8, and nowhere else: fp32, one for each sequence and head, or one,
+    """There are descales where rows are rounded to codes, and nowhere else: fp32, one for each sequence and head, or one,
     or of the cache's pages or rows."""
     shape = batch, call.k.shape[-2]
     for rows in ("k", "v"):
         name, descale = names[f"{rows}_descale"], getattr(call, f"{rows}_descale")
         written = getattr(call, f"{rows}_row_descale")
         new, old, like = getattr(call, rows), getattr(call, f"{rows}_cache"), names[f"{rows}_cache"]
-        is_16_bit, cache = not DTYPES[new.dtype].is_fp8, f"{like} in {DTYPES[old.dtype].value}"
-        if is_16_bit and DTYPES[old.dtype].is_fp8:
+        is_16_bit, cache = not DTYPES[new.dtype].is_codes, f"{like} in {DTYPES[old.dtype].value}"
+        if is_16_bit and DTYPES[old.dtype].is_codes:
             if descale is None and written is None:
                 rule = f"{cache} takes {names[rows]} in {DTYPES[new.dtype].value} divided by it"
                 raise ArgumentError(f"{name} is missing: {rule}")
@@ -254,9 +254,9 @@ def _check_descales(names: ArgumentNames, call: AppendCall, batch: int, sequence
             else:
                 check_descale(name, descale, shape, f"{sequences} and {shape[1]} heads of {names[rows]}")
         elif descale is not None or written is not None:
-            what = f"{cache}: only fp8 caches have descales"
+            what = f"{cache}: only fp8 and int8 caches have descales"
             if not is_16_bit:
-                what = f"{names[rows]} in {DTYPES[new.dtype].value}: fp8 codes are copied as they are"
+                what = f"{names[rows]} in {DTYPES[new.dtype].value}: codes are copied as they are"
             raise Fp8Error(f"{name} with {what}")
 
 
@@ -292,9 +292,9 @@ def _check_rotary(names: ArgumentNames, call: AppendCall) -> int:
             raise ArgumentError(f"{names['rotary_seqlens']} without {name}: nothing rotates")
         return 0
     for rotated, tensor in names.of({"k": call.k, "q": call.q}).items():
-        if tensor is not None and tensor.dtype in _FP8:
+        if tensor is not None and tensor.dtype in _CODES:
             rows = f"{rotated} in {DTYPES[tensor.dtype].value}"
-            raise Fp8Error(f"{name} with {rows}: rows in fp16 or bf16 rotate, fp8 codes do not")
+            raise Fp8Error(f"{name} with {rows}: rows in fp16 or bf16 rotate, codes do not")
     check_dims(name, cos, 2, "(positions, rotary_dim / 2)")
     if cos.dtype not in _ROTARY_DTYPES:
         raise DTypeError(name, cos.dtype, "float16, bfloat16 or float32 is needed")

@@ -29,7 +29,7 @@ from cute_fa.semantics.tensors import (
     check_like,
     check_pointers,
     check_values,
-    is_fp8,
+    is_codes,
     is_spread,
     load_rule,
     problem_of,
@@ -233,14 +233,14 @@ def attention_backward(
 
 
 def _check_differentiable(arguments: tuple) -> None:
-    """Raise Fp8Error where gradients will be asked of fp8 tensors, NoBackwardError where under a tree mask,
+    """Raise Fp8Error where gradients will be asked beside codes, NoBackwardError where under a tree mask,
     UnsupportedKeyError where of a family that has no backward for them."""
     call = Call.of(arguments)
-    fp8, tree = any(map(is_fp8, call[:3])), call.extras.tree_mask is not None
-    if fp8 or tree:
+    codes, tree = any(map(is_codes, call[:3])), call.extras.tree_mask is not None
+    if codes or tree:
         given = names_of(call.options.names).of(call.named_tensors())
         asking = next(name for name, tensor in given.items() if tensor is not None and tensor.requires_grad)
-        kind, error = ("in fp8", Fp8Error) if fp8 else ("with tree_mask", NoBackwardError)
+        kind, error = ("with fp8 or int8", Fp8Error) if codes else ("with tree_mask", NoBackwardError)
         raise error(f"{asking} requires a gradient: attention {kind} has none, call it under torch.no_grad()")
     if call.options.family is None or not torch_internals.has_values(call.q):
         return

@@ -163,10 +163,10 @@ class DispatchTable:
         if isinstance(problem, DispatchKey):
             problem = problem.problem()
         reasons = self.explain(problem, family)
-        if problem.is_fp8 and self.serves(_in_bf16(problem), family):
+        if problem.has_codes and self.serves(_in_bf16(problem), family):
             listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
             dtypes = dtypes_of_code(problem)
-            raise Fp8Error(f"{dtypes} input on {problem.arch.value}: no kernel serves it in fp8 ({listed})")
+            raise Fp8Error(f"{dtypes} input on {problem.arch.value}: no kernel serves it in 8 bits ({listed})")
         key = DispatchKey.of(problem) if isinstance(problem, AttentionProblem) else problem_name(problem)
         raise UnsupportedKeyError(key, reasons)
 

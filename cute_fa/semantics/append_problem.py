@@ -28,8 +28,8 @@ class AppendProblem:
     """What is asked of a kernel that writes new keys and values into a cache and rotates keys and queries on the way.
 
     ``dtype``: of the new rows and of queries; ``dtype_k``, ``dtype_v``: of the caches, alike by default. Rows in fp16
-    or bf16 are divided by a descale and rounded where the caches are fp8; those in fp8 are copied to caches of their
-    own type, new values having that of the cache of values.
+    or bf16 are divided by a descale and rounded where the caches are fp8 or int8; rows of codes are copied to caches of
+    their own type, new values having that of the cache of values.
     ``tokens_k``, ``tokens_q``: new keys, and queries that rotate, of the longest sequence. ``num_heads``: heads of
     these queries. ``page_size`` None: contiguous sequences. ``packed_*``: with cu_seqlens; ``used_*``: with seqused.
     ``rotary_dim``: how many of a head's first elements rotate, 0 for none; ``rotary_dtype``: fp16, bf16 or fp32, of
@@ -130,18 +130,19 @@ class AppendProblem:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.dtype)
         rows, (k, v) = self.dtype, self.cache_dtypes
-        if k is not rows and (rows.is_fp8 or not k.is_fp8):
-            raise Fp8Error(f"a cache of keys in {k.value} for rows in {rows.value}: {rows.value}, or fp8 for 16 bits")
-        if k.is_fp8 != v.is_fp8 or not (v is rows or v.is_fp8):
-            raise Fp8Error(f"caches in {k.value} and {v.value}: both in fp8, or both in {rows.value}")
+        if k is not rows and (rows.is_codes or not k.is_codes):
+            rule = f"{rows.value}, or fp8 or int8 for 16 bits"
+            raise Fp8Error(f"a cache of keys in {k.value} for rows in {rows.value}: {rule}")
+        if k.is_codes != v.is_codes or not (v is rows or v.is_codes):
+            raise Fp8Error(f"caches in {k.value} and {v.value}: both in fp8 or int8, or both in {rows.value}")
         for name in "kv":
             kinds = [kind for kind in ("page", "row") if getattr(self, f"{name}_{kind}_descale")]
             if kinds and not self.quantises:
                 raise Fp8Error(f"{name}_{kinds[0]}_descale with rows in {rows.value} and {k.value}: nothing is divided")
             if len(kinds) > 1:
                 raise ArgumentError(f"{name}_page_descale and {name}_row_descale: of pages or of rows, not both")
-        if self.rotary_dim and rows.is_fp8:
-            raise Fp8Error(f"rotary_dim with rows in {rows.value}: rows in fp16 or bf16 rotate, fp8 codes do not")
+        if self.rotary_dim and rows.is_codes:
+            raise Fp8Error(f"rotary_dim with rows in {rows.value}: rows in fp16 or bf16 rotate, codes do not")
 
     @property
     def cache_dtypes(self) -> tuple[DType, DType]:
@@ -149,11 +150,11 @@ class AppendProblem:
         return cast("DType", self.dtype_k), cast("DType", self.dtype_v)
 
     @property
-    def is_fp8(self) -> bool:
-        """Whether the caches are."""
-        return self.cache_dtypes[0].is_fp8
+    def has_codes(self) -> bool:
+        """Whether the caches are fp8 or int8."""
+        return self.cache_dtypes[0].is_codes
 
     @property
     def quantises(self) -> bool:
-        """Whether rows in fp16 or bf16 are rounded to fp8."""
-        return self.is_fp8 and not self.dtype.is_fp8
+        """Whether rows in fp16 or bf16 are rounded to codes."""
+        return self.has_codes and not self.dtype.is_codes

@@ -44,6 +44,7 @@ DTYPE_ROWS: dict[str, dict[str, Any]] = {
 DTYPE_K_ROWS: dict[str, dict[str, Any]] = {
     "fp8 e4m3, k and v e5m2": {"dtype": DType.E4M3, "dtype_k": DType.E5M2, "dtype_v": DType.E5M2},
     "bf16, k and v e4m3": {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3},
+    "bf16, k and v int8": {"dtype_k": DType.INT8, "dtype_v": DType.INT8},
 }
 DESCALE_ROWS: dict[str, dict[str, Any]] = {
     "fp8 with descales": {"dtype": DType.E4M3, "q_descale": True, "k_descale": True, "v_descale": True},
@@ -479,13 +480,18 @@ class AttentionProblem:
             elif not isinstance(value, DType):
                 raise ArgumentError(f"{name}={value!r}: a DType is needed")
         q, k, v, out = self.dtypes + (cast("DType", self.out_dtype),)
-        if not (k.is_fp8 and v.is_fp8) and not q is k is v:
-            raise Fp8Error(f"dtypes {q.value}, {k.value}, {v.value} of q, k, v: k and v are of q's, or both fp8")
-        if out.is_fp8:
+        given = f"dtypes {q.value}, {k.value}, {v.value} of q, k, v"
+        if q is DType.INT8:
+            raise Fp8Error(f"{given}: q is of 16 bits or fp8, k and v alone may be int8")
+        if q.is_fp8 and not (k.is_fp8 and v.is_fp8):
+            raise Fp8Error(f"{given}: k and v are fp8 where q is")
+        if not (k.is_codes and v.is_codes) and not q is k is v:
+            raise Fp8Error(f"{given}: k and v are of q's, or both fp8 or int8")
+        if out.is_codes:
             raise Fp8Error(f"out_dtype={out.value}: the output is fp16 or bf16")
         for name, dtype in zip("qkv", self.dtypes, strict=True):
-            if getattr(self, f"{name}_descale") and not dtype.is_fp8:
-                raise Fp8Error(f"{name}_descale with {name} in {dtype.value}: only fp8 codes have descales")
+            if getattr(self, f"{name}_descale") and not dtype.is_codes:
+                raise Fp8Error(f"{name}_descale with {name} in {dtype.value}: only fp8 and int8 codes have descales")
         for name in "kv":
             of_blocks, of_rows = getattr(self, f"{name}_block_descale"), getattr(self, f"{name}_row_descale")
             for kind, given in (("block", of_blocks), ("row", of_rows)):
@@ -535,9 +541,9 @@ class AttentionProblem:
         return self.dtype, cast("DType", self.dtype_k), cast("DType", self.dtype_v)
 
     @property
-    def is_fp8(self) -> bool:
-        """Whether any of q, k and v is."""
-        return any(dtype.is_fp8 for dtype in self.dtypes)
+    def has_codes(self) -> bool:
+        """Whether any of q, k and v is fp8 or int8."""
+        return any(dtype.is_codes for dtype in self.dtypes)
 
     @property
     def causal(self) -> bool:

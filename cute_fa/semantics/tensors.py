@@ -52,6 +52,7 @@ TORCH_DTYPES = {
     DType.BF16: torch.bfloat16,
     DType.E4M3: torch.float8_e4m3fn,
     DType.E5M2: torch.float8_e5m2,
+    DType.INT8: torch.int8,
 }
 DTYPES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 ALIGNMENT = 16
@@ -213,8 +214,9 @@ def _check_descales(names: ArgumentNames, call: Call, batch: int, sequences: str
         descale, of = getattr(call.extras, f"{name}_descale"), getattr(call, name)
         if descale is not None:
             called = names[f"{name}_descale"]
-            if not is_fp8(of):
-                raise Fp8Error(f"{called} with {names[name]} in {_short(of.dtype)}: only fp8 codes have descales")
+            if not is_codes(of):
+                rule = "only fp8 and int8 codes have descales"
+                raise Fp8Error(f"{called} with {names[name]} in {_short(of.dtype)}: {rule}")
             asked = f"{sequences} and {shape[1]} heads of {names['k']}"
             if name in "kv" and _has_blocks(descale):
                 _check_block_descale(called, descale, (*shape, blocks), asked)
@@ -521,20 +523,23 @@ def used_within(name: str, seqused: torch.Tensor | None, held: list[int], holder
 
 
 def _dtypes(names: ArgumentNames, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[DType, DType, DType]:
-    """Of q, k and v: k's and v's are q's, or both fp8."""
-    if q.dtype not in DTYPES:
-        raise DTypeError(names["q"], q.dtype, f"one of {', '.join(map(_short, DTYPES))} is needed{_viewed(q)}")
-    both_fp8 = is_fp8(k) and is_fp8(v)
+    """Of q, k and v: k's and v's are q's, both fp8, or both codes beside q of 16 bits."""
+    of_q = [theirs for theirs, ours in DTYPES.items() if ours is not DType.INT8]
+    if q.dtype not in of_q:
+        raise DTypeError(names["q"], q.dtype, f"one of {', '.join(map(_short, of_q))} is needed{_viewed(q)}")
+    fp8, both_codes = DTYPES[q.dtype].is_fp8, is_codes(k) and is_codes(v)
     for name, tensor in (("k", k), ("v", v)):
-        if not both_fp8 and not (is_fp8(tensor) if is_fp8(q) else tensor.dtype == q.dtype):
-            must = "must be fp8, too" if is_fp8(q) else "must be too, or both fp8"
+        fits = is_codes(tensor) and DTYPES[tensor.dtype].is_fp8 if fp8 else both_codes or tensor.dtype == q.dtype
+        if not fits:
+            must = "must be fp8, too" if fp8 else "must be too, or both fp8 or int8"
             rule = f"{names['q']} is {_short(q.dtype)}, {names['k']} and {names['v']} {must}{_viewed(tensor)}"
             raise DTypeError(names[name], tensor.dtype, rule)
     return DTYPES[q.dtype], DTYPES[k.dtype], DTYPES[v.dtype]
 
 
-def is_fp8(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in DTYPES and DTYPES[tensor.dtype].is_fp8
+def is_codes(tensor: torch.Tensor) -> bool:
+    """Whether a value is code × descale: fp8, int8."""
+    return tensor.dtype in DTYPES and DTYPES[tensor.dtype].is_codes
 
 
 def _viewed(tensor: torch.Tensor) -> str:

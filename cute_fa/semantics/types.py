@@ -59,20 +59,26 @@ class SmArch(Enum):
 
 
 class DType(Enum):
-    """Element type of q, k and v; the value is the token used in kernel names."""
+    """Element type of q, k and v; the value is the token used in kernel names. int8 is of k and v alone."""
 
     FP16 = "fp16"
     BF16 = "bf16"
     E4M3 = "e4m3"
     E5M2 = "e5m2"
+    INT8 = "int8"
 
     @property
     def bytes(self) -> int:
-        return 1 if self.is_fp8 else 2
+        return 1 if self.is_codes else 2
 
     @property
     def is_fp8(self) -> bool:
         return self in (DType.E4M3, DType.E5M2)
+
+    @property
+    def is_codes(self) -> bool:
+        """Whether a value is code × descale: fp8, int8."""
+        return self.is_fp8 or self is DType.INT8
 
 
 class Direction(Enum):

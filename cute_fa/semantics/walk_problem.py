@@ -27,7 +27,7 @@ class WalkProblem:
     whole_tiles: bool = False
 
     direction: ClassVar[Direction] = Direction.PLAN
-    is_fp8: ClassVar[bool] = False
+    has_codes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("tile_rows", "tile_columns"):

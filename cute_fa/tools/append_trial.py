@@ -76,7 +76,7 @@ def make_append_inputs(problem: AppendProblem, capacity: int, seed: int, device:
     there may be, the others fewer where they are packed or not all count."""
     p, rng = problem, torch.Generator().manual_seed(seed)
     caches = dict(zip("kv", p.cache_dtypes, strict=True))
-    dtypes = {name: caches.get(name, p.dtype) if p.dtype.is_fp8 else p.dtype for name in "kvq"}
+    dtypes = {name: caches.get(name, p.dtype) if p.dtype.is_codes else p.dtype for name in "kvq"}
     dtypes |= {f"{name}_cache": dtype for name, dtype in caches.items()}
 
     def rows(name: str, *shape: int) -> torch.Tensor:

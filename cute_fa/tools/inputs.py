@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
 _CHOICES = ("softmax_scale", "causal", "sink_tokens", "softcap")
+_LARGEST_INT8, _INT8_UNIT = 127, 1 / 16
 _LENGTH_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
 
 
@@ -36,7 +37,7 @@ class InputSpec:
     """One attention problem in the caller's terms.
 
     ``seqlen_q`` and ``seqlen_k`` are the longest lengths; ``head_dim_v`` is ``head_dim`` by default, ``dtype_k`` and
-    ``dtype_v`` ``dtype``. ``descales``: fp8 tensors have some, one for each kv head of each sequence;
+    ``dtype_v`` ``dtype``. ``descales``: tensors of codes have some, one for each kv head of each sequence;
     ``block_descales``: those of k and v have one for each 128 keys; ``row_descales``: one for each row and head of the
     cache ("rows") or for each page and head ("pages").
     ``lengths_q``/``lengths_k`` fix every sequence's length for varlen and seqused; without them they are drawn from the
@@ -287,7 +288,7 @@ def make_inputs(
         descales[1:] = stored
     dtypes = (TORCH_DTYPES[dtype] for dtype in spec.dtypes)
     q, k, v = (
-        lay_out(t.to(dtype), layout, fill)
+        lay_out(_stored(t, dtype), layout, fill)
         for t, dtype, layout in zip((q, k, v), dtypes, _layouts(spec.layout), strict=True)
     )
     if spec.v_layout == "key_major":
@@ -412,11 +413,12 @@ def _draw_positions(spec: InputSpec, seed: int) -> tuple[torch.Tensor | None, to
 
 
 def _draw_descales(spec: InputSpec, seed: int) -> list[torch.Tensor | None]:
-    """Of q, k and v, between 1/2 and 2, where they are fp8: fp32 (batch, heads_kv)."""
+    """Of q, k and v, between 1/2 and 2, of int8 between 1/32 and 1/8, where they are codes: fp32 (batch, heads_kv)."""
     rng = torch.Generator().manual_seed(seed)
     drawn = [torch.exp2(2.0 * torch.rand(spec.batch, spec.heads_kv, generator=rng) - 1.0) for _ in spec.dtypes]
-    given = [spec.descales and dtype.is_fp8 for dtype in spec.dtypes]
-    return [descale if used else None for descale, used in zip(drawn, given, strict=True)]
+    given = [spec.descales and dtype.is_codes for dtype in spec.dtypes]
+    units = [_INT8_UNIT if dtype is DType.INT8 else 1.0 for dtype in spec.dtypes]
+    return [unit * d if used else None for d, used, unit in zip(drawn, given, units, strict=True)]
 
 
 def _draw_block_descales(
@@ -479,6 +481,13 @@ def _codes(parts: tuple[torch.Tensor, ...], descales: list[torch.Tensor | None])
             part = part / of_heads[..., None]
         codes.append(part)
     return tuple(codes)
+
+
+def _stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to a type; in int8, which has no NaN, the largest code stands for it."""
+    if dtype != torch.int8:
+        return values.to(dtype)
+    return values.nan_to_num(_LARGEST_INT8).round().clamp(-_LARGEST_INT8, _LARGEST_INT8).to(dtype)
 
 
 def _pads(spec: InputSpec, seed: int) -> list[int]:
@@ -636,6 +645,8 @@ def _key_major(v: torch.Tensor, fill: float) -> torch.Tensor:
 def lay_out(tensor: torch.Tensor, layout: str, fill: float) -> torch.Tensor:
     """The same values (…, rows, heads, size) in other memory: "padded" or "transposed", as in :class:`InputSpec`; gaps
     hold ``fill``."""
+    if not tensor.is_floating_point():
+        fill = _LARGEST_INT8
     if layout == "padded":
         wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 16 // tensor.itemsize), fill)
         wide[..., : tensor.shape[-1]] = tensor

@@ -150,7 +150,7 @@ def problem_of_spec(spec: InputSpec, arch: SmArch, **choices: Any) -> AttentionP
     described = {name: getattr(spec, name) for name in alike}
     described |= {"num_heads": spec.heads, "num_heads_kv": spec.heads_kv, "window_left": left, "window_right": right}
     given = zip(("q_descale", "k_descale", "v_descale"), spec.dtypes, strict=True)
-    described |= {name: spec.descales and dtype.is_fp8 for name, dtype in given}
+    described |= {name: spec.descales and dtype.is_codes for name, dtype in given}
     described |= {f"{name}_block_descale": spec.block_descales and described[f"{name}_descale"] for name in "kv"}
     of_rows = bool(spec.row_descales)
     described |= {f"{name}_row_descale": of_rows and described[f"{name}_descale"] for name in "kv"}

@@ -1,4 +1,4 @@
-"""fp32 to fp8: rounded to nearest even, beyond the largest finite value that one, NaN to NaN."""
+"""fp32 to codes: rounded to nearest even, beyond the largest finite value that one; NaN to NaN, in int8 to 0."""
 
 import cutlass
 import cutlass.cute as cute
@@ -7,14 +7,16 @@ from cutlass.cute.arch import inline_ptx
 
 from cute_fa.semantics.types import SmArch
 
-_LARGEST = {cutlass.Float8E4M3FN: 448.0, cutlass.Float8E5M2: 57344.0}  # codes
+_LARGEST = {cutlass.Float8E4M3FN: 448.0, cutlass.Float8E5M2: 57344.0, cutlass.Int8: 127.0}  # codes
 
 
 def quantised(values: cute.Tensor, descale: Float32, dtype, arch: SmArch) -> cute.Tensor:
     """Codes of values / descale, four to a register; the number of values is a multiple of 4."""
     codes = cute.make_rmem_tensor(cute.size(values), dtype)
     words = cute.recast_tensor(codes, Uint32)
-    pack = _converted if arch.number >= 89 else _assembled  # sm_89 is the first to convert in hardware
+    pack = _converted if arch.number >= 89 else _assembled  # sm_89 is the first to convert to fp8 in hardware
+    if dtype is cutlass.Int8:
+        pack = _integers
     for i in range(cute.size(words)):
         words[i] = pack([values[4 * i + j] / descale for j in range(4)], dtype)
     return codes
@@ -41,6 +43,18 @@ def _converted(values: list, dtype) -> Uint32:
         f"cvt.rn.satfinite.{kind}.f32 high, {{$r3}}, {{$r2}}; mov.b32 {{$w0}}, {{low, high}}; }}",
         write_only_types=[Uint32],
         read_only_args=values,
+    )
+
+
+def _integers(values: list, dtype) -> Uint32:
+    """Saturated by fp32 minima and maxima, of which NaN is the other operand: it becomes 0 before."""
+    bounded = [cutlass.select_(value == value, value, Float32(0.0)) for value in values]
+    bounded = [cute.arch.fmin(cute.arch.fmax(value, Float32(-127.0)), Float32(127.0)) for value in bounded]
+    return inline_ptx(
+        "{ .reg .b32 a, b, c, d; cvt.rni.s32.f32 a, {$r0}; cvt.rni.s32.f32 b, {$r1}; cvt.rni.s32.f32 c, {$r2}; "
+        "cvt.rni.s32.f32 d, {$r3}; prmt.b32 a, a, b, 0x0040; prmt.b32 c, c, d, 0x0040; prmt.b32 {$w0}, a, c, 0x5410; }",
+        write_only_types=[Uint32],
+        read_only_args=bounded,
     )
 
 

@@ -24,7 +24,7 @@ def objections(
     be split.
     """
     reasons = []
-    if problem.is_fp8 and not rows_of_any_head:
+    if problem.has_codes and not rows_of_any_head:
         reasons.append(f"dtype {dtypes_of_code(problem)}: this kernel takes fp16 and bf16, and widens no codes")
     reasons += common_objections(problem, "16-byte copies", decodes=rows_of_any_head)
     if not rows_of_any_head:

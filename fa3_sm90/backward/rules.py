@@ -12,7 +12,7 @@ from cute_fa.semantics.types import PersistentMode
 def problem_objections(problem: AttentionProblem) -> list[str]:
     """Why the problem is not served whatever the tiles."""
     reasons = []
-    if problem.is_fp8:
+    if problem.has_codes:
         reasons.append(f"dtype {dtypes_of_code(problem)}: fp8 has no backward")
     reasons += common_objections(problem, "16-byte strides of TMA")
     if problem.page_size is not None:

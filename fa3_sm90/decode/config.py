@@ -177,7 +177,7 @@ def _weighed(problem: AttentionProblem) -> Iterator[tuple[Fa3DecodeConfig, str |
     config = partial(
         Fa3DecodeConfig, **FeatureConfig.features(problem), row_groups=row_groups, even=problem.num_splits == 0
     )
-    for tile_n, stages, code_stages in _codes_depths() if problem.dtype_k.is_fp8 else _depths():
+    for tile_n, stages, code_stages in _codes_depths() if problem.dtype_k.is_codes else _depths():
         tiles = config(tile_n=tile_n, stages=stages, code_stages=code_stages)
         # in batch-invariant mode as many keys as the tile with the most rows has room for
         widest = replace(tiles, row_groups=CONSUMERS) if tiles.batch_invariant else tiles

@@ -277,7 +277,7 @@ def preferred_cluster(problem: AttentionProblem) -> int:
 
 def cluster_objection(problem: AttentionProblem) -> str | None:
     """Why two CTAs cannot share their blocks of K and V."""
-    if problem.is_fp8:
+    if problem.has_codes:
         return f"cluster 2 with dtype {dtypes_of_code(problem)}: its kernels are of 16 bits"
     if problem.page_size is not None:
         return f"cluster 2 with page_size {problem.page_size}: pages are looked up for whole blocks"
