@@ -181,9 +181,9 @@ def flash_attn_func(
     """Attention over sequences of one length.
 
     q: (batch, seqlen_q, heads, head_dim); k: (batch, seqlen_k, heads_kv, head_dim); v: (batch, seqlen_k, heads_kv,
-    head_dim_v), fp16 or bf16, or all three fp8 (e4m3, e5m2, mixed or not), see ``q_descale``. heads is a multiple of
-    heads_kv: query head h uses kv head h // (heads / heads_kv). The last dimension is contiguous, other strides and the
-    first address are multiples of 16 bytes, stride 0 included.
+    head_dim_v), fp16 or bf16, or all three fp8 (e4m3, e5m2, mixed or not), or k and v alone codes (fp8, int8, mixed or
+    not), see ``q_descale``. heads is a multiple of heads_kv: query head h uses kv head h // (heads / heads_kv). The
+    last dimension is contiguous, other strides and the first address are multiples of 16 bytes, stride 0 included.
 
     softmax_scale: 1/√head_dim by default.
     causal: query i sees keys up to i + seqlen_k − seqlen_q.
@@ -194,7 +194,7 @@ def flash_attn_func(
         that no bias overflows fp32: a head's results may be NaN otherwise.
     learnable_sink: (heads), a logit that takes part in the softmax and has no value; −inf for none. +inf or NaN make a
         head's results NaN.
-    q_descale, k_descale, v_descale: fp32 (batch, heads_kv) of any strides, or one number: what the codes of fp8 q, k
+    q_descale, k_descale, v_descale: fp32 (batch, heads_kv) of any strides, or one number: what the codes of q, k
         and v are multiplied by; 1 by default. Numbers between 2^-32 and 2^32. Those of k and v may also be (batch,
         heads_kv, blocks): one for each 128 keys of a sequence, from its first one on; or, of dense k and v, caches and
         pages, of four dimensions that broadcast against them: (…, rows, heads_kv, 1), one for each row and head, or

@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class PagedKvCache:
     """Keys and values in pages: ``k_pages`` (num_pages, page_size, kv_heads, head_dim) and ``v_pages`` (…, head_dim_v),
-    fp16, bf16, e4m3 or e5m2, page_size a power of two from 1 to 1024. With ``layout`` HND tensors are (num_pages,
+    fp16, bf16, e4m3, e5m2 or int8, page_size a power of two from 1 to 1024. With ``layout`` HND tensors are (num_pages,
     kv_heads, page_size, …): kernels follow strides, nothing is copied.
 
     Raises ArgumentError, ShapeError, DTypeError, DeviceError, StrideError, EmptyCacheError or PageSizeError. Pages of k
-    and v may be of different fp8 types. What they hold is multiplied by the descales of the request that reads them.
+    and v may be of different types of codes. These are multiplied by the descales of the request that reads them.
     """
 
     k_pages: torch.Tensor
@@ -154,15 +154,15 @@ class PagedAttentionRequest(ForwardRequest):
     them, by default all that a row of page_table can hold.
     num_splits: parts that the keys are split into; 0 leaves kernel and number to the table, and ``problem()`` and
     ``dispatch_key()`` then stand for one part.
-    k_descale, v_descale: fp32 (batch, kv_heads), needed for fp8 pages and refused for others; of pages and of rows as
-    for ``cute_fa.flash_attn_func``; q_descale: of fp8
-    queries, which fp8 pages are read with, 1 by default. ``out_dtype`` as for ``cute_fa.flash_attn_func``.
+    k_descale, v_descale: fp32 (batch, kv_heads), needed for pages in fp8 or int8 and refused for others; of
+    pages and of rows as for ``cute_fa.flash_attn_func``; q_descale: of fp8 queries, which fp8 pages are read with, 1 by
+    default. ``out_dtype`` as for ``cute_fa.flash_attn_func``.
     tree_mask: int32 (batch, seqlen_q, words) or (total_q, words), which draft tokens a query sees, as for
     ``cute_fa.flash_attn_varlen_func``.
 
     Beside the errors of the public functions: PagedHeadDimError, LengthError and, where values are checked (see
     ``cute_fa.flash_attn_varlen_func``), PageTableError from ``run()``; ``kernel()`` and ``run()`` raise Fp8Error where
-    no kernel reads fp8 pages, or none with such queries.
+    no kernel reads such pages, or none with such queries.
     """
 
     fp8 = None
@@ -207,7 +207,9 @@ class PagedAttentionRequest(ForwardRequest):
         """Whether there are descales where the pages need some, and there alone."""
         if not self.cache.dtype.is_codes:
             if descale is not None:
-                raise ArgumentError(f"{name} with {self.cache.dtype.value} pages: only fp8 and int8 pages have descales")
+                raise ArgumentError(
+                    f"{name} with {self.cache.dtype.value} pages: only fp8 and int8 pages have descales"
+                )
             return
         if not isinstance(descale, torch.Tensor):
             rule = f"{self.cache.dtype.value} pages need a tensor, (batch, kv_heads) or of pages or rows"

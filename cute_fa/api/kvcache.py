@@ -170,9 +170,9 @@ def flash_attn_with_kvcache(
     each sequence's row. Only the strides say in which order the dimensions lie in memory: for (pages, heads, page_size,
     head_dim) pass ``cache.transpose(1, 2)``.
     k, v: new rows (batch, seqlen_new, heads_kv, …), or (total_new, …) with ``cu_seqlens_k_new``, that are first written
-    to the cache, in place, behind the ``cache_seqlens`` tokens that each sequence has there; for caches in fp8 16-bit
-    values, which are divided by ``k_descale`` and ``v_descale``, or codes of the caches' types. Descales of the cache's
-    rows are written for values, and for codes are to be there already.
+    to the cache, in place, behind the ``cache_seqlens`` tokens that each sequence has there; for caches in fp8 or int8
+    16-bit values, which are divided by ``k_descale`` and ``v_descale``, or codes of the caches' types. Descales of the
+    cache's rows are written for values, and for codes are to be there already.
     cache_seqlens: int32 (batch) or one int: tokens in the cache, before new ones are written; all there is room for by
     default, where nothing is written.
     cache_leftpad: int32 (batch), rows of the cache before a sequence's first key, which cache_seqlens and the places of

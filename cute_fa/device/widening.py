@@ -1,5 +1,6 @@
-"""What the forwards have in common that read caches in fp8 or int8, and queries in 16 bits or in fp8: every code of e4m3,
-of e5m2 and of int8 is a number of fp16, so that codes widen exactly and descales are factors of sums, in fp32. No DSL."""
+"""What the forwards have in common that read caches in fp8 or int8, and queries in 16 bits or in fp8: every code of
+e4m3, e5m2 and int8 is a number of fp16, so that codes widen exactly and descales are factors of sums, in fp32. No DSL.
+"""
 
 from __future__ import annotations
 

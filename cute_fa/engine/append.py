@@ -235,7 +235,7 @@ def _check_separate(names: ArgumentNames, call: AppendCall) -> None:
 
 
 def _check_descales(names: ArgumentNames, call: AppendCall, batch: int, sequences: str) -> None:
-    """There are descales where rows are rounded to codes, and nowhere else: fp32, one for each sequence and head, or one,
+    """There are descales where rows are rounded to codes, and only there: fp32, one for each sequence and head, or one,
     or of the cache's pages or rows."""
     shape = batch, call.k.shape[-2]
     for rows in ("k", "v"):

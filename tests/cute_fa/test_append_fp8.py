@@ -31,7 +31,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LENGTHS = (41, 9, 70)
 
 
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2, torch.int8])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89"])
 @pytest.mark.parametrize("rows", [torch.bfloat16, torch.float16])
 def test_all_values_of_16_bits(arch, dtype, rows):
@@ -49,7 +49,7 @@ def test_all_values_of_16_bits(arch, dtype, rows):
         assert codes(cache).equal(codes(expected))
     found = caches[0].view(torch.uint8).unique().tolist()
     finite = sum(torch.arange(256, dtype=torch.uint8).view(dtype).float().isfinite().tolist())
-    assert len(found) == finite + 1  # NaN is one code
+    assert len(found) == (255 if dtype == torch.int8 else finite + 1)  # NaN is one code; −128 is none
 
 
 class Descales(NamedTuple):
@@ -80,7 +80,7 @@ class Descales(NamedTuple):
 FEATURES = {
     "arch": ["sm_80", "sm_90a", "sm_86", "sm_89", "sm_100a", "sm_103a", "sm_120a"],
     "dtype": [DType.BF16, DType.FP16],
-    "caches": [(E4M3, E4M3), (E5M2, E5M2), (E4M3, E5M2), (E5M2, E4M3)],
+    "caches": [(E4M3, E4M3), (E5M2, E5M2), (E4M3, E5M2), (torch.int8, torch.int8), (E5M2, torch.int8)],
     "rows": ["16 bits", "codes"],
     "descales": ["each", "strided", "expanded", "single", "numbers"],
     "head_dim": [(64, 64), (128, 128), (80, 48), (32, 16), (256, 128)],
@@ -204,7 +204,7 @@ def test_descales_are_arguments(monkeypatch):
 
 def test_all_codes_are_copied():
     """NaN and infinities too, whatever their sign."""
-    for k_type, v_type in ((E4M3, E5M2), (E5M2, E4M3)):
+    for k_type, v_type in ((E4M3, E5M2), (E5M2, E4M3), (torch.int8, torch.int8)):
         every = torch.arange(256, dtype=torch.uint8).view(1, 4, 1, 64)
         caches = [torch.zeros(1, 8, 1, 64).to(dtype) for dtype in (k_type, v_type)]
         with cute_fa.simulate("sm_80"):
@@ -328,17 +328,17 @@ def rows(*shape, dtype=torch.bfloat16) -> torch.Tensor:
         ({"k": rows(2, 1, 2, 64, dtype=E4M3)}, DTypeError, "v is bfloat16: float8_e5m2 is needed, as v_cache is"),
         ({"k": rows(2, 1, 2, 64, dtype=E5M2)}, DTypeError, "k_cache is float8_e4m3fn: float8_e5m2 is needed, as k is"),
         ({"v": rows(2, 1, 2, 32, dtype=E5M2)}, DTypeError, "v is float8_e5m2: bfloat16 is needed, as k is"),
-        ({"v_cache": rows(3, 16, 2, 32)}, DTypeError, "v_cache is bfloat16: .*e5m2 is needed, as k_cache is fp8"),
+        ({"v_cache": rows(3, 16, 2, 32)}, DTypeError, "v_cache is bfloat16: .*int8 is needed, as k_cache is of codes"),
         ({"k_cache": rows(3, 16, 2, 64)}, DTypeError, "v_cache is float8_e5m2: bfloat16 is needed, as k is"),
         (
             {"k_cache": rows(3, 16, 2, 64), "v_cache": rows(3, 16, 2, 32)},
             Fp8Error,
-            "k_descale with k_cache in bf16: only fp8 caches have descales",
+            "k_descale with k_cache in bf16: only fp8 and int8 caches have descales",
         ),
         (
             {"k": rows(2, 1, 2, 64, dtype=E4M3), "v": rows(2, 1, 2, 32, dtype=E5M2)},
             Fp8Error,
-            "k_descale with k in e4m3: fp8 codes are copied as they are",
+            "k_descale with k in e4m3: codes are copied as they are",
         ),
         ({"k": rows(2, 1, 2, 72), "k_cache": rows(3, 16, 2, 72, dtype=E4M3)}, ShapeError, "72: a multiple of 16"),
         (
@@ -361,7 +361,7 @@ def test_errors(changes, error, message):
 def test_codes_do_not_rotate():
     arguments = small(k=rows(2, 1, 2, 64, dtype=E4M3), v=rows(2, 1, 2, 32, dtype=E5M2), k_descale=None, v_descale=None)
     table = torch.ones(32, 8)
-    rule = "rotary_cos with {} in e4m3: rows in fp16 or bf16 rotate, fp8 codes do not"
+    rule = "rotary_cos with {} in e4m3: rows in fp16 or bf16 rotate, codes do not"
     with cute_fa.simulate("sm_80"):
         with pytest.raises(Fp8Error, match=rule.format("k")):
             append_kv(**arguments, rotary_cos=table, rotary_sin=table)

@@ -287,7 +287,7 @@ class TestPagedAttention:
             ),
             ({"max_seqlen_k": 0}, ZeroLengthError, "max_seqlen_k=0"),
             ({"num_splits": -1}, ArgumentError, "num_splits=-1"),
-            ({"k_descale": torch.ones(2, 2)}, ArgumentError, "k_descale with bf16 pages: only fp8 pages"),
+            ({"k_descale": torch.ones(2, 2)}, ArgumentError, "k_descale with bf16 pages: only fp8 and int8 pages"),
             ({"mask": MaskKind.CAUSAL, "alibi_slopes": torch.ones(4)}, ArgumentError, "alibi_slopes given"),
         ],
     )

@@ -339,7 +339,7 @@ def test_a_wrong_append_exits_with_one(monkeypatch, wrong, caches):
         ("--rotary-dim 16 --rotary-dtype half", "rotary_dtype='half'"),
         ("--rotary-seqlens", "rotary_seqlens without rotary_dim"),
         ("--page-size 24", "page_size=24"),
-        ("--dtype-k e4m3", "caches in e4m3 and bf16: both in fp8"),
+        ("--dtype-k e4m3", "caches in e4m3 and bf16: both in fp8 or int8"),
         ("--dtype e4m3 --query --rotary-dim 16", "rotary_dim with rows in e4m3"),
         ("--dtype e4m3 --head-dim 24", "head_dim 24: a multiple of 16"),
     ],

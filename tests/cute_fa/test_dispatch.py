@@ -154,7 +154,7 @@ def test_fp8():
     serving = {arch: TABLE.lookup(dataclasses.replace(caches, arch=arch)).__name__ for arch in SmArch}
     assert serving == dict.fromkeys(SmArch, "Fa2Split") | {SmArch.SM_90A: "Fa3Decode"}
     assert TABLE.lookup(caches, family="fa2").__name__ == "Fa2Split"
-    with pytest.raises(Fp8Error, match=r"bf16ke4m3ve4m3 input on sm_80.*head_dim 72 in fp8: a multiple of 16"):
+    with pytest.raises(Fp8Error, match=r"bf16ke4m3ve4m3 input on sm_80.*head_dim 72 in 8 bits: a multiple of 16"):
         TABLE.lookup(dataclasses.replace(caches, arch=SmArch.SM_80, head_dim=72))
     for problem in (caches.problem(), dataclasses.replace(caches, arch=SmArch.SM_80).problem()):
         blocks = dataclasses.replace(problem, k_descale=True, k_block_descale=True)

@@ -257,7 +257,7 @@ def test_fp8(dtype):
     q, kv = Q.to(dtype), KV.to(dtype)
     blocks = torch.ones(kv.shape[0], kv.shape[2], 1)
     for arch in ("sm_80", "sm_89", "sm_120a"):
-        with cute_fa.simulate(arch), pytest.raises(Fp8Error, match=f"input on {arch}: no kernel serves it in fp8"):
+        with cute_fa.simulate(arch), pytest.raises(Fp8Error, match=f"input on {arch}: no kernel serves it in 8 bits"):
             flash_attn_func(q, kv, kv, k_descale=blocks)
 
 

@@ -213,14 +213,22 @@ HALVES = [t.to(torch.bfloat16) for t in (Q, K, V)]
             (Q, K[:, :128], V[:, :128].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
             {"family": "fa2", "v_layout": "key_major"},
             errors.Fp8Error,
-            "e4m3 input on sm_90a: no kernel serves it in fp8.*fa2_split: v_layout key_major: this kernel reads V by",
+            "e4m3 input on sm_90a: no kernel serves it in 8 bits.*fa2_split: v_layout key_major: this kernel reads V",
         ),
         ((Q, K, HALVES[2]), {}, errors.DTypeError, "v is bfloat16: q is float8_e4m3fn, k and v must be fp8, too"),
+        ((Q, K, V.view(torch.int8)), {}, errors.DTypeError, "v is int8: q is float8_e4m3fn, k and v must be fp8, too"),
+        ((HALVES[0], V.view(torch.int8), HALVES[2]), {}, errors.DTypeError, "k is int8: q is bfloat16, .* or both fp8"),
+        ((Q.view(torch.int8), K, V), {}, errors.DTypeError, "q is int8: one of float16, bfloat16, .*e5m2 is needed"),
         ((Q, K.view(torch.uint8), V), {}, errors.DTypeError, r"k is uint8: .* tensor.view\(torch.float8_e4m3fn\)"),
         ((Q.view(torch.uint8), K, V), {}, errors.DTypeError, r"q is uint8: one of .* tensor.view"),
         ((HALVES[0], K, HALVES[2]), {}, errors.DTypeError, "k is float8_e4m3fn: q is bfloat16, k and v must be too"),
         ((HALVES[0], K, V), {"q_descale": 2.0}, errors.Fp8Error, "q_descale with q in bfloat16: only fp8 codes"),
-        (HALVES, {"k_descale": 2.0}, errors.Fp8Error, "k_descale with k in bfloat16: only fp8 codes have descales"),
+        (
+            HALVES,
+            {"k_descale": 2.0},
+            errors.Fp8Error,
+            "k_descale with k in bfloat16: only fp8 and int8 codes have descales",
+        ),
         (
             HALVES,
             {"out_dtype": torch.float16},
@@ -239,9 +247,9 @@ def test_no_gradients(nothing_runs):
     for name in ("q", "k", "v"):
         given = {"q": Q, "k": K, "v": V}
         given[name] = given[name].clone().requires_grad_()
-        with pytest.raises(errors.Fp8Error, match=f"^{name} requires a gradient: attention in fp8 has none"):
+        with pytest.raises(errors.Fp8Error, match=f"^{name} requires a gradient: attention with fp8 or int8 has none"):
             cute_fa.flash_attn_func(**given)
-    with pytest.raises(errors.Fp8Error, match=r"^k_descale requires a gradient: attention in fp8 has none"):
+    with pytest.raises(errors.Fp8Error, match=r"^k_descale requires a gradient: attention with fp8 or int8 has none"):
         cute_fa.flash_attn_func(Q, K, V, k_descale=torch.ones(2, 2, requires_grad=True))
 
 

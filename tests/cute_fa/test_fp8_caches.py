@@ -1,4 +1,4 @@
-"""fp8 caches from append to attention: what new rows become in the cache is what queries in 16 bits then read."""
+"""Caches of codes from append to attention: what new rows become in the cache is what queries in 16 bits then read."""
 
 import dataclasses
 
@@ -46,6 +46,9 @@ class Cache:
     ("sm_90a", (E4M3, E4M3)),
     ("sm_100a", (E4M3, E4M3)),
     ("sm_120a", (E5M2, E5M2)),
+    ("sm_80", (torch.int8, torch.int8)),
+    ("sm_90a", (torch.int8, E4M3)),
+    ("sm_89", (E5M2, torch.int8)),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_append_prefill_and_decode(arch, codes, dtype):
@@ -73,8 +76,10 @@ def test_append_prefill_and_decode(arch, codes, dtype):
         # what was appended: rotated, divided, and rounded to the nearest code
         new_keys = torch.stack([rotary(row.double(), positions) for row in k])
         for rows, new, least in ((keys, new_keys, codes[0]), (values, v.double(), codes[1])):
-            finfo = torch.finfo(least)
-            bound = torch.maximum(new.abs() * 0.51 * finfo.eps, torch.tensor(1e-3))
+            if least == torch.int8:  # of which the largest descale is 0.03
+                bound = torch.maximum((new.abs() - 127 * 0.01), torch.tensor(0.51 * 0.03))
+            else:
+                bound = torch.maximum(new.abs() * 0.51 * torch.finfo(least).eps, torch.tensor(1e-3))
             assert ((rows[:, before:] - new).abs() <= bound).all()
         queries = torch.stack([rotary(row, positions) for row in q]).double()
         exact, exact_lse = attention(queries, keys, values, causal=True, dtype=torch.float64)

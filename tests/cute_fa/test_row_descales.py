@@ -9,7 +9,7 @@ from cute_fa import append_kv, append_rows, fp8, reference
 from cute_fa.compat.fa2 import apply_rotary_emb
 from cute_fa.semantics.call import AppendCall
 from cute_fa.semantics.errors import ArgumentError, DTypeError, Fp8Error, ShapeError, StrideError
-from tests.testing.caches import codes
+from tests.testing.caches import codes, rounded
 from tests.testing.simulated import unwritten_is_nan
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -77,6 +77,7 @@ LENGTHS = torch.tensor(BEFORE, dtype=torch.int32)
         (16, (256, 32), (E5M2, E4M3), torch.float16, True),
         (1, (80, 128), (E4M3, E4M3), torch.bfloat16, False),
         (None, (112, 16), (E4M3, E4M3), torch.float16, True),
+        (16, (64, 128), (torch.int8, torch.int8), torch.bfloat16, False),
     ],
 )
 def test_rows_choose_their_descales(arch, page_size, sizes, dtypes, dtype, index):
@@ -94,9 +95,7 @@ def test_rows_choose_their_descales(arch, page_size, sizes, dtypes, dtype, index
             for t in range(NEW):
                 at = cache.place(b, before + t)
                 expected_descales[at] = wanted.descale[b, t]
-                largest = torch.finfo(expected.dtype).max
-                exact = rows[name][b, t].float() / wanted.descale[b, t]
-                expected[at] = exact.clamp(-largest, largest).to(expected.dtype)  # infinite elements, too
+                expected[at] = rounded(rows[name][b, t].float(), wanted.descale[b, t], expected.dtype)
         assert codes(getattr(cache, name)).equal(codes(expected))
         assert torch.equal(descales[name].nan_to_num(-1.0), expected_descales.nan_to_num(-1.0))
     zero, tiny = (descales["k"][cache.place(0, BEFORE[0] + t)][head] for t, head in ((0, 0), (3, 2)))

@@ -326,7 +326,7 @@ def test_reasons_name_the_value():
     assert Fa2Split.supports(dataclasses.replace(base, out_dtype=None, **QUERIES)) == []
     for change, word in (
         ({"head_dim": 12}, "head_dim 12"),
-        ({"head_dim": 72, "dtype_k": DType.E4M3, "dtype_v": DType.E5M2}, "head_dim 72 in fp8: a multiple of 16"),
+        ({"head_dim": 72, "dtype_k": DType.E4M3, "dtype_v": DType.E5M2}, "head_dim 72 in 8 bits: a multiple of 16"),
         ({**QUERIES, "promote_every": 1}, "promote_every 1: this kernel's products are of fp16"),
         ({**QUERIES, "page_size": None, "seqused_k": False, "v_layout": "key_major"}, "v_layout key_major"),
         (

@@ -109,7 +109,7 @@ def test_what_is_not_served():
         "head_dim_v 24 in fp8: a multiple of 16 is needed (16-byte strides of TMA)",
     ]
     (mixed,) = Fa3Forward.supports(problem(dtype=DType.BF16, dtype_k=DType.E4M3, dtype_v=DType.E4M3))
-    assert "k and v in fp8 with q in 16 bits" in mixed
+    assert "k and v in codes with q in 16 bits" in mixed
     for dtypes in itertools.product((DType.E4M3, DType.E5M2), repeat=3):
         names = dict(zip(("dtype", "dtype_k", "dtype_v"), dtypes, strict=True))
         assert Fa3Forward.supports(problem(**names, out_dtype=DType.FP16)) == []

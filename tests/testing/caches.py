@@ -144,13 +144,15 @@ def after(given: Inputs, append: Append, q: torch.Tensor | None = None) -> Input
 
 
 def rounded(values: torch.Tensor, descale: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
-    """fp8 codes of fp32 values / descale."""
+    """Codes of fp32 values / descale."""
+    if dtype == torch.int8:
+        return (values / descale).nan_to_num(0.0, 127, -127).clamp(-127, 127).round().to(dtype)
     largest = torch.finfo(dtype).max
     return (values / descale).clamp(-largest, largest).to(dtype)
 
 
 def codes(tensor: torch.Tensor) -> torch.Tensor:
-    """Those of an fp8 tensor, all NaN alike: torch keeps their sign."""
+    """Those of a tensor of codes as bytes, all NaN alike: torch keeps their sign."""
     return torch.where(tensor.float().isnan(), torch.tensor(255, dtype=torch.uint8), tensor.view(torch.uint8))
 
 

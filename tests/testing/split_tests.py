@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     import ptxsim
 
 SCHEDULES = [{}, {"late": True, "schedule_seed": 1}, {"late": True, "schedule_seed": 2}]
-# What is asked of fp8 caches, and with queries in which type.
+# Types of k and v.
+CODES = [(DType.E4M3, DType.E4M3), (DType.E5M2, DType.E4M3), (DType.INT8, DType.INT8)]
+# What is asked of caches of codes, and with queries in which type.
 CACHES = [
     ({"seqlen_q": 1, "head_dim": 128, "page_size": 16}, DType.BF16),
     ({"seqlen_q": 40, "head_dim": 64, "causal": True, "softcap": 15.0}, DType.FP16),
@@ -167,23 +169,23 @@ class OneKernel:
 
 
 class CodeTests(OneKernel):
-    """Caches in fp8 beside queries in 16 bits, and in fp8."""
+    """Caches in fp8 and int8 beside queries in 16 bits, and in fp8 beside queries in fp8."""
 
     @abstractmethod
     def key_bytes(self, given: Inputs, num_sms: int) -> int:
         """Bytes of k and v that a call loads."""
 
     @pytest.mark.sampled
-    @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E5M2, DType.E4M3)], ids=str)
+    @pytest.mark.parametrize("codes", CODES, ids=str)
     @pytest.mark.parametrize(("sizes", "dtype"), CACHES, ids=str)
-    def test_fp8_caches(self, codes, sizes, dtype):
+    def test_caches_of_codes(self, codes, sizes, dtype):
         for simulation in SCHEDULES[:2]:
             self.split.run(cache_spec(codes, sizes, dtype), "peaked", num_sms=8, **simulation)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E5M2, DType.E4M3)], ids=str)
+    @pytest.mark.parametrize("codes", CODES, ids=str)
     @pytest.mark.parametrize(("sizes", "dtype"), CACHES, ids=str)
-    def test_fp8_caches_on_the_gpu(self, codes, sizes, dtype):
+    def test_caches_of_codes_on_the_gpu(self, codes, sizes, dtype):
         self.split.run_on_the_gpu(cache_spec(codes, sizes, dtype), "peaked")
 
     @pytest.mark.sampled
@@ -213,7 +215,7 @@ class CodeTests(OneKernel):
         self.split.run(InputSpec(2, 140, 150, 2, 1, 128, 64, causal=True, **codes), "peaked", 1)
 
     @pytest.mark.sampled
-    @pytest.mark.parametrize("dtype", [E4M3, E5M2])
+    @pytest.mark.parametrize("dtype", [E4M3, E5M2, torch.int8])
     @pytest.mark.parametrize("queries", [torch.float16, torch.bfloat16])
     def test_every_code_is_its_number(self, dtype, queries):
         """O of a single key is its V, 256 codes in a row, and the score of a query with a single 1 one code of K."""
@@ -273,10 +275,10 @@ class CodeTests(OneKernel):
 
 
 class RowDescaleTests(OneKernel):
-    """Caches in fp8 whose rows have descales of their own; those of rows that do not count are NaN."""
+    """Caches of codes whose rows have descales of their own; those of rows that do not count are NaN."""
 
     @pytest.mark.sampled
-    @pytest.mark.parametrize("codes", [(DType.E4M3, DType.E4M3), (DType.E4M3, DType.E5M2)], ids=str)
+    @pytest.mark.parametrize("codes", CODES, ids=str)
     @pytest.mark.parametrize(("sizes", "descales", "dtype"), ROW_DESCALES, ids=str)
     def test_row_descales(self, codes, sizes, descales, dtype):
         spec = cache_spec(codes, {**sizes, "row_descales": descales}, dtype)
