@@ -52,12 +52,12 @@ def append_kv(
     int32 (batch, max_pages), of which with ``cache_batch_idx`` sequence b uses row cache_batch_idx[b]. Strides are free
     but for the last, which is 1, and multiples of 16 bytes. fp16, bf16, or both codes, e4m3, e5m2 or int8 each.
     k_descale, v_descale: for caches of codes, to which rows in fp16 or bf16 go as value / descale: fp32 (batch,
-    heads_kv), any strides, or one number; or of four dimensions, which lie beside the cache: (num_pages, 1, heads_kv, 1), one for
-    each page, or sequence of a contiguous cache, and head; or (num_pages, page_size, heads_kv, 1), (batch_cache,
-    seqlen_cache, heads_kv, 1), one for each row and head, any strides. The latter are written: a new row chooses the
-    one that takes its largest finite element to the largest code, between 2^-32 and 2^32. The quotient, of keys behind
-    the rotation, all in fp32, is rounded to the nearest code, ties to even; what is larger than the largest finite one,
-    infinite too, becomes that one, NaN stays NaN, and is 0 in int8, whose largest code is 127.
+    heads_kv), any strides, or one number; or of four dimensions, which lie beside the cache: (num_pages, 1, heads_kv,
+    1), one for each page, or sequence of a contiguous cache, and head; or (num_pages, page_size, heads_kv, 1),
+    (batch_cache, seqlen_cache, heads_kv, 1), one for each row and head, any strides. The latter are written: a new row
+    chooses the one that takes its largest finite element to the largest code, between 2^-32 and 2^32. The quotient, of
+    keys behind the rotation, all in fp32, is rounded to the nearest code, ties to even; what is larger than the largest
+    finite one, infinite too, becomes that one, NaN stays NaN, and is 0 in int8, whose largest code is 127.
     cache_seqlens: int32 (batch), tokens in the cache before; new row t becomes token cache_seqlens[b] + t. What does
     not fit is an error where values are checked (``CUTE_FA_CHECK=1``, simulating), and is not written.
     rotary_cos, rotary_sin: (positions, rotary_dim / 2), fp16, bf16 or fp32, any strides; the first rotary_dim elements

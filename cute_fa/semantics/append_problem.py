@@ -13,7 +13,10 @@ from cute_fa.semantics.types import Direction, DType, SmArch
 MAX_HEAD_DIM = 256
 ROTARY_STEP = 16  # of rotary_dim: two halves in 16-byte chunks of fp16 or bf16
 ROTARY_DTYPES = ("fp16", "bf16", "fp32")
-_CACHE_ROWS = {"bf16, k and v e4m3": {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3}}
+_CACHE_ROWS = {
+    "bf16, k and v e4m3": {"dtype_k": DType.E4M3, "dtype_v": DType.E4M3},
+    "bf16, k and v int8": {"dtype_k": DType.INT8, "dtype_v": DType.INT8},
+}
 _ROW_DESCALE_ROWS = {
     "bf16, k and v e4m3 with descales of rows": {
         **_CACHE_ROWS["bf16, k and v e4m3"],

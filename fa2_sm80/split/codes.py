@@ -1,4 +1,4 @@
-"""fp8 caches: codes lie in shared memory as they came, and widen to fp16 on their way from ldmatrix to the products.
+"""Caches of codes: these lie in shared memory as they came, and widen to fp16 on their way from ldmatrix to products.
 
 ldmatrix moves elements of 16 bits, here two codes: a tile of codes is one of half as many columns. What a lane gets of
 a row are four codes next to each other where the operands of m16n8k16 want two and two, eight apart. For K that is

@@ -13,7 +13,7 @@ def problem_objections(problem: AttentionProblem) -> list[str]:
     """Why the problem is not served whatever the tiles."""
     reasons = []
     if problem.has_codes:
-        reasons.append(f"dtype {dtypes_of_code(problem)}: fp8 has no backward")
+        reasons.append(f"dtype {dtypes_of_code(problem)}: codes have no backward")
     reasons += common_objections(problem, "16-byte strides of TMA")
     if problem.page_size is not None:
         reasons.append(f"page_size {problem.page_size}: this kernel reads contiguous K and V only")

@@ -1,6 +1,6 @@
-"""Producer warps that widen fp8 codes of keys and values to fp16, from TMA's tiles into those of wgmma.
+"""Producer warps that widen codes of keys and values to fp16, from TMA's tiles into those of wgmma.
 
-wgmma takes both operands in one type, and of 16 bits V as it lies. Every code of e4m3 and of e5m2 is a number of fp16:
+wgmma takes both operands in one type, and of 16 bits V as it lies. Every code of e4m3, e5m2 and int8 is one of fp16:
 descales are factors of the sums, in fp32; those of rows go along as they are. Half of the bytes cross from memory.
 """
 

@@ -187,9 +187,11 @@ def test_wide_heads(arch, head_dim, dtype):
         ("sm_89", torch.float8_e4m3fn, 256),
         ("sm_90a", torch.float8_e4m3fn, 64),
         ("sm_90a", torch.float8_e5m2, 256),
+        ("sm_80", torch.int8, 64),
+        ("sm_90a", torch.int8, 64),
     ],
 )
-def test_fp8_caches(arch, dtype, head_dim):
+def test_caches_of_codes(arch, dtype, head_dim):
     q, k, v = tensors(6, head_dim=head_dim)
     codes = [tensor.to(dtype) for tensor in (k, v)]
     descales = {f"{name}_descale": torch.rand(1, HEADS_KV) + 0.5 for name in "kv"}

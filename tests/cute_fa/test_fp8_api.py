@@ -222,7 +222,7 @@ HALVES = [t.to(torch.bfloat16) for t in (Q, K, V)]
         ((Q, K.view(torch.uint8), V), {}, errors.DTypeError, r"k is uint8: .* tensor.view\(torch.float8_e4m3fn\)"),
         ((Q.view(torch.uint8), K, V), {}, errors.DTypeError, r"q is uint8: one of .* tensor.view"),
         ((HALVES[0], K, HALVES[2]), {}, errors.DTypeError, "k is float8_e4m3fn: q is bfloat16, k and v must be too"),
-        ((HALVES[0], K, V), {"q_descale": 2.0}, errors.Fp8Error, "q_descale with q in bfloat16: only fp8 codes"),
+        ((HALVES[0], K, V), {"q_descale": 2.0}, errors.Fp8Error, "q_descale with q in bfloat16: only fp8 and int8"),
         (
             HALVES,
             {"k_descale": 2.0},

@@ -182,7 +182,7 @@ def test_derived():
         ({"out_dtype": "bf16"}, ArgumentError, "out_dtype='bf16': a DType"),
         ({"dtype_k": DType.E4M3}, Fp8Error, "bf16, e4m3, bf16 of q, k, v: k and v are of q's, or both fp8 or int8"),
         ({"dtype_v": DType.INT8}, Fp8Error, "bf16, bf16, int8 of q, k, v: k and v are of q's, or both fp8 or int8"),
-        ({"dtype": DType.INT8}, Fp8Error, "int8, int8, int8 of q, k, v: q is of 16 bits or fp8, k and v alone may be"),
+        ({"dtype": DType.INT8}, Fp8Error, "dtypes int8, bf16, bf16 of q, k, v: q is of 16 bits or fp8"),
         (FP8 | {"dtype_k": DType.INT8}, Fp8Error, "dtypes e4m3, int8, e4m3 of q, k, v: k and v are fp8 where q is"),
         ({"out_dtype": DType.INT8}, Fp8Error, "out_dtype=int8"),
         (FP8 | {"dtype_v": DType.BF16}, Fp8Error, "dtypes e4m3, e4m3, bf16 of q, k, v"),

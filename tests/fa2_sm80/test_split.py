@@ -225,11 +225,14 @@ def test_the_loop_under_a_tree_mask_neither_spills_nor_grows(arch, head_dim, seq
         (SmArch.SM_90A, 1, 256, DType.E4M3, 593),
         (SmArch.SM_100A, 1, 128, DType.E4M3, 534),
         (SmArch.SM_120A, 1, 128, DType.E5M2, 559),
+        (SmArch.SM_80, 1, 128, DType.INT8, 471),
+        (SmArch.SM_80, 8, 128, DType.INT8, 1252),
+        (SmArch.SM_89, 8, 128, DType.INT8, 1251),
     ],
 )
 def test_the_loop_over_codes_neither_spills_nor_grows(arch, seqlen_q, head_dim, codes, most):
     """As above; sm_80 and sm_86 take four instructions for two codes of e4m3, where others take one, and of V a PRMT
-    more. A step copies half as many bytes."""
+    more; int8 takes five for four codes everywhere. A step copies half as many bytes."""
     sizes = {"seqlen_q": seqlen_q, "seqlen_k": 8192, "num_heads": 8, "num_heads_kv": 1, "num_splits": 0}
     sizes |= {"head_dim": head_dim, "head_dim_v": head_dim, "window_right": 0, "seqused_k": True, "page_size": 16}
     of_codes = {"dtype_k": codes, "dtype_v": codes, "k_descale": True, "v_descale": True}

@@ -109,7 +109,7 @@ def test_compile_name_holds_flags_and_no_values():
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (FP8, "fp8 has no backward"),
+        (FP8, "codes have no backward"),
         ({"head_dim": 12}, "head_dim 12"),
         ({"page_size": 16, "seqused_k": True}, "page_size 16: this kernel reads contiguous K and V only"),
         ({"num_heads": 4, "pack_gqa": True}, "pack_gqa: this kernel's tiles hold the queries of one head"),

@@ -48,6 +48,7 @@ ROWS = [
     {"page_size": 16, "head_dim": 72, "head_dim_v": 192, "cache_leftpad": True},
     {"page_size": 1, "head_dim": 128, "dtype_k": DType.E4M3, "dtype_v": DType.E5M2},
     {"page_size": 64, "head_dim": 80, "cache_leftpad": True, "dtype_k": DType.E4M3, "dtype_v": DType.E4M3},
+    {"page_size": 4, "head_dim": 64, "dtype_k": DType.INT8, "dtype_v": DType.E5M2},
 ]
 # Of caches whose rows have descales: rows by cp.async, and tiles of 128 rows with blocks of 32 keys.
 ROW_DESCALES = [
@@ -63,6 +64,7 @@ LOOPS = [
     ({}, 371, 254),
     ({"page_size": 16, "seqused_k": True}, 370, 254),
     (CODES, 401, 286),
+    ({**CODES, "dtype_k": DType.INT8, "dtype_v": DType.INT8}, 401, 286),
     (OF_ROWS, 657, 538),
 ]
 

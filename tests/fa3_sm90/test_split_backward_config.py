@@ -120,7 +120,7 @@ def test_deterministic_gradients_are_the_only_ones():
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (FP8, "fp8 has no backward"),
+        (FP8, "codes have no backward"),
         ({"head_dim": 264}, "head_dim 264"),
         ({"page_size": 16, "seqused_k": True}, "page_size 16: this kernel reads contiguous K and V only"),
         ({"num_heads": 4, "pack_gqa": True}, "pack_gqa: this kernel's tiles hold the queries of one head"),

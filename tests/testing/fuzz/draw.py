@@ -62,6 +62,7 @@ _HEAD_DIMS = {
     (136, 8): 1,
 }
 _CODES = ("e4m3", "e5m2")
+_CACHE_CODES = (*_CODES, "int8")
 _FP8_CALLS = (*FUNCTIONS, "flash_attn_with_kvcache", "Fa3FwdRequest", "PagedAttentionRequest")
 _RATIOS = {1: 5, 2: 3, 3: 1, 4: 2, 5: 1, 8: 2, 16: 1}
 # Longest numbers of queries: decoding, a small chunk, more than a tile.
@@ -228,7 +229,7 @@ def _cache(call: str, head_dim: int, features: dict[str, Any], rng: random.Rando
         )
     if call == "append_kv" and _chance(rng, 0.5):
         copied = not cache.rotary_dim and _chance(rng, 0.7)
-        cache = replace(cache, codes=(rng.choice(_CODES), rng.choice(_CODES)), copied=copied)
+        cache = replace(cache, codes=(rng.choice(_CACHE_CODES), rng.choice(_CACHE_CODES)), copied=copied)
     return cache
 
 
@@ -249,13 +250,14 @@ def _with_gradients(problem: Problem, rng: random.Random) -> Problem:
 
 
 def _in_fp8(problem: Problem, rng: random.Random) -> Problem:
-    """With q, k and v in fp8 types, or k and v alone, for a share of what may have them."""
+    """With q, k and v in fp8 types, or k and v alone in types of codes, for a share of what may have them."""
     request = problem.call == "Fa3FwdRequest"
     products = problem.machine.arch in _FAMILIES and problem.family != "fa2" and not problem.spec.tree
     offered = products if request else _chance(rng, 0.6)
     if problem.call not in _FP8_CALLS or problem.cache.new is not None or not _chance(rng, 0.4):
         return problem
-    dtype, dtype_k, dtype_v = (DType(rng.choice(_CODES)) for _ in range(3))
+    of_kv = _CODES if offered else _CACHE_CODES
+    dtype, dtype_k, dtype_v = (DType(rng.choice(types)) for types in (_CODES, of_kv, of_kv))
     descales = problem.call == "PagedAttentionRequest" or _chance(rng, 0.8)  # which asks for them
     forward = dict.fromkeys(("backward", "deterministic", "lse_gradient", "slopes_gradient"), False)
     spec = replace(problem.spec, dtype_k=dtype_k, dtype_v=dtype_v, descales=descales)

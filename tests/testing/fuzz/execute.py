@@ -447,7 +447,7 @@ def _check_queries(cache: _Cache, rotated: torch.Tensor, rotate_each: bool) -> N
 
 
 def _coded(cache: _Cache) -> tuple[list[CodedRows], dict[str, torch.Tensor]]:
-    """New rows of k and v for fp8 caches, and the descales that are given."""
+    """New rows of k and v for caches of codes, and the descales that are given."""
     spec, own = cache.problem.spec, cache.problem.cache
     shape = (spec.batch, 1 if own.one_descale else spec.heads_kv)
     numbers = 0.02 + torch.rand(2, *shape, generator=torch.Generator().manual_seed(cache.problem.seed))

@@ -59,7 +59,7 @@ class CacheSpec:
     has a sequence more than the batch, in another order, with cache_batch_idx. ``rotary_dim`` elements of each head
     rotate (0: none); ``rotary_starts``: positions that count in the place of those in the cache (rotary_seqlens);
     ``rotate_each``: whether append_kv rotates each query by its own position. ``one_length``: cache_seqlens is an int.
-    ``codes``: append_kv's caches of k and v are in these fp8 types, e4m3 or e5m2; so are its rows if ``copied``, else
+    ``codes``: append_kv's caches of k and v are in these types, e4m3, e5m2 or int8; so are its rows if ``copied``, else
     they are divided by descales, one for all heads if ``one_descale``.
     """
 
@@ -299,9 +299,9 @@ class Problem:
         if self.call == "append_kv" and cache.leftpad:
             yield "append_kv knows no padding"
         if cache.codes is not None and (self.call != "append_kv" or spec.head_dim % 16 or spec.head_dim_v % 16):
-            yield "rows in fp8 are multiples of 16 bytes, and append_kv alone writes them"
+            yield "rows of codes are multiples of 16 bytes, and append_kv alone writes them"
         if (cache.copied or cache.one_descale) and cache.codes is None:
-            yield "codes go to fp8 caches, and only those have descales"
+            yield "codes go to caches of codes, and only those have descales"
         if cache.copied and (cache.rotary_dim or cache.one_descale):
             yield "codes that are copied neither rotate nor have descales"
 
