@@ -63,6 +63,7 @@ def _append_fp8(machine: Machine) -> AppendResult:
 
 
 # A problem per kernel, small enough to be simulated in seconds: batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim.
+_INT8 = {"dtype_k": DType.INT8, "dtype_v": DType.INT8}
 # The order is that of value: the first ones tell most.
 SMOKE: dict[str, Callable[[Machine], Any]] = {
     "d128 causal": Attention(InputSpec(1, 300, 300, 4, 2, 128, causal=True)),
@@ -90,6 +91,14 @@ SMOKE: dict[str, Callable[[Machine], Any]] = {
     "decode d128, tiles of 128 rows": Attention(
         InputSpec(2, 16, 500, 8, 1, 128, causal=True, page_size=16), choices={"num_splits": 0}
     ),
+    "decode d128, cache in e4m3": Attention(
+        InputSpec(2, 1, 700, 8, 1, 128, page_size=64, dtype_k=DType.E4M3, dtype_v=DType.E4M3), choices={"num_splits": 0}
+    ),
+    "decode d128, cache in int8 with descales of rows": Attention(
+        InputSpec(2, 3, 500, 8, 1, 128, causal=True, page_size=16, row_descales="rows", **_INT8),
+        choices={"num_splits": 0},
+    ),
+    "decode d64, pages of a token": Attention(InputSpec(2, 1, 500, 8, 1, 64, page_size=1), choices={"num_splits": 0}),
     "decode d256": Attention(InputSpec(1, 9, 500, 8, 1, 256, causal=True), choices={"num_splits": 0}),
     "decode d128, batch-invariant": Attention(
         InputSpec(2, 1, 700, 8, 1, 128, causal=True, page_size=64), choices={"seqlen_k_per_split": 256}
