@@ -16,7 +16,7 @@ class Scratch(NamedTuple):
 
     ``stats`` (tiles, heads, stats_elements): LSE of the queries in log2 units, less the softcap's offset, +inf where P
     is 0, and their D = rowsum(dO∘O) − dLSE, see :func:`cute_fa.device.backward_preprocess.statistics_place`; where P is
-    wanted times 2^probability_shift, LSE less that shift and D divided by its power. ``dq`` (tiles, heads,
+    wanted times 2^probability_shift, D divided by that. ``dq`` (tiles, heads,
     tile_m · head_dim_padded): the sum of dS·K in the order of the accumulator's registers, or None.
     ``dsink`` (batch, heads, m_blocks) and ``dslopes`` (batch, heads, blocks · slope_parts): parts of the gradients of
     the learnable sink and of the ALiBi slopes, or None; the blocks are of keys, or of queries. ``turns`` int32

@@ -63,8 +63,6 @@ class PreprocessKernel:
         lse = head_row(args.common.lse, head, batch, info.offset_q, packed)
         stats = args.scratch.stats[tile, head, None]
         offset = args.common.softcap * LOG2_E if const_expr(c.softcap) else Float32(0.0)
-        if const_expr(c.probability_shift):
-            offset = offset + float(c.probability_shift)
         dsink = Float32(0.0)
         rows_per_pass = self.num_threads // self.lanes
         for first in cutlass.range(0, c.tile_m, rows_per_pass, unroll=1):
@@ -73,7 +71,7 @@ class PreprocessKernel:
             row_lse, delta = -Float32.inf, Float32(0.0)
             if row < info.seqlen_q:
                 row_lse = lse[row]
-            if row_lse != -Float32.inf:  # without keys: all that follows from the row is 0, whatever dO and dLSE are
+            if row_lse != -Float32.inf:  # without keys: all that follows from the row is 0, whatever dLSE and finite dO
                 for chunk in cutlass.range(tidx % self.lanes, self.chunks, self.lanes, unroll=1):
                     delta = delta + self.dot(out, dout, row, chunk)
             for distance in cutlass.range_constexpr(self.lanes.bit_length() - 1):

@@ -37,7 +37,8 @@ class Fa3SplitBackwardConfig(FeatureConfig):
     statistics: ClassVar[str] = "wgmma"
     dq_sums: ClassVar[bool] = False
     turns: ClassVar[bool] = False
-    # The kernel for dK and dV has P times 2^15, at most 2^15: in fp16 numbers down to 2^-29 keep 11 bits.
+    # The kernel for dK and dV has P times 2^15, at most 2^15: in fp16 numbers down to 2^-29 keep 11 bits. A product for
+    # each score; as a part of the LSE it would cost none, but from 2^24 on be lost among the numbers of fp32.
     probability_shift: ClassVar[int] = 15
     slopes_by_keys: ClassVar[bool] = False
 

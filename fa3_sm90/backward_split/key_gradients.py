@@ -101,6 +101,7 @@ class ValueGradients(OneGradient):
         for share in range(self.shares):
             derivatives = self.probabilities(s, share, score, stage, distance, hidden)
             of_s, of_p, of_handed = (part(fragment, share, self.shares) for fragment in (s, p, handed))
+            of_s.store(of_s.load() * 2.0**self.config.probability_shift)
             narrow(of_s, of_p)
             if derivatives is not None:
                 self.fold(s, share, derivatives)

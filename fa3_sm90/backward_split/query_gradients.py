@@ -73,7 +73,7 @@ class QueryGradients:
 
     @cute.jit
     def load_statistics(self, work):
-        """LSE and D of the thread's rows, as they are for P itself."""
+        """LSE and D of the thread's rows, D as it is for P itself."""
         c, stats, shift = self.config, self.args.scratch.stats, self.config.probability_shift
         tile = work.tile + self.index
         first_tile = self.args.first_tile(work.info, work.batch, TILE)
@@ -84,7 +84,7 @@ class QueryGradients:
                 place = statistics_place(c, row)
                 lse = stats[first_tile + tile, work.head, place]
                 delta = stats[first_tile + tile, work.head, TILE + place]
-            self.lse[r], self.delta[r] = lse + float(shift), delta * 2.0**shift
+            self.lse[r], self.delta[r] = lse, delta * 2.0**shift
 
     @cute.jit
     def steps(

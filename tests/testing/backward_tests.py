@@ -138,6 +138,19 @@ class BackwardTests:
         grads = self.check(self.spec(1, 64, 300, 2, 2, 64, window=(20, 0)), "random")
         assert (grads.dk[:, :216] == 0).all() and (grads.dv[:, :216] == 0).all() and (grads.dv[:, 216] != 0).any()
 
+    @pytest.mark.parametrize("logit", [2.0**23, 1.2e7, 1.5e7, 2.0**27])
+    def test_logits_beyond_the_whole_numbers_of_fp32(self, logit):
+        """Of a single key: P is 1 although the LSE's neighbours are up to 16 apart."""
+        dim = self.head_dims[0]
+        q = torch.zeros(1, 1, 1, dim, dtype=torch.bfloat16)
+        q[..., 0] = 4096.0
+        v = torch.ones(1, 1, 1, self.head_dim_v or dim, dtype=torch.bfloat16)
+        leaves = [t.clone().requires_grad_() for t in (q, q, v)]
+        with cute_fa.simulate(self.arch.value):
+            out = cute_fa.flash_attn_func(*leaves, softmax_scale=logit / 2.0**24, family=self.kernel.family)
+            dq, dk, dv = torch.autograd.grad(out, leaves, torch.full_like(out, 3.0))
+        assert not dq.any() and not dk.any() and (dv == 3.0).all()
+
     def test_gradients_of_rows_without_keys_ignore_what_comes_in(self):
         """dLSE of rows that see nothing may be NaN, as the gradient of a logarithm of 0 is; dO anything finite."""
         given = make_inputs(self.spec(1, 100, 40, 1, 1, 64, causal=True))
