@@ -80,7 +80,10 @@ class TestDrawing:
         assert {p.call for p in problems} == set(CALLS)
         assert {p.machine.arch for p in problems} == set(SmArch)
         assert {p.family for p in problems} == {None, "fa2", "fa3", "fa4"}
-        assert {s.dtype for s in specs} == set(DType)
+        assert {s.dtype for s in specs} == set(DType) - {DType.INT8}  # of k and v alone
+        assert {code for cache in caches for code in cache.codes or ()} == {"e4m3", "e5m2", "int8"}
+        for name in ("dtype_k", "dtype_v"):
+            assert {getattr(s, name) for s in specs} == {None, DType.E4M3, DType.E5M2, DType.INT8}
         assert {s.page_size for s in specs} == {None, *PAGE_SIZES}
         assert {s.layout for s in specs} == {"contiguous", "padded", "transposed", "expanded"}
         assert {0, 1, 2} < {p.num_splits for p in problems}
